@@ -1,0 +1,1 @@
+"""Shards -> samples -> batches: reading, ordering, cropping, and the demo set."""

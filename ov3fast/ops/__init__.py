@@ -1,0 +1,11 @@
+"""The operators: one file each (maths, reference, registration, autograd, public function).
+
+`table()` lists op x backend, `use("reference")` forces a backend within a block, `impl="..."` within one call, and the
+environment's OV3FAST_IMPL everywhere.
+"""
+
+from . import random
+from ._dispatch import table, use
+from .layer_norm import layer_norm
+
+__all__ = ["layer_norm", "random", "table", "use"]

@@ -1,0 +1,138 @@
+"""Layer normalisation over the last axis, with an optional fused residual addition.
+
+    h = x + residual                                  (h = x without a residual)
+    y_..d = (h_..d - mean(h_..)) * rstd(h_..) * weight_d + bias_d,   rstd = 1 / sqrt(var + eps), biased variance
+
+Shapes: x, residual [..., D]; weight, bias [D]. Storage float32, bfloat16 or float64 (float16 on GPUs); statistics in float32
+(float64 for float64). weight and bias are of x's dtype or float32. Saved for backward: h, weight, mean, rstd.
+Source: Ba et al. 2016 (arXiv 1607.06450); eps 1e-6 as in the official repository's src/models/vit.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _check, _dispatch
+
+
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-6, *, residual: Tensor | None = None
+):
+    """Plain PyTorch, the specification. Returns y, or (y, h) when a residual is given."""
+    h = x if residual is None else x + residual
+    wide = _check.accumulate_dtype(x.dtype)
+    y = F.layer_norm(h.to(wide), h.shape[-1:], weight.to(wide), None if bias is None else bias.to(wide), eps).to(
+        x.dtype
+    )
+    return y if residual is None else (y, h)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    residual: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Normalises x (or x + residual) over its last axis.
+
+    x [..., D]; weight and bias [D], of x's dtype or float32; residual like x. Returns y of x's shape and dtype; with a residual
+    (y, x + residual). Raises TypeError or ValueError that name the argument.
+    """
+    op = "layer_norm"
+    _check.tensor(op, "x", x)
+    if x.ndim == 0:
+        raise ValueError(f"{op}: x must have at least 1 dimension, got a scalar")
+    _check.tensor(op, "weight", weight)
+    _check.parameter(op, "weight", weight, (x.shape[-1],), x, "[D]", mixed=True)
+    _check.parameter(op, "bias", bias, (x.shape[-1],), x, "[D]", mixed=True)
+    if bias is not None and bias.dtype != weight.dtype:
+        raise TypeError(f"{op}: bias must be of weight's dtype {weight.dtype}, got {bias.dtype}")
+    _check.parameter(op, "residual", residual, tuple(x.shape), x, "like x")
+    y, h, _, _ = torch.ops.ov3fast.layer_norm(x, weight, bias, residual, eps, _dispatch.request(op, impl))
+    return y if residual is None else (y, h)
+
+
+def _forward_reference(x, weight, bias, residual, eps):
+    h = x if residual is None else (x + residual).contiguous()
+    wide = _check.accumulate_dtype(x.dtype)
+    y, mean, rstd = torch.native_layer_norm(
+        h.to(wide), h.shape[-1:], weight.to(wide), None if bias is None else bias.to(wide), eps
+    )
+    # An operator's output may not be one of its inputs, so without a residual h is empty and x takes its place.
+    return y.to(x.dtype), x.new_empty(0) if residual is None else h, mean[..., 0], rstd[..., 0]
+
+
+def _backward_reference(grad_y, grad_h, h, weight, mean, rstd, need_x, need_weight, need_bias):
+    wide = _check.accumulate_dtype(h.dtype)
+    grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+        grad_y.to(wide), h.to(wide), h.shape[-1:], mean[..., None], rstd[..., None], weight.to(wide),
+        torch.empty_like(weight, dtype=wide), [need_x, need_weight, need_bias],
+    )  # fmt: skip
+    if grad_x is not None and grad_h is not None:
+        grad_x = grad_x + grad_h
+    return (
+        grad_x.to(h.dtype) if need_x else h.new_empty(0),
+        grad_weight.to(weight.dtype) if need_weight else h.new_empty(0),
+        grad_bias.to(weight.dtype) if need_bias else h.new_empty(0),
+    )
+
+
+def _fake(x, weight, bias, residual, eps):
+    wide = _check.accumulate_dtype(x.dtype)
+    h = x.new_empty(0) if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    stats = x.new_empty(x.shape[:-1], dtype=wide)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), h, stats, torch.empty_like(stats)
+
+
+def _fake_backward(grad_y, grad_h, h, weight, mean, rstd, need_x, need_weight, need_bias):
+    return (
+        h.new_empty(h.shape if need_x else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+        weight.new_empty(weight.shape if need_bias else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, residual, _, word = inputs
+    _, h, mean, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mean, rstd, *([h] if residual is None else []))
+    ctx.save_for_backward(x if residual is None else h, weight, mean, rstd)
+    ctx.has_residual, ctx.word = residual is not None, word
+
+
+def _backward(ctx, grad_y, grad_h, *_):
+    h, weight, mean, rstd = ctx.saved_tensors
+    need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
+    grad_h = grad_h if ctx.has_residual else None
+    if grad_y is None:
+        return grad_h if need_x else None, None, None, grad_h if need_residual else None, None, None
+    grad_x, grad_weight, grad_bias = torch.ops.ov3fast.layer_norm_backward(
+        grad_y, grad_h, h, weight, mean, rstd, need_x or need_residual, need_weight, need_bias, ctx.word
+    )
+    return (
+        grad_x if need_x else None,
+        grad_weight if need_weight else None,
+        grad_bias if need_bias else None,
+        grad_x if need_residual else None,
+        None,
+        None,
+    )
+
+
+_dispatch.register("layer_norm", "reference", _forward_reference, _backward_reference)
+_dispatch.define(
+    "layer_norm",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float eps) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
+    fake=_fake,
+    backward_schema="(Tensor grad_y, Tensor? grad_h, Tensor h, Tensor weight, Tensor mean, Tensor rstd,"
+    " bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    backward_fake=_fake_backward,
+    setup_context=_setup_context,
+    backward=_backward,
+)

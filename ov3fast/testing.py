@@ -33,9 +33,7 @@ def poisoned(value: Tensor) -> Tensor:
         room = torch.full((3,), _poison(value.dtype), dtype=value.dtype, device=value.device)
         view = room[1]
     else:
-        room = torch.full(
-            [size + 2 for size in value.shape], _poison(value.dtype), dtype=value.dtype, device=value.device
-        )
+        room = torch.full([size + 2 for size in value.shape], _poison(value.dtype), dtype=value.dtype, device=value.device)
         view = room[tuple(slice(1, size + 1) for size in value.shape)]
     view.copy_(value)
     return view
@@ -129,9 +127,7 @@ def assert_same_bits(left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
             raise AssertionError(f"tensor {number} differs between two runs on the same inputs")
 
 
-def _run(
-    function: Callable[..., Any], inputs: Sequence[Any], floats: Sequence[int]
-) -> tuple[list[Tensor], dict[int, Tensor]]:
+def _run(function: Callable[..., Any], inputs: Sequence[Any], floats: Sequence[int]) -> tuple[list[Tensor], dict[int, Tensor]]:
     """Outputs, and the gradient of every input in `floats`, for upstream gradients that depend on shapes alone."""
     leaves = {i: inputs[i].detach().requires_grad_() for i in floats}
     result = function(*[leaves.get(i, v) for i, v in enumerate(inputs)])

@@ -10,9 +10,7 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def tensor(
-    op: str, name: str, value: Any, *, ndim: int | None = None, dtypes: tuple[torch.dtype, ...] = FLOATS
-) -> None:
+def tensor(op: str, name: str, value: Any, *, ndim: int | None = None, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
     """TypeError unless `value` is a tensor of one of `dtypes`; ValueError unless it has `ndim` dimensions."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
@@ -54,20 +52,14 @@ def parameter(
 
 def same_device(op: str, name: str, value: Tensor, like: Tensor) -> None:
     if value.device != like.device:
-        raise ValueError(
-            f"{op}: {name} is on {value.device}, the first argument on {like.device}; they must be on one device"
-        )
+        raise ValueError(f"{op}: {name} is on {value.device}, the first argument on {like.device}; they must be on one device")
 
 
 def rng(op: str, value: Any) -> None:
     """(seed, offset) as an int64[2] tensor."""
     if not isinstance(value, Tensor) or value.dtype != torch.int64 or tuple(value.shape) != (2,):
-        got = (
-            f"{_name(value.dtype)} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        )
-        raise TypeError(
-            f"{op}: rng must be an int64 tensor (seed, offset) of shape (2,), got {got}; see ops.random.make_rng"
-        )
+        got = f"{_name(value.dtype)} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{op}: rng must be an int64 tensor (seed, offset) of shape (2,), got {got}; see ops.random.make_rng")
 
 
 def autocast(*values: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -177,6 +177,4 @@ def _define(name: str, schema: str, implementation: Callable[..., Any], fake: Ca
 
 def _check_name(name: str) -> None:
     if name not in PREFERENCE:
-        raise ValueError(
-            f"impl must be one of {', '.join(PREFERENCE)}; got {name!r} (argument, ops.use or OV3FAST_IMPL)"
-        )
+        raise ValueError(f"impl must be one of {', '.join(PREFERENCE)}; got {name!r} (argument, ops.use or OV3FAST_IMPL)")

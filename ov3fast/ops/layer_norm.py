@@ -17,15 +17,11 @@ from torch import Tensor
 from . import _check, _dispatch
 
 
-def reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-6, *, residual: Tensor | None = None
-):
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-6, *, residual: Tensor | None = None):
     """Plain PyTorch, the specification. Returns y, or (y, h) when a residual is given."""
     h = x if residual is None else x + residual
     wide = _check.accumulate_dtype(x.dtype)
-    y = F.layer_norm(h.to(wide), h.shape[-1:], weight.to(wide), None if bias is None else bias.to(wide), eps).to(
-        x.dtype
-    )
+    y = F.layer_norm(h.to(wide), h.shape[-1:], weight.to(wide), None if bias is None else bias.to(wide), eps).to(x.dtype)
     return y if residual is None else (y, h)
 
 

@@ -13,9 +13,7 @@ def inputs(rows: int, width: int):
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
 @pytest.mark.parametrize(("rows", "width"), [(2, 72), (1, 1), (0, 8), (5, 33)])
 def test_parity(dtype, layout, rows, width):
-    testing.check(
-        layer_norm, reference, inputs(rows, width), dtype=dtype, layout=testing.LAYOUTS[layout], every_subset=True
-    )
+    testing.check(layer_norm, reference, inputs(rows, width), dtype=dtype, layout=testing.LAYOUTS[layout], every_subset=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -44,9 +42,7 @@ def test_opcheck(layout):
     x = testing.LAYOUTS[layout](x).requires_grad_()
     residual = torch.ones_like(x)
     for rest in (None, residual):
-        torch.library.opcheck(
-            torch.ops.ov3fast.layer_norm, (x, weight.requires_grad_(), bias.requires_grad_(), rest, 1e-6, "")
-        )
+        torch.library.opcheck(torch.ops.ov3fast.layer_norm, (x, weight.requires_grad_(), bias.requires_grad_(), rest, 1e-6, ""))
 
 
 def test_compile_keeps_one_node():

@@ -1,0 +1,330 @@
+"""OpenVision 3 (arXiv 2601.15369): one encoder on frozen VAE latents, a reconstruction and an understanding branch.
+
+    images -> [FrozenVAE] -> latents -> [ViTEncoder] -> tokens -> + noise -> [ViTDecoder] -> latents -> [FrozenVAE] -> images
+                                                     -> pooled <-> feature <- [TextEncoder] <- text
+                                                     -> tokens -> [CaptionDecoder] -> caption
+
+Legend: B images, P texts, N tokens, D width, E embedding width, L ids.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import noise, pretrained
+from .config import VAE_STRIDE, OpenVision3Config
+from .text import CaptionDecoder, TextEncoder
+from .tokenizer import CONFIG_FILE, FILE, Tokenizer, get_tokenizer, load_tokenizer
+from .vae import FrozenVAE, check_convention
+from .vit import ViTDecoder, ViTEncoder
+
+WEIGHTS_FILE = "model.safetensors"
+PARTS = ("encoder", "decoder", "text", "captioner")
+
+
+class ModelOutput(NamedTuple):
+    """What the losses need. A part that was not asked for is None."""
+
+    pooled: Tensor
+    """[B, E], not normalised."""
+    tokens: Tensor
+    """[B, N, D], clean."""
+    text: Tensor | None
+    """[P, E], not normalised."""
+    latents_hat: Tensor | None
+    """[B', C, h, w] of the images that decode_index chose."""
+    caption_hidden: Tensor | None
+    """[B'', T, D'] of the images that caption_index chose."""
+    caption_labels: Tensor | None
+    """[B'', T] int64, -100 where nothing is to be predicted."""
+    caption_weight: Tensor | None
+    """[V, D'], the caption head: loss = ops.linear_cross_entropy(caption_hidden, caption_weight, caption_labels)."""
+    logit_scale: Tensor
+    """Scalar, already exponentiated."""
+    logit_bias: Tensor | None
+    """Scalar, only with the sigmoid loss."""
+
+
+class OpenVision3(nn.Module):
+    """The whole model. The VAE hangs on it but is no part of its parameters or state dict: it is frozen and has its own file.
+
+    vae: a FrozenVAE, or None: then config.vae is loaded when an image is first encoded or decoded. tokenizer: None takes
+    config.tokenizer's (WordPiece only; CLIP's needs its vocabulary file).
+    """
+
+    def __init__(self, config: OpenVision3Config, vae: FrozenVAE | None = None, tokenizer: Tokenizer | None = None) -> None:
+        super().__init__()
+        self.config = config
+        vision = config.vision
+        self.encoder = ViTEncoder(vision, latents=config.latents)
+        self.decoder = ViTDecoder(config.decoder, vision.width, vision.in_channels, vision.patch_size)
+        self.text = TextEncoder(config.text, vision.embed_dim)
+        self.captioner = CaptionDecoder(config.caption, vision.width, config.text.width)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(config.logit_scale_init)))
+        self.logit_bias = nn.Parameter(torch.tensor(config.logit_bias_init)) if config.contrastive == "sigmoid" else None
+        self._tokenizer = None if tokenizer is None else self._fitting(tokenizer)
+        self.set_vae(vae)
+
+    # Training
+
+    def forward(
+        self,
+        latents: Tensor,
+        text_ids: Tensor | None = None,
+        caption_ids: Tensor | None = None,
+        *,
+        sigma: Tensor | None = None,
+        rng: Tensor | None = None,
+        decode: bool = True,
+        decode_index: Tensor | None = None,
+        caption_index: Tensor | None = None,
+        text_index: Tensor | None = None,
+    ) -> ModelOutput:
+        """latents [B, C, h, w] in the model's convention; text_ids [P, L]; caption_ids [B, L'], a row per image.
+
+        rng: (seed, offset) of this step; with it the decoder's input gets noise, sigma ~ U[0, tau] per instance unless sigma
+        [B'] is given, and the captioner's share of tokens is drawn. Without rng nothing is random.
+        decode_index, caption_index: int64 rows of the images that the decoder and the captioner see; None is all.
+        text_index: int64 [B], each image's row of text_ids, read only with the caption prefix of text; None is the same row.
+        decode=False leaves the decoder out, text_ids=None the text encoder, caption_ids=None the captioner.
+        """
+        pooled, tokens = self._encode_latents(latents)
+        feature = text_tokens = latents_hat = hidden = labels = weight = None
+        if text_ids is not None:
+            feature, text_tokens = self.text(text_ids, return_tokens=True)
+        if decode:
+            patch = self.config.vision.patch_size
+            chosen = tokens if decode_index is None else tokens[decode_index]
+            if sigma is None and rng is not None and self.config.tau > 0:
+                sigma = noise.sample_sigma(chosen.shape[0], self.config.tau, rng).to(chosen.device)
+            latents_hat = self.decoder(chosen, (latents.shape[2] // patch, latents.shape[3] // patch), sigma, rng)
+        if caption_ids is not None:
+            if caption_ids.shape[0] != tokens.shape[0]:
+                raise ValueError(
+                    f"OpenVision3: caption_ids must have a row per image, got {caption_ids.shape[0]} rows for {tokens.shape[0]} images"
+                )
+            rows = slice(None) if caption_index is None else caption_index
+            if self.config.caption.text_prefix:
+                if text_tokens is None:
+                    raise ValueError("OpenVision3: captions with text_prefix need text_ids")
+                text_tokens = text_tokens[rows if text_index is None else text_index[rows]]
+            hidden, labels = self.captioner(
+                tokens[rows], caption_ids[rows], text_tokens if self.config.caption.text_prefix else None, rng
+            )
+            weight = self.captioner.head.weight
+        return ModelOutput(
+            pooled, tokens, feature, latents_hat, hidden, labels, weight, self.logit_scale.exp(), self.logit_bias
+        )
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Recompute each block of the four towers in the backward pass in place of keeping its activations."""
+        for part in PARTS:
+            getattr(self, part).set_activation_checkpointing(enabled)
+
+    # Use
+
+    def encode(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W] in [-1, 1], or latents [B, C, h, w] -> (pooled [B, E], tokens [B, N, D])."""
+        channels = self.config.vision.in_channels
+        if inputs.ndim != 4 or inputs.shape[1] not in (3, channels):
+            raise ValueError(
+                f"OpenVision3.encode: takes images [B, 3, H, W] or latents [B, {channels}, h, w], got {tuple(inputs.shape)}"
+            )
+        return self._encode_latents(inputs if inputs.shape[1] == channels else self.latents(inputs))
+
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+        """Images (or latents, as `encode`) -> pooled [B, E]."""
+        pooled, _ = self.encode(images)
+        return nn.functional.normalize(pooled.float(), dim=-1) if normalize else pooled
+
+    def encode_text(self, texts: Tensor | Sequence[str], normalize: bool = False) -> Tensor:
+        """Ids [B, L] int64, or a list of strings -> feature [B, E]."""
+        feature = self.text(self.text_ids(texts))
+        return nn.functional.normalize(feature.float(), dim=-1) if normalize else feature
+
+    def decode(
+        self, tokens: Tensor, grid: tuple[int, int] | None = None, sigma: Tensor | None = None, rng: Tensor | None = None
+    ) -> Tensor:
+        """Tokens [B, N, D] -> latents [B, C, h, w]; grid None takes a square. sigma [B] with rng adds noise first."""
+        if grid is None:
+            side = math.isqrt(tokens.shape[1])
+            if side * side != tokens.shape[1]:
+                raise ValueError(f"OpenVision3.decode: {tokens.shape[1]} tokens are no square; give grid (h, w)")
+            grid = (side, side)
+        return self.decoder(tokens, grid, sigma, rng)
+
+    def decode_latents(self, latents: Tensor, convention: str | None = None) -> Tensor:
+        """Latents in the model's convention -> images [B, 3, H, W], about [-1, 1]; differentiable in the latents.
+
+        convention, where the caller knows it, is checked against the model's: ValueError if they differ.
+        """
+        if convention is not None:
+            check_convention(convention, self.config.latents)
+        return self.get_vae().decode(latents, self.config.latents)
+
+    def latents(self, images: Tensor, rng: Tensor | None = None) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] -> latents in the model's convention.
+
+        With rng and config.posterior "sample" they are drawn from the posterior, else they are its mean.
+        """
+        stride = VAE_STRIDE * self.config.vision.patch_size
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % stride or images.shape[3] % stride:
+            raise ValueError(
+                f"OpenVision3: images must be [B, 3, H, W] with sides that are multiples of {stride}, got {tuple(images.shape)}"
+            )
+        posterior = self.config.posterior if rng is not None else "mean"
+        rng = None if rng is None else noise.stream(rng, noise.POSTERIOR)
+        return self.get_vae().encode(images, posterior, self.config.latents, rng)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] -> their reconstruction, same shape, clamped to [-1, 1]; no noise."""
+        latents = self.latents(images)
+        _, tokens = self._encode_latents(latents)
+        patch = self.config.vision.patch_size
+        latents_hat = self.decoder(tokens, (latents.shape[2] // patch, latents.shape[3] // patch))
+        return self.decode_latents(latents_hat).clamp(-1, 1)
+
+    @torch.no_grad()
+    def caption(
+        self, images: Tensor, beams: int = 1, max_length: int | None = None, texts: Sequence[str] | None = None
+    ) -> list[str]:
+        """Images (or latents, as `encode`) -> a caption each. texts: the known alt texts, for a text_prefix model ("" if none)."""
+        _, tokens = self.encode(images)
+        text_tokens = None
+        if self.config.caption.text_prefix:
+            _, text_tokens = self.text(self.text_ids(texts or [""] * len(images)), return_tokens=True)
+        ids = self.captioner.generate(tokens, max_length, beams, text_tokens)
+        return [self.tokenizer.decode(row) for row in ids]
+
+    def text_ids(self, texts: Tensor | Sequence[str]) -> Tensor:
+        """Strings -> ids [B, context_length] on the model's device, laid out for the text encoder; ids pass through."""
+        if isinstance(texts, Tensor):
+            return texts
+        return self.tokenizer(texts, self.config.text.context_length, kind="text").to(self.device)
+
+    def caption_ids(self, texts: Sequence[str]) -> Tensor:
+        """Strings -> ids [B, caption length] on the model's device, laid out for the captioner."""
+        return self.tokenizer(texts, self.config.caption.length, kind="caption").to(self.device)
+
+    # Parts
+
+    @property
+    def device(self) -> torch.device:
+        return self.logit_scale.device
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer; the config's default where none was given."""
+        if self._tokenizer is None:
+            self._tokenizer = self._fitting(get_tokenizer(self.config.tokenizer))
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = self._fitting(tokenizer)
+
+    @property
+    def vae(self) -> FrozenVAE | None:
+        """The VAE, or None while none is given or loaded."""
+        return self.__dict__["_vae"]
+
+    def set_vae(self, vae: FrozenVAE | None) -> None:
+        """Hangs a VAE on the model and binds it to the model's latent convention. ValueError where it doesn't fit."""
+        if vae is not None:
+            if vae.channels != self.config.vision.in_channels:
+                raise ValueError(
+                    f"OpenVision3: the VAE has {vae.channels} latent channels, the encoder takes {self.config.vision.in_channels}"
+                )
+            if vae.stride != VAE_STRIDE:
+                raise ValueError(f"OpenVision3: the VAE must shrink by {VAE_STRIDE}, this one by {vae.stride}")
+            vae.latents = vae.convention(self.config.latents)
+            vae.to(self.device)
+        # Past nn.Module's own bookkeeping: a frozen part with its own file is no submodule.
+        self.__dict__["_vae"] = vae
+
+    def get_vae(self) -> FrozenVAE:
+        """The VAE; config.vae is loaded on first need."""
+        if self.vae is None:
+            self.set_vae(FrozenVAE.from_pretrained(self.config.vae, self.config.vae_subfolder))
+        return self.vae
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Part -> number of values: encoder, decoder, text, captioner, other, total, and vae (frozen) where one is there."""
+        counts = {part: sum(p.numel() for p in getattr(self, part).parameters()) for part in PARTS}
+        total = sum(p.numel() for p in self.parameters())
+        counts |= {"other": total - sum(counts.values()), "total": total}
+        if self.vae is not None:
+            counts["vae"] = sum(p.numel() for p in self.vae.parameters())
+        return counts
+
+    # Files
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, vae: FrozenVAE | str | Path | None = None, device: torch.device | str | None = None
+    ) -> OpenVision3:
+        """A folder or hub id that save_pretrained wrote; in eval mode. vae: a FrozenVAE, its folder or id, or None: config.vae.
+
+        FileNotFoundError or ValueError names what is missing, unexpected or misshapen.
+        """
+        what = f"OpenVision3.from_pretrained({str(path)!r})"
+        folder = pretrained.resolve(path, what, ["config.json", WEIGHTS_FILE, FILE, CONFIG_FILE])
+        config = OpenVision3Config.from_dict(pretrained.read_json(folder / "config.json", what))
+        tokenizer = load_tokenizer(folder) if (folder / CONFIG_FILE).is_file() else None
+        state = pretrained.read_tensors(folder / WEIGHTS_FILE, what)
+        model = cls(config, tokenizer=tokenizer)
+        pretrained.load_state(model, state, what)
+        if vae is not None:
+            model.set_vae(vae if isinstance(vae, FrozenVAE) else FrozenVAE.from_pretrained(vae))
+        return model.to(device).eval()
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes config.json, model.safetensors and the tokenizer to the folder `path`, all or nothing. The VAE stays out."""
+        def write(folder: Path) -> None:
+            text = json.dumps(self.config.to_dict(), indent=2) + "\n"
+            (folder / "config.json").write_text(text, encoding="utf-8")
+            pretrained.write_tensors(self.state_dict(), folder / WEIGHTS_FILE)
+            if self._tokenizer is not None or self.config.tokenizer == "wordpiece":
+                self.tokenizer.save(folder)
+
+        pretrained.write_folder(path, write)
+
+    def _encode_latents(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        return self.encoder(latents, post_ln=self.config.tokens == "post_ln")
+
+    def _fitting(self, tokenizer: Tokenizer) -> Tokenizer:
+        rows = min(self.config.text.vocab_size, self.config.caption.vocab_size)
+        if tokenizer.vocab_size > rows:
+            raise ValueError(
+                f"OpenVision3: the tokenizer has {tokenizer.vocab_size} ids, the embeddings {rows} rows; see OpenVision3Config.for_tokenizer"
+            )
+        caption = self.config.caption
+        for name in ("pad_id", "bos_id", "eos_id"):
+            if getattr(tokenizer, name) != getattr(caption, name):
+                raise ValueError(
+                    f"OpenVision3: the tokenizer's {name} is {getattr(tokenizer, name)}, the config's {getattr(caption, name)}; "
+                    "see OpenVision3Config.for_tokenizer"
+                )
+        return tokenizer
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module would take a VAE for a submodule.
+        if name == "vae":
+            self.set_vae(value)
+        else:
+            super().__setattr__(name, value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OpenVision3:
+        """Moves of the model take the VAE along; its dtype stays its own."""
+        super()._apply(fn, recurse)
+        if self.vae is not None and self.device.type != "meta":
+            self.vae.to(self.device)
+        return self

@@ -1,0 +1,200 @@
+"""The frozen image VAE (diffusers AutoencoderKL) and the two conventions for its latents.
+
+    openvision3     z * scaling_factor                    the authors' openvision3_test.py
+    flux            (z - shift_factor) * scaling_factor   FLUX.1's own pipeline
+
+z is the posterior's mean or a sample. The names travel in the model's config; what was encoded in one convention must not be decoded
+in the other, so a VAE that is bound to one refuses the other by name.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import noise
+
+CONVENTIONS = ("openvision3", "flux")
+
+SMALL = "small"
+"""Name of the VAE that the package carries."""
+
+FLUX_VAE: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "act_fn": "silu",
+    "latent_channels": 16,
+    "norm_num_groups": 32,
+    "sample_size": 1024,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "mid_block_add_attention": True,
+}
+"""vae/config.json of FLUX.1-dev: enough to count its parameters and FLOPs without its weights."""
+
+
+def to_latents(z: Tensor, convention: str, scaling_factor: float, shift_factor: float | None = None) -> Tensor:
+    """The VAE's own z -> what the model sees."""
+    scale, shift = scale_and_shift(convention, scaling_factor, shift_factor)
+    return (z - shift) * scale if shift else z * scale
+
+
+def from_latents(latents: Tensor, convention: str, scaling_factor: float, shift_factor: float | None = None) -> Tensor:
+    """The inverse of to_latents."""
+    scale, shift = scale_and_shift(convention, scaling_factor, shift_factor)
+    return latents / scale + shift if shift else latents / scale
+
+
+def scale_and_shift(convention: str, scaling_factor: float, shift_factor: float | None = None) -> tuple[float, float]:
+    """(scale, shift) such that latents = (z - shift) * scale. ValueError for an unknown name or a missing shift_factor."""
+    check_convention(convention)
+    if convention == "openvision3":
+        return float(scaling_factor), 0.0
+    if shift_factor is None:
+        raise ValueError('latents: convention "flux" needs a VAE with a shift_factor, and this one has none')
+    return float(scaling_factor), float(shift_factor)
+
+
+def check_convention(name: str, expected: str | None = None, what: str = "latents") -> str:
+    """The name, if it is known and the `expected` one. ValueError otherwise."""
+    if name not in CONVENTIONS:
+        raise ValueError(f"{what}: convention must be one of {', '.join(CONVENTIONS)}; got {name!r}")
+    if expected is not None and name != expected:
+        raise ValueError(
+            f"{what}: convention {name!r} can't be mixed with {expected!r}, which this model or VAE uses; they differ by a shift"
+        )
+    return name
+
+
+class FrozenVAE(nn.Module):
+    """Images <-> latents with frozen weights: always in eval mode, in its weights' dtype whatever autocast says.
+
+    `latents` binds it to one convention (OpenVision3 does so); None leaves the choice to each call.
+    """
+
+    def __init__(self, vae: nn.Module, latents: str | None = None) -> None:
+        super().__init__()
+        self.vae = vae.requires_grad_(False).eval()
+        self.latents = None if latents is None else check_convention(latents)
+        config = vae.config
+        self.scaling_factor: float = config.scaling_factor
+        self.shift_factor: float | None = config.shift_factor
+        self.channels: int = config.latent_channels
+        self.stride: int = 2 ** (len(config.block_out_channels) - 1)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, subfolder: str | None = None, *, latents: str | None = None, dtype: torch.dtype = torch.float32
+    ) -> FrozenVAE:
+        """A folder or hub id in diffusers' layout (FLUX.1-dev: subfolder "vae"), or "small" for the one in the package.
+
+        FileNotFoundError or ValueError, in one line, where there is no such VAE.
+        """
+        from diffusers import AutoencoderKL
+
+        source = small_vae_folder() if str(path) == SMALL else Path(path)
+        where = f"{path}" + (f" (subfolder {subfolder})" if subfolder else "")
+        if source.exists():
+            folder = source / subfolder if subfolder else source
+            if not (folder / "config.json").is_file():
+                raise FileNotFoundError(f"VAE: {folder} has no config.json; give the folder of a diffusers AutoencoderKL")
+        elif str(path) == SMALL:
+            raise FileNotFoundError(
+                f"VAE: the package's small VAE is missing ({source}); reinstall ov3fast or name another VAE by folder or hub id"
+            )
+        elif not _is_hub_id(str(path)):
+            raise FileNotFoundError(f"VAE: no folder {path}; give a folder, a hub id (owner/name), or {SMALL!r}")
+        try:
+            vae = AutoencoderKL.from_pretrained(
+                str(source) if source.exists() else str(path), subfolder=subfolder, torch_dtype=dtype, low_cpu_mem_usage=False
+            )
+        except Exception as error:  # diffusers, the hub client and safetensors raise many kinds here
+            raise ValueError(f"VAE: can't load {where}: {_first_line(error)}") from error
+        return cls(vae, latents)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], *, latents: str | None = None) -> FrozenVAE:
+        """Random weights in the given architecture (FLUX_VAE, say), for shapes and counts."""
+        from diffusers import AutoencoderKL
+
+        return cls(AutoencoderKL.from_config(dict(config)), latents)
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] in [-1, 1] -> [B, 2C, H / stride, W / stride]: the posterior's mean and log-variance."""
+        if not images.is_floating_point():
+            raise TypeError(f"VAE: images must be floating point in [-1, 1], got {images.dtype}; use images / 127.5 - 1")
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % self.stride or images.shape[3] % self.stride:
+            raise ValueError(
+                f"VAE: images must be [B, 3, H, W] with sides that are multiples of {self.stride}, got {tuple(images.shape)}"
+            )
+        with torch.autocast(images.device.type, enabled=False):
+            posterior = self.vae.encode(images.to(self.dtype)).latent_dist
+        return torch.cat([posterior.mean, posterior.logvar], dim=1)
+
+    def encode(
+        self, images: Tensor, posterior: str = "mean", latents: str | None = None, rng: Tensor | None = None
+    ) -> Tensor:
+        """images [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w] in the convention; no gradient.
+
+        posterior "sample" draws with rng, element by element of the contiguous tensor (as ops.patch_embed does from moments).
+        """
+        return self.from_moments(self.moments(images), posterior, latents, rng)
+
+    def from_moments(
+        self, moments: Tensor, posterior: str = "mean", latents: str | None = None, rng: Tensor | None = None
+    ) -> Tensor:
+        """moments [B, 2C, h, w] -> latents [B, C, h, w]."""
+        mean, logvar = moments.chunk(2, dim=1)
+        if posterior == "sample":
+            if rng is None:
+                raise ValueError('VAE: posterior="sample" needs rng, the (seed, offset) tensor that it is drawn from')
+            mean = mean + (0.5 * logvar).exp() * noise.normal(mean.shape, rng, mean.dtype)
+        elif posterior != "mean":
+            raise ValueError(f"VAE: posterior must be 'mean' or 'sample', got {posterior!r}")
+        return to_latents(mean, self.convention(latents), self.scaling_factor, self.shift_factor)
+
+    def decode(self, latents: Tensor, convention: str | None = None) -> Tensor:
+        """latents [B, C, h, w] -> images [B, 3, H, W], about [-1, 1]; differentiable with respect to the latents."""
+        if latents.ndim != 4 or latents.shape[1] != self.channels:
+            raise ValueError(f"VAE: latents must be [B, {self.channels}, h, w], got {tuple(latents.shape)}")
+        z = from_latents(latents.to(self.dtype), self.convention(convention), self.scaling_factor, self.shift_factor)
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.vae.decode(z).sample
+
+    def convention(self, name: str | None = None) -> str:
+        """The convention of a call: the bound one (ValueError where `name` differs), else `name`, else "openvision3"."""
+        if self.latents is None:
+            return check_convention(name or "openvision3")
+        return check_convention(name or self.latents, self.latents)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.vae.parameters()).dtype
+
+    def train(self, mode: bool = True) -> FrozenVAE:
+        """Stays in eval mode: it is frozen."""
+        return super().train(False)
+
+
+def small_vae_folder() -> Path:
+    """Where the package keeps its small VAE."""
+    return Path(str(resources.files("ov3fast"))) / "assets" / "small_vae"
+
+
+def _is_hub_id(path: str) -> bool:
+    return path.count("/") == 1 and not path.startswith((".", "/", "~"))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

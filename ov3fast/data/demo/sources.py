@@ -128,6 +128,12 @@ def emoji_categories(path: str | Path) -> dict[str, str]:
     return {bare(_from_code_points(e["unified"].lower())): e["category"].lower() for e in json.loads(table)}
 
 
+def emoji_short_names(path: str | Path) -> dict[str, str]:
+    """Names from emoji.json's short names ("red_apple" -> "red apple"): the second choice after `emoji_names`."""
+    [(_, table)] = members(path, lambda name: name == "package/emoji.json")
+    return {bare(_from_code_points(e["unified"].lower())): re.sub("[_-]", " ", e["short_name"]) for e in json.loads(table)}
+
+
 def noto(path: str | Path, texts: list[str]) -> Iterator[tuple[str, Image.Image]]:
     """Noto colour emoji drawn with Pillow: RGBA, 136 x 128 px. Glyphs that are blank or fall apart are left out.
 
@@ -156,7 +162,10 @@ DEJAVU_STYLES = {
     "DejaVuSans.ttf": "sans", "DejaVuSans-Bold.ttf": "bold sans", "DejaVuSans-Oblique.ttf": "oblique sans",
     "DejaVuSansMono.ttf": "monospaced", "DejaVuSerif.ttf": "serif",
 }  # fmt: skip
-SYMBOLS = (*range(0x2600, 0x27C0), *range(0x1F000, 0x1FB00), *range(0x2190, 0x2600), *range(0x2900, 0x2C00))
+SYMBOL_BLOCKS = (  # arrows to technical signs, enclosed signs to shapes, pictographs and dingbats, more arrows, emoji
+    (0x2190, 0x2430), (0x2460, 0x2500), (0x2580, 0x27C0), (0x2900, 0x2C00), (0x1F0A0, 0x1FB00),
+)  # fmt: skip
+SYMBOLS = [code for first, end in SYMBOL_BLOCKS for code in range(first, end)]
 
 
 def dejavu_fonts(path: str | Path) -> dict[str, bytes]:
@@ -180,3 +189,15 @@ def dejavu(path: str | Path, size: int = 96) -> Iterator[tuple[str, str, Image.I
             image = Image.new("RGBA", (int(right - left) + 1, int(bottom - top) + 1))
             ImageDraw.Draw(image).text((-left, -top), text, font=font, fill="black")
             yield style, text, image
+
+
+def symbol_name(text: str) -> str:
+    """Unicode's name of a symbol, lower-case."""
+    return unicodedata.name(text).lower()
+
+
+def tinted(glyph: Image.Image, colour: str) -> Image.Image:
+    """The glyph (its alpha channel) in another colour, RGBA."""
+    image = Image.new("RGBA", glyph.size, colour)
+    image.putalpha(glyph.getchannel("A"))
+    return image

@@ -1,0 +1,85 @@
+"""Which sample comes at which position: a permutation per epoch that is computed, never stored or shuffled.
+
+`Order(lengths, seed)` maps a global position t = 0, 1, 2, ... to a sample: epoch t // n, place t % n, and within an epoch
+every sample comes exactly once. Any position costs the same, so a resumed run starts anywhere without a replay, and the
+sequence knows nothing of workers, ranks or batch sizes.
+
+The permutation is a Feistel network on the smallest power of four that holds n, walked until it lands below n
+(Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+
+from ov3fast.data import counter
+
+ROUNDS = 8
+
+
+def permute(index: np.ndarray, n: int, seed: int, *counters: int) -> np.ndarray:
+    """The images of `index` (int64, values in [0, n)) under the pseudo-random permutation of range(n) named by the rest."""
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
+    x = np.asarray(index, np.int64).astype(np.uint64)
+    outside = np.ones(x.shape, bool)
+    while outside.any():
+        left, right = x[outside] >> shift, x[outside] & mask
+        for i in range(ROUNDS):
+            left, right = right, left ^ (counter.bits(seed, counter.ORDER, *counters, i, right) & mask)
+        x[outside] = (left << shift) | right
+        outside = x >= np.uint64(n)
+    return x.astype(np.int64)
+
+
+class Order:
+    """Positions -> sample numbers, epoch after epoch.
+
+    lengths: the number of samples of each shard (or one number). seed: names the permutations.
+    window: how many shards are mixed at a time: 0 mixes all samples; w > 0 permutes the shards and then the samples of w
+    consecutive shards together, so that few shards are open at once (for sets too large for random access everywhere).
+    """
+
+    def __init__(self, lengths: int | Iterable[int], seed: int = 0, window: int = 0):
+        self.lengths = np.atleast_1d(np.asarray(lengths if isinstance(lengths, int) else list(lengths), np.int64))
+        self.n, self.seed = int(self.lengths.sum()), seed
+        self.window = window if 0 < window < len(self.lengths) else 0
+        if self.n == 0:
+            raise ValueError("lengths: there is no sample to order; check the shards")
+
+    def __getitem__(self, positions: np.ndarray | int) -> np.ndarray:
+        """Sample numbers, int64, at the global positions (int64, any shape, >= 0)."""
+        positions = np.asarray(positions, np.int64)
+        epochs, places = np.divmod(positions, self.n)
+        samples = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            samples[here] = self._epoch(int(epoch), places[here])
+        return samples
+
+    def _epoch(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        if not self.window:
+            return permute(places, self.n, self.seed, epoch)
+        shards = permute(np.arange(len(self.lengths)), len(self.lengths), self.seed, epoch, 0)
+        starts = np.concatenate([[0], np.cumsum(self.lengths[shards])])  # where each shard starts in this epoch
+        first = np.concatenate([[0], np.cumsum(self.lengths)])  # where each shard's samples start in the set
+        edges = starts[np.append(np.arange(0, len(shards), self.window), len(shards))]
+        blocks = np.searchsorted(edges, places, side="right") - 1
+        samples = np.empty_like(places)
+        for block in np.unique(blocks):
+            here, start, size = blocks == block, edges[block], int(edges[block + 1] - edges[block])
+            inside = start + permute(places[here] - start, size, self.seed, epoch, 1 + int(block))
+            shard = np.searchsorted(starts, inside, side="right") - 1
+            samples[here] = first[shards[shard]] + inside - starts[shard]
+        return samples
+
+
+def order_hash(previous: str, keys: Iterable[str | int]) -> str:
+    """Running sha256 over the keys of the batches: chain it from "" batch by batch; equal hashes mean equal sequences."""
+    digest = hashlib.sha256(previous.encode())
+    for key in keys:
+        digest.update(b"\0" + str(key).encode())
+    return digest.hexdigest()

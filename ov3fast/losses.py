@@ -73,7 +73,9 @@ class Objective(nn.Module):
     def __init__(self, config: ObjectiveConfig, lpips: nn.Module | None = None):
         super().__init__()
         if config.lpips_weight > 0 and lpips is None:
-            raise ValueError("Objective: lpips_weight is above 0, so lpips must be a module; see ov3fast.models.perceptual.LPIPS")
+            raise ValueError(
+                "Objective: lpips_weight is above 0, so lpips must be a module; see ov3fast.models.perceptual.LPIPS"
+            )
         self.config, self.lpips = config, lpips
 
     def forward(
@@ -84,15 +86,14 @@ class Objective(nn.Module):
         images: Tensor | None = None,
         images_hat: Tensor | None = None,
         pairs: Tensor | None = None,
-        caption_weight: Tensor | None = None,
         group: Any = None,
     ) -> dict[str, Tensor]:
         """outputs: the model's ModelOutput.
 
         latents [R,C,h,w]: the VAE's latents of the images that were decoded, like outputs.latents_hat. images, images_hat
         [P,3,H,W] in [-1,1]: the originals and the decoded images. pairs int64 [V,T]: row of outputs.pooled that shows view v of
-        text t; the contrastive loss is the mean over views (None: image i belongs to text i). caption_weight [V,D]: the
-        captioner's output embedding. group: process group over which the contrastive batch is gathered.
+        text t; the contrastive loss is the mean over views (None: image i belongs to text i). group: process group over which the
+        contrastive batch is gathered.
         """
         config = self.config
         parts: dict[str, Tensor] = {}
@@ -103,9 +104,9 @@ class Objective(nn.Module):
                 parts["lpips"] = self.lpips(images_hat.float(), images.float()).mean()
         if latents is not None and outputs.latents_hat is not None and config.latent_weight > 0:
             parts["latent"] = l1(outputs.latents_hat, latents, config.latent_reduction)
-        if outputs.caption_hidden is not None and caption_weight is not None and config.caption_weight > 0:
+        if outputs.caption_hidden is not None and config.caption_weight > 0:
             parts["caption"] = caption_loss(
-                outputs.caption_hidden, caption_weight, outputs.caption_labels, config.caption_reduction
+                outputs.caption_hidden, outputs.caption_weight, outputs.caption_labels, config.caption_reduction
             )
         if outputs.text is not None and config.contrastive_weight > 0:
             parts["contrastive"] = self._contrastive(outputs, pairs, group)

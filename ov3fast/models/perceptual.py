@@ -111,11 +111,15 @@ class LPIPS(nn.Module):
         expected = model.features.state_dict()
         missing = [key for key in expected if key not in state or state[key].shape != expected[key].shape]
         if missing:
-            raise ValueError(f"LPIPS: weights {weights.name} lack features.{missing[0]} of shape {tuple(expected[missing[0]].shape)}")
+            raise ValueError(
+                f"LPIPS: weights {weights.name} lack features.{missing[0]} of shape {tuple(expected[missing[0]].shape)}"
+            )
         model.features.load_state_dict({key: state[key] for key in expected})
         for number, (head, value) in enumerate(zip(model.heads, _head_tensors(backbone, heads), strict=True)):
             if value.numel() != head.numel():
-                raise ValueError(f"LPIPS: head {number} in {heads.name} has {value.numel()} channels, {backbone} needs {head.numel()}")
+                raise ValueError(
+                    f"LPIPS: head {number} in {heads.name} has {value.numel()} channels, {backbone} needs {head.numel()}"
+                )
             head.data.copy_(value.flatten())
         return model
 

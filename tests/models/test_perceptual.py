@@ -21,7 +21,10 @@ def files(tmp_path):
         torch.manual_seed(1)
         source = LPIPS(backbone)
         weights, heads = tmp_path / f"{backbone}.pth", tmp_path / "lpips-0.1.4-py3-none-any.whl"
-        torch.save({f"features.{k}": v for k, v in source.features.state_dict().items()} | {"classifier.0.bias": torch.ones(3)}, weights)
+        torch.save(
+            {f"features.{k}": v for k, v in source.features.state_dict().items()} | {"classifier.0.bias": torch.ones(3)},
+            weights,
+        )
         buffer = io.BytesIO()
         torch.save({f"lin{n}.model.1.weight": torch.rand(1, h.numel(), 1, 1) for n, h in enumerate(source.heads)}, buffer)
         with zipfile.ZipFile(heads, "w") as wheel:

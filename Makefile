@@ -1,0 +1,39 @@
+# `make demo` and `make test` set everything up by themselves: an own .venv with pinned versions, then the job.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+RUN ?= runs/demo
+# Workers of the test run; each uses one thread.
+JOBS ?= 2
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/demo
+	$(BIN)/ov3fast data demo
+	$(BIN)/ov3fast train --recipe demo --run-dir $(RUN)
+	$(BIN)/ov3fast evaluate $(RUN)
+
+test: .venv/dev lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+bench: .venv/dev
+	$(BIN)/python -m benches.step
+
+.venv/demo: pyproject.toml setup.py constraints.txt | .venv
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
+.venv/dev: pyproject.toml setup.py constraints.txt | .venv
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	touch $@
+
+.venv:
+	$(PYTHON) -m venv .venv
+
+clean:
+	rm -rf .venv build dist *.egg-info runs

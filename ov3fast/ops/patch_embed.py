@@ -1,0 +1,225 @@
+"""Latents to tokens: posterior sampling, the latent convention's affine map, patches, projection, CLS token and position embedding.
+
+    z_bcyx = mean_bcyx + exp(clamp(logvar_bcyx, -30, 20) / 2) * eps_bcyx    (moments with rng; else the mean, or the latents themselves)
+    y_bnd  = sum_k W_dk ((z - shift) * scale)_bnk + bias_d + pos_(t+n)d     k = (c, dy, dx) within patch n, grid row-major
+    y_b0d  = cls_d + pos_0d                                                 with a CLS token, then t = 1, else t = 0
+
+Shapes: latents [B, C, H, W] or moments [B, 2C, H, W] (mean, logvar along the channels); weight [D, C p p] (nn.Linear) or
+[D, C, p, p] (nn.Conv2d); bias, cls_token [D]; pos_embed [(1+)N, D], N = (H/p)(W/p); y [B, (1+)N, D]. Storage float32, bfloat16 or
+float64 (float16 on GPUs). Latents are of weight's dtype or float32, and are sampled and mapped in at least float32 before they are rounded
+to weight's dtype, which the rest and the result have. eps_i is element i of `ops.random.normal([B, C, H, W], rng)`.
+Saved for backward: latents, weight, rng; the noise is drawn again.
+Source: Dosovitskiy et al. 2020 (arXiv 2010.11929), eq. 1; diffusers' DiagonalGaussianDistribution for the sampling.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _check, _dispatch, random
+from ._patches import from_patches, to_patches
+
+
+def reference(
+    latents: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    pos_embed: Tensor | None = None,
+    cls_token: Tensor | None = None,
+    *,
+    patch_size: int = 2,
+    scale: float = 1.0,
+    shift: float = 0.0,
+    moments: bool = False,
+    rng: Tensor | None = None,
+) -> Tensor:
+    """Plain PyTorch, the specification."""
+    z = latents
+    if moments:
+        z, logvar = latents.chunk(2, dim=1)
+        if rng is not None:
+            z = z + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * random.reference(z.shape, rng, z.dtype)
+    z = ((z - shift) * scale).to(weight.dtype)
+    y = F.linear(to_patches(z, patch_size), weight.flatten(1), bias)
+    if cls_token is not None:
+        y = torch.cat([cls_token.expand(y.shape[0], 1, -1), y], dim=1)
+    return y if pos_embed is None else y + pos_embed
+
+
+def patch_embed(
+    latents: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    pos_embed: Tensor | None = None,
+    cls_token: Tensor | None = None,
+    *,
+    patch_size: int = 2,
+    scale: float = 1.0,
+    shift: float = 0.0,
+    moments: bool = False,
+    rng: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Tokens [B, (1+)N, D] from latents [B, C, H, W], or from moments [B, 2C, H, W] (mean, logvar) with `moments`.
+
+    weight [D, C p p] or [D, C, p, p]; bias and cls_token [D], of weight's dtype; pos_embed [(1+)N, D], of weight's dtype, added behind
+    the CLS token's concatenation. z becomes (z - shift) * scale. Moments are sampled with rng, an int64 tensor (seed, offset); without
+    rng their mean is taken. All tensors but rng get gradients. Under autocast the weights are cast, the latents keep their dtype.
+    Raises TypeError or ValueError that name the argument.
+    """
+    op = "patch_embed"
+    _check.tensor(op, "latents", latents, ndim=4)
+    _check.tensor(op, "weight", weight)
+    weight, bias, pos_embed, cls_token = _check.autocast(weight, bias, pos_embed, cls_token)
+    channels, tokens = _check_sizes(op, latents, patch_size, moments)
+    if weight.ndim == 4:
+        _check.shape(op, "weight", weight, (weight.shape[0], channels, patch_size, patch_size), "[D, C, p, p]")
+        weight = weight.flatten(1)
+    elif weight.ndim != 2:
+        raise ValueError(f"{op}: weight must be [D, C*p*p] or [D, C, p, p], got shape {tuple(weight.shape)}")
+    width = weight.shape[0]
+    _check.shape(op, "weight", weight, (width, channels * patch_size**2), f"[D, C*p*p] for {channels} latent channels")
+    if latents.dtype not in (weight.dtype, torch.float32):
+        raise TypeError(f"{op}: latents must be of weight's dtype {weight.dtype} or float32, got {latents.dtype}")
+    _check.same_device(op, "weight", weight, latents)
+    _check.parameter(op, "bias", bias, (width,), weight, "[D]")
+    _check.parameter(op, "cls_token", cls_token, (width,), weight, "[D]")
+    if cls_token is None:
+        _check.parameter(op, "pos_embed", pos_embed, (tokens, width), weight, "[N, D] without a CLS token")
+    else:
+        _check.parameter(op, "pos_embed", pos_embed, (1 + tokens, width), weight, "[1 + N, D] with a CLS token")
+    if rng is not None:
+        _check.rng(op, rng)
+        _check.same_device(op, "rng", rng, latents)
+        if not moments:
+            raise ValueError(f"{op}: rng samples from moments, but moments is False; drop rng, or pass moments=True")
+    return torch.ops.ov3fast.patch_embed(
+        latents, weight, bias, pos_embed, cls_token, rng, patch_size, scale, shift, moments, _dispatch.request(op, impl)
+    )
+
+
+def _check_sizes(op: str, latents: Tensor, patch_size: int, moments: bool) -> tuple[int, int]:
+    """Channels of z and tokens N."""
+    if patch_size < 1:
+        raise ValueError(f"{op}: patch_size must be at least 1, got {patch_size}")
+    _, channels, height, width = latents.shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(
+            f"{op}: height and width of latents must be multiples of patch_size {patch_size}, got {height} x {width}"
+        )
+    if moments and channels % 2:
+        raise ValueError(f"{op}: moments have mean and logvar, an even number of channels, got {channels}")
+    return channels // 2 if moments else channels, (height // patch_size) * (width // patch_size)
+
+
+def _forward_reference(latents, weight, bias, pos_embed, cls_token, rng, patch_size, scale, shift, moments):
+    y = F.linear(_patches(latents, weight, rng, patch_size, scale, shift, moments), weight, bias)
+    if cls_token is None:
+        return y if pos_embed is None else y.add_(pos_embed)
+    b, n, d = y.shape
+    out = y.new_empty(b, 1 + n, d)
+    if pos_embed is None:
+        out[:, 0], out[:, 1:] = cls_token, y
+    else:
+        out[:, 0] = cls_token + pos_embed[0]
+        torch.add(y, pos_embed[1:], out=out[:, 1:])
+    return out
+
+
+def _backward_reference(
+    grad_y, latents, weight, rng, patch_size, scale, shift, moments, need_latents, need_weight, need_bias, need_pos, need_cls
+):
+    b, _, height, width = latents.shape
+    grid = height // patch_size, width // patch_size
+    grad_patches = grad_y[:, grad_y.shape[1] - grid[0] * grid[1] :].reshape(-1, weight.shape[0])
+    none = grad_y.new_empty(0)
+    grad_latents = grad_weight = none
+    if need_latents:
+        # Explicit sizes: a batch of 0 leaves -1 undetermined.
+        rows = (grad_patches @ weight).view(b, grid[0] * grid[1], weight.shape[1])
+        grad_latents = _latents_gradient(from_patches(rows, patch_size, grid), latents, rng, scale, moments)
+    if need_weight:
+        patches = _patches(latents, weight, rng, patch_size, scale, shift, moments)
+        grad_weight = grad_patches.t() @ patches.view(grad_patches.shape[0], weight.shape[1])
+    return (
+        grad_latents,
+        grad_weight,
+        grad_patches.sum(0) if need_bias else none,
+        grad_y.sum(0) if need_pos else none,
+        grad_y[:, 0].sum(0) if need_cls else none,
+    )
+
+
+def _patches(latents, weight, rng, patch_size, scale, shift, moments):
+    z = latents.chunk(2, dim=1)[0] if moments else latents
+    wide = _check.accumulate_dtype(latents.dtype)
+    if rng is not None:
+        z = (_deviation(latents, wide) * random.reference(z.shape, rng, wide)).add_(z)
+    if shift != 0.0 or scale != 1.0:
+        z = (z.to(wide) - shift).mul_(scale)
+    return to_patches(z.to(weight.dtype), patch_size)
+
+
+def _deviation(moments, wide):
+    return moments.chunk(2, dim=1)[1].to(wide).clamp(-30.0, 20.0).mul_(0.5).exp_()
+
+
+def _latents_gradient(grad_z, latents, rng, scale, moments):
+    wide = _check.accumulate_dtype(latents.dtype)
+    grad_mean = grad_z.to(wide).mul_(scale)
+    if not moments:
+        return grad_mean.to(latents.dtype)
+    if rng is None:
+        grad_logvar = torch.zeros_like(grad_mean)
+    else:
+        logvar = latents.chunk(2, dim=1)[1]
+        slope = _deviation(latents, wide).mul_(0.5).mul_((logvar >= -30.0) & (logvar <= 20.0))
+        grad_logvar = slope.mul_(random.reference(grad_mean.shape, rng, wide)).mul_(grad_mean)
+    return torch.cat([grad_mean, grad_logvar], dim=1).to(latents.dtype)
+
+
+def _fake(latents, weight, bias, pos_embed, cls_token, rng, patch_size, scale, shift, moments):
+    tokens = (latents.shape[2] // patch_size) * (latents.shape[3] // patch_size)
+    return weight.new_empty(latents.shape[0], tokens + (cls_token is not None), weight.shape[0])
+
+
+def _fake_backward(
+    grad_y, latents, weight, rng, patch_size, scale, shift, moments, need_latents, need_weight, need_bias, need_pos, need_cls
+):
+    return (
+        latents.new_empty(latents.shape) if need_latents else grad_y.new_empty(0),
+        grad_y.new_empty(weight.shape if need_weight else 0),
+        grad_y.new_empty(weight.shape[0] if need_bias else 0),
+        grad_y.new_empty(grad_y.shape[1:] if need_pos else 0),
+        grad_y.new_empty(weight.shape[0] if need_cls else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    latents, weight, _, _, _, rng, *options, word = inputs
+    ctx.save_for_backward(latents, weight, rng)
+    ctx.options, ctx.word = options, word
+
+
+def _backward(ctx, grad_y):
+    latents, weight, rng = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:5]
+    grads = torch.ops.ov3fast.patch_embed_backward(grad_y, latents, weight, rng, *ctx.options, *needs, ctx.word)
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 6
+
+
+_dispatch.register("patch_embed", "reference", _forward_reference, _backward_reference)
+_dispatch.define(
+    "patch_embed",
+    "(Tensor latents, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? cls_token, Tensor? rng,"
+    " int patch_size, float scale, float shift, bool moments) -> Tensor",
+    fake=_fake,
+    backward_schema="(Tensor grad_y, Tensor latents, Tensor weight, Tensor? rng, int patch_size, float scale, float shift,"
+    " bool moments, bool need_latents, bool need_weight, bool need_bias, bool need_pos_embed, bool need_cls_token)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    backward_fake=_fake_backward,
+    setup_context=_setup_context,
+    backward=_backward,
+)

@@ -7,6 +7,7 @@ environment's OV3FAST_IMPL everywhere.
 from . import random
 from ._dispatch import table, use
 from .layer_norm import layer_norm
+from .noise_projection import noise_projection
 from .patch_embed import patch_embed
 
-__all__ = ["layer_norm", "patch_embed", "random", "table", "use"]
+__all__ = ["layer_norm", "noise_projection", "patch_embed", "random", "table", "use"]

@@ -1,0 +1,121 @@
+"""Noise injection and the projection behind it: the reconstruction branch's way in, without a stored noise tensor.
+
+    x_bnk = z_bnk + sigma_b eps_bnk        y_bnd = sum_k x_bnk W_dk + bias_d
+
+    dz = dy W      dsigma_b = sum_nk dz_bnk eps_bnk      dW_dk = sum_bn dy_bnd x_bnk      dbias_d = sum_bn dy_bnd
+
+Shapes: z [B, ..., K], e.g. [B, N, K] or [B, K]; sigma [B]; weight [D, K]; bias [D]; y [B, ..., D]. Storage float32, bfloat16 or float64
+(float16 on GPUs); sigma is of z's dtype or float32. x is formed in float32 (float64 for float64) and rounded to z's dtype.
+eps_i is element i of `ops.random.normal(z.shape, rng)`. Saved for backward: z, sigma, weight, rng; the noise is drawn again, and only where
+dsigma or dW is asked for.
+Source: OpenVision 3, eq. 3 (x~ = x + sigma eps, one sigma per instance).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _check, _dispatch, random
+
+
+def reference(z: Tensor, sigma: Tensor, weight: Tensor, bias: Tensor | None = None, *, rng: Tensor) -> Tensor:
+    """Plain PyTorch, the specification."""
+    noise = random.reference(z.shape, rng, z.dtype)
+    return F.linear(z + _per_instance(sigma, z).to(z.dtype) * noise, weight, bias)
+
+
+def noise_projection(
+    z: Tensor,
+    sigma: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    rng: Tensor,
+    impl: str | None = None,
+) -> Tensor:
+    """(z + sigma_b eps) W^T + bias, [B, ..., D].
+
+    z [B, ..., K]; sigma [B], of z's dtype or float32; weight [D, K] and bias [D], of z's dtype; rng an int64 tensor (seed, offset). z, sigma,
+    weight and bias get gradients. Under autocast all but sigma are cast. Raises TypeError or ValueError that name the argument.
+    """
+    op = "noise_projection"
+    _check.tensor(op, "z", z)
+    if z.ndim < 2:
+        raise ValueError(f"{op}: z must be [B, ..., K] with at least 2 dimensions, got shape {tuple(z.shape)}")
+    _check.tensor(op, "weight", weight, ndim=2)
+    z, weight, bias = _check.autocast(z, weight, bias)
+    _check.parameter(op, "sigma", sigma, (z.shape[0],), z, "[B], one value per instance of z", mixed=True)
+    _check.parameter(op, "weight", weight, (weight.shape[0], z.shape[-1]), z, "[D, K]")
+    _check.parameter(op, "bias", bias, (weight.shape[0],), z, "[D]")
+    _check.rng(op, rng)
+    _check.same_device(op, "rng", rng, z)
+    return torch.ops.ov3fast.noise_projection(z, sigma, weight, bias, rng, _dispatch.request(op, impl))
+
+
+def _per_instance(sigma, z):
+    return sigma.view(-1, *[1] * (z.ndim - 1))
+
+
+def _noisy(z, sigma, noise):
+    """z + sigma eps in noise's wide dtype, rounded to z's; contiguous as the noise is, whatever z's layout."""
+    return (noise * _per_instance(sigma, z)).add_(z).to(z.dtype)
+
+
+def _forward_reference(z, sigma, weight, bias, rng):
+    noise = random.reference(z.shape, rng, _check.accumulate_dtype(z.dtype))
+    return F.linear(_noisy(z, sigma, noise), weight, bias)
+
+
+def _backward_reference(grad_y, z, sigma, weight, rng, need_z, need_sigma, need_weight, need_bias):
+    grad_rows = grad_y.reshape(z[..., 0].numel(), weight.shape[0])
+    grad_z = grad_sigma = grad_weight = none = grad_y.new_empty(0)
+    if need_sigma or need_weight:
+        noise = random.reference(z.shape, rng, _check.accumulate_dtype(z.dtype))
+    if need_weight:
+        grad_weight = grad_rows.t() @ _noisy(z, sigma, noise).view(grad_rows.shape[0], weight.shape[1])
+    if need_z or need_sigma:
+        grad_z = (grad_rows @ weight).view(z.shape)
+    if need_sigma:
+        grad_sigma = noise.mul_(grad_z).flatten(1).sum(1).to(sigma.dtype)
+    grad_bias = grad_rows.sum(0) if need_bias else none
+    return grad_z if need_z else none, grad_sigma, grad_weight, grad_bias
+
+
+def _fake(z, sigma, weight, bias, rng):
+    return z.new_empty(*z.shape[:-1], weight.shape[0])
+
+
+def _fake_backward(grad_y, z, sigma, weight, rng, need_z, need_sigma, need_weight, need_bias):
+    return (
+        grad_y.new_empty(z.shape if need_z else 0),
+        sigma.new_empty(sigma.shape) if need_sigma else grad_y.new_empty(0),
+        grad_y.new_empty(weight.shape if need_weight else 0),
+        grad_y.new_empty(weight.shape[0] if need_bias else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    z, sigma, weight, _, rng, word = inputs
+    ctx.save_for_backward(z, sigma, weight, rng)
+    ctx.word = word
+
+
+def _backward(ctx, grad_y):
+    needs = ctx.needs_input_grad[:4]
+    grads = torch.ops.ov3fast.noise_projection_backward(grad_y, *ctx.saved_tensors, *needs, ctx.word)
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
+
+
+_dispatch.register("noise_projection", "reference", _forward_reference, _backward_reference)
+_dispatch.define(
+    "noise_projection",
+    "(Tensor z, Tensor sigma, Tensor weight, Tensor? bias, Tensor rng) -> Tensor",
+    fake=_fake,
+    backward_schema="(Tensor grad_y, Tensor z, Tensor sigma, Tensor weight, Tensor rng,"
+    " bool need_z, bool need_sigma, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)",
+    backward_fake=_fake_backward,
+    setup_context=_setup_context,
+    backward=_backward,
+)

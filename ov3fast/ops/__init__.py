@@ -6,8 +6,20 @@ environment's OV3FAST_IMPL everywhere.
 
 from . import random
 from ._dispatch import table, use
+from .flash_attention import flash_attention, flash_attention_qkvpacked
+from .latent_projection import latent_projection
 from .layer_norm import layer_norm
 from .noise_projection import noise_projection
 from .patch_embed import patch_embed
 
-__all__ = ["layer_norm", "noise_projection", "patch_embed", "random", "table", "use"]
+__all__ = [
+    "flash_attention",
+    "flash_attention_qkvpacked",
+    "latent_projection",
+    "layer_norm",
+    "noise_projection",
+    "patch_embed",
+    "random",
+    "table",
+    "use",
+]

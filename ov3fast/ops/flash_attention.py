@@ -1,0 +1,227 @@
+"""Attention without an N x N tensor kept for the backward.
+
+    s_bhij = scale * sum_d q_bihd k_bjhd        lse_bhi = log sum_{j visible to i} exp(s_bhij)
+    p_bhij = exp(s_bhij - lse_bhi) where j is visible to i, else 0
+    out_bihd = sum_j p_bhij v_bjhd
+    backward: gs_bhij = p_bhij (gp_bhij - sum_j p_bhij gp_bhij) with gp_bhij = sum_d gout_bihd v_bjhd
+
+Key j is visible to query i if not causal, or j <= i + Nk - Nq (aligned bottom-right, FlashAttention-2's rule), or
+j < prefix_len. A query that sees no key gives out = 0, lse = -inf and gradients 0.
+
+Shapes: q [B,Nq,H,D], k and v [B,Nk,H,D], out like q, lse [B,H,Nq]. Storage float32, bfloat16 or float64 (float16 on GPUs); scores
+and probabilities in float32 (float64 for float64). Saved for backward: q, k, v, out, lse.
+Source: Dao 2023 (arXiv 2307.08691), algorithms 1 and 2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _attention_peers as peers
+from . import _check, _dispatch
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, prefix_len: int = 0, scale: float | None = None
+) -> Tensor:
+    """Plain PyTorch, the specification: like PyTorch's math attention, in float32 for 16-bit storage."""
+    wide = _check.accumulate_dtype(q.dtype)
+    q_BHND, k_BHND, v_BHND = (t.transpose(1, 2).to(wide) for t in (q, k, v))
+    scores = q_BHND @ k_BHND.transpose(-1, -2) * _scale(q, scale)
+    visible = peers.visible_keys(q.shape[1], k.shape[1], causal, prefix_len, q.device)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    probabilities = scores.softmax(-1)
+    if visible is not None:
+        probabilities = probabilities.masked_fill(~visible, 0.0)
+    return (probabilities @ v_BHND).transpose(1, 2).to(q.dtype)
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    prefix_len: int = 0,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Softmax attention.
+
+    q [B,Nq,H,D], k and v [B,Nk,H,D], of one dtype, with any strides. causal: query i sees keys up to i + Nk - Nq; the first
+    `prefix_len` keys are seen by all queries even so. scale: D^-0.5 unless given. Returns [B,Nq,H,D] of q's dtype. Casts
+    under torch.autocast. Raises TypeError or ValueError that name the argument.
+    """
+    op = "flash_attention"
+    _check.tensor(op, "q", q, ndim=4)
+    _check.tensor(op, "k", k, ndim=4)
+    _check.tensor(op, "v", v, ndim=4)
+    q, k, v = _check.autocast(q, k, v)
+    keys = (q.shape[0], k.shape[1], *q.shape[2:])
+    _check.parameter(op, "k", k, keys, q, "[B,Nk,H,D]")
+    _check.parameter(op, "v", v, keys, q, "like k")
+    _check_mask(op, k.shape[1], causal, prefix_len)
+    word = _dispatch.request(op, impl)
+    return torch.ops.ov3fast.flash_attention(q, k, v, bool(causal), prefix_len, _scale(q, scale), word)[0]
+
+
+def flash_attention_qkvpacked(
+    qkv: Tensor, *, causal: bool = False, prefix_len: int = 0, scale: float | None = None, impl: str | None = None
+) -> Tensor:
+    """`flash_attention` of q, k, v = qkv[:, :, 0], [:, :, 1], [:, :, 2], read where they lie; the gradient comes back packed.
+
+    qkv [B,N,3,H,D], with any strides. Returns [B,N,H,D].
+    """
+    op = "flash_attention_qkvpacked"
+    _check.tensor(op, "qkv", qkv, ndim=5)
+    if qkv.shape[2] != 3:
+        raise ValueError(f"{op}: qkv must have shape [B,N,3,H,D], got {tuple(qkv.shape)}")
+    (qkv,) = _check.autocast(qkv)
+    _check_mask(op, qkv.shape[1], causal, prefix_len)
+    word = _dispatch.request(op, impl)
+    return torch.ops.ov3fast.flash_attention_qkvpacked(qkv, bool(causal), prefix_len, _scale(qkv, scale), word)[0]
+
+
+def _check_mask(op: str, keys: int, causal: bool, prefix_len: int) -> None:
+    if not isinstance(causal, (bool, int)):
+        raise TypeError(f"{op}: causal must be True or False, got {type(causal).__name__}")
+    if not 0 <= prefix_len <= keys:
+        raise ValueError(f"{op}: prefix_len must be between 0 and the number of keys {keys}, got {prefix_len}")
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return float(max(q.shape[-1], 1) ** -0.5 if scale is None else scale)
+
+
+def _scores(q_BHND, k_BHND, scale, causal, prefix_len):
+    """Scaled scores with -inf where unseen, and where that is (None: nowhere)."""
+    scores = (q_BHND * scale) @ k_BHND.transpose(-1, -2)
+    visible = peers.visible_keys(q_BHND.shape[2], k_BHND.shape[2], causal, prefix_len, q_BHND.device)
+    if visible is None:
+        return scores, None
+    unseen = ~visible
+    return scores.masked_fill_(unseen, -torch.inf), unseen
+
+
+def _probabilities(scores, unseen, lse):
+    """exp(scores - lse) in place of the scores; 0 also in rows whose lse is -inf."""
+    probabilities = scores.sub_(lse[..., None]).exp_()
+    return probabilities if unseen is None else probabilities.masked_fill_(unseen, 0.0)
+
+
+def _forward_reference(q, k, v, causal, prefix_len, scale):
+    wide = _check.accumulate_dtype(q.dtype)
+    q_BHND, k_BHND, v_BHND = (t.transpose(1, 2).to(wide) for t in (q, k, v))
+    scores, unseen = _scores(q_BHND, k_BHND, scale, causal, prefix_len)
+    lse = torch.logsumexp(scores, -1)
+    out = _probabilities(scores, unseen, lse) @ v_BHND
+    return out.transpose(1, 2).to(q.dtype).contiguous(), lse
+
+
+def _backward_reference(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
+    wide = _check.accumulate_dtype(q.dtype)
+    grad_BHND, q_BHND, k_BHND, v_BHND = (t.transpose(1, 2).to(wide) for t in (grad_out, q, k, v))
+    p = _probabilities(*_scores(q_BHND, k_BHND, scale, causal, prefix_len), lse)
+    grad_v = p.transpose(-1, -2) @ grad_BHND
+    # The sum over j equals <grad_out_i, out_i>, which saves a pass; from p it is free of out's rounding.
+    grad_p = grad_BHND @ v_BHND.transpose(-1, -2)
+    grad_s = grad_p.sub_((grad_p * p).sum(-1, keepdim=True)).mul_(p).mul_(scale)
+    grads = (grad_s @ k_BHND, grad_s.transpose(-1, -2) @ q_BHND, grad_v)
+    return tuple(grad.transpose(1, 2).to(q.dtype).contiguous() for grad in grads)
+
+
+def register_backend(name, forward, backward, *, missing=lambda: None, refuses=lambda *_: None) -> None:
+    """Makes a backend of `flash_attention` one of `flash_attention_qkvpacked` too: it reads the three views of qkv."""
+
+    def refuses_backward(grad_out, q, k, v, out, lse, *rest):
+        return refuses(q, k, v, *rest)
+
+    def forward_packed(qkv, *rest):
+        return forward(*qkv.unbind(2), *rest)
+
+    def backward_packed(grad_out, qkv, out, lse, *rest):
+        return torch.stack(backward(grad_out, *qkv.unbind(2), out, lse, *rest), dim=2)
+
+    def refuses_packed(qkv, *rest):
+        return refuses(*qkv.unbind(2), *rest)
+
+    def refuses_backward_packed(grad_out, qkv, out, lse, *rest):
+        return refuses(*qkv.unbind(2), *rest)
+
+    _dispatch.register(
+        "flash_attention", name, forward, backward, missing=missing, refuses=refuses, refuses_backward=refuses_backward
+    )
+    _dispatch.register(
+        "flash_attention_qkvpacked", name, forward_packed, backward_packed,
+        missing=missing, refuses=refuses_packed, refuses_backward=refuses_backward_packed,
+    )  # fmt: skip
+
+
+def _fake(q, k, v, causal, prefix_len, scale):
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=_check.accumulate_dtype(q.dtype))
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+def _fake_backward(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+
+
+def _fake_packed(qkv, *rest):
+    return _fake(*qkv.unbind(2), *rest)
+
+
+def _fake_backward_packed(grad_out, qkv, out, lse, causal, prefix_len, scale):
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, causal, prefix_len, scale, word = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(*tensors, out, lse)
+    ctx.rest = (causal, prefix_len, scale, word)
+
+
+def _backward(ctx, grad_out, _):
+    grads = torch.ops.ov3fast.flash_attention_backward(grad_out, *ctx.saved_tensors, *ctx.rest)
+    needed = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[:3], strict=True))
+    return *needed, None, None, None, None
+
+
+def _backward_packed(ctx, grad_out, _):
+    grad = torch.ops.ov3fast.flash_attention_qkvpacked_backward(grad_out, *ctx.saved_tensors, *ctx.rest)
+    return grad, None, None, None, None
+
+
+register_backend("reference", _forward_reference, _backward_reference)
+register_backend("sdpa", peers.sdpa_forward, peers.sdpa_backward, refuses=peers.sdpa_refuses)
+register_backend(
+    "flash_attn", peers.flash_attn_forward, peers.flash_attn_backward,
+    missing=peers.flash_attn_missing, refuses=peers.flash_attn_refuses,
+)  # fmt: skip
+register_backend(
+    "xformers", peers.xformers_forward, peers.xformers_backward,
+    missing=peers.xformers_missing, refuses=peers.xformers_refuses,
+)  # fmt: skip
+_dispatch.define(
+    "flash_attention",
+    "(Tensor q, Tensor k, Tensor v, bool causal, SymInt prefix_len, float scale) -> (Tensor out, Tensor lse)",
+    fake=_fake,
+    backward_schema="(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    " bool causal, SymInt prefix_len, float scale) -> (Tensor, Tensor, Tensor)",
+    backward_fake=_fake_backward,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_dispatch.define(
+    "flash_attention_qkvpacked",
+    "(Tensor qkv, bool causal, SymInt prefix_len, float scale) -> (Tensor out, Tensor lse)",
+    fake=_fake_packed,
+    backward_schema="(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, bool causal, SymInt prefix_len, float scale)"
+    " -> Tensor",
+    backward_fake=_fake_backward_packed,
+    setup_context=_setup_context,
+    backward=_backward_packed,
+)

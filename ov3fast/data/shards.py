@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ov3fast.data.captions import sidecar
+from ov3fast.data.config import MAX_IMAGE_PIXELS
 from ov3fast.data.skips import DataError, SampleError, Skip
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 INDEX = "index.json"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-MAX_IMAGE_PIXELS = 64 * 1024 * 1024
+
 MAX_OPEN_SHARDS = 128
 
 
@@ -67,9 +68,13 @@ def write_shards(
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     shards: list[dict[str, Any]] = []
+    keys: set[str] = set()
     writer = None
     try:
         for number, (key, files) in enumerate(samples):
+            if key in keys:
+                raise ValueError(f"samples: two have the key {key!r}; keys must differ")
+            keys.add(key)
             if number % samples_per_shard == 0:
                 if writer is not None:
                     writer.close()

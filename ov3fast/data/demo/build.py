@@ -219,8 +219,10 @@ class _Builder:
             texts = sorted(text for text, s in wanted if s == style)
             if texts:
                 path, read = self.packages[style], getattr(sources, style)
+                left = set(texts)
                 for text, image in read(path, texts) if style == "noto" else read(path):
-                    if (text, style) in wanted:
+                    if text in left:  # Fluent has two files for a few emoji, with and without U+FE0F
+                        left.remove(text)
                         yield self.picture(concepts[text], style, image, style, split)
 
     def symbol_concepts(self) -> list[Concept]:

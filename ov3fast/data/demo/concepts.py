@@ -45,9 +45,7 @@ class Concept:
         return {"name": self.name, "sentence": sentence, "caption": f"{words} {sentence}"}
 
 
-def emoji_concepts(
-    names: Mapping[str, str], categories: Mapping[str, str], pictures: Mapping[str, set[str]]
-) -> list[Concept]:
+def emoji_concepts(names: Mapping[str, str], categories: Mapping[str, str], pictures: Mapping[str, set[str]]) -> list[Concept]:
     """Concepts from names, categories and {style: emoji that have a picture}.
 
     With Fluent pictures, a concept is an emoji that has one; else any that has a picture. Ordered by code points.

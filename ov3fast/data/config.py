@@ -1,0 +1,86 @@
+"""What a run is trained on: the sources, how a batch is made of them, and what may be skipped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ov3fast.data.captions import check_choices
+
+MAX_IMAGE_PIXELS = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of samples and its share of every batch."""
+
+    path: str
+    """Folder of tar shards, a tar, a glob pattern, a wids index, or "demo:<part>" for a part of the demo set."""
+    fraction: float = 1.0
+    """Share of the images of a batch; the sources' fractions are normalised, and kept exactly in every batch."""
+    group_by: str | None = None
+    """Metadata field that names the concept: the source is then drawn by concept, `views` different samples of each."""
+    views: int = 1
+    """Images of one text in a batch. A concept with fewer samples repeats one with another augmentation."""
+    paired: bool = True
+    """False: images without text, for the reconstruction branch only."""
+    captions: tuple[tuple[str, float], ...] = (("name", 0.5), ("caption", 0.5))
+    """Caption keys and their probabilities for the contrastive text. A text shared by several different samples is one
+    that all of them have, where there is such a one."""
+    caption_key: str = "caption"
+    """Caption that the captioner learns; where a sample lacks it, the contrastive text is taken."""
+
+    def __post_init__(self) -> None:
+        if self.fraction <= 0:
+            raise ValueError(f"fraction: got {self.fraction}; it takes a number above 0 (leave the source out instead)")
+        if self.views < 1:
+            raise ValueError(f"views: got {self.views}; it takes 1 or more")
+        if self.paired:
+            check_choices(self.captions, "captions")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """All sources of a run and how their pictures become tensors."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    seed: int = 0
+    """Names the order, the crops, the backgrounds and the captions."""
+    crop: Literal["inception", "center"] = "inception"
+    """Training crop. Evaluation always resizes and crops the centre."""
+    min_area: float = 0.4
+    """Smallest share of the picture that an inception crop takes."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """Resampling filter; both antialias."""
+    flip: bool = False
+    """Mirror half of the pictures."""
+    background: Literal["random", "white"] = "random"
+    """What transparent pictures are laid on in training: a random plain colour, or white as in evaluation."""
+    variants: int | None = None
+    """Number of different augmentations of a sample, which repeat after that many passes (so that latents can be
+    cached); None: a new one every time."""
+    cache_images: bool = False
+    """Decode everything once at the start and keep it in memory."""
+    workers: int = 0
+    """Processes that make batches ahead of time; 0: in the training process. The batches do not depend on it."""
+    shard_window: int = 0
+    """Mix the samples of this many shards at a time; 0: of all (see data.order)."""
+    skip_budget: float = 0.01
+    """Largest share of the samples that may be skipped as broken, captionless, too large or cut off."""
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    """Pictures with more pixels are skipped without being decoded."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_area <= 1:
+            raise ValueError(f"min_area: got {self.min_area}; it takes a share above 0 and up to 1")
+        if self.variants is not None and self.variants < 1:
+            raise ValueError(f"variants: got {self.variants}; it takes 1 or more, or None")
+        if self.workers < 0:
+            raise ValueError(f"workers: got {self.workers}; it takes 0 or more")
+        for name, given, known in (
+            ("crop", self.crop, ("inception", "center")),
+            ("interpolation", self.interpolation, ("bicubic", "bilinear")),
+            ("background", self.background, ("random", "white")),
+        ):
+            if given not in known:
+                raise ValueError(f"{name}: got {given!r}; it takes {' or '.join(map(repr, known))}")

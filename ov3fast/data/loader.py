@@ -1,0 +1,293 @@
+"""Batches by step number: `loader.batch(step)` costs the same for any step and depends on nothing but the step.
+
+    loader = Loader(config, image_size=64, batch_size=288)
+    for batch in loader.batches(start=step): ...
+
+Each source walks its own epochs: unit (sample or concept) number `cursor` comes from `Order`, and a batch takes an exact
+share of every source. A rank takes its slice of the global batch, so ranks and workers may change between runs. Crops,
+backgrounds and captions are functions of (seed, sample, variant), where the variant counts the passes over a sample.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ov3fast.data import counter, transforms
+from ov3fast.data.captions import choose
+from ov3fast.data.config import DataConfig
+from ov3fast.data.order import Order
+from ov3fast.data.shards import Sample
+from ov3fast.data.skips import DataError, SampleError, Skip, SkipCounter
+from ov3fast.data.store import Source, Store
+
+SUBSTITUTES = 100  # units tried in place of one that can't be used
+
+
+@dataclass
+class Batch:
+    """One rank's share of a step: M images, P texts, V images of each text.
+
+    Rows go source by source, and within a paired source view by view.
+    """
+
+    step: int
+    images: Tensor | None
+    """float32 [M, 3, S, S] in [-1, 1]; None if pixels were not asked for."""
+    index: Tensor
+    """int64 [M], global sample numbers."""
+    variant: Tensor
+    """int64 [M], which augmentation of the sample."""
+    keys: list[str]
+    """M sample keys."""
+    text: list[str]
+    """P contrastive texts."""
+    pairs: Tensor
+    """int64 [V, P]: the row of view v of text p."""
+    captions: list[str]
+    """M texts for the captioner, "" for images without text."""
+    planned: np.ndarray
+    """int64: the units of all ranks in order, before substitutes; feed it to `order_hash`."""
+    cursors: tuple[int, ...]
+    """Units drawn from each source up to and including this step: where a next stage starts."""
+    skips: tuple[Skip, ...] = field(default=())
+    """Samples found unusable while this batch was made."""
+
+
+class Loader:
+    """Batches of one stage; see the module's docstring.
+
+    data: a DataConfig, or a Store to share between stages. batch_size: images over all ranks. cursors: units already drawn
+    from each source (`cursors` of the last batch of the stage before). train=False: centre crops on white.
+    Raises ValueError where the batch can't be divided over sources, views and ranks; DataError for unusable data.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig | Store,
+        *,
+        image_size: int,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        cursors: tuple[int, ...] | None = None,
+        train: bool = True,
+    ):
+        self.store = data if isinstance(data, Store) else Store(data)
+        self.config, self.sources = self.store.config, self.store.sources
+        self.image_size, self.batch_size, self.rank, self.world, self.train = image_size, batch_size, rank, world, train
+        self.units = _units(self.sources, batch_size, world)
+        self.start = tuple(cursors) if cursors is not None else (0,) * len(self.sources)
+        if len(self.start) != len(self.sources):
+            raise ValueError(f"cursors: got {len(self.start)} of them; there are {len(self.sources)} sources")
+        seed, window = self.config.seed, self.config.shard_window
+        self.orders = [
+            Order(source.unit_lengths, int(counter.bits(seed, counter.ORDER, k)), window)
+            for k, source in enumerate(self.sources)
+        ]
+        self.skips = SkipCounter(self.store.n, self.config.skip_budget)
+        for skip in self.store.skipped():
+            self.skips.add(skip)
+
+    @property
+    def samples(self) -> int:
+        """Samples in all sources."""
+        return self.store.n
+
+    def usable(self) -> np.ndarray:
+        """int64: the global numbers of all samples that can be used (with `cache_images`)."""
+        return self.store.usable()
+
+    def cursors(self, step: int) -> tuple[int, ...]:
+        """Units drawn from each source before this step."""
+        return tuple(start + step * units for start, units in zip(self.start, self.units, strict=True))
+
+    def epoch(self, step: int) -> float:
+        """Passes over the first source before this step."""
+        return self.cursors(step)[0] / self.orders[0].n
+
+    # ---- batches ----
+
+    def batches(self, start: int = 0, stop: int | None = None, pixels: bool = True) -> Iterator[Batch]:
+        """Batches of steps start, start + 1, ...; made ahead by `config.workers` processes. Counts and limits the skips."""
+        steps = range(start, sys.maxsize if stop is None else stop)
+        if self.config.workers == 0:
+            made = (self.batch(step, pixels) for step in steps)
+        else:
+            made = torch.utils.data.DataLoader(
+                _Steps(self, pixels), batch_size=None, sampler=steps, num_workers=self.config.workers, collate_fn=_unchanged
+            )
+        for batch in made:
+            for skip in batch.skips:
+                self.skips.add(skip)
+            yield batch
+
+    def batch(self, step: int, pixels: bool = True) -> Batch:
+        """The batch of a step. pixels=False leaves the images out (with `cache_images`, so that skips are known)."""
+        if not pixels and not self.config.cache_images:
+            raise ValueError("pixels: False needs data.cache_images, else broken images would be found too late")
+        skips: dict[int, Skip] = {}
+        images: dict[int, object] = {}  # decoded in this batch, by global number
+        index: list[int] = []
+        variant: list[int] = []
+        keys: list[str] = []
+        captions: list[str] = []
+        text: list[str] = []
+        pairs: list[np.ndarray] = []
+        planned: list[np.ndarray] = []
+        for k, (source, units, cursor) in enumerate(zip(self.sources, self.units, self.cursors(step), strict=True)):
+            positions = cursor + np.arange(units)
+            chosen = self.orders[k][positions]
+            planned.append(source.offset + chosen)
+            mine = slice(self.rank * units // self.world, (self.rank + 1) * units // self.world)
+            drawn = [
+                self._draw(k, source, int(position), int(unit), pixels, images, skips)
+                for position, unit in zip(positions[mine], chosen[mine], strict=True)
+            ]
+            views, first = source.config.views, len(index)
+            for view in range(views):
+                for unit in drawn:
+                    index.append(unit.index[view])
+                    variant.append(unit.variant[view])
+                    keys.append(unit.samples[view].key)
+                    captions.append(unit.captions[view])
+            if source.config.paired:
+                text += [unit.text for unit in drawn]
+                pairs.append(first + np.arange(views * len(drawn)).reshape(views, len(drawn)))
+        rows, variants = np.array(index, np.int64), np.array(variant, np.int64)
+        return Batch(
+            step=step,
+            images=self._pixels(rows, variants, images) if pixels else None,
+            index=torch.from_numpy(rows),
+            variant=torch.from_numpy(variants),
+            keys=keys,
+            text=text,
+            pairs=torch.from_numpy(np.concatenate(pairs, 1) if pairs else np.zeros((1, 0), np.int64)),
+            captions=captions,
+            planned=np.concatenate(planned),
+            cursors=self.cursors(step + 1),
+            skips=tuple(skips.values()),
+        )
+
+    def _draw(self, k: int, source: Source, position: int, unit: int, pixels: bool, images: dict, skips: dict) -> _Drawn:
+        """Choose `views` samples of a unit; a unit without a usable sample is replaced by one that the position names."""
+        seed, views = self.config.seed, source.config.views
+        epoch = position // source.units
+        for attempt in range(SUBSTITUTES):
+            members = source.members(unit)
+            if len(members) > 1:
+                members = members[counter.permutation(len(members), seed, counter.MEMBER, k, unit, epoch)]
+            found: list[tuple[int, Sample]] = []
+            for member in members:
+                try:
+                    image, sample = self.store.sample(int(member), pixels)
+                except SampleError as error:
+                    skips[int(member)] = error.skip
+                    continue
+                images[int(member)] = image
+                found.append((int(member), sample))
+                if len(found) == views:
+                    break
+            if found:
+                return self._drawn(k, source, unit, epoch, found)
+            unit = int(counter.bits(seed, counter.SUBSTITUTE, k, position, attempt) % np.uint64(source.units))
+        raise DataError(f"{source.config.path}: {SUBSTITUTES} samples in a row can't be used ({next(iter(skips.values()))})")
+
+    def _drawn(self, k: int, source: Source, unit: int, epoch: int, found: list[tuple[int, Sample]]) -> _Drawn:
+        views = source.config.views
+        repeats = -(-views // len(found))
+        index = [found[view % len(found)][0] for view in range(views)]
+        variant = [epoch * repeats + view // len(found) for view in range(views)]
+        if self.config.variants is not None:
+            variant = [v % self.config.variants for v in variant]
+        samples = [found[view % len(found)][1] for view in range(views)]
+        if not source.config.paired:
+            return _Drawn(index, variant, samples, "", [""] * views)
+        u = float(counter.uniform(self.config.seed, counter.CAPTION, k, unit, epoch))
+        first, others = samples[0].captions, [sample.captions for _, sample in found[1:]]
+        shared = {key: text for key, text in first.items() if all(other.get(key) == text for other in others)}
+        text = choose(shared, source.config.captions, u) or choose(first, source.config.captions, u)
+        captions = [sample.captions.get(source.config.caption_key, "").strip() or text for sample in samples]
+        return _Drawn(index, variant, samples, text, captions)
+
+    # ---- pixels ----
+
+    def pixels(self, index: Tensor, variant: Tensor) -> Tensor:
+        """Pictures by global number and variant, int64 [M] each -> float32 [M, 3, S, S] in [-1, 1]; what a batch holds."""
+        return self._pixels(np.asarray(index, np.int64), np.asarray(variant, np.int64), {})
+
+    def _pixels(self, index: np.ndarray, variant: np.ndarray, images: dict) -> Tensor:
+        config, size = self.config, self.image_size
+        pictures = [images[i] if i in images else self.store.image(i) for i in index.tolist()]
+        sizes = np.array([picture.size for picture in pictures], np.float64).reshape(-1, 2)
+        background = None
+        if self.train and config.crop == "inception":
+            draws = np.arange(transforms.CROP_ATTEMPTS * 4).reshape(1, -1, 4)
+            uniforms = counter.uniform(config.seed, counter.CROP, index[:, None, None], variant[:, None, None], draws)
+            boxes = transforms.inception_boxes(sizes, uniforms, (config.min_area, 1.0))
+        else:
+            boxes = transforms.center_boxes(sizes)
+        if self.train and config.background == "random":
+            channel = np.arange(3)
+            background = 255 * counter.uniform(config.seed, counter.BACKGROUND, index[:, None], variant[:, None], channel)
+        out = np.full((len(index), size, size, 4), 255, np.uint8)
+        for row, picture, box in zip(out, pictures, boxes.tolist(), strict=True):
+            resized = transforms.crop_resize(picture, box, size, config.interpolation)
+            row[..., : resized.shape[-1]] = resized
+        if self.train and config.flip:
+            mirrored = counter.uniform(config.seed, counter.FLIP, index, variant) < 0.5
+            out[mirrored] = out[mirrored, :, ::-1]
+        return transforms.to_tensor(out, background)
+
+
+@dataclass
+class _Drawn:
+    """A unit's part of a batch: `views` rows."""
+
+    index: list[int]
+    variant: list[int]
+    samples: list[Sample]
+    text: str
+    captions: list[str]
+
+
+def _units(sources: list[Source], batch_size: int, world: int) -> list[int]:
+    """Units per step of each source: batch_size divided exactly by the fractions (largest remainders first)."""
+    views = {source.config.views for source in sources if source.config.paired}
+    if len(views) > 1:
+        raise ValueError(f"views: the paired sources must have the same number, got {sorted(views)}")
+    total = sum(source.config.fraction for source in sources)
+    ideal = [batch_size * source.config.fraction / total / source.config.views for source in sources]
+    units = [int(share + 1e-9) for share in ideal]
+    for k in sorted(range(len(sources)), key=lambda k: units[k] - ideal[k]):
+        left = batch_size - sum(u * source.config.views for u, source in zip(units, sources, strict=True))
+        if left >= sources[k].config.views:
+            units[k] += 1
+    made = sum(u * source.config.views for u, source in zip(units, sources, strict=True))
+    if made != batch_size or not all(units):
+        raise ValueError(f"batch_size: {batch_size} images can't be divided over the sources' fractions and views; got {units}")
+    for u, source in zip(units, sources, strict=True):
+        if u % world:
+            raise ValueError(
+                f"batch_size: {batch_size} gives {source.config.path} {u} units a step, which {world} ranks can't share evenly"
+            )
+    return units
+
+
+class _Steps(torch.utils.data.Dataset):
+    """Step number -> batch, for the worker processes."""
+
+    def __init__(self, loader: Loader, pixels: bool):
+        self.loader, self.pixels = loader, pixels
+
+    def __getitem__(self, step: int) -> Batch:
+        return self.loader.batch(step, self.pixels)
+
+
+def _unchanged(batch: Batch) -> Batch:
+    return batch

@@ -1,0 +1,173 @@
+"""All samples of a run's sources under one numbering: their pictures, captions and concepts.
+
+A sample's global number (its index) is its source's offset plus its number in the source. With `cache_images` everything is
+decoded once, at the start; what can't be used is known from then on. Without, it is found when it is read. Either
+way the loader draws the same substitutes, so the choice changes no batch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ov3fast.data.assets import default_cache_dir
+from ov3fast.data.config import DataConfig, SourceConfig
+from ov3fast.data.shards import Sample, ShardDataset
+from ov3fast.data.skips import DataError, SampleError, Skip
+from ov3fast.data.transforms import premultiplied
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+LOOKED_AT = 16  # samples read at the start to see whether the configured keys exist
+
+
+class Source:
+    """One source: its dataset, where its numbers start, and its units (concepts, or single samples)."""
+
+    def __init__(self, config: SourceConfig, offset: int, max_image_pixels: int):
+        self.config, self.offset = config, offset
+        self.dataset = ShardDataset(resolve(config.path), max_image_pixels)
+        self.groups: list[np.ndarray] | None = None  # concept -> global numbers of its samples
+        if config.group_by is not None:
+            self.groups = self._group(config.group_by)
+
+    @property
+    def units(self) -> int:
+        return len(self.dataset) if self.groups is None else len(self.groups)
+
+    @property
+    def unit_lengths(self) -> list[int]:
+        """Units per shard, for the order."""
+        return self.dataset.lengths if self.groups is None else [len(self.groups)]
+
+    def members(self, unit: int) -> np.ndarray:
+        """Global numbers of a unit's samples."""
+        return np.array([self.offset + unit]) if self.groups is None else self.groups[unit]
+
+    def _group(self, field: str) -> list[np.ndarray]:
+        found: dict[str, list[int]] = {}
+        for i in range(len(self.dataset)):
+            try:
+                meta = self.dataset.text(i).meta
+            except SampleError:
+                continue  # an unreadable sample has no concept; reading its image reports it
+            if field not in meta:
+                raise DataError(
+                    f"group_by: sample {i} of {self.config.path} has no field {field!r}; it has {', '.join(sorted(meta)) or 'none'}"
+                )
+            found.setdefault(str(meta[field]), []).append(self.offset + i)
+        if not found:
+            raise DataError(f"group_by: no sample of {self.config.path} could be read")
+        return [np.array(numbers) for numbers in found.values()]
+
+
+class Store:
+    """Pictures and texts of all sources by global number; see the module's docstring."""
+
+    def __init__(self, config: DataConfig):
+        if not config.sources:
+            raise DataError("data.sources: there is no source; name a folder of tar shards (`ov3fast data demo` makes some)")
+        self.config = config
+        self.sources: list[Source] = []
+        self.n = 0
+        for source in config.sources:
+            self.sources.append(Source(source, self.n, config.max_image_pixels))
+            self.n += len(self.sources[-1].dataset)
+            self._check_keys(self.sources[-1])
+        self._offsets = np.array([source.offset for source in self.sources])
+        self._images: dict[int, Image.Image] = {}
+        self._texts: dict[int, Sample] = {}
+        self._bad: dict[int, Skip] = {}
+        if config.cache_images:
+            self._load()
+
+    def source_of(self, index: int) -> Source:
+        return self.sources[int(np.searchsorted(self._offsets, index, side="right")) - 1]
+
+    def image(self, index: int) -> Image.Image:
+        """The decoded picture, mode RGB or RGBa. Raises SampleError for a sample to skip."""
+        return self._images[index] if index in self._images else self._read(index)[0]
+
+    def sample(self, index: int, decode: bool) -> tuple[Image.Image | None, Sample]:
+        """The picture (None unless asked for or at hand) and the text. Raises SampleError for a sample to skip."""
+        if index in self._bad:
+            raise SampleError(self._bad[index])
+        if index in self._texts:
+            return self._images[index], self._texts[index]
+        return self._read(index, decode)
+
+    def skipped(self) -> list[Skip]:
+        """What is known to be unusable: all of it with `cache_images`, else what the sources' indexes tell."""
+        return [self._bad[index] for index in sorted(self._bad)]
+
+    def usable(self) -> np.ndarray:
+        """Global numbers of the samples that can be used, int64; needs `cache_images`."""
+        if not self.config.cache_images:
+            raise ValueError("cache_images: it is off, so which samples are usable is not known before they are read")
+        return np.array(sorted(self._images), np.int64)
+
+    def _read(self, index: int, decode: bool = True) -> tuple[Image.Image | None, Sample]:
+        source = self.source_of(index)
+        try:
+            sample = source.dataset[index - source.offset] if decode else source.dataset.text(index - source.offset)
+        except SampleError as error:
+            raise SampleError(error.skip._replace(index=index)) from None
+        keys = [key for key, p in source.config.captions if p > 0]
+        if source.config.paired and not any(sample.captions.get(key, "").strip() for key in keys):
+            detail = f"none of {', '.join(keys)} among {', '.join(sorted(sample.captions)) or 'no captions'}"
+            raise SampleError(Skip(index, sample.key, "missing_caption", detail))
+        return premultiplied(sample.image) if decode else None, sample._replace(image=None)
+
+    def _load(self) -> None:
+        """Decode everything with a pool of threads (Pillow releases the interpreter's lock)."""
+
+        def read(index: int) -> None:
+            try:
+                self._images[index], self._texts[index] = self._read(index)
+            except SampleError as error:
+                self._bad[index] = error.skip
+
+        for source in self.sources:
+            for number in range(len(source.dataset.shards)):
+                source.dataset._shard(number)
+        with ThreadPoolExecutor(self.config.workers or os.cpu_count()) as pool:
+            for _ in pool.map(read, range(self.n)):
+                pass
+
+    def _check_keys(self, source: Source) -> None:
+        """Fail at once when a configured caption key is in none of the first samples."""
+        if not source.config.paired:
+            return
+        found: set[str] = set()
+        for sample in _first(source.dataset, LOOKED_AT):
+            found.update(key for key, caption in sample.captions.items() if caption.strip())
+        keys = [key for key, p in source.config.captions if p > 0]
+        if found and not found & set(keys):
+            raise DataError(
+                f"captions: the first samples of {source.config.path} have none of the keys {', '.join(map(repr, keys))}; "
+                f"they have {', '.join(map(repr, sorted(found)))}"
+            )
+
+
+def _first(dataset: ShardDataset, count: int) -> Iterator[Sample]:
+    for i in range(min(count, len(dataset))):
+        try:
+            yield dataset.text(i)
+        except SampleError:
+            continue  # reported when its turn comes
+
+
+def resolve(path: str) -> str | Path:
+    """ "demo:pairs-train" -> that folder of the demo set in the default cache; anything else as it is."""
+    if not path.startswith("demo:"):
+        return path
+    folder = default_cache_dir() / "demo" / path.removeprefix("demo:")
+    if not folder.exists():
+        raise FileNotFoundError(f"path: {path!r} is not built ({folder} is missing); run `ov3fast data demo` first")
+    return folder

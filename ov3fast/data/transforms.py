@@ -1,0 +1,76 @@
+"""Pictures to tensors: crop boxes, antialiased resizing, backgrounds, [-1, 1].
+
+A crop is a box (left, upper, right, lower) in float pixels, resampled in one go by Pillow (whose bicubic and bilinear
+filters widen with the scale, so they antialias). Boxes and backgrounds of a whole batch are computed at once, from
+uniform numbers that the caller draws by counter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+INTERPOLATIONS = ("bicubic", "bilinear")
+CROP_ATTEMPTS = 10
+
+
+def inception_boxes(
+    sizes_B2: np.ndarray, uniforms_BA4: np.ndarray, area: tuple[float, float] = (0.4, 1.0), ratio: float = 4 / 3
+) -> np.ndarray:
+    """Inception crops: float64 [B, 4] boxes inside pictures of `sizes_B2` (width, height).
+
+    Each of the A attempts draws an area share uniform in `area`, an aspect ratio log-uniform in [1/ratio, ratio] and a
+    place; the first that fits counts, else the largest centred box within the ratios. Source: Szegedy et al. 2015; the
+    attempts and the fallback follow torchvision's RandomResizedCrop. OpenVision takes at least 40 % of the area.
+    """
+    size_B12 = np.asarray(sizes_B2, np.float64)[:, None, :]
+    share, aspect = area[0] + (area[1] - area[0]) * uniforms_BA4[..., 0], np.log(ratio) * (2 * uniforms_BA4[..., 1] - 1)
+    pixels = share * size_B12[..., 0] * size_B12[..., 1]
+    box_BA2 = np.sqrt(pixels)[..., None] * np.exp(np.stack([aspect, -aspect], -1) / 2)
+    fits_BA = (box_BA2 <= size_B12).all(-1)
+    first_B = fits_BA.argmax(1)
+    rows = np.arange(len(first_B))
+    fallback_B2 = np.minimum(size_B12[:, 0], size_B12[:, 0, ::-1] * ratio)
+    box_B2 = np.where(fits_BA.any(1)[:, None], box_BA2[rows, first_B], fallback_B2)
+    place_B2 = np.where(fits_BA.any(1)[:, None], uniforms_BA4[rows, first_B, 2:], 0.5)
+    corner_B2 = place_B2 * (size_B12[:, 0] - box_B2)
+    return np.concatenate([corner_B2, corner_B2 + box_B2], 1)
+
+
+def center_boxes(sizes_B2: np.ndarray) -> np.ndarray:
+    """Resize-and-centre-crop as boxes, float64 [B, 4]: the largest centred squares."""
+    sizes_B2 = np.asarray(sizes_B2, np.float64)
+    side_B1 = sizes_B2.min(1, keepdims=True)
+    corner_B2 = (sizes_B2 - side_B1) / 2
+    return np.concatenate([corner_B2, corner_B2 + side_B1], 1)
+
+
+def crop_resize(image: Image.Image, box: Sequence[float], size: int, interpolation: str = "bicubic") -> np.ndarray:
+    """The box of the picture as uint8 [size, size, C], antialiased. Modes RGB and RGBa (premultiplied, so that colours
+    under full transparency don't bleed into the edges)."""
+    from PIL import Image
+
+    resample = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[interpolation]
+    return np.asarray(image.resize((size, size), resample, tuple(box), reducing_gap=3.0))
+
+
+def premultiplied(image: Image.Image) -> Image.Image:
+    """RGB as it is, anything with alpha as RGBa."""
+    return image if image.mode == "RGB" else image.convert("RGBA").convert("RGBa")
+
+
+def to_tensor(pictures_BHWC: np.ndarray, background_B3: np.ndarray | None = None) -> torch.Tensor:
+    """uint8 [B, H, W, 3 or 4] (RGB, or RGBa over the background, 0..255, white if None) -> float32 [B, 3, H, W] in [-1, 1]."""
+    x = torch.from_numpy(pictures_BHWC).permute(0, 3, 1, 2)
+    rgb_B3HW = x[:, :3].to(torch.float32, memory_format=torch.contiguous_format)
+    if x.shape[1] == 4:
+        under = torch.full((len(x), 3), 255.0) if background_B3 is None else torch.from_numpy(background_B3).float()
+        clear_B1HW = (255 - x[:, 3:].int()).float() / 255
+        rgb_B3HW.addcmul_(under[:, :, None, None], clear_B1HW)
+    return rgb_B3HW.clamp_(0, 255).mul_(2 / 255).sub_(1)

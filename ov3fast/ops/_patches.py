@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def to_patches(picture: Tensor, patch_size: int) -> Tensor:
-    """[B, C, H, W] -> [B, (H/p)(W/p), C p p]."""
+    """[B, C, H, W] -> [B, (H/p)(W/p), C p p], contiguous."""
     b, c, height, width = picture.shape
     h, w = height // patch_size, width // patch_size
     split = picture.reshape(b, c, h, patch_size, w, patch_size)
-    return split.permute(0, 2, 4, 1, 3, 5).reshape(b, h * w, c * patch_size**2)
+    return split.permute(0, 2, 4, 1, 3, 5).reshape(b, h * w, c * patch_size**2).contiguous()
 
 
 def from_patches(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:

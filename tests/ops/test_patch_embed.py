@@ -31,6 +31,7 @@ def both(**options):
     [
         dict(),
         dict(batch=1, channels=1, height=1, width=1, patch=1, features=1),
+        dict(batch=3, height=2, patch=1, features=9),
         dict(batch=0),
         dict(height=0),
         dict(channels=2, height=9, width=3, patch=3, features=17, cls=False),

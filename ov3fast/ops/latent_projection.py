@@ -1,0 +1,108 @@
+"""Tokens to latents: the decoder's linear head and the rearrangement of its patches into a picture.
+
+    x_b,c,(i p + u),(j p + v) = sum_d t_bnd W_kd + bias_k,    n = i w + j,  k = (c, u, v) = (c p + u) p + v
+
+Shapes: tokens [B, N, D], N = h w for grid (h, w); weight [C p p, D] (nn.Linear); bias [C p p]; x [B, C, h p, w p]. Rows k are in the order
+in which patch_embed reads a patch, so the two are each other's inverse layout. Storage float32, bfloat16 or float64 (float16 on GPUs).
+Saved for backward: tokens, weight.
+Source: OpenVision 3, section 3 (the reconstruction branch's linear output).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _check, _dispatch
+from ._patches import from_patches, to_patches
+
+
+def reference(
+    tokens: Tensor, weight: Tensor, bias: Tensor | None = None, *, patch_size: int = 2, grid: Sequence[int]
+) -> Tensor:
+    """Plain PyTorch, the specification."""
+    return from_patches(F.linear(tokens, weight, bias), patch_size, tuple(grid))
+
+
+def latent_projection(
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    patch_size: int = 2,
+    grid: Sequence[int],
+    impl: str | None = None,
+) -> Tensor:
+    """Latents [B, C, h*p, w*p] from tokens [B, h*w, D], with grid = (h, w).
+
+    weight [C*p*p, D] and bias [C*p*p], of tokens' dtype, rows in the order (c, dy, dx). All of them get gradients and are cast under
+    autocast. Raises TypeError or ValueError that name the argument.
+    """
+    op = "latent_projection"
+    _check.tensor(op, "tokens", tokens, ndim=3)
+    _check.tensor(op, "weight", weight, ndim=2)
+    tokens, weight, bias = _check.autocast(tokens, weight, bias)
+    if patch_size < 1:
+        raise ValueError(f"{op}: patch_size must be at least 1, got {patch_size}")
+    if len(grid) != 2 or grid[0] * grid[1] != tokens.shape[1]:
+        raise ValueError(f"{op}: grid must be (h, w) with h * w = {tokens.shape[1]} tokens, got {tuple(grid)}")
+    if weight.shape[0] % patch_size**2:
+        raise ValueError(f"{op}: weight must have a multiple of {patch_size}^2 rows, C*p*p, got {weight.shape[0]}")
+    _check.parameter(op, "weight", weight, (weight.shape[0], tokens.shape[-1]), tokens, "[C*p*p, D]")
+    _check.parameter(op, "bias", bias, (weight.shape[0],), tokens, "[C*p*p]")
+    return torch.ops.ov3fast.latent_projection(tokens, weight, bias, patch_size, grid[0], grid[1], _dispatch.request(op, impl))
+
+
+def _forward_reference(tokens, weight, bias, patch_size, grid_h, grid_w):
+    return from_patches(F.linear(tokens.contiguous(), weight, bias), patch_size, (grid_h, grid_w))
+
+
+def _backward_reference(grad_x, tokens, weight, patch_size, need_tokens, need_weight, need_bias):
+    b, n, d = tokens.shape
+    grad_rows = to_patches(grad_x, patch_size).view(b * n, weight.shape[0])
+    none = grad_x.new_empty(0)
+    return (
+        (grad_rows @ weight).view(b, n, d) if need_tokens else none,
+        grad_rows.t() @ tokens.reshape(b * n, d) if need_weight else none,
+        grad_rows.sum(0) if need_bias else none,
+    )
+
+
+def _fake(tokens, weight, bias, patch_size, grid_h, grid_w):
+    return tokens.new_empty(tokens.shape[0], weight.shape[0] // patch_size**2, grid_h * patch_size, grid_w * patch_size)
+
+
+def _fake_backward(grad_x, tokens, weight, patch_size, need_tokens, need_weight, need_bias):
+    return (
+        grad_x.new_empty(tokens.shape if need_tokens else 0),
+        grad_x.new_empty(weight.shape if need_weight else 0),
+        grad_x.new_empty(weight.shape[0] if need_bias else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    tokens, weight, _, patch_size, _, _, word = inputs
+    ctx.save_for_backward(tokens, weight)
+    ctx.patch_size, ctx.word = patch_size, word
+
+
+def _backward(ctx, grad_x):
+    needs = ctx.needs_input_grad[:3]
+    grads = torch.ops.ov3fast.latent_projection_backward(grad_x, *ctx.saved_tensors, ctx.patch_size, *needs, ctx.word)
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None, None
+
+
+_dispatch.register("latent_projection", "reference", _forward_reference, _backward_reference)
+_dispatch.define(
+    "latent_projection",
+    "(Tensor tokens, Tensor weight, Tensor? bias, int patch_size, SymInt grid_h, SymInt grid_w) -> Tensor",
+    fake=_fake,
+    backward_schema="(Tensor grad_x, Tensor tokens, Tensor weight, int patch_size,"
+    " bool need_tokens, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    backward_fake=_fake_backward,
+    setup_context=_setup_context,
+    backward=_backward,
+)

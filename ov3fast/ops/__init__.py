@@ -9,6 +9,7 @@ from ._dispatch import table, use
 from .flash_attention import flash_attention, flash_attention_qkvpacked
 from .latent_projection import latent_projection
 from .layer_norm import layer_norm
+from .mlp import mlp
 from .noise_projection import noise_projection
 from .patch_embed import patch_embed
 
@@ -17,6 +18,7 @@ __all__ = [
     "flash_attention_qkvpacked",
     "latent_projection",
     "layer_norm",
+    "mlp",
     "noise_projection",
     "patch_embed",
     "random",

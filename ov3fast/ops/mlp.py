@@ -1,0 +1,129 @@
+"""The transformer's two-layer perceptron.
+
+    h_..m = sum_k x_..k W1_mk + b1_m        a = gelu(h)        y_..d = sum_m a_..m W2_dm + b2_d
+
+    da = dy W2    dh = da gelu'(h)    dx = dh W1    dW1 = dh^T x    dW2 = dy^T a    db1 = sum dh    db2 = sum dy
+
+gelu(h) = h Phi(h) with "gelu"; h/2 (1 + tanh(sqrt(2/pi) (h + 0.044715 h^3))) with "gelu_tanh".
+Shapes: x [..., K]; w1 [H, K], b1 [H]; w2 [D, H], b2 [D]; y [..., D]. Storage float32, bfloat16 or float64 (float16 on GPUs).
+Saved for backward: x, h (rounded to x's dtype), w1, w2; a is computed again.
+Source: Vaswani et al. 2017 (arXiv 1706.03762), eq. 2, with Hendrycks and Gimpel 2016 (arXiv 1606.08415).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _check, _dispatch
+
+# The public name -> PyTorch's.
+ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
+def reference(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, activation: str = "gelu") -> Tensor:
+    """Plain PyTorch, the specification."""
+    return F.linear(F.gelu(F.linear(x, w1, b1), approximate=ACTIVATIONS[activation]), w2, b2)
+
+
+def mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    activation: str = "gelu",
+    impl: str | None = None,
+) -> Tensor:
+    """gelu(x w1^T + b1) w2^T + b2, [..., D].
+
+    x [..., K]; w1 [H, K], b1 [H] or None, w2 [D, H], b2 [D] or None, all of x's dtype. activation "gelu" (exact) or "gelu_tanh". All
+    tensors get gradients and are cast under autocast. Raises TypeError or ValueError that name the argument.
+    """
+    op = "mlp"
+    _check.tensor(op, "x", x)
+    if x.ndim == 0:
+        raise ValueError(f"{op}: x must have at least 1 dimension, got a scalar")
+    _check.tensor(op, "w1", w1, ndim=2)
+    _check.tensor(op, "w2", w2, ndim=2)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    x, w1, b1, w2, b2 = _check.autocast(x, w1, b1, w2, b2)
+    hidden = w1.shape[0]
+    _check.parameter(op, "w1", w1, (hidden, x.shape[-1]), x, "[H, K]")
+    _check.parameter(op, "b1", b1, (hidden,), x, "[H]")
+    _check.parameter(op, "w2", w2, (w2.shape[0], hidden), x, "[D, H]")
+    _check.parameter(op, "b2", b2, (w2.shape[0],), x, "[D]")
+    y, _ = torch.ops.ov3fast.mlp(x, w1, b1, w2, b2, activation, _dispatch.request(op, impl))
+    return y
+
+
+def _rows(x):
+    """[..., K] -> [R, K], contiguous."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+
+
+def _forward_reference(x, w1, b1, w2, b2, activation):
+    h = F.linear(_rows(x), w1, b1)
+    y = F.linear(F.gelu(h, approximate=ACTIVATIONS[activation]), w2, b2)
+    return y.view(*x.shape[:-1], w2.shape[0]), h.view(*x.shape[:-1], w1.shape[0])
+
+
+def _backward_reference(grad_y, x, h, w1, w2, activation, need_x, need_w1, need_b1, need_w2, need_b2):
+    approximate = ACTIVATIONS[activation]
+    grad_y, h_rows = _rows(grad_y), _rows(h)
+    grad_x = grad_w1 = grad_b1 = none = grad_y.new_empty(0)
+    grad_w2 = grad_y.t() @ F.gelu(h_rows, approximate=approximate) if need_w2 else none
+    grad_b2 = grad_y.sum(0) if need_b2 else none
+    if need_x or need_w1 or need_b1:
+        grad_h = torch.ops.aten.gelu_backward(grad_y @ w2, h_rows, approximate=approximate)
+        grad_x = (grad_h @ w1).view(x.shape) if need_x else none
+        grad_w1 = grad_h.t() @ _rows(x) if need_w1 else none
+        grad_b1 = grad_h.sum(0) if need_b1 else none
+    return grad_x, grad_w1, grad_b1, grad_w2, grad_b2
+
+
+def _fake(x, w1, b1, w2, b2, activation):
+    return x.new_empty(*x.shape[:-1], w2.shape[0]), x.new_empty(*x.shape[:-1], w1.shape[0])
+
+
+def _fake_backward(grad_y, x, h, w1, w2, activation, need_x, need_w1, need_b1, need_w2, need_b2):
+    return (
+        grad_y.new_empty(x.shape if need_x else 0),
+        grad_y.new_empty(w1.shape if need_w1 else 0),
+        grad_y.new_empty(w1.shape[0] if need_b1 else 0),
+        grad_y.new_empty(w2.shape if need_w2 else 0),
+        grad_y.new_empty(w2.shape[0] if need_b2 else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, w1, _, w2, _, activation, word = inputs
+    _, h = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(h)
+    ctx.save_for_backward(x, h, w1, w2)
+    ctx.activation, ctx.word = activation, word
+
+
+def _backward(ctx, grad_y, _):
+    if grad_y is None:
+        return (None,) * 7
+    needs = ctx.needs_input_grad[:5]
+    grads = torch.ops.ov3fast.mlp_backward(grad_y, *ctx.saved_tensors, ctx.activation, *needs, ctx.word)
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
+
+
+_dispatch.register("mlp", "reference", _forward_reference, _backward_reference)
+_dispatch.define(
+    "mlp",
+    "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation) -> (Tensor y, Tensor h)",
+    fake=_fake,
+    backward_schema="(Tensor grad_y, Tensor x, Tensor h, Tensor w1, Tensor w2, str activation,"
+    " bool need_x, bool need_w1, bool need_b1, bool need_w2, bool need_b2) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    backward_fake=_fake_backward,
+    setup_context=_setup_context,
+    backward=_backward,
+)

@@ -29,7 +29,7 @@ def search(
     """The best sequences [batch, <= length] int64: [bos] first, padded behind [eos]; beams = 1 is greedy search.
 
     A beam's score is its summed log-probability over (ids after [bos]) ** length_penalty. A finished beam competes on with its
-    score fixed. ValueError for beams < 1.
+    score fixed. [bos] and padding are never chosen: no target teaches a model when to say them. ValueError for beams < 1.
     """
     if beams < 1:
         raise ValueError(f"beams must be at least 1, got {beams}")
@@ -44,9 +44,10 @@ def search(
     for place in range(length - 1):
         log_probs = step(place, ids[:, -1], rows).to(scores.dtype)
         vocabulary = log_probs.shape[-1]
-        # A finished beam has one continuation, padding, that costs nothing.
+        # A finished beam has one continuation, padding, that costs nothing; no other beam may pad.
         log_probs = log_probs.masked_fill(done[:, None], -torch.inf)
-        log_probs[:, pad] = torch.where(done, 0.0, log_probs[:, pad])
+        log_probs[:, bos] = -torch.inf
+        log_probs[:, pad] = torch.where(done, 0.0, -torch.inf)
         totals = scores[:, :, None] + log_probs.view(batch, beams, vocabulary)
         lengths = (counts + (~done).view(batch, beams)).clamp(min=1)
         ranked = totals / lengths[:, :, None] ** length_penalty

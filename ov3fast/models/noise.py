@@ -29,18 +29,13 @@ def normal(shape: tuple[int, ...], rng: Tensor, dtype: torch.dtype = torch.float
 
 def sample_sigma(batch: int, tau: float, rng: Tensor) -> Tensor:
     """sigma [batch] float32 ~ U[0, tau], one per instance (paper eq. 3)."""
-    return tau * _uniform((batch,), stream(rng, SIGMA))
+    return tau * ops.random.uniform((batch,), stream(rng, SIGMA))
 
 
 def keep_tokens(tokens: Tensor, keep: float, rng: Tensor) -> Tensor:
     """tokens [B, N, D] -> [B, int(N * keep), D]: a random choice of places per instance, in their order (at least one)."""
     batch, length, _ = tokens.shape
     kept = max(1, int(length * keep))
-    scores = _uniform((batch, length), stream(rng, KEEP))
+    scores = ops.random.uniform((batch, length), stream(rng, KEEP))
     places = scores.topk(kept, dim=1).indices.sort(dim=1).values.to(tokens.device)
     return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[2]))
-
-
-def _uniform(shape: tuple[int, ...], rng: Tensor) -> Tensor:
-    """U(0, 1) as the normal distribution function of the normal stream."""
-    return torch.special.ndtr(ops.random.normal(shape, rng, torch.float32))

@@ -288,6 +288,7 @@ class OpenVision3(nn.Module):
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes config.json, model.safetensors and the tokenizer to the folder `path`, all or nothing. The VAE stays out."""
+
         def write(folder: Path) -> None:
             text = json.dumps(self.config.to_dict(), indent=2) + "\n"
             (folder / "config.json").write_text(text, encoding="utf-8")

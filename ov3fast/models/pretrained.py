@@ -59,7 +59,9 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
             return load_file(str(path))
         values = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # cut files raise SafetensorError, UnpicklingError, RuntimeError, EOFError ...
-        raise ValueError(f"{what}: can't read {path}: {str(error).strip().splitlines()[0] if str(error) else error!r}") from error
+        raise ValueError(
+            f"{what}: can't read {path}: {str(error).strip().splitlines()[0] if str(error) else error!r}"
+        ) from error
     if not isinstance(values, Mapping):
         raise ValueError(f"{what}: {path} must hold a state dict, got {type(values).__name__}")
     return dict(values)

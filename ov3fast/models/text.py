@@ -147,9 +147,7 @@ class CaptionDecoder(nn.Module):
 
     def _prefix(self, tokens: Tensor, text_tokens: Tensor | None) -> Tensor:
         if tokens.ndim != 3 or tokens.shape[2] != self.image_proj.in_features:
-            raise ValueError(
-                f"CaptionDecoder: tokens must be [B, N, {self.image_proj.in_features}], got {tuple(tokens.shape)}"
-            )
+            raise ValueError(f"CaptionDecoder: tokens must be [B, N, {self.image_proj.in_features}], got {tuple(tokens.shape)}")
         if (text_tokens is None) != (self.text_proj is None):
             wants = "must be given, since text_prefix is on" if text_tokens is None else "has no use, since text_prefix is off"
             raise ValueError(f"CaptionDecoder: text_tokens {wants}")

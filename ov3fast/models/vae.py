@@ -91,6 +91,7 @@ class FrozenVAE(nn.Module):
         self.shift_factor: float | None = config.shift_factor
         self.channels: int = config.latent_channels
         self.stride: int = 2 ** (len(config.block_out_channels) - 1)
+        self.eval()
 
     @classmethod
     def from_pretrained(
@@ -142,9 +143,7 @@ class FrozenVAE(nn.Module):
             posterior = self.vae.encode(images.to(self.dtype)).latent_dist
         return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
-    def encode(
-        self, images: Tensor, posterior: str = "mean", latents: str | None = None, rng: Tensor | None = None
-    ) -> Tensor:
+    def encode(self, images: Tensor, posterior: str = "mean", latents: str | None = None, rng: Tensor | None = None) -> Tensor:
         """images [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w] in the convention; no gradient.
 
         posterior "sample" draws with rng, element by element of the contiguous tensor (as ops.patch_embed does from moments).

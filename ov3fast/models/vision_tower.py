@@ -87,7 +87,11 @@ def load_vision_encoder(
     state = released_state(pretrained.read_tensors(weights, what), what)
     values = pretrained.read_json(weights.parent / CONFIG_FILE, what)
     config = vision_config_of(values, state, what, final_ln_after_pool, embed_dim)
-    return from_released_state_dict(state, config, latents=latents, output_tokens=output_tokens, what=what).to(device, dtype).eval()
+    return (
+        from_released_state_dict(state, config, latents=latents, output_tokens=output_tokens, what=what)
+        .to(device, dtype)
+        .eval()
+    )
 
 
 def released_state(state: Mapping[str, Any], what: str = "state dict") -> dict[str, Tensor]:

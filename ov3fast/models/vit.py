@@ -28,9 +28,7 @@ def sincos2d(grid_h: int, grid_w: int, dim: int) -> Tensor:
         raise ValueError(f"sincos2d: dim must be a multiple of 4 and at least 8, got {dim}")
     quarter = dim // 4
     omega = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / (quarter - 1))
-    y, x = torch.meshgrid(
-        torch.arange(grid_h, dtype=torch.float64), torch.arange(grid_w, dtype=torch.float64), indexing="ij"
-    )
+    y, x = torch.meshgrid(torch.arange(grid_h, dtype=torch.float64), torch.arange(grid_w, dtype=torch.float64), indexing="ij")
     x, y = x.reshape(-1, 1) * omega, y.reshape(-1, 1) * omega
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()
 
@@ -157,7 +155,9 @@ class ViTEncoder(nn.Module):
         patch = self.config.patch_size
         height, width = latents.shape[2:]
         if height % patch or width % patch or not height or not width:
-            raise ValueError(f"ViTEncoder: the sides of the latents must be multiples of the patch {patch}, got {height}x{width}")
+            raise ValueError(
+                f"ViTEncoder: the sides of the latents must be multiples of the patch {patch}, got {height}x{width}"
+            )
         return height // patch, width // patch
 
 
@@ -181,9 +181,7 @@ class ViTDecoder(nn.Module):
         init_xavier(self.transformer, config.residual_init)
         init_lecun(self.head)
 
-    def forward(
-        self, tokens: Tensor, grid: tuple[int, int], sigma: Tensor | None = None, rng: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, grid: tuple[int, int], sigma: Tensor | None = None, rng: Tensor | None = None) -> Tensor:
         """tokens [B, h * w, token_dim], grid (h, w); sigma [B] with rng adds sigma_b * eps to the tokens, None adds nothing."""
         if tokens.ndim != 3 or tokens.shape[1] != grid[0] * grid[1] or tokens.shape[2] != self.embed.in_features:
             raise ValueError(

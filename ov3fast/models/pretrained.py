@@ -32,7 +32,9 @@ def resolve(path: str | Path, what: str, patterns: list[str]) -> Path:
         return Path(snapshot_download(text, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds: offline, gated, absent
         first = str(error).strip().split("\n")[0]
-        raise FileNotFoundError(f"{what}: {text} is no local folder, and the hub gave: {first}") from error
+        raise FileNotFoundError(
+            f"{what}: {text} is no local folder, and the hub could not give it; name a folder, or check the id and network ({first})"
+        ) from error
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import noise
+from . import noise, pretrained
 
 CONVENTIONS = ("openvision3", "flux")
 
@@ -97,30 +97,31 @@ class FrozenVAE(nn.Module):
     def from_pretrained(
         cls, path: str | Path, subfolder: str | None = None, *, latents: str | None = None, dtype: torch.dtype = torch.float32
     ) -> FrozenVAE:
-        """A folder or hub id in diffusers' layout (FLUX.1-dev: subfolder "vae"), or "small" for the one in the package.
+        """A folder or hub id in diffusers' layout, or "small" for the one in the package.
 
-        FileNotFoundError or ValueError, in one line, where there is no such VAE.
+        subfolder: where it lies within; None takes the folder itself or its "vae" (FLUX.1-dev's layout). FileNotFoundError or
+        ValueError, in one line, where there is no such VAE.
         """
         from diffusers import AutoencoderKL
 
-        source = small_vae_folder() if str(path) == SMALL else Path(path)
-        where = f"{path}" + (f" (subfolder {subfolder})" if subfolder else "")
-        if source.exists():
-            folder = source / subfolder if subfolder else source
-            if not (folder / "config.json").is_file():
-                raise FileNotFoundError(f"VAE: {folder} has no config.json; give the folder of a diffusers AutoencoderKL")
-        elif str(path) == SMALL:
-            raise FileNotFoundError(
-                f"VAE: the package's small VAE is missing ({source}); reinstall ov3fast or name another VAE by folder or hub id"
-            )
-        elif not _is_hub_id(str(path)):
-            raise FileNotFoundError(f"VAE: no folder {path}; give a folder, a hub id (owner/name), or {SMALL!r}")
+        if str(path) == SMALL:
+            root = small_vae_folder()
+            if not root.exists():
+                raise FileNotFoundError(
+                    f"VAE: the package's small VAE is missing ({root}); reinstall ov3fast or name another VAE by folder or hub id"
+                )
+        else:
+            files = ("config.json", "diffusion_pytorch_model*")
+            places = [f"{subfolder}/"] if subfolder else ["", "vae/"]
+            root = pretrained.resolve(path, "VAE", [place + file for place in places for file in files])
+        choices = [root / subfolder] if subfolder else [root, root / "vae"]
+        folder = next((choice for choice in choices if (choice / "config.json").is_file()), None)
+        if folder is None:
+            raise FileNotFoundError(f"VAE: {choices[0]} has no config.json; give the folder of a diffusers AutoencoderKL")
         try:
-            vae = AutoencoderKL.from_pretrained(
-                str(source) if source.exists() else str(path), subfolder=subfolder, torch_dtype=dtype, low_cpu_mem_usage=False
-            )
-        except Exception as error:  # diffusers, the hub client and safetensors raise many kinds here
-            raise ValueError(f"VAE: can't load {where}: {_first_line(error)}") from error
+            vae = AutoencoderKL.from_pretrained(str(folder), torch_dtype=dtype, low_cpu_mem_usage=False)
+        except Exception as error:  # diffusers and safetensors raise many kinds here
+            raise ValueError(f"VAE: can't load {folder}: {str(error).strip().splitlines()[0]}") from error
         return cls(vae, latents)
 
     @classmethod
@@ -189,11 +190,3 @@ class FrozenVAE(nn.Module):
 def small_vae_folder() -> Path:
     """Where the package keeps its small VAE."""
     return Path(str(resources.files("ov3fast"))) / "assets" / "small_vae"
-
-
-def _is_hub_id(path: str) -> bool:
-    return path.count("/") == 1 and not path.startswith((".", "/", "~"))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

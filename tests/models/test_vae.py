@@ -92,6 +92,7 @@ def test_from_pretrained_folder_and_subfolder(flux_vae, images, tmp_path):
     flux_vae.vae.save_pretrained(tmp_path / "model" / "vae")
     for loaded in (
         FrozenVAE.from_pretrained(tmp_path / "model", subfolder="vae"),
+        FrozenVAE.from_pretrained(tmp_path / "model"),
         FrozenVAE.from_pretrained(str(tmp_path / "model" / "vae"), latents="openvision3"),
     ):
         assert torch.equal(loaded.encode(images), flux_vae.encode(images))
@@ -125,14 +126,33 @@ def test_the_packages_own(flux_vae, images, tmp_path, monkeypatch):
         (lambda v: v.encode(torch.zeros(1, 3, 32, 32), posterior="sample"), ValueError, 'posterior="sample" needs rng'),
         (lambda v: v.encode(torch.zeros(1, 3, 32, 32), latents="sdxl"), ValueError, "one of openvision3, flux; got 'sdxl'"),
         (lambda v: v.decode(torch.zeros(1, 4, 4, 4)), ValueError, r"latents must be \[B, 16, h, w\], got \(1, 4, 4, 4\)"),
-        (lambda v: FrozenVAE.from_pretrained("/nowhere/vae"), FileNotFoundError, "no folder /nowhere/vae; give a folder"),
-        (lambda v: FrozenVAE.from_pretrained("/tmp"), FileNotFoundError, "has no config.json"),
+        (lambda v: FrozenVAE.from_pretrained("/nowhere/vae"), FileNotFoundError, "no such folder or file /nowhere/vae"),
         (lambda v: check_convention("flux", "openvision3"), ValueError, "can't be mixed"),
     ],
 )
 def test_errors(flux_vae, call, kind, message):
     with pytest.raises(kind, match=message) as error:
         call(flux_vae)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_a_vae(tmp_path):
+    for subfolder in (None, "vae"):
+        with pytest.raises(FileNotFoundError, match=r"has no config\.json; give the folder of a diffusers AutoencoderKL"):
+            FrozenVAE.from_pretrained(tmp_path, subfolder)
+
+
+def test_a_hub_out_of_reach_is_one_line(monkeypatch):
+    import huggingface_hub
+
+    def offline(*args, **kwargs):
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(
+        FileNotFoundError, match=r"black/flux is no local folder, and the hub could not .*\(no route\)"
+    ) as error:
+        FrozenVAE.from_pretrained("black/flux", "vae")
     assert "\n" not in str(error.value)
 
 

@@ -1,0 +1,101 @@
+"""The package as users meet it: builds, imports, layers, and the neighbours it must not disturb."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(code: str, cwd, **env: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A folder with the sdist and the wheel, made from a copy so that no build folder is left in the checkout."""
+    folder = tmp_path_factory.mktemp("built")
+    source = folder / "source"
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+    for name in filter(None, tracked):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    code = "import setuptools.build_meta as b, sys; b.build_sdist(sys.argv[1]); b.build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(folder)], cwd=source, check=True, capture_output=True)
+    return folder
+
+
+def test_wheel_carries_the_kernels_and_assets(built, tmp_path):
+    [wheel] = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "site")
+    assert "ov3fast/kernels/__init__.py" in names
+    assert "ov3fast/assets/small_vae/diffusion_pytorch_model.safetensors" in names
+    assert "ov3fast/assets/bert_uncased_vocab.txt" in names
+    assert not any(name.startswith(("kernels/", "tests/", "benches/")) for name in names)
+    code = "import ov3fast, ov3fast.kernels; print(ov3fast.kernels.__file__)"
+    assert run(code, tmp_path, PYTHONPATH=str(tmp_path / "site")).startswith(str(tmp_path / "site"))
+
+
+def test_sdist_builds_the_same_wheel(built, tmp_path):
+    [sdist], [wheel] = built.glob("*.tar.gz"), built.glob("*.whl")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    [source] = tmp_path.glob("ov3fast-*")
+    code = "import setuptools.build_meta as b; b.build_wheel('..')"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    [again] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as left, zipfile.ZipFile(again) as right:
+        assert sorted(left.namelist()) == sorted(right.namelist())
+        right.extractall(tmp_path / "site")
+    code = "import ov3fast.kernels; print(ov3fast.kernels.__file__)"
+    assert run(code, tmp_path, PYTHONPATH=str(tmp_path / "site")).startswith(str(tmp_path / "site"))
+
+
+def test_editable_install_carries_the_kernels(tmp_path):
+    assert run("import ov3fast.kernels; print(ov3fast.kernels.__file__)", tmp_path) == str(ROOT / "kernels" / "__init__.py")
+
+
+def test_import_is_light(tmp_path):
+    code = """
+import time, torch
+start = time.perf_counter()
+import ov3fast, ov3fast.ops, ov3fast.kernels
+from ov3fast import OpenVision3
+print(time.perf_counter() - start)
+import sys
+heavy = [m for m in ("diffusers", "transformers", "tensorboard", "pyarrow", "triton") if m in sys.modules]
+assert not heavy, heavy
+assert not torch.cuda.is_initialized()
+"""
+    assert min(float(run(code, tmp_path).splitlines()[0]) for _ in range(3)) < 1.5
+
+
+def test_hugging_face_libraries_run_from_the_repository_root():
+    code = """
+import torch
+from transformers import ViTConfig, ViTModel
+from diffusers import AutoencoderKL
+tiny = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=32, patch_size=16)
+assert ViTModel(tiny)(torch.zeros(1, 3, 32, 32)).last_hidden_state.shape == (1, 5, 8)
+vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+assert vae(torch.zeros(1, 3, 8, 8)).sample.shape == (1, 3, 8, 8)
+print("ok")
+"""
+    assert run(code, ROOT).endswith("ok")
+
+
+def test_unknown_name():
+    import ov3fast
+
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        ov3fast.nonsense  # noqa: B018

@@ -8,10 +8,11 @@ transforms.py  crops, resizing, backgrounds;  captions.py: caption choice, Recap
 assets.py      package files with real pictures;  demo/: the demo set made of them
 """
 
+from ov3fast.data.check import Summary, summarise
 from ov3fast.data.config import DataConfig, SourceConfig
 from ov3fast.data.loader import Batch, Loader
 from ov3fast.data.order import Order, order_hash
-from ov3fast.data.shards import Sample, ShardDataset, write_shards
+from ov3fast.data.shards import Sample, ShardDataset, write_index, write_shards
 from ov3fast.data.skips import DataError, SampleError, Skip, SkipCounter, SkipWarning
 from ov3fast.data.store import Store
 
@@ -29,6 +30,9 @@ __all__ = [
     "SkipWarning",
     "SourceConfig",
     "Store",
+    "Summary",
     "order_hash",
+    "summarise",
+    "write_index",
     "write_shards",
 ]

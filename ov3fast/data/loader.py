@@ -145,10 +145,7 @@ class Loader:
             chosen = self.orders[k][positions]
             planned.append(source.offset + chosen)
             mine = slice(self.rank * units // self.world, (self.rank + 1) * units // self.world)
-            drawn = [
-                self._draw(k, source, int(position), int(unit), pixels, images, skips)
-                for position, unit in zip(positions[mine], chosen[mine], strict=True)
-            ]
+            drawn = self._draw(k, positions[mine], chosen[mine], pixels, images, skips)
             views, first = source.config.views, len(index)
             for view in range(views):
                 for unit in drawn:
@@ -174,46 +171,68 @@ class Loader:
             skips=tuple(skips.values()),
         )
 
-    def _draw(self, k: int, source: Source, position: int, unit: int, pixels: bool, images: dict, skips: dict) -> _Drawn:
-        """Choose `views` samples of a unit; a unit without a usable sample is replaced by one that the position names."""
-        seed, views = self.config.seed, source.config.views
-        epoch = position // source.units
-        for attempt in range(SUBSTITUTES):
-            members = source.members(unit)
-            if len(members) > 1:
-                members = members[counter.permutation(len(members), seed, counter.MEMBER, k, unit, epoch)]
-            found: list[tuple[int, Sample]] = []
-            for member in members:
-                try:
-                    image, sample = self.store.sample(int(member), pixels)
-                except SampleError as error:
-                    skips[int(member)] = error.skip
-                    continue
-                images[int(member)] = image
-                found.append((int(member), sample))
-                if len(found) == views:
-                    break
-            if found:
-                return self._drawn(k, source, unit, epoch, found)
-            unit = int(counter.bits(seed, counter.SUBSTITUTE, k, position, attempt) % np.uint64(source.units))
-        raise DataError(f"{source.config.path}: {SUBSTITUTES} samples in a row can't be used ({next(iter(skips.values()))})")
+    def _draw(self, k: int, positions: np.ndarray, units: np.ndarray, pixels: bool, images: dict, skips: dict) -> list[_Drawn]:
+        """Choose `views` samples of every unit; one without a usable sample gives way to a unit that its position names."""
+        source, seed = self.sources[k], self.config.seed
+        epochs = positions // source.units
+        members = self._members(k, units, epochs)
+        uniforms = counter.uniform(seed, counter.CAPTION, k, units, epochs).tolist()
+        drawn = []
+        for position, epoch, u, candidates in zip(positions.tolist(), epochs.tolist(), uniforms, members, strict=True):
+            found = self._usable(candidates, source.config.views, pixels, images, skips)
+            attempt = 0
+            while not found:
+                if attempt == SUBSTITUTES:
+                    last = next(reversed(skips.values()))
+                    raise DataError(
+                        f"{source.config.path}: {attempt} samples in a row can't be used, the last for {last.reason}"
+                    )
+                other = counter.bits(seed, counter.SUBSTITUTE, k, position, attempt) % np.uint64(source.units)
+                [candidates] = self._members(k, np.array([other], np.int64), np.array([epoch]))
+                found = self._usable(candidates, source.config.views, pixels, images, skips)
+                attempt += 1
+            drawn.append(self._drawn(source, epoch, u, found))
+        return drawn
 
-    def _drawn(self, k: int, source: Source, unit: int, epoch: int, found: list[tuple[int, Sample]]) -> _Drawn:
-        views = source.config.views
-        repeats = -(-views // len(found))
-        index = [found[view % len(found)][0] for view in range(views)]
-        variant = [epoch * repeats + view // len(found) for view in range(views)]
+    def _members(self, k: int, units: np.ndarray, epochs: np.ndarray) -> list[list[int]]:
+        """Global sample numbers of each unit, in an order that changes with the epoch."""
+        groups = [self.sources[k].members(unit) for unit in units.tolist()]
+        lengths = [len(group) for group in groups]
+        if not groups or max(lengths) == 1:
+            return [group.tolist() for group in groups]
+        flat, which = np.concatenate(groups), np.repeat(np.arange(len(groups)), lengths)
+        ranks = counter.bits(self.config.seed, counter.MEMBER, k, units[which], epochs[which], flat)
+        flat = flat[np.lexsort((ranks, which))]
+        return [part.tolist() for part in np.split(flat, np.cumsum(lengths)[:-1])]
+
+    def _usable(self, members: list[int], views: int, pixels: bool, images: dict, skips: dict) -> list[tuple[int, Sample]]:
+        """The first `views` of the samples that can be read; the others are noted in `skips`."""
+        found: list[tuple[int, Sample]] = []
+        for index in members:
+            try:
+                images[index], sample = self.store.sample(index, decode=pixels)
+            except SampleError as error:
+                skips[index] = error.skip
+                continue
+            found.append((index, sample))
+            if len(found) == views:
+                break
+        return found
+
+    def _drawn(self, source: Source, epoch: int, u: float, found: list[tuple[int, Sample]]) -> _Drawn:
+        """Rows of a unit: its samples, repeated with another variant where there are fewer than `views`; text and captions."""
+        views, repeats = source.config.views, -(-source.config.views // len(found))
+        variants = [epoch * repeats + view // len(found) for view in range(views)]
         if self.config.variants is not None:
-            variant = [v % self.config.variants for v in variant]
-        samples = [found[view % len(found)][1] for view in range(views)]
+            variants = [variant % self.config.variants for variant in variants]
+        index, samples = zip(*(found[view % len(found)] for view in range(views)), strict=True)
         if not source.config.paired:
-            return _Drawn(index, variant, samples, "", [""] * views)
-        u = float(counter.uniform(self.config.seed, counter.CAPTION, k, unit, epoch))
-        first, others = samples[0].captions, [sample.captions for _, sample in found[1:]]
+            return _Drawn(index, variants, samples, "", [""] * views)
+        first, others = found[0][1].captions, [sample.captions for _, sample in found[1:]]
         shared = {key: text for key, text in first.items() if all(other.get(key) == text for other in others)}
         text = choose(shared, source.config.captions, u) or choose(first, source.config.captions, u)
         captions = [sample.captions.get(source.config.caption_key, "").strip() or text for sample in samples]
-        return _Drawn(index, variant, samples, text, captions)
+        return _Drawn(index, variants, samples, text, captions)
 
     # ---- pixels ----
 
@@ -235,9 +254,10 @@ class Loader:
         if self.train and config.background == "random":
             channel = np.arange(3)
             background = 255 * counter.uniform(config.seed, counter.BACKGROUND, index[:, None], variant[:, None], channel)
+        gap = 1.5 if self.train else None
         out = np.full((len(index), size, size, 4), 255, np.uint8)
         for row, picture, box in zip(out, pictures, boxes.tolist(), strict=True):
-            resized = transforms.crop_resize(picture, box, size, config.interpolation)
+            resized = transforms.crop_resize(picture, box, size, config.interpolation, gap)
             row[..., : resized.shape[-1]] = resized
         if self.train and config.flip:
             mirrored = counter.uniform(config.seed, counter.FLIP, index, variant) < 0.5
@@ -249,9 +269,9 @@ class Loader:
 class _Drawn:
     """A unit's part of a batch: `views` rows."""
 
-    index: list[int]
+    index: tuple[int, ...]
     variant: list[int]
-    samples: list[Sample]
+    samples: tuple[Sample, ...]
     text: str
     captions: list[str]
 

@@ -1,8 +1,7 @@
 """webdataset tar shards with random access: write them, read sample i, survive what is broken in them.
 
-Shards are written by webdataset's TarWriter with a wids index (`index.json`), and read through wids' memory-mapped tar
-reader. Two things of it are replaced here: it stops with a traceback at a tar that was cut short, and it reads short ustar
-names only (no prefix, pax or GNU long names). Here the samples before the cut are kept and the rest are counted.
+Shards are written by webdataset's TarWriter with a wids index (`index.json`), which gives the number of samples of each
+shard without opening it, and are read through wids' memory-mapped tar reader (see indexed_tar.py).
 
 A sample is a group of files with one stem: an image (`key.jpg`, .jpeg, .png, .webp), `key.txt` (caption "txt") and
 `key.json`, whose text fields are captions by their names (img2dataset's layout), those under "captions" included; the
@@ -12,12 +11,11 @@ other fields are its metadata. Captions from `join_captions` are added when they
 from __future__ import annotations
 
 import glob
-import io
 import json
 import os
 import shutil
 import tempfile
-import warnings
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +24,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ov3fast.data.captions import sidecar
 from ov3fast.data.config import MAX_IMAGE_PIXELS
+from ov3fast.data.images import ImageError, decode_image
+from ov3fast.data.indexed_tar import OpenShard
 from ov3fast.data.skips import DataError, SampleError, Skip
 
 if TYPE_CHECKING:
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 
 INDEX = "index.json"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-
 MAX_OPEN_SHARDS = 128
 
 
@@ -84,11 +82,7 @@ def write_shards(
             shards[-1]["nsamples"] += 1
         if writer is not None:
             writer.close()
-        for shard in shards:
-            shard["filesize"] = (temporary / shard["url"]).stat().st_size
-        index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": folder.name, "shardlist": shards}
-        index["info"] = dict(info or {})
-        (temporary / INDEX).write_text(json.dumps(index, indent=1))
+        _write_index(temporary, shards, folder.name, info or {})
         os.chmod(temporary, 0o755)
         if folder.exists():
             shutil.rmtree(folder)
@@ -98,91 +92,21 @@ def write_shards(
     return sum(shard["nsamples"] for shard in shards)
 
 
-# ---- reading one tar -------------------------------------------------------------------------------------------------
+def write_index(folder: str | Path) -> Path:
+    """Count the samples of a folder's tars once and write them as a wids index, so that later starts need not look."""
+    folder = Path(folder)
+    shards = [{"url": shard.path.name, "nsamples": shard.samples} for shard in find_shards(sorted(folder.glob("*.tar")))]
+    return _write_index(folder, shards, folder.name, {})
 
 
-def _tar_reader():
-    """wids' reader with an index that stops at a cut and knows long names (a function, to import wids late)."""
-    from wids.wids_mmtar import MMIndexedTar
-
-    class Tar(MMIndexedTar):
-        def _build_index(self):
-            self.by_index: list[tuple[str, int, int]] = []  # name, start of the content, size
-            self.cut: str | None = None  # where the tar was cut short: the member's name, or "" between members
-            data, end, offset, long_name = self.mmapped_file, len(self.mmapped_file), 0, None
-            while True:
-                header = data[offset : offset + 512]
-                if len(header) == 512 and not header.strip(b"\0"):
-                    return  # the end-of-archive block
-                try:
-                    if len(header) < 512:
-                        raise ValueError("cut inside a header")
-                    size, kind = int(header[124:136].strip(b"\0 ") or b"0", 8), header[156:157]
-                    name = header[:100].rstrip(b"\0").decode()
-                    if header[257:262] == b"ustar" and header[345] and header[263:265] == b"00":
-                        name = header[345:500].rstrip(b"\0").decode() + "/" + name
-                except ValueError:
-                    self.cut = ""
-                    return
-                start = offset + 512
-                if start + size > end:
-                    self.cut = long_name or name
-                    return
-                if kind == b"L":  # GNU: the content is the next member's name
-                    long_name = data[start : start + size].rstrip(b"\0").decode()
-                elif kind == b"x":  # pax: records "length key=value\n"; only the path matters
-                    long_name = _pax_path(data[start : start + size])
-                else:
-                    if kind in (b"0", b"\0"):
-                        self.by_index.append((long_name or name, start, size))
-                    long_name = None
-                offset = start + (size + 511) // 512 * 512
-
-        def names(self):
-            return [name for name, _, _ in self.by_index]
-
-        def content(self, index: int) -> bytes:
-            _, start, size = self.by_index[index]
-            return self.mmapped_file[start : start + size]
-
-    return Tar
-
-
-def _pax_path(records: bytes) -> str | None:
-    while records:
-        length = int(records[: records.index(b" ")])
-        key, _, value = records[records.index(b" ") + 1 : length - 1].partition(b"=")
-        if key == b"path":
-            return value.decode()
-        records = records[length:]
-    return None
-
-
-class _OpenShard:
-    """A memory-mapped tar, its files grouped into samples: (key, {suffix: member number})."""
-
-    def __init__(self, path: Path):
-        from wids.wids import group_by_key, splitname
-
-        self.samples: list[tuple[str, dict[str, int]]] = []
-        self.tar, self.cut = None, ""
-        if path.stat().st_size:
-            self.tar = _tar_reader()(str(path))
-            self.cut = self.tar.cut
-            names = self.tar.names()
-            numbers = [i for i, name in enumerate(names) if "." in os.path.basename(name)]
-            for group in group_by_key([names[i] for i in numbers]):
-                members = [numbers[i] for i in group]
-                key = splitname(names[members[0]])[0]
-                self.samples.append((key, {splitname(names[i])[1].lower(): i for i in members}))
-            if self.cut and self.samples and self.samples[-1][0] == splitname(self.cut)[0]:
-                self.samples.pop()  # the cut went through this sample
-        joined = sidecar(path)
-        self.captions = json.loads(joined.read_text(encoding="utf-8")) if joined.exists() else {}
-
-    def close(self) -> None:
-        if self.tar is not None:
-            self.tar.close()
+def _write_index(folder: Path, shards: list[dict[str, Any]], name: str, info: Mapping[str, Any]) -> Path:
+    for shard in shards:
+        shard["filesize"] = (folder / shard["url"]).stat().st_size
+    index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": name, "shardlist": shards, "info": dict(info)}
+    temporary = folder / f".{INDEX}-{os.getpid()}"
+    temporary.write_text(json.dumps(index, indent=1))
+    os.replace(temporary, folder / INDEX)
+    return folder / INDEX
 
 
 # ---- reading a set ---------------------------------------------------------------------------------------------------
@@ -235,7 +159,7 @@ def find_shards(shards: str | Path | Sequence[str | Path]) -> list[Shard]:
 
 
 def _count(path: Path) -> int:
-    shard = _OpenShard(path)
+    shard = OpenShard(path)
     shard.close()
     if shard.cut is not None and not shard.samples:
         raise DataError(f"shards: {path} holds no whole sample; it is no tar file or was cut at its start")
@@ -253,7 +177,8 @@ class ShardDataset:
         self.max_image_pixels = max_image_pixels
         self.lengths = [shard.samples for shard in self.shards]
         self._starts = np.concatenate([[0], np.cumsum(self.lengths)])
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._lock = threading.Lock()
         if not len(self):
             raise DataError(f"shards: there is no sample in {', '.join(str(s.path) for s in self.shards[:3])}")
 
@@ -261,7 +186,10 @@ class ShardDataset:
         return int(self._starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_open", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _open=OrderedDict(), _lock=threading.Lock())
 
     def locations(self) -> Iterator[tuple[int, int]]:
         """(shard number, sample number) of all samples."""
@@ -286,14 +214,14 @@ class ShardDataset:
     def __getitem__(self, i: int) -> Sample:
         return self._read(i, decode=True)
 
-    def _shard(self, number: int) -> _OpenShard:
-        if number in self._open:
+    def _shard(self, number: int) -> OpenShard:
+        with self._lock:
+            if number not in self._open:
+                if len(self._open) >= MAX_OPEN_SHARDS:
+                    self._open.popitem(last=False)  # unmapped with its last reader
+                self._open[number] = OpenShard(self.shards[number].path)
             self._open.move_to_end(number)
-        else:
-            if len(self._open) >= MAX_OPEN_SHARDS:
-                self._open.popitem(last=False)[1].close()
-            self._open[number] = _OpenShard(self.shards[number].path)
-        return self._open[number]
+            return self._open[number]
 
     def _read(self, i: int, decode: bool) -> Sample:
         if not 0 <= i < len(self):
@@ -316,7 +244,7 @@ class ShardDataset:
                 raise SampleError(Skip(i, key, error.reason, str(error))) from None
         return Sample(key, image, captions, meta)
 
-    def _texts(self, i: int, key: str, members: dict[str, int], shard: _OpenShard) -> tuple[dict, dict]:
+    def _texts(self, i: int, key: str, members: dict[str, int], shard: OpenShard) -> tuple[dict, dict]:
         captions: dict[str, str] = {}
         meta: dict[str, Any] = {}
         try:
@@ -333,36 +261,3 @@ class ShardDataset:
             raise SampleError(Skip(i, key, "broken_json", str(error))) from None
         captions.update(shard.captions.get(key, {}))
         return captions, meta
-
-
-# ---- images ----------------------------------------------------------------------------------------------------------
-
-
-class ImageError(ValueError):
-    """An image that can't be decoded; `reason` is "broken_image", "truncated_image" or "too_large"."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(detail)
-        self.reason = reason
-
-
-def decode_image(data: bytes, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Decode to a loaded Pillow image, RGBA if it has transparency, else RGB. The size is checked before decoding."""
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-        if image.width * image.height > max_image_pixels:
-            raise ImageError("too_large", f"{image.width}x{image.height} pixels, the limit is {max_image_pixels}")
-        image.load()
-        transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
-        return image.convert("RGBA" if transparent else "RGB")
-    except Image.DecompressionBombError as error:
-        raise ImageError("too_large", str(error)) from None
-    except ImageError:
-        raise
-    except Exception as error:  # Pillow's codecs raise OSError, SyntaxError, struct.error, EOFError and others on bad bytes
-        reason = "truncated_image" if "truncated" in str(error).lower() else "broken_image"
-        raise ImageError(reason, f"{type(error).__name__}: {error}") from None

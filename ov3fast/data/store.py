@@ -133,9 +133,6 @@ class Store:
             except SampleError as error:
                 self._bad[index] = error.skip
 
-        for source in self.sources:
-            for number in range(len(source.dataset.shards)):
-                source.dataset._shard(number)
         with ThreadPoolExecutor(self.config.workers or os.cpu_count()) as pool:
             for _ in pool.map(read, range(self.n)):
                 pass

@@ -51,13 +51,16 @@ def center_boxes(sizes_B2: np.ndarray) -> np.ndarray:
     return np.concatenate([corner_B2, corner_B2 + side_B1], 1)
 
 
-def crop_resize(image: Image.Image, box: Sequence[float], size: int, interpolation: str = "bicubic") -> np.ndarray:
+def crop_resize(
+    image: Image.Image, box: Sequence[float], size: int, interpolation: str = "bicubic", gap: float | None = None
+) -> np.ndarray:
     """The box of the picture as uint8 [size, size, C], antialiased. Modes RGB and RGBa (premultiplied, so that colours
-    under full transparency don't bleed into the edges)."""
+    under full transparency don't bleed into the edges). With `gap`, pictures that shrink by more than twice as much are
+    first averaged over whole pixels (Pillow's reducing_gap): much faster, and close to the exact filter."""
     from PIL import Image
 
     resample = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[interpolation]
-    return np.asarray(image.resize((size, size), resample, tuple(box), reducing_gap=3.0))
+    return np.asarray(image.resize((size, size), resample, tuple(box), reducing_gap=gap))
 
 
 def premultiplied(image: Image.Image) -> Image.Image:
@@ -67,10 +70,10 @@ def premultiplied(image: Image.Image) -> Image.Image:
 
 def to_tensor(pictures_BHWC: np.ndarray, background_B3: np.ndarray | None = None) -> torch.Tensor:
     """uint8 [B, H, W, 3 or 4] (RGB, or RGBa over the background, 0..255, white if None) -> float32 [B, 3, H, W] in [-1, 1]."""
-    x = torch.from_numpy(pictures_BHWC).permute(0, 3, 1, 2)
-    rgb_B3HW = x[:, :3].to(torch.float32, memory_format=torch.contiguous_format)
+    x = torch.from_numpy(pictures_BHWC).permute(0, 3, 1, 2).contiguous()
+    rgb_B3HW = x[:, :3].float()
     if x.shape[1] == 4:
         under = torch.full((len(x), 3), 255.0) if background_B3 is None else torch.from_numpy(background_B3).float()
-        clear_B1HW = (255 - x[:, 3:].int()).float() / 255
+        clear_B1HW = (255 - x[:, 3:]).float() / 255
         rgb_B3HW.addcmul_(under[:, :, None, None], clear_B1HW)
     return rgb_B3HW.clamp_(0, 255).mul_(2 / 255).sub_(1)

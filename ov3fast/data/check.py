@@ -1,0 +1,94 @@
+"""Looking at data without training: what a folder of shards holds, and what of it can't be used."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ov3fast.data.config import MAX_IMAGE_PIXELS
+from ov3fast.data.shards import Sample, ShardDataset
+from ov3fast.data.skips import SampleError, Skip
+from ov3fast.data.store import resolve
+
+
+@dataclass
+class ShardSummary:
+    """One tar: samples by its index, readable ones, skips by reason, whether it was cut short."""
+
+    path: Path
+    samples: int
+    readable: int = 0
+    skips: Counter = field(default_factory=Counter)
+    truncated: bool = False
+
+
+@dataclass
+class Summary:
+    """A set of shards: per shard, and over all of them."""
+
+    shards: list[ShardSummary]
+    captions: Counter
+    """Caption key -> samples that have it."""
+    skips: list[Skip]
+    smallest: tuple[int, int] | None
+    """Width and height of the picture with the fewest pixels (None: no picture is readable)."""
+    largest: tuple[int, int] | None
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def readable(self) -> int:
+        return sum(shard.readable for shard in self.shards)
+
+    @property
+    def reasons(self) -> Counter:
+        return sum((shard.skips for shard in self.shards), Counter())
+
+
+def summarise(
+    shards: str | Path | Sequence[str | Path],
+    *,
+    caption_keys: Sequence[str] = (),
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+    workers: int | None = None,
+) -> Summary:
+    """Read every sample of the shards and count what is there and what can't be used.
+
+    caption_keys: a sample without any of these counts as missing_caption; with none given, one without any caption does.
+    Raises FileNotFoundError and DataError for a wrong folder.
+    """
+    dataset = ShardDataset(resolve(str(shards)) if isinstance(shards, str) else shards, max_image_pixels)
+    truncated = dataset.truncated()
+    summaries = [ShardSummary(s.path, s.samples, truncated=s.path in truncated) for s in dataset.shards]
+    captions: Counter = Counter()
+    skips: list[Skip] = []
+    sizes: list[tuple[int, int]] = []
+
+    def read(i: int) -> Sample | Skip:
+        try:
+            sample = dataset[i]
+        except SampleError as error:
+            return error.skip
+        present = [key for key, caption in sample.captions.items() if caption.strip()]
+        if not present or (caption_keys and not set(caption_keys) & set(present)):
+            return Skip(i, sample.key, "missing_caption", f"it has {', '.join(present) or 'none'}")
+        return sample._replace(image=None, meta={"size": sample.image.size})
+
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        locations = list(dataset.locations())
+        for (number, _), result in zip(locations, pool.map(read, (i for _, i in locations)), strict=True):
+            if isinstance(result, Skip):
+                summaries[number].skips[result.reason] += 1
+                skips.append(result)
+            else:
+                summaries[number].readable += 1
+                captions.update(key for key, caption in result.captions.items() if caption.strip())
+                sizes.append(result.meta["size"])
+    area = sorted(sizes, key=lambda size: size[0] * size[1])
+    return Summary(summaries, captions, skips, area[0] if area else None, area[-1] if area else None)

@@ -90,8 +90,10 @@ class OpenShard:
                 members = [numbers[i] for i in group]
                 key = splitname(names[members[0]])[0]
                 self.samples.append((key, {splitname(names[i])[1].lower(): i for i in members}))
-            if "." in (self.cut or "") and self.samples and self.samples[-1][0] == splitname(self.cut)[0]:
-                self.samples.pop()  # the cut went through this sample
+            if self.cut is not None and self.samples:
+                (_, first), (key, last) = self.samples[0], self.samples[-1]
+                if set(last) < set(first) or ("." in self.cut and key == splitname(self.cut)[0]):
+                    self.samples.pop()  # the cut went through this sample
         joined = sidecar(path)
         self.captions = json.loads(joined.read_text(encoding="utf-8")) if joined.exists() else {}
 

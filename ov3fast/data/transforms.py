@@ -60,7 +60,7 @@ def crop_resize(
     from PIL import Image
 
     resample = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[interpolation]
-    return np.asarray(image.resize((size, size), resample, tuple(box), reducing_gap=gap))
+    return np.array(image.resize((size, size), resample, tuple(box), reducing_gap=gap))
 
 
 def premultiplied(image: Image.Image) -> Image.Image:

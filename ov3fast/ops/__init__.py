@@ -6,7 +6,9 @@ environment's OV3FAST_IMPL everywhere.
 
 from . import random
 from ._dispatch import table, use
+from .contrastive_loss import contrastive_loss
 from .flash_attention import flash_attention, flash_attention_qkvpacked
+from .group_norm_silu import group_norm_silu
 from .latent_projection import latent_projection
 from .layer_norm import layer_norm
 from .mlp import mlp
@@ -14,8 +16,10 @@ from .noise_projection import noise_projection
 from .patch_embed import patch_embed
 
 __all__ = [
+    "contrastive_loss",
     "flash_attention",
     "flash_attention_qkvpacked",
+    "group_norm_silu",
     "latent_projection",
     "layer_norm",
     "mlp",

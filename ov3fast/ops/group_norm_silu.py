@@ -1,0 +1,163 @@
+"""Group normalisation and SiLU, as in front of every convolution of the VAE.
+
+    n_bcs = (x_bcs - mean_bg) * rstd_bg * weight_c + bias_c,    g = c // (C / G),    rstd = 1 / sqrt(var + eps), biased variance
+    y_bcs = n_bcs * sigmoid(n_bcs)
+
+Shapes: x, y [B, C, ...] with any number of places s behind; weight, bias [C]; mean and rstd [B, G] over a group's channels and places.
+Storage float32, bfloat16 or float64 (float16 on GPUs); statistics in float32 (float64 for float64). weight and bias are of x's dtype or
+float32. A 4-D channels_last or 5-D channels_last_3d x gives y and dx in that memory format; everything else gives contiguous ones.
+Saved for backward: x, weight, bias, mean, rstd; n is computed again.
+Source: Wu and He 2018 (arXiv 1803.08494), eq. 7; eps 1e-6 as in diffusers' AutoencoderKL.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _check, _dispatch
+
+
+def reference(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
+    """Plain PyTorch, the specification."""
+    wide = _check.accumulate_dtype(x.dtype)
+    values = x.to(wide).reshape(x.shape[0], num_groups, x.shape[1:].numel() // num_groups)
+    centred = values - values.mean(-1, keepdim=True)
+    x_hat = (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)).view(x.shape)
+    per_channel = (-1, *[1] * (x.ndim - 2))
+    return F.silu(x_hat * weight.to(wide).reshape(per_channel) + bias.to(wide).reshape(per_channel)).to(x.dtype)
+
+
+def group_norm_silu(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-6, *, impl: str | None = None
+) -> Tensor:
+    """silu(group_norm(x)), of x's shape, dtype and memory format.
+
+    x [B, C, ...]; num_groups divides C; weight and bias [C], of x's dtype or float32. x, weight and bias get gradients. Autocast changes
+    nothing here. Raises TypeError or ValueError that name the argument.
+    """
+    op = "group_norm_silu"
+    _check.tensor(op, "x", x)
+    if x.ndim < 2:
+        raise ValueError(f"{op}: x must be [B, C, ...] with at least 2 dimensions, got shape {tuple(x.shape)}")
+    channels = x.shape[1]
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"{op}: num_groups must divide the {channels} channels of x, got {num_groups}")
+    _check.tensor(op, "weight", weight)
+    _check.parameter(op, "weight", weight, (channels,), x, "[C]", mixed=True)
+    _check.tensor(op, "bias", bias)
+    _check.parameter(op, "bias", bias, (channels,), x, "[C]", mixed=True)
+    if bias.dtype != weight.dtype:
+        raise TypeError(f"{op}: bias must be of weight's dtype {weight.dtype}, got {bias.dtype}")
+    y, _, _ = torch.ops.ov3fast.group_norm_silu(x, num_groups, weight, bias, eps, _dispatch.request(op, impl))
+    return y
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The format of y and dx; where x is contiguous both ways, plain."""
+    for dimensions, candidate in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if x.ndim == dimensions and x.is_contiguous(memory_format=candidate) and not x.is_contiguous():
+            return candidate
+    return torch.contiguous_format
+
+
+def _forward_reference(x, num_groups, weight, bias, eps):
+    # Not aten's native_group_norm, which takes the variance of a channels_last tensor as E[x^2] - E[x]^2 and loses digits by it.
+    x_BGcS, weight_GcS, bias_GcS, wide = _grouped(x, num_groups, weight, bias)
+    mean = _group_mean(x_BGcS, wide)
+    centred = x_BGcS - mean
+    rstd = _group_mean(centred.square(), wide).add_(eps).rsqrt_()
+    y = torch.ops.aten.silu_(centred.mul_(rstd * weight_GcS).add_(bias_GcS))
+    stats = x.shape[0], num_groups
+    return _like(x, y), mean.view(stats), rstd.view(stats)
+
+
+def _backward_reference(grad_y, x, weight, bias, mean, rstd, need_x, need_weight, need_bias):
+    # Nor its backward, which crashes on channels_last when no gradient of x is asked for.
+    groups = mean.shape[1]
+    x_BGcS, weight_GcS, bias_GcS, wide = _grouped(x, groups, weight, bias)
+    grad_y_BGcS, *_ = _grouped(grad_y.to(wide), groups, weight, bias)
+    places, per_group = tuple(range(3, x_BGcS.ndim)), (*mean.shape, *[1] * (x_BGcS.ndim - 2))
+    mean, rstd = mean.view(per_group), rstd.view(per_group)
+
+    x_hat = (x_BGcS - mean).mul_(rstd)
+    grad_n = torch.ops.aten.silu_backward(grad_y_BGcS, (x_hat * weight_GcS).add_(bias_GcS))
+    sums = grad_n.sum(places, keepdim=True)
+    dots = (grad_n * x_hat).sum(places, keepdim=True)
+
+    none = x.new_empty(0)
+    grad_weight = dots.sum(0).view(-1).to(weight.dtype) if need_weight else none
+    grad_bias = sums.sum(0).view(-1).to(weight.dtype) if need_bias else none
+    if not need_x:
+        return none, grad_weight, grad_bias
+    # dx = rstd (w dn - mean_g(w dn) - x_hat mean_g(w dn x_hat)), the means being over the values of a group.
+    size = x_BGcS.shape[2:].numel()
+    mean_sum = (sums * weight_GcS).sum(2, keepdim=True).div_(size)
+    mean_dot = (dots * weight_GcS).sum(2, keepdim=True).div_(size)
+    grad_x = grad_n.mul_(rstd * weight_GcS).sub_(rstd * mean_sum).addcmul_(x_hat, rstd * mean_dot, value=-1)
+    return _like(x, grad_x), grad_weight, grad_bias
+
+
+def _grouped(x, groups, weight, bias):
+    """x [B, C, ...] as [B, G, c, ...] with at least one axis of places, weight and bias to go with it, and the dtype to compute in."""
+    wide = _check.accumulate_dtype(x.dtype)
+    per_group = x.shape[1] // groups
+    view = x.unflatten(1, (groups, per_group))
+    view = view if x.ndim > 2 else view[..., None]
+    affine = (groups, per_group, *[1] * (view.ndim - 3))
+    return view, weight.to(wide).reshape(affine), bias.to(wide).reshape(affine), wide
+
+
+def _group_mean(value_BGcS, wide):
+    """Over the places first: one reduction over all would add a channels_last tensor up in one long chain."""
+    return value_BGcS.mean(tuple(range(3, value_BGcS.ndim)), keepdim=True, dtype=wide).mean(2, keepdim=True)
+
+
+def _like(x, value):
+    """`value` in x's shape, dtype and memory format."""
+    return value.reshape(x.shape).to(x.dtype).contiguous(memory_format=memory_format(x))
+
+
+def _fake(x, num_groups, weight, bias, eps):
+    stats = x.new_empty(x.shape[0], num_groups, dtype=_check.accumulate_dtype(x.dtype))
+    return torch.empty_like(x, memory_format=memory_format(x)), stats, torch.empty_like(stats)
+
+
+def _fake_backward(grad_y, x, weight, bias, mean, rstd, need_x, need_weight, need_bias):
+    return (
+        torch.empty_like(x, memory_format=memory_format(x)) if need_x else x.new_empty(0),
+        weight.new_empty(weight.shape) if need_weight else x.new_empty(0),
+        weight.new_empty(weight.shape) if need_bias else x.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, _, weight, bias, _, word = inputs
+    _, mean, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, weight, bias, mean, rstd)
+    ctx.word = word
+
+
+def _backward(ctx, grad_y, *_):
+    if grad_y is None:
+        return (None,) * 6
+    needs = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
+    grads = torch.ops.ov3fast.group_norm_silu_backward(grad_y, *ctx.saved_tensors, *needs, ctx.word)
+    grad_x, grad_weight, grad_bias = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return grad_x, None, grad_weight, grad_bias, None, None
+
+
+_dispatch.register("group_norm_silu", "reference", _forward_reference, _backward_reference)
+_dispatch.define(
+    "group_norm_silu",
+    "(Tensor x, int num_groups, Tensor weight, Tensor bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
+    fake=_fake,
+    backward_schema="(Tensor grad_y, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd,"
+    " bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    backward_fake=_fake_backward,
+    setup_context=_setup_context,
+    backward=_backward,
+)

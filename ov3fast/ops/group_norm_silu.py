@@ -95,7 +95,7 @@ def _backward_reference(grad_y, x, weight, bias, mean, rstd, need_x, need_weight
     size = x_BGcS.shape[2:].numel()
     mean_sum = (sums * weight_GcS).sum(2, keepdim=True).div_(size)
     mean_dot = (dots * weight_GcS).sum(2, keepdim=True).div_(size)
-    grad_x = grad_n.mul_(rstd * weight_GcS).sub_(rstd * mean_sum).addcmul_(x_hat, rstd * mean_dot, value=-1)
+    grad_x = grad_n.mul_(weight_GcS).sub_(mean_sum).addcmul_(x_hat, mean_dot, value=-1).mul_(rstd)
     return _like(x, grad_x), grad_weight, grad_bias
 
 

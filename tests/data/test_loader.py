@@ -106,7 +106,9 @@ def test_a_text_shared_by_different_samples_is_true_of_both(make_shards, files):
     replace = {}
     for i in range(8):
         changed = files(i, concepts=4)
-        changed["json"] = json.dumps({**json.loads(changed["json"]), "captions": {"name": f"n{i % 4}", "caption": f"c{i}"}}).encode()
+        changed["json"] = json.dumps(
+            {**json.loads(changed["json"]), "captions": {"name": f"n{i % 4}", "caption": f"c{i}"}}
+        ).encode()
         replace[i] = changed
     folder = make_shards(8, concepts=4, replace=replace)
     data = loader(config(folder, group_by="concept", views=2, captions=FULL), batch_size=8)

@@ -52,14 +52,14 @@ def advance(rng: Tensor, n: int) -> Tensor:
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four counter words and two key words, int64 tensors in 0 .. 2^32 - 1 that broadcast, to four such words."""
-    c0, c1, c2, c3 = counter
+    """Philox4x32-10: four counter words that broadcast, and two scalar key words, int64 in 0 .. 2^32 - 1, to four such words."""
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     k0, k1 = key
     for _ in range(10):
         # int64 products wrap modulo 2^64, which keeps all 64 bits of 32 x 32; high bits left in c1, c3, k0, k1 are masked later.
         product_a, product_b = c0 * _MULTIPLIER_A, c2 * _MULTIPLIER_B
-        c0 = ((product_b >> 32) ^ c1 ^ k0) & _MASK
-        c2 = ((product_a >> 32) ^ c3 ^ k1) & _MASK
+        c0 = (product_b >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK)
+        c2 = (product_a >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK)
         c1, c3 = product_b, product_a
         k0, k1 = k0 + _KEY_STEP_0, k1 + _KEY_STEP_1
     return c0, c1 & _MASK, c2, c3 & _MASK
@@ -111,7 +111,7 @@ def _blocks(n: int, rng: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _to_uniform(words: Tensor) -> Tensor:
     words = words.to(torch.int32)
-    return (words ^ (words >> 31)).to(torch.float32).mul_(4.6566127342e-10)
+    return (words >> 31).bitwise_xor_(words).to(torch.float32).mul_(4.6566127342e-10)
 
 
 def _to_int64(name: str, value: int) -> int:

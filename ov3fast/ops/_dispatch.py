@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # Tried in this order when nobody asks for one by name.
 PREFERENCE = ("cuda", "triton", "flash_attn", "xformers", "cpu", "sdpa", "reference")
@@ -171,8 +172,27 @@ def _define(name: str, schema: str, implementation: Callable[..., Any], fake: Ca
     arguments, returns = schema.split("->")
     arguments = arguments.strip().removesuffix(")") + ", str impl)"
     LIBRARY.define(f"{name}{arguments} ->{returns}")
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _without_autocast(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"ov3fast::{name}", lambda *args: fake(*args[:-1]), lib=LIBRARY)
+
+
+def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The public functions cast under torch.autocast; inside an operator it would narrow what the backend keeps in float32."""
+
+    def run(*args: Any) -> Any:
+        device = _device_type(args)
+        if not torch.is_autocast_enabled(device):
+            return implementation(*args)
+        with torch.autocast(device, enabled=False):
+            return implementation(*args)
+
+    return run
+
+
+def _device_type(args: tuple[Any, ...]) -> str:
+    """Of the first tensor among the arguments, lists included."""
+    flat = (value for arg in args for value in (arg if isinstance(arg, (list, tuple)) else (arg,)))
+    return next((value.device.type for value in flat if isinstance(value, Tensor)), "cpu")
 
 
 def _check_name(name: str) -> None:

@@ -197,6 +197,18 @@ def test_autocast():
     assert flash_attention(q, k, v).dtype == torch.float32
 
 
+@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+def test_autocast_does_not_reach_inside(impl):
+    """The same bits as on inputs cast by hand: the float32 scores of a backend stay float32."""
+    values = [t.bfloat16().requires_grad_() for t in inputs(9, 9, 2, 40)]
+    runs = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = flash_attention(*values, impl=impl)
+            runs.append([out, *torch.autograd.grad(out, values, testing.make(*out.shape).to(out))])
+    testing.assert_same_bits(*runs)
+
+
 def test_choice():
     q, k, v = (t.float() for t in inputs(5, 3, 2, 8))
     assert _dispatch.chosen("flash_attention", "", q, k, v, False, 0, 1.0) == "sdpa"

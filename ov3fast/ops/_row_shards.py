@@ -1,0 +1,115 @@
+"""Rows of one [N, ...] tensor dealt over a process group, and the collectives of the contrastive loss on them.
+
+Rank w holds sizes[w] rows, in rank order; sizes may differ, and be 0. Without a group there is one rank and every method is
+the identity. All sums run over ranks in the collective's own fixed order. Every rank of the group has to take part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowShards:
+    group: Any
+    """The process group, or None."""
+    rank: int
+    sizes: tuple[int, ...]
+
+    @property
+    def world(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def offset(self) -> int:
+        """Where this rank's rows begin."""
+        return sum(self.sizes[: self.rank])
+
+    def own(self, x: Tensor) -> Tensor:
+        """[N, ...] -> this rank's rows."""
+        return x[self.offset : self.offset + self.sizes[self.rank]]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """This rank's rows -> [N, ...], of any dtype (the bytes travel)."""
+        if self.group is None:
+            return x
+        import torch.distributed as dist
+
+        longest = max(self.sizes)
+        padded = x.new_zeros((longest, *x.shape[1:]))
+        padded[: len(x)] = x
+        parts = [torch.empty_like(padded) for _ in self.sizes]
+        dist.all_gather([part.view(torch.uint8) for part in parts], padded.view(torch.uint8), group=self.group)
+        return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
+
+    def merge(self, largest: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        """A log-sum-exp's running (max, sum of exponentials below it) on each rank -> the same over all ranks."""
+        if self.group is None:
+            return largest, total
+        import torch.distributed as dist
+
+        overall = largest.clone()
+        dist.all_reduce(overall, dist.ReduceOp.MAX, group=self.group)
+        total = total * (largest - overall).exp_()
+        dist.all_reduce(total, group=self.group)
+        return overall, total
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """[N, ...] of partial sums -> this rank's rows of their sum over the ranks."""
+        if self.group is None:
+            return x
+        import torch.distributed as dist
+
+        if dist.get_backend(self.group) == "gloo":  # older releases of gloo lack reduce_scatter
+            dist.all_reduce(x, group=self.group)
+            return self.own(x)
+        longest = max(self.sizes)
+        padded = [torch.cat([part, part.new_zeros((longest - len(part), *x.shape[1:]))]) for part in x.split(self.sizes)]
+        out = torch.empty_like(padded[0])
+        dist.reduce_scatter(out, padded, group=self.group)
+        return out[: self.sizes[self.rank]]
+
+
+def deal(op: str, group_name: str, rows: int, facts: dict[str, int], device: torch.device) -> RowShards:
+    """The sizes of all ranks, told to each. `facts` are integers that must be equal on all: ValueError on every rank if not."""
+    if not group_name:
+        return RowShards(None, 0, (rows,))
+    import torch.distributed as dist
+
+    group = resolve(group_name)
+    mine = torch.tensor([rows, *facts.values()], device=device)
+    told = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(told, mine, group=group)
+    sizes, *columns = zip(*(values.tolist() for values in told), strict=True)
+    for name, values in zip(facts, columns, strict=True):
+        if len(set(values)) > 1:
+            raise ValueError(f"{op}: {name} must be the same on all ranks of the group, got {list(values)} in rank order")
+    return RowShards(group, dist.get_rank(group), tuple(sizes))
+
+
+def resolve(group_name: str):
+    """The process group of that name (ProcessGroup.group_name), which is what can travel through an operator's schema."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(group_name)
+
+
+def name_of(op: str, group: Any) -> str:
+    """'' for None. TypeError for what is no process group, ValueError where this process is not in it."""
+    if group is None:
+        return ""
+    import torch.distributed as dist
+
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"{op}: group does not contain this process")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"{op}: group must be a torch.distributed process group or None, got {type(group).__name__}")
+    return group.group_name

@@ -1,0 +1,269 @@
+"""Image-text contrastive loss, softmax (CLIP) or sigmoid (SigLIP), without an N x N tensor kept for the backward.
+
+    a_i = x_i / max(||x_i||, 1e-12),  b_j = y_j / max(||y_j||, 1e-12),  z_ij = s <a_i, b_j>  (+ t with the sigmoid)
+    softmax: r_i = log sum_j exp(z_ij),  c_j = log sum_i exp(z_ij),  loss = 1/N sum_i [(r_i + c_i) / 2 - z_ii]
+    sigmoid: loss = 1/N sum_ij softplus(-m_ij z_ij),  m_ij = 1 where i = j, else -1
+
+    g_ij = d loss / d z_ij:  softmax 1/N [(exp(z_ij - r_i) + exp(z_ij - c_j)) / 2 - [i=j]],  sigmoid 1/N (sigmoid(z_ij) - [i=j])
+    d a_i = s sum_j g_ij b_j,  d b_j = s sum_i g_ij a_i,  d s = sum_ij g_ij <a_i, b_j>,  d t = sum_ij g_ij
+    d x_i = (d a_i - a_i <a_i, d a_i>) / ||x_i||
+
+Shapes: image x, text y [N,D]; logit_scale s (the multiplier itself, not its logarithm) and logit_bias t scalars. Features in
+float32, bfloat16 or float64 (float16 on GPUs), never rounded on the way; all else in float32 (float64 for float64), the loss
+too. N = 0 gives 0. Saved for backward: the arguments, and r and c as pairs (max, log of the sum below it), since their sum in
+float32 would be off by 4e-6 at a logit of 100. The N x N products exist in chunks of rows, in the forward and again in the
+backward.
+
+With a process group each rank has its own pairs, in unequal numbers if need be, and computes its rows against all columns.
+Its share of the loss, W/N sum_{i on rank} [...], is such that the mean of the W shares is the loss of all pairs, and the
+gradients, averaged over ranks as DDP does, are those of that mean. s and t must be equal on all ranks, and all ranks have to
+run the backward or none.
+Source: CLIP, arXiv 2103.00020, figure 3; SigLIP, arXiv 2303.15343, equation 2; Inf-CL, arXiv 2410.17243 (blocks and ranks).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _check, _dispatch, _row_shards
+
+KINDS = ("softmax", "sigmoid")
+SMALLEST_NORM = 1e-12
+
+# Rows are taken in chunks of about this many logits, by shape alone, so that the order of sums never changes.
+CHUNK_LOGITS = 2**20
+
+
+def reference(
+    image: Tensor, text: Tensor, logit_scale: Tensor, *, kind: str = "softmax", logit_bias: Tensor | None = None
+) -> Tensor:
+    """Plain PyTorch, the specification, in one process."""
+    wide = _check.accumulate_dtype(image.dtype)
+    a, b = (F.normalize(x.to(wide), dim=-1, eps=SMALLEST_NORM) for x in (image, text))
+    logits = logit_scale.to(wide) * (a @ b.T)
+    if len(image) == 0:
+        return logits.sum()
+    if kind == "softmax":
+        target = torch.arange(len(image), device=image.device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    match = 2 * torch.eye(len(image), dtype=wide, device=image.device) - 1
+    return -F.logsigmoid(match * (logits + (0 if logit_bias is None else logit_bias.to(wide)))).sum() / len(image)
+
+
+def contrastive_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    *,
+    kind: str = "softmax",
+    logit_bias: Tensor | None = None,
+    group: Any = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Contrastive loss of N pairs (image_i, text_i); the features are normalised inside.
+
+    image, text [N,D] of one dtype; logit_scale and logit_bias (sigmoid only) scalar tensors. kind: "softmax", the mean of both
+    directions, or "sigmoid", the sum over pairs / N. group: a torch.distributed process group over which the pairs are dealt;
+    the result is then this rank's share (see the module). Returns a scalar, float32 (float64 for float64), under
+    torch.autocast too. Raises TypeError or ValueError that name the argument.
+    """
+    op = "contrastive_loss"
+    _check.tensor(op, "image", image, ndim=2)
+    _check.tensor(op, "text", text)
+    _check.parameter(op, "text", text, tuple(image.shape), image, "like image")
+    if kind not in KINDS:
+        raise ValueError(f"{op}: kind must be one of {', '.join(KINDS)}; got {kind!r}")
+    if kind == "softmax" and logit_bias is not None:
+        raise ValueError(f"{op}: logit_bias is for kind='sigmoid': a softmax does not change with it")
+    logit_scale = _scalar(op, "logit_scale", logit_scale, image)
+    if logit_bias is not None:
+        logit_bias = _scalar(op, "logit_bias", logit_bias, image)
+    return torch.ops.ov3fast.contrastive_loss(
+        image, text, logit_scale, logit_bias, kind, _row_shards.name_of(op, group), _dispatch.request(op, impl)
+    )[0]
+
+
+def _scalar(op: str, name: str, value: Any, like: Tensor) -> Tensor:
+    _check.tensor(op, name, value)
+    if value.numel() != 1:
+        raise ValueError(f"{op}: {name} must be a scalar tensor, got shape {tuple(value.shape)}")
+    _check.same_device(op, name, value, like)
+    return value.reshape(())
+
+
+# A backend computes a rectangle: this rank's rows i against all columns j, of which j = i + offset is the pair's own.
+
+
+def _forward_rows(image, text, scale, bias, kind, offset):
+    """image [n,D], text [N,D] -> rows, columns, own.
+
+    softmax: rows [2,n] are r's (max, log-sum), columns [2,N] c's (max, sum) over these rows alone, own [n] is z_ii.
+    sigmoid: rows [n] is sum_j softplus(..), the others are None.
+    """
+    a, b = _normalise(image), _normalise(text)
+    rows = a.new_empty((2, len(a)) if kind == "softmax" else len(a))
+    own = a.new_empty(len(a))
+    largest = a.new_full((len(b),), -torch.inf)
+    total = torch.zeros_like(largest)
+    for chunk, column in _chunks(len(a), len(b), offset):
+        z = scale * (a[chunk] @ b.T)
+        if kind == "sigmoid":
+            z = z if bias is None else z.add_(bias)
+            z.diagonal(column).neg_()
+            rows[chunk] = -F.logsigmoid(-z).sum(1)
+            continue
+        own[chunk] = z.diagonal(column)
+        rows[0, chunk] = z.amax(1)
+        rows[1, chunk] = (z - rows[0, chunk, None]).exp_().sum(1).log_()
+        before, largest = largest, torch.maximum(largest, z.amax(0))
+        total = total * (before - largest).exp_() + z.sub_(largest).exp_().sum(0)
+    return (rows, torch.stack([largest, total]), own) if kind == "softmax" else (rows, None, None)
+
+
+def _backward_rows(image, text, scale, bias, kind, offset, r, c, row_weight, column_weight, need_image, need_text):
+    """Gradients by a [n,D] and by b over these rows [N,D] (None unless needed), by s and by t, in the wide dtype.
+
+    softmax: r [2,n] and c [2,N] are the (max, log-sum) of rows and columns. row_weight (scalar) and column_weight [N] stand for
+    the loss's 1/N, times the upstream gradient of the row's and column's rank.
+    """
+    a, b = _normalise(image), _normalise(text)
+    grad_a = torch.empty_like(a) if need_image else None
+    grad_b = torch.zeros_like(b) if need_text else None
+    grad_scale = torch.zeros((), dtype=torch.float64, device=a.device)
+    grad_bias = torch.zeros_like(grad_scale)
+    for chunk, column in _chunks(len(a), len(b), offset):
+        cosine = a[chunk] @ b.T
+        z = scale * cosine
+        if kind == "softmax":
+            g = (z - r[0, chunk, None]).sub_(r[1, chunk, None]).exp_().mul_(row_weight)
+            g.add_(z.sub_(c[0]).sub_(c[1]).exp_().mul_(column_weight)).mul_(0.5)
+            g.diagonal(column).sub_(row_weight)
+        else:
+            z = z if bias is None else z.add_(bias)
+            z.diagonal(column).neg_()
+            g = z.sigmoid_().mul_(row_weight)
+            g.diagonal(column).neg_()
+            grad_bias += g.sum(1).sum(dtype=torch.float64)
+        grad_scale += cosine.mul_(g).sum(1).sum(dtype=torch.float64)
+        g.mul_(scale)
+        if need_image:
+            torch.mm(g, b, out=grad_a[chunk])
+        if need_text:
+            grad_b.addmm_(g.T, a[chunk])
+    return grad_a, grad_b, grad_scale, grad_bias
+
+
+def _chunks(rows: int, columns: int, offset: int):
+    """Slices of rows, each with the diagonal on which its own pairs lie."""
+    size = max(1, CHUNK_LOGITS // max(columns, 1))
+    return [(slice(start, min(start + size, rows)), start + offset) for start in range(0, rows, size)]
+
+
+def _normalise(x: Tensor) -> Tensor:
+    return F.normalize(x.to(_check.accumulate_dtype(x.dtype)), dim=-1, eps=SMALLEST_NORM)
+
+
+def _normalise_backward(grad_a: Tensor, x: Tensor) -> Tensor:
+    wide_x = x.to(grad_a.dtype)
+    norm = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True)
+    a = wide_x / norm.clamp_min(SMALLEST_NORM)
+    along = a * (a * grad_a).sum(-1, keepdim=True)
+    # Below the smallest norm the divisor is constant.
+    grad = torch.where(norm >= SMALLEST_NORM, grad_a - along, grad_a) / norm.clamp_min(SMALLEST_NORM)
+    return grad.to(x.dtype)
+
+
+def over_ranks(forward_rows, backward_rows):
+    """A backend's functions on rectangles -> its forward and backward of the operator, ranks and normalisation included."""
+
+    def forward(image, text, scale, bias, kind, group):
+        wide = _check.accumulate_dtype(image.dtype)
+        facts = {"the width of image": image.shape[1], "kind": KINDS.index(kind), "the dtype's size": image.element_size()}
+        shards = _row_shards.deal("contrastive_loss", group, len(image), facts, image.device)
+        scale, bias = scale.to(wide), None if bias is None else bias.to(wide)
+        rows, columns, own = forward_rows(image, shards.gather(text), scale, bias, kind, shards.offset)
+        share = shards.world / max(shards.total, 1)
+        sizes = torch.tensor(shards.sizes)
+        if kind == "sigmoid":
+            return rows.sum() * share, rows.new_empty(2, 0), rows.new_empty(2, 0), sizes
+        largest, total = (shards.own(x) for x in shards.merge(*columns))
+        columns = torch.stack([largest, total.log()])
+        losses = (rows[0] - own) + rows[1] + (columns[0] - own) + columns[1]
+        return losses.sum() * (share / 2), rows, columns, sizes
+
+    def backward(grad_loss, image, text, scale, bias, r, c, sizes, kind, group, need_image, need_text):
+        wide = _check.accumulate_dtype(image.dtype)
+        resolved = _row_shards.resolve(group) if group else None
+        shards = _row_shards.RowShards(resolved, resolved.rank() if group else 0, tuple(sizes.tolist()))
+        wide_scale, wide_bias = scale.to(wide), None if bias is None else bias.to(wide)
+        weight = grad_loss.to(wide) * (shards.world / max(shards.total, 1))
+        all_c = all_weights = None
+        if kind == "softmax":
+            *all_c, all_weights = shards.gather(torch.stack([*c, weight.expand_as(c[0])], dim=1)).unbind(1)
+        grad_a, grad_b, grad_scale, grad_bias = backward_rows(
+            image, shards.gather(text), wide_scale, wide_bias, kind, shards.offset,
+            r, all_c, weight, all_weights, need_image, need_text,
+        )  # fmt: skip
+        return (
+            _normalise_backward(grad_a, image) if need_image else image.new_empty(0),
+            _normalise_backward(shards.reduce_scatter(grad_b), text) if need_text else text.new_empty(0),
+            grad_scale.to(scale.dtype),
+            grad_bias.to(scale.dtype if bias is None else bias.dtype),
+        )
+
+    return forward, backward
+
+
+def _fake(image, text, scale, bias, kind, group):
+    wide = _check.accumulate_dtype(image.dtype)
+    lse = image.new_empty((2, len(image) if kind == "softmax" else 0), dtype=wide)
+    world = _row_shards.resolve(group).size() if group else 1
+    return (
+        image.new_empty((), dtype=wide),
+        lse,
+        torch.empty_like(lse),
+        torch.empty(world, dtype=torch.int64, device="cpu"),
+    )
+
+
+def _fake_backward(grad_loss, image, text, scale, bias, r, c, sizes, kind, group, need_image, need_text):
+    return (
+        image.new_empty(image.shape if need_image else 0),
+        text.new_empty(text.shape if need_text else 0),
+        torch.empty_like(scale),
+        torch.empty_like(scale if bias is None else bias),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    image, text, scale, bias, kind, group, word = inputs
+    _, r, c, sizes = output
+    ctx.mark_non_differentiable(r, c, sizes)
+    ctx.save_for_backward(image, text, scale, bias, r, c, sizes)
+    ctx.rest = (kind, group, word)
+
+
+def _backward(ctx, grad_loss, *_):
+    kind, group, word = ctx.rest
+    need = ctx.needs_input_grad[:4]
+    grads = torch.ops.ov3fast.contrastive_loss_backward(grad_loss, *ctx.saved_tensors, kind, group, need[0], need[1], word)
+    return *(grad if needed else None for grad, needed in zip(grads, need, strict=True)), None, None, None
+
+
+_dispatch.register("contrastive_loss", "reference", *over_ranks(_forward_rows, _backward_rows))
+_dispatch.define(
+    "contrastive_loss",
+    "(Tensor image, Tensor text, Tensor logit_scale, Tensor? logit_bias, str kind, str group)"
+    " -> (Tensor loss, Tensor row_lse, Tensor column_lse, Tensor sizes)",
+    fake=_fake,
+    backward_schema="(Tensor grad_loss, Tensor image, Tensor text, Tensor logit_scale, Tensor? logit_bias, Tensor row_lse,"
+    " Tensor column_lse, Tensor sizes, str kind, str group, bool need_image, bool need_text)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    backward_fake=_fake_backward,
+    setup_context=_setup_context,
+    backward=_backward,
+)

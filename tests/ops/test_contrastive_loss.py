@@ -1,0 +1,170 @@
+import importlib
+
+import pytest
+import torch
+
+from ov3fast import ops, testing
+from ov3fast.ops.contrastive_loss import contrastive_loss, reference
+
+module = importlib.import_module("ov3fast.ops.contrastive_loss")
+KINDS = ["softmax", "sigmoid"]
+
+
+def inputs(pairs, width, kind="softmax", scale=10.0):
+    scalars = [torch.tensor(scale, dtype=torch.float64), torch.tensor(-3.0, dtype=torch.float64)]
+    features = testing.make(pairs, width, scale=2.0), testing.make(pairs, width, seed=1, scale=0.5)
+    return *features, *scalars[: 1 if kind == "softmax" else 2]
+
+
+def pair(kind):
+    def ours(image, text, scale, bias=None):
+        return contrastive_loss(image, text, scale, kind=kind, logit_bias=bias)
+
+    def plain(image, text, scale, bias=None):
+        return reference(image, text, scale, kind=kind, logit_bias=bias)
+
+    return ours, plain
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Two rows at a time for 7 columns."""
+    monkeypatch.setattr(module, "CHUNK_LOGITS", 14)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("size", [(7, 72), (1, 1), (1, 5), (0, 4), (33, 16)])
+def test_parity(size, dtype, kind):
+    testing.check(*pair(kind), inputs(*size, kind), dtype=dtype, keep=(2, 3), every_subset=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("size", [(7, 24), (65, 8)])
+def test_chunks_and_layouts(small_chunks, size, layout, kind):
+    for dtype in (torch.float32, torch.bfloat16):
+        testing.check(*pair(kind), inputs(*size, kind), dtype=dtype, layout=testing.LAYOUTS[layout], keep=(2, 3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scalars_are_differentiated(small_chunks, kind):
+    """Each subset of all four arguments, scalars too."""
+    testing.check(*pair(kind), inputs(7, 24, kind), dtype=torch.float64, every_subset=True)
+
+
+@pytest.mark.parametrize("scale", [1.0, 14.0, 100.0])
+@pytest.mark.parametrize("aligned", [1.0, -1.0])
+def test_any_scale_and_low_row_maxima(scale, aligned):
+    """A fixed shift by the scale underflows at scale 100 when all cosines of a row are near -1; a running maximum does not."""
+    image, text, _ = inputs(17, 8)
+    text = aligned * (image.sign() * 4 + 0.1 * text)  # cosines near +1 or -1
+    image = image.sign() * 4 + 0.1 * image
+    values = (image, text, torch.tensor(scale, dtype=torch.float64))
+    for kind in KINDS:
+        testing.check(*pair(kind), values, dtype=torch.float32)
+
+
+def test_converged_gradients_keep_their_digits():
+    """Pairs told apart almost surely: p_ii is 1 - 1e-5, which bfloat16 would round to 1 before the one-hot is taken off."""
+    image = torch.eye(8, dtype=torch.float64) + 0.01 * testing.make(8, 8)
+    values = (image, image.flip(0).flip(0) + 0.01 * testing.make(8, 8, seed=3), torch.tensor(12.0, dtype=torch.float64))
+    testing.check(*pair("softmax"), values, dtype=torch.bfloat16, keep=(2,))
+
+
+def test_zero_features_follow_the_clamp():
+    image, text, scale = inputs(4, 3)
+    image[1] = 0
+    testing.check(*pair("softmax"), (image, text, scale), dtype=torch.float64)
+
+
+def test_known_values():
+    """One pair: no other to confuse it with; orthogonal pairs: log(1 + (N - 1) e^-s)."""
+    scale = torch.tensor(3.0)
+    assert contrastive_loss(torch.ones(1, 4), -torch.ones(1, 4), scale).item() == 0.0
+    expected = torch.log(1 + 4 * torch.exp(-scale))
+    torch.testing.assert_close(contrastive_loss(torch.eye(5), 7 * torch.eye(5), scale), expected)
+    signed = contrastive_loss(torch.ones(1, 4), torch.ones(1, 4), scale, kind="sigmoid", logit_bias=torch.tensor(1.0))
+    torch.testing.assert_close(signed, torch.log1p(torch.exp(torch.tensor(-4.0))))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(small_chunks, kind):
+    leaves = [value.requires_grad_() for value in inputs(5, 3, kind, scale=2.0)]
+    for function in pair(kind):
+        assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
+def test_opcheck(layout):
+    for kind in KINDS:
+        image, text, *scalars = (v.float() for v in inputs(4, 8, kind))
+        image, text = (testing.LAYOUTS[layout](t).requires_grad_() for t in (image, text))
+        scale, bias = [s.requires_grad_() for s in scalars] + [None] * (2 - len(scalars))
+        torch.library.opcheck(torch.ops.ov3fast.contrastive_loss, (image, text, scale, bias, kind, "", ""))
+
+
+def test_compile_keeps_one_node():
+    image, text, scale = (v.float().requires_grad_() for v in inputs(6, 8))
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(contrastive_loss, fullgraph=True, backend=backend)(image, text, scale)
+    assert sum("ov3fast" in str(node.target) for node in graphs[0].graph.nodes) == 1
+    torch.compile(contrastive_loss, fullgraph=True, backend="aot_eager")(image, text, scale).backward()
+    got = image.grad.clone()
+    image.grad = None
+    contrastive_loss(image, text, scale).backward()
+    torch.testing.assert_close(got, image.grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_bytes_are_linear(kind):
+    def saved(pairs):
+        image, text = (torch.ones(pairs, 4, requires_grad=True) for _ in range(2))
+        kept = {}
+
+        def pack(t):
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            contrastive_loss(image, text, torch.tensor(1.0, requires_grad=True), kind=kind)
+        return sum(kept.values())
+
+    per_pair = 4 * (2 * 4 + (4 if kind == "softmax" else 0))
+    assert saved(64) - saved(32) == 32 * per_pair
+    assert saved(640) - saved(64) == 576 * per_pair
+
+
+def test_autocast_changes_nothing():
+    image, text, scale = (v.float() for v in inputs(9, 16))
+    plain = contrastive_loss(image, text, scale)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(contrastive_loss(image, text, scale), plain)
+        assert contrastive_loss(image.bfloat16(), text.bfloat16(), scale).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"image": 3}, TypeError, "contrastive_loss: image must be a tensor, got int"),
+        ({"text": None}, TypeError, "text must be a tensor, got NoneType"),
+        ({"text": torch.ones(4, 8)}, ValueError, r"text must have shape \(5, 8\) like image, got \(4, 8\)"),
+        ({"text": torch.ones(5, 8).double()}, TypeError, "text must be of dtype float32, got float64"),
+        ({"logit_scale": 10.0}, TypeError, "logit_scale must be a tensor, got float"),
+        ({"logit_scale": torch.ones(5)}, ValueError, r"logit_scale must be a scalar tensor, got shape \(5,\)"),
+        ({"kind": "clip"}, ValueError, "kind must be one of softmax, sigmoid; got 'clip'"),
+        ({"logit_bias": torch.tensor(1.0)}, ValueError, "logit_bias is for kind='sigmoid'"),
+        ({"group": "world"}, TypeError, "group must be a torch.distributed process group or None, got str"),
+        ({"impl": "cudnn"}, ValueError, "impl must be one of reference; got 'cudnn'"),
+    ],
+)
+def test_errors(change, error, words):
+    with pytest.raises(error, match=words):
+        ops.contrastive_loss(
+            **{"image": torch.ones(5, 8), "text": torch.ones(5, 8), "logit_scale": torch.tensor(1.0), **change}
+        )

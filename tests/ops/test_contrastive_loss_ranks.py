@@ -1,0 +1,198 @@
+"""The contrastive loss over 1, 2 and 3 gloo ranks against one process, in float64: three processes, started once."""
+
+import functools
+import multiprocessing
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ov3fast import testing
+from ov3fast.ops import _row_shards
+from ov3fast.ops.contrastive_loss import contrastive_loss, reference
+
+WIDTH = 6
+SPLITS = {1: [(4,), (0,)], 2: [(3, 3), (5, 1), (4, 0)], 3: [(2, 2, 2), (1, 4, 2), (0, 0, 0)]}
+CHECKS = ["shares", "ddp", "low_precision", "reduce_scatter", "disagreement", "compiled", "outsider"]
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    """check -> what each of the three ranks says: 'passed' or its traceback."""
+    folder = tmp_path_factory.mktemp("ranks")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "ov3fast.ops", "ov3fast.testing"])
+    ranks = [context.Process(target=run_rank, args=(rank, 3, str(folder))) for rank in range(3)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=240)
+    stuck = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+    for rank in stuck:
+        ranks[rank].kill()
+    told = [torch.load(folder / f"{rank}.pt") if (folder / f"{rank}.pt").exists() else {} for rank in range(3)]
+    return {check: [said.get(check, "never came to it") for said in told] for check in CHECKS}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_ranks(outcome, check):
+    assert outcome[check] == ["passed"] * 3, "\n".join(outcome[check])
+
+
+def run_rank(rank, world, folder):
+    import traceback
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    groups = {size: dist.new_group(list(range(size))) for size in (1, 2)} | {3: dist.group.WORLD}
+    said = {}
+    for check in CHECKS:
+        try:
+            globals()[f"check_{check}"](rank, groups)
+            said[check] = "passed"
+        except Exception:
+            said[check] = traceback.format_exc(limit=-3)
+        torch.save(said, f"{folder}/{rank}.pt")
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def everyone(sizes, dtype=torch.float64):
+    pairs = sum(sizes)
+    return testing.make(pairs, WIDTH, dtype=dtype), testing.make(pairs, WIDTH, seed=1, dtype=dtype)
+
+
+def scalars(kind, dtype=torch.float64):
+    scale = torch.tensor(8.0, dtype=dtype, requires_grad=True)
+    return scale, None if kind == "softmax" else torch.tensor(-2.0, dtype=dtype, requires_grad=True)
+
+
+def weighted_sum(image, text, scale, bias, kind, sizes, upstream):
+    """sum_w upstream_w share_w of all pairs in one process, from the definition."""
+    a, b = (torch.nn.functional.normalize(x, dim=-1) for x in (image, text))
+    z = scale * a @ b.T
+    if kind == "softmax":
+        terms = (torch.logsumexp(z, 1) + torch.logsumexp(z, 0)) / 2 - z.diagonal()
+    else:
+        terms = torch.log1p(torch.exp((1 - 2 * torch.eye(len(z), dtype=z.dtype)) * (z + bias))).sum(1)
+    return (terms * upstream.repeat_interleave(torch.tensor(sizes))).sum() * len(sizes) / max(sum(sizes), 1)
+
+
+def check_shares(rank, groups):
+    """The mean of the shares is the loss; gradients are those of sum_w u_w share_w, for any u."""
+    for world, group in groups.items():
+        for sizes in SPLITS[world] if rank < world else []:
+            for kind in ("softmax", "sigmoid"):
+                for upstream in (torch.ones(world).double(), torch.tensor([0.5, -2.0, 3.0]).double()[:world]):
+                    compare(rank, group, sizes, kind, upstream)
+
+
+def compare(rank, group, sizes, kind, upstream):
+    image, text = (t.requires_grad_() for t in everyone(sizes))
+    scale, bias = scalars(kind)
+    leaves = [image, text, scale] + ([] if bias is None else [bias])
+    total = weighted_sum(image, text, scale, bias, kind, sizes, upstream)
+    expected = torch.autograd.grad(total, leaves)
+    full = reference(image, text, scale, kind=kind, logit_bias=bias).detach()
+
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    mine = [image[own].detach().requires_grad_(), text[own].detach().requires_grad_(), *scalars(kind)]
+    share = contrastive_loss(*mine[:3], kind=kind, logit_bias=mine[3], group=group)
+    got = torch.autograd.grad(upstream[rank] * share, [leaf for leaf in mine if leaf is not None])
+    mean = share.detach().clone()
+    dist.all_reduce(mean, group=group)
+    close(mean / len(sizes), full)
+    close(got[0], expected[0][own])
+    close(got[1], expected[1][own])
+    for partial, whole in zip(got[2:], expected[2:], strict=True):
+        summed = partial.clone()
+        dist.all_reduce(summed, group=group)
+        close(summed, whole)
+
+
+def close(got, expected):
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+class Towers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.image, self.text = (torch.nn.Linear(WIDTH, WIDTH, dtype=torch.float64) for _ in range(2))
+        self.log_scale = torch.nn.Parameter(torch.tensor(2.0).double())
+        self.bias = torch.nn.Parameter(torch.tensor(-1.0).double())
+        for seed, parameter in enumerate([*self.image.parameters(), *self.text.parameters()]):
+            parameter.data.copy_(testing.make(*parameter.shape, seed=seed))
+
+    def forward(self, x, y):
+        return self.image(x), self.text(y), self.log_scale.exp(), self.bias * 1
+
+
+def check_ddp(rank, groups):
+    """DDP's averaged gradients are the full batch's, of the towers, the scale and the bias."""
+    sizes = (3, 1, 2)
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    x, y = everyone(sizes)
+    alone, parallel = Towers(), Towers()
+    image, text, scale, bias = alone(x, y)
+    reference(image, text, scale, kind="sigmoid", logit_bias=bias).backward()
+    replica = torch.nn.parallel.DistributedDataParallel(parallel)
+    image, text, scale, bias = replica(x[own], y[own])
+    contrastive_loss(image, text, scale, kind="sigmoid", logit_bias=bias, group=dist.group.WORLD).backward()
+    for got, expected in zip(parallel.parameters(), alone.parameters(), strict=True):
+        close(got.grad, expected.grad)
+
+
+def check_low_precision(rank, groups):
+    for dtype in (torch.float32, torch.bfloat16):
+        sizes = (2, 3, 1)
+        own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+        image, text = (t.requires_grad_() for t in everyone(sizes, dtype))
+        scale, _ = scalars("softmax", torch.float32)
+        expected = torch.autograd.grad(reference(image, text, scale), (image, text))
+        mine = [t[own].detach().requires_grad_() for t in (image, text)]
+        share = contrastive_loss(*mine, scale, group=dist.group.WORLD)
+        assert share.dtype == torch.float32
+        for got, whole in zip(torch.autograd.grad(share, mine), expected, strict=True):
+            torch.testing.assert_close(got / 3, whole[own], rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-5)
+
+
+def check_reduce_scatter(rank, groups):
+    """The two ways to reduce and scatter agree, for unequal sizes."""
+    sizes = (2, 0, 3)
+    shards = _row_shards.RowShards(dist.group.WORLD, rank, sizes)
+    x = testing.make(5, 4, seed=rank)
+    expected = shards.own(sum(testing.make(5, 4, seed=other) for other in range(3)))
+    close(shards.reduce_scatter(x.clone()), expected)
+    real, dist.get_backend = dist.get_backend, lambda group=None: "nccl"
+    try:
+        close(shards.reduce_scatter(x.clone()), expected)
+    finally:
+        dist.get_backend = real
+
+
+def check_disagreement(rank, groups):
+    """Ranks that disagree are all told so; none hangs."""
+    width = WIDTH + (rank == 1)
+    x = testing.make(2, width)
+    words = rf"the width of image must be the same on all ranks of the group, got \[{WIDTH}, {WIDTH + 1}, {WIDTH}\]"
+    with pytest.raises(ValueError, match=words):
+        contrastive_loss(x, x, scalars("softmax")[0], group=dist.group.WORLD)
+    with pytest.raises(ValueError, match=r"kind must be the same on all ranks of the group, got \[0, 1, 0\]"):
+        x = testing.make(2, WIDTH)
+        contrastive_loss(x, x, scalars("softmax")[0], kind="sigmoid" if rank == 1 else "softmax", group=dist.group.WORLD)
+
+
+def check_compiled(rank, groups):
+    if rank == 0:
+        image, text = (t.requires_grad_() for t in everyone((3,)))
+        loss = functools.partial(contrastive_loss, group=groups[1])
+        expected = torch.autograd.grad(loss(image, text, scalars("softmax")[0]), (image, text))
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        got = torch.autograd.grad(compiled(image, text, scalars("softmax")[0]), (image, text))
+        testing.assert_same_bits(got, expected)
+
+
+def check_outsider(rank, groups):
+    if rank:
+        with pytest.raises(ValueError, match="group does not contain this process"):
+            contrastive_loss(*everyone((2,)), scalars("softmax")[0], group=groups[1])

@@ -10,7 +10,7 @@ JOBS ?= 2
 
 demo: .venv/demo
 	$(BIN)/ov3fast data demo
-	$(BIN)/ov3fast train --recipe demo --run-dir $(RUN)
+	$(BIN)/ov3fast train --recipe demo --run-dir $(RUN) --resume
 	$(BIN)/ov3fast evaluate $(RUN)
 
 test: .venv/dev lint

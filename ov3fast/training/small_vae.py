@@ -27,6 +27,8 @@ from torch import Tensor
 class SmallVAEConfig:
     out: Path = Path("runs/small_vae")
     """Folder for config.json, the weights and the card."""
+    init: Path | None = None
+    """Folder of a small VAE to go on from; None: start from random weights."""
     minutes: float = 45.0
     """Wall time of training; the learning rate follows a cosine over it."""
     batch: int = 16
@@ -64,7 +66,8 @@ def train(config: SmallVAEConfig) -> dict[str, float]:
     photos, stamps = _training_pictures(config.cache_dir)
     held_out = _held_out_photos(config.cache_dir)
     print(f"{len(photos)} photos and {len(stamps)} cut-outs to train on, {len(held_out)} photos held out", flush=True)
-    model = build().to(memory_format=torch.channels_last)
+    model = (build() if config.init is None else type(build()).from_pretrained(config.init)).float()
+    model = model.to(memory_format=torch.channels_last)
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=1e-4)
     start, step, last_report = time.monotonic(), 0, 0.0
@@ -79,12 +82,12 @@ def train(config: SmallVAEConfig) -> dict[str, float]:
             output = model.decode(posterior.sample()).sample
         difference = output.float() - batch
         kl = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
-        loss = difference.abs().mean() + difference.square().mean() + config.kl_weight * kl
+        loss = difference.abs().mean() + 5 * difference.square().mean() + config.kl_weight * kl
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step < 300:  # an average that still holds the random start would be useless
+        if step < 300 and config.init is None:  # an average that still holds the random start would be useless
             average.module.load_state_dict(model.state_dict())
         else:
             average.update_parameters(model)
@@ -170,7 +173,11 @@ def _write(model: torch.nn.Module, config: SmallVAEConfig, photos: list[Image.Im
     (config.out / "README.md").write_text(
         CARD.format(command=f"python -m ov3fast.training.small_vae --minutes {config.minutes:g}", **figures)
     )
-    (config.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _command(config: SmallVAEConfig) -> str:
+    start = "" if config.init is None else f" --init {config.init.name}"
+    return f"python -m ov3fast.training.small_vae{start} --lr {config.lr:g} --seed {config.seed} --minutes {config.minutes:g}"
 
 
 CARD = """# Small VAE

@@ -255,6 +255,9 @@ def test_a_fault_is_skipped_counted_and_named(make_shards, files, png, fault, ca
         data = loader(config(folder, **options))
         batches = list(data.batches(stop=5))
     assert data.skips.counts == {fault: 1}
+    if cache:
+        assert 3 not in data.usable()
+        assert all(torch.equal(data.batch(step, pixels=False).index, batches[step].index) for step in range(5))
     seen = torch.cat([batch.index for batch in batches]).tolist()
     assert len(seen) == 20 and 3 not in seen and set(seen[:10]) == set(range(10)) - {3}
     with warnings.catch_warnings():

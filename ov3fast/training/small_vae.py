@@ -10,7 +10,6 @@ scikit-image's and foolbox's photos are held out and only measured. Writes confi
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time

@@ -11,6 +11,7 @@ from .flash_attention import flash_attention, flash_attention_qkvpacked
 from .group_norm_silu import group_norm_silu
 from .latent_projection import latent_projection
 from .layer_norm import layer_norm
+from .linear_cross_entropy import linear_cross_entropy
 from .mlp import mlp
 from .noise_projection import noise_projection
 from .patch_embed import patch_embed
@@ -22,6 +23,7 @@ __all__ = [
     "group_norm_silu",
     "latent_projection",
     "layer_norm",
+    "linear_cross_entropy",
     "mlp",
     "noise_projection",
     "patch_embed",

@@ -1,0 +1,186 @@
+"""Cross-entropy of a linear head, without the T x V logits kept for the backward.
+
+    z_tv = sum_d h_td w_vd,  lse_t = log sum_v exp(z_tv),  nll_t = lse_t - z_t,y(t), or 0 where y(t) is ignored
+    g_tv = d nll_t (exp(z_tv - lse_t) - [v = y(t)]),  d h_td = sum_v g_tv w_vd,  d w_vd = sum_t g_tv h_td
+
+Shapes: hidden h [...,D], weight w [V,D] (nn.Linear's layout), labels y [...] int64, ignored where they equal ignore_index.
+Storage float32, bfloat16 or float64 (float16 on GPUs): the matrix products run in it, the softmax and the loss in float32
+(float64 for float64). Saved for backward: hidden, weight, labels and lse, the last as (max, log of the sum below it): [2,T].
+The logits exist in chunks of rows, in the forward and again in the backward; ignored rows cost nothing.
+Source: Wijmans et al. 2024 (Cut Cross-Entropy, arXiv 2411.09009) for the recomputation; chunks as in Liger Kernel (2410.10989).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _check, _dispatch
+
+REDUCTIONS = ("mean", "sum", "none")
+
+# Rows are taken in chunks of about this many logits, by shape alone, so that the order of sums never changes.
+CHUNK_LOGITS = 2**23
+
+
+def reference(hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
+    """Plain PyTorch, the specification."""
+    logits = F.linear(hidden, weight).to(_check.accumulate_dtype(hidden.dtype)).flatten(0, -2)
+    nll = F.cross_entropy(logits, labels.flatten(), ignore_index=ignore_index, reduction="none").view(labels.shape)
+    return _reduce(nll, labels, ignore_index, reduction)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    impl: str | None = None,
+) -> Tensor:
+    """Cross-entropy between hidden @ weight.T and labels.
+
+    hidden [...,D] and weight [V,D] of one dtype, labels [...] int64 in [0, V) or ignore_index. reduction: "mean" over the labels
+    that count (0, with gradients 0, where none does; PyTorch's own gives nan), "sum", or "none" for [...] with 0 where ignored.
+    Returns float32 (float64 for float64). Casts hidden and weight under torch.autocast. Raises TypeError or ValueError that
+    name the argument; on GPUs a label out of range stops the device as PyTorch's does.
+    """
+    op = "linear_cross_entropy"
+    _check.tensor(op, "hidden", hidden)
+    _check.tensor(op, "weight", weight, ndim=2)
+    if hidden.ndim < 2:
+        raise ValueError(f"{op}: hidden must have shape [...,D] with at least 2 dimensions, got {tuple(hidden.shape)}")
+    hidden, weight = _check.autocast(hidden, weight)
+    _check.parameter(op, "weight", weight, (weight.shape[0], hidden.shape[-1]), hidden, "[V,D]")
+    _check.tensor(op, "labels", labels, dtypes=(torch.int64,))
+    _check.shape(op, "labels", labels, tuple(hidden.shape[:-1]), "like hidden without its last axis")
+    _check.same_device(op, "labels", labels, hidden)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+    nll, _ = torch.ops.ov3fast.linear_cross_entropy(
+        hidden.flatten(0, -2), weight, labels.flatten(), ignore_index, _dispatch.request(op, impl)
+    )
+    return _reduce(nll.view(labels.shape), labels, ignore_index, reduction)
+
+
+def _reduce(nll: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    if reduction == "none":
+        return nll
+    if reduction == "sum":
+        return nll.sum()
+    return nll.sum() / (labels != ignore_index).sum().clamp(min=1)
+
+
+def check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
+    """Every backend's first step. On a GPU it queues an assertion, for the host does not wait there."""
+    good = ((labels >= 0) & (labels < classes)) | (labels == ignore_index)
+    if labels.device.type != "cpu":
+        torch._assert_async(good.all(), "linear_cross_entropy: labels out of range")
+    elif not good.all():
+        worst = labels[~good][0].item()
+        raise ValueError(
+            f"linear_cross_entropy: labels must lie in [0, {classes}) or be ignore_index={ignore_index}, got {worst}"
+        )
+
+
+def _counted(hidden: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows of hidden and labels that count, and their positions (None: all do)."""
+    counted = labels != ignore_index
+    if counted.all():
+        return hidden, labels, None
+    rows = counted.nonzero()[:, 0]
+    return hidden[rows], labels[rows], rows
+
+
+def _spread(x: Tensor, rows: Tensor | None, size: int) -> Tensor:
+    """Undoes `_counted` along the last axis: zeros where ignored."""
+    return x if rows is None else x.new_zeros((*x.shape[:-1], size)).index_copy_(-1, rows, x)
+
+
+def _chunks(rows: int, classes: int) -> list[slice]:
+    size = max(1, CHUNK_LOGITS // max(classes, 1))
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _forward_reference(hidden, weight, labels, ignore_index):
+    check_labels(labels, len(weight), ignore_index)
+    wide = _check.accumulate_dtype(hidden.dtype)
+    h, y, rows = _counted(hidden, labels, ignore_index)
+    nll, lse = h.new_empty(len(h), dtype=wide), h.new_empty((2, len(h)), dtype=wide)
+    for chunk in _chunks(len(h), len(weight)):
+        z = (h[chunk] @ weight.T).to(wide)
+        largest, own = z.amax(1), z.gather(1, y[chunk, None])[:, 0]
+        log_sum = z.sub_(largest[:, None]).exp_().sum(1).log_()
+        lse[0, chunk], lse[1, chunk] = largest, log_sum
+        nll[chunk] = (largest - own) + log_sum
+    return _spread(nll, rows, len(hidden)), _spread(lse, rows, len(hidden))
+
+
+def _backward_reference(grad_nll, hidden, weight, labels, lse, ignore_index, need_hidden, need_weight):
+    h, y, rows = _counted(hidden, labels, ignore_index)
+    if rows is not None:
+        grad_nll, lse = grad_nll[rows], lse[:, rows]
+    grad_h = torch.empty_like(h, memory_format=torch.contiguous_format) if need_hidden else None
+    grad_weight = torch.zeros_like(weight, dtype=lse.dtype, memory_format=torch.contiguous_format) if need_weight else None
+    for chunk in _chunks(len(h), len(weight)):
+        z = (h[chunk] @ weight.T).to(lse.dtype)
+        p = z.sub_(lse[0, chunk, None]).sub_(lse[1, chunk, None]).exp_()
+        upstream = grad_nll[chunk, None]
+        # The one-hot comes off before the storage dtype rounds p = 1 - small to 1.
+        g = p.mul_(upstream).scatter_add_(1, y[chunk, None], -upstream).to(h.dtype)
+        if need_hidden:
+            torch.mm(g, weight, out=grad_h[chunk])
+        if need_weight and h.dtype == lse.dtype:
+            grad_weight.addmm_(g.T, h[chunk])
+        elif need_weight:
+            grad_weight += g.T @ h[chunk]
+    if need_hidden and rows is not None:
+        grad_h = torch.zeros_like(hidden, memory_format=torch.contiguous_format).index_copy_(0, rows, grad_h)
+    return (
+        grad_h if need_hidden else hidden.new_empty(0),
+        grad_weight.to(weight.dtype) if need_weight else weight.new_empty(0),
+    )
+
+
+def _fake(hidden, weight, labels, ignore_index):
+    wide = _check.accumulate_dtype(hidden.dtype)
+    return hidden.new_empty(labels.shape, dtype=wide), hidden.new_empty((2, len(labels)), dtype=wide)
+
+
+def _fake_backward(grad_nll, hidden, weight, labels, lse, ignore_index, need_hidden, need_weight):
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, labels, ignore_index, word = inputs
+    _, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(hidden, weight, labels, lse)
+    ctx.rest = (ignore_index, word)
+
+
+def _backward(ctx, grad_nll, _):
+    ignore_index, word = ctx.rest
+    need_hidden, need_weight = ctx.needs_input_grad[:2]
+    grad_hidden, grad_weight = torch.ops.ov3fast.linear_cross_entropy_backward(
+        grad_nll, *ctx.saved_tensors, ignore_index, need_hidden, need_weight, word
+    )
+    return grad_hidden if need_hidden else None, grad_weight if need_weight else None, None, None, None
+
+
+_dispatch.register("linear_cross_entropy", "reference", _forward_reference, _backward_reference)
+_dispatch.define(
+    "linear_cross_entropy",
+    "(Tensor hidden, Tensor weight, Tensor labels, int ignore_index) -> (Tensor nll, Tensor lse)",
+    fake=_fake,
+    backward_schema="(Tensor grad_nll, Tensor hidden, Tensor weight, Tensor labels, Tensor lse, int ignore_index,"
+    " bool need_hidden, bool need_weight) -> (Tensor, Tensor)",
+    backward_fake=_fake_backward,
+    setup_context=_setup_context,
+    backward=_backward,
+)

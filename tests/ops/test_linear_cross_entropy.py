@@ -1,0 +1,163 @@
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ov3fast import ops, testing
+from ov3fast.ops.linear_cross_entropy import linear_cross_entropy, reference
+
+module = importlib.import_module("ov3fast.ops.linear_cross_entropy")
+SIZES = [(7, 72, 33), (1, 1, 1), (0, 8, 5), (17, 5, 65)]
+
+
+def inputs(tokens, width, classes, ignored=True):
+    labels = torch.arange(tokens) * 5 % classes
+    if ignored:
+        labels[1::3] = -100
+    return testing.make(tokens, width), testing.make(classes, width, seed=1), labels
+
+
+def pair(labels, **how):
+    def ours(hidden, weight):
+        return linear_cross_entropy(hidden, weight, labels, **how)
+
+    def plain(hidden, weight):
+        return reference(hidden, weight, labels, **how)
+
+    return ours, plain
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Two rows at a time for 33 classes."""
+    monkeypatch.setattr(module, "CHUNK_LOGITS", 66)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("size", SIZES)
+def test_parity(size, dtype, reduction):
+    for ignored in (False, True):
+        hidden, weight, labels = inputs(*size, ignored)
+        testing.check(*pair(labels, reduction=reduction), (hidden, weight), dtype=dtype, every_subset=True)
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_and_layouts(small_chunks, dtype, layout):
+    hidden, weight, labels = inputs(7, 24, 33)
+    arrange = testing.LAYOUTS[layout]
+    testing.check(*pair(arrange(labels), reduction="none"), (hidden, weight), dtype=dtype, layout=arrange)
+
+
+def test_batch_axes():
+    labels = torch.tensor([[0, 3, -100], [1, 2, 4]])
+    values = testing.make(2, 3, 8), testing.make(5, 8, seed=1)
+    for reduction in ("mean", "none"):
+        testing.check(*pair(labels, reduction=reduction), values, dtype=torch.float32)
+    assert linear_cross_entropy(*values, labels, reduction="none").shape == (2, 3)
+
+
+def test_matches_torch():
+    hidden, weight, labels = inputs(9, 6, 11)
+    labels[4] = 7
+    for ignore_index in (-100, 7):
+        labels = labels.clamp(min=0) if ignore_index == 7 else labels
+        for reduction in ("mean", "sum", "none"):
+            expected = F.cross_entropy(hidden @ weight.T, labels, ignore_index=ignore_index, reduction=reduction)
+            got = linear_cross_entropy(hidden, weight, labels, ignore_index=ignore_index, reduction=reduction)
+            torch.testing.assert_close(got, expected)
+
+
+def test_nothing_counts():
+    hidden, weight, labels = (v.requires_grad_() if v.is_floating_point() else v for v in inputs(4, 6, 5))
+    loss = linear_cross_entropy(hidden, weight, torch.full_like(labels, -100))
+    loss.backward()
+    assert loss == 0 and (hidden.grad == 0).all() and (weight.grad == 0).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_confident_rows_keep_their_digits(scale):
+    """Logits up to about 1000, and rows whose own class has nearly all the mass."""
+    hidden = scale * torch.eye(8, dtype=torch.float64) + 0.01 * testing.make(8, 8)
+    weight = scale * torch.eye(8, dtype=torch.float64) + 0.01 * testing.make(8, 8, seed=1)
+    for dtype in (torch.float32, torch.bfloat16):
+        testing.check(*pair(torch.arange(8), reduction="none"), (hidden, weight), dtype=dtype)
+
+
+def test_gradcheck(small_chunks):
+    hidden, weight, labels = inputs(4, 3, 33)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    for function in (*pair(labels), *pair(labels, reduction="none")):
+        assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
+def test_opcheck(layout):
+    hidden, weight, labels = inputs(4, 8, 5)
+    hidden, weight = (testing.LAYOUTS[layout](v.float()).requires_grad_() for v in (hidden, weight))
+    torch.library.opcheck(torch.ops.ov3fast.linear_cross_entropy, (hidden, weight, labels, -100, ""))
+
+
+def test_compile_keeps_one_node():
+    hidden, weight, labels = inputs(6, 8, 5)
+    leaves = [hidden.float().requires_grad_(), weight.float().requires_grad_()]
+    ours, _ = pair(labels)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(ours, fullgraph=True, backend=backend)(*leaves)
+    assert sum("ov3fast" in str(node.target) for node in graphs[0].graph.nodes) == 1
+    got = torch.autograd.grad(torch.compile(ours, fullgraph=True, backend="aot_eager")(*leaves), leaves)
+    torch.testing.assert_close(got, torch.autograd.grad(ours(*leaves), leaves))
+
+
+def test_saved_bytes_are_linear():
+    def saved(tokens, classes):
+        hidden, weight = torch.ones(tokens, 4, requires_grad=True), torch.ones(classes, 4, requires_grad=True)
+        labels = torch.zeros(tokens, dtype=torch.int64)
+        kept = {}
+
+        def pack(t):
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            linear_cross_entropy(hidden, weight, labels, reduction="sum")
+        return sum(kept.values())
+
+    assert saved(64, 100) == 64 * (4 * 4 + 8 + 8) + 100 * 4 * 4  # hidden, labels, lse; weight
+    assert saved(640, 1000) == 10 * saved(64, 100)
+
+
+def test_autocast():
+    hidden, weight, labels = inputs(5, 16, 9)
+    plain = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden.float(), weight.float(), labels)
+    assert loss.dtype == torch.float32 and torch.equal(loss, plain)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"hidden": "h"}, TypeError, "linear_cross_entropy: hidden must be a tensor, got str"),
+        ({"hidden": torch.ones(8)}, ValueError, r"hidden must have shape \[...,D\] with at least 2 dimensions, got \(8,\)"),
+        ({"weight": torch.ones(5, 7)}, ValueError, r"weight must have shape \(5, 8\) \[V,D\], got \(5, 7\)"),
+        ({"weight": torch.ones(5, 8).double()}, TypeError, "weight must be of dtype float32, got float64"),
+        ({"labels": torch.zeros(3)}, TypeError, "labels must be of dtype int64, got float32"),
+        ({"labels": torch.zeros(4, dtype=torch.int64)}, ValueError, r"labels must have shape \(3,\) like hidden"),
+        ({"labels": torch.tensor([0, 5, 1])}, ValueError, r"labels must lie in \[0, 5\) or be ignore_index=-100, got 5"),
+        ({"labels": torch.tensor([0, -1, 1])}, ValueError, r"labels must lie in \[0, 5\) or be ignore_index=-100, got -1"),
+        ({"reduction": "max"}, ValueError, "reduction must be one of mean, sum, none; got 'max'"),
+        ({"impl": "liger"}, ValueError, "impl must be one of reference; got 'liger'"),
+    ],
+)
+def test_errors(change, error, words):
+    arguments = {"hidden": torch.ones(3, 8), "weight": torch.ones(5, 8), "labels": torch.zeros(3, dtype=torch.int64)}
+    with pytest.raises(error, match=words):
+        ops.linear_cross_entropy(**{**arguments, **change})

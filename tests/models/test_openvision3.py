@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from ov3fast import ops
-from ov3fast.models import noise
+from ov3fast.models import noise, pretrained
 from ov3fast.models.openvision3 import OpenVision3
 from ov3fast.models.tokenizer import get_tokenizer
 from ov3fast.models.vae import FrozenVAE
@@ -216,6 +217,21 @@ def test_a_failed_save_leaves_the_old_one(build, tmp_path, monkeypatch):
         model.save_pretrained(tmp_path / "m")
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_failed_rename_puts_the_old_one_back(tmp_path, monkeypatch):
+    pretrained.write_folder(tmp_path / "m", lambda folder: (folder / "a").write_text("old"))
+    replace = os.replace
+
+    def failing(source, target):
+        if ".writing-" in str(source):
+            raise OSError("no space")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="no space"):
+        pretrained.write_folder(tmp_path / "m", lambda folder: (folder / "a").write_text("new"))
+    assert (tmp_path / "m" / "a").read_text() == "old" and [entry.name for entry in tmp_path.iterdir()] == ["m"]
 
 
 def test_saving_never_removes_other_files(build, tmp_path):

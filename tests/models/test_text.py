@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from ov3fast import ops
 from ov3fast.models import noise
 from ov3fast.models.config import CaptionConfig, TextConfig
+from ov3fast.models.generation import search
 from ov3fast.models.text import CaptionDecoder, TextEncoder
 
 TEXT = TextConfig(width=32, depth=2, heads=2, mlp_dim=48, vocab_size=50, context_length=9)
@@ -186,6 +187,23 @@ def test_more_beams_score_no_worse(style):
     assert (beam >= greedy - 1e-4).all()
     if style.startswith("autoregressive"):
         assert (beam > greedy + 1e-3).any()
+
+
+@pytest.mark.parametrize("style", ["autoregressive", "autoregressive with positions"])
+def test_beams_keep_their_own_past(style):
+    decoder, inputs = make_captioner(style), make_inputs(style, batch=6)
+    tokens = inputs["tokens"].repeat_interleave(4, 0)
+    past = torch.empty(24, 0, dtype=torch.int64)
+
+    def step(place, ids, rows):
+        nonlocal past
+        past = torch.cat([past[rows], ids[:, None]], 1)
+        hidden, _ = decoder(tokens, torch.cat([past, ids[:, None]], 1))
+        return (hidden[:, place] @ decoder.head.weight.T).log_softmax(-1)
+
+    with torch.no_grad():
+        expected = search(step, 6, 4, 7, bos=1, eos=2, pad=0)
+    assert decoder.generate(inputs["tokens"], 7, beams=4).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize(

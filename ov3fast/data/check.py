@@ -14,6 +14,8 @@ from ov3fast.data.shards import Sample, ShardDataset
 from ov3fast.data.skips import SampleError, Skip
 from ov3fast.data.store import resolve
 
+SHOWN = 5  # skipped samples of each reason in the printed summary
+
 
 @dataclass
 class ShardSummary:
@@ -47,8 +49,38 @@ class Summary:
         return sum(shard.readable for shard in self.shards)
 
     @property
+    def skipped(self) -> int:
+        return len(self.skips)
+
+    @property
     def reasons(self) -> Counter:
         return sum((shard.skips for shard in self.shards), Counter())
+
+    def __str__(self) -> str:
+        """Totals, the shards with something to report, and the first few skipped samples of each reason."""
+        sizes = f"{_size(self.smallest)} to {_size(self.largest)}" if self.smallest else "none readable"
+        lines = [
+            f"{self.readable} of {self.samples} samples can be used, in {len(self.shards)} shards",
+            f"  pictures: {sizes}",
+            f"  captions: {_counts(self.captions)}",
+            f"  skipped:  {_counts(self.reasons)}",
+        ]
+        for shard in self.shards:
+            if shard.skips or shard.truncated:
+                cut = ", cut short" if shard.truncated else ""
+                lines.append(f"  {shard.path}: {shard.readable} of {shard.samples}{cut}: {_counts(shard.skips)}")
+        for reason in self.reasons:
+            for skip in [skip for skip in self.skips if skip.reason == reason][:SHOWN]:
+                lines.append(f"    {reason}: {skip.key} ({skip.detail})")
+        return "\n".join(lines)
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _counts(counts: Counter) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none"
 
 
 def summarise(

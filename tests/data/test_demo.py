@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -124,6 +125,16 @@ def test_an_interrupted_build_goes_on(build, monkeypatch):
     demo = build()
     assert done == ["pairs-train", "pairs-style", "pairs-unseen", "photos-train", "photos-heldout"]
     assert demo.pairs_train and demo.photos_heldout
+
+
+def test_what_a_killed_build_left_is_cleared_after_an_hour(build, tmp_path):
+    old, young = tmp_path / "demo/.pairs-train-abc", tmp_path / "demo/.pairs-train-xyz"
+    for leftover in (old, young):
+        leftover.mkdir(parents=True)
+        (leftover / "00000.tar").touch()
+    os.utime(old, (1, 1))
+    build()
+    assert not old.exists() and young.exists()
 
 
 def test_threads_change_no_bit(build, tmp_path):

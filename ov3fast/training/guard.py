@@ -1,0 +1,65 @@
+"""A loss or gradient that is not finite ends the run before the update, and says which term and which samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ov3fast.models.openvision3 import OpenVision3
+from ov3fast.training.step import Slice
+
+SUMS = ("rec", "und", "loss", "gradient norm")
+NAMED = 5
+
+
+class NonFiniteError(RuntimeError):
+    """A loss is NaN or infinite. The weights are those of the step before."""
+
+
+def stop_non_finite(
+    run_dir: Path, rank: int, stage: str, step: int, model: OpenVision3, slices: Sequence[Slice], values: Mapping[str, Tensor],
+    autocast: Any,
+) -> NoReturn:  # fmt: skip
+    """Writes run_dir/non-finite-step-<step>-rank-<rank>.json and raises NonFiniteError in one line. values: losses by name."""
+    wrong = [name for name, value in values.items() if not bool(torch.isfinite(value))]
+    terms = [name for name in wrong if name not in SUMS] or wrong
+    with autocast:
+        suspects = [key for piece in slices for key in suspicious(model, piece)]
+    keys = [key for piece in slices for key in piece.keys]
+    record = {
+        "step": step,
+        "stage": stage,
+        "terms": terms,
+        "values": {name: str(float(value)) for name, value in values.items()},
+        "suspects": suspects,
+        "samples": keys,
+    }
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / f"non-finite-step-{step:08d}-rank-{rank}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    what = f"{', '.join(terms)} is not finite" if terms else "a loss of another process is not finite"
+    shown = suspects or keys
+    names = ", ".join(shown[:NAMED]) + (f" and {len(shown) - NAMED} more" if len(shown) > NAMED else "")
+    which = f"samples at fault: {names}" if suspects else f"in the batch of {names}"
+    raise NonFiniteError(f"step {step} of stage {stage}: {what}; {which}; no weight was changed; all keys are in {path}")
+
+
+@torch.no_grad()
+def suspicious(model: OpenVision3, piece: Slice) -> list[str]:
+    """Keys of the images whose latents, or what the model makes of them, are not finite."""
+    bad = ~piece.latents.isfinite().flatten(1).all(1)
+    if not bad.any():
+        output = model(
+            piece.latents, piece.text_ids, piece.caption_ids, sigma=piece.sigma, rng=piece.rng,
+            caption_index=piece.caption_rows, text_index=piece.text_index,
+        )  # fmt: skip
+        for value in (output.tokens, output.pooled, output.latents_hat):
+            bad = bad | ~value.isfinite().flatten(1).all(1)
+        if output.caption_hidden is not None:
+            bad[piece.caption_rows[~output.caption_hidden.isfinite().flatten(1).all(1)]] = True
+    return [key for key, is_bad in zip(piece.keys, bad.tolist(), strict=True) if is_bad]

@@ -1,0 +1,123 @@
+"""What a run leaves behind and shows: log.jsonl, TensorBoard, and the terminal.
+
+log.jsonl is the record, one JSON object a row, ordered by step. A resumed run first cuts the rows past its checkpoint, and
+TensorBoard's files are rewritten from the rows that stay, so that no step appears twice in either.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+LOG = "log.jsonl"
+TENSORBOARD = "tensorboard"
+SHOWN = ("loss", "pixel", "latent", "lpips", "caption", "contrastive")
+LINE_EVERY_S = 5.0
+
+
+class RunLog:
+    """Appends rows to <run_dir>/log.jsonl and <run_dir>/tensorboard. after: the step that the run goes on from, 0 for a new run."""
+
+    def __init__(self, run_dir: Path, after: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        kept = [row for row in read_rows(run_dir / LOG) if row["step"] <= after]
+        path = run_dir / LOG
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(temporary, path)
+        shutil.rmtree(run_dir / TENSORBOARD, ignore_errors=True)
+        self._file = open(path, "a", encoding="utf-8")
+        self._board = SummaryWriter(str(run_dir / TENSORBOARD))
+        for row in kept:
+            self._to_board(row)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One row; it has a "step". Values that are not finite are written as null."""
+        plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        self._file.write(json.dumps(plain) + "\n")
+        self._file.flush()
+        self._to_board(plain)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+    def _to_board(self, row: dict[str, Any]) -> None:
+        for key, value in row.items():
+            if key != "step" and isinstance(value, int | float):
+                self._board.add_scalar(key, value, row["step"])
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log.jsonl, [] where there is none. A last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class Display:
+    """The run on the terminal: a live bar with rates and losses, or plain lines where the output is no terminal.
+
+    show=False (all ranks but the first) prints nothing.
+    """
+
+    def __init__(self, show: bool = True) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self.console = Console(quiet=not show, highlight=False)
+        self._live = self.console.is_terminal and show
+        self._last_line = 0.0
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.percentage:>5.1f}%"), TextColumn("{task.fields[text]}"),
+            console=self.console, disable=not self._live,
+        )  # fmt: skip
+        self._task: Any = None
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, soft_wrap=True, markup=False)
+
+    def update(self, what: str, share: float, text: str, last: bool = False) -> None:
+        """Where the part `what` of the run is: share done, 0 to 1, and a text. A plain line comes every few seconds and at the last."""
+        if self._live:
+            if self._task is None or self._progress.tasks[0].description != what:
+                for task in self._progress.task_ids:
+                    self._progress.remove_task(task)
+                self._task = self._progress.add_task(what, total=1.0, text="")
+            self._progress.update(self._task, completed=share, text=text)
+        elif last or time.monotonic() - self._last_line >= LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            self.note(f"{what} {100 * share:5.1f}% {text}")
+
+
+def describe(row: dict[str, Any], eta_s: float | None) -> str:
+    """A row of the log as a line of text."""
+    losses = "  ".join(f"{name} {row[name]:.4f}" for name in SHOWN if isinstance(row.get(name), float))
+    eta = "" if eta_s is None else f"  ETA {clock(eta_s)}"
+    return f"step {row['step']}  {row['images_per_s']:.1f} images/s{eta}  lr {row['lr']:.2e}  {losses}"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    whole = max(0, round(seconds))
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

@@ -11,6 +11,7 @@ of skimage.metrics.structural_similarity. Both equal scikit-image to 1e-6.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -99,14 +100,19 @@ def ssim_metric(window: Window = "gaussian", data_range: float = 1.0, rounding: 
     return Metric(name, protocol, lambda x, y: ssim(x, y, window=window, data_range=data_range, rounding=rounding))
 
 
-def lpips_metric(distance: nn.Module, label: str = "") -> Metric:
-    """A perceptual distance `distance(x, y) -> [B]` on images in [-1, 1] as a metric named "lpips_style"."""
-    label = label or getattr(distance, "name", "") or type(distance).__name__.lower()
+def lpips_metric(distance: nn.Module, label: str | None = None) -> Metric:
+    """A perceptual distance `distance(x, y) -> [B]` on images in [-1, 1] as a metric named "lpips_style".
+
+    label names the network; None takes `distance.backbone` and `distance.preprocess`, which models.perceptual.LPIPS has.
+    """
+    if label is None:
+        label = "-".join(getattr(distance, name) for name in ("backbone", "preprocess") if hasattr(distance, name)) or "unnamed"
 
     def function(images: Tensor, reference: Tensor) -> Tensor:
-        return distance(images.float() * 2 - 1, reference.float() * 2 - 1).reshape(len(images)).double()
+        x, y = (round_to_8_bit(v.float()) * 2 - 1 for v in (images, reference))
+        return distance(x, y).reshape(len(images)).double()
 
-    protocol = f"lpips-style/{label}/not-comparable-with-published-lpips/mean-of-images"
+    protocol = f"lpips-style/{label}/8-bit-rounded/not-comparable-with-published-lpips/mean-of-images"
     return Metric("lpips_style", protocol, function, higher_is_better=False)
 
 
@@ -135,9 +141,12 @@ def _blur(x: Tensor, window: str) -> Tensor:
     size = WINDOWS[window]
     if window == "uniform":
         return F.avg_pool2d(x, size, stride=1)
-    offsets = torch.arange(size, dtype=x.dtype, device=x.device) - size // 2
-    kernel = torch.exp(-0.5 * (offsets / GAUSSIAN_SIGMA) ** 2)
-    kernel = kernel / kernel.sum()
-    planes = x.flatten(0, 1)[:, None]
-    planes = F.conv2d(F.conv2d(planes, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
-    return planes.view(*x.shape[:2], *planes.shape[2:])
+    weights = [math.exp(-0.5 * ((i - size // 2) / GAUSSIAN_SIGMA) ** 2) for i in range(size)]
+    # A sum of shifted views: ten times faster than conv2d in float64 on a CPU.
+    for axis in (2, 3):
+        length = x.shape[axis] - size + 1
+        total = torch.zeros_like(x.narrow(axis, 0, length))
+        for i, weight in enumerate(weights):
+            total.add_(x.narrow(axis, i, length), alpha=weight / sum(weights))
+        x = total
+    return x

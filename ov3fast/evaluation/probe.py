@@ -3,7 +3,7 @@
     min_W  mean_n CE(W x_n + b, y_n) + l2 / 2 |W|^2      x standardised with the training set's mean and deviation
 
 Full-batch L-BFGS in float64 from zero, so the same features give the same figure. The strength l2 is chosen on a stratified fifth of the
-training set, and the fit repeated on all of it; the test set is looked at once.
+training set (where several are given), and the fit repeated on all of it; the test set is looked at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-L2_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
+L2_STRENGTHS = (1e-1, 1e-2, 1e-3)
+"""Strongest first: each fit starts from the one before, which makes the weaker ones quick."""
 FASHION_MNIST_FILES = {
     "train_images": "train-images-idx3-ubyte.gz",
     "train_labels": "train-labels-idx1-ubyte.gz",
@@ -99,13 +100,17 @@ def linear_probe(
         if not torch.isfinite(features).all():
             raise ValueError(f"linear_probe: {name} holds non-finite features")
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
-    held = torch.zeros(len(train_labels), dtype=torch.bool)
-    held[stratified(train_labels, len(train_labels) // 5)] = True
-    validation = {
-        l2: _accuracy(_fit(train[~held], train_labels[~held], classes, l2), train[held], train_labels[held]) for l2 in strengths
-    }
-    # max() keeps the first of equals, so the weakest strength wins a tie.
-    best = max(validation, key=validation.__getitem__)
+    best = strengths[0]
+    if len(strengths) > 1:
+        held = torch.zeros(len(train_labels), dtype=torch.bool)
+        held[stratified(train_labels, len(train_labels) // 5)] = True
+        validation: dict[float, float] = {}
+        model = None
+        for l2 in strengths:
+            model = _fit(train[~held], train_labels[~held], classes, l2, model)
+            validation[l2] = _accuracy(model, train[held], train_labels[held])
+        # max() keeps the first of equals, so the strongest wins a tie.
+        best = max(validation, key=validation.__getitem__)
     model = _fit(train, train_labels, classes, best)
     return {
         "accuracy": _accuracy(model, test, test_labels),
@@ -128,7 +133,7 @@ class _Linear(NamedTuple):
         return ((features.double() - self.mean) / self.deviation) @ self.weight.T + self.bias
 
 
-def _fit(features: Tensor, labels: Tensor, classes: int, l2: float) -> _Linear:
+def _fit(features: Tensor, labels: Tensor, classes: int, l2: float, start: _Linear | None = None) -> _Linear:
     features = features.double()
     mean, deviation = features.mean(0), features.std(0, unbiased=False)
     # A constant feature says nothing; leave it at zero and do not divide by its rounding error.
@@ -136,9 +141,12 @@ def _fit(features: Tensor, labels: Tensor, classes: int, l2: float) -> _Linear:
     x = (features - mean) / deviation
     with torch.inference_mode(False), torch.enable_grad():
         x = x.clone()
-        weight = torch.zeros(classes, x.shape[1], dtype=x.dtype, requires_grad=True)
-        bias = torch.zeros(classes, dtype=x.dtype, requires_grad=True)
-        optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, history_size=10, line_search_fn="strong_wolfe")
+        weight = torch.zeros(classes, x.shape[1], dtype=x.dtype) if start is None else start.weight.clone()
+        bias = torch.zeros(classes, dtype=x.dtype) if start is None else start.bias.clone()
+        weight.requires_grad_(), bias.requires_grad_()
+        optimizer = torch.optim.LBFGS(
+            [weight, bias], max_iter=200, history_size=10, tolerance_grad=1e-4, line_search_fn="strong_wolfe"
+        )
 
         def closure() -> Tensor:
             optimizer.zero_grad()

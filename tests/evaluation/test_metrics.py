@@ -94,9 +94,17 @@ def test_each_metric_carries_its_protocol():
     assert found["ssim"].protocol == "ssim/gaussian-11-1.5/range=1/8-bit-rounded/rgb-mean/mean-of-images"
     assert "uniform-7" in found["ssim_uniform"].protocol and "range=1" in found["ssim_uniform"].protocol
     assert "not-comparable-with-published-lpips" in found["lpips_style"].protocol
-    images, reference = pair("noisy")
+    images, reference = (metrics.round_to_8_bit(v) for v in pair("noisy"))
     # The distance sees [-1, 1]: twice the difference in [0, 1].
     torch.testing.assert_close(found["lpips_style"](images, reference), 2 * (images - reference).abs().amax((1, 2, 3)).double())
+
+
+def test_the_lpips_metric_names_its_network():
+    from ov3fast.models.perceptual import LPIPS
+
+    assert metrics.lpips_metric(LPIPS("squeezenet", "caffe")).protocol.startswith("lpips-style/squeezenet-caffe/8-bit-rounded/")
+    assert metrics.lpips_metric(torch.nn.Identity(), "mine").protocol.startswith("lpips-style/mine/")
+    assert metrics.lpips_metric(torch.nn.Identity()).protocol.startswith("lpips-style/unnamed/")
 
 
 def test_errors():

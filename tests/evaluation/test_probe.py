@@ -1,27 +1,9 @@
 import gzip
-import struct
 
-import numpy as np
 import pytest
 import torch
 
 from ov3fast.evaluation import probe
-
-
-def write_idx(path, values: np.ndarray) -> None:
-    header = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape)
-    path.write_bytes(gzip.compress(header + values.tobytes()))
-
-
-def write_fashion_mnist(folder, train: int = 60, test: int = 40) -> None:
-    """Pictures whose class is the bright row, so that a linear probe can read it."""
-    rng = np.random.default_rng(0)
-    for part, count in (("train", train), ("t10k", test)):
-        labels = np.arange(count, dtype=np.uint8)[::-1] % 10
-        images = rng.integers(0, 60, (count, 28, 28), dtype=np.uint8)
-        images[np.arange(count), labels * 2 + 3] = 220
-        write_idx(folder / f"{part}-images-idx3-ubyte.gz", images)
-        write_idx(folder / f"{part}-labels-idx1-ubyte.gz", labels)
 
 
 def blobs(count: int, spread: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,6 +44,13 @@ def test_same_features_same_figure_whatever_the_scale():
     assert scaled["accuracy"] == pytest.approx(first["accuracy"], abs=0.011)
 
 
+def test_the_strength_is_chosen_without_the_test_set():
+    train, test = blobs(150, 3.0), blobs(100, 3.0, seed=1)
+    table = probe.linear_probe(*train, *test)
+    assert table["l2"] == probe.linear_probe(*train, test[0], test[1].roll(1))["l2"]
+    assert probe.linear_probe(*train, *test, strengths=(0.5,))["l2"] == 0.5
+
+
 def test_constant_features_are_left_out():
     train, labels = blobs(150, 0.1)
     test, test_labels = blobs(50, 0.1, seed=1)
@@ -75,9 +64,8 @@ def test_works_under_inference_mode():
         assert probe.linear_probe(*train, *test)["accuracy"] == 1.0
 
 
-def test_fashion_mnist_is_read_and_stratified(tmp_path):
-    write_fashion_mnist(tmp_path)
-    train, test = probe.fashion_mnist(tmp_path, 30, 20)
+def test_fashion_mnist_is_read_and_stratified(fashion_folder):
+    train, test = probe.fashion_mnist(fashion_folder, 30, 20)
     assert train.images.shape == (30, 28, 28) and train.labels.bincount().tolist() == [3] * 10
     assert test.labels.bincount().tolist() == [2] * 10
     # The first picture's label is 9, and row 2 * 9 + 3 is the bright one.
@@ -94,12 +82,11 @@ def test_grey_to_rgb():
     torch.testing.assert_close(pictures, torch.tensor([-1.0, 1.0])[:, None, None, None].expand(2, 3, 64, 64))
 
 
-def test_errors(tmp_path):
+def test_errors(tmp_path, fashion_folder):
     with pytest.raises(FileNotFoundError, match="has no train-images-idx3-ubyte.gz; `ov3fast data demo` fetches the set"):
         probe.fashion_mnist(tmp_path)
-    write_fashion_mnist(tmp_path)
     with pytest.raises(ValueError, match="count 3000 over 10 classes asks for more rows of a class than there are"):
-        probe.fashion_mnist(tmp_path, 3000, 10)
+        probe.fashion_mnist(fashion_folder, 3000, 10)
     broken = tmp_path / "broken.gz"
     broken.write_bytes(gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x09abc"))
     with pytest.raises(ValueError, match="holds 3 values where its header says 9"):

@@ -1,0 +1,142 @@
+"""The headline: the few figures that say whether a run went well, with what is asked of them and what chance gives; and the tables
+on the terminal."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+DEMO_TARGETS = {
+    "style/image_to_text/R@1": 0.45,
+    "style/image_to_text/R@10": 0.80,
+    "style/text_to_image/R@1": 0.45,
+    "style/text_to_image/R@10": 0.80,
+    "unseen/image_to_text/R@10": 0.30,
+    "unseen/text_to_image/R@10": 0.30,
+    "pictures/psnr": 22.0,
+    "photos/psnr": 19.5,
+}
+"""What the demo recipe must reach on the demo's held-out data."""
+
+SET_LABELS = {"style": "Known concepts in an unseen style", "unseen": "Unseen concepts", "data": "Retrieval"}
+WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number: shares are in [0, 1] with unit "%", PSNR has unit "dB". target and chance are None where there is none."""
+
+    id: str
+    group: str
+    label: str
+    value: float | None
+    unit: str = "%"
+    target: float | None = None
+    chance: float | None = None
+    beside: str = ""
+    """What it is to be read beside, such as the VAE alone."""
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the target is met; None without a target."""
+        return None if self.target is None else self.value is not None and self.value >= self.target
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+
+def headline(tables: dict[str, Any]) -> list[Figure]:
+    """The figures of an evaluation's tables; targets only for the demo set."""
+    targets = DEMO_TARGETS if tables["data"]["name"] == "demo" else {}
+    figures = []
+    for name, table in tables["retrieval"].items():
+        group = f"{SET_LABELS.get(name, name)}, {table['texts']} texts"
+        for way, words in WAYS.items():
+            for k in ("R@1", "R@5", "R@10"):
+                id = f"{name}/{way}/{k}"
+                figures.append(Figure(id, group, f"{words}, {k}", table[way][k], "%", targets.get(id), table["chance"][way][k]))
+    for name, table in tables["zero_shot"].items():
+        group = f"Zero-shot over {table['classes']} names"
+        for k in ("top1", "top5"):
+            label = f"{SET_LABELS.get(name, name).lower()}, top-{k[3:]}"
+            figures.append(Figure(f"{name}/zero_shot/{k}", group, label, table[k], "%", None, table["chance"][k]))
+    for name, table in tables["reconstruction"].items():
+        group = f"Reconstruction, {tables['data']['image_size']} px"
+        alone = _text(table["vae"]["psnr"]["mean"], "dB")
+        id = f"{name}/psnr"
+        figures.append(
+            Figure(
+                id,
+                group,
+                f"{name} ({table['count']}), PSNR",
+                table["model"]["psnr"]["mean"],
+                "dB",
+                targets.get(id),
+                None,
+                f"VAE alone {alone}",
+            )
+        )
+        for metric, label in (("ssim", "SSIM"), ("lpips_style", "LPIPS-style")):
+            if metric in table["model"]:
+                beside = f"VAE alone {_text(table['vae'][metric]['mean'], '')}"
+                figures.append(
+                    Figure(f"{name}/{metric}", group, f"{name}, {label}", table["model"][metric]["mean"], "", beside=beside)
+                )
+    if tables["probe"]:
+        table = tables["probe"]
+        group = f"Linear probe, {table['dataset']}, {table['train']} / {table['test']}"
+        beside = f"raw pixels {_text(table['pixels'], '%')}"
+        figures.append(Figure("probe/accuracy", group, "accuracy", table["accuracy"], "%", None, table["chance"], beside))
+    return figures
+
+
+def figure_text(value: float | None, unit: str) -> str:
+    """A value as it is printed: 45.5 %, 22.31 dB, 0.812."""
+    return _text(value, unit)
+
+
+def print_tables(tables: dict[str, Any], console: Any = None) -> None:
+    """The headline and the captions as rich tables."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = console or Console()
+    table = Table(title=f"Held-out data: {tables['data']['name']}, {tables['data']['image_size']} px", title_justify="left")
+    for column, justify in (
+        ("figure", "left"),
+        ("value", "right"),
+        ("asked", "right"),
+        ("chance", "right"),
+        ("beside", "left"),
+        ("", "left"),
+    ):
+        table.add_column(column, justify=justify)
+    group = None
+    for figure in tables["figures"]:
+        if figure["group"] != group:
+            group = figure["group"]
+            table.add_section()
+            table.add_row(f"[bold]{group}[/bold]")
+        unit = figure["unit"]
+        verdict = {True: "[green]met[/green]", False: "[red]missed[/red]", None: ""}[figure["passed"]]
+        target, chance = (_text(figure[name], unit) if figure[name] is not None else "" for name in ("target", "chance"))
+        table.add_row(
+            f"  {figure['label']}", _text(figure["value"], unit), target and f">= {target}", chance, figure["beside"], verdict
+        )
+    console.print(table)
+    if tables["captions"]:
+        captions = Table(title="Captions of held-out pictures", title_justify="left")
+        for column in ("picture", "caption by the model", "its own caption"):
+            captions.add_column(column, overflow="fold")
+        for row in tables["captions"]:
+            captions.add_row(*(escape(row[name]) for name in ("key", "caption", "reference")))
+        console.print(captions)
+
+
+def _text(value: float | None, unit: str) -> str:
+    if value is None:
+        return "infinite"
+    if unit == "%":
+        return f"{100 * value:.1f} %"
+    return f"{value:.2f} dB" if unit == "dB" else f"{value:.3f}"

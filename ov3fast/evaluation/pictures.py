@@ -1,0 +1,120 @@
+"""Held-out pictures in memory: read from shards, made square, with their captions; and their embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ov3fast.data.shards import ShardDataset
+from ov3fast.data.skips import DataError, SampleError, SkipCounter
+from ov3fast.data.transforms import center_boxes, crop_resize, premultiplied, to_tensor
+from ov3fast.evaluation.reconstruction import to_model_range
+
+TEXT_KEYS = ("name", "caption", "txt")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """images uint8 [N, 3, S, S]; of each its key, captions and metadata. skipped: reason -> count of samples that could not be read."""
+
+    images: Tensor
+    keys: list[str]
+    captions: list[dict[str, str]]
+    meta: list[dict[str, Any]]
+    skipped: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def texts(self, key: str | None = None) -> list[str]:
+        """One caption per picture, "" where there is none: that under `key`, else the first of name, caption, txt, any."""
+        if key is not None:
+            return [captions.get(key, "") for captions in self.captions]
+        return [next((c[k] for k in (*TEXT_KEYS, *c) if c.get(k)), "") for c in self.captions]
+
+    def column(self, name: str, default: str = "") -> list[str]:
+        """One metadata field per picture."""
+        return [str(meta.get(name, default)) for meta in self.meta]
+
+    def rows(self, index: Sequence[int]) -> Pictures:
+        chosen = list(index)
+        images = self.images[torch.tensor(chosen, dtype=torch.int64)]
+        keys, captions, meta = ([of[i] for i in chosen] for of in (self.keys, self.captions, self.meta))
+        return Pictures(images, keys, captions, meta, self.skipped)
+
+
+def read_pictures(
+    shards: str | Path | Sequence[str | Path],
+    size: int,
+    *,
+    interpolation: str = "bicubic",
+    limit: int | None = None,
+    skip_budget: float = 0.1,
+    progress: bool = False,
+) -> Pictures:
+    """Pictures of tar shards on white, their shorter side resized to `size` and the centre cropped.
+
+    limit: at most so many, evenly spaced over the set. Samples that can't be read are skipped, counted and warned of; past
+    skip_budget (a share) a DataError is raised, as where there is nothing to read.
+    """
+    from rich.progress import track
+
+    dataset = ShardDataset(shards)
+    chosen = spread(len(dataset), limit)
+    skips = SkipCounter(len(chosen), skip_budget)
+    images, samples = [], []
+    for i in track(chosen, "read pictures", disable=not progress, transient=True):
+        try:
+            sample = dataset[i]
+        except SampleError as error:
+            skips.add(error.skip)
+            continue
+        images.append(evaluation_view(sample.image, size, interpolation))
+        samples.append(sample)
+    if not samples:
+        raise DataError(f"shards: no picture of {shards} could be read ({skips})")
+    return Pictures(
+        torch.stack(images),
+        [sample.key for sample in samples],
+        [sample.captions for sample in samples],
+        [sample.meta for sample in samples],
+        dict(skips.counts),
+    )
+
+
+def evaluation_view(image: Any, size: int, interpolation: str = "bicubic") -> Tensor:
+    """A Pillow image -> uint8 [3, size, size]: on white, the shorter side resized to `size`, the centre cropped."""
+    cropped = crop_resize(premultiplied(image), center_boxes([image.size])[0], size, interpolation)
+    return ((to_tensor(cropped[None])[0] + 1) * 127.5).round().to(torch.uint8)
+
+
+def spread(count: int, limit: int | None) -> list[int]:
+    """`limit` numbers evenly spaced over 0..count-1, all of them where limit is None or not less than count."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return [(2 * i + 1) * count // (2 * limit) for i in range(limit)]
+
+
+@torch.inference_mode()
+def embed_images(model: Any, images: Tensor, batch_size: int = 64, progress: bool = False, label: str = "embed") -> Tensor:
+    """uint8 [N, 3, H, W] -> the model's pooled features, float32 [N, E] on the CPU, not normalised."""
+    from rich.progress import track
+
+    dtype = next(model.parameters()).dtype
+    parts = []
+    for start in track(range(0, len(images), batch_size), label, disable=not progress, transient=True):
+        latents = model.latents(to_model_range(images[start : start + batch_size]).to(model.device))
+        parts.append(model.encode_image(latents.to(dtype)).float().cpu())
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def embed_texts(model: Any, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+    """Texts -> the text encoder's features, float32 [N, E] on the CPU, not normalised."""
+    parts = [model.encode_text(texts[i : i + batch_size]).float().cpu() for i in range(0, len(texts), batch_size)]
+    return torch.cat(parts)

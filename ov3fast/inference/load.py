@@ -1,0 +1,68 @@
+"""A model from a folder or hub id: the whole OpenVision3, or a released vision tower with a VAE before it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ov3fast.models import pretrained, vision_tower
+from ov3fast.models.config import OpenVision3Config
+from ov3fast.models.openvision3 import WEIGHTS_FILE, OpenVision3
+from ov3fast.models.tokenizer import CONFIG_FILE, FILE
+from ov3fast.models.vae import FrozenVAE
+from ov3fast.models.vit import ViTEncoder
+
+
+class VisionTower(nn.Module):
+    """A released tower and the VAE that makes its latents; what encode needs of an OpenVision3. It can't decode."""
+
+    def __init__(self, encoder: ViTEncoder, vae: FrozenVAE) -> None:
+        super().__init__()
+        if vae.channels != encoder.config.in_channels:
+            raise ValueError(
+                f"VisionTower: the VAE has {vae.channels} latent channels, the tower takes {encoder.config.in_channels}"
+            )
+        self.encoder, self.vae = encoder, vae
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.cls_token.device
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] -> latents in the tower's convention, the posterior's mean."""
+        return self.vae.encode(images, "mean", self.encoder.latents)
+
+    def encode(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [B, C, h, w] -> (pooled [B, E], tokens [B, N, D])."""
+        return self.encoder(latents)
+
+
+def load_model(
+    path: str | Path, *, vae: FrozenVAE | str | Path | None = None, device: torch.device | str | None = None
+) -> OpenVision3 | VisionTower:
+    """A model in eval mode from a folder or hub id.
+
+    A folder with open_clip_config.json holds a released vision tower, any other must be one that OpenVision3.save_pretrained wrote; a
+    training run's folder stands for the model in it. vae: a FrozenVAE, a folder, a hub id or "small"; None: the model's own, for a
+    tower FLUX.1's. FileNotFoundError or ValueError, in one line, says what is missing.
+    """
+    what = f"load_model({str(path)!r})"
+    tower_files = [vision_tower.CONFIG_FILE, *vision_tower.WEIGHT_FILES]
+    folder = pretrained.resolve(path, what, ["config.json", WEIGHTS_FILE, FILE, CONFIG_FILE, *tower_files])
+    if folder.is_dir() and (folder / "model" / "config.json").is_file():
+        folder = folder / "model"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{what}: it is a file; give the folder of a model, a training run or a hub id (owner/name)")
+    if (folder / vision_tower.CONFIG_FILE).is_file():
+        encoder = vision_tower.load_vision_encoder(folder, device=device)
+        if not isinstance(vae, FrozenVAE):
+            vae = FrozenVAE.from_pretrained(OpenVision3Config().vae if vae is None else vae)
+        return VisionTower(encoder, vae).to(device).eval()
+    if not (folder / "config.json").is_file():
+        inside = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
+        raise FileNotFoundError(
+            f"{what}: no model there: neither config.json nor {vision_tower.CONFIG_FILE} nor a folder model (it holds {inside})"
+        )
+    return OpenVision3.from_pretrained(folder, vae=vae, device=device)

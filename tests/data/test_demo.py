@@ -56,29 +56,26 @@ def test_the_whole_set(build, tmp_path):
     unseen, style, train = ([ShardDataset(p)[i] for i in range(len(ShardDataset(p)))] for p in
                             (demo.pairs_unseen, demo.pairs_style, demo.pairs_train))  # fmt: skip
     concept = lambda samples: {s.meta["concept"] for s in samples}  # noqa: E731
-    # 4 concepts are wholly unseen, 4 are seen in the other styles only; stamps train
+    # 4 concepts are wholly unseen, 4 are seen in the other styles only
     assert len(concept(unseen)) == len(concept(style)) == 4
     assert not concept(unseen) & (concept(train) | concept(style)) and concept(style) < concept(train)
     assert {s.meta["style"] for s in style} == {"noto"}
     assert not {s.key for s in style} & {s.key for s in train}
-    assert {s.meta["style"] for s in train} == {"fluent", "twitter", "noto", "stamp"}
+    assert {s.meta["style"] for s in train} == {"fluent", "twitter", "noto"}
     total = len(unseen) + len(style) + len(train)
-    assert (
-        total == 32 + len([i for i in range(32) if i % 6]) + 32 + 3
-    )  # fluent (heart once, no skin tone), twitter, noto, stamps
+    assert total == 32 + len([i for i in range(32) if i % 6]) + 32  # fluent (heart once, no skin tone), twitter, noto
     for sample in (*unseen, *style, *train):
         assert max(sample.image.size) <= 128 and set(sample.captions) == {"name", "sentence", "caption"}
-        assert (
-            sample.captions["name"] in sample.captions["sentence"] in sample.captions["caption"]
-            or sample.meta["style"] == "stamp"
-        )
+        assert sample.captions["name"] in sample.captions["sentence"] in sample.captions["caption"]
         assert sample.meta["licence"] and sample.meta["source"] and "tone" not in sample.captions["name"]
-    [pie] = [s for s in train if s.key == "stamp-food_pie"]
+    photos = [ShardDataset(demo.photos_train)[i] for i in range(len(ShardDataset(demo.photos_train)))]
+    assert [s.key for s in photos[:4]] == ["gcompris-erase_gorilla0", "gcompris-erase_gorilla1", "gcompris-erase_gorilla2",
+                                           "gcompris-categorization_tools_redHammer"]  # fmt: skip
+    assert {s.meta["style"] for s in photos} == {"photo", "stamp"} and len(photos) == 4 + 3
+    [pie] = [s for s in photos if s.key == "stamp-food_pie"]
     assert pie.captions == {"name": "pie", "sentence": "pie, food", "caption": "a picture of some pie, food"}
-    assert pie.image.size == (128, 38) and pie.image.mode == "RGBA"
-    assert len({s.meta["concept"] for s in train if "frog" in s.key}) == 1
-    assert keys(demo.photos_train) == ["gcompris-erase_gorilla0", "gcompris-erase_gorilla1", "gcompris-erase_gorilla2",
-                                       "gcompris-categorization_tools_redHammer"]  # fmt: skip
+    assert pie.image.mode == "RGBA"
+    assert len({s.meta["concept"] for s in photos if "frog" in s.key}) == 1
     assert ShardDataset(demo.photos_train)[0].image.size == (320, 256)
     assert len(keys(demo.photos_heldout)) == 2 + 8
     assert sorted(p.name for p in demo.fashion_mnist.iterdir()) == ["a.gz", "b.gz"]
@@ -94,7 +91,7 @@ def test_the_manifest_tells_licences_sources_and_counts(build):
     for name, entry in manifest["assets"].items():
         assert entry["sha256"] == ASSETS[name].sha256 and entry["licence"] and entry["source"]
     part = manifest["parts"]["pairs-train"]
-    assert part["held_out_style"] == "noto" and part["styles"]["stamp"] == 3 and part["samples"] == sum(part["styles"].values())
+    assert part["held_out_style"] == "noto" and part["samples"] == sum(part["styles"].values())
     assert manifest["left_out"] == {}
 
 
@@ -177,7 +174,7 @@ def test_only_one_emoji_style_is_not_enough(build, monkeypatch):
     demo = build(missing={"npm"})
     assert "a single emoji style is left" in demo.left_out["noto"]
     assert {ShardDataset(demo.pairs_style).text(i).meta["source"] for i in range(4)} == {"pip matplotlib 3.10.7"}
-    assert "stamp-animals_frog" in keys(demo.pairs_train)
+    assert "stamp-animals_frog" in keys(demo.photos_train)
 
 
 def test_names_come_from_twitter_without_the_emoji_package(build):

@@ -3,7 +3,7 @@
 A concept is one emoji (or symbol). It has pictures in several styles with the same name, so the split goes by concept:
   unseen   concepts of which nothing is trained on, in all their styles;
   style    concepts that are trained on in the other styles, and held out in one style;
-  train    everything else, and the Tux Paint stamps.
+  train    everything else.
 """
 
 from __future__ import annotations

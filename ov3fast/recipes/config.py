@@ -176,7 +176,7 @@ class Recipe:
     activation_checkpointing: bool = False
     """Recompute each transformer block in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """torch.compile of the four towers."""
+    """torch.compile of the four towers' blocks."""
     cache_latents: bool = False
     """Encode all (sample, variant) pairs with the VAE once at a stage's start and keep the latents in memory; needs data.variants."""
     latent_dtype: Literal["fp32", "bf16"] = "fp32"

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,18 +14,14 @@ from ov3fast.data.skips import SampleError
 from ov3fast.data.store import Store
 from ov3fast.models.openvision3 import PARTS, OpenVision3
 from ov3fast.models.perceptual import LPIPS
-from ov3fast.models.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
+from ov3fast.models.tokenizer import Tokenizer, get_tokenizer
 from ov3fast.models.vae import FrozenVAE
 from ov3fast.recipes.config import LPIPSConfig, Recipe, Stage
 from ov3fast.training.latents import weights_hash
 
-TOKENIZER = "tokenizer"
 
-
-def build_tokenizer(recipe: Recipe, store: Store, run_dir: Path | None = None) -> Tokenizer:
-    """The recipe's tokenizer. A restricted vocabulary that run_dir already has is read from there, for a resumed run."""
-    if recipe.restrict_vocabulary and run_dir is not None and (run_dir / TOKENIZER).is_dir():
-        return load_tokenizer(run_dir / TOKENIZER)
+def build_tokenizer(recipe: Recipe, store: Store) -> Tokenizer:
+    """The recipe's tokenizer, with the vocabulary of the training captions alone where the recipe restricts it."""
     tokenizer = get_tokenizer(recipe.model.tokenizer, recipe.vocab_file)
     return tokenizer.restrict(training_texts(store)) if recipe.restrict_vocabulary else tokenizer
 
@@ -58,11 +53,12 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> O
     model.to(device).train()
     model.set_activation_checkpointing(recipe.activation_checkpointing)
     if recipe.compile:
-        # Part by part, so that the tokens stay a tensor of the outer graph, at which each branch's gradient can be measured.
+        # The blocks, where the time goes: what is around them is single operators, and the tokens stay a tensor of the outer graph, at
+        # which each branch's gradient can be measured (several backward passes, so the compiled one may not take over its buffers).
         torch._functorch.config.donated_buffer = False
         for name in PARTS:
-            part = getattr(model, name)
-            part.forward = torch.compile(part.forward)
+            transformer = getattr(model, name).transformer
+            transformer.forward = torch.compile(transformer.forward)
     return model
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from ov3fast.data.order import order_hash
 from ov3fast.data.store import Store
 from ov3fast.losses import Objective
+from ov3fast.models.tokenizer import load_tokenizer
 from ov3fast.recipes.config import Recipe, Stage
 from ov3fast.training import build, checkpoint, distributed
 from ov3fast.training.guard import stop_non_finite
@@ -43,7 +44,7 @@ from ov3fast.training.timing import Timer
 EXIT_INTERRUPTED = 75
 """Exit code (EX_TEMPFAIL) of a run that was told to stop and has saved: start the same command again with --resume."""
 
-RECIPE, SUMMARY, CHECKPOINTS, MODEL = "recipe.json", "summary.json", "checkpoints", "model"
+RECIPE, SUMMARY, CHECKPOINTS, TOKENIZER, MODEL = "recipe.json", "summary.json", "checkpoints", "tokenizer", "model"
 
 
 @dataclass
@@ -100,7 +101,7 @@ class Run:
         saved = self._find_checkpoint(resume, overwrite)
         self.display.note(f"recipe {recipe.name}: reading the data")
         self.store = Store(recipe.data)
-        tokenizer = build.build_tokenizer(recipe, self.store, run_dir)
+        tokenizer = build.build_tokenizer(recipe, self.store) if saved is None else load_tokenizer(run_dir / TOKENIZER)
         self.model = build.build_model(recipe, tokenizer, self.ranks.device)
         self.optimizer = AdamW(self.model, recipe.optimizer)
         if saved is not None:
@@ -116,8 +117,8 @@ class Run:
         if self.ranks.first:
             run_dir.mkdir(parents=True, exist_ok=True)
             _write_json(run_dir / RECIPE, recipe.to_dict())
-            if recipe.restrict_vocabulary:
-                tokenizer.save(run_dir / build.TOKENIZER)
+            if saved is None:
+                tokenizer.save(run_dir / TOKENIZER)
             self.log = RunLog(run_dir, after=self.state.step)
         counts = self.model.parameter_counts()
         self.display.note(
@@ -147,7 +148,7 @@ class Run:
                     f"run_dir: {self.recipe.run_dir} holds a run that got to step {present[-1]}; resume it, overwrite it, or name another run_dir"
                 )
             if self.ranks.first:
-                for name in (CHECKPOINTS, build.TOKENIZER, MODEL):
+                for name in (CHECKPOINTS, TOKENIZER, MODEL):
                     shutil.rmtree(self.recipe.run_dir / name, ignore_errors=True)
             self.ranks.wait()
         if not resume:

@@ -105,7 +105,7 @@ class Step:
 
     def __call__(self, slices: Sequence[Slice], measure: bool = False) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Backward of this rank's slices. Returns the losses' means over them (float32 scalars, not yet over ranks), and with
-        `measure` the branches' gradients at the tokens: see branch_gradients."""
+        `measure` the branches' gradients at the tokens: rec_grad_norm, und_grad_norm and grad_cosine."""
         count = len(slices)
         shared = self._contrastive_gradients(slices) if self.exact_contrastive and count > 1 else None
         sums: dict[str, Tensor] = {}
@@ -115,13 +115,14 @@ class Step:
             # DistributedDataParallel exchanges gradients in the backward pass; once a step is enough.
             hold = self.runner.no_sync() if self.ranks.group is not None and not last else nullcontext()
             with hold:
-                losses, tokens, rec, und = self._forward(piece, None if shared is None else shared.slices[number])
+                with _Hidden(self.model, enabled=measure and last) as hidden:
+                    losses, rec, und = self._forward(piece, None if shared is None else shared.slices[number])
                 if shared is not None and last:
                     losses["contrastive"] = shared.loss * count
                     und = und + count * shared.to_scale(self.model)
                 if measure and last:
                     with self.timer("measure"):
-                        measured = self._branch_gradients(tokens, rec, und)
+                        measured = self._branch_gradients(hidden.states, rec, und)
                 with self.timer("backward"):
                     ((rec + und) / count).backward()
             for name, value in losses.items():
@@ -135,13 +136,13 @@ class Step:
     def autocast(self) -> Any:
         return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def _forward(self, piece: Slice, feature_gradients: tuple[Tensor, Tensor] | None) -> tuple[dict, Tensor, Tensor, Tensor]:
-        """Losses by name, the tokens, and the two branches' weighted losses (with their graphs)."""
+    def _forward(self, piece: Slice, feature_gradients: tuple[Tensor, Tensor] | None) -> tuple[dict, Tensor, Tensor]:
+        """Losses by name, and the two branches' weighted losses (with their graphs)."""
         config = self.objective.config
         with self.autocast(), self.timer("other forward"):
             outputs: ModelOutput = self.runner(
                 piece.latents, piece.text_ids, piece.caption_ids, sigma=piece.sigma, rng=piece.rng,
-                caption_index=piece.caption_rows, text_index=piece.text_index,
+                decode=config.rec_weight > 0, caption_index=piece.caption_rows, text_index=piece.text_index,
             )  # fmt: skip
             images_hat = None
             if piece.pixel_rows is not None:
@@ -162,7 +163,7 @@ class Step:
                 if feature_gradients is not None:
                     pooled, text = feature_gradients
                     und = und + (outputs.pooled * pooled).sum() + (outputs.text * text).sum()
-        return losses, outputs.tokens, rec, und
+        return losses, rec, und
 
     def _contrastive_gradients(self, slices: Sequence[Slice]) -> _Shared | None:
         """The contrastive loss over all slices, and its gradient at the features and the scale; no graph of the towers is kept."""
@@ -195,7 +196,7 @@ class Step:
         )
         return _Shared(loss.detach(), list(by_slice), gradients[2], None if bias is None else gradients[3])
 
-    def _branch_gradients(self, tokens: Tensor, rec: Tensor, und: Tensor) -> dict[str, float]:
+    def _branch_gradients(self, states: Tensor, rec: Tensor, und: Tensor) -> dict[str, float]:
         """Norms of the two branches' gradients at the tokens of the last slice of every rank, and their cosine.
 
         The losses are the weighted ones, as they enter the sum; a branch without a loss has norm 0.
@@ -204,13 +205,32 @@ class Step:
         for loss in (rec, und):
             gradient = None
             if loss.requires_grad:
-                (gradient,) = torch.autograd.grad(loss, tokens, retain_graph=True, allow_unused=True)
-            sides.append(torch.zeros_like(tokens) if gradient is None else gradient)
+                (gradient,) = torch.autograd.grad(loss, states, retain_graph=True, allow_unused=True)
+            sides.append(torch.zeros_like(states) if gradient is None else gradient)
         a, b = (side.double().flatten() for side in sides)
         aa, bb, ab = self.ranks.total(torch.stack([a @ a, b @ b, a @ b]).cpu()).tolist()
         scale = 1.0 / self.ranks.world
         cosine = ab / (aa * bb) ** 0.5 if aa > 0 and bb > 0 else 0.0
         return {"rec_grad_norm": scale * aa**0.5, "und_grad_norm": scale * bb**0.5, "grad_cosine": cosine}
+
+
+class _Hidden:
+    """Within the block, keeps what the encoder's last block gives: the tokens before any norm, from which both branches part."""
+
+    def __init__(self, model: OpenVision3, enabled: bool) -> None:
+        self.transformer, self.enabled = model.encoder.transformer, enabled
+
+    def __enter__(self) -> _Hidden:
+        if self.enabled:
+            self._handle = self.transformer.register_forward_hook(self._keep)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.enabled:
+            self._handle.remove()
+
+    def _keep(self, module: torch.nn.Module, inputs: Any, states: Tensor) -> None:
+        self.states = states
 
 
 @dataclass

@@ -49,7 +49,9 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> O
         torch.manual_seed(recipe.seed)
         model = OpenVision3(config, tokenizer=tokenizer)
     dtype = torch.float32 if recipe.vae_dtype == "fp32" else torch.bfloat16
-    model.set_vae(FrozenVAE.from_pretrained(config.vae, config.vae_subfolder, dtype=dtype))
+    # Convolutions are about twice as fast with the channels last, on CPUs in float32 as on GPUs in bfloat16.
+    vae = FrozenVAE.from_pretrained(config.vae, config.vae_subfolder, dtype=dtype).to(memory_format=torch.channels_last)
+    model.set_vae(vae)
     model.to(device).train()
     model.set_activation_checkpointing(recipe.activation_checkpointing)
     if recipe.compile:

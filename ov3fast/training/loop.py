@@ -164,6 +164,8 @@ class Run:
             self.display.note(
                 f"resuming a run of {saved.state['world']} process(es) with {self.ranks.world}: the same samples, not the same bits"
             )
+        if saved.state["torch"] != torch.__version__:
+            self.display.note(f"saved by torch {saved.state['torch']}, this is {torch.__version__}: bits may differ")
         return saved
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:

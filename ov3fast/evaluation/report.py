@@ -20,7 +20,7 @@ import torch
 from ov3fast.evaluation import page
 from ov3fast.evaluation.curves import curves, read_log, throughput
 from ov3fast.evaluation.evaluate import Evaluation, Ranking
-from ov3fast.evaluation.figures import SET_LABELS, figure_text
+from ov3fast.evaluation.figures import SET_LABELS, WAYS, figure_text
 from ov3fast.evaluation.palette import ERROR_RANGE, error_map, png_data
 from ov3fast.evaluation.pictures import Pictures, spread
 from ov3fast.evaluation.reconstruction import Reconstruction
@@ -78,8 +78,8 @@ def report_html(
             "All on held-out data. A figure is met or missed where the recipe asks for one.",
         ),
         *(reconstruction_section(name, *found) for name, found in result.reconstructions.items()),
-        page.section("Training", curves(rows), "Faint: the log's rows. Strong: their moving average. Dashed: a stage's start."),
-        *(retrieval_section(name, ranking) for name, ranking in result.rankings.items()),
+        page.section("Training", curves(rows), f"{_length(summary or {})}Faint: the log's rows. Strong: their moving average."),
+        *(retrieval_section(name, ranking, tables["retrieval"][name]) for name, ranking in result.rankings.items()),
         captions_section(result),
         page.section("Throughput", throughput(rows, tables, summary or {})),
         page.section(
@@ -126,7 +126,7 @@ def reconstruction_section(name: str, pictures: Pictures, found: Reconstruction)
     last = len(order) - 1
     # An odd number of places, so that the middle one is the median, and the second worst.
     places = sorted({round(i * last / (RECONSTRUCTIONS - 2)) for i in range(RECONSTRUCTIONS - 1)} | {max(0, last - 1)})
-    words = {last // 2: "median", last: "worst", 0: "best"}
+    words = {round(last / 2): "median", last: "worst", 0: "best"}
     items = []
     for place in places:
         i = order[place]
@@ -162,8 +162,11 @@ def reconstruction_section(name: str, pictures: Pictures, found: Reconstruction)
     )
 
 
-def retrieval_section(name: str, ranking: Ranking) -> str:
-    """Queries both ways with their five nearest answers; the right one is framed. Half of them found, half missed, where there are."""
+def retrieval_section(name: str, ranking: Ranking, found: dict[str, Any]) -> str:
+    """Queries both ways with their five nearest answers; the right one is framed. Half of them found, half missed, where there are.
+
+    found: the set's retrieval table; where it has several styles, each gets a row.
+    """
     texts_of_pictures = nearest(ranking.scores, 5)
     pictures_of_texts = nearest(ranking.scores.T, 5)
     text_ids = torch.arange(len(ranking.texts))
@@ -194,8 +197,19 @@ def retrieval_section(name: str, ranking: Ranking) -> str:
         by_picture.append(f'<div class="query">{query}<div><ol class="answers">{answers}</ol>{truth}</div></div>')
     styles = sorted(set(ranking.pictures.column("style")) - {""})
     style = f" ({', '.join(styles)})" if styles else ""
+    recalls = [(way, k) for way in WAYS for k in ("R@1", "R@10")]
+    by_style = [
+        [
+            name,
+            *(figure_text(table[way][k], "%") for way, k in recalls),
+            f"{table['image_to_text']['median_rank']:g} / {table['text_to_image']['median_rank']:g}",
+        ]
+        for name, table in found["styles"].items()
+    ]
+    columns = ("style", *(f"{WAYS[way]}, {k}" for way, k in recalls), "median ranks")
     body = (
-        "<h3>Text to picture: the five nearest pictures</h3>" + page.grid("queries", by_text)
+        (page.table(columns, by_style, range(1, len(columns))) if len(by_style) > 1 else "")
+        + "<h3>Text to picture: the five nearest pictures</h3>" + page.grid("queries", by_text)
         + "<h3>Picture to text: the five nearest texts</h3>" + page.grid("queries", by_picture)
     )  # fmt: skip
     note = f"{len(ranking.pictures)} pictures{style} and {len(ranking.texts)} texts. Queries are chosen evenly, found ones and missed ones."
@@ -243,6 +257,12 @@ def protocols(tables: dict[str, Any]) -> str:
 
 def _read_summary(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _length(summary: dict[str, Any]) -> str:
+    if not {"step", "images", "seconds"} <= set(summary):
+        return ""
+    return f"{summary['step']:,} steps, {summary['images']:,} images, {summary['seconds'] / 60:.1f} minutes. "
 
 
 def _mixed(places: torch.Tensor) -> list[int]:

@@ -19,6 +19,7 @@ DEMO_TARGETS = {
 """What the demo recipe must reach on the demo's held-out data."""
 
 SET_LABELS = {"style": "Known concepts in an unseen style", "unseen": "Unseen concepts", "data": "Retrieval"}
+SHORT_LABELS = {"style": "unseen style", "unseen": "unseen concepts", "data": "pictures"}
 WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 
 
@@ -58,7 +59,7 @@ def headline(tables: dict[str, Any]) -> list[Figure]:
     for name, table in tables["zero_shot"].items():
         group = f"Zero-shot over {table['classes']} names"
         for k in ("top1", "top5"):
-            label = f"{SET_LABELS.get(name, name).lower()}, top-{k[3:]}"
+            label = f"{SHORT_LABELS.get(name, name)}, top-{k[3:]}"
             figures.append(Figure(f"{name}/zero_shot/{k}", group, label, table[k], "%", None, table["chance"][k]))
     for name, table in tables["reconstruction"].items():
         group = f"Reconstruction, {tables['data']['image_size']} px"
@@ -102,29 +103,26 @@ def print_tables(tables: dict[str, Any], console: Any = None) -> None:
     from rich.table import Table
 
     console = console or Console()
-    table = Table(title=f"Held-out data: {tables['data']['name']}, {tables['data']['image_size']} px", title_justify="left")
-    for column, justify in (
-        ("figure", "left"),
-        ("value", "right"),
-        ("asked", "right"),
-        ("chance", "right"),
-        ("beside", "left"),
-        ("", "left"),
-    ):
-        table.add_column(column, justify=justify)
-    group = None
-    for figure in tables["figures"]:
-        if figure["group"] != group:
-            group = figure["group"]
-            table.add_section()
-            table.add_row(f"[bold]{group}[/bold]")
-        unit = figure["unit"]
-        verdict = {True: "[green]met[/green]", False: "[red]missed[/red]", None: ""}[figure["passed"]]
-        target, chance = (_text(figure[name], unit) if figure[name] is not None else "" for name in ("target", "chance"))
-        table.add_row(
-            f"  {figure['label']}", _text(figure["value"], unit), target and f">= {target}", chance, figure["beside"], verdict
-        )
-    console.print(table)
+    console.print(
+        f"\n[bold]Held-out data: {escape(tables['data']['name'])}, {tables['data']['image_size']} px[/bold]", highlight=False
+    )
+    groups = dict.fromkeys(figure["group"] for figure in tables["figures"])
+    for group in groups:
+        # One table per group with the same widths: rich has no cell that spans columns.
+        layout = {"box": None, "show_header": False, "padding": (0, 1, 0, 0)}
+        table = Table(title=escape(group), title_justify="left", title_style="bold", **layout)
+        table.add_column(width=27)
+        table.add_column(width=9, justify="right", no_wrap=True)
+        table.add_column(width=19, no_wrap=True)
+        table.add_column()
+        for figure in (row for row in tables["figures"] if row["group"] == group):
+            unit = figure["unit"]
+            verdict = {True: "[green]met[/green]", False: "[red]missed[/red]", None: ""}[figure["passed"]]
+            target = "" if figure["target"] is None else f">= {_text(figure['target'], unit)}"
+            chance = [] if figure["chance"] is None else [f"chance {_text(figure['chance'], unit)}"]
+            beside = "; ".join([*chance, *filter(None, [figure["beside"]])])
+            table.add_row(f"  {escape(figure['label'])}", _text(figure["value"], unit), f"{target} {verdict}", beside)
+        console.print(table)
     if tables["captions"]:
         captions = Table(title="Captions of held-out pictures", title_justify="left")
         for column in ("picture", "caption by the model", "its own caption"):

@@ -106,9 +106,15 @@ def test_twice_the_same(result, model, demo):
 def test_the_tables_print(result):
     text = io.StringIO()
     tables = {**result.tables, "captions": [{"key": "k", "caption": "a [b]odd[/b] [UNK] one", "reference": "its [own]"}]}
-    print_tables(tables, Console(file=text, width=140))
+    print_tables(tables, Console(file=text, width=80))
     shown = text.getvalue()
-    assert "Known concepts in an unseen style, 6 texts" in shown and ">= 45.0 %" in shown and "VAE alone" in shown
+    assert (
+        "\nKnown concepts in an unseen style, 6 texts" in shown
+        and "missed" in shown
+        and "chance 16.7 %" in shown
+        and ">= 45.0 %" in shown
+        and "VAE alone" in shown
+    )
     assert "a [b]odd[/b] [UNK] one" in shown and "its [own]" in shown
 
 

@@ -54,8 +54,9 @@ class DataConfig:
     """Resampling filter; both antialias."""
     flip: bool = False
     """Mirror half of the pictures."""
-    background: Literal["random", "white"] = "random"
-    """What transparent pictures are laid on in training: a random plain colour, or white as in evaluation."""
+    background: Literal["random", "white", "mixed"] = "random"
+    """What transparent pictures are laid on in training: a random plain colour, white as in evaluation, or both by turns
+    (even variants white, odd ones random)."""
     variants: int | None = None
     """Number of different augmentations of a sample, which repeat after that many passes (so that latents can be
     cached); None: a new one every time."""
@@ -80,7 +81,7 @@ class DataConfig:
         for name, given, known in (
             ("crop", self.crop, ("inception", "center")),
             ("interpolation", self.interpolation, ("bicubic", "bilinear")),
-            ("background", self.background, ("random", "white")),
+            ("background", self.background, ("random", "white", "mixed")),
         ):
             if given not in known:
                 raise ValueError(f"{name}: got {given!r}; it takes {' or '.join(map(repr, known))}")

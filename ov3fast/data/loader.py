@@ -251,9 +251,11 @@ class Loader:
             boxes = transforms.inception_boxes(sizes, uniforms, (config.min_area, 1.0))
         else:
             boxes = transforms.center_boxes(sizes)
-        if self.train and config.background == "random":
+        if self.train and config.background != "white":
             channel = np.arange(3)
             background = 255 * counter.uniform(config.seed, counter.BACKGROUND, index[:, None], variant[:, None], channel)
+            if config.background == "mixed":
+                background[variant % 2 == 0] = 255
         gap = 1.5 if self.train else None
         out = np.full((len(index), size, size, 4), 255, np.uint8)
         for row, picture, box in zip(out, pictures, boxes.tolist(), strict=True):

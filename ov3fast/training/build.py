@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,6 +64,15 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> O
             transformer = getattr(model, name).transformer
             transformer.forward = torch.compile(transformer.forward)
     return model
+
+
+def check_compiler(device: torch.device) -> None:
+    """RuntimeError unless torch.compile can work on `device`: for the CPU it calls a C++ compiler."""
+    names = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
+    if device.type == "cpu" and not any(name and shutil.which(name) for name in names):
+        raise RuntimeError(
+            "compile: torch.compile needs a C++ compiler on the CPU and none was found; install g++ or leave --compile out"
+        )
 
 
 def build_lpips(config: LPIPSConfig, device: torch.device) -> LPIPS:

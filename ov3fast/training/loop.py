@@ -88,6 +88,8 @@ class Run:
         self.recipe, self.ranks, self.stop, self.display = recipe, ranks, stop, display
         self.slices = ranks.world * recipe.accumulate
         check_slices(recipe, ranks.world)
+        if recipe.compile:
+            build.check_compiler(ranks.device)
         self.state = State()
         self.timer = Timer(ranks.device, recipe.synchronize_timing)
         self.stopped = False

@@ -84,6 +84,10 @@ def evaluate(
     name, caption or txt. limit: pictures read per set. The probe runs where there is a folder of Fashion-MNIST.
     FileNotFoundError or DataError where there is nothing to evaluate on; ValueError for a wrong size.
     """
+    from rich.console import Console
+
+    # Where the output is no terminal, rich leaves blank lines for its bars.
+    progress = progress and Console().is_terminal
     sources = sources_of(data, fashion_mnist)
     size = image_size or model.config.vision.image_size
     training = model.training

@@ -90,7 +90,11 @@ def _decoded(
     files: dict[str, Path], size: int, interpolation: str, max_pixels: int, batch_size: int, workers: int, progress: bool
 ) -> Iterator[tuple[str, Tensor | ImageError]]:
     """(name, picture or what is wrong with it) in order; two batches are in work at a time."""
+    from rich.console import Console
     from rich.progress import track
+
+    # Where the output is no terminal, rich leaves a blank line for its bar.
+    progress = progress and Console().is_terminal
 
     def read(path: Path) -> Tensor | ImageError:
         try:

@@ -118,11 +118,12 @@ def test_the_tables_print(result):
     assert "a [b]odd[/b] [UNK] one" in shown and "its [own]" in shown
 
 
-def test_the_model_keeps_its_mode(model, demo):
+def test_the_model_keeps_its_mode_and_the_terminal_stays_clean(model, demo, capsys):
     model.train()
-    evaluate(model, demo.pairs_style, progress=False, pictures=1, captions=1)
+    evaluate(model, demo.pairs_style, progress=True, pictures=1, captions=1)
     assert model.training
     model.eval()
+    assert capsys.readouterr().out == ""
 
 
 def test_any_folder_of_shards(model, demo, fashion_folder):

@@ -51,6 +51,12 @@ def test_embeddings_do_not_depend_on_the_batch(found, model, folder, batch_size)
         assert (ours - theirs).abs().max() <= 2e-6 * theirs.abs().max()
 
 
+@pytest.mark.filterwarnings("ignore::ov3fast.data.skips.SkipWarning")
+def test_progress_stays_off_what_is_no_terminal(model, folder, capsys):
+    encode(model, folder, progress=True)
+    assert capsys.readouterr().out == ""
+
+
 def test_size_and_tokens_are_options(model, folder):
     larger = encode(model, folder / "p1.png", image_size=64, tokens=False)
     assert larger.tokens is None and larger.pooled.shape == (1, 24) and larger.about["image_size"] == "64"

@@ -56,7 +56,7 @@ class DataConfig:
     """Mirror half of the pictures."""
     background: Literal["random", "white", "mixed"] = "random"
     """What transparent pictures are laid on in training: a random plain colour, white as in evaluation, or both by turns
-    (even variants white, odd ones random)."""
+    (three variants of four on white)."""
     variants: int | None = None
     """Number of different augmentations of a sample, which repeat after that many passes (so that latents can be
     cached); None: a new one every time."""

@@ -255,7 +255,7 @@ class Loader:
             channel = np.arange(3)
             background = 255 * counter.uniform(config.seed, counter.BACKGROUND, index[:, None], variant[:, None], channel)
             if config.background == "mixed":
-                background[variant % 2 == 0] = 255
+                background[variant % 4 != 3] = 255
         gap = 1.5 if self.train else None
         out = np.full((len(index), size, size, 4), 255, np.uint8)
         for row, picture, box in zip(out, pictures, boxes.tolist(), strict=True):

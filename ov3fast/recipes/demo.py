@@ -3,7 +3,7 @@
 64 px (8 x 8 latents, 16 tokens), the demo set of `ov3fast data demo`: 64 concepts a step in two picture styles, and 16 photos for the
 reconstruction branch alone. A picture has 4 augmented versions, so the VAE encodes each once and the run reads latents. Pixel losses
 and captions see a share of each batch; the second, shorter stage adds LPIPS, as in the paper. What departs from the paper's weights
-does so because thousands of steps are not to be had: beta and the caption weight balance the branches within some hundreds.
+does so because thousands of steps are not to be had: the caption weight leaves the encoder to the contrastive loss.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ RECIPE = Recipe(
         logit_scale_init=20.0,
         vae="small",
     ),
-    objective=ObjectiveConfig(latent_weight=0.7, caption_weight=0.5),
+    objective=ObjectiveConfig(caption_weight=0.5),
     lpips=LPIPSConfig(backbone="squeezenet"),
     data=DataConfig(
         sources=(
@@ -34,7 +34,7 @@ RECIPE = Recipe(
             SourceConfig(path="demo:photos-train", fraction=16, paired=False),
         ),
         background="mixed",
-        min_area=0.7,
+        min_area=0.8,
         variants=4,
         cache_images=True,
     ),
@@ -43,9 +43,9 @@ RECIPE = Recipe(
             name="pretrain",
             image_size=64,
             batch_size=144,
-            base_lr=2e-3,
+            base_lr=1e-3,
             lr_rule="absolute",
-            minutes=7.5,
+            minutes=9.2,
             warmup_fraction=0.03,
             pixel_images=4,
             caption_images=16,
@@ -56,7 +56,7 @@ RECIPE = Recipe(
             batch_size=144,
             base_lr=2e-4,
             lr_rule="absolute",
-            minutes=1.0,
+            minutes=0.8,
             warmup_fraction=0.05,
             lpips_weight=0.5,
             pixel_images=4,

@@ -152,8 +152,8 @@ def test_flips_and_backgrounds_vary_and_evaluation_does_not(make_shards, png, fi
     assert 8 < flipped.sum() < 32 and ((left == red).all(1) == ~flipped).all()
     assert len(torch.where(flipped[:, None], left, right).unique(dim=0)) == 40
     by_turns = loader(config(folder, crop="center", background="mixed"), batch_size=1)
-    whites = [bool((by_turns.batch(step).images[0, :, 4, -1] == 1).all()) for step in range(6)]
-    assert whites == [True, False] * 3
+    whites = [bool((by_turns.batch(step).images[0, :, 4, -1] == 1).all()) for step in range(8)]
+    assert whites == [True, True, True, False] * 2
     evaluated = loader(config(folder, flip=True), batch_size=1, train=False)
     assert torch.equal(evaluated.batch(0).images, evaluated.batch(1).images)
     assert evaluated.batch(0).images[0, :, 4, -1].tolist() == [1.0, 1.0, 1.0]

@@ -58,10 +58,13 @@ def test_demo_follows_the_clock(tmp_path):
     assert all(stage.schedule.steps is None and stage.training_flops is None for stage in result.stages)
     assert "follow the clock" in output.getvalue()
     stage = result.stages[0]
-    # 256 of 288 images are pairs, two of each text; 16 are decoded and 64 captioned; latents are cached.
-    flops = stage.flops
-    expected = 3 * (flops["encoder"] + flops["decoder"] + 128 / 288 * flops["text"] + 64 / 288 * flops["captioner"])
-    assert stage.flops_per_sample == pytest.approx(expected + 2 * 16 / 288 * flops["vae_decoder"])
+    # Two images share a text; a few are decoded to pixels and captioned; latents are cached.
+    flops, first = stage.flops, get_recipe("demo").stages[0]
+    pairs, photos = (source.fraction for source in get_recipe("demo").data.sources)
+    texts = pairs / (pairs + photos) / 2
+    pixels, captions = first.pixel_images / first.batch_size, first.caption_images / first.batch_size
+    expected = 3 * (flops["encoder"] + flops["decoder"] + texts * flops["text"] + captions * flops["captioner"])
+    assert stage.flops_per_sample == pytest.approx(expected + 2 * pixels * flops["vae_decoder"])
 
 
 def test_large_needs_no_data():

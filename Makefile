@@ -21,8 +21,8 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-bench: .venv/dev
-	$(BIN)/python -m benches.step
+bench: demo
+	$(BIN)/python -m benches.step $(RUN)
 
 .venv/demo: pyproject.toml setup.py constraints.txt | .venv
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo]'

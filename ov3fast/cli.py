@@ -9,6 +9,7 @@ Whatever a user can cause ends in one line that says what to do and exit code 2;
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,6 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
+    warnings.formatwarning = lambda message, *_: f"{PROGRAM}: warning: {message}\n"  # without a line of our source
     try:
         if name not in COMMANDS:
             raise ValueError(f"no command {name!r}; it takes {', '.join(COMMANDS)}")

@@ -17,6 +17,8 @@ from .mlp import mlp
 from .noise_projection import noise_projection
 from .patch_embed import patch_embed
 
+from . import cpu  # isort: skip  (its kernels join the operators defined above)
+
 __all__ = [
     "adamw_ema_",
     "contrastive_loss",

@@ -72,7 +72,7 @@ def test_float32_parameters_with_bfloat16_input():
         ({"weight": torch.ones(7)}, ValueError, r"weight must have shape \(8,\) \[D\], got \(7,\)"),
         ({"weight": torch.ones(8).double()}, TypeError, "weight must be of dtype float32, got float64"),
         ({"residual": torch.ones(8)}, ValueError, "residual must have shape"),
-        ({"impl": "nonsense"}, ValueError, "layer_norm: impl must be one of reference; got 'nonsense'"),
+        ({"impl": "nonsense"}, ValueError, "layer_norm: impl must be one of cpu, reference; got 'nonsense'"),
     ],
 )
 def test_errors(change, error, words):

@@ -1,0 +1,33 @@
+// Sums over the rows of a matrix, as a bias's gradient needs them.
+#pragma once
+
+#include <algorithm>
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace ov3 {
+
+// out[n] = sum of x[r, n] over R rows. Rows are summed in strips of a fixed size and the strips in order, whatever the threads.
+template <class T, class Out>
+inline void column_sums(const T* x, int64_t stride, int64_t R, int64_t N, Out* out, int threads) {
+    constexpr int64_t STRIP = 256, COLUMNS = 16 * VL;
+    const int64_t strips = std::max<int64_t>(1, ceil_div(R, STRIP)), groups = ceil_div(N, COLUMNS);
+    Buffer<float> partial(strips * N);
+    parallel(strips * groups, threads, [&](int64_t task, int) {
+        const int64_t strip = task / groups, n0 = task % groups * COLUMNS;
+        float* sums = partial + strip * N;
+        for_vectors(std::min(COLUMNS, N - n0), [&](int64_t i, int lanes) {
+            vf total = {};
+            for (int64_t r = strip * STRIP; r < std::min(R, (strip + 1) * STRIP); r++) total += load(x + r * stride + n0 + i, lanes);
+            store(sums + n0 + i, total, lanes);
+        });
+    });
+    for_vectors(N, [&](int64_t n, int lanes) {
+        vf total = {};
+        for (int64_t strip = 0; strip < strips; strip++) total += load(partial + strip * N + n, lanes);
+        store(out + n, total, lanes);
+    });
+}
+
+}  // namespace ov3

@@ -1,0 +1,302 @@
+// Matrix products C[m, n] = sum_k A[m, k] B[k, n] with fp32 accumulation: the one seam that all operators multiply through.
+//
+// Operands are packed into panels of words. A word is what one lane of a multiply-add takes: a float (one k), or with bfloat16 dot
+// products a pair of bfloat16 (two k). Panels: A [words][MR], B [words][<= NR]; rows, lanes and a last half word beyond the matrix are 0.
+// The micro-kernel keeps an MR x NR block of C in registers. The order of additions for an element of C depends on K alone, never on
+// tiles or threads, so results repeat to the bit.
+//
+//   Packed<T> b(K, N);  b.pack(source, threads);                      // once per call: a weight, say
+//   gemm<T>(M, a_source, b, [&](int64_t m, int64_t n, int count, const float* values) { ... }, threads);
+//
+// `store` gets row segments of C of at most NR values, each exactly once, from any thread: the place for bias, activation, scatter.
+#pragma once
+
+#include <algorithm>
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace ov3 {
+
+constexpr int VECTORS = 3;                // vectors in a full panel of B
+constexpr int NR = VECTORS * VL;          // lanes in a full panel of B
+constexpr int MR = VL == 16 ? 8 : 4;      // rows in a panel of A
+constexpr int64_t A_BLOCK_WORDS = 1 << 16;  // of A, in the second-level cache
+
+template <class T>
+struct Word {
+    typedef float type;
+    static constexpr int ks = 1;  // values of k in a word
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Word<bf16> {
+    typedef uint32_t type;
+    static constexpr int ks = 2;
+};
+#endif
+template <class T>
+using word_t = typename Word<T>::type;
+
+// Words of K that are added up in one chain before they join C: few enough that rounding errors stay small, many enough that C's
+// block seldom leaves the registers.
+template <class W>
+constexpr int64_t CHAIN = 512;
+template <>
+inline constexpr int64_t CHAIN<float> = 192;
+
+template <class T>
+inline int64_t words_of(int64_t k) { return ceil_div(k, Word<T>::ks); }
+
+// A matrix where it lies: element (i, k) at data[i * stride + k * stride_k]; i counts rows of A or columns of B.
+template <class T>
+struct Matrix {
+    const T* data;
+    int64_t stride, stride_k;
+};
+
+// --- micro-kernel ------------------------------------------------------------------------------------------------------------------
+
+template <class W>
+inline vf load_words(const W* p) { return load(reinterpret_cast<const float*>(p)); }
+
+inline void multiply_add(vf& c, const float* a, vf b) { c = c + splat(*a) * b; }
+#if defined(__AVX512BF16__)
+inline void multiply_add(vf& c, const uint32_t* a, vf b) {
+    const __m512i pair = _mm512_set1_epi32(int(*a));
+    c = bit_cast<vf>(_mm512_dpbf16_ps(bit_cast<__m512>(c), bit_cast<__m512bh>(pair), bit_cast<__m512bh>(b)));
+}
+#endif
+
+// c[MR][NV * VL] = (accumulate ? c : 0) + (sum over `words` of a[.][MR] b[.][NV * VL]), rows of b being ldb words apart.
+template <int NV, class W>
+__attribute__((noinline)) void micro(int64_t words, const W* a, const W* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+    vf acc[MR][NV];
+    for (int i = 0; i < MR; i++)
+        for (int j = 0; j < NV; j++) acc[i][j] = vf{};
+    for (int64_t k = 0; k < words; k++, a += MR, b += ldb) {
+        vf lanes[NV];
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; j++) lanes[j] = load_words(b + j * VL);
+#pragma GCC unroll 8
+        for (int i = 0; i < MR; i++)
+#pragma GCC unroll 8
+            for (int j = 0; j < NV; j++) multiply_add(acc[i][j], a + i, lanes[j]);
+    }
+    for (int i = 0; i < MR; i++)
+        for (int j = 0; j < NV; j++) {
+            float* out = c + i * ldc + j * VL;
+            store(out, accumulate ? load(out) + acc[i][j] : acc[i][j]);
+        }
+}
+
+template <class W>
+inline void micro(int vectors, int64_t words, const W* a, const W* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+    switch (vectors) {
+        case 1: return micro<1>(words, a, b, ldb, c, ldc, accumulate);
+        case 2: return micro<2>(words, a, b, ldb, c, ldc, accumulate);
+        default: return micro<3>(words, a, b, ldb, c, ldc, accumulate);
+    }
+}
+
+// --- packing -----------------------------------------------------------------------------------------------------------------------
+
+// Words [k0 / ks, ...) of VL values of k of one row: VL floats, or VL pairs.
+inline vf row_words(const float* p, int64_t left) { return left >= VL ? load(p) : load_part(p, int(left)); }
+#if defined(__AVX512BF16__)
+inline vf row_words(const bf16* p, int64_t left) {
+    const __mmask32 mask = left >= 32 ? ~0u : (1u << left) - 1;
+    return bit_cast<vf>(_mm512_maskz_loadu_epi16(mask, p));
+}
+#else
+inline vf row_words(const bf16* p, int64_t left) { return left >= VL ? load(p) : load_part(p, int(left)); }
+#endif
+
+// rows[i][j] -> rows[j][i], VL x VL words.
+inline void transpose(vf (&rows)[VL]) {
+#if defined(__AVX512F__)
+    __m512 t[16], u[16];
+    for (int i = 0; i < 16; i += 2) {
+        const __m512 a = bit_cast<__m512>(rows[i]), b = bit_cast<__m512>(rows[i + 1]);
+        t[i] = _mm512_unpacklo_ps(a, b);
+        t[i + 1] = _mm512_unpackhi_ps(a, b);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            const __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + j + 2]);
+            u[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            u[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        }
+    // u[4 g + r] holds rows 4 g .. 4 g + 3 of columns r, r + 4, r + 8, r + 12.
+    for (int r = 0; r < 4; r++) {
+        const __m512 a = _mm512_shuffle_f32x4(u[r], u[4 + r], 0x88), b = _mm512_shuffle_f32x4(u[8 + r], u[12 + r], 0x88);
+        const __m512 c = _mm512_shuffle_f32x4(u[r], u[4 + r], 0xdd), d = _mm512_shuffle_f32x4(u[8 + r], u[12 + r], 0xdd);
+        rows[r] = bit_cast<vf>(_mm512_shuffle_f32x4(a, b, 0x88));
+        rows[4 + r] = bit_cast<vf>(_mm512_shuffle_f32x4(c, d, 0x88));
+        rows[8 + r] = bit_cast<vf>(_mm512_shuffle_f32x4(a, b, 0xdd));
+        rows[12 + r] = bit_cast<vf>(_mm512_shuffle_f32x4(c, d, 0xdd));
+    }
+#else
+    float x[VL][VL];
+    std::memcpy(x, rows, sizeof x);
+    for (int i = 0; i < VL; i++)
+        for (int j = 0; j < VL; j++) rows[i][j] = x[j][i];
+#endif
+}
+
+// Word k of VL columns that lie side by side; `next` is the row of k + 1, or null past the end.
+inline vf column_words(const float* p, const float*, int count) { return load(p, count); }
+inline vf column_words(const bf16* p, const bf16* next, int count) {
+#if defined(__AVX512BF16__)
+    const vu low = bit_cast<vu>(load(p, count)) >> 16;
+    return bit_cast<vf>(next ? low | bit_cast<vu>(load(next, count)) : low);
+#else
+    (void)next;
+    return load(p, count);
+#endif
+}
+
+template <class T>
+inline word_t<T> one_word(const T* p, int64_t stride_k, int64_t left) {
+    if constexpr (Word<T>::ks == 1) {
+        (void)stride_k, (void)left;
+        return to_float(*p);
+    } else {
+        return uint32_t(p->bits) | (left > 1 ? uint32_t(p[stride_k].bits) << 16 : 0u);
+    }
+}
+
+// One panel: `count` <= width rows (of A; columns of B) from i0 on, k from k0 to k0 + ks, as dst[words][width]. width % 4 == 0.
+template <class T>
+inline void pack_panel(const Matrix<T>& source, int64_t i0, int count, int64_t k0, int64_t ks, int width, word_t<T>* dst) {
+    constexpr int KS = Word<T>::ks;
+    const int64_t words = words_of<T>(ks);
+    const T* base = source.data + i0 * source.stride + k0 * source.stride_k;
+    if (source.stride_k == 1 && ks > 1) {
+        for (int64_t w = 0; w < words; w += VL) {
+            const int deep = int(std::min<int64_t>(VL, words - w));
+            for (int group = 0; group < width; group += VL) {
+                vf rows[VL];
+                for (int i = 0; i < VL; i++)
+                    rows[i] = group + i < count ? row_words(base + (group + i) * source.stride + w * KS, ks - w * KS) : vf{};
+                transpose(rows);
+                float* out = reinterpret_cast<float*>(dst) + w * width + group;
+                if (group + VL <= width)
+                    for (int j = 0; j < deep; j++) store(out + j * width, rows[j]);
+                else
+                    for (int j = 0; j < deep; j++) store_part(out + j * width, rows[j], width - group);
+            }
+        }
+    } else if (source.stride == 1 || count == 1) {
+        for (int64_t w = 0; w < words; w++) {
+            const T* row = base + w * KS * source.stride_k;
+            const T* next = KS > 1 && w * KS + 1 < ks ? row + source.stride_k : nullptr;
+            float* out = reinterpret_cast<float*>(dst) + w * width;
+            for (int group = 0; group < width; group += VL) {
+                const int here = std::min(VL, count - group), room = std::min(VL, width - group);
+                const vf x = here > 0 ? column_words(row + group, next ? next + group : nullptr, here) : vf{};
+                store(out + group, x, room);
+            }
+        }
+    } else {
+        for (int64_t w = 0; w < words; w++)
+            for (int i = 0; i < width; i++)
+                dst[w * width + i] =
+                    i < count ? one_word(base + i * source.stride + w * KS * source.stride_k, source.stride_k, ks - w * KS) : word_t<T>{};
+    }
+}
+
+// B [K, N] in panels of NR columns; the last panel is as many whole vectors wide as it needs. `source(n, k)` is a Matrix over columns n.
+template <class T>
+class Packed {
+  public:
+    Packed(int64_t K, int64_t N) : K(K), N(N), words(words_of<T>(K)), room_(words * round_up(N, VL)) {}
+    const int64_t K, N, words;
+
+    int64_t panels() const { return ceil_div(N, NR); }
+    int width(int64_t panel) const { return int(std::min<int64_t>(NR, round_up(N - panel * NR, VL))); }
+    int columns(int64_t panel) const { return int(std::min<int64_t>(NR, N - panel * NR)); }
+    const word_t<T>* panel(int64_t p) const { return room_ + p * words * NR; }
+    word_t<T>* panel(int64_t p) { return room_.data() + p * words * NR; }
+
+    void pack(const Matrix<T>& source, int threads) {
+        // Wide rows are read in one go: several panels a task where columns lie side by side.
+        parallel(panels(), threads, [&](int64_t p, int) { pack_panel(source, p * NR, columns(p), 0, K, width(p), panel(p)); });
+    }
+
+  private:
+    Buffer<word_t<T>> room_;
+};
+
+// --- the product -------------------------------------------------------------------------------------------------------------------
+
+// Rows of A that go through together: as many as keep their words in the second-level cache.
+template <class T>
+inline int64_t block_rows(int64_t M, int64_t K) {
+    const int64_t deep = std::max<int64_t>(1, words_of<T>(K));
+    const int64_t rows = std::max<int64_t>(MR, A_BLOCK_WORDS / deep / MR * MR);
+    return std::min(std::min<int64_t>(rows, 192), round_up(M, MR));
+}
+
+// What a thread needs for one block of A: its words and C's sums.
+template <class T>
+struct BlockRoom {
+    BlockRoom(int64_t M, int64_t K, int threads)
+        : rows(block_rows<T>(M, K)), a_words(rows * words_of<T>(K)), a(a_words * threads), c(rows * NR * threads) {}
+    const int64_t rows, a_words;
+    Buffer<word_t<T>> a;
+    Buffer<float> c;
+    word_t<T>* a_of(int thread) { return a.data() + a_words * thread; }
+    float* c_of(int thread) { return c.data() + rows * NR * thread; }
+};
+
+// A block of up to room.rows packed rows (a, panels of MR) times panels [first, last) of b, handed to store(row in block, n, count, values).
+template <class T, class Store>
+inline void block_product(
+    int64_t rows, const word_t<T>* a, const Packed<T>& b, int64_t first, int64_t last, float* c, const Store& store
+) {
+    for (int64_t p = first; p < last; p++) {
+        const int width = b.width(p), columns = b.columns(p);
+        for (int64_t k = 0; k == 0 || k < b.words; k += CHAIN<word_t<T>>) {
+            const int64_t deep = std::min(CHAIN<word_t<T>>, b.words - k);
+            for (int64_t m = 0; m < rows; m += MR)
+                micro(width / VL, deep, a + m * b.words + k * MR, b.panel(p) + k * width, width, c + m * NR, NR, k > 0);
+        }
+        for (int64_t m = 0; m < rows; m++) store(m, p * NR, columns, c + m * NR);
+    }
+}
+
+// `rows` rows of A as panels of MR.
+template <class T>
+inline void pack_block(const Matrix<T>& a, int64_t m0, int64_t rows, int64_t K, word_t<T>* dst) {
+    const int64_t words = words_of<T>(K);
+    for (int64_t m = 0; m < rows; m += MR)
+        pack_panel(a, m0 + m, int(std::min<int64_t>(MR, rows - m)), 0, K, MR, dst + m * words);
+}
+
+// The whole product. fill(m0, rows, words) packs rows of A, or makes them.
+template <class T, class Fill, class Store>
+inline void gemm_with(int64_t M, const Packed<T>& b, const Fill& fill, const Store& store, int threads) {
+    if (M == 0 || b.N == 0) return;
+    BlockRoom<T> room(M, b.K, threads);
+    const int64_t blocks = ceil_div(M, room.rows);
+    // Few blocks of rows: columns are dealt out as well, and each group packs its rows again.
+    const int64_t groups = blocks >= 2 * threads ? 1 : std::min<int64_t>(b.panels(), ceil_div(2 * threads, blocks));
+    parallel(blocks * groups, threads, [&](int64_t task, int thread) {
+        const int64_t m0 = task / groups * room.rows, group = task % groups;
+        const int64_t rows = std::min(room.rows, M - m0);
+        word_t<T>* a = room.a_of(thread);
+        fill(m0, rows, a);
+        block_product<T>(
+            rows, a, b, b.panels() * group / groups, b.panels() * (group + 1) / groups, room.c_of(thread),
+            [&](int64_t m, int64_t n, int count, float* values) { store(m0 + m, n, count, values); }
+        );
+    });
+}
+
+template <class T, class Store>
+inline void gemm(int64_t M, const Matrix<T>& a, const Packed<T>& b, const Store& store, int threads) {
+    gemm_with<T>(M, b, [&](int64_t m0, int64_t rows, word_t<T>* dst) { pack_block(a, m0, rows, b.K, dst); }, store, threads);
+}
+
+}  // namespace ov3

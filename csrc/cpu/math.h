@@ -1,0 +1,114 @@
+// Elementary functions on vectors. The coefficients come from fit_math.py.
+#pragma once
+
+#include "simd.h"
+
+namespace ov3 {
+
+// Highest power first.
+template <int N>
+inline vf polynomial(vf x, const float (&coefficients)[N]) {
+    vf p = splat(coefficients[0]);
+    for (int i = 1; i < N; i++) p = p * x + coefficients[i];
+    return p;
+}
+
+// largest error 2.0e-09
+constexpr float EXP2[] = {1.535336062e-04f, 1.339887487e-03f, 9.618437366e-03f,
+                          5.550332470e-02f, 2.402264791e-01f, 6.931472029e-01f};
+// largest error 2.8e-06
+constexpr float EXP2_SHORT[] = {9.582850669e-03f, 5.590642825e-02f, 2.402409868e-01f, 6.931241928e-01f};
+// largest error 5.8e-09
+constexpr float LOG[] = {-7.634429862e-02f, 1.276155034e-01f,  -1.316019506e-01f, 1.420176247e-01f,
+                         -1.662335648e-01f, 2.000122667e-01f,  -2.500082106e-01f, 3.333333171e-01f};
+// largest error 2.0e-09
+constexpr float SIN[] = {-1.948874536e-04f, 8.331923956e-03f, -1.666664969e-01f};
+// largest error 1.1e-10
+constexpr float COS[] = {2.443120314e-05f, -1.388730602e-03f, 4.166664565e-02f};
+// largest error 5.2e-10
+constexpr float LOG_TAIL[] = {-3.943899112e-08f, 9.706281058e-07f, -1.059336495e-05f, 6.571762834e-05f, -2.249884448e-04f,
+                              4.419096484e-05f,  4.780354045e-03f, -3.633576256e-02f, -3.183097358e-01f, -7.978845774e-01f};
+
+constexpr float LOG2_E = 1.44269504088896341f;
+
+// exp(x), within an ulp or two; 0 and inf where it should.
+inline vf exp(vf x) {
+    const vf clamped = min(max(x, splat(-105.0f)), splat(90.0f));
+    const vf n = round_to_integer(clamped * LOG2_E);
+    // ln 2 in two parts keeps the digits of the remainder, which then goes back to base 2.
+    const vf remainder = (clamped - n * 0.693145751953125f) - n * 1.42860677e-6f;
+    const vf f = remainder * LOG2_E;
+    return scale_by_power(polynomial(f, EXP2) * f + 1.0f, n);
+}
+
+// 2^x: what a softmax needs once log2(e) is in its scale. SHORT: relative error 3e-6, ample for bfloat16.
+template <bool SHORT = false>
+inline vf exp2(vf x) {
+    const vf clamped = min(max(x, splat(-150.0f)), splat(129.0f));
+    const vf n = round_to_integer(clamped);
+    const vf f = clamped - n;
+    return scale_by_power((SHORT ? polynomial(f, EXP2_SHORT) : polynomial(f, EXP2)) * f + 1.0f, n);
+}
+
+// ln(x) of positive, normal x.
+inline vf log(vf x) {
+    // x = m 2^e with m between sqrt(1/2) and sqrt(2).
+    const vi bits = bit_cast<vi>(x) - 0x3f3504f3;
+    const vf e = __builtin_convertvector(bits >> 23, vf);
+    const vf f = bit_cast<vf>((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
+    const vf small = f * f * (polynomial(f, LOG) * f - 0.5f) + e * -2.12194440e-4f;
+    return (small + f) + e * 0.693359375f;
+}
+
+// sin and cos for 0 <= x <= 2 pi.
+inline void sin_cos(vf x, vf& sine, vf& cosine) {
+    const vf n = round_to_integer(x * 0.636619772367581f);
+    const vi quarter = __builtin_convertvector(n, vi);
+    vf r = x - n * 1.5703125f;
+    r = r - n * 4.83751296997e-4f;
+    r = r - n * 7.54978995489e-8f;
+    const vf square = r * r;
+    const vf s = r + r * square * polynomial(square, SIN);
+    const vf c = square * square * polynomial(square, COS) + (1.0f - 0.5f * square);
+    const vi swapped = (quarter & 1) != 0;
+    const vu sign_s = bit_cast<vu>((quarter & 2) << 30), sign_c = bit_cast<vu>(((quarter + 1) & 2) << 30);
+    sine = bit_cast<vf>(bit_cast<vu>(swapped ? c : s) ^ sign_s);
+    cosine = bit_cast<vf>(bit_cast<vu>(swapped ? s : c) ^ sign_c);
+}
+
+inline vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
+
+// The normal distribution's function, absolute error 1e-7; exactly 0 and 1 beyond 6 standard deviations, as in float32.
+inline vf normal_cdf(vf x) {
+    const vf t = abs(x);
+    const vf inside = min(t, splat(6.0f));
+    vf tail = 0.5f * exp(polynomial(inside, LOG_TAIL) * inside);
+    tail = (t > 6.0f) ? vf{} : tail;
+    return (x < 0.0f) ? tail : 1.0f - tail;
+}
+inline vf normal_density(vf x) { return 0.398942280401432678f * exp(-0.5f * x * x); }
+
+enum Activation { GELU, GELU_TANH };
+
+inline vf tanh_argument(vf x) { return x * (1.5957691216057308f + 0.07135481282723f * x * x); }  // 2 sqrt(2/pi) (x + 0.044715 x^3)
+
+template <Activation KIND>
+inline vf gelu(vf x) {
+    return x * (KIND == GELU ? normal_cdf(x) : sigmoid(tanh_argument(x)));
+}
+
+// gelu(x) and its derivative.
+template <Activation KIND>
+inline void gelu_with_slope(vf x, vf& value, vf& slope) {
+    if (KIND == GELU) {
+        const vf cdf = normal_cdf(x);
+        value = x * cdf;
+        slope = cdf + x * normal_density(x);
+    } else {
+        const vf s = sigmoid(tanh_argument(x));
+        value = x * s;
+        slope = s + x * s * (1.0f - s) * (1.5957691216057308f + 0.21406443848169f * x * x);
+    }
+}
+
+}  // namespace ov3

@@ -1,0 +1,16 @@
+"""Every operator's test runs on the plain reference and on the CPU kernels of each instruction set that this machine has."""
+
+
+import pytest
+
+from ov3fast import ops
+from ov3fast.ops import cpu
+
+VARIANTS = ["reference", *cpu.available_isas()]
+
+
+@pytest.fixture(autouse=True, params=VARIANTS)
+def implementation(request):
+    """'reference', or the instruction set whose kernels are chosen wherever they take the call."""
+    with ops.use("reference") if request.param == "reference" else cpu.use_isa(request.param):
+        yield request.param

@@ -6,7 +6,9 @@ RUN ?= runs/demo
 # Workers of the test run; each uses one thread.
 JOBS ?= 2
 
-.PHONY: demo test lint bench clean
+CSRC := csrc/build.py $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+
+.PHONY: demo test lint bench sanitize clean
 
 demo: .venv/demo
 	$(BIN)/ov3fast data demo
@@ -24,11 +26,19 @@ lint: .venv/dev
 bench: demo
 	$(BIN)/python -m benches.step $(RUN)
 
-.venv/demo: pyproject.toml setup.py constraints.txt | .venv
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on two threads; any finding ends the run.
+SANITIZED := build/sanitized
+sanitize: .venv/dev
+	$(BIN)/python csrc/build.py --sanitize $(SANITIZED)
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OV3FAST_NATIVE=$(SANITIZED) OMP_NUM_THREADS=2 \
+	$(BIN)/python -m pytest -p no:cacheprovider tests/ops -k "not reference and not compile and not ranks"
+
+.venv/demo: pyproject.toml setup.py constraints.txt $(CSRC) | .venv
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo]'
 	touch $@
 
-.venv/dev: pyproject.toml setup.py constraints.txt | .venv
+.venv/dev: pyproject.toml setup.py constraints.txt $(CSRC) | .venv
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,dev]'
 	touch $@
 

@@ -1,12 +1,50 @@
-"""Maps the folders of this repository to packages; the metadata is in pyproject.toml.
+"""Maps the folders of this repository to packages and compiles the CPU kernels; the metadata is in pyproject.toml.
 
 The Triton kernels live in kernels/ beside csrc/ and are installed as `ov3fast.kernels`: Hugging Face has a package named
 `kernels`, so ours must never be importable under that name.
+
+csrc/build.py makes the CPU kernels, free of Python's and PyTorch's headers: a wheel is bound to a platform, not to a Python. Without a
+compiler the package is installed all the same; the operators then run on PyTorch, and `ov3fast doctor` says so.
 """
 
-from setuptools import find_packages, setup
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "csrc"))
+from build import NoCompiler, build  # noqa: E402
+
+
+class BuildKernels(build_ext):
+    """Puts the libraries into ov3fast/_native: of the source tree for an editable installation, of the build otherwise."""
+
+    def run(self):
+        root = HERE if self.inplace or self.editable_mode else Path(self.build_lib)
+        try:
+            build(root / "ov3fast" / "_native")
+        except (NoCompiler, subprocess.CalledProcessError) as reason:
+            self.warn(f"ov3fast: installed without its CPU kernels: {reason}")
+
+    def get_outputs(self):
+        return []
+
+    def get_output_mapping(self):
+        return {}
+
+
+class PlatformWheel(bdist_wheel):
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
 
 setup(
     packages=[*find_packages(include=["ov3fast", "ov3fast.*"]), "ov3fast.kernels"],
     package_dir={"ov3fast": "ov3fast", "ov3fast.kernels": "kernels"},
+    ext_modules=[Extension("ov3fast._native", [])],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
 )

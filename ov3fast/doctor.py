@@ -35,12 +35,15 @@ def report() -> dict[str, dict[str, Any]]:
             "ov3fast": __version__,
             "torch": torch.__version__,
             "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+            "CPU kernels": _cpu_kernels(),
             "cuda": torch.version.cuda or "torch was built without it",
+            "OV3FAST_CPU_ISA": os.environ.get("OV3FAST_CPU_ISA", "not set: the CPU kernels use the widest instruction set"),
             "OV3FAST_IMPL": os.environ.get("OV3FAST_IMPL", "not set: each operator picks its first backend that is ready"),
         },
         "packages": {name: _version(name) or f"not installed ({use})" for name, use in OPTIONAL.items()},
         "tools": {
-            "C++ compiler": _first_of("c++", "g++", "clang++") or "none found: torch.compile can't be used on the CPU",
+            "C++ compiler": _first_of("c++", "g++", "clang++")
+            or "none found: CPU kernels can't be built, nor torch.compile used on the CPU",
             "nvcc": _first_of("nvcc") or "none found: CUDA C++ operators are left out",
             **{name: shutil.which(name) or f"none found: {use} is left out" for name, use in CLIENTS.items()},
         },
@@ -56,27 +59,53 @@ def report() -> dict[str, dict[str, Any]]:
 def show() -> None:
     """Prints the report as tables."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
+
+    from ov3fast import ops
 
     console = Console()
     found = report()
     for section in ("machine", "packages", "tools", "files"):
         table = Table(title=section, title_justify="left", show_header=False, box=None, padding=(0, 2))
         for name, value in found[section].items():
-            table.add_row(name, str(value))
+            table.add_row(name, escape(str(value)))
         console.print(table, "")
     operators = found["operators"]
-    backends = list(dict.fromkeys(name for status in operators.values() for name in status))
-    table = Table("operator", *backends, title="operators", title_justify="left")
+    backends = [name for name in ops.BACKENDS if any(name in status for status in operators.values())]
+    table = Table(title="operators", title_justify="left", padding=(0, 0))
+    table.add_column("operator", no_wrap=True)
+    for heading in ("on the CPU", *backends):
+        table.add_column(heading)
+    reasons: list[str] = []
     for op, status in operators.items():
-        table.add_row(op, *(_short(status.get(name)) for name in backends))
+        table.add_row(op, on_cpu(status), *(_short(status.get(name), reasons) for name in backends))
     console.print(table)
+    for number, reason in enumerate(reasons, 1):
+        console.print(f"  ({number}) {escape(reason)}")
 
 
-def _short(status: str | None) -> str:
-    if status is None:
-        return ""
-    return "[green]ready[/green]" if status == "ready" else f"[yellow]{status}[/yellow]"
+def on_cpu(status: dict[str, str]) -> str:
+    """The backend that runs an operator's float32 and bfloat16 calls on CPU tensors."""
+    return next(name for name in ("cpu", "sdpa", "reference") if status.get(name) == "ready")
+
+
+def _cpu_kernels() -> str:
+    """The instruction set in use and those that were built and run here."""
+    from ov3fast.ops import cpu
+
+    if (reason := cpu.missing()) is not None:
+        return reason
+    return f"{cpu.isa()} in use; {', '.join(cpu.available_isas())} run here"
+
+
+def _short(status: str | None, reasons: list[str]) -> str:
+    """'ready', or the number of the reason why not."""
+    if status is None or status == "ready":
+        return "[green]ready[/green]" if status else ""
+    if status not in reasons:
+        reasons.append(status)
+    return f"[yellow]no ({reasons.index(status) + 1})[/yellow]"
 
 
 def _version(package: str) -> str | None:

@@ -60,7 +60,17 @@ def test_doctor(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     code, out, _ = run(capsys, "doctor")
     assert code == 0
-    for word in ("contrastive_loss", "flash_attention", "adamw_ema_", "reference", "ready", "C++ compiler", "small VAE"):
+    for word in (
+        "CPU kernels",
+        "on the CPU",
+        "contrastive_loss",
+        "flash_attention",
+        "adamw_ema_",
+        "reference",
+        "ready",
+        "C++ compiler",
+        "small VAE",
+    ):
         assert word in out, word
 
 

@@ -1,6 +1,7 @@
 """The package as users meet it: builds, imports, layers, and the neighbours it must not disturb."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -41,7 +42,10 @@ def test_wheel_carries_the_kernels_and_assets(built, tmp_path):
     assert "ov3fast/kernels/__init__.py" in names
     assert "ov3fast/assets/small_vae/diffusion_pytorch_model.safetensors" in names
     assert "ov3fast/assets/bert_uncased_vocab.txt" in names
-    assert not any(name.startswith(("kernels/", "tests/", "benches/")) for name in names)
+    assert not any(name.startswith(("kernels/", "tests/", "benches/", "csrc/")) for name in names)
+    assert wheel.name.split("-")[2:4] == ["py3", "none"], "the kernels are bound to a platform, not to a Python"
+    if shutil.which("c++"):
+        assert "ov3fast/_native/ov3_portable.so" in names
     code = "import ov3fast, ov3fast.kernels; print(ov3fast.kernels.__file__)"
     assert run(code, tmp_path, PYTHONPATH=str(tmp_path / "site")).startswith(str(tmp_path / "site"))
 

@@ -80,6 +80,11 @@ def throughput(rows: Sequence[dict[str, Any]], tables: dict[str, Any], summary: 
     if rates:
         cells.append(["Training, images/s: median of the log's rows"])
         cells += [[stage, f"{_median(values):,.1f}", f"{len(values)} rows"] for stage, values in rates.items()]
+    if comparison := summary.get("comparison"):
+        other, ratio = comparison["other"], comparison["ratio"]
+        cells.append([f"Whole steps in turn, images/s: medians of {comparison['rounds']}"])
+        cells.append(["chosen kernels", f"{comparison['images_per_s']:,.1f}", f"{ratio:.2f} x"])
+        cells.append([f"impl={other}", f"{comparison['other_images_per_s']:,.1f}", "1.00 x"])
     parts = {part: seconds for part, seconds in summary.get("seconds_by_part", {}).items() if _number(seconds) is not None}
     if total := sum(parts.values()):
         cells.append([f"Training, where {total:,.0f} s went"])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import noise
 from .config import CaptionConfig, TextConfig
 from .generation import search
-from .transformer import KeyValueCache, LayerNorm, Transformer, init_normal
+from .transformer import KeyValueCache, LayerNorm, Linear, Transformer, init_normal
 
 IGNORE = -100
 """Label that a loss leaves out."""
@@ -33,7 +33,7 @@ class TextEncoder(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(config.context_length, config.width))
         self.transformer = Transformer(config.width, config.depth, config.heads, config.mlp_dim, "gelu_tanh")
         self.norm = LayerNorm(config.width)
-        self.head = nn.Linear(config.width, embed_dim, bias=False)
+        self.head = Linear(config.width, embed_dim, bias=False)
         nn.init.normal_(self.embed.weight, std=0.02)
         nn.init.normal_(self.pos_embed, std=0.01)
         init_normal(self.transformer, config.residual_init)
@@ -66,12 +66,12 @@ class CaptionDecoder(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
-        self.image_proj = nn.Linear(token_dim, width, bias=False)
+        self.image_proj = Linear(token_dim, width, bias=False)
         self.text_proj = None
         if config.text_prefix:
             if text_dim is None:
                 raise ValueError("CaptionDecoder: text_prefix needs text_dim, the width of the text encoder's tokens")
-            self.text_proj = nn.Linear(text_dim, width, bias=False)
+            self.text_proj = Linear(text_dim, width, bias=False)
         if config.style == "queries":
             self.queries = nn.Parameter(torch.randn(config.length, width))
         else:
@@ -82,7 +82,7 @@ class CaptionDecoder(nn.Module):
                 nn.init.normal_(self.pos_embed, std=0.01)
         self.transformer = Transformer(width, config.depth, config.heads, config.mlp_dim, "gelu_tanh")
         self.norm = LayerNorm(width)
-        self.head = nn.Linear(width, config.vocab_size, bias=False)
+        self.head = Linear(width, config.vocab_size, bias=False)
         init_normal(self.transformer, config.residual_init)
         for linear in (self.image_proj, self.text_proj, self.head):
             if linear is not None:

@@ -33,6 +33,13 @@ class LayerNorm(nn.Module):
         return ops.layer_norm(x, self.weight, self.bias, EPS, residual=residual)
 
 
+class Linear(nn.Linear):
+    """A linear layer through ops.linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
 class KeyValueCache:
     """Keys and values of the tokens seen so far, one pair per block; for generation only."""
 
@@ -57,8 +64,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x_BND: Tensor, causal: bool, prefix_len: int, cache: KeyValueCache | None, block: int) -> Tensor:
         batch, length, width = x_BND.shape

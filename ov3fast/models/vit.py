@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ov3fast import ops
 
 from .config import DecoderConfig, VisionConfig
-from .transformer import LayerNorm, Transformer, init_lecun, init_xavier
+from .transformer import LayerNorm, Linear, Transformer, init_lecun, init_xavier
 
 
 def sincos2d(grid_h: int, grid_w: int, dim: int) -> Tensor:
@@ -73,7 +73,7 @@ class ViTEncoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(width))
         self.transformer = Transformer(width, config.depth, config.heads, config.mlp_dim)
         self.norm = LayerNorm(width)
-        self.head = nn.Linear(width, config.embed_dim, bias=False)
+        self.head = Linear(width, config.embed_dim, bias=False)
         self.register_buffer("pos_embed", None)
         self._is_sincos = True
         self._positions = _Positions(width, cls=True)

@@ -36,6 +36,8 @@ FREE_TO_CHANGE = frozenset(
         "log_every",
         "gradient_norms_every",
         "synchronize_timing",
+        "compare_impl",
+        "compare_rounds",
         "save_latents",
         "data.workers",
         "data.cache_images",
@@ -175,6 +177,12 @@ class Recipe:
     more forward pass of the encoder and the text encoder; "micro-batch" has fewer negatives."""
     activation_checkpointing: bool = False
     """Recompute each transformer block in the backward pass: less memory, about a third more time."""
+    impl: str | None = None
+    """Backend of every operator that has it (see ov3fast doctor); None: each operator takes its fastest."""
+    compare_impl: str | None = None
+    """Before the first step, also time whole steps with this backend, in turn with the chosen ones; None: don't."""
+    compare_rounds: int = 6
+    """Turns of that comparison."""
     compile: bool = False
     """torch.compile of the four towers' blocks."""
     cache_latents: bool = False

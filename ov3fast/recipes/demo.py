@@ -68,6 +68,7 @@ RECIPE = Recipe(
     vae_dtype="bf16",
     cache_latents=True,
     restrict_vocabulary=True,
+    compare_impl="reference",
     checkpoint_minutes=3.0,
     gradient_norms_every=50,
     run_dir=Path("runs/demo"),

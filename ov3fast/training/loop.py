@@ -3,7 +3,7 @@
     from ov3fast.training import train
     metrics = train(recipe)                    # or train(recipe, resume=True)
 
-    runs/demo/  recipe.json  log.jsonl  tensorboard/  checkpoints/step-.../  model/  summary.json
+    runs/demo/  recipe.json  log.jsonl  tensorboard/  checkpoints/step-.../  model/  comparison.json  summary.json
 
 Every step is a function of (recipe, step): sample order, augmentation, noise and sub-batches are counter-based, so a run resumed from
 a checkpoint has the same bits as one that was never stopped, in the same layout of processes. (A stage measured in minutes follows the
@@ -19,19 +19,23 @@ import os
 import resource
 import shutil
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ov3fast import ops
 from ov3fast.data.order import order_hash
 from ov3fast.data.store import Store
 from ov3fast.losses import Objective
 from ov3fast.models.tokenizer import load_tokenizer
 from ov3fast.recipes.config import Recipe, Stage
-from ov3fast.training import build, checkpoint, distributed
+from ov3fast.training import build, checkpoint, compare, distributed
 from ov3fast.training.guard import stop_non_finite
 from ov3fast.training.inputs import Inputs
 from ov3fast.training.logs import Display, RunLog, describe
@@ -45,6 +49,7 @@ EXIT_INTERRUPTED = 75
 """Exit code (EX_TEMPFAIL) of a run that was told to stop and has saved: start the same command again with --resume."""
 
 RECIPE, SUMMARY, CHECKPOINTS, TOKENIZER, MODEL = "recipe.json", "summary.json", "checkpoints", "tokenizer", "model"
+COMPARISON = "comparison.json"
 
 
 @dataclass
@@ -77,7 +82,8 @@ def train(
     """
     recipe = recipe.resolve()
     ranks = distributed.start(device)
-    with StopRequest() as stop, Display(show=ranks.first) as display:
+    backend = ops.use(recipe.impl) if recipe.impl else nullcontext()
+    with backend, StopRequest() as stop, Display(show=ranks.first) as display:
         return Run(recipe, ranks, stop, display).start(resume, overwrite)
 
 
@@ -152,6 +158,7 @@ class Run:
             if self.ranks.first:
                 for name in (CHECKPOINTS, TOKENIZER, MODEL):
                     shutil.rmtree(self.recipe.run_dir / name, ignore_errors=True)
+                (self.recipe.run_dir / COMPARISON).unlink(missing_ok=True)
             self.ranks.wait()
         if not resume:
             return None
@@ -222,6 +229,9 @@ class Run:
             lr = times.lr(state.stage_step, minutes)
             slices, samples = inputs.take(state.stage_step)
             measure = recipe.gradient_norms_every is not None and state.step % recipe.gradient_norms_every == 0
+            if state.step == 0 and recipe.compare_impl is not None:
+                began += self._compare(partial(self._update, step, slices, lr), stage.batch_size)
+                window = _Window()
             self.optimizer.zero_grad()
             losses, measured = step(slices, measure)
             norm = self.optimizer.grad_norm()
@@ -254,6 +264,25 @@ class Run:
                 break
         if inputs.skips.counts:
             self.display.note(f"skipped samples: {inputs.skips}")
+
+    def _update(self, step: Step, slices: list, lr: float) -> None:
+        """A whole step without its checks and records."""
+        self.optimizer.zero_grad()
+        step(slices, False)
+        self.optimizer.grad_norm()
+        self.optimizer.step(lr)
+
+    def _compare(self, update: Callable[[], None], images: int) -> float:
+        """Times the step with another backend, and returns the seconds that took: they are not the stage's."""
+        began, parts = time.monotonic(), dict(self.timer.seconds)
+        result = compare.compare(
+            update, self.model, self.optimizer, images, self.recipe.compare_impl, self.recipe.compare_rounds
+        )
+        self.timer.seconds = parts
+        if self.ranks.first:
+            _write_json(self.recipe.run_dir / COMPARISON, result)
+            self.display.note(compare.describe(result))
+        return time.monotonic() - began
 
     # ---- what is written ----
 
@@ -316,6 +345,8 @@ class Run:
             "seconds_by_part": seconds,
             "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         }
+        if (self.recipe.run_dir / COMPARISON).is_file():
+            metrics["comparison"] = json.loads((self.recipe.run_dir / COMPARISON).read_text(encoding="utf-8"))
         if self.ranks.device.type == "cuda":
             metrics["peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.ranks.device) / 2**30
         if self.interrupted or not self.ranks.first:
@@ -326,6 +357,8 @@ class Run:
         total = sum(seconds.values()) or 1.0
         for part, value in seconds.items():
             self.display.note(f"  {part:<14} {value:9.1f} s  {100 * value / total:5.1f} %")
+        if "comparison" in metrics:
+            self.display.note(compare.describe(metrics["comparison"]))
         self.display.note(f"done: {state.step} steps, {state.images:,} images; model in {self.recipe.run_dir / MODEL}")
         self.ranks.wait()
         return metrics

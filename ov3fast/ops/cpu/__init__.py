@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).parents[2] / "_native"
+FOLDER = Path(os.environ.get("OV3FAST_NATIVE") or Path(__file__).parents[2] / "_native")
+"""Where the libraries lie; OV3FAST_NATIVE names another build of them, as `make sanitize` does."""
 
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 """From the narrowest to the widest."""

@@ -1,0 +1,92 @@
+"""The plain linear layer, behind the same choice of backends as the fused operators around it.
+
+    y_..n = sum_k x_..k W_nk + b_n        dx = dy W    dW = dy^T x    db = sum dy
+
+Shapes: x [..., K]; weight [N, K] (nn.Linear's layout); bias [N]; y [..., N]. Storage float32, bfloat16 or float64 (float16 on GPUs),
+accumulation in float32 (float64 for float64). Saved for backward: x, weight.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _check, _dispatch
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Plain PyTorch, the specification."""
+    return F.linear(x, weight, bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str | None = None) -> Tensor:
+    """x weight^T + bias, [..., N].
+
+    x [..., K]; weight [N, K] and bias [N] or None, of x's dtype. All get gradients and are cast under autocast. Raises TypeError or
+    ValueError that name the argument.
+    """
+    op = "linear"
+    _check.tensor(op, "x", x)
+    if x.ndim == 0:
+        raise ValueError(f"{op}: x must have at least 1 dimension, got a scalar")
+    _check.tensor(op, "weight", weight, ndim=2)
+    x, weight, bias = _check.autocast(x, weight, bias)
+    _check.parameter(op, "weight", weight, (weight.shape[0], x.shape[-1]), x, "[N, K]")
+    _check.parameter(op, "bias", bias, (weight.shape[0],), x, "[N]")
+    return torch.ops.ov3fast.linear(x, weight, bias, _dispatch.request(op, impl))
+
+
+def _rows(x):
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _forward_reference(x, weight, bias):
+    # An operator's output has to be contiguous as the fake says; F.linear follows its input's layout.
+    return F.linear(_rows(x).contiguous(), weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def _backward_reference(grad_y, x, weight, need_x, need_weight, need_bias):
+    grad_y, none = _rows(grad_y), grad_y.new_empty(0)
+    return (
+        (grad_y @ weight).view(x.shape) if need_x else none,
+        grad_y.t() @ _rows(x) if need_weight else none,
+        grad_y.sum(0) if need_bias else none,
+    )
+
+
+def _fake(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _fake_backward(grad_y, x, weight, need_x, need_weight, need_bias):
+    return (
+        grad_y.new_empty(x.shape if need_x else 0),
+        grad_y.new_empty(weight.shape if need_weight else 0),
+        grad_y.new_empty(weight.shape[0] if need_bias else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _, word = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.word = word
+
+
+def _backward(ctx, grad_y):
+    needs = ctx.needs_input_grad[:3]
+    grads = torch.ops.ov3fast.linear_backward(grad_y, *ctx.saved_tensors, *needs, ctx.word)
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None
+
+
+_dispatch.register("linear", "reference", _forward_reference, _backward_reference)
+_dispatch.define(
+    "linear",
+    "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    fake=_fake,
+    backward_schema="(Tensor grad_y, Tensor x, Tensor weight, bool need_x, bool need_weight, bool need_bias)"
+    " -> (Tensor, Tensor, Tensor)",
+    backward_fake=_fake_backward,
+    setup_context=_setup_context,
+    backward=_backward,
+)

@@ -8,7 +8,7 @@ JOBS ?= 2
 
 CSRC := csrc/build.py $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
-.PHONY: demo test lint bench sanitize clean
+.PHONY: demo test lint bench step-table sanitize clean
 
 demo: .venv/demo
 	$(BIN)/ov3fast data demo
@@ -23,7 +23,11 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-bench: demo
+# The operator table, benches/results/operators-cpu.csv; `make step-table` is that of a demo run's parts.
+bench: .venv/dev
+	$(BIN)/python -m benches.operators
+
+step-table: demo
 	$(BIN)/python -m benches.step $(RUN)
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on two threads; any finding ends the run.

@@ -13,3 +13,23 @@ def test_step_table(tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps({"precision": "bf16", "stages": [{"batch_size": 10}]}))
     rows = [(row["part"], row["seconds_per_step"], row["images_per_s"]) for row in table(tmp_path)]
     assert rows == [("backward", "1.2500", "8"), ("text", "0.2500", "40"), ("whole step", "2.5000", "4")]
+
+
+def test_operator_rows_hold_ours_the_best_peer_and_the_floor():
+    from benches import cases, operators
+
+    [case, *_] = cases.layer_norm("fp32")
+    case.variants.pop("compile")
+    row = operators.measure(case, budget=0.1, floors={"fp32": 1e11, "bf16": 1e11, "copy": 1e10})
+    assert row["best_peer"] == "eager" and row["rate"].endswith("GB/s")
+    assert float(row["ratio"]) == pytest.approx(float(row["peer_ms"]) / float(row["ms"]), rel=0.02)
+    assert float(row["of_floor"]) == pytest.approx(case.bytes / 1e10 / (float(row["ms"]) / 1e3), rel=0.05, abs=0.01)
+
+
+def test_extra_memory_sees_an_allocation():
+    import torch
+
+    from benches import timing
+
+    used = timing.extra_memory(lambda: torch.ones(10_000_000))
+    assert used is None or 35 <= used <= 60

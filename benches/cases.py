@@ -1,0 +1,343 @@
+"""The cases of the operator table: each operator at a size that training meets, with the plain PyTorch it has to beat.
+
+A case is made when its turn comes and dropped afterwards. Its variants take no arguments: "ov3fast" is ours, the others are peers.
+Forward-and-backward cases keep the leaves' gradients out of the way with torch.autograd.grad.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ov3fast import ops
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OURS = "ov3fast"
+
+
+@dataclass
+class Case:
+    operator: str
+    direction: str
+    """"forward", "backward" or "both"."""
+    shape: str
+    dtype: str
+    variants: dict[str, Callable[[], object]]
+    flops: float = 0.0
+    """Of the whole call; 0 where memory is the bound."""
+    bytes: float = 0.0
+    """Read and written at least once."""
+    target: float | None = None
+    """The ratio to the best peer that this project set itself."""
+    note_memory: bool = False
+    result_bytes: float = 0.0
+    """Of outputs and gradients: not counted as extra memory."""
+
+
+def randn(*shape: int, dtype: torch.dtype, grad: bool = False, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape) * scale).to(dtype).requires_grad_(grad)
+
+
+def both(function: Callable[..., Tensor], *leaves: Tensor) -> Callable[[], object]:
+    """Forward and backward of `function`, for gradients of all leaves and a random upstream gradient."""
+    upstream = torch.randn_like(function(*leaves).detach())
+    return lambda: torch.autograd.grad(function(*leaves), leaves, upstream)
+
+
+def forward(function: Callable[..., object], *arguments: Tensor) -> Callable[[], object]:
+    def run() -> object:
+        with torch.no_grad():
+            return function(*arguments)
+
+    return run
+
+
+def compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=False)
+
+
+# ---- the operators --------------------------------------------------------------------------------------------------
+
+
+def attention(dtype: str, shape: tuple[int, ...], targets: tuple[float, float]) -> Iterator[Case]:
+    b, n, h, d = shape
+    q, k, v = (randn(*shape, dtype=DTYPES[dtype], grad=True) for _ in range(3))
+
+    def peer(q, k, v):
+        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+    flops = 4 * b * h * n * n * d
+    name = f"[{b},{n},{h},{d}]"
+    for direction, make, units, target in (("forward", forward, 1.0, targets[0]), ("both", both, 3.5, targets[1])):
+        variants = {OURS: make(ops.flash_attention, q, k, v), "sdpa": make(peer, q, k, v)}
+        yield Case("flash_attention", direction, name, dtype, variants, units * flops, target=target)
+
+
+def contrastive(dtype: str, n: int, d: int, target: float | None, peers: bool = True) -> Iterator[Case]:
+    image, text = (randn(n, d, dtype=DTYPES[dtype], grad=True) for _ in range(2))
+    scale = torch.tensor(20.0, requires_grad=True)
+
+    def peer(image, text, scale):
+        logits = scale * (F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T)
+        labels = torch.arange(len(image))
+        return (F.cross_entropy(logits.float(), labels) + F.cross_entropy(logits.T.float(), labels)) / 2
+
+    variants = {OURS: both(ops.contrastive_loss, image, text, scale)}
+    if peers:
+        variants |= {"eager": both(peer, image, text, scale), "compile": both(compiled(peer), image, text, scale)}
+    results = 2 * image.nbytes
+    yield Case(
+        "contrastive_loss",
+        "both",
+        f"[{n},{d}]",
+        dtype,
+        variants,
+        6.0 * n * n * d,
+        target=target,
+        note_memory=True,
+        result_bytes=results,
+    )
+
+
+def cross_entropy(dtype: str, target: float) -> Iterator[Case]:
+    t, d, v = 2048, 768, 32000
+    hidden, weight = randn(t, d, dtype=DTYPES[dtype], grad=True), randn(v, d, dtype=DTYPES[dtype], grad=True, scale=d**-0.5)
+    labels = torch.randint(0, v, (t,))
+
+    def plain(hidden, weight):
+        return F.cross_entropy(F.linear(hidden, weight).float(), labels)
+
+    def narrow(hidden, weight):
+        return F.cross_entropy(F.linear(hidden, weight), labels)
+
+    variants = {
+        OURS: both(lambda h, w: ops.linear_cross_entropy(h, w, labels), hidden, weight),
+        "eager": both(plain, hidden, weight),
+        "eager, logits in the dtype": both(narrow, hidden, weight),
+        "compile": both(compiled(plain), hidden, weight),
+    }
+    if hasattr(F, "linear_cross_entropy"):
+        variants["F.linear_cross_entropy"] = both(lambda h, w: F.linear_cross_entropy(h, w, labels), hidden, weight)
+    results = hidden.nbytes + weight.nbytes
+    yield Case(
+        "linear_cross_entropy", "both", f"[{t},{d}] x [{v},{d}]", dtype, variants, 6.0 * t * d * v,
+        target=target, note_memory=True, result_bytes=results,
+    )  # fmt: skip
+
+
+def patch_embed(dtype: str) -> Iterator[Case]:
+    b, c, side, width = 64, 16, 32, 768
+    moments = randn(b, 2 * c, side, side, dtype=torch.float32)
+    weight, bias = randn(width, 4 * c, dtype=DTYPES[dtype], scale=0.1), randn(width, dtype=DTYPES[dtype])
+    position, cls = randn(1 + side * side // 4, width, dtype=DTYPES[dtype]), randn(width, dtype=DTYPES[dtype])
+    rng = ops.random.make_rng(1)
+
+    def peer(moments, weight, bias, position, cls):
+        mean, logvar = moments.chunk(2, 1)
+        z = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * torch.randn_like(mean)
+        tokens = F.conv2d(z.to(weight.dtype), weight.view(width, c, 2, 2), bias, stride=2).flatten(2).transpose(1, 2)
+        return torch.cat([cls.expand(b, 1, -1), tokens], 1) + position
+
+    def ours(moments, weight, bias, position, cls):
+        return ops.patch_embed(moments, weight, bias, position, cls, moments=True, rng=rng)
+
+    arguments = (moments, weight, bias, position, cls)
+    variants = {
+        OURS: forward(ours, *arguments), "eager": forward(peer, *arguments), "compile": forward(compiled(peer), *arguments),
+    }  # fmt: skip
+    tokens = b * (1 + side * side // 4)
+    traffic = moments.nbytes + tokens * width * weight.element_size()
+    yield Case(
+        "patch_embed", "forward", f"moments [{b},{2 * c},{side},{side}] -> {width}", dtype, variants, bytes=traffic, target=8.0
+    )
+
+
+def noise_projection(dtype: str, target: float) -> Iterator[Case]:
+    b, n, k, d = 64, 256, 768, 768
+    z, sigma = randn(b, n, k, dtype=DTYPES[dtype]), torch.rand(b)
+    weight, bias = randn(d, k, dtype=DTYPES[dtype], scale=k**-0.5), randn(d, dtype=DTYPES[dtype])
+    rng = ops.random.make_rng(1)
+
+    def peer(z, weight, bias):
+        return F.linear(z + sigma.to(z.dtype)[:, None, None] * torch.randn_like(z), weight, bias)
+
+    def ours(z, weight, bias):
+        return ops.noise_projection(z, sigma, weight, bias, rng=rng)
+
+    arguments = (z, weight, bias)
+    variants = {
+        OURS: forward(ours, *arguments), "eager": forward(peer, *arguments), "compile": forward(compiled(peer), *arguments),
+    }  # fmt: skip
+    yield Case("noise_projection", "forward", f"[{b},{n},{k}] -> {d}", dtype, variants, 2.0 * b * n * k * d, target=target)
+
+
+def group_norm(dtype: str, target: float) -> Iterator[Case]:
+    x = randn(1, 128, 256, 256, dtype=DTYPES[dtype]).to(memory_format=torch.channels_last).requires_grad_()
+    weight, bias = (randn(128, dtype=DTYPES[dtype], grad=True) for _ in range(2))
+
+    def peer(x, weight, bias):
+        return F.silu(F.group_norm(x, 32, weight, bias, 1e-6))
+
+    def ours(x, weight, bias):
+        return ops.group_norm_silu(x, 32, weight, bias)
+
+    arguments = (x, weight, bias)
+    functions = {OURS: ours, "eager": peer, "compile": compiled(peer)}
+    name = "[1,128,256,256] channels_last"
+    yield Case(
+        "group_norm_silu", "forward", name, dtype, {n: forward(f, *arguments) for n, f in functions.items()},
+        bytes=2.0 * x.nbytes, target=target,
+    )  # fmt: skip
+    yield Case(
+        "group_norm_silu", "backward", name, dtype, {n: _backward(f, *arguments) for n, f in functions.items()},
+        bytes=3.0 * x.nbytes, target=2.0,
+    )  # fmt: skip
+
+
+def _backward(function: Callable[..., Tensor], *leaves: Tensor) -> Callable[[], object]:
+    out = function(*leaves)
+    upstream = torch.randn_like(out)
+    return lambda: torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+
+
+def mlp(dtype: str, target: float) -> Iterator[Case]:
+    rows, width, hidden = 2048, 768, 3072
+    leaves = (
+        randn(rows, width, dtype=DTYPES[dtype], grad=True),
+        randn(hidden, width, dtype=DTYPES[dtype], grad=True, scale=width**-0.5), randn(hidden, dtype=DTYPES[dtype], grad=True),
+        randn(width, hidden, dtype=DTYPES[dtype], grad=True, scale=hidden**-0.5), randn(width, dtype=DTYPES[dtype], grad=True),
+    )  # fmt: skip
+
+    def peer(x, w1, b1, w2, b2):
+        return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
+
+    functions = {OURS: ops.mlp, "eager": peer, "compile": compiled(peer)}
+    flops, name = 4.0 * rows * width * hidden, f"{rows} x {width}-{hidden}-{width}"
+    for direction, make, units in (("forward", forward, 1), ("both", both, 3)):
+        variants = {n: make(f, *leaves) for n, f in functions.items()}
+        yield Case("mlp", direction, name, dtype, variants, units * flops, target=target)
+
+
+def layer_norm(dtype: str) -> Iterator[Case]:
+    rows, width = 2048, 768
+    leaves = (
+        randn(rows, width, dtype=DTYPES[dtype], grad=True), randn(rows, width, dtype=DTYPES[dtype], grad=True),
+        randn(width, dtype=DTYPES[dtype], grad=True), randn(width, dtype=DTYPES[dtype], grad=True),
+    )  # fmt: skip
+
+    def peer(x, residual, weight, bias):
+        h = x + residual
+        return F.layer_norm(h, (width,), weight, bias, 1e-6), h
+
+    def ours(x, residual, weight, bias):
+        return ops.layer_norm(x, weight, bias, residual=residual)
+
+    functions = {OURS: ours, "eager": peer, "compile": compiled(peer)}
+    size = leaves[0].nbytes
+    yield Case(
+        "layer_norm + residual", "forward", f"[{rows},{width}]", dtype, {n: forward(f, *leaves) for n, f in functions.items()},
+        bytes=4.0 * size, target=1.5,
+    )  # fmt: skip
+    yield Case(
+        "layer_norm + residual", "both", f"[{rows},{width}]", dtype, {n: _both_of_two(f, *leaves) for n, f in functions.items()},
+        bytes=8.0 * size, target=1.5,
+    )  # fmt: skip
+
+
+def _both_of_two(function: Callable[..., tuple[Tensor, Tensor]], *leaves: Tensor) -> Callable[[], object]:
+    upstream = [torch.randn_like(out) for out in function(*leaves)]
+    return lambda: torch.autograd.grad(function(*leaves), leaves, upstream)
+
+
+# ---- a whole encoder ------------------------------------------------------------------------------------------------
+
+
+class PlainEncoder(nn.Module):
+    """The ViT encoder as one would write it in plain PyTorch."""
+
+    def __init__(self, width: int, depth: int, heads: int, mlp_dim: int, tokens: int, embed_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.embed = nn.Conv2d(16, width, 2, stride=2)
+        self.cls, self.position = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(1 + tokens, width))
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "norm1": nn.LayerNorm(width, eps=1e-6), "qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width),
+                    "norm2": nn.LayerNorm(width, eps=1e-6), "fc1": nn.Linear(width, mlp_dim), "fc2": nn.Linear(mlp_dim, width),
+                }
+            )
+            for _ in range(depth)
+        )  # fmt: skip
+        self.norm, self.head = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, embed_dim, bias=False)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = self.embed(latents).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls.expand(len(x), 1, -1), x], 1) + self.position
+        for block in self.blocks:
+            b, n, d = x.shape
+            q, k, v = block["qkv"](block["norm1"](x)).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+            x = x + block["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
+            x = x + block["fc2"](F.gelu(block["fc1"](block["norm2"](x))))
+        return self.head(self.norm(x[:, 1:].mean(1)))
+
+
+def encoder(dtype: str, targets: tuple[float, float]) -> Iterator[Case]:
+    from ov3fast.models.config import VisionConfig
+    from ov3fast.models.flops import encoder_flops
+    from ov3fast.models.vit import ViTEncoder
+
+    config = VisionConfig(width=768, depth=12, heads=12, mlp_dim=3072, image_size=256, embed_dim=768)
+    ours = ViTEncoder(config).to(DTYPES[dtype])
+    ours.output_tokens = False
+    peer = PlainEncoder(768, 12, 12, 3072, 256, 768).to(DTYPES[dtype])
+    latents = randn(8, 16, 32, 32, dtype=DTYPES[dtype])
+    modules = {OURS: ours, "eager": peer, "compile": torch.compile(peer, dynamic=False)}
+    flops = 8 * encoder_flops(config, 256)
+
+    def step(module: nn.Module) -> Callable[[], object]:
+        parameters = [p for p in (module._orig_mod if hasattr(module, "_orig_mod") else module).parameters()]
+        upstream = torch.randn(8, 768).to(DTYPES[dtype])
+        return lambda: torch.autograd.grad(module(latents), parameters, upstream)
+
+    for direction, make, units, target in (
+        ("forward", lambda module: forward(module, latents), 1, targets[0]),
+        ("both", step, 3, targets[1]),
+    ):
+        variants = {n: make(m) for n, m in modules.items()}
+        yield Case("ViT-B/2 encoder", direction, "8 x [16,32,32]", dtype, variants, units * flops, target=target)
+
+
+def table(only: str = "", dtype: str = "") -> Iterator[Case]:
+    """The cases whose operator contains `only`, in `dtype` or both; each is made when it is asked for."""
+    attention_bf16, attention_fp32 = (3.5, 2.8), (1.7, 1.8)
+    makers: list[tuple[str, str, Callable[..., Iterator[Case]], tuple]] = [
+        ("flash_attention", "bf16", attention, ((8, 256, 12, 64), attention_bf16)),
+        ("flash_attention", "bf16", attention, ((2, 1024, 16, 64), attention_bf16)),
+        ("flash_attention", "fp32", attention, ((8, 256, 12, 64), attention_fp32)),
+        ("flash_attention", "fp32", attention, ((2, 1024, 16, 64), attention_fp32)),
+        ("contrastive_loss", "bf16", contrastive, (8192, 768, 1.8)),
+        ("contrastive_loss", "fp32", contrastive, (8192, 768, 2.4)),
+        ("linear_cross_entropy", "bf16", cross_entropy, (1.15,)),
+        ("linear_cross_entropy", "fp32", cross_entropy, (2.2,)),
+        ("patch_embed", "bf16", patch_embed, ()),
+        ("patch_embed", "fp32", patch_embed, ()),
+        ("noise_projection", "bf16", noise_projection, (3.0,)),
+        ("noise_projection", "fp32", noise_projection, (2.5,)),
+        ("group_norm_silu", "bf16", group_norm, (1.5,)),
+        ("group_norm_silu", "fp32", group_norm, (6.0,)),
+        ("mlp", "bf16", mlp, (1.15,)),
+        ("mlp", "fp32", mlp, (2.0,)),
+        ("layer_norm + residual", "bf16", layer_norm, ()),
+        ("layer_norm + residual", "fp32", layer_norm, ()),
+        ("ViT-B/2 encoder", "bf16", encoder, ((1.3, 1.3),)),
+        ("ViT-B/2 encoder", "fp32", encoder, ((2.1, 2.0),)),
+        ("contrastive_loss", "bf16", contrastive, (65536, 512, None, False)),
+    ]
+    for operator, kind, make, arguments in makers:
+        if only in operator and dtype in kind:
+            yield from make(kind, *arguments)

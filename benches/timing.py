@@ -1,0 +1,95 @@
+"""Interleaved timing, memory above the start, and the machine's own floors, all in one process."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def interleaved(
+    variants: dict[str, Callable[[], object]], budget: float, least: int = 5, most: int = 50
+) -> dict[str, list[float]]:
+    """Seconds of every run of each variant, taken in turn after one that is not counted, for about `budget` seconds."""
+    for run in variants.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    began = time.perf_counter()
+    while len(next(iter(seconds.values()))) < least or (
+        time.perf_counter() - began < budget and len(next(iter(seconds.values()))) < most
+    ):
+        for name, run in variants.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def quartiles(seconds: list[float]) -> tuple[float, float, float]:
+    """(first quartile, median, third quartile)."""
+    return tuple(statistics.quantiles(seconds, n=4, method="inclusive"))
+
+
+def extra_memory(run: Callable[[], object]) -> float | None:
+    """MB by which the process grew at most while `run` ran, its results included; None where the system can't tell."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        reset.write_text("5")
+    except (OSError, AttributeError):
+        return None
+
+    def kilobytes(field: str) -> int:
+        return int(status.read_text().split(field + ":")[1].split()[0])
+
+    before = kilobytes("VmRSS")
+    kept = run()
+    peak = kilobytes("VmHWM")
+    del kept
+    return max(0, peak - before) / 1000
+
+
+def gemm_rate(dtype: torch.dtype, size: int = 2048) -> float:
+    """FLOP/s of the best square matrix product at hand, PyTorch's or ours."""
+    from ov3fast import ops
+
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    runs = interleaved({"torch": lambda: a @ b.T, "ours": lambda: ops.linear(a, b)}, budget=2.0)
+    return 2 * size**3 / min(statistics.median(seconds) for seconds in runs.values())
+
+
+def copy_rate(size: int = 2**26) -> float:
+    """Bytes/s, read and written, of a copy that no cache holds."""
+    a, b = torch.zeros(size), torch.ones(size)
+    return 2 * 4 * size / statistics.median(interleaved({"copy": lambda: b.copy_(a)}, budget=2.0)["copy"])
+
+
+def machine() -> dict[str, str]:
+    """What every row of a table of results has to say."""
+    from ov3fast.ops import cpu
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return {
+        "cpu": _cpu_name(),
+        "isa": cpu.isa() if cpu.missing() is None else "none",
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        facts = dict(
+            (key.strip(), value.strip())
+            for key, value in (line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+        )
+        return f"{facts['model name']} family {facts['cpu family']} model {facts['model']}"
+    except (OSError, KeyError):
+        return platform.processor() or platform.machine()

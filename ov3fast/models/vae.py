@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import noise, pretrained
+from .group_norm_silu import fuse_group_norm_silu
 
 CONVENTIONS = ("openvision3", "flux")
 
@@ -85,6 +86,7 @@ class FrozenVAE(nn.Module):
     def __init__(self, vae: nn.Module, latents: str | None = None) -> None:
         super().__init__()
         self.vae = vae.requires_grad_(False).eval()
+        fuse_group_norm_silu(self.vae)
         self.latents = None if latents is None else check_convention(latents)
         config = vae.config
         self.scaling_factor: float = config.scaling_factor

@@ -33,3 +33,10 @@ inline int guarded(const Body& body) {
 #define OV3_EXPORT(name, parameters, arguments)                                                          \
     extern "C" int ov3_##name##_f32 parameters { return ov3::guarded([&] { name<float> arguments; }); }  \
     extern "C" int ov3_##name##_bf16 parameters { return ov3::guarded([&] { name<ov3::bf16> arguments; }); }
+
+// The same for operators that take bfloat16 activations with parameters of either dtype: name<activation, parameter> as ov3_name_f32,
+// ov3_name_bf16 and ov3_name_bf16_f32.
+#define OV3_EXPORT_MIXED(name, parameters, arguments)                                                                            \
+    extern "C" int ov3_##name##_f32 parameters { return ov3::guarded([&] { name<float, float> arguments; }); }                   \
+    extern "C" int ov3_##name##_bf16 parameters { return ov3::guarded([&] { name<ov3::bf16, ov3::bf16> arguments; }); }          \
+    extern "C" int ov3_##name##_bf16_f32 parameters { return ov3::guarded([&] { name<ov3::bf16, float> arguments; }); }

@@ -48,10 +48,11 @@ inline constexpr int64_t CHAIN<float> = 192;
 template <class T>
 inline int64_t words_of(int64_t k) { return ceil_div(k, Word<T>::ks); }
 
-// A matrix where it lies: element (i, k) at data[i * stride + k * stride_k]; i counts rows of A or columns of B.
-template <class T>
+// A matrix where it lies: element (i, k) at data[i * stride + k * stride_k]; i counts rows of A or columns of B. Elements of type S become
+// words of T: float parameters join bfloat16 activations without a copy of their own.
+template <class S>
 struct Matrix {
-    const T* data;
+    const S* data;
     int64_t stride, stride_k;
 };
 
@@ -101,16 +102,23 @@ inline void micro(int vectors, int64_t words, const W* a, const W* b, int64_t ld
 
 // --- packing -----------------------------------------------------------------------------------------------------------------------
 
-// Words [k0 / ks, ...) of VL values of k of one row: VL floats, or VL pairs.
-inline vf row_words(const float* p, int64_t left) { return left >= VL ? load(p) : load_part(p, int(left)); }
+// VL words of one row whose values of k lie side by side; `left` values are there.
+template <class T, class S>
+inline vf row_words(const S* p, int64_t left) {
 #if defined(__AVX512BF16__)
-inline vf row_words(const bf16* p, int64_t left) {
-    const __mmask32 mask = left >= 32 ? ~0u : (1u << left) - 1;
-    return bit_cast<vf>(_mm512_maskz_loadu_epi16(mask, p));
-}
-#else
-inline vf row_words(const bf16* p, int64_t left) { return left >= VL ? load(p) : load_part(p, int(left)); }
+    if constexpr (Word<T>::ks == 2) {
+        if constexpr (sizeof(S) == 2) {
+            const __mmask32 mask = left >= 32 ? ~0u : (1u << left) - 1;
+            return bit_cast<vf>(_mm512_maskz_loadu_epi16(mask, p));
+        } else {
+            const vf low = load(p, int(std::min<int64_t>(left, VL)));
+            const vf high = left > VL ? load(p + VL, int(std::min<int64_t>(left - VL, VL))) : vf{};
+            return bit_cast<vf>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(high), bit_cast<__m512>(low)));
+        }
+    }
 #endif
+    return load(p, int(std::min<int64_t>(left, VL)));
+}
 
 // rows[i][j] -> rows[j][i], VL x VL words.
 inline void transpose(vf (&rows)[VL]) {
@@ -145,40 +153,45 @@ inline void transpose(vf (&rows)[VL]) {
 }
 
 // Word k of VL columns that lie side by side; `next` is the row of k + 1, or null past the end.
-inline vf column_words(const float* p, const float*, int count) { return load(p, count); }
-inline vf column_words(const bf16* p, const bf16* next, int count) {
-#if defined(__AVX512BF16__)
-    const vu low = bit_cast<vu>(load(p, count)) >> 16;
-    return bit_cast<vf>(next ? low | bit_cast<vu>(load(next, count)) : low);
-#else
-    (void)next;
-    return load(p, count);
-#endif
+template <class T, class S>
+inline vf column_words(const S* p, const S* next, int count) {
+    if constexpr (Word<T>::ks == 2) {
+        const auto bits = [&](const S* row) {
+            const vf x = load(row, count);
+            return sizeof(S) == 2 ? bit_cast<vu>(x) >> 16 : round_to_bf16(x);
+        };
+        const vu low = bits(p);
+        return bit_cast<vf>(next ? low | (bits(next) << 16) : low);
+    } else {
+        (void)next;
+        return load(p, count);
+    }
 }
 
-template <class T>
-inline word_t<T> one_word(const T* p, int64_t stride_k, int64_t left) {
+template <class T, class S>
+inline word_t<T> one_word(const S* p, int64_t stride_k, int64_t left) {
     if constexpr (Word<T>::ks == 1) {
         (void)stride_k, (void)left;
         return to_float(*p);
     } else {
-        return uint32_t(p->bits) | (left > 1 ? uint32_t(p[stride_k].bits) << 16 : 0u);
+        const auto bits = [](S x) { return uint32_t(from_float<bf16>(to_float(x)).bits); };
+        return bits(*p) | (left > 1 ? bits(p[stride_k]) << 16 : 0u);
     }
 }
 
 // One panel: `count` <= width rows (of A; columns of B) from i0 on, k from k0 to k0 + ks, as dst[words][width]. width % 4 == 0.
-template <class T>
-inline void pack_panel(const Matrix<T>& source, int64_t i0, int count, int64_t k0, int64_t ks, int width, word_t<T>* dst) {
+template <class T, class S>
+inline void pack_panel(const Matrix<S>& source, int64_t i0, int count, int64_t k0, int64_t ks, int width, word_t<T>* dst) {
     constexpr int KS = Word<T>::ks;
     const int64_t words = words_of<T>(ks);
-    const T* base = source.data + i0 * source.stride + k0 * source.stride_k;
+    const S* base = source.data + i0 * source.stride + k0 * source.stride_k;
     if (source.stride_k == 1 && ks > 1) {
         for (int64_t w = 0; w < words; w += VL) {
             const int deep = int(std::min<int64_t>(VL, words - w));
             for (int group = 0; group < width; group += VL) {
                 vf rows[VL];
                 for (int i = 0; i < VL; i++)
-                    rows[i] = group + i < count ? row_words(base + (group + i) * source.stride + w * KS, ks - w * KS) : vf{};
+                    rows[i] = group + i < count ? row_words<T>(base + (group + i) * source.stride + w * KS, ks - w * KS) : vf{};
                 transpose(rows);
                 float* out = reinterpret_cast<float*>(dst) + w * width + group;
                 if (group + VL <= width)
@@ -189,12 +202,12 @@ inline void pack_panel(const Matrix<T>& source, int64_t i0, int count, int64_t k
         }
     } else if (source.stride == 1 || count == 1) {
         for (int64_t w = 0; w < words; w++) {
-            const T* row = base + w * KS * source.stride_k;
-            const T* next = KS > 1 && w * KS + 1 < ks ? row + source.stride_k : nullptr;
+            const S* row = base + w * KS * source.stride_k;
+            const S* next = KS > 1 && w * KS + 1 < ks ? row + source.stride_k : nullptr;
             float* out = reinterpret_cast<float*>(dst) + w * width;
             for (int group = 0; group < width; group += VL) {
                 const int here = std::min(VL, count - group), room = std::min(VL, width - group);
-                const vf x = here > 0 ? column_words(row + group, next ? next + group : nullptr, here) : vf{};
+                const vf x = here > 0 ? column_words<T>(row + group, next ? next + group : nullptr, here) : vf{};
                 store(out + group, x, room);
             }
         }
@@ -202,7 +215,7 @@ inline void pack_panel(const Matrix<T>& source, int64_t i0, int count, int64_t k
         for (int64_t w = 0; w < words; w++)
             for (int i = 0; i < width; i++)
                 dst[w * width + i] =
-                    i < count ? one_word(base + i * source.stride + w * KS * source.stride_k, source.stride_k, ks - w * KS) : word_t<T>{};
+                    i < count ? one_word<T>(base + i * source.stride + w * KS * source.stride_k, source.stride_k, ks - w * KS) : word_t<T>{};
     }
 }
 
@@ -219,9 +232,9 @@ class Packed {
     const word_t<T>* panel(int64_t p) const { return room_ + p * words * NR; }
     word_t<T>* panel(int64_t p) { return room_.data() + p * words * NR; }
 
-    void pack(const Matrix<T>& source, int threads) {
-        // Wide rows are read in one go: several panels a task where columns lie side by side.
-        parallel(panels(), threads, [&](int64_t p, int) { pack_panel(source, p * NR, columns(p), 0, K, width(p), panel(p)); });
+    template <class S = T>
+    void pack(const Matrix<S>& source, int threads) {
+        parallel(panels(), threads, [&](int64_t p, int) { pack_panel<T>(source, p * NR, columns(p), 0, K, width(p), panel(p)); });
     }
 
   private:
@@ -267,11 +280,11 @@ inline void block_product(
 }
 
 // `rows` rows of A as panels of MR.
-template <class T>
-inline void pack_block(const Matrix<T>& a, int64_t m0, int64_t rows, int64_t K, word_t<T>* dst) {
+template <class T, class S>
+inline void pack_block(const Matrix<S>& a, int64_t m0, int64_t rows, int64_t K, word_t<T>* dst) {
     const int64_t words = words_of<T>(K);
     for (int64_t m = 0; m < rows; m += MR)
-        pack_panel(a, m0 + m, int(std::min<int64_t>(MR, rows - m)), 0, K, MR, dst + m * words);
+        pack_panel<T>(a, m0 + m, int(std::min<int64_t>(MR, rows - m)), 0, K, MR, dst + m * words);
 }
 
 // The whole product. fill(m0, rows, words) packs rows of A, or makes them.
@@ -294,9 +307,9 @@ inline void gemm_with(int64_t M, const Packed<T>& b, const Fill& fill, const Sto
     });
 }
 
-template <class T, class Store>
-inline void gemm(int64_t M, const Matrix<T>& a, const Packed<T>& b, const Store& store, int threads) {
-    gemm_with<T>(M, b, [&](int64_t m0, int64_t rows, word_t<T>* dst) { pack_block(a, m0, rows, b.K, dst); }, store, threads);
+template <class T, class S = T, class Store>
+inline void gemm(int64_t M, const Matrix<S>& a, const Packed<T>& b, const Store& store, int threads) {
+    gemm_with<T>(M, b, [&](int64_t m0, int64_t rows, word_t<T>* dst) { pack_block<T>(a, m0, rows, b.K, dst); }, store, threads);
 }
 
 }  // namespace ov3

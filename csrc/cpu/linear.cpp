@@ -6,13 +6,13 @@
 using namespace ov3;
 
 // x [R, K] with rows x_stride apart, w [N, K], bias [N] or null -> y [R, N].
-template <class T>
+template <class T, class P>
 void linear_forward(
-    const T* x, int64_t x_stride, const T* w, int64_t w_stride, const T* bias, T* y, int64_t R, int64_t K, int64_t N, int threads
+    const T* x, int64_t x_stride, const P* w, int64_t w_stride, const P* bias, T* y, int64_t R, int64_t K, int64_t N, int threads
 ) {
     Packed<T> b(K, N);
-    b.pack({w, w_stride, 1}, threads);
-    gemm<T>(R, {x, x_stride, 1}, b, [&](int64_t m, int64_t n, int count, const float* values) {
+    b.pack(Matrix<P>{w, w_stride, 1}, threads);
+    gemm<T>(R, Matrix<T>{x, x_stride, 1}, b, [&](int64_t m, int64_t n, int count, const float* values) {
         for_vectors(count, [&](int64_t i, int lanes) {
             vf v = load(values + i, lanes);
             if (bias) v += load(bias + n + i, lanes);
@@ -20,35 +20,35 @@ void linear_forward(
         });
     }, threads);
 }
-OV3_EXPORT(
+OV3_EXPORT_MIXED(
     linear_forward, (Ptr x, int64_t x_stride, Ptr w, int64_t w_stride, Ptr bias, Ptr y, int64_t R, int64_t K, int64_t N, int64_t threads),
     (x, x_stride, w, w_stride, bias, y, R, K, N, int(threads))
 )
 
 // grad_y [R, N] -> grad_x [R, K], grad_w [N, K], grad_bias [N]; each may be null.
-template <class T>
+template <class T, class P>
 void linear_backward(
-    const T* grad_y, int64_t grad_stride, const T* x, int64_t x_stride, const T* w, int64_t w_stride, T* grad_x, T* grad_w, T* grad_bias,
+    const T* grad_y, int64_t grad_stride, const T* x, int64_t x_stride, const P* w, int64_t w_stride, T* grad_x, P* grad_w, P* grad_bias,
     int64_t R, int64_t K, int64_t N, int threads
 ) {
-    const auto plain = [](T* out, int64_t width) {
+    const auto plain = [](auto* out, int64_t width) {
         return [=](int64_t m, int64_t n, int count, const float* values) {
             for_vectors(count, [&](int64_t i, int lanes) { store(out + m * width + n + i, load(values + i, lanes), lanes); });
         };
     };
     if (grad_x) {
         Packed<T> b(N, K);
-        b.pack({w, 1, w_stride}, threads);
-        gemm<T>(R, {grad_y, grad_stride, 1}, b, plain(grad_x, K), threads);
+        b.pack(Matrix<P>{w, 1, w_stride}, threads);
+        gemm<T>(R, Matrix<T>{grad_y, grad_stride, 1}, b, plain(grad_x, K), threads);
     }
     if (grad_w) {
         Packed<T> b(R, K);
-        b.pack({x, 1, x_stride}, threads);
-        gemm<T>(N, {grad_y, 1, grad_stride}, b, plain(grad_w, K), threads);
+        b.pack(Matrix<T>{x, 1, x_stride}, threads);
+        gemm<T>(N, Matrix<T>{grad_y, 1, grad_stride}, b, plain(grad_w, K), threads);
     }
     if (grad_bias) column_sums(grad_y, grad_stride, R, N, grad_bias, threads);
 }
-OV3_EXPORT(
+OV3_EXPORT_MIXED(
     linear_backward,
     (Ptr grad_y, int64_t grad_stride, Ptr x, int64_t x_stride, Ptr w, int64_t w_stride, Ptr grad_x, Ptr grad_w, Ptr grad_bias, int64_t R,
      int64_t K, int64_t N, int64_t threads),

@@ -3,7 +3,9 @@
     y_..n = sum_k x_..k W_nk + b_n        dx = dy W    dW = dy^T x    db = sum dy
 
 Shapes: x [..., K]; weight [N, K] (nn.Linear's layout); bias [N]; y [..., N]. Storage float32, bfloat16 or float64 (float16 on GPUs),
-accumulation in float32 (float64 for float64). Saved for backward: x, weight.
+accumulation in float32 (float64 for float64). weight and bias are of x's dtype, or float32 beside a narrower x: they are then rounded to
+x's dtype on the way into the product, and their gradients are float32, so that autocast needs no copy of a parameter. Saved for backward:
+x, weight.
 """
 
 from __future__ import annotations
@@ -17,23 +19,25 @@ from . import _check, _dispatch
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Plain PyTorch, the specification."""
-    return F.linear(x, weight, bias)
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str | None = None) -> Tensor:
     """x weight^T + bias, [..., N].
 
-    x [..., K]; weight [N, K] and bias [N] or None, of x's dtype. All get gradients and are cast under autocast. Raises TypeError or
-    ValueError that name the argument.
+    x [..., K]; weight [N, K] and bias [N] or None, of x's dtype or float32. All get gradients; under autocast x is cast. Raises TypeError
+    or ValueError that name the argument.
     """
     op = "linear"
     _check.tensor(op, "x", x)
     if x.ndim == 0:
         raise ValueError(f"{op}: x must have at least 1 dimension, got a scalar")
     _check.tensor(op, "weight", weight, ndim=2)
-    x, weight, bias = _check.autocast(x, weight, bias)
-    _check.parameter(op, "weight", weight, (weight.shape[0], x.shape[-1]), x, "[N, K]")
-    _check.parameter(op, "bias", bias, (weight.shape[0],), x, "[N]")
+    (x,) = _check.autocast(x)
+    _check.parameter(op, "weight", weight, (weight.shape[0], x.shape[-1]), x, "[N, K]", mixed=True)
+    _check.parameter(op, "bias", bias, (weight.shape[0],), x, "[N]", mixed=True)
+    if bias is not None and bias.dtype != weight.dtype:
+        raise TypeError(f"{op}: bias must be of weight's dtype {weight.dtype}, got {bias.dtype}")
     return torch.ops.ov3fast.linear(x, weight, bias, _dispatch.request(op, impl))
 
 
@@ -43,15 +47,15 @@ def _rows(x):
 
 def _forward_reference(x, weight, bias):
     # An operator's output has to be contiguous as the fake says; F.linear follows its input's layout.
-    return F.linear(_rows(x).contiguous(), weight, bias).view(*x.shape[:-1], weight.shape[0])
+    return reference(_rows(x).contiguous(), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def _backward_reference(grad_y, x, weight, need_x, need_weight, need_bias):
     grad_y, none = _rows(grad_y), grad_y.new_empty(0)
     return (
-        (grad_y @ weight).view(x.shape) if need_x else none,
-        grad_y.t() @ _rows(x) if need_weight else none,
-        grad_y.sum(0) if need_bias else none,
+        (grad_y @ weight.to(x.dtype)).view(x.shape) if need_x else none,
+        (grad_y.t() @ _rows(x)).to(weight.dtype) if need_weight else none.to(weight.dtype),
+        grad_y.sum(0, dtype=weight.dtype) if need_bias else none.to(weight.dtype),
     )
 
 
@@ -62,8 +66,8 @@ def _fake(x, weight, bias):
 def _fake_backward(grad_y, x, weight, need_x, need_weight, need_bias):
     return (
         grad_y.new_empty(x.shape if need_x else 0),
-        grad_y.new_empty(weight.shape if need_weight else 0),
-        grad_y.new_empty(weight.shape[0] if need_bias else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+        weight.new_empty(weight.shape[0] if need_bias else 0),
     )
 
 

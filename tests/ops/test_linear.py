@@ -25,6 +25,30 @@ def test_parity_across_tiles(dtype, rows, k, n):
     testing.check(linear, reference, inputs(rows, k, n), dtype=dtype)
 
 
+@pytest.mark.parametrize(("rows", "k", "n"), [(9, 7, 5), (50, 33, 49), (193, 520, 97), (0, 3, 4)])
+def test_float32_parameters_beside_bfloat16(rows, k, n):
+    x, weight, bias = (v.float() for v in inputs(rows, k, n))
+    leaves = [x.bfloat16().requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
+    wide = [v.detach().double().requires_grad_() for v in leaves]
+    upstream = testing.make(rows, n, seed=5).bfloat16()
+
+    def run(function, leaves):
+        y = function(*leaves)
+        return [y, *torch.autograd.grad(y, leaves, upstream.to(y.dtype))]
+
+    for ours, plain, exact in zip(run(linear, leaves), run(reference, leaves), run(reference, wide), strict=True):
+        assert ours.dtype == plain.dtype
+        testing.assert_within_budget(ours, plain, exact)
+
+
+def test_autocast_casts_x_alone():
+    x, weight, bias = (v.float().requires_grad_() for v in inputs(4, 6, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear(x, weight, bias)
+    assert y.dtype == torch.bfloat16
+    assert {g.dtype for g in torch.autograd.grad(y.sum(), (x, weight, bias))} == {torch.float32}
+
+
 @settings(max_examples=25)
 @given(
     shape=st.tuples(st.integers(0, 70), st.integers(0, 70), st.integers(1, 110)),
@@ -106,6 +130,7 @@ def test_compile_keeps_one_node():
         ({"weight": torch.ones(4)}, ValueError, "weight must have 2 dimensions"),
         ({"bias": torch.ones(3)}, ValueError, "bias must have shape"),
         ({"bias": torch.ones(4).bfloat16()}, TypeError, "bias must be of dtype float32"),
+        ({"weight": torch.ones(4, 3).bfloat16()}, TypeError, "weight must be of dtype float32"),
         ({"impl": "mkl"}, ValueError, "impl must be one of cpu, reference; got 'mkl'"),
     ],
 )

@@ -37,6 +37,7 @@ def best_isa() -> str:
     return ask().decode()
 
 
+@functools.cache
 def available_isas() -> tuple[str, ...]:
     """What was built and runs here, the narrowest first; none without the kernels."""
     if not (FOLDER / "ov3_portable.so").is_file():
@@ -90,9 +91,18 @@ def _library(name: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(FOLDER / f"ov3_{name}.so"))
 
 
-def run(name: str, dtype: torch.dtype, *arguments: Any) -> None:
-    """Calls the kernel `name` for elements of `dtype`. Tensors go as pointers (None as null), bool and int as int64, float as double."""
-    function = getattr(_library(isa()), f"ov3_{name}_{_SUFFIX[dtype]}")
+@functools.cache
+def _function(name: str, dtype: torch.dtype, parameters: torch.dtype, isa: str) -> Any:
+    suffix = _SUFFIX[dtype] if parameters == dtype else f"{_SUFFIX[dtype]}_{_SUFFIX[parameters]}"
+    return getattr(_library(isa), f"ov3_{name}_{suffix}")
+
+
+def run(name: str, dtype: torch.dtype, *arguments: Any, parameters: torch.dtype | None = None) -> None:
+    """Calls the kernel `name` for elements of `dtype`, and parameters of the same or of the one given.
+
+    Tensors go as pointers (None as null), bool and int as int64, float as double.
+    """
+    function = _function(name, dtype, parameters or dtype, isa())
     if function(*map(_to_c, arguments), ctypes.c_int64(torch.get_num_threads())):
         raise MemoryError(f"{name}: no memory for its work space")
 

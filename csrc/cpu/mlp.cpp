@@ -33,26 +33,19 @@ void forward(
     const T* x, int64_t x_stride, const T* w1, int64_t w1_stride, const T* b1, const T* w2, int64_t w2_stride, const T* b2, T* y, T* h,
     int64_t R, int64_t K, int64_t H, int64_t D, int threads
 ) {
-    // Where the second product packs its rows more than once, the activations are kept instead of being computed there.
-    const bool keep = R > 0 && ceil_div(R, block_rows<T>(R, H)) < 2 * threads;
-    Buffer<T> a(keep ? R * H : 0), room(VL * PIECE * threads);
     {
         Packed<T> b(K, H);
         b.pack({w1, w1_stride, 1}, threads);
         const auto fill = [&](int64_t m0, int64_t rows, word_t<T>* dst) { pack_rows<T>(Rows<T>{x, x_stride}, m0, rows, K, dst); };
-        gemm_with<T>(R, b, fill, [&](int64_t m, int64_t n, int count, const float* values) {
-            T* row = h + m * H + n;
-            store_rows(h, H, b1)(m, n, count, values);
-            if (keep) gelu_row<KIND>(row, count, a + m * H + n);
-        }, threads);
+        gemm_with<T>(R, b, fill, store_rows(h, H, b1), threads);
     }
     Packed<T> b(H, D);
+    Buffer<T> room(VL * PIECE * threads);
     b.pack({w2, w2_stride, 1}, threads);
-    const auto fill = [&](int64_t m0, int64_t rows, word_t<T>* dst) {
-        if (keep) pack_rows<T>(Rows<T>{a, H}, m0, rows, H, dst);
-        else pack_activations<KIND>(h, m0, rows, H, dst, room + VL * PIECE * omp_get_thread_num());
+    const auto fill = [&](int64_t m0, int64_t rows, word_t<T>* dst, int thread) {
+        pack_activations<KIND>(h, m0, rows, H, dst, room + VL * PIECE * thread);
     };
-    gemm_with<T>(R, b, fill, store_rows(y, D, b2), threads);
+    gemm_rows<T>(R, b, fill, store_rows(y, D, b2), nothing, threads);
 }
 
 template <Activation KIND, class T>

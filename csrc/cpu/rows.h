@@ -61,6 +61,24 @@ inline void pack_columns(const Row& row, int64_t r0, int64_t rows, int64_t n0, i
     }
 }
 
+// A product whose rows of A cost something to make: they are made once, whatever the threads. fill(m0, rows, words, thread); store as in
+// gemm_with; done(m0, rows, thread) comes when these rows are complete.
+template <class T, class Fill, class Store, class Done>
+inline void gemm_rows(int64_t M, const Packed<T>& b, const Fill& fill, const Store& store, const Done& done, int threads) {
+    if (M == 0) return;
+    BlockRoom<T> room(std::min(M, round_up(ceil_div(M, 2 * threads), MR)), b.K, threads);
+    parallel(ceil_div(M, room.rows), threads, [&](int64_t task, int thread) {
+        const int64_t m0 = task * room.rows, rows = std::min(room.rows, M - m0);
+        fill(m0, rows, room.a_of(thread), thread);
+        block_product<T>(
+            rows, room.a_of(thread), b, 0, b.panels(), room.c_of(thread),
+            [&](int64_t m, int64_t n, int count, float* values) { store(m0 + m, n, count, values); }
+        );
+        done(m0, rows, thread);
+    });
+}
+inline void nothing(int64_t, int64_t, int) {}
+
 // A store for gemm: rows of `out` are `width` apart; adds bias [N] unless it is null.
 template <class T>
 inline auto store_rows(T* out, int64_t width, const T* bias = nullptr) {

@@ -88,9 +88,8 @@ void backward(
             const auto fill = [&](int64_t m0, int64_t count, word_t<T>* dst) { pack_rows<T>(Rows<T>{dh, H}, m0, count, H, dst); };
             gemm_with<T>(rows, to_input, fill, store_rows(grad_x + r0 * K, K), threads);
         }
-        // Rows of dh and a are counted from the chunk's start.
-        if (grad_w1) sums1.add(r0, rows, last, Rows<T>{dh - r0 * H, H}, plain_strips(x, x_stride), store_block(grad_w1, K));
-        if (grad_w2) sums2.add(r0, rows, last, Rows<T>{a - r0 * H, H}, plain_strips(grad_y, grad_stride), store_transposed(grad_w2, H));
+        if (grad_w1) sums1.add(rows, last, Rows<T>{dh, H}, plain_strips(x + r0 * x_stride, x_stride), store_block(grad_w1, K));
+        if (grad_w2) sums2.add(rows, last, Rows<T>{a, H}, plain_strips(dy.data, grad_stride), store_transposed(grad_w2, H));
         if (grad_b1) {
             column_sums<T, float>(dh, H, rows, H, bias + H, threads);
             for_vectors(H, [&](int64_t i, int lanes) { store(bias + i, load(bias + i, lanes) + load(bias + H + i, lanes), lanes); });

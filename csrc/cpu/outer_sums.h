@@ -21,14 +21,14 @@ class OuterSums {
           block_(block_rows<T>(std::max<int64_t>(M, 1), std::min(R, CHUNK_ROWS))), sums_(several_ ? round_up(M, MR) * width_ : 0),
           a_(block_ * b_.words * threads), c_(several_ ? 0 : block_ * NR * threads) {}
 
-    // The next chunk: row_a(r) points at a's row r; strip_b(r0, rows, thread) gives rows [r0, r0 + rows) of b as a Matrix over columns
-    // (made in room of the thread's, if need be). All chunks but the last have CHUNK_ROWS rows. With the last one, every block of C goes to
-    // store(m, rows, n, columns, values, ld), values[ld * row + column].
+    // The next chunk, rows being counted from its start: row_a(r) points at a's row r; strip_b(r, rows, thread) gives rows [r, r + rows) of b
+    // as a Matrix over columns (made in room of the thread's, if need be). All chunks but the last have CHUNK_ROWS rows. With the last one,
+    // every block of C goes to store(m, rows, n, columns, values, ld), values[ld * row + column].
     template <class RowA, class StripB, class Store>
-    void add(int64_t r0, int64_t rows, bool last, const RowA& row_a, const StripB& strip_b, const Store& store) {
+    void add(int64_t rows, bool last, const RowA& row_a, const StripB& strip_b, const Store& store) {
         parallel(ceil_div(rows, STRIP_ROWS), threads_, [&](int64_t strip, int thread) {
             const int64_t start = strip * STRIP_ROWS, count = std::min(STRIP_ROWS, rows - start);
-            const Matrix<T> b = strip_b(r0 + start, count, thread);
+            const Matrix<T> b = strip_b(start, count, thread);
             for (int64_t p = 0; p < b_.panels(); p++) {
                 word_t<T>* dst = b_.panel(p) + start / Word<T>::ks * b_.width(p);
                 pack_panel(b, p * NR, b_.columns(p), 0, count, b_.width(p), dst);
@@ -40,7 +40,7 @@ class OuterSums {
         parallel(blocks * groups, threads_, [&](int64_t task, int thread) {
             const int64_t m0 = task / groups * block_, group = task % groups, count = std::min(block_, M - m0);
             word_t<T>* a = a_.data() + block_ * b_.words * thread;
-            pack_columns<T>(row_a, r0, rows, m0, count, a);
+            pack_columns<T>(row_a, 0, rows, m0, count, a);
             for (int64_t p = b_.panels() * group / groups; p < b_.panels() * (group + 1) / groups; p++) {
                 const int64_t ld = several_ ? width_ : NR;
                 float* c = several_ ? sums_.data() + m0 * width_ + p * NR : c_.data() + block_ * NR * thread;
@@ -48,18 +48,22 @@ class OuterSums {
                     const int64_t deep = std::min(CHAIN<word_t<T>>, words - k);
                     for (int64_t m = 0; m < count; m += MR)
                         micro(b_.width(p) / VL, deep, a + m * words + k * MR, b_.panel(p) + k * b_.width(p), b_.width(p), c + m * ld, ld,
-                              r0 + k > 0);
+                              started_ || k > 0);
                 }
                 if (last) store(m0, count, p * NR, b_.columns(p), c, ld);
             }
         });
+        started_ = true;
     }
 
     // All chunks of rows that lie ready.
     template <class RowA, class StripB, class Store>
     void add_all(int64_t R, const RowA& row_a, const StripB& strip_b, const Store& store) {
         for (int64_t r0 = 0; r0 == 0 || r0 < R; r0 += CHUNK_ROWS)
-            add(r0, std::min(CHUNK_ROWS, R - r0), r0 + CHUNK_ROWS >= R, row_a, strip_b, store);
+            add(
+                std::min(CHUNK_ROWS, R - r0), r0 + CHUNK_ROWS >= R, [&](int64_t r) { return row_a(r0 + r); },
+                [&](int64_t r, int64_t rows, int thread) { return strip_b(r0 + r, rows, thread); }, store
+            );
     }
 
     const int64_t M, N;
@@ -67,6 +71,7 @@ class OuterSums {
   private:
     const int threads_;
     const bool several_;
+    bool started_ = false;
     Packed<T> b_;
     const int64_t width_, block_;
     Buffer<float> sums_;

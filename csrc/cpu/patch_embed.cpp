@@ -21,24 +21,25 @@ struct Latents {
     float scale, shift;
     Philox philox;
 
-    // Line (c, dy) of a strip: where its pixel x0 lies, and its noise's element.
-    int64_t at(int64_t strip, int64_t line, int64_t x0) const {
-        return strip / grid.h * batch_stride + line / grid.p * channel_stride + (strip % grid.h * grid.p + line % grid.p) * line_stride + x0;
+    // Pixel x0 of line (c, dy) of a strip.
+    const L* at(int64_t strip, int64_t c, int64_t dy, int64_t x0) const {
+        return data + strip / grid.h * batch_stride + c * channel_stride + (strip % grid.h * grid.p + dy) * line_stride + x0;
     }
-    int64_t element(int64_t strip, int64_t line, int64_t x0) const {
-        const int64_t image_line = (strip / grid.h * grid.C + line / grid.p) * grid.h * grid.p + strip % grid.h * grid.p + line % grid.p;
-        return image_line * grid.width() + x0;
+    // Noise of channel c of patches [j0, j1) of a strip: its lines are grid.width() apart. Null without sampling.
+    const float* draw(int64_t strip, int64_t c, int64_t j0, int64_t j1, float* room) const {
+        if (!sampled) return nullptr;
+        const int64_t line = (strip / grid.h * grid.C + c) * grid.h * grid.p + strip % grid.h * grid.p;
+        return philox.draw(line * grid.width() + j0 * grid.p, (grid.p - 1) * grid.width() + (j1 - j0) * grid.p, room);
     }
     const L* logvar(const L* mean) const { return mean + grid.C * channel_stride; }
-    int64_t room() const { return round_up(Philox::room(grid.width()), 16); }
+    int64_t room() const { return round_up(Philox::room(grid.p * grid.width()), 16); }
 
     static vf deviation(vf logvar) { return exp(0.5f * min(max(logvar, splat(-30.0f)), splat(20.0f))); }
 
     // Pixels [x0, x0 + n) of a line, sampled and mapped, rounded to T.
     template <class T>
-    void line(int64_t strip, int64_t line, int64_t x0, int64_t n, T* out, float* room) const {
-        const L* mean = data + at(strip, line, x0);
-        const float* noise = sampled ? philox.draw(element(strip, line, x0), n, room) : nullptr;
+    void line(int64_t strip, int64_t c, int64_t dy, int64_t x0, int64_t n, const float* noise, T* out) const {
+        const L* mean = at(strip, c, dy, x0);
         for_vectors(n, [&](int64_t i, int lanes) {
             vf z = load(mean + i, lanes);
             if (sampled) z += deviation(load(logvar(mean) + i, lanes)) * load(noise + i, lanes);
@@ -51,21 +52,22 @@ struct Latents {
     void patches(int64_t r0, int64_t rows, T* out, T* pixels, float* room) const {
         const int64_t p = grid.p, K = grid.values();
         for_strips(grid, r0, rows, [&](int64_t strip, int64_t j0, int64_t j1, int64_t r) {
-            for (int64_t l = 0; l < grid.lines(); l++) {
-                line(strip, l, j0 * p, (j1 - j0) * p, pixels, room);
-                line_to_rows(pixels, out + (r - r0) * K + l * p, K, j1 - j0, p);
+            for (int64_t c = 0; c < grid.C; c++) {
+                const float* noise = draw(strip, c, j0, j1, room);
+                for (int64_t dy = 0; dy < p; dy++) {
+                    line(strip, c, dy, j0 * p, (j1 - j0) * p, noise ? noise + dy * grid.width() : nullptr, pixels);
+                    line_to_rows(pixels, out + (r - r0) * K + (c * p + dy) * p, K, j1 - j0, p);
+                }
             }
         });
     }
 
     // The gradient by pixels [x0, x0 + n) of a line, from that by z before it was mapped; grad has dense lines.
-    void gradient(int64_t strip, int64_t line, int64_t x0, int64_t n, const float* dz, L* grad, float* room) const {
+    void gradient(int64_t strip, int64_t c, int64_t dy, int64_t x0, int64_t n, const float* dz, const float* noise, L* grad) const {
         const int64_t H = grid.h * grid.p, plane = H * grid.width(), channels = moments ? 2 * grid.C : grid.C;
-        const int64_t y = strip % grid.h * grid.p + line % grid.p;
-        const L* mean = data + at(strip, line, x0);
-        L* dmean = grad + (strip / grid.h * channels + line / grid.p) * plane + y * grid.width() + x0;
+        const L* mean = at(strip, c, dy, x0);
+        L* dmean = grad + (strip / grid.h * channels + c) * plane + (strip % grid.h * grid.p + dy) * grid.width() + x0;
         L* dlogvar = dmean + grid.C * plane;
-        const float* noise = sampled ? philox.draw(element(strip, line, x0), n, room) : nullptr;
         for_vectors(n, [&](int64_t i, int lanes) {
             const vf g = load(dz + i, lanes) * scale;
             store(dmean + i, g, lanes);
@@ -165,26 +167,20 @@ void backward(
     if (grad_latents) {
         Packed<T> b(D, K);
         b.pack({w, 1, w_stride}, threads);
-        constexpr int64_t MOST = 192;  // rows of a block
-        PatchRoom<float> room(z.grid, MOST, z.room(), threads);
+        PatchRoom<float> room(z.grid, 0, z.room(), threads);
         const int64_t p = z.grid.p;
-        // Blocks are whole strips where these are short, so that lines are whole as well.
-        BlockRoom<T> block(std::min(R, MOST), D, threads);
-        const int64_t rows = block.rows > z.grid.w ? block.rows / z.grid.w * z.grid.w : block.rows;
-        parallel(R ? ceil_div(R, rows) : 0, threads, [&](int64_t task, int thread) {
-            const int64_t r0 = task * rows, here = std::min(rows, R - r0);
-            float *made = room.rows_of(thread), *line = room.line_of(thread);
-            pack_rows<T>(dy, r0, here, D, block.a_of(thread));
-            block_product<T>(here, block.a_of(thread), b, 0, b.panels(), block.c_of(thread), [&](int64_t m, int64_t k, int count, float* values) {
-                std::memcpy(made + m * K + k, values, count * sizeof(float));
-            });
-            for_strips(z.grid, r0, here, [&](int64_t strip, int64_t j0, int64_t j1, int64_t r) {
-                for (int64_t l = 0; l < z.grid.lines(); l++) {
-                    rows_to_line(made + (r - r0) * K + l * p, line, K, j1 - j0, p);
-                    z.gradient(strip, l, j0 * p, (j1 - j0) * p, line, grad_latents, room.noise_of(thread));
+        gemm_strips<T>(R, z.grid, dy, b, [&](int64_t r0, int64_t rows, const float* made, int thread) {
+            float* line = room.line_of(thread);
+            for_strips(z.grid, r0, rows, [&](int64_t strip, int64_t j0, int64_t j1, int64_t r) {
+                for (int64_t c = 0; c < z.grid.C; c++) {
+                    const float* noise = z.draw(strip, c, j0, j1, room.noise_of(thread));
+                    for (int64_t dy = 0; dy < p; dy++) {
+                        rows_to_line(made + (r - r0) * K + (c * p + dy) * p, line, K, j1 - j0, p);
+                        z.gradient(strip, c, dy, j0 * p, (j1 - j0) * p, line, noise ? noise + dy * z.grid.width() : nullptr, grad_latents);
+                    }
                 }
             });
-        });
+        }, threads);
     }
     if (grad_w) {
         PatchRoom<T> room(z.grid, STRIP_ROWS, z.room(), threads);

@@ -1,8 +1,7 @@
 // Pictures [B, C, H, W] as rows of patches [B h w, C p p] in the order (c, dy, dx), and back, a strip (one row of patches) at a time.
 #pragma once
 
-#include "parallel.h"
-#include "simd.h"
+#include "rows.h"
 
 namespace ov3 {
 
@@ -49,6 +48,24 @@ inline void line_to_rows(const T* line, T* rows, int64_t ld, int64_t patches, in
 template <class T>
 inline void rows_to_line(const T* rows, T* line, int64_t ld, int64_t patches, int64_t p) {
     move_line<false>(line, const_cast<T*>(rows), ld, patches, p);
+}
+
+// The product of `row`'s rows with b, handed over in blocks of whole strips where these are short: done(r0, rows, values [rows, b.N], thread).
+template <class T, class Row, class Done>
+inline void gemm_strips(int64_t R, const Grid& g, const Row& row, const Packed<T>& b, const Done& done, int threads) {
+    if (R == 0) return;
+    BlockRoom<T> room(std::min(R, round_up(ceil_div(R, 2 * threads), round_up(g.w, MR))), b.K, threads);
+    const int64_t most = room.rows > g.w ? room.rows / g.w * g.w : room.rows, each = round_up(most * b.N, 16);
+    Buffer<float> made(each * threads);
+    parallel(ceil_div(R, most), threads, [&](int64_t task, int thread) {
+        const int64_t r0 = task * most, rows = std::min(most, R - r0);
+        float* out = made + each * thread;
+        pack_rows<T>(row, r0, rows, b.K, room.a_of(thread));
+        block_product<T>(rows, room.a_of(thread), b, 0, b.panels(), room.c_of(thread), [&](int64_t m, int64_t n, int count, float* values) {
+            std::memcpy(out + m * b.N + n, values, count * sizeof(float));
+        });
+        done(r0, rows, out, thread);
+    });
 }
 
 }  // namespace ov3

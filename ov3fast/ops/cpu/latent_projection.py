@@ -1,0 +1,41 @@
+"""Lays out latent_projection's arguments for csrc/cpu/latent_projection.cpp."""
+
+from .. import _dispatch
+from . import empty, missing, pointer, refuses, rows, run
+
+
+def _dense_lines(x):
+    """x whose last axis is contiguous."""
+    return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
+
+
+def _forward(tokens, weight, bias, patch_size, grid_h, grid_w):
+    tokens, weight = _dense_lines(tokens), rows(weight)
+    channels = weight.shape[0] // patch_size**2
+    x = empty(tokens, (tokens.shape[0], channels, grid_h * patch_size, grid_w * patch_size))
+    run(
+        "latent_projection_forward", tokens.dtype, tokens, *tokens.stride()[:2], weight, weight.stride(0),
+        None if bias is None else bias.contiguous(), x, tokens.shape[0], channels, patch_size, grid_h, grid_w, tokens.shape[2],
+    )  # fmt: skip
+    return x
+
+
+def _backward(grad_x, tokens, weight, patch_size, need_tokens, need_weight, need_bias):
+    grad_x, tokens, weight = _dense_lines(grad_x), _dense_lines(tokens), rows(weight)
+    batch, channels, height, width = grad_x.shape
+    needs = need_tokens, need_weight, need_bias
+    shapes = tokens.shape, weight.shape, weight.shape[0]
+    grads = tuple(empty(grad_x, shape, need) for shape, need in zip(shapes, needs, strict=True))
+    run(
+        "latent_projection_backward", grad_x.dtype, grad_x, *grad_x.stride()[:3], tokens, *tokens.stride()[:2],
+        weight, weight.stride(0), *map(pointer, grads, needs),
+        batch, channels, patch_size, height // patch_size, width // patch_size, tokens.shape[2],
+    )  # fmt: skip
+    return grads
+
+
+_dispatch.register(
+    "latent_projection", "cpu", _forward, _backward, missing=missing,
+    refuses=lambda tokens, *_: refuses(tokens),
+    refuses_backward=lambda grad_x, *_: refuses(grad_x),
+)  # fmt: skip

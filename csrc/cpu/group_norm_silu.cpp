@@ -63,6 +63,22 @@ inline Moments moments(const T* x, int64_t n) {
     return {mean, sum_of([&](vf v) { return (v - mean) * (v - mean); })};
 }
 
+// 1 / (1 + e^-x) as precise as T: 0 from where float has no more digits, so that infinities come out as with a division.
+template <class T>
+inline vf gate(vf x) {
+#if defined(__AVX512F__)
+    constexpr bool SHORT = sizeof(T) == 2;
+    const __m512 t = bit_cast<__m512>(x * -LOG2_E), bounded = _mm512_max_ps(_mm512_set1_ps(-150.0f), t);  // NaN stays
+    const vf n = round_to_integer(bit_cast<vf>(bounded)), f = bit_cast<vf>(bounded) - n;
+    const vf d = scale_by_power((SHORT ? polynomial(f, EXP2_SHORT) : polynomial(f, EXP2)) * f + 1.0f, n) + 1.0f;
+    vf s = bit_cast<vf>(_mm512_rcp14_ps(bit_cast<__m512>(d)));
+    if (!SHORT) s = s * (1.0f - d * s) + s;
+    return bit_cast<vf>(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(t, _mm512_set1_ps(126.0f), _CMP_LT_OQ), bit_cast<__m512>(s)));
+#else
+    return sigmoid(x);
+#endif
+}
+
 // What a channel's values are multiplied by and so on, for a vector of elements.
 struct Channel {
     vf mean, scale, shift;  // n = (x - mean) scale + shift
@@ -72,28 +88,30 @@ struct ChannelBack {
     vf by_grad, by_normal, constant;  // dx = by_grad dn - by_normal x_hat - constant
 };
 
+template <class T>
 inline vf silu(vf x, const Channel& c) {
     const vf n = (x - c.mean) * c.scale + c.shift;
-    return n * sigmoid(n);
+    return n * gate<T>(n);
 }
 
 // x_hat and the gradient of n.
+template <class T>
 inline void back(vf grad_y, vf x, const ChannelBack& c, vf& normal, vf& grad_n) {
     normal = (x - c.mean) * c.rstd;
-    const vf n = normal * c.weight + c.bias, s = sigmoid(n);
+    const vf n = normal * c.weight + c.bias, s = gate<T>(n);
     grad_n = grad_y * s * (1.0f + n * (1.0f - s));
 }
 
 template <class T, class At>
 inline void write_silu(const T* x, T* y, int64_t n, const At& at) {
-    for_vectors(n, [&](int64_t i, int lanes) { store(y + i, silu(load(x + i, lanes), at(i, lanes)), lanes); });
+    for_vectors(n, [&](int64_t i, int lanes) { store(y + i, silu<T>(load(x + i, lanes), at(i, lanes)), lanes); });
 }
 template <class T, class At>
 inline void write_grad(const T* grad_y, const T* x, T* grad_x, int64_t n, const At& at) {
     for_vectors(n, [&](int64_t i, int lanes) {
         const ChannelBack c = at(i, lanes);
         vf normal, grad_n;
-        back(load(grad_y + i, lanes), load(x + i, lanes), c, normal, grad_n);
+        back<T>(load(grad_y + i, lanes), load(x + i, lanes), c, normal, grad_n);
         store(grad_x + i, grad_n * c.by_grad - (normal * c.by_normal + c.constant), lanes);
     });
 }
@@ -224,7 +242,7 @@ void planes_backward(
                 vf total[4] = {}, along[4] = {};
                 const auto add = [&](int64_t j, int v, int lanes) {
                     vf normal, grad_n;
-                    back(load(dy + j, lanes), load(row + j, lanes), constant, normal, grad_n);
+                    back<T>(load(dy + j, lanes), load(row + j, lanes), constant, normal, grad_n);
                     if (lanes < VL) grad_n = first_lanes(grad_n, lanes), normal = first_lanes(normal, lanes);
                     total[v] += grad_n;
                     along[v] += grad_n * normal;
@@ -303,18 +321,19 @@ struct Rows {
         for (int64_t at = 0; at < n; at += W) body(at, std::min(W, n - at));
     }
 
-    // table[i] = of(channel) for the elements i of a row.
+    // table[i] = of(group, channel) for the elements i of a row.
     template <class Of>
-    void fill(float* table, const Of& of) const {
-        for (int64_t c = 0; c < C; c++) table[c] = of(c);
+    void fill(float* table, int64_t G, const Of& of) const {
+        const int64_t channels = C / G;
+        for (int64_t g = 0; g < G; g++)
+            for (int64_t c = g * channels; c < (g + 1) * channels; c++) table[c] = of(g, c);
         for (int64_t i = C; i < W; i += C) std::memcpy(table + i, table, C * sizeof(float));
     }
 
-    // The sum of a table's values over the elements of one channel.
-    double folded(const float* table, int64_t channel) const {
-        double total = 0;
-        for (int64_t i = channel; i < W; i += C) total += table[i];
-        return total;
+    // table[channel] = sum of the table's values over the elements of that channel.
+    void fold(float* table) const {
+        for (int64_t i = C; i < W; i += C)
+            for_vectors(C, [&](int64_t c, int lanes) { store(table + c, load(table + c, lanes) + load(table + i + c, lanes), lanes); });
     }
 };
 
@@ -346,15 +365,16 @@ inline void strip_moments(const Rows& rows, const T* x, int64_t places, int64_t 
     const int64_t channels = rows.C / G, n = places * rows.C;
     float *sums = work, *centre = work + rows.room();
     const auto per_group = [&](const auto& result) {
+        rows.fold(sums);
         for (int64_t g = 0; g < G; g++) {
             double total = 0;
-            for (int64_t c = g * channels; c < (g + 1) * channels; c++) total += rows.folded(sums, c);
+            for (int64_t c = g * channels; c < (g + 1) * channels; c++) total += sums[c];
             result(out[g], total);
         }
     };
     sum_rows(rows, x, n, sums, [](vf v, int64_t, int) { return v; });
     per_group([&](Moments& group, double total) { group.mean = float(total / double(places * channels)); });
-    rows.fill(centre, [&](int64_t c) { return out[c / channels].mean; });
+    rows.fill(centre, G, [&](int64_t g, int64_t) { return out[g].mean; });
     sum_rows(rows, x, n, sums, [&](vf v, int64_t d, int lanes) {
         const vf centred = v - load(centre + d, lanes);
         return centred * centred;
@@ -384,9 +404,9 @@ void rows_forward(
         },
         [&](int64_t b, int64_t strip, int thread) {
             float *means = work + thread * 3 * rows.room(), *scale = means + rows.room(), *shift = scale + rows.room();
-            rows.fill(means, [&](int64_t c) { return mean[b * G + c / channels]; });
-            rows.fill(scale, [&](int64_t c) { return rstd[b * G + c / channels] * weight[c]; });
-            rows.fill(shift, [&](int64_t c) { return bias[c]; });
+            rows.fill(means, G, [&](int64_t g, int64_t) { return mean[b * G + g]; });
+            rows.fill(scale, G, [&](int64_t g, int64_t c) { return rstd[b * G + g] * weight[c]; });
+            rows.fill(shift, G, [&](int64_t, int64_t c) { return bias[c]; });
             const T* data = x + b * x_batch + strip * rows.places * C;
             T* out = y + (b * S + strip * rows.places) * C;
             rows.each(rows.places_of(strip) * C, [&](int64_t at, int64_t n) {
@@ -408,7 +428,7 @@ inline void strip_sums(const Rows& rows, const T* grad_y, const T* x, int64_t n,
             load(t, lanes), load(t + room, lanes), load(t + 2 * room, lanes), load(t + 3 * room, lanes), vf{}, vf{}, vf{},
         };
         vf normal, grad_n;
-        back(load(grad_y + r * rows.W + d, lanes), load(x + r * rows.W + d, lanes), c, normal, grad_n);
+        back<T>(load(grad_y + r * rows.W + d, lanes), load(x + r * rows.W + d, lanes), c, normal, grad_n);
         total += grad_n;
         along += grad_n * normal;
     };
@@ -446,10 +466,10 @@ void rows_backward(
     const int64_t room = rows.room();
     Buffer<float> partial(B * rows.strips * 2 * C), means(B * G * 2), work(threads * 9 * room);
     const auto tables = [&](float* table, int64_t b) {
-        rows.fill(table, [&](int64_t c) { return mean[b * G + c / channels]; });
-        rows.fill(table + room, [&](int64_t c) { return rstd[b * G + c / channels]; });
-        rows.fill(table + 2 * room, [&](int64_t c) { return weight[c]; });
-        rows.fill(table + 3 * room, [&](int64_t c) { return bias[c]; });
+        rows.fill(table, G, [&](int64_t g, int64_t) { return mean[b * G + g]; });
+        rows.fill(table + room, G, [&](int64_t g, int64_t) { return rstd[b * G + g]; });
+        rows.fill(table + 2 * room, G, [&](int64_t, int64_t c) { return weight[c]; });
+        rows.fill(table + 3 * room, G, [&](int64_t, int64_t c) { return bias[c]; });
     };
     phases(
         B, C * S, rows.strips, grad_x ? rows.strips : 0, threads,
@@ -459,9 +479,9 @@ void rows_backward(
             const int64_t at = strip * rows.places * C;
             strip_sums(rows, grad_y + b * grad_y_batch + at, x + b * x_batch + at, rows.places_of(strip) * C, table, strip_total);
             float* out = partial + (b * rows.strips + strip) * 2 * C;
-            for (int64_t c = 0; c < C; c++) {
-                out[c] = float(rows.folded(strip_total, c));
-                out[C + c] = float(rows.folded(strip_total + room, c));
+            for (int i = 0; i < 2; i++) {
+                rows.fold(strip_total + i * room);
+                std::memcpy(out + i * C, strip_total + i * room, C * sizeof(float));
             }
         },
         [&](int64_t b) {
@@ -484,10 +504,10 @@ void rows_backward(
         [&](int64_t b, int64_t strip, int thread) {
             float *table = work + thread * 9 * room, *by_grad = table + 4 * room, *by_normal = by_grad + room, *constant = by_normal + room;
             tables(table, b);
-            const auto outer = [&](int64_t c) { return outer_factor(rstd[b * G + c / channels], channels, S); };
-            rows.fill(by_grad, [&](int64_t c) { return outer(c) * weight[c]; });
-            rows.fill(by_normal, [&](int64_t c) { return outer(c) * means[2 * (b * G + c / channels) + 1]; });
-            rows.fill(constant, [&](int64_t c) { return outer(c) * means[2 * (b * G + c / channels)]; });
+            const auto outer = [&](int64_t g) { return outer_factor(rstd[b * G + g], channels, S); };
+            rows.fill(by_grad, G, [&](int64_t g, int64_t c) { return outer(g) * weight[c]; });
+            rows.fill(by_normal, G, [&](int64_t g, int64_t) { return outer(g) * means[2 * (b * G + g) + 1]; });
+            rows.fill(constant, G, [&](int64_t g, int64_t) { return outer(g) * means[2 * (b * G + g)]; });
             const int64_t first = strip * rows.places * C;
             const T *dy = grad_y + b * grad_y_batch + first, *data = x + b * x_batch + first;
             T* out = grad_x + b * S * C + first;

@@ -36,6 +36,7 @@ def best_isa() -> str:
     return ask().decode()
 
 
+@functools.cache
 def available_isas() -> tuple[str, ...]:
     """What was built and runs here, the narrowest first; none without the kernels."""
     if not (FOLDER / "ov3_portable.so").is_file():

@@ -37,6 +37,11 @@ def main():
     show("EXP2", *fit(x, np.exp2(x) - 1, range(1, 7), 1 / np.exp2(x)))
     show("EXP2_SHORT", *fit(x, np.exp2(x) - 1, range(1, 5), 1 / np.exp2(x)))
 
+    # Of group_norm_silu.cpp, whose exponent is rounded down.
+    x = nodes(0.0, 1.0)
+    show("EXP2_ABOVE", *fit(x, np.exp2(x) - 1, range(1, 7), 1 / np.exp2(x)))
+    show("EXP2_ABOVE_SHORT", *fit(x, np.exp2(x) - 1, range(1, 5), 1 / np.exp2(x)))
+
     x = nodes(math.sqrt(0.5) - 1, math.sqrt(2) - 1)
     x = x[np.abs(x) > 1e-4]
     show("LOG", *fit(x, (np.log1p(x) - x + x * x / 2) / x**3, range(0, 8), np.abs(x**3 / np.log1p(x))))

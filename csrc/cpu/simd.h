@@ -68,9 +68,13 @@ inline vf load(const float* p) {
     return x;
 }
 inline vf load(const bf16* p) {
+#if defined(__AVX512F__)
+    return bit_cast<vf>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+#else
     vu16 x;
     std::memcpy(&x, p, sizeof x);
     return bit_cast<vf>(__builtin_convertvector(x, vu) << 16);
+#endif
 }
 inline void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
 inline void store(bf16* p, vf x) {

@@ -1,7 +1,10 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ov3fast import testing
+from ov3fast.ops import _dispatch
 from ov3fast.ops.group_norm_silu import group_norm_silu, reference
 
 
@@ -46,6 +49,85 @@ def test_parity(dtype, layout, shape, groups):
 def test_mean_far_from_zero(layout):
     x, weight, bias = inputs(2, 8, 40, 40)
     testing.check(*both(2), (x + 30, weight, bias), dtype=torch.float32, layout=LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [((1, 128, 17, 33), 32), ((1, 24, 97, 91), 2), ((2, 9, 149, 67), 3), ((1, 1536, 3, 3), 16), ((3, 66, 40, 1), 2)],
+)
+def test_sizes_of_several_strips(dtype, layout, shape, groups):
+    testing.check(*both(groups), inputs(*shape), dtype=dtype, layout=LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(1, 128, 60, 60), (9, 20, 11, 7)])
+def test_threads_do_not_change_bits(dtype, layout, shape):
+    x, *rest = (v.to(dtype) for v in inputs(*shape))
+    leaves = [v.requires_grad_() for v in (LAYOUTS[layout](x), *rest)]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            y = group_norm_silu(leaves[0], 4, *leaves[1:])
+            results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    finally:
+        torch.set_num_threads(before)
+    testing.assert_same_bits(*results)
+
+
+def strided(x, layout, slices):
+    """x in the layout, as a part of a larger tensor (NaN elsewhere) in the sliced axes."""
+    room = [size + 2 * cut for size, cut in zip(x.shape, slices, strict=True)]
+    place = tuple(slice(cut, cut + size) for size, cut in zip(x.shape, slices, strict=True))
+    whole = LAYOUTS[layout](torch.full(room, torch.nan, dtype=x.dtype))
+    whole[place] = x
+    return whole[place]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 3),
+    groups=st.integers(1, 5),
+    per_group=st.integers(1, 7),
+    height=st.integers(1, 20),
+    width=st.integers(1, 40),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    layout=st.sampled_from(["contiguous", "channels_last", "transposed"]),
+    slices=st.tuples(*[st.integers(0, 1)] * 4),
+)
+def test_any_shape_and_strides(batch, groups, per_group, height, width, dtype, layout, slices):
+    testing.check(
+        *both(groups), inputs(batch, groups * per_group, height, width), dtype=dtype,
+        layout=lambda x: strided(x, layout, slices) if x.ndim == 4 else x,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_not_finite(dtype, layout, value):
+    """Not finite in x spoils its group alone; in weight or bias its channel; as in PyTorch."""
+    x, weight, bias = (v.to(dtype) for v in inputs(2, 6, 5, 9))
+    x[0, 1, 2, 3], weight[2], bias[4] = value, value, value
+    leaves = [v.requires_grad_() for v in (LAYOUTS[layout](x), weight, bias)]
+    results = []
+    for function in (group_norm_silu, reference):
+        y = function(leaves[0], 3, *leaves[1:])
+        results.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.isinf(), expected.isinf())
+
+
+def test_backend(implementation):
+    x, weight, bias = (v.float() for v in inputs(2, 4, 3, 3))
+    expected = "reference" if implementation == "reference" else "cpu"
+    for dtype in (torch.float32, torch.bfloat16):
+        word = _dispatch.request("group_norm_silu", None)
+        assert _dispatch.chosen("group_norm_silu", word, x.to(dtype), 2, weight, bias, 1e-6) == expected
+    assert _dispatch.chosen("group_norm_silu", "", x.double(), 2, weight.double(), bias.double(), 1e-6) == "reference"
 
 
 def test_eps():
@@ -119,7 +201,7 @@ def test_compile_keeps_one_node(layout):
             TypeError,
             "bias must be of weight's dtype",
         ),
-        ({"impl": "nonsense"}, ValueError, "impl must be one of"),
+        ({"impl": "nonsense"}, ValueError, "impl must be one of cpu, reference; got 'nonsense'"),
     ],
 )
 def test_errors(change, error, words):

@@ -1,0 +1,25 @@
+// Fresh memory for large results.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace ov3 {
+
+// Asks for large pages behind a result that is about to be written: a fresh one costs a page fault for every 4 KB otherwise, which takes
+// longer than the writing. Where the memory is in use already, or the system has no large pages, nothing happens.
+inline void expect_writes(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t PAGE = uintptr_t(1) << 21;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + PAGE - 1) / PAGE * PAGE;
+    const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) / PAGE * PAGE;
+    if (data && bytes > 0 && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
+}  // namespace ov3

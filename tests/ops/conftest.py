@@ -2,9 +2,14 @@
 
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from ov3fast import ops
 from ov3fast.ops import cpu
+
+# The fixture below holds for a whole test, whatever number of examples it tries.
+settings.register_profile("ops", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.load_profile("ops")
 
 VARIANTS = ["reference", *cpu.available_isas()]
 

@@ -15,7 +15,7 @@ using namespace ov3;
 namespace {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
-constexpr float LN_2 = 0.693147180559945309f;
+constexpr double LN_2 = 0.693147180559945309, LOG2_E_EXACT = 1.44269504088896341;
 
 // Of a block in the forward. KEYS scores are also what is added up in one chain.
 constexpr int KEYS = 128;
@@ -157,6 +157,19 @@ inline vf weave(vf first, vf second) {
 template <class T>
 using part_t = std::conditional_t<Word<T>::ks == 2, bf16, float>;
 
+// 2^(score * factor - shift). In float32 the rounding of factor and shift would show, so `low`, which is shift * factor.error less what
+// shift itself lacks, and factor.error put it right. The exponent is cut first: an infinite score times the error would be no number.
+struct Factor {
+    explicit Factor(double exact) : value(float(exact)), error(value == 0.0f ? 0.0f : float((exact - value) / value)) {}
+    float value, error;
+};
+template <class T>
+inline vf power(vf score, const Factor& factor, vf shift, vf low) {
+    vf x = max(score * factor.value - shift, splat(-150.0f));
+    if (sizeof(T) == 4) x += x * factor.error + low;
+    return exp2<sizeof(T) == 2>(x);
+}
+
 inline vi visible(int64_t key, vi limits) { return (int32_t(key) - vi{}) < limits; }
 
 // --- forward -----------------------------------------------------------------------------------------------------------------------
@@ -167,13 +180,13 @@ struct Forward {
     static constexpr int KS = Word<T>::ks, QUERIES = FORWARD_VECTORS * VL, KEY_WORDS = KEYS / KS;
 
     Forward(const Sizes& sizes, double scale, Room room)
-        : sizes(sizes), factor(float(scale * 1.4426950408889634)), k(room.take<W>(round_up(sizes.Nk, MR) * words_of<T>(sizes.D))),
+        : sizes(sizes), factor(scale * LOG2_E_EXACT), k(room.take<W>(round_up(sizes.Nk, MR) * words_of<T>(sizes.D))),
           v(room.take<W>(words_of<T>(sizes.Nk) * sizes.lanes())), q(room.take<W>(words_of<T>(sizes.D) * QUERIES)),
           p(room.take<W>(KEY_WORDS * QUERIES)), s(room.take<float>(KEYS * QUERIES)), o(room.take<float>(QUERIES * sizes.lanes())),
           used(room.used()) {}
 
     const Sizes& sizes;
-    const float factor;
+    const Factor factor;
     W *const k, *const v, *const q, *const p;
     float *const s, *const o;
     const int64_t used;
@@ -193,7 +206,7 @@ struct Forward {
             std::memcpy(&limit, limits + j * VL, sizeof limit);
             for (int64_t r = 0; r < nk; r++) {
                 float* at = s + r * NV * VL + j * VL;
-                store(at, visible(k0 + r, limit) ? load(at) * factor : splat(-INF));
+                store(at, visible(k0 + r, limit) ? load(at) * factor.value : splat(-INF));
             }
         }
     }
@@ -211,9 +224,9 @@ struct Forward {
             const int64_t nk = std::min<int64_t>(KEYS, seen - k0);
             for (int64_t r = 0; r < nk; r += MR)
                 product_block<NV, 1, MR>(words, k + (k0 + r) * words, q, LANES, s + r * LANES, LANES, false);
-            const bool masked = k0 + nk > all_see || !(factor > 0);
+            const bool masked = k0 + nk > all_see || !(factor.value > 0);
             if (masked) mask<NV>(i0, n, k0, nk);
-            softmax<NV>(nk, masked ? 1.0f : factor, k0 > 0, n, top, total);
+            softmax<NV>(nk, masked ? Factor(1) : factor, k0 > 0, n, top, total);
             for_panels(D, [&](int64_t d0, int vectors) {
                 const W* values = v + d0 * words_of<T>(sizes.Nk) + k0 / KS * vectors * VL;
                 for (int64_t m = 0; m < n; m += MR)
@@ -227,9 +240,9 @@ struct Forward {
 
     // Probabilities of a block of scores, relative to the running maximum; earlier results follow it.
     template <int NV>
-    void softmax(int64_t nk, float scale, bool later, int64_t n, vf (&top)[NV], vf (&total)[NV]) {
+    void softmax(int64_t nk, const Factor& scale, bool later, int64_t n, vf (&top)[NV], vf (&total)[NV]) {
         constexpr int LANES = NV * VL;
-        vf highest[NV], shift[NV], sums[NV];
+        vf highest[NV], shift[NV], low[NV], sums[NV];
         for (int j = 0; j < NV; j++) highest[j] = splat(-INF), sums[j] = vf{};
         for (int64_t r = 0; r < nk; r++)
 #pragma GCC unroll 4
@@ -238,8 +251,9 @@ struct Forward {
         bool fades = false;
         for (int j = 0; j < NV; j++) {
             const vf before = top[j];
-            top[j] = max(before, highest[j] * scale);
+            top[j] = max(before, highest[j] * scale.value);
             shift[j] = (top[j] == -INF) ? vf{} : top[j];
+            low[j] = shift[j] * scale.error;
             const vf follow = exp2(before - shift[j]);
             total[j] *= follow;
             store(fade + j * VL, follow);
@@ -249,9 +263,9 @@ struct Forward {
 #pragma GCC unroll 4
             for (int j = 0; j < NV; j++) {
                 const float* at = s + r * LANES + j * VL;
-                const vf first = exp2<sizeof(T) == 2>(load(at) * scale - shift[j]);
+                const vf first = power<T>(load(at), scale, shift[j], low[j]);
                 vf second = {};
-                if (KS == 2 && !last) second = exp2<sizeof(T) == 2>(load(at + LANES) * scale - shift[j]);
+                if (KS == 2 && !last) second = power<T>(load(at + LANES), scale, shift[j], low[j]);
                 sums[j] += first + second;
                 store(reinterpret_cast<float*>(p) + (j * KEY_WORDS + r / KS) * VL, weave<T>(first, second));
             }
@@ -266,13 +280,12 @@ struct Forward {
 
     template <int NV>
     void finish(int64_t i0, int64_t n, const vf (&top)[NV], const vf (&total)[NV], T* out, int64_t out_stride, float* lse) {
-        float sums[NV * VL], logs[NV * VL];
+        float sums[NV * VL], logs[NV * VL], tops[NV * VL];
         for (int j = 0; j < NV; j++) {
-            const vf sum = total[j];
-            vf value = top[j] * LN_2 + log(sum);
-            value = (sum == 0.0f) ? splat(-INF) : (sum == sum) ? value : sum;
-            store(logs + j * VL, (top[j] == INF) ? top[j] : value);
+            const vf sum = total[j], value = log(sum);
+            store(logs + j * VL, (sum == 0.0f) ? splat(-INF) : (top[j] == INF) ? top[j] : (sum == sum) ? value : sum);
             store(sums + j * VL, sum);
+            store(tops + j * VL, (sum == 0.0f) ? vf{} : top[j]);
         }
         for (int64_t m = 0; m < n; m++) {
             const bool blind = sizes.limit(i0 + m) <= 0;
@@ -281,7 +294,7 @@ struct Forward {
             for_vectors(sizes.D, [&](int64_t d, int lanes) {
                 store(row + d, blind ? vf{} : load(o + m * sizes.lanes() + d) * inverse, lanes);
             });
-            lse[i0 + m] = blind ? -INF : logs[m];
+            lse[i0 + m] = blind ? -INF : float(tops[m] * LN_2 + logs[m]);
         }
     }
 
@@ -339,22 +352,23 @@ struct Backward {
     static_assert(BACK_QUERIES % LANES == 0 && BACK_KEYS % VL == 0, "whole panels");
 
     Backward(const Sizes& sizes, double scale, Room room)
-        : sizes(sizes), scale(float(scale)), factor(float(scale * 1.4426950408889634)), D(sizes.D), words(words_of<T>(D)), ldc(sizes.lanes()),
+        : sizes(sizes), scale(float(scale)), factor(scale * LOG2_E_EXACT), D(sizes.D), words(words_of<T>(D)), ldc(sizes.lanes()),
           key_rows(round_up(sizes.Nk, MR)), k_rows(room.take<W>(key_rows * words)), v_rows(room.take<W>(key_rows * words)),
           k_columns(room.take<W>(words_of<T>(sizes.Nk) * ldc)), q_lanes(room.take<W>(words * BACK_QUERIES)),
           g_lanes(room.take<W>(words * BACK_QUERIES)), q_columns(room.take<W>(QUERY_WORDS * ldc)),
           g_columns(room.take<W>(QUERY_WORDS * ldc)), p(room.take<W>(BACK_KEYS * QUERY_WORDS)), ds(room.take<W>(BACK_KEYS * QUERY_WORDS)),
           ds_woven(room.take<W>(KEY_WORDS * BACK_QUERIES)), s(room.take<float>(MR * LANES)), dp(room.take<float>(MR * LANES)),
           dq(room.take<float>(BACK_QUERIES * ldc)), dk(room.take<float>(key_rows * ldc)), dv(room.take<float>(key_rows * ldc)),
-          lse2(room.take<float>(BACK_QUERIES)), delta(room.take<float>(BACK_QUERIES)), limits(room.take<int32_t>(BACK_QUERIES)),
+          lse2(room.take<float>(BACK_QUERIES)), lse2_low(room.take<float>(BACK_QUERIES)), delta(room.take<float>(BACK_QUERIES)), limits(room.take<int32_t>(BACK_QUERIES)),
           used(room.used()) {}
 
     const Sizes& sizes;
-    const float scale, factor;
+    const float scale;
+    const Factor factor;
     const int64_t D, words, ldc, key_rows;
     W *const k_rows, *const v_rows, *const k_columns, *const q_lanes, *const g_lanes, *const q_columns, *const g_columns;
     W *const p, *const ds, *const ds_woven;
-    float *const s, *const dp, *const dq, *const dk, *const dv, *const lse2, *const delta;
+    float *const s, *const dp, *const dq, *const dk, *const dv, *const lse2, *const lse2_low, *const delta;
     int32_t* const limits;
     const int64_t used;
 
@@ -380,21 +394,24 @@ struct Backward {
             vf total = {};
             for_vectors(D, [&](int64_t d, int lanes) { total += load(grad + i * g_stride + d, lanes) * load(out + i * out_stride + d, lanes); });
             delta[i] = sum(total);
-            lse2[i] = lse[i] * LOG2_E;
+            const double exact = lse[i] * LOG2_E_EXACT;
+            lse2[i] = float(exact);
+            lse2_low[i] = std::isfinite(lse[i]) ? float(exact * factor.error - (exact - lse2[i])) : 0.0f;
             limits[i] = int32_t(std::max<int64_t>(0, sizes.limit(i0 + i)));
         }
-        for (int64_t i = n; i < round_up(n, VL); i++) lse2[i] = delta[i] = 0.0f, limits[i] = 0;
+        for (int64_t i = n; i < round_up(n, VL); i++) lse2[i] = lse2_low[i] = delta[i] = 0.0f, limits[i] = 0;
     }
 
     // P^T and dS^T of keys [k0, k0 + nk) and the queries from i on, NV vectors of them, into p, ds and ds_woven.
     template <int NV>
     void probabilities(int64_t i, int64_t k0, int64_t nk) {
-        vf shift[NV], along[NV];
+        vf shift[NV], low[NV], along[NV];
         vi limit[NV];
         int32_t all_see = std::numeric_limits<int32_t>::max();
         for (int l = 0; l < NV * VL; l++) all_see = std::min(all_see, limits[i + l]);
         for (int j = 0; j < NV; j++) {
             shift[j] = load(lse2 + i + j * VL);
+            low[j] = load(lse2_low + i + j * VL);
             along[j] = load(delta + i + j * VL);
             std::memcpy(&limit[j], limits + i + j * VL, sizeof(vi));
         }
@@ -402,15 +419,16 @@ struct Backward {
             product_block<NV, 1, MR>(words, k_rows + (k0 + r) * words, q_lanes + i * words, NV * VL, s, NV * VL, false);
             product_block<NV, 1, MR>(words, v_rows + (k0 + r) * words, g_lanes + i * words, NV * VL, dp, NV * VL, false);
             if (k0 + r + MR > all_see)
-                strip<NV, true>(i, k0, r, shift, along, limit);
+                strip<NV, true>(i, k0, r, shift, low, along, limit);
             else
-                strip<NV, false>(i, k0, r, shift, along, limit);
+                strip<NV, false>(i, k0, r, shift, low, along, limit);
         }
     }
 
     template <int NV, bool MASKED>
-    void strip(int64_t i, int64_t k0, int64_t r, const vf (&shift)[NV], const vf (&along)[NV], const vi (&limit)[NV]) {
-        const bool one_key = sizes.Nk == 1;  // whose probability doesn't depend on the scores
+    void strip(
+        int64_t i, int64_t k0, int64_t r, const vf (&shift)[NV], const vf (&low)[NV], const vf (&along)[NV], const vi (&limit)[NV]
+    ) {
         for (int row = 0; row < MR; row += KS)
 #pragma GCC unroll 4
             for (int j = 0; j < NV; j++) {
@@ -418,13 +436,17 @@ struct Backward {
 #pragma GCC unroll 2
                 for (int half = 0; half < KS; half++) {
                     const int at = (row + half) * NV * VL + j * VL;
-                    vf probability = exp2<sizeof(T) == 2>(load(s + at) * factor - shift[j]);
+                    vf probability = power<T>(load(s + at), factor, shift[j], low[j]);
                     vf slope = probability * (load(dp + at) - along[j]);
                     if (MASKED) {
                         const vi seen = visible(k0 + r + row + half, limit[j]);
                         probability = seen ? probability : vf{};
+                        // A query's only key has probability 1 whatever its score.
+                        if (k0 + r + row + half == 0) {
+                            probability = (limit[j] == 1) ? load(s + at) * 0.0f + 1.0f : probability;
+                            slope = (limit[j] == 1) ? slope * 0.0f : slope;
+                        }
                         slope = seen ? slope : vf{};
-                        if (one_key) slope *= 0.0f;
                     }
                     const int64_t place = (r + row + half) * BACK_QUERIES + i + j * VL;
                     store(reinterpret_cast<part_t<T>*>(p) + place, probability);

@@ -1,0 +1,532 @@
+// Attention whose scores never leave the caches.
+//
+// Scores are computed transposed, keys by queries: then the softmax runs down the rows, a query a lane, and nothing is ever summed across
+// lanes. Two consecutive rows woven into words are the first operand of P V and of dS K; a row by itself, whose words are pairs of queries,
+// is the first operand of P^T dO and of dS^T Q. So no matrix of probabilities is transposed, and all results come out row by row.
+#include <algorithm>
+#include <limits>
+
+#include "export.h"
+#include "gemm.h"
+#include "math.h"
+
+using namespace ov3;
+
+namespace {
+
+constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr double LN_2 = 0.693147180559945309, LOG2_E_EXACT = 1.44269504088896341;
+
+// Of a block in the forward. KEYS scores are also what is added up in one chain.
+constexpr int KEYS = 128;
+constexpr int FORWARD_VECTORS = 2;
+// Of a block in the backward.
+constexpr int BACK_KEYS = 128;
+constexpr int BACK_QUERIES = 128;
+constexpr int BACK_VECTORS = 2;
+
+// [B, N, H, D] with any strides but the last axis's, which is 1.
+template <class T>
+struct View {
+    T* data;
+    int64_t batch, row, head;
+    T* of(int64_t b, int64_t h) const { return data + b * batch + h * head; }
+};
+
+struct Sizes {
+    int64_t B, H, Nq, Nk, D;
+    bool causal;
+    int64_t prefix;
+    // Query i sees keys [0, limit(i)), and the limits never fall.
+    int64_t limit(int64_t i) const { return causal ? std::max(i + 1 + Nk - Nq, prefix) : Nk; }
+    int64_t lanes() const { return round_up(D, VL); }
+};
+
+// Room of one thread, dealt out in whole cache lines.
+class Room {
+  public:
+    explicit Room(float* base = nullptr) : base_(base) {}
+    template <class W>
+    W* take(int64_t count) {
+        static_assert(sizeof(W) == 4, "room is counted in words of 4 bytes");
+        W* taken = reinterpret_cast<W*>(base_ + used_);
+        used_ += round_up(count, 16);
+        return taken;
+    }
+    int64_t used() const { return used_; }
+
+  private:
+    float* base_;
+    int64_t used_ = 0;
+};
+
+// --- products ----------------------------------------------------------------------------------------------------------------------
+
+// gemm.h's micro-kernel with word k of A's row i at a[i * ROW + k * STEP].
+template <int NV, int ROW, int STEP, class W>
+__attribute__((noinline)) void product_block(int64_t words, const W* a, const W* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+    vf acc[MR][NV];
+    for (int i = 0; i < MR; i++)
+        for (int j = 0; j < NV; j++) acc[i][j] = vf{};
+    for (int64_t k = 0; k < words; k++, a += STEP, b += ldb) {
+        vf lanes[NV];
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; j++) lanes[j] = load_words(b + j * VL);
+#pragma GCC unroll 8
+        for (int i = 0; i < MR; i++)
+#pragma GCC unroll 8
+            for (int j = 0; j < NV; j++) multiply_add(acc[i][j], a + i * ROW, lanes[j]);
+    }
+    for (int i = 0; i < MR; i++)
+        for (int j = 0; j < NV; j++) {
+            float* out = c + i * ldc + j * VL;
+            store(out, accumulate ? load(out) + acc[i][j] : acc[i][j]);
+        }
+}
+
+template <int ROW, int STEP, class W>
+inline void product(int vectors, int64_t words, const W* a, const W* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+    switch (vectors) {
+        case 1: return product_block<1, ROW, STEP>(words, a, b, ldb, c, ldc, accumulate);
+        case 2: return product_block<2, ROW, STEP>(words, a, b, ldb, c, ldc, accumulate);
+        default: return product_block<3, ROW, STEP>(words, a, b, ldb, c, ldc, accumulate);
+    }
+}
+
+// Calls body(d0, vectors) for panels of up to VECTORS vectors, as even as can be, that cover D.
+template <class Body>
+inline void for_panels(int64_t D, const Body& body) {
+    const int64_t vectors = ceil_div(D, VL), panels = ceil_div(vectors, VECTORS);
+    for (int64_t p = 0; p < panels; p++) {
+        const int64_t first = vectors * p / panels, last = vectors * (p + 1) / panels;
+        body(first * VL, int(last - first));
+    }
+}
+
+// x [n, D] as the second operand of a product over rows: panels of columns, the one from d0 on at dst + d0 * words, each [words][width].
+template <class T>
+inline void pack_columns(const T* x, int64_t stride, int64_t n, int64_t D, word_t<T>* dst) {
+    const int64_t words = words_of<T>(n);
+    for_panels(D, [&](int64_t d0, int vectors) {
+        const int width = vectors * VL;
+        pack_panel<T>({x, 1, stride}, d0, int(std::min<int64_t>(width, D - d0)), 0, n, width, dst + d0 * words);
+    });
+}
+
+// x [n, D] as the first operand of a product over D: panels [words of D][MR rows], the last one filled up with zeros.
+template <class T>
+inline void pack_rows(const T* x, int64_t stride, int64_t n, int64_t D, word_t<T>* dst) {
+    typedef float part __attribute__((vector_size(MR * 4)));
+    struct Parts {
+        part at[VL / MR];
+    };
+    constexpr int KS = Word<T>::ks;
+    const int64_t words = words_of<T>(D);
+    for (int64_t i0 = 0; i0 < n; i0 += VL)
+        for (int64_t w = 0; w < words; w += VL) {
+            vf rows[VL];
+            for (int i = 0; i < VL; i++) rows[i] = i0 + i < n ? row_words(x + (i0 + i) * stride + w * KS, D - w * KS) : vf{};
+            transpose(rows);
+            const int deep = int(std::min<int64_t>(VL, words - w));
+            for (int p = 0; p < VL / MR && i0 + p * MR < n; p++) {
+                word_t<T>* out = dst + (i0 + p * MR) * words + w * MR;
+                for (int j = 0; j < deep; j++) {
+                    const part values = bit_cast<Parts>(rows[j]).at[p];
+                    std::memcpy(out + j * MR, &values, sizeof values);
+                }
+            }
+        }
+}
+
+// Two rows (the second one counts only where a word holds two) as the words of VL columns.
+template <class T>
+inline vf weave(vf first, vf second) {
+#if defined(__AVX512BF16__)
+    if constexpr (Word<T>::ks == 2) {
+        alignas(64) static constexpr uint16_t ORDER[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        const __m512bh both = _mm512_cvtne2ps_pbh(bit_cast<__m512>(second), bit_cast<__m512>(first));
+        return bit_cast<vf>(_mm512_permutexvar_epi16(_mm512_load_si512(ORDER), bit_cast<__m512i>(both)));
+    }
+#endif
+    (void)second;
+    return first;
+}
+
+// What a row of words is made of.
+template <class T>
+using part_t = std::conditional_t<Word<T>::ks == 2, bf16, float>;
+
+// 2^(score * factor - shift). In float32 the rounding of factor and shift would show, so `low`, which is shift * factor.error less what
+// shift itself lacks, and factor.error put it right. The exponent is cut first: an infinite score times the error would be no number.
+struct Factor {
+    explicit Factor(double exact) : value(float(exact)), error(value == 0.0f ? 0.0f : float((exact - value) / value)) {}
+    float value, error;
+};
+template <class T>
+inline vf power(vf score, const Factor& factor, vf shift, vf low) {
+    vf x = max(score * factor.value - shift, splat(-150.0f));
+    if (sizeof(T) == 4) x += x * factor.error + low;
+    return exp2<sizeof(T) == 2>(x);
+}
+
+inline vi visible(int64_t key, vi limits) { return (int32_t(key) - vi{}) < limits; }
+
+// --- forward -----------------------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Forward {
+    typedef word_t<T> W;
+    static constexpr int KS = Word<T>::ks, QUERIES = FORWARD_VECTORS * VL, KEY_WORDS = KEYS / KS;
+
+    Forward(const Sizes& sizes, double scale, Room room)
+        : sizes(sizes), factor(scale * LOG2_E_EXACT), k(room.take<W>(round_up(sizes.Nk, MR) * words_of<T>(sizes.D))),
+          v(room.take<W>(words_of<T>(sizes.Nk) * sizes.lanes())), q(room.take<W>(words_of<T>(sizes.D) * QUERIES)),
+          p(room.take<W>(KEY_WORDS * QUERIES)), s(room.take<float>(KEYS * QUERIES)), o(room.take<float>(QUERIES * sizes.lanes())),
+          used(room.used()) {}
+
+    const Sizes& sizes;
+    const Factor factor;
+    W *const k, *const v, *const q, *const p;
+    float *const s, *const o;
+    const int64_t used;
+
+    void pack(const T* key, int64_t k_stride, const T* value, int64_t v_stride) {
+        pack_rows(key, k_stride, sizes.Nk, sizes.D, k);
+        pack_columns(value, v_stride, sizes.Nk, sizes.D, v);
+    }
+
+    // Scores times the factor, -inf where unseen, in place of the scores.
+    template <int NV>
+    void mask(int64_t i0, int64_t n, int64_t k0, int64_t nk) {
+        int32_t limits[NV * VL] = {};
+        for (int64_t i = 0; i < n; i++) limits[i] = int32_t(sizes.limit(i0 + i));
+        for (int j = 0; j < NV; j++) {
+            vi limit;
+            std::memcpy(&limit, limits + j * VL, sizeof limit);
+            for (int64_t r = 0; r < nk; r++) {
+                float* at = s + r * NV * VL + j * VL;
+                store(at, visible(k0 + r, limit) ? load(at) * factor.value : splat(-INF));
+            }
+        }
+    }
+
+    // Queries [i0, i0 + n), n <= NV * VL.
+    template <int NV>
+    void block(const T* query, int64_t q_stride, int64_t i0, int64_t n, T* out, int64_t out_stride, float* lse) {
+        constexpr int LANES = NV * VL;
+        const int64_t D = sizes.D, words = words_of<T>(D), ldo = sizes.lanes();
+        const int64_t all_see = sizes.limit(i0), seen = sizes.limit(i0 + n - 1);
+        pack_panel<T>({query + i0 * q_stride, q_stride, 1}, 0, int(n), 0, D, LANES, q);
+        vf top[NV], total[NV];
+        for (int j = 0; j < NV; j++) top[j] = splat(-INF), total[j] = vf{};
+        for (int64_t k0 = 0; k0 < seen; k0 += KEYS) {
+            const int64_t nk = std::min<int64_t>(KEYS, seen - k0);
+            for (int64_t r = 0; r < nk; r += MR)
+                product_block<NV, 1, MR>(words, k + (k0 + r) * words, q, LANES, s + r * LANES, LANES, false);
+            const bool masked = k0 + nk > all_see || !(factor.value > 0);
+            if (masked) mask<NV>(i0, n, k0, nk);
+            softmax<NV>(nk, masked ? Factor(1) : factor, k0 > 0, n, top, total);
+            for_panels(D, [&](int64_t d0, int vectors) {
+                const W* values = v + d0 * words_of<T>(sizes.Nk) + k0 / KS * vectors * VL;
+                for (int64_t m = 0; m < n; m += MR)
+                    product<1, VL>(
+                        vectors, words_of<T>(nk), p + m / VL * KEY_WORDS * VL + m % VL, values, vectors * VL, o + m * ldo + d0, ldo, k0 > 0
+                    );
+            });
+        }
+        finish<NV>(i0, n, top, total, out, out_stride, lse);
+    }
+
+    // Probabilities of a block of scores, relative to the running maximum; earlier results follow it.
+    template <int NV>
+    void softmax(int64_t nk, const Factor& scale, bool later, int64_t n, vf (&top)[NV], vf (&total)[NV]) {
+        constexpr int LANES = NV * VL;
+        vf highest[NV], shift[NV], low[NV], sums[NV];
+        for (int j = 0; j < NV; j++) highest[j] = splat(-INF), sums[j] = vf{};
+        for (int64_t r = 0; r < nk; r++)
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; j++) highest[j] = max(highest[j], load(s + r * LANES + j * VL));
+        float fade[LANES];
+        bool fades = false;
+        for (int j = 0; j < NV; j++) {
+            const vf before = top[j];
+            top[j] = max(before, highest[j] * scale.value);
+            shift[j] = (top[j] == -INF) ? vf{} : top[j];
+            low[j] = shift[j] * scale.error;
+            const vf follow = exp2(before - shift[j]);
+            total[j] *= follow;
+            store(fade + j * VL, follow);
+        }
+        for (int64_t r = 0; r < nk; r += KS) {
+            const bool last = KS == 2 && r + 1 == nk;
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; j++) {
+                const float* at = s + r * LANES + j * VL;
+                const vf first = power<T>(load(at), scale, shift[j], low[j]);
+                vf second = {};
+                if (KS == 2 && !last) second = power<T>(load(at + LANES), scale, shift[j], low[j]);
+                sums[j] += first + second;
+                store(reinterpret_cast<float*>(p) + (j * KEY_WORDS + r / KS) * VL, weave<T>(first, second));
+            }
+        }
+        for (int j = 0; j < NV; j++) total[j] += sums[j];
+        if (!later) return;
+        for (int64_t m = 0; m < n; m++) fades |= fade[m] != 1.0f;
+        if (!fades) return;
+        for (int64_t m = 0; m < n; m++)
+            for (int64_t d = 0; d < sizes.lanes(); d += VL) store(o + m * sizes.lanes() + d, load(o + m * sizes.lanes() + d) * fade[m]);
+    }
+
+    template <int NV>
+    void finish(int64_t i0, int64_t n, const vf (&top)[NV], const vf (&total)[NV], T* out, int64_t out_stride, float* lse) {
+        float sums[NV * VL], logs[NV * VL], tops[NV * VL];
+        for (int j = 0; j < NV; j++) {
+            const vf sum = total[j], value = log(sum);
+            store(logs + j * VL, (sum == 0.0f) ? splat(-INF) : (top[j] == INF) ? top[j] : (sum == sum) ? value : sum);
+            store(sums + j * VL, sum);
+            store(tops + j * VL, (sum == 0.0f) ? vf{} : top[j]);
+        }
+        for (int64_t m = 0; m < n; m++) {
+            const bool blind = sizes.limit(i0 + m) <= 0;
+            T* row = out + (i0 + m) * out_stride;
+            const float inverse = 1.0f / sums[m];
+            for_vectors(sizes.D, [&](int64_t d, int lanes) {
+                store(row + d, blind ? vf{} : load(o + m * sizes.lanes() + d) * inverse, lanes);
+            });
+            lse[i0 + m] = blind ? -INF : float(tops[m] * LN_2 + logs[m]);
+        }
+    }
+
+    void queries(const T* query, int64_t q_stride, int64_t first, int64_t last, T* out, int64_t out_stride, float* lse) {
+        for (int64_t i0 = first; i0 < last; i0 += QUERIES) {
+            const int64_t n = std::min<int64_t>(QUERIES, last - i0);
+            switch (ceil_div(n, VL)) {
+                case 1: block<1>(query, q_stride, i0, n, out, out_stride, lse); break;
+                case 2: block<2>(query, q_stride, i0, n, out, out_stride, lse); break;
+                default: block<FORWARD_VECTORS>(query, q_stride, i0, n, out, out_stride, lse);
+            }
+        }
+    }
+};
+
+}  // namespace
+
+// q [B, Nq, H, D], k, v [B, Nk, H, D] -> out [B, Nq, H, D], lse [B, H, Nq] float, both contiguous.
+template <class T>
+void flash_attention_forward(
+    const View<const T>& q, const View<const T>& k, const View<const T>& v, T* out, float* lse, const Sizes& sizes, double scale, int threads
+) {
+    const int64_t heads = sizes.B * sizes.H, Nq = sizes.Nq, D = sizes.D, room = Forward<T>(sizes, scale, Room()).used;
+    constexpr int64_t QUERIES = Forward<T>::QUERIES;
+    // Few heads: their queries are dealt out as well. A query's result is the same in any group.
+    const int64_t blocks = ceil_div(Nq, QUERIES);
+    const int64_t groups = heads >= 4 * threads || threads == 1 ? 1 : std::min<int64_t>(blocks, ceil_div(4 * threads, std::max<int64_t>(heads, 1)));
+    if (heads == 0 || blocks == 0) return;
+    Buffer<float> rooms(room * threads);
+    parallel(heads * groups, threads, [&](int64_t task, int thread) {
+        const int64_t head = task / groups, group = task % groups, b = head / sizes.H, h = head % sizes.H;
+        Forward<T> work(sizes, scale, Room(rooms + room * thread));
+        work.pack(k.of(b, h), k.row, v.of(b, h), v.row);
+        const int64_t first = blocks * group / groups * QUERIES, last = std::min(Nq, blocks * (group + 1) / groups * QUERIES);
+        work.queries(q.of(b, h), q.row, first, last, out + (b * Nq * sizes.H + h) * D, sizes.H * D, lse + head * Nq);
+    });
+}
+OV3_EXPORT(
+    flash_attention_forward,
+    (Ptr q, int64_t q_batch, int64_t q_row, int64_t q_head, Ptr k, int64_t k_batch, int64_t k_row, int64_t k_head, Ptr v, int64_t v_batch,
+     int64_t v_row, int64_t v_head, Ptr out, Ptr lse, int64_t B, int64_t H, int64_t Nq, int64_t Nk, int64_t D, int64_t causal,
+     int64_t prefix, double scale, int64_t threads),
+    ({q, q_batch, q_row, q_head}, {k, k_batch, k_row, k_head}, {v, v_batch, v_row, v_head}, out, lse,
+     {B, H, Nq, Nk, D, causal != 0, prefix}, scale, int(threads))
+)
+
+namespace {
+
+// --- backward ----------------------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Backward {
+    typedef word_t<T> W;
+    static constexpr int KS = Word<T>::ks, QUERY_WORDS = BACK_QUERIES / KS, KEY_WORDS = BACK_KEYS / KS, LANES = BACK_VECTORS * VL;
+    static_assert(BACK_QUERIES % LANES == 0 && BACK_KEYS % VL == 0, "whole panels");
+
+    Backward(const Sizes& sizes, double scale, Room room)
+        : sizes(sizes), scale(float(scale)), factor(scale * LOG2_E_EXACT), D(sizes.D), words(words_of<T>(D)), ldc(sizes.lanes()),
+          key_rows(round_up(sizes.Nk, MR)), k_rows(room.take<W>(key_rows * words)), v_rows(room.take<W>(key_rows * words)),
+          k_columns(room.take<W>(words_of<T>(sizes.Nk) * ldc)), q_lanes(room.take<W>(words * BACK_QUERIES)),
+          g_lanes(room.take<W>(words * BACK_QUERIES)), q_columns(room.take<W>(QUERY_WORDS * ldc)),
+          g_columns(room.take<W>(QUERY_WORDS * ldc)), p(room.take<W>(BACK_KEYS * QUERY_WORDS)), ds(room.take<W>(BACK_KEYS * QUERY_WORDS)),
+          ds_woven(room.take<W>(KEY_WORDS * BACK_QUERIES)), s(room.take<float>(MR * LANES)), dp(room.take<float>(MR * LANES)),
+          dq(room.take<float>(BACK_QUERIES * ldc)), dk(room.take<float>(key_rows * ldc)), dv(room.take<float>(key_rows * ldc)),
+          lse2(room.take<float>(BACK_QUERIES)), lse2_low(room.take<float>(BACK_QUERIES)), delta(room.take<float>(BACK_QUERIES)), limits(room.take<int32_t>(BACK_QUERIES)),
+          used(room.used()) {}
+
+    const Sizes& sizes;
+    const float scale;
+    const Factor factor;
+    const int64_t D, words, ldc, key_rows;
+    W *const k_rows, *const v_rows, *const k_columns, *const q_lanes, *const g_lanes, *const q_columns, *const g_columns;
+    W *const p, *const ds, *const ds_woven;
+    float *const s, *const dp, *const dq, *const dk, *const dv, *const lse2, *const lse2_low, *const delta;
+    int32_t* const limits;
+    const int64_t used;
+
+    void keys(const T* key, int64_t k_stride, const T* value, int64_t v_stride) {
+        pack_rows(key, k_stride, sizes.Nk, D, k_rows);
+        pack_rows(value, v_stride, sizes.Nk, D, v_rows);
+        pack_columns(key, k_stride, sizes.Nk, D, k_columns);
+        std::memset(dk, 0, key_rows * ldc * sizeof(float));
+        std::memset(dv, 0, key_rows * ldc * sizeof(float));
+    }
+
+    // Queries [i0, i0 + n), n <= BACK_QUERIES: pointers are to the first of them.
+    void queries(int64_t i0, int64_t n, const T* query, int64_t q_stride, const T* grad, int64_t g_stride, const T* out, int64_t out_stride,
+                 const float* lse) {
+        pack_columns(query, q_stride, n, D, q_columns);
+        pack_columns(grad, g_stride, n, D, g_columns);
+        for (int64_t i = 0; i < n; i += LANES) {
+            const int count = int(std::min<int64_t>(LANES, n - i)), width = int(round_up(count, VL));
+            pack_panel<T>({query + i * q_stride, q_stride, 1}, 0, count, 0, D, width, q_lanes + i * words);
+            pack_panel<T>({grad + i * g_stride, g_stride, 1}, 0, count, 0, D, width, g_lanes + i * words);
+        }
+        for (int64_t i = 0; i < n; i++) {
+            vf total = {};
+            for_vectors(D, [&](int64_t d, int lanes) { total += load(grad + i * g_stride + d, lanes) * load(out + i * out_stride + d, lanes); });
+            delta[i] = sum(total);
+            const double exact = lse[i] * LOG2_E_EXACT;
+            lse2[i] = float(exact);
+            lse2_low[i] = std::isfinite(lse[i]) ? float(exact * factor.error - (exact - lse2[i])) : 0.0f;
+            limits[i] = int32_t(std::max<int64_t>(0, sizes.limit(i0 + i)));
+        }
+        for (int64_t i = n; i < round_up(n, VL); i++) lse2[i] = lse2_low[i] = delta[i] = 0.0f, limits[i] = 0;
+    }
+
+    // P^T and dS^T of keys [k0, k0 + nk) and the queries from i on, NV vectors of them, into p, ds and ds_woven.
+    template <int NV>
+    void probabilities(int64_t i, int64_t k0, int64_t nk) {
+        vf shift[NV], low[NV], along[NV];
+        vi limit[NV];
+        int32_t all_see = std::numeric_limits<int32_t>::max();
+        for (int l = 0; l < NV * VL; l++) all_see = std::min(all_see, limits[i + l]);
+        for (int j = 0; j < NV; j++) {
+            shift[j] = load(lse2 + i + j * VL);
+            low[j] = load(lse2_low + i + j * VL);
+            along[j] = load(delta + i + j * VL);
+            std::memcpy(&limit[j], limits + i + j * VL, sizeof(vi));
+        }
+        for (int64_t r = 0; r < nk; r += MR) {
+            product_block<NV, 1, MR>(words, k_rows + (k0 + r) * words, q_lanes + i * words, NV * VL, s, NV * VL, false);
+            product_block<NV, 1, MR>(words, v_rows + (k0 + r) * words, g_lanes + i * words, NV * VL, dp, NV * VL, false);
+            if (k0 + r + MR > all_see)
+                strip<NV, true>(i, k0, r, shift, low, along, limit);
+            else
+                strip<NV, false>(i, k0, r, shift, low, along, limit);
+        }
+    }
+
+    template <int NV, bool MASKED>
+    void strip(
+        int64_t i, int64_t k0, int64_t r, const vf (&shift)[NV], const vf (&low)[NV], const vf (&along)[NV], const vi (&limit)[NV]
+    ) {
+        for (int row = 0; row < MR; row += KS)
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; j++) {
+                vf slopes[2] = {};
+#pragma GCC unroll 2
+                for (int half = 0; half < KS; half++) {
+                    const int at = (row + half) * NV * VL + j * VL;
+                    vf probability = power<T>(load(s + at), factor, shift[j], low[j]);
+                    vf slope = probability * (load(dp + at) - along[j]);
+                    if (MASKED) {
+                        const vi seen = visible(k0 + r + row + half, limit[j]);
+                        probability = seen ? probability : vf{};
+                        // A query's only key has probability 1 whatever its score.
+                        if (k0 + r + row + half == 0) {
+                            probability = (limit[j] == 1) ? load(s + at) * 0.0f + 1.0f : probability;
+                            slope = (limit[j] == 1) ? slope * 0.0f : slope;
+                        }
+                        slope = seen ? slope : vf{};
+                    }
+                    const int64_t place = (r + row + half) * BACK_QUERIES + i + j * VL;
+                    store(reinterpret_cast<part_t<T>*>(p) + place, probability);
+                    store(reinterpret_cast<part_t<T>*>(ds) + place, slope);
+                    slopes[half] = slope;
+                }
+                store(
+                    reinterpret_cast<float*>(ds_woven) + ((i / VL + j) * KEY_WORDS + (r + row) / KS) * VL, weave<T>(slopes[0], slopes[1])
+                );
+            }
+    }
+
+    void block(int64_t n, int64_t k0, int64_t nk) {
+        for (int64_t i = 0; i < n; i += LANES)
+            if (n - i > VL * (BACK_VECTORS - 1))
+                probabilities<BACK_VECTORS>(i, k0, nk);
+            else
+                probabilities<1>(i, k0, nk);
+        for_panels(D, [&](int64_t d0, int vectors) {
+            const int width = vectors * VL;
+            const int64_t deep = words_of<T>(n), first = d0 * deep;
+            for (int64_t r = 0; r < nk; r += MR)
+                product<QUERY_WORDS, 1>(
+                    vectors, deep, p + r * QUERY_WORDS, g_columns + first, width, dv + (k0 + r) * ldc + d0, ldc, true
+                );
+            for (int64_t r = 0; r < nk; r += MR)
+                product<QUERY_WORDS, 1>(
+                    vectors, deep, ds + r * QUERY_WORDS, q_columns + first, width, dk + (k0 + r) * ldc + d0, ldc, true
+                );
+            const W* keys = k_columns + d0 * words_of<T>(sizes.Nk) + k0 / KS * width;
+            for (int64_t m = 0; m < n; m += MR)
+                product<1, VL>(
+                    vectors, words_of<T>(nk), ds_woven + m / VL * KEY_WORDS * VL + m % VL, keys, width, dq + m * ldc + d0, ldc, k0 > 0
+                );
+        });
+    }
+
+    void write(const float* from, float times, int64_t n, T* to, int64_t stride) {
+        for (int64_t i = 0; i < n; i++)
+            for_vectors(D, [&](int64_t d, int lanes) { store(to + i * stride + d, load(from + i * ldc + d) * times, lanes); });
+    }
+};
+
+}  // namespace
+
+// grad_out, q, out [B, Nq, H, D] (out contiguous), k, v [B, Nk, H, D], lse [B, H, Nq] -> grad_q, grad_k, grad_v, each [B, N, H, D] with
+// heads side by side and rows grad_row apart.
+template <class T>
+void flash_attention_backward(
+    const View<const T>& grad_out, const View<const T>& q, const View<const T>& k, const View<const T>& v, const T* out, const float* lse,
+    T* grad_q, T* grad_k, T* grad_v, int64_t grad_row, const Sizes& sizes, double scale, int threads
+) {
+    const int64_t H = sizes.H, Nq = sizes.Nq, Nk = sizes.Nk, D = sizes.D, room = Backward<T>(sizes, scale, Room()).used;
+    Buffer<float> rooms(room * threads);
+    parallel(sizes.B * H, threads, [&](int64_t head, int thread) {
+        const int64_t b = head / H, h = head % H;
+        Backward<T> work(sizes, scale, Room(rooms + room * thread));
+        work.keys(k.of(b, h), k.row, v.of(b, h), v.row);
+        for (int64_t i0 = 0; i0 < Nq; i0 += BACK_QUERIES) {
+            const int64_t n = std::min<int64_t>(BACK_QUERIES, Nq - i0), seen = sizes.limit(i0 + n - 1);
+            if (seen > 0)
+                work.queries(
+                    i0, n, q.of(b, h) + i0 * q.row, q.row, grad_out.of(b, h) + i0 * grad_out.row, grad_out.row,
+                    out + ((b * Nq + i0) * H + h) * D, H * D, lse + head * Nq + i0
+                );
+            else
+                std::memset(work.dq, 0, n * work.ldc * sizeof(float));
+            for (int64_t k0 = 0; k0 < seen; k0 += BACK_KEYS) work.block(n, k0, std::min<int64_t>(BACK_KEYS, seen - k0));
+            work.write(work.dq, work.scale, n, grad_q + (b * Nq + i0) * grad_row + h * D, grad_row);
+        }
+        work.write(work.dk, work.scale, Nk, grad_k + b * Nk * grad_row + h * D, grad_row);
+        work.write(work.dv, 1.0f, Nk, grad_v + b * Nk * grad_row + h * D, grad_row);
+    });
+}
+OV3_EXPORT(
+    flash_attention_backward,
+    (Ptr grad_out, int64_t g_batch, int64_t g_row, int64_t g_head, Ptr q, int64_t q_batch, int64_t q_row, int64_t q_head, Ptr k,
+     int64_t k_batch, int64_t k_row, int64_t k_head, Ptr v, int64_t v_batch, int64_t v_row, int64_t v_head, Ptr out, Ptr lse, Ptr grad_q,
+     Ptr grad_k, Ptr grad_v, int64_t grad_row, int64_t B, int64_t H, int64_t Nq, int64_t Nk, int64_t D, int64_t causal, int64_t prefix,
+     double scale, int64_t threads),
+    ({grad_out, g_batch, g_row, g_head}, {q, q_batch, q_row, q_head}, {k, k_batch, k_row, k_head}, {v, v_batch, v_row, v_head}, out, lse,
+     grad_q, grad_k, grad_v, grad_row, {B, H, Nq, Nk, D, causal != 0, prefix}, scale, int(threads))
+)

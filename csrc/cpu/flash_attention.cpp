@@ -125,7 +125,7 @@ inline void pack_rows(const T* x, int64_t stride, int64_t n, int64_t D, word_t<T
     for (int64_t i0 = 0; i0 < n; i0 += VL)
         for (int64_t w = 0; w < words; w += VL) {
             vf rows[VL];
-            for (int i = 0; i < VL; i++) rows[i] = i0 + i < n ? row_words(x + (i0 + i) * stride + w * KS, D - w * KS) : vf{};
+            for (int i = 0; i < VL; i++) rows[i] = i0 + i < n ? row_words<T>(x + (i0 + i) * stride + w * KS, D - w * KS) : vf{};
             transpose(rows);
             const int deep = int(std::min<int64_t>(VL, words - w));
             for (int p = 0; p < VL / MR && i0 + p * MR < n; p++) {

@@ -180,7 +180,7 @@ inline word_t<T> one_word(const S* p, int64_t stride_k, int64_t left) {
 }
 
 // One panel: `count` <= width rows (of A; columns of B) from i0 on, k from k0 to k0 + ks, as dst[words][width]. width % 4 == 0.
-template <class T, class S>
+template <class T, class S = T>
 inline void pack_panel(const Matrix<S>& source, int64_t i0, int count, int64_t k0, int64_t ks, int width, word_t<T>* dst) {
     constexpr int KS = Word<T>::ks;
     const int64_t words = words_of<T>(ks);
@@ -280,7 +280,7 @@ inline void block_product(
 }
 
 // `rows` rows of A as panels of MR.
-template <class T, class S>
+template <class T, class S = T>
 inline void pack_block(const Matrix<S>& a, int64_t m0, int64_t rows, int64_t K, word_t<T>* dst) {
     const int64_t words = words_of<T>(K);
     for (int64_t m = 0; m < rows; m += MR)

@@ -31,7 +31,7 @@ class OuterSums {
             const Matrix<T> b = strip_b(start, count, thread);
             for (int64_t p = 0; p < b_.panels(); p++) {
                 word_t<T>* dst = b_.panel(p) + start / Word<T>::ks * b_.width(p);
-                pack_panel(b, p * NR, b_.columns(p), 0, count, b_.width(p), dst);
+                pack_panel<T>(b, p * NR, b_.columns(p), 0, count, b_.width(p), dst);
             }
         });
         if (M == 0 || N == 0) return;

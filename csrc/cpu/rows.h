@@ -31,7 +31,7 @@ inline void pack_rows(const Row& row, int64_t m0, int64_t count, int64_t k0, int
         for (int64_t k = 0; k < ks; k += VL * KS) {
             const int deep = int(std::min<int64_t>(VL, ceil_div(ks - k, KS)));
             vf values[VL];
-            for (int i = 0; i < VL; i++) values[i] = i < here ? row_words(p[i] + k, ks - k) : vf{};
+            for (int i = 0; i < VL; i++) values[i] = i < here ? row_words<T>(p[i] + k, ks - k) : vf{};
             transpose(values);
             for (int h = 0; h < here; h += MR) {
                 word_t<T>* out = dst + (m + h) * words + (k0 + k) / KS * MR;
@@ -54,7 +54,7 @@ inline void pack_columns(const Row& row, int64_t r0, int64_t rows, int64_t n0, i
         const T* p = row(r0 + w * KS) + n0;
         const T* next = KS > 1 && w * KS + 1 < rows ? row(r0 + w * KS + 1) + n0 : nullptr;
         for (int64_t n = 0; n < wide; n += VL) {
-            const vf x = column_words(p + n, next ? next + n : nullptr, int(std::min<int64_t>(VL, count - n)));
+            const vf x = column_words<T>(p + n, next ? next + n : nullptr, int(std::min<int64_t>(VL, count - n)));
             for (int64_t h = 0; h < VL && n + h < wide; h += MR)
                 std::memcpy(dst + (n + h) * words + w * MR, reinterpret_cast<const float*>(&x) + h, MR * 4);
         }

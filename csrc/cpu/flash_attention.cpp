@@ -114,6 +114,23 @@ inline void pack_columns(const T* x, int64_t stride, int64_t n, int64_t D, word_
     });
 }
 
+// count <= FEW rows of x [.., D] as lanes of a panel [words of D][width]; the other `lanes` become 0. What is left of 17 or 197 tokens isn't
+// worth a transposition.
+constexpr int FEW = 3;
+template <class T>
+inline void pack_few(const T* x, int64_t stride, int count, int64_t D, int lanes, int width, word_t<T>* dst) {
+    constexpr int KS = Word<T>::ks;
+    const int64_t words = words_of<T>(D);
+    for (int64_t w = 0; w < words; w++) store(reinterpret_cast<float*>(dst) + w * width, vf{}, lanes);
+    for (int i = 0; i < count; i++)
+        for (int64_t w = 0; w < words; w += VL) {
+            float row[VL];
+            store(row, row_words(x + i * stride + w * KS, D - w * KS));
+            const int deep = int(std::min<int64_t>(VL, words - w));
+            for (int j = 0; j < deep; j++) std::memcpy(dst + (w + j) * width + i, row + j, sizeof(float));
+        }
+}
+
 // x [n, D] as the first operand of a product over D: panels [words of D][MR rows], the last one filled up with zeros.
 template <class T>
 inline void pack_rows(const T* x, int64_t stride, int64_t n, int64_t D, word_t<T>* dst) {
@@ -123,7 +140,11 @@ inline void pack_rows(const T* x, int64_t stride, int64_t n, int64_t D, word_t<T
     };
     constexpr int KS = Word<T>::ks;
     const int64_t words = words_of<T>(D);
-    for (int64_t i0 = 0; i0 < n; i0 += VL)
+    for (int64_t i0 = 0; i0 < n; i0 += VL) {
+        if (n - i0 <= FEW) {
+            pack_few(x + i0 * stride, stride, int(n - i0), D, MR, MR, dst + i0 * words);
+            return;
+        }
         for (int64_t w = 0; w < words; w += VL) {
             vf rows[VL];
             for (int i = 0; i < VL; i++) rows[i] = i0 + i < n ? row_words(x + (i0 + i) * stride + w * KS, D - w * KS) : vf{};
@@ -137,6 +158,29 @@ inline void pack_rows(const T* x, int64_t stride, int64_t n, int64_t D, word_t<T
                 }
             }
         }
+    }
+}
+
+// n rows of x [.., D] as the second operand of a product over D: one panel [words of D][n rounded up to whole vectors].
+template <class T>
+inline void pack_lanes(const T* x, int64_t stride, int64_t n, int64_t D, word_t<T>* dst) {
+    constexpr int KS = Word<T>::ks;
+    const int64_t words = words_of<T>(D);
+    const int width = int(round_up(n, VL));
+    for (int64_t i0 = 0; i0 < n; i0 += VL) {
+        const int count = int(std::min<int64_t>(VL, n - i0));
+        if (count <= FEW) {
+            pack_few(x + i0 * stride, stride, count, D, VL, width, dst + i0);
+            return;
+        }
+        for (int64_t w = 0; w < words; w += VL) {
+            vf rows[VL];
+            for (int i = 0; i < VL; i++) rows[i] = i < count ? row_words(x + (i0 + i) * stride + w * KS, D - w * KS) : vf{};
+            transpose(rows);
+            const int deep = int(std::min<int64_t>(VL, words - w));
+            for (int j = 0; j < deep; j++) store(reinterpret_cast<float*>(dst) + (w + j) * width + i0, rows[j]);
+        }
+    }
 }
 
 // Two rows (the second one counts only where a word holds two) as the words of VL columns.
@@ -230,7 +274,7 @@ struct Forward {
         constexpr int LANES = NV * VL;
         const int64_t D = sizes.D, words = words_of<T>(D), ldo = sizes.lanes();
         const int64_t all_see = sizes.limit(i0), seen = sizes.limit(i0 + n - 1);
-        pack_panel<T>({query + i0 * q_stride, q_stride, 1}, 0, int(n), 0, D, LANES, q);
+        pack_lanes(query + i0 * q_stride, q_stride, n, D, q);
         vf top[NV], total[NV];
         for (int j = 0; j < NV; j++) top[j] = splat(-INF), total[j] = vf{};
         for (int64_t k0 = 0; k0 < seen; k0 += KEYS<T>) {
@@ -411,9 +455,9 @@ struct Backward {
         pack_columns(query, q_stride, n, D, q_columns);
         pack_columns(grad, g_stride, n, D, g_columns);
         for (int64_t i = 0; i < n; i += LANES) {
-            const int count = int(std::min<int64_t>(LANES, n - i)), width = int(round_up(count, VL));
-            pack_panel<T>({query + i * q_stride, q_stride, 1}, 0, count, 0, D, width, q_lanes + i * words);
-            pack_panel<T>({grad + i * g_stride, g_stride, 1}, 0, count, 0, D, width, g_lanes + i * words);
+            const int64_t count = std::min<int64_t>(LANES, n - i);
+            pack_lanes(query + i * q_stride, q_stride, count, D, q_lanes + i * words);
+            pack_lanes(grad + i * g_stride, g_stride, count, D, g_lanes + i * words);
         }
         for (int64_t i = 0; i < n; i++) {
             if (!one_block()) {

@@ -18,7 +18,8 @@ constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr double LN_2 = 0.693147180559945309, LOG2_E_EXACT = 1.44269504088896341;
 
 // Of a block in the forward. KEYS scores are also what is added up in one chain.
-constexpr int KEYS = 128;
+template <class T>
+constexpr int KEYS = sizeof(T) == 2 ? 256 : 128;
 constexpr int FORWARD_VECTORS = 2;
 // Of a block in the backward.
 constexpr int BACK_KEYS = 128;
@@ -113,6 +114,23 @@ inline void pack_columns(const T* x, int64_t stride, int64_t n, int64_t D, word_
     });
 }
 
+// count <= FEW rows of x [.., D] as lanes of a panel [words of D][width]; the other `lanes` become 0. What is left of 17 or 197 tokens isn't
+// worth a transposition.
+constexpr int FEW = 3;
+template <class T>
+inline void pack_few(const T* x, int64_t stride, int count, int64_t D, int lanes, int width, word_t<T>* dst) {
+    constexpr int KS = Word<T>::ks;
+    const int64_t words = words_of<T>(D);
+    for (int64_t w = 0; w < words; w++) store(reinterpret_cast<float*>(dst) + w * width, vf{}, lanes);
+    for (int i = 0; i < count; i++)
+        for (int64_t w = 0; w < words; w += VL) {
+            float row[VL];
+            store(row, row_words(x + i * stride + w * KS, D - w * KS));
+            const int deep = int(std::min<int64_t>(VL, words - w));
+            for (int j = 0; j < deep; j++) std::memcpy(dst + (w + j) * width + i, row + j, sizeof(float));
+        }
+}
+
 // x [n, D] as the first operand of a product over D: panels [words of D][MR rows], the last one filled up with zeros.
 template <class T>
 inline void pack_rows(const T* x, int64_t stride, int64_t n, int64_t D, word_t<T>* dst) {
@@ -122,7 +140,11 @@ inline void pack_rows(const T* x, int64_t stride, int64_t n, int64_t D, word_t<T
     };
     constexpr int KS = Word<T>::ks;
     const int64_t words = words_of<T>(D);
-    for (int64_t i0 = 0; i0 < n; i0 += VL)
+    for (int64_t i0 = 0; i0 < n; i0 += VL) {
+        if (n - i0 <= FEW) {
+            pack_few(x + i0 * stride, stride, int(n - i0), D, MR, MR, dst + i0 * words);
+            return;
+        }
         for (int64_t w = 0; w < words; w += VL) {
             vf rows[VL];
             for (int i = 0; i < VL; i++) rows[i] = i0 + i < n ? row_words<T>(x + (i0 + i) * stride + w * KS, D - w * KS) : vf{};
@@ -136,6 +158,29 @@ inline void pack_rows(const T* x, int64_t stride, int64_t n, int64_t D, word_t<T
                 }
             }
         }
+    }
+}
+
+// n rows of x [.., D] as the second operand of a product over D: one panel [words of D][n rounded up to whole vectors].
+template <class T>
+inline void pack_lanes(const T* x, int64_t stride, int64_t n, int64_t D, word_t<T>* dst) {
+    constexpr int KS = Word<T>::ks;
+    const int64_t words = words_of<T>(D);
+    const int width = int(round_up(n, VL));
+    for (int64_t i0 = 0; i0 < n; i0 += VL) {
+        const int count = int(std::min<int64_t>(VL, n - i0));
+        if (count <= FEW) {
+            pack_few(x + i0 * stride, stride, count, D, VL, width, dst + i0);
+            return;
+        }
+        for (int64_t w = 0; w < words; w += VL) {
+            vf rows[VL];
+            for (int i = 0; i < VL; i++) rows[i] = i < count ? row_words(x + (i0 + i) * stride + w * KS, D - w * KS) : vf{};
+            transpose(rows);
+            const int deep = int(std::min<int64_t>(VL, words - w));
+            for (int j = 0; j < deep; j++) store(reinterpret_cast<float*>(dst) + (w + j) * width + i0, rows[j]);
+        }
+    }
 }
 
 // Two rows (the second one counts only where a word holds two) as the words of VL columns.
@@ -157,7 +202,18 @@ inline vf weave(vf first, vf second) {
 template <class T>
 using part_t = std::conditional_t<Word<T>::ks == 2, bf16, float>;
 
-// 2^(score * factor - shift). In float32 the rounding of factor and shift would show, so `low`, which is shift * factor.error less what
+// The larger one, in one instruction; b where one of them is NaN.
+inline vf higher(vf a, vf b) {
+#if defined(__AVX512F__)
+    return bit_cast<vf>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+#elif defined(__AVX2__)
+    return bit_cast<vf>(_mm256_max_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+#else
+    return (a > b) ? a : b;
+#endif
+}
+
+// 2^(score * factor - shift) for exponents that are hardly above 0. In float32 the rounding of factor and shift would show, so `low`, which is shift * factor.error less what
 // shift itself lacks, and factor.error put it right. The exponent is cut first: an infinite score times the error would be no number.
 struct Factor {
     explicit Factor(double exact) : value(float(exact)), error(value == 0.0f ? 0.0f : float((exact - value) / value)) {}
@@ -165,9 +221,10 @@ struct Factor {
 };
 template <class T>
 inline vf power(vf score, const Factor& factor, vf shift, vf low) {
-    vf x = max(score * factor.value - shift, splat(-150.0f));
+    vf x = higher(splat(-150.0f), score * factor.value - shift);
     if (sizeof(T) == 4) x += x * factor.error + low;
-    return exp2<sizeof(T) == 2>(x);
+    const vf n = round_to_integer(x), f = x - n;
+    return scale_by_power((sizeof(T) == 2 ? polynomial(f, EXP2_SHORT) : polynomial(f, EXP2)) * f + 1.0f, n);
 }
 
 inline vi visible(int64_t key, vi limits) { return (int32_t(key) - vi{}) < limits; }
@@ -177,12 +234,12 @@ inline vi visible(int64_t key, vi limits) { return (int32_t(key) - vi{}) < limit
 template <class T>
 struct Forward {
     typedef word_t<T> W;
-    static constexpr int KS = Word<T>::ks, QUERIES = FORWARD_VECTORS * VL, KEY_WORDS = KEYS / KS;
+    static constexpr int KS = Word<T>::ks, QUERIES = FORWARD_VECTORS * VL, KEY_WORDS = KEYS<T> / KS;
 
     Forward(const Sizes& sizes, double scale, Room room)
         : sizes(sizes), factor(scale * LOG2_E_EXACT), k(room.take<W>(round_up(sizes.Nk, MR) * words_of<T>(sizes.D))),
           v(room.take<W>(words_of<T>(sizes.Nk) * sizes.lanes())), q(room.take<W>(words_of<T>(sizes.D) * QUERIES)),
-          p(room.take<W>(KEY_WORDS * QUERIES)), s(room.take<float>(KEYS * QUERIES)), o(room.take<float>(QUERIES * sizes.lanes())),
+          p(room.take<W>(KEY_WORDS * QUERIES)), s(room.take<float>(KEYS<T> * QUERIES)), o(room.take<float>(QUERIES * sizes.lanes())),
           used(room.used()) {}
 
     const Sizes& sizes;
@@ -217,11 +274,11 @@ struct Forward {
         constexpr int LANES = NV * VL;
         const int64_t D = sizes.D, words = words_of<T>(D), ldo = sizes.lanes();
         const int64_t all_see = sizes.limit(i0), seen = sizes.limit(i0 + n - 1);
-        pack_panel<T>({query + i0 * q_stride, q_stride, 1}, 0, int(n), 0, D, LANES, q);
+        pack_lanes(query + i0 * q_stride, q_stride, n, D, q);
         vf top[NV], total[NV];
         for (int j = 0; j < NV; j++) top[j] = splat(-INF), total[j] = vf{};
-        for (int64_t k0 = 0; k0 < seen; k0 += KEYS) {
-            const int64_t nk = std::min<int64_t>(KEYS, seen - k0);
+        for (int64_t k0 = 0; k0 < seen; k0 += KEYS<T>) {
+            const int64_t nk = std::min<int64_t>(KEYS<T>, seen - k0);
             for (int64_t r = 0; r < nk; r += MR)
                 product_block<NV, 1, MR>(words, k + (k0 + r) * words, q, LANES, s + r * LANES, LANES, false);
             const bool masked = k0 + nk > all_see || !(factor.value > 0);
@@ -244,9 +301,19 @@ struct Forward {
         constexpr int LANES = NV * VL;
         vf highest[NV], shift[NV], low[NV], sums[NV];
         for (int j = 0; j < NV; j++) highest[j] = splat(-INF), sums[j] = vf{};
-        for (int64_t r = 0; r < nk; r++)
+        vf others[NV];
+        for (int j = 0; j < NV; j++) others[j] = highest[j];
+        int64_t row = 0;
+        for (; row + 2 <= nk; row += 2)
 #pragma GCC unroll 4
-            for (int j = 0; j < NV; j++) highest[j] = max(highest[j], load(s + r * LANES + j * VL));
+            for (int j = 0; j < NV; j++) {
+                highest[j] = higher(load(s + row * LANES + j * VL), highest[j]);
+                others[j] = higher(load(s + (row + 1) * LANES + j * VL), others[j]);
+            }
+        for (int j = 0; j < NV; j++) {
+            if (row < nk) highest[j] = higher(load(s + row * LANES + j * VL), highest[j]);
+            highest[j] = higher(others[j], highest[j]);
+        }
         float fade[LANES];
         bool fades = false;
         for (int j = 0; j < NV; j++) {
@@ -357,7 +424,7 @@ struct Backward {
           k_columns(room.take<W>(words_of<T>(sizes.Nk) * ldc)), q_lanes(room.take<W>(words * BACK_QUERIES)),
           g_lanes(room.take<W>(words * BACK_QUERIES)), q_columns(room.take<W>(QUERY_WORDS * ldc)),
           g_columns(room.take<W>(QUERY_WORDS * ldc)), p(room.take<W>(BACK_KEYS * QUERY_WORDS)), ds(room.take<W>(BACK_KEYS * QUERY_WORDS)),
-          ds_woven(room.take<W>(KEY_WORDS * BACK_QUERIES)), s(room.take<float>(MR * LANES)), dp(room.take<float>(MR * LANES)),
+          ds_woven(room.take<W>(KEY_WORDS * BACK_QUERIES)), s(room.take<float>(BACK_KEYS * LANES)), dp(room.take<float>(BACK_KEYS * LANES)),
           dq(room.take<float>(BACK_QUERIES * ldc)), dk(room.take<float>(key_rows * ldc)), dv(room.take<float>(key_rows * ldc)),
           lse2(room.take<float>(BACK_QUERIES)), lse2_low(room.take<float>(BACK_QUERIES)), delta(room.take<float>(BACK_QUERIES)), limits(room.take<int32_t>(BACK_QUERIES)),
           used(room.used()) {}
@@ -371,6 +438,8 @@ struct Backward {
     float *const s, *const dp, *const dq, *const dk, *const dv, *const lse2, *const lse2_low, *const delta;
     int32_t* const limits;
     const int64_t used;
+
+    bool one_block() const { return sizes.Nk <= BACK_KEYS; }
 
     void keys(const T* key, int64_t k_stride, const T* value, int64_t v_stride) {
         pack_rows(key, k_stride, sizes.Nk, D, k_rows);
@@ -386,14 +455,18 @@ struct Backward {
         pack_columns(query, q_stride, n, D, q_columns);
         pack_columns(grad, g_stride, n, D, g_columns);
         for (int64_t i = 0; i < n; i += LANES) {
-            const int count = int(std::min<int64_t>(LANES, n - i)), width = int(round_up(count, VL));
-            pack_panel<T>({query + i * q_stride, q_stride, 1}, 0, count, 0, D, width, q_lanes + i * words);
-            pack_panel<T>({grad + i * g_stride, g_stride, 1}, 0, count, 0, D, width, g_lanes + i * words);
+            const int64_t count = std::min<int64_t>(LANES, n - i);
+            pack_lanes(query + i * q_stride, q_stride, count, D, q_lanes + i * words);
+            pack_lanes(grad + i * g_stride, g_stride, count, D, g_lanes + i * words);
         }
         for (int64_t i = 0; i < n; i++) {
-            vf total = {};
-            for_vectors(D, [&](int64_t d, int lanes) { total += load(grad + i * g_stride + d, lanes) * load(out + i * out_stride + d, lanes); });
-            delta[i] = sum(total);
+            if (!one_block()) {
+                vf total = {};
+                for_vectors(D, [&](int64_t d, int lanes) {
+                    total += load(grad + i * g_stride + d, lanes) * load(out + i * out_stride + d, lanes);
+                });
+                delta[i] = sum(total);
+            }
             const double exact = lse[i] * LOG2_E_EXACT;
             lse2[i] = float(exact);
             lse2_low[i] = std::isfinite(lse[i]) ? float(exact * factor.error - (exact - lse2[i])) : 0.0f;
@@ -402,60 +475,80 @@ struct Backward {
         for (int64_t i = n; i < round_up(n, VL); i++) lse2[i] = lse2_low[i] = delta[i] = 0.0f, limits[i] = 0;
     }
 
+    // What the softmax needs of NV vectors of queries.
+    template <int NV>
+    struct Lanes {
+        vf shift[NV], low[NV], delta[NV], sum[NV];
+        vi limit[NV];
+    };
+
     // P^T and dS^T of keys [k0, k0 + nk) and the queries from i on, NV vectors of them, into p, ds and ds_woven.
     template <int NV>
     void probabilities(int64_t i, int64_t k0, int64_t nk) {
-        vf shift[NV], low[NV], along[NV];
-        vi limit[NV];
+        constexpr int WIDTH = NV * VL;
+        Lanes<NV> at;
         int32_t all_see = std::numeric_limits<int32_t>::max();
-        for (int l = 0; l < NV * VL; l++) all_see = std::min(all_see, limits[i + l]);
+        for (int l = 0; l < WIDTH; l++) all_see = std::min(all_see, limits[i + l]);
         for (int j = 0; j < NV; j++) {
-            shift[j] = load(lse2 + i + j * VL);
-            low[j] = load(lse2_low + i + j * VL);
-            along[j] = load(delta + i + j * VL);
-            std::memcpy(&limit[j], limits + i + j * VL, sizeof(vi));
+            at.shift[j] = load(lse2 + i + j * VL);
+            at.low[j] = load(lse2_low + i + j * VL);
+            at.delta[j] = one_block() ? vf{} : load(delta + i + j * VL);
+            at.sum[j] = vf{};
+            std::memcpy(&at.limit[j], limits + i + j * VL, sizeof(vi));
         }
         for (int64_t r = 0; r < nk; r += MR) {
-            product_block<NV, 1, MR>(words, k_rows + (k0 + r) * words, q_lanes + i * words, NV * VL, s, NV * VL, false);
-            product_block<NV, 1, MR>(words, v_rows + (k0 + r) * words, g_lanes + i * words, NV * VL, dp, NV * VL, false);
+            float *scores = s + r * WIDTH, *slopes = dp + r * WIDTH;
+            product_block<NV, 1, MR>(words, k_rows + (k0 + r) * words, q_lanes + i * words, WIDTH, scores, WIDTH, false);
+            product_block<NV, 1, MR>(words, v_rows + (k0 + r) * words, g_lanes + i * words, WIDTH, slopes, WIDTH, false);
             if (k0 + r + MR > all_see)
-                strip<NV, true>(i, k0, r, shift, low, along, limit);
+                exponentials<NV, true>(k0 + r, scores, slopes, at);
             else
-                strip<NV, false>(i, k0, r, shift, low, along, limit);
+                exponentials<NV, false>(k0 + r, scores, slopes, at);
+            if (!one_block()) slopes_of<NV>(i, r, scores, slopes, at);
         }
+        if (!one_block()) return;
+        for (int j = 0; j < NV; j++) at.delta[j] /= (at.sum[j] == 0.0f) ? splat(1.0f) : at.sum[j];
+        for (int64_t r = 0; r < nk; r += MR) slopes_of<NV>(i, r, s + r * WIDTH, dp + r * WIDTH, at);
     }
 
+    // MR rows of probabilities in place of the scores; with one block of keys delta comes from them and is free of out's rounding.
     template <int NV, bool MASKED>
-    void strip(
-        int64_t i, int64_t k0, int64_t r, const vf (&shift)[NV], const vf (&low)[NV], const vf (&along)[NV], const vi (&limit)[NV]
-    ) {
+    void exponentials(int64_t key, float* scores, const float* slopes, Lanes<NV>& at) {
+        for (int row = 0; row < MR; row++)
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; j++) {
+                float* here = scores + (row * NV + j) * VL;
+                const vf score = load(here);
+                vf probability = power<T>(score, factor, at.shift[j], at.low[j]);
+                if (MASKED) {
+                    // A query's only key has probability 1 whatever its score.
+                    if (key + row == 0) probability = (at.limit[j] == 1) ? score * 0.0f + 1.0f : probability;
+                    probability = visible(key + row, at.limit[j]) ? probability : vf{};
+                }
+                store(here, probability);
+                if (one_block()) {
+                    at.delta[j] += probability * load(slopes + (row * NV + j) * VL);
+                    at.sum[j] += probability;
+                }
+            }
+    }
+
+    template <int NV>
+    void slopes_of(int64_t i, int64_t r, const float* probabilities, const float* slopes, const Lanes<NV>& at) {
         for (int row = 0; row < MR; row += KS)
 #pragma GCC unroll 4
             for (int j = 0; j < NV; j++) {
-                vf slopes[2] = {};
+                vf pair[2] = {};
 #pragma GCC unroll 2
                 for (int half = 0; half < KS; half++) {
-                    const int at = (row + half) * NV * VL + j * VL;
-                    vf probability = power<T>(load(s + at), factor, shift[j], low[j]);
-                    vf slope = probability * (load(dp + at) - along[j]);
-                    if (MASKED) {
-                        const vi seen = visible(k0 + r + row + half, limit[j]);
-                        probability = seen ? probability : vf{};
-                        // A query's only key has probability 1 whatever its score.
-                        if (k0 + r + row + half == 0) {
-                            probability = (limit[j] == 1) ? load(s + at) * 0.0f + 1.0f : probability;
-                            slope = (limit[j] == 1) ? slope * 0.0f : slope;
-                        }
-                        slope = seen ? slope : vf{};
-                    }
+                    const int here = ((row + half) * NV + j) * VL;
                     const int64_t place = (r + row + half) * BACK_QUERIES + i + j * VL;
+                    const vf probability = load(probabilities + here);
+                    pair[half] = probability * (load(slopes + here) - at.delta[j]);
                     store(reinterpret_cast<part_t<T>*>(p) + place, probability);
-                    store(reinterpret_cast<part_t<T>*>(ds) + place, slope);
-                    slopes[half] = slope;
+                    store(reinterpret_cast<part_t<T>*>(ds) + place, pair[half]);
                 }
-                store(
-                    reinterpret_cast<float*>(ds_woven) + ((i / VL + j) * KEY_WORDS + (r + row) / KS) * VL, weave<T>(slopes[0], slopes[1])
-                );
+                store(reinterpret_cast<float*>(ds_woven) + ((i / VL + j) * KEY_WORDS + (r + row) / KS) * VL, weave<T>(pair[0], pair[1]));
             }
     }
 

@@ -1,12 +1,17 @@
+import math
+
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from ov3fast import ops, testing
 from ov3fast.ops import _attention_peers as peers
-from ov3fast.ops import _dispatch
+from ov3fast.ops import _dispatch, cpu
 from ov3fast.ops.flash_attention import flash_attention, flash_attention_qkvpacked, reference
 
 IMPLS = ["reference", "sdpa", None]
+needs_kernels = pytest.mark.skipif(bool(cpu.missing()), reason="the CPU kernels were not built")
 # queries, keys, heads, head_dim, causal, prefix_len
 CASES = {
     "one": (1, 1, 1, 1, False, 0),
@@ -17,7 +22,22 @@ CASES = {
     "cross_prefix": (7, 11, 1, 24, True, 9),
     "fewer_keys": (9, 5, 2, 16, False, 0),
 }
+# Sizes about the borders of the CPU kernels' tiles.
+BORDERS = {
+    "query_blocks": (193, 48, 1, 64, False, 0),
+    "key_blocks": (49, 277, 1, 16, True, 3),
+    "both": (129, 257, 1, 48, True, 0),
+    "widest_head": (8, 9, 1, 256, False, 0),
+}
 BLIND = {"blind_rows": (7, 3, 2, 8, True, 0), "no_keys": (3, 0, 2, 8, False, 0), "no_queries": (0, 3, 2, 8, True, 0)}
+
+
+@pytest.fixture(autouse=True)
+def once(request, implementation):
+    """What names PyTorch's backends does not run again for every instruction set."""
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if implementation != "reference" and params.get("impl") in ("reference", "sdpa"):
+        pytest.skip("has nothing to do with the instruction set")
 
 
 def inputs(queries, keys, heads, head_dim, batch=2):
@@ -42,6 +62,14 @@ def test_parity(case, impl, dtype):
     queries, keys, heads, head_dim, causal, prefix_len = CASES[case]
     ours, plain = pair(causal, prefix_len, impl)
     testing.check(ours, plain, inputs(queries, keys, heads, head_dim), dtype=dtype, every_subset=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", BORDERS)
+def test_tile_borders(case, dtype):
+    queries, keys, heads, head_dim, causal, prefix_len = BORDERS[case]
+    ours, plain = pair(causal, prefix_len, None)
+    testing.check(ours, plain, inputs(queries, keys, heads, head_dim, batch=1), dtype=dtype)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -99,9 +127,10 @@ def test_bottom_right_alignment_and_prefix():
 def test_logsumexp_and_scale():
     q, k, v = inputs(6, 6, 2, 8)
     exact = torch.logsumexp(0.3 * torch.einsum("bihd,bjhd->bhij", q, k), -1)
-    for impl in ("reference", "sdpa"):
-        _, lse = torch.ops.ov3fast.flash_attention(q, k, v, False, 0, 0.3, impl)
-        torch.testing.assert_close(lse, exact)
+    for impl in ("reference", "sdpa", ""):
+        narrow = q.float() if not impl else q
+        _, lse = torch.ops.ov3fast.flash_attention(narrow, k.to(narrow), v.to(narrow), False, 0, 0.3, impl)
+        torch.testing.assert_close(lse, exact.to(lse))
     torch.testing.assert_close(flash_attention(q, k, v, scale=0.3), reference(q, k, v, scale=0.3))
 
 
@@ -128,10 +157,10 @@ def test_gradcheck(impl):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
-def test_opcheck(layout):
+def test_opcheck(layout, implementation):
     arrange = testing.LAYOUTS[layout]
     q, k, v = (arrange(t.float()).requires_grad_() for t in inputs(4, 5, 2, 8))
-    for word in ("reference", "sdpa"):
+    for word in ("reference", "sdpa") if implementation == "reference" else ("",):
         torch.library.opcheck(torch.ops.ov3fast.flash_attention, (q, k, v, True, 0, 0.5, word))
         qkv = arrange(testing.make(2, 4, 3, 2, 8).float()).requires_grad_()
         torch.library.opcheck(torch.ops.ov3fast.flash_attention_qkvpacked, (qkv, True, 1, 0.5, word))
@@ -157,7 +186,7 @@ def test_compile_keeps_one_node():
     torch.testing.assert_close(got, qkv.grad)
 
 
-@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+@pytest.mark.parametrize("impl", ["reference", "sdpa", None])
 def test_saved_bytes_are_linear(impl):
     def saved(length):
         qkv = torch.zeros(1, length, 3, 2, 8, requires_grad=True)
@@ -175,8 +204,10 @@ def test_saved_bytes_are_linear(impl):
     assert saved(64) == 64 * per_token and saved(640) == 640 * per_token
 
 
-def test_thread_count_does_not_change_bits():
-    q, k, v = (t.float().requires_grad_() for t in inputs(65, 65, 3, 32))
+@pytest.mark.parametrize(("length", "heads"), [(65, 3), (150, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_thread_count_does_not_change_bits(dtype, length, heads):
+    q, k, v = (t.to(dtype).requires_grad_() for t in inputs(length, length, heads, 32, batch=1))
     threads = torch.get_num_threads()
     runs = []
     try:
@@ -197,7 +228,7 @@ def test_autocast():
     assert flash_attention(q, k, v).dtype == torch.float32
 
 
-@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+@pytest.mark.parametrize("impl", ["reference", "sdpa", None])
 def test_autocast_does_not_reach_inside(impl):
     """The same bits as on inputs cast by hand: the float32 scores of a backend stay float32."""
     values = [t.bfloat16().requires_grad_() for t in inputs(9, 9, 2, 40)]
@@ -209,8 +240,112 @@ def test_autocast_does_not_reach_inside(impl):
     testing.assert_same_bits(*runs)
 
 
-def test_choice():
-    q, k, v = (t.float() for t in inputs(5, 3, 2, 8))
+def error_in_eps(actual, plain, exact):
+    """The error as a multiple of PyTorch's own error plus one eps of the largest value."""
+    eps = torch.finfo(actual.dtype).eps * float(exact.abs().max()) if exact.numel() else 0.0
+    return testing.error(actual, exact) / (testing.error(plain, exact) + eps + 1e-30)
+
+
+@needs_kernels
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(
+    queries=st.integers(1, 70) | st.sampled_from([127, 128, 129, 161]),
+    keys=st.integers(1, 70) | st.sampled_from([127, 128, 129, 257, 300]),
+    head_dim=st.integers(1, 40) | st.sampled_from([64, 72, 80, 130]),
+    heads=st.integers(1, 3),
+    causal=st.booleans(),
+    prefix=st.integers(0, 70),
+    scale=st.sampled_from([None, 0.3, -0.2]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    layout=st.sampled_from(list(testing.LAYOUTS)),
+)
+@example(161, 257, 72, 1, True, 0, None, torch.bfloat16, "poisoned")
+@example(48, 47, 47, 1, True, 9, None, torch.float32, "transposed")
+@example(9, 1, 24, 2, False, 0, None, torch.float32, "sliced")
+def test_any_shape(queries, keys, head_dim, heads, causal, prefix, scale, dtype, layout):
+    how = {"causal": causal, "prefix_len": min(prefix, keys), "scale": scale}
+    values = [t.to(dtype) for t in inputs(queries, keys, heads, head_dim, batch=1)]
+    grad = testing.make(*values[0].shape, seed=3).to(dtype)
+
+    def run(function, values):
+        leaves = [t.detach().requires_grad_() for t in values]
+        out = function(*leaves, **how)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out))]
+
+    exact = run(reference, [t.double() for t in values])
+    plain = run(reference, values)
+    ours = run(lambda *args, **how: flash_attention(*args, **how, impl="cpu"), [testing.LAYOUTS[layout](t) for t in values])
+    # Extreme scales and tiny sizes are tried here, where PyTorch's own float32 error is a matter of luck.
+    for got, same, best in zip(ours, plain, exact, strict=True):
+        assert error_in_eps(got, same, best) <= 5
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_and_inf_come_out_as_from_pytorch(dtype):
+    def compare(**places):
+        q, k, v = (t.to(dtype) for t in inputs(19, 35, 1, 16, batch=1))
+        for name, (place, value) in places.items():
+            {"q": q, "k": k, "v": v}[name][place] = value
+        grad = testing.make(*q.shape, seed=3).to(dtype)
+        runs = []
+        for impl in ("reference", "cpu"):
+            leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+            out = flash_attention(*leaves, impl=impl)
+            _, lse = torch.ops.ov3fast.flash_attention(q, k, v, False, 0, 0.25, impl)
+            runs.append([out, lse, *torch.autograd.grad(out, leaves, grad)])
+        for plain, ours in zip(*runs, strict=True):
+            assert torch.equal(plain.isnan(), ours.isnan()) and torch.equal(plain.isinf(), ours.isinf())
+
+    compare(q=((0, 3, 0, 5), math.nan))  # one query: its row, and all of grad_k and grad_v
+    compare(v=((0, 34, 0, 2), math.nan))
+    compare(v=((0, 2, 0, 2), math.inf))
+    q_row = (0, 4, 0)
+    compare(q=(q_row, -math.inf))  # scores inf and -inf: no number
+    compare(k=((0, 5, 0, 1), math.nan))
+
+
+@needs_kernels
+def test_rows_of_infinite_scores():
+    """Scores of -inf leave the logarithm -inf and no numbers behind; a score of inf leaves it inf."""
+    for sign, due in ((-1, -math.inf), (1, math.inf)):
+        q, k, v = torch.ones(1, 2, 1, 1), torch.full((1, 20, 1, 1), sign * math.inf), torch.ones(1, 20, 1, 1)
+        for causal in (False, True):
+            out, lse = torch.ops.ov3fast.flash_attention(q, k, v, causal, 0, 1.0, "cpu")
+            assert (lse == due).all() and out.isnan().all()
+
+
+@needs_kernels
+def test_head_dim_over_256_is_left_to_others():
+    q, k, v = (t.float() for t in inputs(3, 3, 1, 257))
+    assert _dispatch.chosen("flash_attention", "", q, k, v, False, 0, 1.0) == "sdpa"
+    with pytest.raises(RuntimeError, match="head_dim must be at most 256, got 257"):
+        flash_attention(q, k, v, impl="cpu")
+
+
+@needs_kernels
+def test_packed_gradient_is_written_in_place():
+    """The packed operator's gradient is one tensor, equal to the gradients of its three parts."""
+    qkv = testing.make(2, 21, 3, 2, 24).float()
+    grad = testing.make(2, 21, 2, 24, seed=1).float()
+    leaf = qkv.clone().requires_grad_()
+    parts = [t.clone().requires_grad_() for t in qkv.unbind(2)]
+    whole = torch.autograd.grad(flash_attention_qkvpacked(leaf, impl="cpu"), leaf, grad)
+    apart = torch.autograd.grad(flash_attention(*parts, impl="cpu"), parts, grad)
+    testing.assert_same_bits(whole, [torch.stack(apart, 2)])
+
+
+@needs_kernels
+def test_choice_of_the_kernels():
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = (t.to(dtype) for t in inputs(5, 3, 2, 8))
+        assert _dispatch.chosen("flash_attention", "", q, k, v, True, 0, 1.0) == "cpu"
+        qkv = torch.stack([q, q, q], 2)
+        assert _dispatch.chosen("flash_attention_qkvpacked", "", qkv, True, 0, 1.0) == "cpu"
+
+
+def test_choice_among_the_others():
+    q, k, v = inputs(5, 3, 2, 8)
     assert _dispatch.chosen("flash_attention", "", q, k, v, False, 0, 1.0) == "sdpa"
     assert _dispatch.chosen("flash_attention", "", q, k, v, True, 0, 1.0) == "reference"
     assert _dispatch.chosen("flash_attention", "", q, k, v, True, 1, 1.0) == "sdpa"
@@ -248,7 +383,7 @@ def test_peers_say_why_not():
         ({"v": torch.ones(2, 4, 2, 8).double()}, TypeError, "v must be of dtype float32, got float64"),
         ({"prefix_len": 5}, ValueError, "prefix_len must be between 0 and the number of keys 4, got 5"),
         ({"causal": "yes"}, TypeError, "causal must be True or False, got str"),
-        ({"impl": "cudnn"}, ValueError, "impl must be one of flash_attn, xformers, sdpa, reference; got 'cudnn'"),
+        ({"impl": "cudnn"}, ValueError, "impl must be one of flash_attn, xformers, cpu, sdpa, reference; got 'cudnn'"),
     ],
 )
 def test_errors(change, error, words):

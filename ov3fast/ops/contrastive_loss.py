@@ -125,9 +125,10 @@ def _forward_rows(image, text, scale, bias, kind, offset):
 
 
 def _backward_rows(image, text, scale, bias, kind, offset, r, c, row_weight, column_weight, need_image, need_text):
-    """Gradients by a [n,D] and by b over these rows [N,D] (None unless needed), by s and by t, in the wide dtype.
+    """Gradients by image [n,D]; by text over these rows [N,D], with its norms held fixed; by s and by t.
 
-    softmax: r [2,n] and c [2,N] are the (max, log-sum) of rows and columns. row_weight (scalar) and column_weight [N] stand for
+    The first two are None unless needed; all but the first are in the wide dtype. `_project` turns the second into the gradient by
+    text, once the rows of all ranks are added up. softmax: r [2,n] and c [2,N] are the (max, log-sum) of rows and columns. row_weight (scalar) and column_weight [N] stand for
     the loss's 1/N, times the upstream gradient of the row's and column's rank.
     """
     a, b = _normalise(image), _normalise(text)
@@ -154,7 +155,12 @@ def _backward_rows(image, text, scale, bias, kind, offset, r, c, row_weight, col
             torch.mm(g, b, out=grad_a[chunk])
         if need_text:
             grad_b.addmm_(g.T, a[chunk])
-    return grad_a, grad_b, grad_scale, grad_bias
+    return (
+        _project(grad_a / _norm(image), image) if need_image else None,
+        grad_b / _norm(text) if need_text else None,
+        grad_scale,
+        grad_bias,
+    )
 
 
 def _chunks(rows: int, columns: int, offset: int):
@@ -167,17 +173,21 @@ def _normalise(x: Tensor) -> Tensor:
     return F.normalize(x.to(_check.accumulate_dtype(x.dtype)), dim=-1, eps=SMALLEST_NORM)
 
 
-def _normalise_backward(grad_a: Tensor, x: Tensor) -> Tensor:
-    wide_x = x.to(grad_a.dtype)
+def _norm(x: Tensor) -> Tensor:
+    wide = x.to(_check.accumulate_dtype(x.dtype))
+    return torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(SMALLEST_NORM)
+
+
+def _project(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient by x with its norms held fixed, which may be overwritten -> the gradient by x."""
+    wide_x = x.to(grad.dtype)
     norm = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True)
-    a = wide_x / norm.clamp_min(SMALLEST_NORM)
-    along = a * (a * grad_a).sum(-1, keepdim=True)
+    a = wide_x / norm
     # Below the smallest norm the divisor is constant.
-    grad = torch.where(norm >= SMALLEST_NORM, grad_a - along, grad_a) / norm.clamp_min(SMALLEST_NORM)
-    return grad.to(x.dtype)
+    return torch.where(norm >= SMALLEST_NORM, grad - a * (a * grad).sum(-1, keepdim=True), grad).to(x.dtype)
 
 
-def over_ranks(forward_rows, backward_rows):
+def over_ranks(forward_rows, backward_rows, project=_project):
     """A backend's functions on rectangles -> its forward and backward of the operator, ranks and normalisation included."""
 
     def forward(image, text, scale, bias, kind, group):
@@ -189,11 +199,11 @@ def over_ranks(forward_rows, backward_rows):
         share = shards.world / max(shards.total, 1)
         sizes = torch.tensor(shards.sizes)
         if kind == "sigmoid":
-            return rows.sum() * share, rows.new_empty(2, 0), rows.new_empty(2, 0), sizes
+            return (rows.sum(dtype=torch.float64) * share).to(wide), rows.new_empty(2, 0), rows.new_empty(2, 0), sizes
         largest, total = (shards.own(x) for x in shards.merge(*columns))
         columns = torch.stack([largest, total.log()])
         losses = (rows[0] - own) + rows[1] + (columns[0] - own) + columns[1]
-        return losses.sum() * (share / 2), rows, columns, sizes
+        return (losses.sum(dtype=torch.float64) * (share / 2)).to(wide), rows, columns, sizes
 
     def backward(grad_loss, image, text, scale, bias, r, c, sizes, kind, group, need_image, need_text):
         wide = _check.accumulate_dtype(image.dtype)
@@ -204,13 +214,13 @@ def over_ranks(forward_rows, backward_rows):
         all_c = all_weights = None
         if kind == "softmax":
             *all_c, all_weights = shards.gather(torch.stack([*c, weight.expand_as(c[0])], dim=1)).unbind(1)
-        grad_a, grad_b, grad_scale, grad_bias = backward_rows(
+        grad_image, grad_b, grad_scale, grad_bias = backward_rows(
             image, shards.gather(text), wide_scale, wide_bias, kind, shards.offset,
             r, all_c, weight, all_weights, need_image, need_text,
         )  # fmt: skip
         return (
-            _normalise_backward(grad_a, image) if need_image else image.new_empty(0),
-            _normalise_backward(shards.reduce_scatter(grad_b), text) if need_text else text.new_empty(0),
+            grad_image if need_image else image.new_empty(0),
+            project(shards.reduce_scatter(grad_b), text) if need_text else text.new_empty(0),
             grad_scale.to(scale.dtype),
             grad_bias.to(scale.dtype if bias is None else bias.dtype),
         )

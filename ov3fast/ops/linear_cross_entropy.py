@@ -5,8 +5,12 @@
 
 Shapes: hidden h [...,D], weight w [V,D] (nn.Linear's layout), labels y [...] int64, ignored where they equal ignore_index.
 Storage float32, bfloat16 or float64 (float16 on GPUs): the matrix products run in it, the softmax and the loss in float32
-(float64 for float64). Saved for backward: hidden, weight, labels and lse, the last as (max, log of the sum below it): [2,T].
-The logits exist in chunks of rows, in the forward and again in the backward; ignored rows cost nothing.
+(float64 for float64). The logits exist in chunks of rows; ignored rows cost nothing.
+
+There are two ways to the gradients. With an upstream gradient per row (reduction "none") hidden, weight, labels and lse are saved,
+the last as (max, log of the sum below it): [2,T], and the logits are computed again in the backward. With one for all (reduction
+"mean" and "sum"; in float32 and bfloat16 on the CPU) the forward computes the gradients while it has the logits, three matrix
+products in all instead of four, and the backward scales them. Those saved are the gradients, then, of the inputs that need one.
 Source: Wijmans et al. 2024 (Cut Cross-Entropy, arXiv 2411.09009) for the recomputation; chunks as in Liger Kernel (2410.10989).
 """
 
@@ -59,9 +63,15 @@ def linear_cross_entropy(
     _check.same_device(op, "labels", labels, hidden)
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
-    nll, _ = torch.ops.ov3fast.linear_cross_entropy(
-        hidden.flatten(0, -2), weight, labels.flatten(), ignore_index, _dispatch.request(op, impl)
-    )
+    word = _dispatch.request(op, impl)
+    hidden_TD, labels_T = hidden.flatten(0, -2), labels.flatten()
+    need_hidden, need_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
+    at_once = hidden.device.type == "cpu" and hidden.dtype in (torch.float32, torch.bfloat16)
+    if reduction != "none" and at_once and (need_hidden or need_weight):
+        return torch.ops.ov3fast.linear_cross_entropy_total(
+            hidden_TD, weight, labels_T, ignore_index, reduction == "mean", need_hidden, need_weight, word
+        )[0]
+    nll, _ = torch.ops.ov3fast.linear_cross_entropy(hidden_TD, weight, labels_T, ignore_index, word)
     return _reduce(nll.view(labels.shape), labels, ignore_index, reduction)
 
 
@@ -71,6 +81,11 @@ def _reduce(nll: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> T
     if reduction == "sum":
         return nll.sum()
     return nll.sum() / (labels != ignore_index).sum().clamp(min=1)
+
+
+def mean_factor(counted: int) -> float:
+    """What the sum over rows is multiplied by for the mean over `counted` of them."""
+    return 1.0 / max(counted, 1)
 
 
 def check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
@@ -183,4 +198,56 @@ _dispatch.define(
     backward_fake=_fake_backward,
     setup_context=_setup_context,
     backward=_backward,
+)
+
+
+# The sum or mean over rows together with its gradients, which are computed for an upstream gradient of 1.
+
+
+def _total_reference(hidden, weight, labels, ignore_index, mean, need_hidden, need_weight):
+    nll, lse = _forward_reference(hidden, weight, labels, ignore_index)
+    factor = mean_factor(int((labels != ignore_index).sum())) if mean else 1.0
+    grads = _backward_reference(
+        torch.full_like(nll, factor), hidden, weight, labels, lse, ignore_index, need_hidden, need_weight
+    )
+    return nll.sum() * factor, *grads
+
+
+def _scale_reference(grad_loss, grad_hidden, grad_weight):
+    return grad_hidden * grad_loss, grad_weight * grad_loss
+
+
+def _fake_total(hidden, weight, labels, ignore_index, mean, need_hidden, need_weight):
+    return (
+        hidden.new_empty((), dtype=_check.accumulate_dtype(hidden.dtype)),
+        hidden.new_empty(hidden.shape if need_hidden else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+    )
+
+
+def _setup_total(ctx, inputs, output):
+    _, grad_hidden, grad_weight = output
+    ctx.mark_non_differentiable(grad_hidden, grad_weight)
+    ctx.save_for_backward(grad_hidden, grad_weight)
+    ctx.word = inputs[-1]
+
+
+def _backward_total(ctx, grad_loss, *_):
+    grads = ctx.saved_tensors
+    # A plain number may be looked at; what a compiler traces may not.
+    if type(grad_loss) is not Tensor or grad_loss.device.type != "cpu" or grad_loss != 1:
+        grads = torch.ops.ov3fast.linear_cross_entropy_total_backward(grad_loss, *grads, ctx.word)
+    return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:2], strict=True)), *[None] * 6
+
+
+_dispatch.register("linear_cross_entropy_total", "reference", _total_reference, _scale_reference)
+_dispatch.define(
+    "linear_cross_entropy_total",
+    "(Tensor hidden, Tensor weight, Tensor labels, int ignore_index, bool mean, bool need_hidden, bool need_weight)"
+    " -> (Tensor loss, Tensor grad_hidden, Tensor grad_weight)",
+    fake=_fake_total,
+    backward_schema="(Tensor grad_loss, Tensor grad_hidden, Tensor grad_weight) -> (Tensor, Tensor)",
+    backward_fake=lambda grad_loss, grad_hidden, grad_weight: (torch.empty_like(grad_hidden), torch.empty_like(grad_weight)),
+    setup_context=_setup_total,
+    backward=_backward_total,
 )

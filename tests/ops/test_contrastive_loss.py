@@ -160,7 +160,7 @@ def test_autocast_changes_nothing():
         ({"kind": "clip"}, ValueError, "kind must be one of softmax, sigmoid; got 'clip'"),
         ({"logit_bias": torch.tensor(1.0)}, ValueError, "logit_bias is for kind='sigmoid'"),
         ({"group": "world"}, TypeError, "group must be a torch.distributed process group or None, got str"),
-        ({"impl": "cudnn"}, ValueError, "impl must be one of reference; got 'cudnn'"),
+        ({"impl": "cudnn"}, ValueError, "impl must be one of cpu, reference; got 'cudnn'"),
     ],
 )
 def test_errors(change, error, words):

@@ -98,6 +98,8 @@ def test_opcheck(layout):
     hidden, weight, labels = inputs(4, 8, 5)
     hidden, weight = (testing.LAYOUTS[layout](v.float()).requires_grad_() for v in (hidden, weight))
     torch.library.opcheck(torch.ops.ov3fast.linear_cross_entropy, (hidden, weight, labels, -100, ""))
+    total = (hidden, weight, labels, -100, True, True, True, "")
+    torch.library.opcheck(torch.ops.ov3fast.linear_cross_entropy_total, total)
 
 
 def test_compile_keeps_one_node():
@@ -116,7 +118,8 @@ def test_compile_keeps_one_node():
     torch.testing.assert_close(got, torch.autograd.grad(ours(*leaves), leaves))
 
 
-def test_saved_bytes_are_linear():
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_saved_bytes_are_linear(reduction):
     def saved(tokens, classes):
         hidden, weight = torch.ones(tokens, 4, requires_grad=True), torch.ones(classes, 4, requires_grad=True)
         labels = torch.zeros(tokens, dtype=torch.int64)
@@ -127,10 +130,11 @@ def test_saved_bytes_are_linear():
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            linear_cross_entropy(hidden, weight, labels, reduction="sum")
+            linear_cross_entropy(hidden, weight, labels, reduction=reduction)
         return sum(kept.values())
 
-    assert saved(64, 100) == 64 * (4 * 4 + 8 + 8) + 100 * 4 * 4  # hidden, labels, lse; weight
+    # The gradients by hidden and weight; or hidden, labels, lse and weight.
+    assert saved(64, 100) == 64 * (4 * 4 + (0 if reduction == "sum" else 8 + 8)) + 100 * 4 * 4
     assert saved(640, 1000) == 10 * saved(64, 100)
 
 
@@ -154,7 +158,7 @@ def test_autocast():
         ({"labels": torch.tensor([0, 5, 1])}, ValueError, r"labels must lie in \[0, 5\) or be ignore_index=-100, got 5"),
         ({"labels": torch.tensor([0, -1, 1])}, ValueError, r"labels must lie in \[0, 5\) or be ignore_index=-100, got -1"),
         ({"reduction": "max"}, ValueError, "reduction must be one of mean, sum, none; got 'max'"),
-        ({"impl": "liger"}, ValueError, "impl must be one of reference; got 'liger'"),
+        ({"impl": "liger"}, ValueError, "impl must be one of cpu, reference; got 'liger'"),
     ],
 )
 def test_errors(change, error, words):

@@ -1,0 +1,569 @@
+// Contrastive loss over a rectangle of pairs: rows x_i of this rank against all columns y_j.
+//
+// The products <x_i, y_j> are taken of the features as they lie; 1/|x_i|, 1/|y_j| and the scale are float factors of the tile. A chunk of
+// rows of gradients G_ij = s g_ij / (|x_i| |y_j|) serves both sides, for the gradients with the norms held fixed are G y and G^T x.
+//
+// G is stored like the features. In bfloat16 its rounding errors e_ij would weigh |y_j|, though much of that cancels in G y where features
+// are alike. So their sums sum_j e_ij |y_j| are kept in float and put back along the mean of the unit rows; what is left of an error weighs
+// only what y_j / |y_j| differs from that mean by.
+#include <type_traits>
+
+#include "export.h"
+#include "softmax.h"
+
+using namespace ov3;
+
+namespace {
+
+constexpr double SMALLEST_NORM = 1e-12;
+constexpr int64_t SEGMENT = 128;                                                 // panels whose terms are added up in one chain
+constexpr int64_t SHORT = 4;                                                     // rows, of columns' sums
+constexpr int64_t MAX_STRIPS = 64;                                               // of rows, each with its own maxima and sums of columns
+constexpr int64_t TILE = 4 * NR;                                                 // columns of a task of the backward
+constexpr int64_t BLOCK_WORDS = 1 << 17;                                         // of A, in the second-level cache
+template <class T>
+constexpr int64_t CHUNK = 192 * (sizeof(T) == 2 ? 2 : 1);  // rows of gradients at once
+
+// A factor in two floats: at a logit of 100 one float's rounding, the same for a whole row, would cost digits of the loss.
+struct Factor {
+    float high, low;
+};
+inline Factor split(double x) {
+    const float high = float(x);
+    return {high, float(x - high)};
+}
+
+// Words that are floats take unit rows, rounded once per element as PyTorch's are; pairs of bfloat16 stay as they lie, to be exact.
+template <class T>
+constexpr bool PACKS_UNITS = std::is_same<word_t<T>, float>::value;
+
+// Norms, at least SMALLEST_NORM, their inverses, and the part of them that packing left out (what rounding did to the norm, if nothing else); 0 beyond the rows.
+struct Norms {
+    explicit Norms(int64_t R) : norm(round_up(R, NR)), inverse(round_up(R, NR)), left(round_up(R, NR)), left_low(round_up(R, NR)) {}
+    Buffer<float> norm, inverse, left, left_low;
+    Factor times(double scale, int64_t r) const { return split(scale * (double(left[r]) + left_low[r])); }
+};
+
+// product * row * column, rounded once. Forward and backward have to agree to the bit, so what follows must not fuse with it.
+inline vf logit(vf product, Factor row, vf column, vf column_low) {
+    const vf p = product * row.high, p_low = product_error(product, splat(row.high), p) + product * row.low;
+    const vf q = p * column, q_low = product_error(p, column, q) + (p * column_low + p_low * column);
+    vf z = q + q_low;
+    keep_apart(z);
+    return z;
+}
+
+template <class T>
+inline double norm_of(const T* row, int64_t D) {
+    vf squares[4] = {};
+    for_vectors(D, [&](int64_t d, int lanes) {
+        const vf v = load(row + d, lanes);
+        squares[d / VL % 4] += v * v;
+    });
+    return std::sqrt(double(sum((squares[0] + squares[1]) + (squares[2] + squares[3]))));
+}
+inline double clamped(double norm) { return norm < SMALLEST_NORM ? SMALLEST_NORM : norm; }
+
+template <class T>
+void take_norms(const T* x, int64_t stride, int64_t R, int64_t D, Norms& out, int threads) {
+    parallel(ceil_div(round_up(R, NR), NR), threads, [&](int64_t task, int) {
+        for (int64_t r = task * NR; r < (task + 1) * NR; r++) {
+            const double norm = r < R ? clamped(norm_of(x + r * stride, D)) : 0.0;
+            const Factor inverse = r < R ? split(1.0 / norm) : Factor{0.0f, 0.0f};
+            out.norm[r] = float(norm);
+            out.inverse[r] = inverse.high;
+            out.left[r] = PACKS_UNITS<T> && r < R ? 1.0f : inverse.high;
+            out.left_low[r] = !PACKS_UNITS<T> ? inverse.low : r < R ? float(out.norm[r] / norm - 1.0) : 0.0f;
+        }
+    });
+}
+
+// One panel of rows, unit rows where words allow.
+template <class T>
+void pack_units(const Matrix<T>& source, int64_t i0, int count, int64_t K, int width, const float* norm, word_t<T>* dst) {
+    pack_panel(source, i0, count, 0, K, width, dst);
+    if constexpr (PACKS_UNITS<T>)
+        for (int64_t w = 0; w < words_of<T>(K); w++)
+            for (int i = 0; i < count; i++) dst[w * width + i] /= norm[i];
+}
+template <class T>
+void pack_units(const Matrix<T>& source, Packed<T>& b, const float* norm, int threads) {
+    parallel(b.panels(), threads, [&](int64_t p, int) {
+        pack_units(source, p * NR, b.columns(p), b.K, b.width(p), norm + p * NR, b.panel(p));
+    });
+}
+
+// --- forward -----------------------------------------------------------------------------------------------------------------------
+
+// Of the rows of a block.
+struct RowState {
+    vf largest, total;
+};
+
+// c: products -> logits. Maxima of rows and columns, then sums of exponentials below them.
+template <int NV>
+void softmax_tile(
+    int64_t rows, int columns, float* c, const Factor* row, const float* column, const float* column_low, RowState* state,
+    float* column_max, double* column_sum
+) {
+    vf top[NV];
+    for (int j = 0; j < NV; j++) top[j] = load(column_max + j * VL);
+    for (int64_t i = 0; i < rows; i++) {
+        vf highest = state[i].largest;
+        for (int j = 0; j < NV; j++) {
+            float* at = c + i * NR + j * VL;
+            vf z = logit(load(at), row[i], load(column + j * VL), load(column_low + j * VL));
+            for (int lane = std::max(columns - j * VL, 0); lane < VL; lane++) z[lane] = LOWEST;
+            store(at, z);
+            top[j] = max(top[j], z);
+            highest = max(highest, z);
+        }
+        if (any(highest != state[i].largest)) {
+            state[i].total *= exp_below(state[i].largest - highest);
+            state[i].largest = highest;
+        }
+    }
+    vd total[NV] = {};
+    for (int64_t i0 = 0; i0 < rows; i0 += SHORT) {
+        vf part[NV] = {};
+        for (int64_t i = i0; i < std::min(rows, i0 + SHORT); i++) {
+            const vf highest = state[i].largest;
+            vf sums = {};
+            for (int j = 0; j < NV; j++) {
+                const vf z = load(c + i * NR + j * VL);
+                sums += exp_below(z - highest);
+                part[j] += exp_below(z - top[j]);
+            }
+            state[i].total += sums;
+        }
+        for (int j = 0; j < NV; j++) total[j] += __builtin_convertvector(part[j], vd);
+    }
+    for (int j = 0; j < NV; j++) {
+        const vf before = exp_below(load(column_max + j * VL) - top[j]);
+        for (int lane = 0; lane < VL; lane++) column_sum[j * VL + lane] = column_sum[j * VL + lane] * before[lane] + total[j][lane];
+        store(column_max + j * VL, top[j]);
+    }
+}
+
+// own: the column of row 0's pair, that of row i being own + i.
+template <int NV>
+void sigmoid_tile(
+    int64_t rows, int columns, int64_t own, float* c, const Factor* row, const float* column, const float* column_low, float bias,
+    RowState* state
+) {
+    for (int64_t i = 0; i < rows; i++) {
+        float* z = c + i * NR;
+        for (int j = 0; j < NV * VL; j += VL) store(z + j, logit(load(z + j), row[i], load(column + j), load(column_low + j)) + bias);
+        for (int j = columns; j < NV * VL; j++) z[j] = LOWEST;
+        if (own + i >= 0 && own + i < columns) z[own + i] = -z[own + i];
+        for (int j = 0; j < NV; j++) state[i].total += softplus(load(z + j * VL));
+    }
+}
+
+template <class T>
+struct Forward {
+    const Packed<T>& b;
+    const Norms &x, &y;
+    float scale, bias;
+    bool sigmoid;
+    int64_t offset;
+    float *rows, *own;
+    int64_t n;
+
+    // Rows [i0, i0 + count) against all columns.
+    void block(int64_t i0, int64_t count, const word_t<T>* a, float* c, Factor* factor, RowState* state, Lse* lse, float* column_max,
+               double* column_sum) const {
+        for (int64_t i = 0; i < count; i++) factor[i] = x.times(scale, i0 + i), lse[i] = Lse();
+        for (int64_t first = 0; first < b.panels(); first += SEGMENT) {
+            for (int64_t i = 0; i < count; i++) state[i] = {splat(LOWEST), vf{}};
+            for (int64_t p = first; p < std::min(b.panels(), first + SEGMENT); p++) {
+                block_product<T>(count, a, b, p, p + 1, c, [](int64_t, int64_t, int, float*) {});
+                tile(i0, count, p, c, factor, state, column_max + p * NR, column_sum + p * NR);
+            }
+            for (int64_t i = 0; i < count; i++)
+                if (sigmoid) lse[i].total += sum(state[i].total);
+                else lse[i].add(state[i].largest, state[i].total);
+        }
+        for (int64_t i = 0; i < count; i++) {
+            rows[i0 + i] = sigmoid ? float(lse[i].total) : lse[i].largest;
+            if (!sigmoid) rows[n + i0 + i] = float(std::log(lse[i].total));
+        }
+    }
+
+    void tile(int64_t i0, int64_t count, int64_t p, float* c, const Factor* factor, RowState* state, float* column_max,
+              double* column_sum) const {
+        switch (b.width(p) / VL) {
+            case 1: return tile<1>(i0, count, p, c, factor, state, column_max, column_sum);
+            case 2: return tile<2>(i0, count, p, c, factor, state, column_max, column_sum);
+            default: return tile<3>(i0, count, p, c, factor, state, column_max, column_sum);
+        }
+    }
+    template <int NV>
+    void tile(int64_t i0, int64_t count, int64_t p, float* c, const Factor* factor, RowState* state, float* column_max,
+              double* column_sum) const {
+        const int64_t first_own = i0 + offset - p * NR;
+        const float *left = y.left + p * NR, *low = y.left_low + p * NR;
+        const int columns = b.columns(p);
+        if (sigmoid) return sigmoid_tile<NV>(count, columns, first_own, c, factor, left, low, bias, state);
+        softmax_tile<NV>(count, columns, c, factor, left, low, state, column_max, column_sum);
+        for (int64_t i = std::max<int64_t>(0, -first_own); i < std::min(count, columns - first_own); i++)
+            own[i0 + i] = c[i * NR + first_own + i];
+    }
+};
+
+}  // namespace
+
+// x [n, D], y [N, D] with rows a stride apart, scale, bias (or null) scalars; the pair of row i is column i + offset.
+// softmax: rows [2, n] (max, log-sum), columns [2, N] (max, sum) over these rows, own [n]. sigmoid: rows [n].
+template <class T>
+void contrastive_loss_forward(
+    const T* x, int64_t x_stride, const T* y, int64_t y_stride, const float* scale, const float* bias, bool sigmoid, int64_t offset,
+    float* rows, float* columns, float* own, int64_t n, int64_t N, int64_t D, int threads
+) {
+    const int64_t words = words_of<T>(D), wide = round_up(N, NR);
+    const int64_t strip = std::max<int64_t>(64, round_up(ceil_div(n, MAX_STRIPS), MR)), strips = ceil_div(n, strip);
+    const int64_t block = std::min(strip, std::max<int64_t>(MR, BLOCK_WORDS / std::max<int64_t>(1, words) / MR * MR));
+    Packed<T> b(D, N);
+    Norms x_norms(n), y_norms(N);
+    take_norms(x, x_stride, n, D, x_norms, threads);
+    take_norms(y, y_stride, N, D, y_norms, threads);
+    pack_units<T>({y, y_stride, 1}, b, y_norms.norm, threads);
+    const Forward<T> forward{b, x_norms, y_norms, *scale, bias ? *bias : 0.0f, sigmoid, offset, rows, own, n};
+
+    const int64_t sums = sigmoid ? 0 : wide;
+    Buffer<float> column_max(strips * sums), c(threads * block * NR);
+    Buffer<double> column_sum(strips * sums);
+    Buffer<Factor> factor(threads * block);
+    Buffer<word_t<T>> a(threads * block * words);
+    Buffer<RowState> state(threads * block);
+    Buffer<Lse> lse(threads * block);
+    parallel(strips, threads, [&](int64_t task, int thread) {
+        float* largest = column_max + task * sums;
+        double* total = column_sum + task * sums;
+        std::fill(largest, largest + sums, LOWEST);
+        std::fill(total, total + sums, 0.0);
+        word_t<T>* packed = a + thread * block * words;
+        for (int64_t i = task * strip; i < std::min(n, (task + 1) * strip); i += block) {
+            const int64_t count = std::min(block, std::min(n, (task + 1) * strip) - i);
+            for (int64_t m = 0; m < count; m += MR)
+                pack_units<T>({x, x_stride, 1}, i + m, int(std::min<int64_t>(MR, count - m)), D, MR, x_norms.norm + i + m, packed + m * words);
+            forward.block(i, count, packed, c + thread * block * NR, factor + thread * block, state + thread * block,
+                          lse + thread * block, largest, total);
+        }
+    });
+    if (sigmoid) return;
+    parallel(ceil_div(N, VL), threads, [&](int64_t task, int) {
+        for (int64_t j = task * VL; j < std::min(N, (task + 1) * VL); j++) {
+            Lse lse;
+            for (int64_t s = 0; s < strips; s++) lse.add(column_max[s * sums + j], column_sum[s * sums + j]);
+            columns[j] = strips ? lse.largest : -INFINITY;
+            columns[N + j] = float(lse.total);
+        }
+    });
+}
+OV3_EXPORT(
+    contrastive_loss_forward,
+    (Ptr x, int64_t x_stride, Ptr y, int64_t y_stride, Ptr scale, Ptr bias, int64_t sigmoid, int64_t offset, Ptr rows, Ptr columns, Ptr own,
+     int64_t n, int64_t N, int64_t D, int64_t threads),
+    (x, x_stride, y, y_stride, scale, bias, sigmoid != 0, offset, rows, columns, own, n, N, D, int(threads))
+)
+
+// --- backward ----------------------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// What the gradient of a tile needs of its columns, all of them padded to whole panels.
+struct Columns {
+    const float *inverse, *left, *left_low, *norm, *largest, *log_sum, *weight, *live;
+};
+// Of a row.
+struct Row {
+    Factor factor;
+    float left, inverse, norm, largest, log_sum;
+};
+
+// Sums over a tile, lane by lane: terms cancel, so floats would not do.
+struct TileSums {
+    vd scale, bias;
+};
+
+template <int NV, bool SIGMOID, class T>
+void gradient_tile(
+    int64_t rows, int columns, int64_t own, const float* c, const Row* row, const Columns& column, float scale, float bias, float weight,
+    T* g, float* row_error, float* column_error, TileSums& sums
+) {
+    constexpr bool ROUNDS = !std::is_same<T, float>::value;
+    vf errors[NV] = {};
+    for (int64_t i = 0; i < rows; i++) {
+        vf along = {}, total = {}, error = {};
+        for (int j = 0; j < NV; j++) {
+            const vf product = load(c + i * NR + j * VL), inverse = load(column.inverse + j * VL), left = load(column.left + j * VL);
+            vf z = logit(product, row[i].factor, left, load(column.left_low + j * VL)), value;
+            const int64_t lane = own + i - j * VL;
+            const bool has_own = lane >= 0 && lane < VL && own + i < columns;
+            if (SIGMOID) {
+                // 1 - sigmoid(z) = sigmoid(-z) keeps its digits.
+                z += bias;
+                if (has_own) z[lane] = -z[lane];
+                const vf e = exp_below(-abs(z));
+                value = ((z < 0.0f) ? e : splat(1.0f)) / (1.0f + e) * weight;
+                if (has_own) value[lane] = -value[lane];
+                total += value * load(column.live + j * VL);
+            } else {
+                const vf by_row = exp_below((z - row[i].largest) - row[i].log_sum);
+                const vf by_column = exp_below((z - load(column.largest + j * VL)) - load(column.log_sum + j * VL));
+                value = 0.5f * (by_row * weight + by_column * load(column.weight + j * VL));
+                if (has_own) value[lane] -= weight;
+            }
+            along += value * (product * row[i].left * left);
+            value *= scale * row[i].inverse * inverse;
+            T* at = g + i * TILE + j * VL;
+            store(at, value);
+            if (ROUNDS) {
+                const vf lost = value - load(at);
+                error += lost * load(column.norm + j * VL);
+                errors[j] += lost * row[i].norm;
+            }
+        }
+        sums.scale += __builtin_convertvector(along, vd);
+        if (SIGMOID) sums.bias += __builtin_convertvector(total, vd);
+        if (ROUNDS) row_error[i] += sum(error);
+    }
+    if (ROUNDS)
+        for (int j = 0; j < NV; j++) store(column_error + j * VL, load(column_error + j * VL) + errors[j]);
+}
+
+// mean[d] = average over rows of x_id / |x_i|; strips of rows and their order are fixed.
+template <class T>
+void mean_unit_row(const T* x, int64_t stride, int64_t R, int64_t D, const Norms& norms, float* mean, int threads) {
+    const int64_t strip = std::max<int64_t>(64, ceil_div(R, MAX_STRIPS)), strips = ceil_div(R, strip);
+    Buffer<float> partial(strips * D);
+    parallel(strips, threads, [&](int64_t task, int) {
+        float* sums = partial + task * D;
+        std::fill(sums, sums + D, 0.0f);
+        for (int64_t r = task * strip; r < std::min(R, (task + 1) * strip); r++)
+            for_vectors(D, [&](int64_t d, int lanes) {
+                store(sums + d, load(sums + d, lanes) + load(x + r * stride + d, lanes) * norms.inverse[r], lanes);
+            });
+    });
+    for (int64_t d = 0; d < D; d++) {
+        double total = 0.0;
+        for (int64_t s = 0; s < strips; s++) total += partial[s * D + d];
+        mean[d] = float(total / double(std::max<int64_t>(1, R)));
+    }
+}
+
+// The gradient with the norm held fixed -> the gradient: what lies along x goes, unless the norm is clamped. out may be grad.
+template <class T, class Out>
+inline void project_row(const float* grad, const T* x, float norm, int64_t D, Out* out) {
+    if (!(norm >= float(SMALLEST_NORM))) {
+        for_vectors(D, [&](int64_t d, int lanes) { store(out + d, load(grad + d, lanes), lanes); });
+        return;
+    }
+    // x / |x| by division, so that nothing at all is left where D = 1.
+    vf dots[4] = {};
+    for_vectors(D, [&](int64_t d, int lanes) { dots[d / VL % 4] += load(grad + d, lanes) * (load(x + d, lanes) / norm); });
+    const float along = sum((dots[0] + dots[1]) + (dots[2] + dots[3]));
+    for_vectors(D, [&](int64_t d, int lanes) { store(out + d, load(grad + d, lanes) - load(x + d, lanes) / norm * along, lanes); });
+}
+
+template <class T>
+struct Backward {
+    static constexpr bool ROUNDS = !std::is_same<T, float>::value;
+    static constexpr int64_t R = CHUNK<T>;
+
+    const T* x;
+    int64_t x_stride;
+    const T* y;
+    int64_t y_stride;
+    float scale, bias;
+    bool sigmoid;
+    int64_t offset;
+    const float* r;
+    float weight;
+    T* grad_x;
+    float* grad_y;
+    int64_t n, N, D;
+    int threads;
+
+    const int64_t words_d = words_of<T>(D), words_n = words_of<T>(N), words_r = words_of<T>(R), tiles = ceil_div(N, TILE);
+    const int64_t block = std::min(R, std::max<int64_t>(MR, A_BLOCK_WORDS / std::max<int64_t>(1, words_d) / MR * MR));
+    Packed<T> by_width{D, N};                                                  // y for the logits
+    Packed<T> by_pair{grad_x ? N : 0, D};                                      // y for the gradient of x
+    Norms x_norms{n}, y_norms{N};
+    Buffer<word_t<T>> x_rows{R * words_d};                                     // the chunk of x for the logits
+    Buffer<word_t<T>> x_columns{grad_y ? words_r * round_up(D, VL) : 0};       // and for the gradient of y
+    Buffer<word_t<T>> gradients{grad_x ? round_up(R, MR) * words_n : 0};       // the chunk of G for the gradient of x
+    Buffer<float> grad_rows{grad_x ? R * D : 0};
+    Buffer<float> row_error{tiles * R}, column_error{round_up(N, TILE)};
+    Buffer<float> mean_x{D}, mean_y{D};
+    Buffer<Row> row{R};
+    Buffer<double> sums{tiles * 2};
+    // Of a thread:
+    Buffer<float> products{threads * block * NR};
+    Buffer<T> tile_of_g{threads * R * TILE};
+    Buffer<word_t<T>> tile_columns{grad_y ? threads * TILE * words_r : 0};
+
+    void run(const Columns& columns, double* grad_scale, double* grad_bias) {
+        pack_units<T>({y, y_stride, 1}, by_width, y_norms.norm, threads);
+        if (grad_x) by_pair.pack({y, 1, y_stride}, threads);
+        if (ROUNDS) {
+            if (grad_y) mean_unit_row(x, x_stride, n, D, x_norms, mean_x, threads);
+            if (grad_x) mean_unit_row(y, y_stride, N, D, y_norms, mean_y, threads);
+        }
+        std::fill(sums.data(), sums + tiles * 2, 0.0);
+        std::fill(column_error.data(), column_error + round_up(N, TILE), 0.0f);
+        for (int64_t i0 = 0; i0 < n; i0 += R) {
+            const int64_t count = std::min(R, n - i0);
+            pack_chunk(i0, count);
+            parallel(tiles, threads, [&](int64_t tile, int thread) { gradients_of_tile(i0, count, tile, columns, thread); });
+            if (grad_x) {
+                multiply_rows(count);
+                parallel(ceil_div(count, MR), threads, [&](int64_t group, int) {
+                    for (int64_t i = group * MR; i < std::min(count, (group + 1) * MR); i++) finish_row(i0, i);
+                });
+            }
+        }
+        *grad_scale = *grad_bias = 0.0;
+        for (int64_t tile = 0; tile < tiles; tile++) *grad_scale += sums[2 * tile], *grad_bias += sums[2 * tile + 1];
+    }
+
+    int width(int64_t panel) const { return int(std::min<int64_t>(NR, round_up(D - panel * NR, VL))); }
+    int columns_of(int64_t panel) const { return int(std::min<int64_t>(NR, D - panel * NR)); }
+
+    void pack_chunk(int64_t i0, int64_t count) {
+        const int64_t groups = ceil_div(count, MR), panels = grad_y ? ceil_div(D, NR) : 0;
+        parallel(groups + panels, threads, [&](int64_t task, int) {
+            if (task < groups) {
+                const int64_t i = task * MR;
+                pack_units<T>({x, x_stride, 1}, i0 + i, int(std::min<int64_t>(MR, count - i)), D, MR, x_norms.norm + i0 + i, x_rows + i * words_d);
+            } else {
+                const int64_t p = task - groups;
+                pack_panel<T>({x + i0 * x_stride, 1, x_stride}, p * NR, columns_of(p), 0, count, width(p), x_columns + p * NR * words_r);
+            }
+        });
+        for (int64_t i = 0; i < count; i++)
+            row[i] = {x_norms.times(scale, i0 + i), x_norms.left[i0 + i], x_norms.inverse[i0 + i], x_norms.norm[i0 + i], sigmoid ? 0.0f : r[i0 + i], sigmoid ? 0.0f : r[n + i0 + i]};
+    }
+
+    // The chunk's gradients of one tile of columns, and what they add to the columns.
+    void gradients_of_tile(int64_t i0, int64_t count, int64_t tile, const Columns& all, int thread) {
+        T* g = tile_of_g + thread * R * TILE;
+        float* c = products + thread * block * NR;
+        float* errors = row_error + tile * R;
+        const int64_t j0 = tile * TILE, here = std::min(TILE, N - j0), panel = j0 / NR;
+        std::fill(errors, errors + count, 0.0f);
+        for (int64_t i = 0; i < count; i += block)
+            for (int64_t p = panel; p < panel + ceil_div(here, NR); p++) {
+                const int64_t rows = std::min(block, count - i), j = p * NR;
+                block_product<T>(rows, x_rows + i * words_d, by_width, p, p + 1, c, [](int64_t, int64_t, int, float*) {});
+                const Columns columns{all.inverse + j, all.left + j, all.left_low + j, all.norm + j, all.largest + j, all.log_sum + j, all.weight + j, all.live + j};
+                TileSums total = {};
+                const auto take = [&](auto function) {
+                    function(rows, by_width.columns(p), i0 + i + offset - j, c, row + i, columns, scale, bias, weight, g + i * TILE + j - j0,
+                             errors + i, column_error + j, total);
+                };
+                switch (by_width.width(p) / VL) {
+                    case 1: take(sigmoid ? gradient_tile<1, true, T> : gradient_tile<1, false, T>); break;
+                    case 2: take(sigmoid ? gradient_tile<2, true, T> : gradient_tile<2, false, T>); break;
+                    default: take(sigmoid ? gradient_tile<3, true, T> : gradient_tile<3, false, T>);
+                }
+                for (int lane = 0; lane < VL; lane++) sums[2 * tile] += total.scale[lane], sums[2 * tile + 1] += total.bias[lane];
+            }
+        if (grad_x)
+            for (int64_t i = 0; i < count; i += MR)
+                pack_panel<T>({g, TILE, 1}, i, int(std::min<int64_t>(MR, count - i)), 0, here, MR,
+                              gradients + (i * words_n + j0 / Word<T>::ks * MR));
+        if (grad_y) add_to_columns(i0, count, j0, here, g, tile_columns + thread * TILE * words_r);
+    }
+
+    void add_to_columns(int64_t i0, int64_t count, int64_t j0, int64_t here, const T* g, word_t<T>* packed) {
+        const int64_t words = words_of<T>(count);
+        for (int64_t j = 0; j < here; j += MR)
+            pack_panel<T>({g, 1, TILE}, j, int(std::min<int64_t>(MR, here - j)), 0, count, MR, packed + j * words);
+        for (int64_t p = 0; p < ceil_div(D, NR); p++)
+            for (int64_t j = 0; j < here; j += MR)
+                block_into<T>(words, packed + j * words, x_columns + p * NR * words_r, width(p), int(std::min<int64_t>(MR, here - j)),
+                              columns_of(p), grad_y + (j0 + j) * D + p * NR, D, i0 > 0);
+        if (ROUNDS && i0 + count == n)
+            for (int64_t j = j0; j < j0 + here; j++)
+                for_vectors(D, [&](int64_t d, int lanes) {
+                    float* at = grad_y + j * D + d;
+                    store(at, load(at, lanes) + column_error[j] * load(mean_x + d, lanes), lanes);
+                });
+    }
+
+    // grad_rows = G y, in pieces of columns whose words stay in the cache.
+    void multiply_rows(int64_t count) {
+        constexpr int64_t PIECE = CHAIN<word_t<T>>;
+        const int64_t panels = ceil_div(D, NR), halves = threads > 1 ? 2 : 1, groups = std::min<int64_t>(panels, threads > 1 ? 2 * threads : 1);
+        parallel(groups * halves, threads, [&](int64_t task, int) {
+            const int64_t group = task / halves, half = task % halves, rows = ceil_div(count, MR);
+            for (int64_t k = 0; k == 0 || k < words_n; k += PIECE)
+                for (int64_t p = panels * group / groups; p < panels * (group + 1) / groups; p++)
+                    for (int64_t m = rows * half / halves; m < rows * (half + 1) / halves; m++) {
+                        const int64_t i = m * MR;
+                        block_into<T>(std::min(PIECE, words_n - k), gradients + (i * words_n + k * MR), by_pair.panel(p) + k * width(p), width(p),
+                                      int(std::min<int64_t>(MR, count - i)), columns_of(p), grad_rows + (i * D + p * NR), D, k > 0);
+                    }
+        });
+    }
+
+    void finish_row(int64_t i0, int64_t i) {
+        float* grad = grad_rows + i * D;
+        if (ROUNDS) {
+            double error = 0.0;
+            for (int64_t tile = 0; tile < tiles; tile++) error += row_error[tile * R + i];
+            const float lost = float(error);
+            for_vectors(D, [&](int64_t d, int lanes) { store(grad + d, load(grad + d, lanes) + lost * load(mean_y + d, lanes), lanes); });
+        }
+        const T* from = x + (i0 + i) * x_stride;
+        project_row(grad, from, float(norm_of(from, D)), D, grad_x + (i0 + i) * D);
+    }
+};
+
+}  // namespace
+
+// As forward, with r [2, n], c_max, c_log, column_weight [N] (null for sigmoid), row_weight scalar -> grad_x [n, D]; grad_y [N, D] float, with
+// the norms of y held fixed; grad_scale, grad_bias double. grad_x and grad_y may be null.
+template <class T>
+void contrastive_loss_backward(
+    const T* x, int64_t x_stride, const T* y, int64_t y_stride, const float* scale, const float* bias, bool sigmoid, int64_t offset,
+    const float* r, const float* c_max, const float* c_log, const float* row_weight, const float* column_weight, T* grad_x, float* grad_y,
+    double* grad_scale, double* grad_bias, int64_t n, int64_t N, int64_t D, int threads
+) {
+    const int64_t wide = round_up(N, NR);
+    Buffer<float> padded(4 * wide);
+    const float* from[3] = {c_max, c_log, column_weight};
+    std::fill(padded.data(), padded + 4 * wide, 0.0f);
+    if (!sigmoid)
+        for (int which = 0; which < 3; which++) std::copy(from[which], from[which] + N, padded + which * wide);
+    std::fill(padded + 3 * wide, padded + 3 * wide + N, 1.0f);
+    Backward<T> backward{x, x_stride, y, y_stride, *scale, bias ? *bias : 0.0f, sigmoid, offset, r, *row_weight, grad_x, grad_y,
+                         n, N, D, threads};
+    take_norms(x, x_stride, n, D, backward.x_norms, threads);
+    take_norms(y, y_stride, N, D, backward.y_norms, threads);
+    const Columns columns{backward.y_norms.inverse, backward.y_norms.left, backward.y_norms.left_low, backward.y_norms.norm, padded, padded + wide, padded + 2 * wide, padded + 3 * wide};
+    backward.run(columns, grad_scale, grad_bias);
+}
+OV3_EXPORT(
+    contrastive_loss_backward,
+    (Ptr x, int64_t x_stride, Ptr y, int64_t y_stride, Ptr scale, Ptr bias, int64_t sigmoid, int64_t offset, Ptr r, Ptr c_max, Ptr c_log,
+     Ptr row_weight, Ptr column_weight, Ptr grad_x, Ptr grad_y, Ptr grad_scale, Ptr grad_bias, int64_t n, int64_t N, int64_t D,
+     int64_t threads),
+    (x, x_stride, y, y_stride, scale, bias, sigmoid != 0, offset, r, c_max, c_log, row_weight, column_weight, grad_x, grad_y, grad_scale,
+     grad_bias, n, N, D, int(threads))
+)
+
+// grad [R, D] float with the norms held fixed, x [R, D] -> out [R, D], the gradient; out may be grad.
+template <class T>
+void contrastive_loss_project(const float* grad, const T* x, int64_t x_stride, T* out, int64_t R, int64_t D, int threads) {
+    parallel(ceil_div(R, 16), threads, [&](int64_t task, int) {
+        for (int64_t i = task * 16; i < std::min(R, (task + 1) * 16); i++)
+            project_row(grad + i * D, x + i * x_stride, float(norm_of(x + i * x_stride, D)), D, out + i * D);
+    });
+}
+OV3_EXPORT(
+    contrastive_loss_project, (Ptr grad, Ptr x, int64_t x_stride, Ptr out, int64_t R, int64_t D, int64_t threads),
+    (grad, x, x_stride, out, R, D, int(threads))
+)

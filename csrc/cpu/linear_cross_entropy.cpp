@@ -1,0 +1,338 @@
+// Cross-entropy of a linear head: logits z_tv = <h_t, w_v> in chunks of tokens, transposed, so that a softmax runs down the lanes.
+//
+// For a chunk of R tokens: tiles of vocabulary times tokens, whose exponentials below the running maximum are kept; then the gradients
+// G_vt by the logits take their place, and G^T w and G h follow. With gradients wanted at once nothing is computed twice: three products.
+// Weights of 16 bits gather their gradient in float all the same: the upper half of the bits lies in the result, the lower one aside.
+#include <type_traits>
+
+#include "export.h"
+#include "softmax.h"
+
+using namespace ov3;
+
+namespace {
+
+template <class T>
+constexpr int64_t CHUNK = 192 * (sizeof(T) == 2 ? 1 : 2);  // tokens at once: what is kept of them is V * CHUNK elements
+constexpr int64_t TILE = 192;                              // classes of a task
+
+template <class T>
+struct Head {
+    static constexpr int64_t R = CHUNK<T>;
+    static constexpr bool NARROW = !std::is_same<T, float>::value;
+
+    const T* h;
+    int64_t h_stride;
+    const T* w;
+    int64_t w_stride;
+    const int64_t* labels;
+    const int64_t* tokens;  // positions of the rows of h that count
+    int64_t count, V, D;
+    bool gradients;
+    T* grad_h;  // rows as in h, a distance of D apart; or null
+    T* grad_w;  // or null
+    int threads;
+
+    const int64_t words_d = words_of<T>(D), words_r = words_of<T>(R), tiles = ceil_div(V, TILE), wide = round_up(R, NR);
+    const int64_t panels_d = ceil_div(D, NR), room = std::min(R, round_up(std::max<int64_t>(count, 1), NR));
+    Buffer<T> rows{room * D};                                             // the chunk of h
+    Buffer<word_t<T>> by_width{words_d * wide};                           // the chunk of h for the logits
+    Buffer<word_t<T>> by_token{grad_w ? words_r * round_up(D, VL) : 0};   // and for the gradient of w
+    Buffer<T> kept{gradients ? V * room : 0};                             // [V][room]
+    Buffer<uint16_t> lower{NARROW && grad_w ? V * D : 0};                 // of grad_w's bits
+    Buffer<float> grad_rows{grad_h ? room * D : 0};
+    Buffer<float> largest{tiles * wide}, total{tiles * wide};             // of a tile's exponentials
+    Buffer<float> own{wide}, upstream{wide}, top{wide}, log_sum{wide};
+    // Of a thread:
+    Buffer<word_t<T>> a{threads * TILE * words_d};
+    Buffer<word_t<T>> a_tokens{grad_w ? threads * TILE * words_r : 0};
+    Buffer<float> products{threads * TILE * NR};
+    static constexpr int64_t PIECE = CHAIN<word_t<T>> < 256 ? CHAIN<word_t<T>> : 256;
+    Buffer<word_t<T>> a_classes{grad_h ? round_up(room, MR) * PIECE : 0};
+    Buffer<word_t<T>> b_classes{grad_h ? PIECE * round_up(D, VL) : 0};
+
+    int width(int64_t panel) const { return int(std::min<int64_t>(NR, round_up(D - panel * NR, VL))); }
+    int columns_of(int64_t panel) const { return int(std::min<int64_t>(NR, D - panel * NR)); }
+
+    void take_chunk(int64_t t0, int64_t here) {
+        const int64_t panels = ceil_div(here, NR);
+        parallel(ceil_div(here, 16), threads, [&](int64_t task, int) {
+            for (int64_t t = task * 16; t < std::min(here, (task + 1) * 16); t++) {
+                const T* row = h + tokens[t0 + t] * h_stride;
+                std::copy(row, row + D, rows + t * D);
+            }
+        });
+        parallel(panels + (grad_w ? panels_d : 0), threads, [&](int64_t p, int) {
+            if (p < panels) {
+                const int64_t n = std::min<int64_t>(NR, here - p * NR);
+                pack_panel<T>({rows, D, 1}, p * NR, int(n), 0, D, int(round_up(n, VL)), by_width + p * NR * words_d);
+            } else {
+                p -= panels;
+                pack_panel<T>({rows, 1, D}, p * NR, columns_of(p), 0, here, width(p), by_token + p * NR * words_r);
+            }
+        });
+    }
+
+    // Logits of one tile: take(first class in the tile, token, vectors, classes, c).
+    template <class Take>
+    void logits(int64_t here, int64_t tile, int thread, const Take& take) {
+        const int64_t v0 = tile * TILE, classes = std::min(TILE, V - v0);
+        word_t<T>* packed = a + thread * TILE * words_d;
+        float* c = products + thread * TILE * NR;
+        pack_block<T>({w, w_stride, 1}, v0, classes, D, packed);
+        for (int64_t t = 0; t < here; t += NR) {
+            const int n = int(std::min<int64_t>(NR, round_up(here - t, VL)));
+            for (int64_t k = 0; k == 0 || k < words_d; k += CHAIN<word_t<T>>)
+                for (int64_t m = 0; m < classes; m += MR)
+                    micro(n / VL, std::min(CHAIN<word_t<T>>, words_d - k), packed + m * words_d + k * MR, by_width + t * words_d + k * n, n,
+                          c + m * NR, NR, k > 0);
+            for (int j = 0; j < n; j += VL) take(v0, classes, t + j, int(std::min<int64_t>(VL, here - t - j)), c + j);
+        }
+    }
+
+    // Maxima and sums of one tile, and the exponentials below the former where they are kept.
+    void exponentials(int64_t t0, int64_t here, int64_t tile, int thread) {
+        logits(here, tile, thread, [&](int64_t v0, int64_t classes, int64_t t, int lanes, float* c) {
+            vf highest = splat(LOWEST);
+            for (int64_t v = 0; v < classes; v++) highest = max(highest, load(c + v * NR));
+            vd sums = {};
+            for (int64_t first = 0; first < classes; first += 4) {
+                vf few = {};
+                for (int64_t v = first; v < std::min(classes, first + 4); v++) {
+                    const vf e = exp_below(load(c + v * NR) - highest);
+                    few += e;
+                    if (gradients) store(kept + (v0 + v) * room + t, e, lanes);
+                }
+                sums += __builtin_convertvector(few, vd);
+            }
+            store(largest + tile * wide + t, highest);
+            store(total + tile * wide + t, __builtin_convertvector(sums, vf));
+            for (int lane = 0; lane < lanes; lane++) {
+                const int64_t label = labels[tokens[t0 + t + lane]] - v0;
+                if (label >= 0 && label < classes) own[t + lane] = c[label * NR + lane];
+            }
+        });
+    }
+
+    void log_sums(int64_t t0, int64_t here, float* nll, float* lse, int64_t lse_stride) {
+        for (int64_t t = 0; t < here; t++) {
+            Lse all;
+            for (int64_t tile = 0; tile < tiles; tile++) all.add(largest[tile * wide + t], total[tile * wide + t]);
+            const int64_t at = tokens[t0 + t];
+            top[t] = all.largest, log_sum[t] = float(std::log(all.total));
+            nll[at] = (top[t] - own[t]) + log_sum[t];
+            if (lse) lse[at] = top[t], lse[lse_stride + at] = log_sum[t];
+        }
+    }
+
+    // kept: exponentials -> gradients, for the same upstream gradient of all tokens.
+    void scale_kept(int64_t t0, int64_t here, int64_t tile, float factor) {
+        const int64_t v0 = tile * TILE, classes = std::min(TILE, V - v0);
+        float* scale = largest + tile * wide;
+        for_vectors(here, [&](int64_t t, int lanes) {
+            store(scale + t, exp_below((load(scale + t, lanes) - load(top + t, lanes)) - load(log_sum + t, lanes)) * factor, lanes);
+        });
+        for (int64_t v = v0; v < v0 + classes; v++)
+            for_vectors(here, [&](int64_t t, int lanes) {
+                T* at = kept + v * room + t;
+                store(at, load(at, lanes) * load(scale + t, lanes), lanes);
+            });
+        for (int64_t t = 0; t < here; t++) {
+            const int64_t label = labels[tokens[t0 + t]] - v0;
+            if (label < 0 || label >= classes) continue;
+            // In float, before rounding takes 1 - small to 1.
+            const float p = exp_below(splat((own[t] - top[t]) - log_sum[t]))[0];
+            kept[(v0 + label) * room + t] = from_float<T>((p - 1.0f) * factor);
+        }
+    }
+
+    // The same straight from logits, given their log-sums and an upstream gradient per token.
+    void gradients_of_tile(int64_t t0, int64_t here, int64_t tile, int thread) {
+        logits(here, tile, thread, [&](int64_t v0, int64_t classes, int64_t t, int lanes, float* c) {
+            const vf highest = load(top + t), log = load(log_sum + t), up = load(upstream + t);
+            for (int64_t v = 0; v < classes; v++) store(c + v * NR, exp_below((load(c + v * NR) - highest) - log));
+            for (int lane = 0; lane < lanes; lane++) {
+                const int64_t label = labels[tokens[t0 + t + lane]] - v0;
+                if (label >= 0 && label < classes) c[label * NR + lane] -= 1.0f;
+            }
+            for (int64_t v = 0; v < classes; v++) store(kept + (v0 + v) * room + t, load(c + v * NR) * up, lanes);
+        });
+    }
+
+    // grad_w += G h of one tile.
+    void add_to_weight(int64_t t0, int64_t here, int64_t tile, int thread) {
+        const int64_t v0 = tile * TILE, classes = std::min(TILE, V - v0), words = words_of<T>(here);
+        word_t<T>* packed = a_tokens + thread * TILE * words_r;
+        pack_block<T>({kept, room, 1}, v0, classes, here, packed);
+        for (int64_t p = 0; p < panels_d; p++)
+            for (int64_t v = 0; v < classes; v += MR) {
+                const int n = int(std::min<int64_t>(MR, classes - v));
+                const int64_t at = (v0 + v) * D + p * NR;
+                const word_t<T>*from = packed + v * words, *b = by_token + p * NR * words_r;
+                if constexpr (NARROW) add_narrow(words, from, b, width(p), n, columns_of(p), grad_w + at, lower + at, t0 > 0);
+                else block_into<T>(words, from, b, width(p), n, columns_of(p), grad_w + at, D, t0 > 0);
+            }
+        if constexpr (NARROW)
+            if (t0 + here == count)
+                for_vectors(classes * D, [&](int64_t i, int lanes) {
+                    store(grad_w + v0 * D + i, join(grad_w + v0 * D + i, lower + v0 * D + i, lanes), lanes);
+                });
+    }
+
+    // A float whose upper bits lie at `up`.
+    static vf join(const T* up, const uint16_t* low, int lanes) {
+        const vu bits = bit_cast<vu>(load(reinterpret_cast<const bf16*>(low), lanes)) >> 16;
+        return bit_cast<vf>(bit_cast<vu>(load(up, lanes)) | bits);
+    }
+    // The halves of x, cut and not rounded.
+    static void part(vf x, T* up, uint16_t* low, int lanes) {
+        const vu bits = bit_cast<vu>(x);
+        store_half(__builtin_convertvector(bits >> 16, vu16), reinterpret_cast<uint16_t*>(up), lanes);
+        store_half(__builtin_convertvector(bits, vu16), low, lanes);
+    }
+    static void store_half(vu16 x, uint16_t* to, int lanes) {
+        if (lanes == VL) std::memcpy(to, &x, sizeof x);
+        else std::memcpy(to, &x, lanes * sizeof(uint16_t));
+    }
+
+    void add_narrow(
+        int64_t words, const word_t<T>* from, const word_t<T>* b, int width, int n, int columns, T* up, uint16_t* low, bool accumulate
+    ) {
+        float c[MR * NR];
+        if (accumulate)
+            for (int i = 0; i < n; i++)
+                for (int j = 0; j < columns; j += 32) __builtin_prefetch(up + i * D + j, 1), __builtin_prefetch(low + i * D + j, 1);
+        for (int64_t k = 0; k == 0 || k < words; k += CHAIN<word_t<T>>)
+            micro(width / VL, std::min(CHAIN<word_t<T>>, words - k), from + k * MR, b + k * width, width, c, NR, k > 0);
+        for (int i = 0; i < n; i++)
+            for_vectors(columns, [&](int64_t j, int lanes) {
+                const int64_t at = i * D + j;
+                const vf x = load(c + i * NR + j, lanes);
+                part(accumulate ? join(up + at, low + at, lanes) + x : x, up + at, low + at, lanes);
+            });
+    }
+
+    // grad_rows = G^T w in pieces of classes, whose words all threads share.
+    void multiply_rows(int64_t here) {
+        constexpr int64_t CLASSES = PIECE * Word<T>::ks;
+        const int64_t groups = ceil_div(here, MR), halves = threads > 1 ? 2 : 1, parts = std::min<int64_t>(panels_d, 2 * threads - (threads == 1));
+        for (int64_t v = 0; v < V; v += CLASSES) {
+            const int64_t classes = std::min(CLASSES, V - v), words = words_of<T>(classes);
+            parallel(groups + panels_d, threads, [&](int64_t task, int) {
+                if (task < groups) {
+                    const int64_t t = task * MR;
+                    pack_panel<T>({kept + v * room, 1, room}, t, int(std::min<int64_t>(MR, here - t)), 0, classes, MR, a_classes + t * words);
+                } else {
+                    const int64_t p = task - groups;
+                    pack_panel<T>({w + v * w_stride, 1, w_stride}, p * NR, columns_of(p), 0, classes, width(p), b_classes + p * NR * words);
+                }
+            });
+            parallel(parts * halves, threads, [&](int64_t task, int) {
+                const int64_t part = task / halves, half = task % halves;
+                for (int64_t p = panels_d * part / parts; p < panels_d * (part + 1) / parts; p++)
+                    for (int64_t m = groups * half / halves; m < groups * (half + 1) / halves; m++) {
+                        const int64_t t = m * MR;
+                        block_into<T>(words, a_classes + t * words, b_classes + p * NR * words, width(p), int(std::min<int64_t>(MR, here - t)),
+                                      columns_of(p), grad_rows + (t * D + p * NR), D, v > 0);
+                    }
+            });
+        }
+    }
+
+    void finish_rows(int64_t t0, int64_t here) {
+        parallel(ceil_div(here, 16), threads, [&](int64_t task, int) {
+            for (int64_t t = task * 16; t < std::min(here, (task + 1) * 16); t++) {
+                T* out = grad_h + tokens[t0 + t] * D;
+                for_vectors(D, [&](int64_t d, int lanes) { store(out + d, load(grad_rows + t * D + d, lanes), lanes); });
+            }
+        });
+    }
+
+    void rest_of_gradients(int64_t t0, int64_t here) {
+        if (!grad_h) return;
+        multiply_rows(here);
+        finish_rows(t0, here);
+    }
+
+    // nll [T] and lse [2, T] (or null) at the tokens that count; gradients for an upstream gradient `factor` of each.
+    void forward(float* nll, float* lse, int64_t lse_stride, float factor) {
+        for (int64_t t0 = 0; t0 < count; t0 += R) {
+            const int64_t here = std::min(R, count - t0);
+            take_chunk(t0, here);
+            parallel(tiles, threads, [&](int64_t tile, int thread) { exponentials(t0, here, tile, thread); });
+            log_sums(t0, here, nll, lse, lse_stride);
+            if (!gradients) continue;
+            parallel(tiles, threads, [&](int64_t tile, int thread) {
+                scale_kept(t0, here, tile, factor);
+                if (grad_w) add_to_weight(t0, here, tile, thread);
+            });
+            rest_of_gradients(t0, here);
+        }
+    }
+
+    void backward(const float* grad_nll, const float* lse, int64_t lse_stride) {
+        for (int64_t t0 = 0; t0 < count; t0 += R) {
+            const int64_t here = std::min(R, count - t0);
+            take_chunk(t0, here);
+            for (int64_t t = 0; t < here; t++) {
+                const int64_t at = tokens[t0 + t];
+                top[t] = lse[at], log_sum[t] = lse[lse_stride + at], upstream[t] = grad_nll[at];
+            }
+            parallel(tiles, threads, [&](int64_t tile, int thread) {
+                gradients_of_tile(t0, here, tile, thread);
+                if (grad_w) add_to_weight(t0, here, tile, thread);
+            });
+            rest_of_gradients(t0, here);
+        }
+    }
+};
+
+}  // namespace
+
+// h [T, D], w [V, D] with rows a stride apart, labels [T], tokens [count] the positions that count -> nll [T], lse [2, T] there.
+template <class T>
+void linear_cross_entropy_forward(
+    const T* h, int64_t h_stride, const T* w, int64_t w_stride, const int64_t* labels, const int64_t* tokens, float* nll, float* lse,
+    int64_t count, int64_t rows, int64_t V, int64_t D, int threads
+) {
+    Head<T> head{h, h_stride, w, w_stride, labels, tokens, count, V, D, false, nullptr, nullptr, threads};
+    head.forward(nll, lse, rows, 0.0f);
+}
+OV3_EXPORT(
+    linear_cross_entropy_forward,
+    (Ptr h, int64_t h_stride, Ptr w, int64_t w_stride, Ptr labels, Ptr tokens, Ptr nll, Ptr lse, int64_t count, int64_t rows, int64_t V,
+     int64_t D, int64_t threads),
+    (h, h_stride, w, w_stride, labels, tokens, nll, lse, count, rows, V, D, int(threads))
+)
+
+// Those, grad_nll [T] and lse [2, T] -> grad_h [T, D] at the positions that count and grad_w [V, D], each of which may be null; count > 0.
+template <class T>
+void linear_cross_entropy_backward(
+    const T* h, int64_t h_stride, const T* w, int64_t w_stride, const int64_t* labels, const int64_t* tokens, const float* grad_nll,
+    const float* lse, T* grad_h, T* grad_w, int64_t count, int64_t rows, int64_t V, int64_t D, int threads
+) {
+    Head<T> head{h, h_stride, w, w_stride, labels, tokens, count, V, D, true, grad_h, grad_w, threads};
+    head.backward(grad_nll, lse, rows);
+}
+OV3_EXPORT(
+    linear_cross_entropy_backward,
+    (Ptr h, int64_t h_stride, Ptr w, int64_t w_stride, Ptr labels, Ptr tokens, Ptr grad_nll, Ptr lse, Ptr grad_h, Ptr grad_w, int64_t count,
+     int64_t rows, int64_t V, int64_t D, int64_t threads),
+    (h, h_stride, w, w_stride, labels, tokens, grad_nll, lse, grad_h, grad_w, count, rows, V, D, int(threads))
+)
+
+// Both in one: nll [T], and the gradients of factor * sum(nll); count > 0.
+template <class T>
+void linear_cross_entropy_total(
+    const T* h, int64_t h_stride, const T* w, int64_t w_stride, const int64_t* labels, const int64_t* tokens, double factor, float* nll,
+    T* grad_h, T* grad_w, int64_t count, int64_t V, int64_t D, int threads
+) {
+    Head<T> head{h, h_stride, w, w_stride, labels, tokens, count, V, D, grad_h || grad_w, grad_h, grad_w, threads};
+    head.forward(nll, nullptr, 0, float(factor));
+}
+OV3_EXPORT(
+    linear_cross_entropy_total,
+    (Ptr h, int64_t h_stride, Ptr w, int64_t w_stride, Ptr labels, Ptr tokens, double factor, Ptr nll, Ptr grad_h, Ptr grad_w, int64_t count,
+     int64_t V, int64_t D, int64_t threads),
+    (h, h_stride, w, w_stride, labels, tokens, factor, nll, grad_h, grad_w, count, V, D, int(threads))
+)

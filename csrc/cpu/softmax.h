@@ -1,0 +1,113 @@
+// What the losses share: exponentials and logarithms of a softmax, and blocks of products that are added to rows of a result.
+#pragma once
+
+#include <algorithm>
+
+#include "gemm.h"
+#include "math.h"
+
+namespace ov3 {
+
+typedef double vd __attribute__((vector_size(VL * 8)));
+
+// Stands for -infinity where a difference of two of them must be 0.
+constexpr float LOWEST = -1e30f;
+
+// exp(x) = 1 + x + x^2 q(x) for |x| <= ln(2) / 2, largest relative error 3.7e-9.
+constexpr float EXP_SQUARES[] = {1.381453476e-03f, 8.368745446e-03f, 4.166839272e-02f, 1.666652113e-01f, 4.999999404e-01f};
+
+// exp(x) of x <= 0 up to rounding, x = (z - max) as a softmax has it. Errors of exp(x) near x = 0 don't average out in sums of gradients
+// that cancel, so the leading terms are exact here.
+inline vf exp_below(vf x) {
+    const vf t = max(x, splat(-105.0f)), n = round_to_integer(t * LOG2_E);
+    const vf f = (t - n * 0.693145751953125f) - n * 1.42860677e-6f;
+    return scale_by_power((polynomial(f, EXP_SQUARES) * f * f + f) + 1.0f, n);
+}
+
+// ln(1 + e) of 0 <= e <= 1 with all its digits.
+inline vf log1p_unit(vf e) {
+    const vi large = e > 0.414213562f;
+    const vf f = large ? e * 0.5f - 0.5f : e, one = large ? splat(1.0f) : vf{};
+    const vf small = f * f * (polynomial(f, LOG) * f - 0.5f) + one * -2.12194440e-4f;
+    return (small + f) + one * 0.693359375f;
+}
+inline vf softplus(vf z) { return max(z, vf{}) + log1p_unit(exp_below(-abs(z))); }
+
+// x as it is after rounding: no later operation may be fused with the one that made it.
+inline void keep_apart(vf& x) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(x));
+#elif defined(__x86_64__)
+    asm("" : "+x"(x));
+#elif defined(__aarch64__)
+    asm("" : "+w"(x));
+#else
+    asm("" : "+m"(x));
+#endif
+}
+
+// What rounding took from a * b = p.
+inline vf product_error(vf a, vf b, vf p) {
+#if defined(__AVX512F__)
+    return bit_cast<vf>(_mm512_fmsub_ps(bit_cast<__m512>(a), bit_cast<__m512>(b), bit_cast<__m512>(p)));
+#elif defined(__FMA__)
+    return bit_cast<vf>(_mm256_fmsub_ps(bit_cast<__m256>(a), bit_cast<__m256>(b), bit_cast<__m256>(p)));
+#else
+    const auto widen = [](vf x) { return __builtin_convertvector(x, vd); };
+    return __builtin_convertvector(widen(a) * widen(b) - widen(p), vf);
+#endif
+}
+
+inline bool any(vi mask) {
+#if defined(__AVX512F__)
+    const __m512i m = bit_cast<__m512i>(mask);
+    return _mm512_test_epi32_mask(m, m) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_epi8(bit_cast<__m256i>(mask)) != 0;
+#else
+    int32_t all = 0;
+    for (int i = 0; i < VL; i++) all |= mask[i];
+    return all != 0;
+#endif
+}
+
+// A log-sum-exp on the way: the largest argument and the sum of exponentials below it.
+struct Lse {
+    float largest = LOWEST;
+    double total = 0.0;
+
+    void add(float other, double sum) {
+        const float top = largest < other ? other : largest;
+        total = total * std::exp(double(largest) - top) + sum * std::exp(double(other) - top);
+        largest = top;
+    }
+    void add(vf other, vf sums) {
+        const float top = ov3::largest(other);
+        add(top, sum(sums * exp_below(other - top)));
+    }
+};
+
+// One MR x width block of a product: c[rows][columns] = (accumulate ? c : 0) + sum over `words` of a[.][MR] b[.][width].
+template <class T>
+inline void block_into(
+    int64_t words, const word_t<T>* a, const word_t<T>* b, int width, int rows, int columns, float* c, int64_t ldc, bool accumulate
+) {
+    constexpr int64_t LONGEST = CHAIN<word_t<T>>;
+    const bool whole = rows == MR && columns == width;
+    float room[MR * NR];
+    float* out = whole ? c : room;
+    const int64_t ldo = whole ? ldc : NR;
+    if (accumulate)
+        for (int i = 0; i < rows; i++)
+            for (int j = 0; j < columns; j += VL) __builtin_prefetch(c + i * ldc + j, 1);
+    for (int64_t k = 0; k == 0 || k < words; k += LONGEST)
+        micro(width / VL, std::min(LONGEST, words - k), a + k * MR, b + k * width, width, out, ldo, k > 0 || (whole && accumulate));
+    if (whole) return;
+    for (int i = 0; i < rows; i++)
+        for_vectors(columns, [&](int64_t j, int lanes) {
+            const vf x = load(room + i * NR + j, lanes);
+            store(c + i * ldc + j, accumulate ? load(c + i * ldc + j, lanes) + x : x, lanes);
+        });
+}
+
+}  // namespace ov3

@@ -50,10 +50,10 @@ def main():
     show("SIN", *fit(x**2, (np.sin(x) - x) / x**3, range(0, 3), np.abs(x**3)))
     show("COS", *fit(x**2, (np.cos(x) - 1 + x * x / 2) / x**4, range(0, 3), x**4))
 
-    # log(2 Phi(-t)), so that 2 Phi(-t) = exp(poly) has an even absolute error, weighted by t as in t Phi(-t).
-    t = nodes(0, 6.0)
-    tail = np.array([math.erfc(v / math.sqrt(2)) for v in t])
-    show("LOG_TAIL", *fit(t, np.log(tail), range(1, 11), tail * (1 + t)))
+    # Phi(-t) exp(t^2 / 2) in powers of s = 1 / (1 + 0.275 t), so that Phi(-t) has an even absolute error, weighted by t as in t Phi(-t).
+    t = nodes(0, 6.5)
+    tail, bell, s = np.array([0.5 * math.erfc(v / math.sqrt(2)) for v in t]), np.exp(-t * t / 2), 1 / (1 + 0.275 * t)
+    show("TAIL", *fit(s, tail / bell, range(1, 7), bell * (1 + t)))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ namespace ov3 {
 constexpr int VECTORS = 3;                // vectors in a full panel of B
 constexpr int NR = VECTORS * VL;          // lanes in a full panel of B
 constexpr int MR = VL == 16 ? 8 : 4;      // rows in a panel of A
-constexpr int64_t A_BLOCK_WORDS = 1 << 16;  // of A, in the second-level cache
+constexpr int64_t A_BLOCK_WORDS = 1 << 17;  // of A, in the second-level cache
 
 template <class T>
 struct Word {

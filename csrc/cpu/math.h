@@ -25,9 +25,8 @@ constexpr float LOG[] = {-7.634429862e-02f, 1.276155034e-01f,  -1.316019506e-01f
 constexpr float SIN[] = {-1.948874536e-04f, 8.331923956e-03f, -1.666664969e-01f};
 // largest error 1.1e-10
 constexpr float COS[] = {2.443120314e-05f, -1.388730602e-03f, 4.166664565e-02f};
-// largest error 5.2e-10
-constexpr float LOG_TAIL[] = {-3.943899112e-08f, 9.706281058e-07f, -1.059336495e-05f, 6.571762834e-05f, -2.249884448e-04f,
-                              4.419096484e-05f,  4.780354045e-03f, -3.633576256e-02f, -3.183097358e-01f, -7.978845774e-01f};
+// largest error 1.5e-08
+constexpr float TAIL[] = {-1.142562029e-01f, 4.495569077e-01f, -3.270597679e-01f, 3.307864191e-01f, 4.336014880e-02f, 1.176125104e-01f};
 
 constexpr float LOG2_E = 1.44269504088896341f;
 
@@ -78,37 +77,36 @@ inline void sin_cos(vf x, vf& sine, vf& cosine) {
 
 inline vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
 
-// The normal distribution's function, absolute error 1e-7; exactly 0 and 1 beyond 6 standard deviations, as in float32.
-inline vf normal_cdf(vf x) {
-    const vf t = abs(x);
-    const vf inside = min(t, splat(6.0f));
-    vf tail = 0.5f * exp(polynomial(inside, LOG_TAIL) * inside);
-    tail = (t > 6.0f) ? vf{} : tail;
+// The normal distribution's function, absolute error 1e-7, and exp(-x^2 / 2), of which its tails are a multiple.
+inline vf normal_cdf(vf x, vf& bell) {
+    bell = exp2(x * x * (-0.5f * LOG2_E));
+    const vf s = 1.0f / (1.0f + 0.275f * abs(x)), tail = bell * (polynomial(s, TAIL) * s);
     return (x < 0.0f) ? tail : 1.0f - tail;
 }
-inline vf normal_density(vf x) { return 0.398942280401432678f * exp(-0.5f * x * x); }
 
 enum Activation { GELU, GELU_TANH };
 
 inline vf tanh_argument(vf x) { return x * (1.5957691216057308f + 0.07135481282723f * x * x); }  // 2 sqrt(2/pi) (x + 0.044715 x^3)
 
-template <Activation KIND>
-inline vf gelu(vf x) {
-    return x * (KIND == GELU ? normal_cdf(x) : sigmoid(tanh_argument(x)));
-}
-
 // gelu(x) and its derivative.
 template <Activation KIND>
 inline void gelu_with_slope(vf x, vf& value, vf& slope) {
     if (KIND == GELU) {
-        const vf cdf = normal_cdf(x);
+        vf bell;
+        const vf cdf = normal_cdf(x, bell);
         value = x * cdf;
-        slope = cdf + x * normal_density(x);
+        slope = cdf + x * (0.398942280401432678f * bell);
     } else {
         const vf s = sigmoid(tanh_argument(x));
         value = x * s;
         slope = s + x * s * (1.0f - s) * (1.5957691216057308f + 0.21406443848169f * x * x);
     }
+}
+template <Activation KIND>
+inline vf gelu(vf x) {
+    vf value, slope;
+    gelu_with_slope<KIND>(x, value, slope);
+    return value;
 }
 
 }  // namespace ov3

@@ -2,8 +2,11 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ov3fast import ops, testing
+from ov3fast.ops import _dispatch
 from ov3fast.ops.adamw_ema import BUCKET, adamw_ema_, reference
 
 SHAPES = [(7, 3), (), (0, 4), (1,), (5,), (2, 3, 2)]
@@ -23,6 +26,21 @@ def tensors(dtype=torch.float32, grad_dtype=None, shapes=SHAPES, requires_grad=F
 
 def widened(lists):
     return [[t.double() for t in values] for values in lists]
+
+
+def check(lists, arrange=torch.Tensor.contiguous, **how):
+    """One step within the budget of the specification, and the same bits twice. Returns the norm."""
+    how = NUMBERS | how
+    exact, plain = widened(lists), copy.deepcopy(lists)
+    ours, again = ([[arrange(t) for t in values] for values in copy.deepcopy(lists)] for _ in range(2))
+    norms = [reference(*exact, **how), reference(*plain, **how), adamw_ema_(*ours, **how), adamw_ema_(*again, **how)]
+    testing.assert_within_budget(norms[2], norms[1], norms[0], "norm")
+    for name, e, p, o, a in zip(("p", "g", "m", "v", "ema"), exact, plain, ours, again, strict=False):
+        for i in range(len(e)):
+            testing.assert_within_budget(o[i], p[i], e[i], f"{name}[{i}]")
+        testing.assert_same_bits(o, a)
+    assert norms[2].dtype == torch.float32 and ours[0][0].dtype == lists[0][0].dtype
+    return norms[2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -58,20 +76,82 @@ def test_against_torch(dtype, max_norm):
 )
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
 def test_parity(layout, dtype):
-    """Within the budget of the specification, over every layout, with a decay per parameter."""
+    """Over every layout, with a decay per parameter."""
+    decays = [0.1 * i for i in range(len(SHAPES))]
+    check(tensors(*dtype), testing.LAYOUTS[layout], step=3, weight_decay=decays, max_norm=1.0, ema_decay=0.99)
+
+
+def channels_last(t):
+    return t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
+
+
+LONG = [(8191,), (3, 8192), (8193,), (1,), (129, 193), (4, 5, 7, 3), (47,), (1025,)]
+"""Around the borders of chunks and vectors."""
+
+
+@pytest.mark.parametrize(
+    "dtype", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)]
+)
+@pytest.mark.parametrize("max_norm", [None, 0.5, 1e6])
+def test_long_tensors(dtype, max_norm):
+    check(tensors(*dtype, shapes=LONG), channels_last, step=7, weight_decay=0.1, max_norm=max_norm, ema_decay=0.3)
+
+
+def test_gradients_of_both_dtypes():
+    lists = tensors(torch.bfloat16)
+    lists[1][::2] = [g.float() for g in lists[1][::2]]
+    check(lists, step=3, weight_decay=0.1, max_norm=1.0, ema_decay=0.9)
+
+
+def test_layouts_that_differ():
+    """A parameter in channels_last whose gradient is contiguous, and the other way round."""
+    lists = tensors(shapes=[(4, 5, 7, 3), (2, 3, 4, 5)])
+    other = copy.deepcopy(lists)
+    how = dict(NUMBERS, step=1, weight_decay=0.1, max_norm=1.0, ema_decay=0.9)
+    for i, values in enumerate(other):
+        values[i % 2] = channels_last(values[i % 2])
+    strides = [[t.stride() for t in values] for values in other]
+    assert torch.equal(adamw_ema_(*lists, **how), adamw_ema_(*other, **how))
+    for values, others in zip(lists, other, strict=True):
+        testing.assert_same_bits(values, others)
+    assert strides == [[t.stride() for t in values] for values in other]
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+def test_threads_do_not_change_bits(max_norm):
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            lists = tensors(shapes=LONG)
+            norm = adamw_ema_(*lists, step=2, **NUMBERS, weight_decay=0.1, max_norm=max_norm, ema_decay=0.9)
+            results.append([norm, *(t for values in lists for t in values)])
+    finally:
+        torch.set_num_threads(before)
+    testing.assert_same_bits(*results)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 12), max_size=4).map(tuple), min_size=1, max_size=5),
+    dtype=st.sampled_from([(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)]),
+    layout=st.sampled_from(sorted(testing.LAYOUTS)),
+    max_norm=st.sampled_from([None, 0.1, 10.0]),
+    step=st.integers(1, 1000),
+    ema_decay=st.sampled_from([0.0, 0.4, 0.9999, 1.0]),
+)
+def test_any_shapes_and_strides(shapes, dtype, layout, max_norm, step, ema_decay):
     arrange = testing.LAYOUTS[layout]
-    lists = tensors(*dtype)
-    how = dict(NUMBERS, step=3, weight_decay=[0.1 * i for i in range(len(SHAPES))], max_norm=1.0, ema_decay=0.99)
-    exact, plain = widened(lists), copy.deepcopy(lists)
-    ours = [[arrange(t) for t in values] for values in lists]
-    again = [[arrange(t) for t in values] for values in copy.deepcopy(lists)]
-    norms = [reference(*exact, **how), reference(*plain, **how), adamw_ema_(*ours, **how), adamw_ema_(*again, **how)]
-    testing.assert_within_budget(norms[2], norms[1], norms[0], "norm")
-    for name, e, p, o, a in zip(("p", "g", "m", "v", "ema"), exact, plain, ours, again, strict=True):
-        for i in range(len(SHAPES)):
-            testing.assert_within_budget(o[i], p[i], e[i], f"{name}[{i}]")
-        testing.assert_same_bits(o, a)
-    assert norms[2].dtype == torch.float32 and ours[0][0].dtype == dtype[0]
+    check(tensors(*dtype, shapes=shapes), arrange, step=step, weight_decay=0.1, max_norm=max_norm, ema_decay=ema_decay)
+
+
+def test_backend(implementation):
+    how = 1, 0.1, 0.9, 0.95, 1e-8, [0.1] * len(SHAPES), 1.0, 0.9
+    expected = "reference" if implementation == "reference" else "cpu"
+    word = _dispatch.request("adamw_ema_", None)
+    for dtypes in ((torch.float32,), (torch.bfloat16,), (torch.bfloat16, torch.float32)):
+        assert _dispatch.chosen("adamw_ema_", word, *tensors(*dtypes), *how) == expected
+    assert _dispatch.chosen("adamw_ema_", "", *tensors(torch.float64), *how) == "reference"
 
 
 def test_buckets_do_not_change_bits(monkeypatch):
@@ -89,11 +169,7 @@ def test_buckets_do_not_change_bits(monkeypatch):
 
 
 def test_without_ema_clip_or_parameters():
-    lists = tensors()[:4]
-    plain = copy.deepcopy(lists)
-    norm = adamw_ema_(*lists, step=2, **NUMBERS, weight_decay=0.0)
-    assert torch.equal(norm, reference(*plain, step=2, **NUMBERS, weight_decay=0.0))
-    testing.assert_same_bits(lists[0], plain[0])
+    check(tensors()[:4], step=2, weight_decay=0.0)
     assert adamw_ema_([], [], [], [], step=1, **NUMBERS, weight_decay=0.1) == 0
 
 
@@ -108,10 +184,13 @@ def test_parameters_that_require_gradients():
         loss.backward()
 
 
-def test_nonfinite_gradient_shows_in_the_norm():
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_nonfinite_gradient_shows_in_the_norm(value, max_norm):
     lists = tensors()
-    lists[1][0][0, 0] = torch.nan
-    assert adamw_ema_(*lists, step=1, **NUMBERS, weight_decay=0.1, max_norm=1.0, ema_decay=0.9).isnan()
+    lists[1][0][0, 0] = value
+    norm = check(lists, step=1, weight_decay=0.1, max_norm=max_norm, ema_decay=0.9)
+    assert norm.isnan() if value != value else norm.isinf()
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
@@ -149,7 +228,7 @@ def test_compile():
         ({"lr": -1.0}, ValueError, "lr must be at least 0, got -1.0"),
         ({"max_norm": 0.0}, ValueError, "max_norm must be above 0 or None, got 0.0"),
         ({"ema_decay": 1.5}, ValueError, r"ema_decay must be in \[0, 1\], got 1.5"),
-        ({"impl": "apex"}, ValueError, "impl must be one of reference; got 'apex'"),
+        ({"impl": "apex"}, ValueError, "impl must be one of cpu, reference; got 'apex'"),
     ],
 )
 def test_errors(change, error, words):

@@ -1,0 +1,150 @@
+// AdamW with clipping and an average of the weights, over lists of tensors: the gradients are read for their norm, then every array is read
+// and written once, chunk by chunk.
+#include <algorithm>
+
+#include "export.h"
+#include "parallel.h"
+#include "simd.h"
+
+using namespace ov3;
+
+namespace {
+
+constexpr int64_t CHUNK = 8192;  // elements of a task
+constexpr int64_t BLOCK = 1024;  // squares that are added up in float
+
+// Chunks of all tensors in one row.
+class Chunks {
+  public:
+    Chunks(const int64_t* sizes, int64_t tensors) : sizes_(sizes), tensors_(tensors), first_(tensors + 1) {
+        first_[0] = 0;
+        for (int64_t i = 0; i < tensors; i++) first_[i + 1] = first_[i] + ceil_div(sizes[i], CHUNK);
+    }
+    int64_t count() const { return first_[tensors_]; }
+
+    // body(tensor, first element, elements)
+    template <class Body>
+    void at(int64_t chunk, const Body& body) const {
+        const int64_t* first = first_;
+        const int64_t tensor = std::upper_bound(first, first + tensors_ + 1, chunk) - first - 1, start = (chunk - first[tensor]) * CHUNK;
+        body(tensor, start, std::min(CHUNK, sizes_[tensor] - start));
+    }
+
+  private:
+    const int64_t* sizes_;
+    int64_t tensors_;
+    Buffer<int64_t> first_;
+};
+
+template <class T>
+inline double sum_of_squares(const T* g, int64_t n) {
+    double total = 0;
+    for (int64_t start = 0; start < n; start += BLOCK) {
+        const int64_t end = std::min(n, start + BLOCK);
+        vf squares[4] = {};
+        int64_t i = start;
+        for (; i + 4 * VL <= end; i += 4 * VL) {
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; v++) {
+                const vf x = load(g + i + v * VL);
+                squares[v] += x * x;
+            }
+        }
+        for_vectors(end - i, [&](int64_t j, int lanes) {
+            const vf x = load(g + i + j, lanes);
+            squares[0] += x * x;
+        });
+        total += sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    }
+    return total;
+}
+
+// a + weight (b - a), from the nearer end.
+struct Lerp {
+    bool from_a;
+    float factor;
+    explicit Lerp(double weight) : from_a(weight < 0.5), factor(float(from_a ? weight : weight - 1.0)) {}
+    vf operator()(vf a, vf b) const { return (from_a ? a : b) + factor * (b - a); }
+};
+
+struct Step {
+    Lerp average, ema;
+    float beta2, rest2, inverse_root, eps, size;  // rest2: 1 - beta2; inverse_root: 1 / sqrt(1 - beta2^step); size: -lr / (1 - beta1^step)
+    float clip;
+    bool clips;
+};
+
+template <class P, class G>
+inline void update(P* p, const G* g, float* m, float* v, float* ema, float keep, int64_t n, const Step& step) {
+    const Step s = step;
+    for_vectors(n, [&](int64_t i, int lanes) {
+        vf grad = load(g + i, lanes);
+        if (s.clips) grad *= s.clip;
+        const vf first = s.average(load(m + i, lanes), grad), second = load(v + i, lanes) * s.beta2 + s.rest2 * grad * grad;
+        store(m + i, first, lanes);
+        store(v + i, second, lanes);
+        const vf value = load(p + i, lanes) * keep + s.size * (first / (sqrt(second) * s.inverse_root + s.eps));
+        store(p + i, value, lanes);
+        if (ema) store(ema + i, s.ema(load(ema + i, lanes), sizeof(P) == sizeof(float) ? value : load(p + i, lanes)), lanes);
+    });
+}
+
+}  // namespace
+
+// Lists of `tensors` tensors as arrays of their addresses: params P, grads P or (wide_grads[i] != 0) float, exp_avgs, exp_avg_sqs and ema (or
+// null) float; sizes: their elements; keep: 1 - lr weight_decay. max_norm: NaN for none. -> norm [1]: of all gradients.
+template <class P>
+void adamw_ema(
+    P* const* params, void* const* grads, const int64_t* wide_grads, float* const* exp_avgs, float* const* exp_avg_sqs, float* const* ema,
+    const int64_t* sizes, const double* keep, int64_t tensors, double rest1, double beta2, double root, double eps, double size,
+    double max_norm, double ema_rest, float* norm, int threads
+) {
+    const Chunks chunks(sizes, tensors);
+    Buffer<double> squares(chunks.count());
+    const bool clips = max_norm == max_norm;
+    Step step = {Lerp(rest1), Lerp(ema_rest), float(beta2), float(1.0 - beta2), float(1.0 / root), float(eps), float(size), 1.0f, clips};
+
+    const auto with_grads = [&](int64_t tensor, int64_t start, const auto& body) {
+        if (wide_grads[tensor]) {
+            body(static_cast<const float*>(grads[tensor]) + start);
+        } else {
+            body(static_cast<const P*>(grads[tensor]) + start);
+        }
+    };
+    const auto measure = [&](int64_t chunk) {
+        chunks.at(chunk, [&](int64_t t, int64_t start, int64_t n) {
+            with_grads(t, start, [&](const auto* g) { squares[chunk] = sum_of_squares(g, n); });
+        });
+    };
+    const auto all = [&] {
+        double total = 0;
+        for (int64_t chunk = 0; chunk < chunks.count(); chunk++) total += squares[chunk];
+        *norm = float(std::sqrt(total));
+    };
+    if (clips) {
+        parallel(chunks.count(), threads, [&](int64_t chunk, int) { measure(chunk); });
+        all();
+        step.clip = float(max_norm) / (*norm + 1e-6f);
+        if (step.clip > 1.0f) step.clip = 1.0f;
+    }
+    // Backwards: the last gradients may still be in a cache.
+    parallel(chunks.count(), threads, [&](int64_t task, int) {
+        const int64_t chunk = chunks.count() - 1 - task;
+        if (!clips) measure(chunk);
+        chunks.at(chunk, [&](int64_t t, int64_t start, int64_t n) {
+            with_grads(t, start, [&](const auto* g) {
+                update(
+                    params[t] + start, g, exp_avgs[t] + start, exp_avg_sqs[t] + start, ema ? ema[t] + start : nullptr, float(keep[t]), n, step
+                );
+            });
+        });
+    });
+    if (!clips) all();
+}
+OV3_EXPORT(
+    adamw_ema,
+    (Ptr params, Ptr grads, Ptr wide_grads, Ptr exp_avgs, Ptr exp_avg_sqs, Ptr ema, Ptr sizes, Ptr keep, int64_t tensors, double rest1,
+     double beta2, double root, double eps, double size, double max_norm, double ema_rest, Ptr norm, int64_t threads),
+    (params, grads, wide_grads, exp_avgs, exp_avg_sqs, ema, sizes, keep, tensors, rest1, beta2, root, eps, size, max_norm, ema_rest, norm,
+     int(threads))
+)

@@ -1,0 +1,65 @@
+"""Lays out adamw_ema_'s lists for csrc/cpu/adamw_ema.cpp."""
+
+import math
+
+import torch
+
+from .. import _dispatch
+from . import missing, refuses, run
+
+
+def _forward(params, grads, exp_avgs, exp_avg_sqs, ema, step, lr, beta1, beta2, eps, weight_decay, max_norm, ema_decay):
+    changed = [params, exp_avgs, exp_avg_sqs, *([ema] if ema else [])]
+    lists, copies = [list(values) for values in (*changed, grads)], []
+    for i, tensors in enumerate(zip(*lists, strict=True)):
+        if all(t.is_contiguous() for t in tensors) or _alike_and_dense(tensors):
+            continue
+        for values, tensor in zip(lists, tensors, strict=True):
+            values[i] = tensor.contiguous()
+            if values is not lists[-1] and values[i] is not tensor:
+                copies.append((tensor, values[i]))
+
+    *states, grads = lists
+    norm = torch.empty((), dtype=torch.float32)
+    run(
+        "adamw_ema", params[0].dtype, _addresses(states[0]), _addresses(grads), _numbers(g.dtype == torch.float32 for g in grads),
+        _addresses(states[1]), _addresses(states[2]), _addresses(states[3]) if ema else None,
+        _numbers(p.numel() for p in params), torch.tensor([1 - lr * decay for decay in weight_decay], dtype=torch.float64),
+        len(params), 1 - beta1, float(beta2), math.sqrt(1 - beta2**step), float(eps), -lr / (1 - beta1**step),
+        math.nan if max_norm is None else float(max_norm), 1.0 - (ema_decay or 0.0), norm,
+    )  # fmt: skip
+    for tensor, copy in copies:
+        tensor.copy_(copy)
+    torch.autograd.graph.increment_version([t for values in changed for t in values if not t.is_inference()])
+    return norm
+
+
+def _alike_and_dense(tensors):
+    """Whether all lie in memory the same way and without gaps, so that their elements go together in the order of memory."""
+    first = tensors[0]
+    expected = 1
+    for size, stride in sorted(zip(first.shape, first.stride(), strict=True), key=lambda axis: axis[1]):
+        if stride != expected and size != 1:
+            return False
+        expected *= size
+    return all(t.stride() == first.stride() for t in tensors)
+
+
+def _addresses(tensors):
+    return _numbers(t.data_ptr() for t in tensors)
+
+
+def _numbers(values):
+    return torch.tensor(list(values), dtype=torch.int64)
+
+
+def _refuses(params, grads, exp_avgs, exp_avg_sqs, ema, *_):
+    reason = refuses(*params, *grads, *exp_avgs, *exp_avg_sqs, *ema)
+    if reason is None and any(t.dtype != torch.float32 for t in (*exp_avgs, *exp_avg_sqs, *ema)):
+        return "it takes states of float32 only"
+    if reason is None and any(g.dtype not in (p.dtype, torch.float32) for p, g in zip(params, grads, strict=True)):
+        return "it takes gradients of their parameter's dtype or float32"
+    return reason
+
+
+_dispatch.register("adamw_ema_", "cpu", _forward, missing=missing, refuses=_refuses)

@@ -81,7 +81,7 @@ void take_norms(const T* x, int64_t stride, int64_t R, int64_t D, Norms& out, in
 // One panel of rows, unit rows where words allow.
 template <class T>
 void pack_units(const Matrix<T>& source, int64_t i0, int count, int64_t K, int width, const float* norm, word_t<T>* dst) {
-    pack_panel(source, i0, count, 0, K, width, dst);
+    pack_panel<T>(source, i0, count, 0, K, width, dst);
     if constexpr (PACKS_UNITS<T>)
         for (int64_t w = 0; w < words_of<T>(K); w++)
             for (int i = 0; i < count; i++) dst[w * width + i] /= norm[i];

@@ -125,7 +125,7 @@ inline void pack_few(const T* x, int64_t stride, int count, int64_t D, int lanes
     for (int i = 0; i < count; i++)
         for (int64_t w = 0; w < words; w += VL) {
             float row[VL];
-            store(row, row_words(x + i * stride + w * KS, D - w * KS));
+            store(row, row_words<T>(x + i * stride + w * KS, D - w * KS));
             const int deep = int(std::min<int64_t>(VL, words - w));
             for (int j = 0; j < deep; j++) std::memcpy(dst + (w + j) * width + i, row + j, sizeof(float));
         }
@@ -175,7 +175,7 @@ inline void pack_lanes(const T* x, int64_t stride, int64_t n, int64_t D, word_t<
         }
         for (int64_t w = 0; w < words; w += VL) {
             vf rows[VL];
-            for (int i = 0; i < VL; i++) rows[i] = i < count ? row_words(x + (i0 + i) * stride + w * KS, D - w * KS) : vf{};
+            for (int i = 0; i < VL; i++) rows[i] = i < count ? row_words<T>(x + (i0 + i) * stride + w * KS, D - w * KS) : vf{};
             transpose(rows);
             const int deep = int(std::min<int64_t>(VL, words - w));
             for (int j = 0; j < deep; j++) store(reinterpret_cast<float*>(dst) + (w + j) * width + i0, rows[j]);

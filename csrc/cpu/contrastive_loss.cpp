@@ -470,10 +470,7 @@ struct Backward {
                 }
                 for (int lane = 0; lane < VL; lane++) sums[2 * tile] += total.scale[lane], sums[2 * tile + 1] += total.bias[lane];
             }
-        if (grad_x)
-            for (int64_t i = 0; i < count; i += MR)
-                pack_panel<T>({g, TILE, 1}, i, int(std::min<int64_t>(MR, count - i)), 0, here, MR,
-                              gradients + (i * words_n + j0 / Word<T>::ks * MR));
+        if (grad_x) pack_rows<T>({g, TILE, 1}, 0, count, here, gradients + j0 / Word<T>::ks * MR, MR * words_n);
         if (grad_y) add_to_columns(i0, count, j0, here, g, tile_columns + thread * TILE * words_r);
     }
 

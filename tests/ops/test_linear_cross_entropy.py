@@ -1,10 +1,13 @@
 import importlib
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
 
 from ov3fast import ops, testing
+from ov3fast.ops import _dispatch
 from ov3fast.ops.linear_cross_entropy import linear_cross_entropy, reference
 
 module = importlib.import_module("ov3fast.ops.linear_cross_entropy")
@@ -165,3 +168,84 @@ def test_errors(change, error, words):
     arguments = {"hidden": torch.ones(3, 8), "weight": torch.ones(5, 8), "labels": torch.zeros(3, dtype=torch.int64)}
     with pytest.raises(error, match=words):
         ops.linear_cross_entropy(**{**arguments, **change})
+
+
+# What only the compiled kernels can get wrong: edges of tiles, several chunks, threads.
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(193, 49, 191), (500, 7, 50), (49, 193, 385), (9, 65, 600)])
+def test_edges_of_tiles(size, dtype, reduction):
+    for ignored in (False, True):
+        hidden, weight, labels = inputs(*size, ignored)
+        testing.check(*pair(labels, reduction=reduction), (hidden, weight), dtype=dtype)
+
+
+@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+@hypothesis.given(
+    tokens=st.sampled_from([1, 2, 7, 8, 9, 47, 48, 49, 97]),
+    width=st.sampled_from([1, 3, 16, 49]),
+    classes=st.sampled_from([1, 2, 9, 48, 193]),
+    reduction=st.sampled_from(module.REDUCTIONS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    layout=st.sampled_from(sorted(testing.LAYOUTS)),
+)
+def test_any_shape(tokens, width, classes, reduction, dtype, layout):
+    hidden, weight, labels = inputs(tokens, width, classes)
+    arrange = testing.LAYOUTS[layout]
+    testing.check(*pair(arrange(labels), reduction=reduction), (hidden, weight), dtype=dtype, layout=arrange)
+
+
+def test_threads_change_no_bit(implementation):
+    if implementation == "reference":
+        pytest.skip("PyTorch's own products")
+    hidden, weight, labels = inputs(420, 49, 391)
+    for dtype in (torch.float32, torch.bfloat16):
+        for reduction in ("mean", "none"):
+            found = []
+            for threads in (1, 2, 3):
+                before = torch.get_num_threads()
+                torch.set_num_threads(threads)
+                leaves = [v.to(dtype).requires_grad_() for v in (hidden, weight)]
+                loss = pair(labels, reduction=reduction)[0](*leaves)
+                found.append([loss, *torch.autograd.grad(loss, leaves, torch.ones_like(loss))])
+                torch.set_num_threads(before)
+            testing.assert_same_bits(found[0], found[1])
+            testing.assert_same_bits(found[0], found[2])
+
+
+def test_backward_twice():
+    """The gradients that the forward computed are scaled anew each time, and not shared with what came before."""
+    hidden, weight, labels = inputs(6, 8, 5)
+    leaves = [hidden.float().requires_grad_(), weight.float().requires_grad_()]
+    loss = linear_cross_entropy(*leaves, labels)
+    first = [g.clone() for g in torch.autograd.grad(loss, leaves, retain_graph=True)]
+    loss.backward(retain_graph=True)
+    (3 * loss).backward()
+    for leaf, grad in zip(leaves, first, strict=True):
+        torch.testing.assert_close(leaf.grad, 4 * grad)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_not_finite(reduction, value):
+    hidden, weight, labels = inputs(9, 5, 7, ignored=False)
+    hidden, weight = hidden.float(), weight.float()
+    hidden[3, 2] = value
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    for function in pair(labels, reduction=reduction):
+        loss = function(*leaves)
+        grads = torch.autograd.grad(loss, leaves, torch.ones_like(loss))
+        assert loss.isnan().sum() == 1 and grads[0][3].isnan().all() and grads[1].isnan().all()
+        assert grads[0][torch.arange(9) != 3].isfinite().all()
+
+
+def test_backend(implementation):
+    if implementation == "reference":
+        pytest.skip("chosen by name")
+    labels = torch.zeros(2, dtype=torch.int64)
+    for dtype, name in ((torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float64, "reference")):
+        x = torch.ones(2, 3, dtype=dtype)
+        assert _dispatch.chosen("linear_cross_entropy", "", x, x, labels, -100) == name
+        assert _dispatch.chosen("linear_cross_entropy_total", "", x, x, labels, -100, True, True, True) == name

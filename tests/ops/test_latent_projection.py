@@ -59,7 +59,9 @@ def test_tile_borders(dtype, sizes):
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
-    sizes=st.tuples(st.integers(0, 5), st.integers(0, 6), st.integers(1, 9), st.integers(1, 60), st.integers(1, 9), st.integers(1, 4)),
+    sizes=st.tuples(
+        st.integers(0, 5), st.integers(0, 6), st.integers(1, 9), st.integers(1, 60), st.integers(1, 9), st.integers(1, 4)
+    ),
     layout=st.sampled_from(sorted(testing.LAYOUTS)),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )

@@ -117,7 +117,10 @@ def test_kernels_have_the_same_words(implementation, seed, offset, n):
 def test_close_to_the_reference(n, dtype):
     rng = random.make_rng(77, 2**32 - 9)
     torch.testing.assert_close(
-        random.normal((n,), rng, dtype), random.reference((n,), rng, dtype), atol=1e-6, rtol=1e-6 if dtype == torch.float32 else 8e-3
+        random.normal((n,), rng, dtype),
+        random.reference((n,), rng, dtype),
+        atol=1e-6,
+        rtol=1e-6 if dtype == torch.float32 else 8e-3,
     )
 
 

@@ -44,7 +44,11 @@ void sum_patches(const Picture<T>& picture, int64_t R, T* out, int threads) {
             picture.patches(r, here, some);
             for_vectors(K, [&](int64_t k, int lanes) {
                 vf x = load(sum + k, lanes);
-                for (int64_t i = 0; i < here; i++) x += load(some + i * K + k, lanes);
+                for (int64_t i = 0; i < here;) {
+                    vf chain = {};  // short chains keep digits
+                    for (const int64_t stop = std::min(here, i + 16); i < stop; i++) chain += load(some + i * K + k, lanes);
+                    x += chain;
+                }
                 store(sum + k, x, lanes);
             });
         }

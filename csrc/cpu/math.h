@@ -97,9 +97,9 @@ inline void gelu_with_slope(vf x, vf& value, vf& slope) {
         value = x * cdf;
         slope = cdf + x * (0.398942280401432678f * bell);
     } else {
-        const vf s = sigmoid(tanh_argument(x));
+        const vf e = exp(-tanh_argument(x)), s = 1.0f / (1.0f + e), rest = (e < 1.0f) ? e * s : 1.0f - s;  // 1 - s without cancellation
         value = x * s;
-        slope = s + x * s * (1.0f - s) * (1.5957691216057308f + 0.21406443848169f * x * x);
+        slope = s + value * rest * (1.5957691216057308f + 0.21406443848169f * x * x);
     }
 }
 template <Activation KIND>

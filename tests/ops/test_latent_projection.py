@@ -1,8 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ov3fast import ops, testing
+from ov3fast.ops import _dispatch
 from ov3fast.ops.latent_projection import latent_projection, reference
 
 
@@ -37,6 +40,84 @@ def both(**options):
 def test_parity(dtype, layout, sizes):
     functions = both(grid=sizes.get("grid", (3, 2)), patch_size=sizes.get("patch", 2))
     testing.check(*functions, inputs(**sizes), dtype=dtype, layout=testing.LAYOUTS[layout], every_subset=not sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(batch=3, grid=(7, 7), width=49, channels=5),
+        dict(batch=9, grid=(1, 1), width=97, channels=1, patch=1),
+        dict(batch=2, grid=(2, 1), width=48, channels=13, patch=4),
+        dict(batch=1, grid=(1, 201), width=193, channels=1),
+        dict(batch=23, grid=(10, 9), width=3, channels=2),
+    ],
+)
+def test_tile_borders(dtype, sizes):
+    testing.check(*both(grid=sizes["grid"], patch_size=sizes.get("patch", 2)), inputs(**sizes), dtype=dtype)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    sizes=st.tuples(
+        st.integers(0, 5), st.integers(0, 6), st.integers(1, 9), st.integers(1, 60), st.integers(1, 9), st.integers(1, 4)
+    ),
+    layout=st.sampled_from(sorted(testing.LAYOUTS)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_any_shape(sizes, layout, dtype):
+    batch, down, across, width, channels, patch = sizes
+    values = inputs(batch, (down, across), width, channels, patch)
+    functions = both(grid=(down, across), patch_size=patch)
+    testing.check(*functions, values, dtype=dtype, layout=testing.LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_behind_the_first_one(dtype):
+    values = inputs(batch=3, grid=(3, 3), width=20)
+
+    def behind(tokens):
+        return torch.cat([torch.full_like(tokens[:, :1], torch.nan), tokens], dim=1)[:, 1:]
+
+    testing.check(*both(grid=(3, 3)), values, dtype=dtype, layout=lambda v: behind(v) if v.ndim == 3 else v)
+
+
+def results(*values, grid):
+    leaves = [v.detach().requires_grad_() for v in values]
+    x = latent_projection(*leaves, grid=grid)
+    return [x, *torch.autograd.grad(x, leaves, testing.make(*x.shape, seed=9).to(x))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [2, 40])
+def test_threads_do_not_change_the_bits(implementation, dtype, batch):
+    if implementation == "reference":
+        pytest.skip("PyTorch's own sums depend on threads")
+    values = [v.to(dtype) for v in inputs(batch, grid=(7, 9), width=50)]
+    before, runs = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        runs.append(results(*values, grid=(7, 9)))
+    torch.set_num_threads(before)
+    testing.assert_same_bits(runs[0], runs[1])
+    testing.assert_same_bits(runs[0], runs[2])
+
+
+def test_the_cpu_kernels_are_chosen(implementation):
+    for dtype, name in ((torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float64, "reference")):
+        arguments = *(v.to(dtype) for v in inputs()), 2, 3, 2
+        assert implementation == "reference" or _dispatch.chosen("latent_projection", "", *arguments) == name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_and_infinity_stay_in_their_patches(dtype, value):
+    values = [v.to(dtype) for v in inputs()]
+    values[0][1, 3, 2] = value
+    x, grad_tokens, *_ = results(*values, grid=(3, 2))
+    bad = torch.zeros(2, 4, 6, 4, dtype=torch.bool)
+    bad[1, :, 2:4, 2:4] = True
+    assert not x[bad].isfinite().any() and x[~bad].isfinite().all() and grad_tokens.isfinite().all()
 
 
 def test_without_bias():

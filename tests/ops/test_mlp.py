@@ -1,7 +1,10 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ov3fast import testing
+from ov3fast.ops import _dispatch
 from ov3fast.ops.mlp import mlp, reference
 
 
@@ -29,6 +32,71 @@ def both(activation="gelu"):
 def test_parity(dtype, layout, lead, width, hidden, features):
     values = inputs(*lead, width=width, hidden=hidden, features=features)
     testing.check(*both(), values, dtype=dtype, layout=testing.LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "width", "hidden", "features"),
+    [(8, 47, 49, 48), (9, 48, 193, 1), (193, 1, 97, 47), (200, 193, 530, 95), (2049, 9, 17, 5), (4100, 3, 50, 2)],
+)
+def test_tile_borders(dtype, rows, width, hidden, features):
+    testing.check(*both(), inputs(rows, width=width, hidden=hidden, features=features), dtype=dtype)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    sizes=st.tuples(*[st.integers(0, 70)] * 4),
+    layout=st.sampled_from(sorted(testing.LAYOUTS)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    activation=st.sampled_from(["gelu", "gelu_tanh"]),
+)
+def test_any_shape(sizes, layout, dtype, activation):
+    rows, width, hidden, features = sizes
+    values = inputs(rows, width=width, hidden=hidden, features=features)
+    testing.check(*both(activation), values, dtype=dtype, layout=testing.LAYOUTS[layout])
+
+
+def results(*values):
+    leaves = [v.detach().requires_grad_() for v in values]
+    y = mlp(*leaves)
+    return [y, *torch.autograd.grad(y, leaves, testing.make(*y.shape, seed=9).to(y))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [20, 2500])
+def test_threads_do_not_change_the_bits(implementation, dtype, rows):
+    if implementation == "reference":
+        pytest.skip("PyTorch's own sums depend on threads")
+    values, before, runs = [v.to(dtype) for v in inputs(rows, width=49, hidden=70, features=33)], torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        runs.append(results(*values))
+    torch.set_num_threads(before)
+    testing.assert_same_bits(runs[0], runs[1])
+    testing.assert_same_bits(runs[0], runs[2])
+
+
+def test_the_cpu_kernels_are_chosen(implementation):
+    for dtype, name in ((torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float64, "reference")):
+        arguments = *(v.to(dtype) for v in inputs(2)), "gelu"
+        assert implementation == "reference" or _dispatch.chosen("mlp", "", *arguments) == name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_nan_and_infinity_stay_in_their_rows(dtype, value):
+    values = [v.to(dtype) for v in inputs(12)]
+    values[0][5, 3] = value
+    y, grad_x, *_ = results(*values)
+    bad = torch.arange(12) == 5
+    assert not y[bad].isfinite().any() and y[~bad].isfinite().all() and grad_x[~bad].isfinite().all()
+
+
+def test_activations_far_out():
+    one = torch.ones(1, 1)
+    x = torch.tensor([-1e30, -50.0, -9.0, 0.0, 9.0, 50.0, 1e30])[:, None]
+    for activation in ("gelu", "gelu_tanh"):
+        torch.testing.assert_close(mlp(x, one, None, one, None, activation=activation), x.clamp(min=0), atol=1e-7, rtol=1e-6)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])

@@ -1,8 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ov3fast import ops, testing
+from ov3fast.ops import _dispatch
 from ov3fast.ops.noise_projection import noise_projection, reference
 
 RNG = ops.random.make_rng(21, 2**32 - 2)
@@ -34,6 +37,63 @@ def plain(*values):
 def test_parity(dtype, layout, lead, width, features):
     values = inputs(*lead, width=width, features=features)
     testing.check(ours, plain, values, dtype=dtype, layout=testing.LAYOUTS[layout], every_subset=lead == (3, 7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("lead", "width", "features"),
+    [((3, 3), 47, 49), ((2, 4, 2), 193, 8), ((6, 40), 66, 97), ((200,), 31, 12), ((2, 1030), 7, 9), ((4, 1), 1030, 8)],
+)
+def test_tile_borders(dtype, lead, width, features):
+    testing.check(ours, plain, inputs(*lead, width=width, features=features), dtype=dtype)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    sizes=st.tuples(st.integers(0, 9), st.integers(0, 20), st.integers(1, 70), st.integers(0, 60)),
+    layout=st.sampled_from(sorted(testing.LAYOUTS)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_any_shape(sizes, layout, dtype):
+    batch, tokens, width, features = sizes
+    values = inputs(batch, tokens, width=width, features=features)
+    testing.check(ours, plain, values, dtype=dtype, layout=testing.LAYOUTS[layout])
+
+
+def results(*values):
+    leaves = [v.detach().requires_grad_() for v in values]
+    y = ours(*leaves)
+    return [y, *torch.autograd.grad(y, leaves, testing.make(*y.shape, seed=9).to(y))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [7, 900])
+def test_threads_do_not_change_the_bits(implementation, dtype, tokens):
+    if implementation == "reference":
+        pytest.skip("PyTorch's own sums depend on threads")
+    values, before, runs = [v.to(dtype) for v in inputs(3, tokens, width=33, features=50)], torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        runs.append(results(*values))
+    torch.set_num_threads(before)
+    testing.assert_same_bits(runs[0], runs[1])
+    testing.assert_same_bits(runs[0], runs[2])
+
+
+def test_the_cpu_kernels_are_chosen(implementation):
+    for dtype, name in ((torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float64, "reference")):
+        arguments = *(v.to(dtype) for v in inputs(2, 3)), RNG
+        assert implementation == "reference" or _dispatch.chosen("noise_projection", "", *arguments) == name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_and_infinity_stay_in_their_instance(dtype, value):
+    values = [v.to(dtype) for v in inputs(3, 4)]
+    values[1][1] = value
+    y, _, grad_sigma, *_ = results(*values)
+    bad = torch.arange(3) == 1
+    assert not y[bad].isfinite().any() and y[~bad].isfinite().all() and grad_sigma.isfinite().all()
 
 
 def test_without_bias():

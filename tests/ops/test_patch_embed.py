@@ -1,8 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ov3fast import ops, testing
+from ov3fast.ops import _dispatch
 from ov3fast.ops.patch_embed import patch_embed, reference
 
 RNG = ops.random.make_rng(7, 2**32 - 3)
@@ -50,6 +53,86 @@ def test_moments(dtype, rng, logvar):
     values[0][0, 3:, 0, 0] += logvar
     options = dict(moments=True, rng=rng, scale=0.5, shift=-0.25)
     testing.check(*both(**options), values, dtype=dtype, layout=testing.poisoned, every_subset=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(batch=3, channels=5, height=14, width=14, features=49),
+        dict(batch=9, channels=1, height=1, width=1, patch=1, features=97),
+        dict(batch=2, channels=13, height=8, width=4, patch=4, features=48),
+        dict(batch=1, channels=1, height=2, width=402, features=193),
+        dict(batch=23, channels=2, height=20, width=18, features=3),
+    ],
+)
+def test_tile_borders(dtype, sizes):
+    options = dict(patch_size=sizes.get("patch", 2), scale=0.36, shift=0.12, moments=True, rng=RNG)
+    testing.check(*both(**options), inputs(**sizes, moments=True), dtype=dtype)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    sizes=st.tuples(
+        st.integers(0, 5), st.integers(1, 9), st.integers(0, 6), st.integers(1, 9), st.integers(1, 4), st.integers(1, 60)
+    ),
+    layout=st.sampled_from(sorted(testing.LAYOUTS)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    cls=st.booleans(),
+    moments=st.booleans(),
+    sampled=st.booleans(),
+)
+def test_any_shape(sizes, layout, dtype, cls, moments, sampled):
+    batch, channels, down, across, patch, features = sizes
+    values = inputs(batch, channels, down * patch, across * patch, patch, features, cls, moments)
+    options = dict(patch_size=patch, scale=0.7, shift=0.2, moments=moments, rng=RNG if moments and sampled else None)
+    testing.check(*both(**options), values, dtype=dtype, layout=testing.LAYOUTS[layout])
+
+
+def results(*values, **options):
+    leaves = [v.detach().requires_grad_() for v in values]
+    y = patch_embed(*leaves, **options)
+    return [y, *torch.autograd.grad(y, leaves, testing.make(*y.shape, seed=9).to(y))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [2, 40])
+def test_threads_do_not_change_the_bits(implementation, dtype, batch):
+    if implementation == "reference":
+        pytest.skip("PyTorch's own sums depend on threads")
+    values = [v.to(dtype) for v in inputs(batch, height=14, width=18, features=50, moments=True)]
+    before, runs = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        runs.append(results(*values, moments=True, rng=RNG))
+    torch.set_num_threads(before)
+    testing.assert_same_bits(runs[0], runs[1])
+    testing.assert_same_bits(runs[0], runs[2])
+
+
+def test_the_cpu_kernels_are_chosen(implementation):
+    for dtype, name in ((torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float64, "reference")):
+        arguments = *(v.to(dtype) for v in inputs()), None, 2, 1.0, 0.0, False
+        assert implementation == "reference" or _dispatch.chosen("patch_embed", "", *arguments) == name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_and_infinity_stay_in_their_patches(dtype, value):
+    values = [v.to(dtype) for v in inputs(cls=False)[:3]]
+    values[0][1, 2, 3, 1] = value
+    y, grad_latents, *_ = results(*values)
+    bad = torch.zeros(2, 6, dtype=torch.bool)
+    bad[1, 2] = True
+    assert not y[bad].isfinite().any() and y[~bad].isfinite().all() and grad_latents.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_in_logvar_is_kept(dtype):
+    values = [v.to(dtype) for v in inputs(moments=True)[:2]]
+    values[0][0, 3, 0, 0] = torch.nan
+    y = patch_embed(*values, moments=True, rng=RNG)
+    assert y[0, 0].isnan().all() and y[0, 1:].isfinite().all() and y[1].isfinite().all()
 
 
 def test_optional_arguments():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ov3fast import ops
-from ov3fast.ops import random
+from ov3fast.ops import _dispatch, cpu, random
 
 # counter, key -> words: philox4x32-10 in Random123's kat_vectors.
 KNOWN_ANSWERS = [
@@ -95,9 +95,38 @@ def test_shape_and_dtype_do_not_change_the_stream():
     assert torch.equal(random.normal((5, 6, 7), rng), flat.view(5, 6, 7))
     assert random.normal((3, 0, 2), rng).shape == (3, 0, 2)
     assert random.normal((), rng) == flat[0]
-    for dtype in (torch.bfloat16, torch.float64):
-        assert torch.equal(random.normal((210,), rng, dtype), flat.to(dtype))
-    assert torch.equal(random.reference((210,), rng), flat)
+    assert torch.equal(random.normal((210,), rng, torch.bfloat16), flat.bfloat16())
+    # float64 is the reference's, whose normals differ by a few ulps.
+    torch.testing.assert_close(random.normal((210,), rng, torch.float64), flat.double(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(random.reference((210,), rng), flat, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("offset", [0, 2**32 - 7, 2**64 - 5])
+@pytest.mark.parametrize("seed", [0, -7, 2**63 + 12345])
+@pytest.mark.parametrize("n", [1, 3, 64, 1001])
+def test_kernels_have_the_same_words(implementation, seed, offset, n):
+    if implementation == "reference":
+        pytest.skip("only the CPU kernels")
+    rng, words = random.make_rng(seed, offset), torch.empty(n, dtype=torch.int32)
+    cpu.run("random_words", torch.float32, rng, words, n)
+    assert torch.equal(words.long() & (2**32 - 1), random.words(n, rng))
+
+
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 31, 63, 64, 65, 16_385])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_close_to_the_reference(n, dtype):
+    rng = random.make_rng(77, 2**32 - 9)
+    torch.testing.assert_close(
+        random.normal((n,), rng, dtype),
+        random.reference((n,), rng, dtype),
+        atol=1e-6,
+        rtol=1e-6 if dtype == torch.float32 else 8e-3,
+    )
+
+
+def test_the_cpu_kernels_are_chosen(implementation):
+    for dtype, name in ((torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float64, "reference")):
+        assert implementation == "reference" or _dispatch.chosen("random_normal", "", [3], random.make_rng(1), dtype) == name
 
 
 def test_threads_do_not_change_the_stream():
@@ -134,7 +163,7 @@ def test_compile_keeps_one_node():
         (lambda: random.normal((-1,), random.make_rng(0)), ValueError, "no negative size"),
         (lambda: random.normal(4, random.make_rng(0)), TypeError, "shape must be a tuple of sizes, got int"),
         (lambda: random.normal((2,), random.make_rng(0), torch.int32), TypeError, "dtype must be"),
-        (lambda: random.normal((2,), random.make_rng(0), impl="x"), ValueError, "impl must be one of reference"),
+        (lambda: random.normal((2,), random.make_rng(0), impl="x"), ValueError, "impl must be one of cpu, reference"),
         (lambda: random.advance(3, 1), TypeError, "advance: rng must be"),
     ],
 )

@@ -91,8 +91,8 @@ inline void update(P* p, const G* g, float* m, float* v, float* ema, float keep,
 
 }  // namespace
 
-// Lists of `tensors` tensors as arrays of their addresses: params P, grads P or (wide_grads[i] != 0) float, exp_avgs, exp_avg_sqs and ema (or
-// null) float; sizes: their elements; keep: 1 - lr weight_decay. max_norm: NaN for none. -> norm [1]: of all gradients.
+// Lists of `tensors` tensors as arrays of their addresses: params P, grads P or (wide_grads[i] != 0) float, exp_avgs, exp_avg_sqs and ema
+// (or null) float; sizes: their elements; keep: 1 - lr weight_decay. max_norm: NaN for none. -> norm [1]: of all gradients.
 template <class P>
 void adamw_ema(
     P* const* params, void* const* grads, const int64_t* wide_grads, float* const* exp_avgs, float* const* exp_avg_sqs, float* const* ema,
@@ -133,9 +133,8 @@ void adamw_ema(
         if (!clips) measure(chunk);
         chunks.at(chunk, [&](int64_t t, int64_t start, int64_t n) {
             with_grads(t, start, [&](const auto* g) {
-                update(
-                    params[t] + start, g, exp_avgs[t] + start, exp_avg_sqs[t] + start, ema ? ema[t] + start : nullptr, float(keep[t]), n, step
-                );
+                float* average = ema ? ema[t] + start : nullptr;
+                update(params[t] + start, g, exp_avgs[t] + start, exp_avg_sqs[t] + start, average, float(keep[t]), n, step);
             });
         });
     });

@@ -1,5 +1,5 @@
-// Group normalisation and SiLU. Statistics are taken strip by strip, in two passes over what the cache holds, and the strips' means and sums
-// of squared differences are then merged, so that no digits are lost at large means and x is read from memory once for them.
+// Group normalisation and SiLU. Statistics are taken strip by strip, in two passes over what the cache holds, and the strips' means and
+// sums of squared differences are then merged, so that no digits are lost at large means and x is read from memory once for them.
 //
 // Two layouts: planes, [B, C, S] with the places s of a channel side by side, and channels last, [B, S, C]. The latter is seen as rows of
 // W = k C elements, W a multiple of the vector's length where there are places enough; the last row may be shorter.
@@ -247,7 +247,8 @@ void planes_backward(
         [&](int64_t set, int64_t i, int) {
             pieces.each(i, channels, S, [&](int64_t c, int64_t place, int64_t places) {
                 const int64_t b = set / G, channel = set % G * channels + c;
-                const T *dy = grad_y + b * grad_y_batch + channel * grad_y_channel + place, *row = x + b * x_batch + channel * x_channel + place;
+                const T* dy = grad_y + b * grad_y_batch + channel * grad_y_channel + place;
+                const T* row = x + b * x_batch + channel * x_channel + place;
                 const float m = mean[set], r = rstd[set], w = weight[channel];
                 const ChannelBack constant = {splat(m), splat(r), splat(w), splat(bias[channel]), vf{}, vf{}, vf{}};
                 vf total = {}, along = {};
@@ -545,8 +546,8 @@ void rows_backward(
 
 }  // namespace
 
-// x [B, C, S] with batches and channels a stride apart (channels_last: [B, S, C], dense but for the batch stride); weight, bias [C] float ->
-// y, dense and laid out like x; mean, rstd [B, G].
+// x [B, C, S] with batches and channels a stride apart (channels_last: [B, S, C], dense but for the batch stride); weight, bias [C] float
+// -> y, dense and laid out like x; mean, rstd [B, G].
 template <class T>
 void group_norm_silu_forward(
     const T* x, int64_t x_batch, int64_t x_channel, const float* weight, const float* bias, double eps, T* y, float* mean, float* rstd,
@@ -558,8 +559,8 @@ void group_norm_silu_forward(
 }
 OV3_EXPORT(
     group_norm_silu_forward,
-    (Ptr x, int64_t x_batch, int64_t x_channel, Ptr weight, Ptr bias, double eps, Ptr y, Ptr mean, Ptr rstd, int64_t channels_last, int64_t B,
-     int64_t C, int64_t S, int64_t G, int64_t threads),
+    (Ptr x, int64_t x_batch, int64_t x_channel, Ptr weight, Ptr bias, double eps, Ptr y, Ptr mean, Ptr rstd, int64_t channels_last,
+     int64_t B, int64_t C, int64_t S, int64_t G, int64_t threads),
     (x, x_batch, x_channel, weight, bias, eps, y, mean, rstd, channels_last != 0, {B, C, S, G, int(threads)})
 )
 

@@ -1,7 +1,9 @@
 // Layer normalisation over rows of D, with a residual: one read of each row from memory, one write.
 #include <algorithm>
+#include <type_traits>
 
 #include "export.h"
+#include "memory.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -9,44 +11,69 @@ using namespace ov3;
 
 namespace {
 
-constexpr int64_t ROWS = 16;   // of a task
-constexpr int64_t STRIP = 64;  // rows whose gradients by weight and bias are added up in one go
+constexpr int64_t ROWS = 16;    // of a task
+constexpr int64_t STRIP = 64;   // rows whose gradients by weight and bias are added up in one go
+constexpr int64_t CHAIN = 64;   // terms that are added up one after another: few, for the digits
 
-// Sum and sum of squared differences of a row in two passes, which lose no digits at large means.
+// Rows whose gradients by weight and bias join in registers; divides STRIP. Rows of float are better followed by the prefetcher one by one.
 template <class T>
-inline void moments(const T* h, int64_t D, float& mean, float& variance) {
-    vf total[4] = {};
-    for_vectors(D, [&](int64_t d, int lanes) { total[d / VL % 4] += load(h + d, lanes); });
-    mean = sum((total[0] + total[1]) + (total[2] + total[3])) / float(D);
-    vf squares[4] = {};
-    for_vectors(D, [&](int64_t d, int lanes) {
-        vf centred = load(h + d, lanes) - mean;
-        if (lanes < VL) centred = first_lanes(centred, lanes);
-        squares[d / VL % 4] += centred * centred;
-    });
-    variance = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / float(D);
+constexpr int TOGETHER = sizeof(T) == 2 ? 2 : 1;
+
+// The sum of value(first element, lanes) over a row of D. Lanes behind the row must be 0.
+template <class Value>
+inline float row_sum(int64_t D, const Value& value) {
+    vf total = {};
+    for (int64_t start = 0; start < D; start += 4 * CHAIN * VL) {
+        const int64_t end = std::min(D, start + 4 * CHAIN * VL);
+        vf part[4] = {};
+        int64_t d = start;
+        for (; d + 4 * VL <= end; d += 4 * VL) {
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; v++) part[v] += value(d + v * VL, VL);
+        }
+        for_vectors(end - d, [&](int64_t i, int lanes) { part[0] += value(d + i, lanes); });
+        total += (part[0] + part[1]) + (part[2] + part[3]);
+    }
+    return sum(total);
 }
 
 }  // namespace
 
-// x, residual (or null) [R, D] with rows a stride apart; weight, bias (or null) [D] float -> y, h (null without residual) [R, D], mean, rstd [R].
+// x, residual (or null) [R, D] with rows a stride apart; weight, bias (or null) [D] float -> y, h (null without
+// residual) [R, D], mean, rstd [R].
 template <class T>
 void layer_norm_forward(
-    const T* x, int64_t x_stride, const T* residual, int64_t residual_stride, const float* weight, const float* bias, double eps, T* y, T* h,
-    float* mean, float* rstd, int64_t R, int64_t D, int threads
+    const T* x, int64_t x_stride, const T* residual, int64_t residual_stride, const float* weight, const float* bias, double eps, T* y,
+    T* h, float* mean, float* rstd, int64_t R, int64_t D, int threads
 ) {
+    expect_writes(y, R * D * int64_t(sizeof(T)));
+    if (residual) expect_writes(h, R * D * int64_t(sizeof(T)));
     parallel(ceil_div(R, ROWS), threads, [&](int64_t task, int) {
         for (int64_t r = task * ROWS; r < std::min(R, (task + 1) * ROWS); r++) {
             const T* row = x + r * x_stride;
+            float total;
             if (residual) {
-                const T* other = residual + r * residual_stride;
-                for_vectors(D, [&](int64_t d, int lanes) { store(h + r * D + d, load(row + d, lanes) + load(other + d, lanes), lanes); });
-                row = h + r * D;
+                const T *first = row, *other = residual + r * residual_stride;
+                T* out = h + r * D;
+                total = row_sum(D, [&](int64_t d, int lanes) {
+                    const vf v = load(first + d, lanes) + load(other + d, lanes);
+                    store(out + d, v, lanes);
+                    return sizeof(T) == sizeof(float) ? v : load(out + d, lanes);
+                });
+                row = out;
+            } else {
+                total = row_sum(D, [&](int64_t d, int lanes) { return load(row + d, lanes); });
             }
-            float variance;
-            moments(row, D, mean[r], variance);
-            rstd[r] = 1.0f / std::sqrt(variance + float(eps));
-            const float m = mean[r], s = rstd[r];
+            // Squares of differences in a second pass, over what the cache holds: no digits are lost at large means.
+            const float m = total / float(D);
+            const float squares = row_sum(D, [&](int64_t d, int lanes) {
+                vf centred = load(row + d, lanes) - m;
+                if (lanes < VL) centred = first_lanes(centred, lanes);
+                return centred * centred;
+            });
+            const float s = 1.0f / std::sqrt(squares / float(D) + float(eps));
+            mean[r] = m;
+            rstd[r] = s;
             for_vectors(D, [&](int64_t d, int lanes) {
                 vf v = (load(row + d, lanes) - m) * s * load(weight + d, lanes);
                 if (bias) v += load(bias + d, lanes);
@@ -71,31 +98,73 @@ void layer_norm_backward(
     const int64_t strips = ceil_div(R, STRIP);
     const bool sums = grad_weight || grad_bias;
     Buffer<float> partial(sums ? strips * 2 * D : 0);
+    if (grad_x) expect_writes(grad_x, R * D * int64_t(sizeof(T)));
+    // Rows r0 .. r0 + count - 1.
+    const auto rows = [&](int64_t r0, auto count, float* dweight, float* dbias) {
+        constexpr int N = decltype(count)::value;
+        const T *dy[N], *row[N];
+        float m[N], s[N];
+        for (int i = 0; i < N; i++) {
+            dy[i] = grad_y + (r0 + i) * grad_y_stride;
+            row[i] = h + (r0 + i) * h_stride;
+            m[i] = mean[r0 + i];
+            s[i] = rstd[r0 + i];
+        }
+        vf total[N] = {}, dots[N] = {};
+        for (int64_t start = 0; start < D; start += CHAIN * VL) {
+            vf part[N] = {}, along[N] = {};
+            const auto add = [&](int64_t d, int lanes) __attribute__((always_inline)) {
+                const vf w = load(weight + d, lanes);
+                vf weights = {}, biases = {};
+#pragma GCC unroll 4
+                for (int k = 0; k < N; k++) {
+                    const vf g = load(dy[k] + d, lanes), normal = (load(row[k] + d, lanes) - m[k]) * s[k], scaled = g * w;
+                    part[k] += scaled;
+                    along[k] += scaled * normal;
+                    weights += g * normal;
+                    biases += g;
+                }
+                if (!sums) return;
+                store(dweight + d, load(dweight + d, lanes) + weights, lanes);
+                store(dbias + d, load(dbias + d, lanes) + biases, lanes);
+            };
+            const int64_t end = std::min(D, start + CHAIN * VL);
+            int64_t d = start;
+            for (; d + VL <= end; d += VL) add(d, VL);
+            if (d < end) add(d, int(end - d));
+#pragma GCC unroll 4
+            for (int k = 0; k < N; k++) {
+                total[k] += part[k];
+                dots[k] += along[k];
+            }
+        }
+        if (!grad_x) return;
+        float averages[N], alongs[N];
+#pragma GCC unroll 4
+        for (int k = 0; k < N; k++) {
+            averages[k] = sum(total[k]) / float(D);
+            alongs[k] = sum(dots[k]) / float(D);
+        }
+        for (int k = 0; k < N; k++) {
+            const float average = averages[k], along = alongs[k];
+            const T *dy_k = dy[k], *row_k = row[k], *rest = grad_h ? grad_h + (r0 + k) * grad_h_stride : nullptr;
+            const float m_k = m[k], s_k = s[k];
+            T* out = grad_x + (r0 + k) * D;
+            for_vectors(D, [&](int64_t d, int lanes) {
+                const vf normal = (load(row_k + d, lanes) - m_k) * s_k;
+                vf v = (load(dy_k + d, lanes) * load(weight + d, lanes) - average - normal * along) * s_k;
+                if (rest) v += load(rest + d, lanes);
+                store(out + d, v, lanes);
+            });
+        }
+    };
     parallel(strips, threads, [&](int64_t strip, int) {
         float *dweight = partial + strip * 2 * D, *dbias = dweight + D;
         if (sums) std::memset(dweight, 0, 2 * D * sizeof(float));
-        for (int64_t r = strip * STRIP; r < std::min(R, (strip + 1) * STRIP); r++) {
-            const T *dy = grad_y + r * grad_y_stride, *row = h + r * h_stride;
-            const float m = mean[r], s = rstd[r];
-            vf total[2] = {}, dots[2] = {};
-            for_vectors(D, [&](int64_t d, int lanes) {
-                const vf g = load(dy + d, lanes), normal = (load(row + d, lanes) - m) * s, scaled = g * load(weight + d, lanes);
-                total[d / VL % 2] += scaled;
-                dots[d / VL % 2] += scaled * normal;
-                if (sums) {
-                    store(dweight + d, load(dweight + d, lanes) + g * normal, lanes);
-                    store(dbias + d, load(dbias + d, lanes) + g, lanes);
-                }
-            });
-            if (!grad_x) continue;
-            const float average = sum(total[0] + total[1]) / float(D), along = sum(dots[0] + dots[1]) / float(D);
-            for_vectors(D, [&](int64_t d, int lanes) {
-                const vf normal = (load(row + d, lanes) - m) * s;
-                vf v = (load(dy + d, lanes) * load(weight + d, lanes) - average - normal * along) * s;
-                if (grad_h) v += load(grad_h + r * grad_h_stride + d, lanes);
-                store(grad_x + r * D + d, v, lanes);
-            });
-        }
+        int64_t r = strip * STRIP;
+        const int64_t end = std::min(R, r + STRIP);
+        for (; r + TOGETHER<T> <= end; r += TOGETHER<T>) rows(r, std::integral_constant<int, TOGETHER<T>>(), dweight, dbias);
+        for (; r < end; r++) rows(r, std::integral_constant<int, 1>(), dweight, dbias);
     });
     if (!sums) return;
     for_vectors(D, [&](int64_t d, int lanes) {

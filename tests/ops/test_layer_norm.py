@@ -1,7 +1,10 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ov3fast import ops, testing
+from ov3fast.ops import _dispatch
 from ov3fast.ops.layer_norm import layer_norm, reference
 
 
@@ -27,6 +30,72 @@ def test_residual(dtype):
         return reference(x, weight, bias, residual=residual)
 
     testing.check(ours, plain, (x, weight, bias, testing.make(4, 3, 24, seed=3)), dtype=dtype, every_subset=True)
+
+
+def with_residual(function):
+    return lambda x, weight, bias, residual: function(x, weight, bias, residual=residual)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width"), [(3, 47), (22, 48), (65, 193), (1, 4097), (44, 768)])
+def test_sizes_around_vectors_and_strips(dtype, rows, width):
+    values = (*inputs(rows, width), testing.make(rows, 3, width, seed=3))
+    testing.check(with_residual(layer_norm), with_residual(reference), values, dtype=dtype)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(0, 30),
+    width=st.integers(1, 200),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    layout=st.sampled_from(sorted(testing.LAYOUTS)),
+    residual=st.booleans(),
+)
+def test_any_shape_and_strides(rows, width, dtype, layout, residual):
+    functions, values = (layer_norm, reference), inputs(rows, width)
+    if residual:
+        functions, values = map(with_residual, functions), (*values, testing.make(rows, 3, width, seed=3))
+    testing.check(*functions, values, dtype=dtype, layout=testing.LAYOUTS[layout])
+
+
+def test_mean_far_from_zero():
+    x, weight, bias = inputs(5, 700)
+    testing.check(layer_norm, reference, (x + 100, weight, bias), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_change_bits(dtype, implementation):
+    if implementation == "reference":
+        pytest.skip("PyTorch's sums depend on the number of threads")
+    leaves = [v.to(dtype).requires_grad_() for v in (*inputs(70, 100), testing.make(70, 3, 100, seed=3))]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            y, h = with_residual(layer_norm)(*leaves)
+            results.append([y, h, *torch.autograd.grad(y.square().sum() + h.sum(), leaves)])
+    finally:
+        torch.set_num_threads(before)
+    testing.assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_not_finite(dtype, value):
+    """Not finite in x spoils its row alone."""
+    x, weight, bias = (v.to(dtype) for v in inputs(4, 21))
+    x[1, 2, 20] = value
+    y, expected = layer_norm(x, weight, bias), reference(x, weight, bias)
+    assert torch.equal(y.isnan(), expected.isnan()) and int(y.isnan().sum()) == 21
+
+
+def test_backend(implementation):
+    x, weight, bias = (v.float() for v in inputs(2, 8))
+    expected = "reference" if implementation == "reference" else "cpu"
+    word = _dispatch.request("layer_norm", None)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert _dispatch.chosen("layer_norm", word, x.to(dtype), weight, bias, None, 1e-6) == expected
+    assert _dispatch.chosen("layer_norm", "", x.double(), weight.double(), bias.double(), None, 1e-6) == "reference"
 
 
 def test_gradcheck():

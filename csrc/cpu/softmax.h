@@ -103,7 +103,7 @@ inline void pack_rows(const Matrix<T>& source, int64_t i0, int64_t rows, int64_t
         for (int64_t w = 0; w < words; w += VL) {
             const int deep = int(std::min<int64_t>(VL, words - w));
             vf x[VL];
-            for (int i = 0; i < VL; i++) x[i] = i < count ? row_words(base + i * source.stride + w * KS, ks - w * KS) : vf{};
+            for (int i = 0; i < VL; i++) x[i] = i < count ? row_words<T>(base + i * source.stride + w * KS, ks - w * KS) : vf{};
             if (m + VL < rows)
                 for (int i = 0; i < VL; i++) __builtin_prefetch(base + (VL + i) * source.stride + w * KS);
             transpose(x);
@@ -114,7 +114,7 @@ inline void pack_rows(const Matrix<T>& source, int64_t i0, int64_t rows, int64_t
         }
     }
 #endif
-    for (; m < rows; m += MR) pack_panel(source, i0 + m, int(std::min<int64_t>(MR, rows - m)), 0, ks, MR, dst + m / MR * stride);
+    for (; m < rows; m += MR) pack_panel<T>(source, i0 + m, int(std::min<int64_t>(MR, rows - m)), 0, ks, MR, dst + m / MR * stride);
 }
 
 // One MR x width block of a product: c[rows][columns] = (accumulate ? c : 0) + sum over `words` of a[.][MR] b[.][width].

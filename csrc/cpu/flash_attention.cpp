@@ -17,7 +17,7 @@ namespace {
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr double LN_2 = 0.693147180559945309, LOG2_E_EXACT = 1.44269504088896341;
 
-// Of a block in the forward. KEYS scores are also what is added up in one chain.
+// Of a block in the forward. The products of KEYS probabilities are added up in one chain: fewer in float32, where it matters.
 template <class T>
 constexpr int KEYS = sizeof(T) == 2 ? 256 : 128;
 constexpr int FORWARD_VECTORS = 2;
@@ -94,6 +94,14 @@ inline void product(int vectors, int64_t words, const W* a, const W* b, int64_t 
     }
 }
 
+// MR rows of A B over `words` of D, in chains short enough that few digits are lost.
+template <int NV, class W>
+inline void score_block(int64_t words, const W* a, const W* b, float* c) {
+    constexpr int64_t CHAINED = 128;
+    for (int64_t w = 0; w == 0 || w < words; w += CHAINED)
+        product_block<NV, 1, MR>(std::min(CHAINED, words - w), a + w * MR, b + w * NV * VL, NV * VL, c, NV * VL, w > 0);
+}
+
 // Calls body(d0, vectors) for panels of up to VECTORS vectors, as even as can be, that cover D.
 template <class Body>
 inline void for_panels(int64_t D, const Body& body) {
@@ -114,8 +122,8 @@ inline void pack_columns(const T* x, int64_t stride, int64_t n, int64_t D, word_
     });
 }
 
-// count <= FEW rows of x [.., D] as lanes of a panel [words of D][width]; the other `lanes` become 0. What is left of 17 or 197 tokens isn't
-// worth a transposition.
+// count <= FEW rows of x [.., D] as lanes of a panel [words of D][width]; the other `lanes` become 0. What is left over of 17 or 197 tokens
+// isn't worth a transposition.
 constexpr int FEW = 3;
 template <class T>
 inline void pack_few(const T* x, int64_t stride, int count, int64_t D, int lanes, int width, word_t<T>* dst) {
@@ -213,8 +221,9 @@ inline vf higher(vf a, vf b) {
 #endif
 }
 
-// 2^(score * factor - shift) for exponents that are hardly above 0. In float32 the rounding of factor and shift would show, so `low`, which is shift * factor.error less what
-// shift itself lacks, and factor.error put it right. The exponent is cut first: an infinite score times the error would be no number.
+// 2^(score * factor - shift) for exponents that are hardly above 0. In float32 the rounding of factor and shift would show: factor.error,
+// the factor's relative error, and `low`, shift * factor.error less what shift itself lacks, put it right. The exponent is cut first, since
+// an infinite score times the error would be no number.
 struct Factor {
     explicit Factor(double exact) : value(float(exact)), error(value == 0.0f ? 0.0f : float((exact - value) / value)) {}
     float value, error;
@@ -279,8 +288,7 @@ struct Forward {
         for (int j = 0; j < NV; j++) top[j] = splat(-INF), total[j] = vf{};
         for (int64_t k0 = 0; k0 < seen; k0 += KEYS<T>) {
             const int64_t nk = std::min<int64_t>(KEYS<T>, seen - k0);
-            for (int64_t r = 0; r < nk; r += MR)
-                product_block<NV, 1, MR>(words, k + (k0 + r) * words, q, LANES, s + r * LANES, LANES, false);
+            for (int64_t r = 0; r < nk; r += MR) score_block<NV>(words, k + (k0 + r) * words, q, s + r * LANES);
             const bool masked = k0 + nk > all_see || !(factor.value > 0);
             if (masked) mask<NV>(i0, n, k0, nk);
             softmax<NV>(nk, masked ? Factor(1) : factor, k0 > 0, n, top, total);
@@ -377,19 +385,100 @@ struct Forward {
     }
 };
 
+// A single query, a decoder's next token, doesn't pay for packing the keys. `room` holds Nk floats, rounded up to whole vectors.
+template <class T>
+struct OneQuery {
+    const int64_t D, seen;
+    const Factor factor;
+    float* const room;
+
+    // Unscaled; behind the last key its score is repeated.
+    void scores(const T* query, const T* key, int64_t stride) {
+        for (int64_t j = 0; j < seen; j += VL) {
+            vf dots[VL];
+            for (int r = 0; r < VL; r++) {
+                const T* row = key + std::min(j + r, seen - 1) * stride;
+                vf dot = {};
+                for_vectors(D, [&](int64_t d, int lanes) { dot += load(query + d, lanes) * load(row + d, lanes); });
+                dots[r] = dot;
+            }
+            transpose(dots);
+            for (int half = VL / 2; half; half /= 2)
+                for (int r = 0; r < half; r++) dots[r] += dots[r + half];
+            store(room + j, dots[0]);
+        }
+    }
+
+    // Probabilities times their sum, which is returned with the scores' maximum.
+    float softmax(float& top) {
+        vf highest = splat(-INF), total = {};
+        for (int64_t j = 0; j < seen; j += VL) highest = higher(load(room + j) * factor.value, highest);
+        top = largest(highest);
+        const vf shift = splat(top == -INF ? 0.0f : top), low = shift * factor.error;
+        for (int64_t j = 0; j < seen; j += VL) {
+            const vf p = first_lanes(power<T>(load(room + j), factor, shift, low), int(std::min<int64_t>(VL, seen - j)));
+            store(room + j, p);
+            total += p;
+        }
+        return sum(total);
+    }
+
+    void average(const T* value, int64_t stride, float inverse, T* out) {
+        constexpr int WIDE = 4, CHAINED = 128;
+        for (int64_t d0 = 0; d0 < D; d0 += WIDE * VL) {
+            const int vectors = int(ceil_div(std::min<int64_t>(WIDE * VL, D - d0), VL));
+            const int last = int(D - d0 - (vectors - 1) * VL);
+            vf total[WIDE] = {};
+            for (int64_t j0 = 0; j0 < seen; j0 += CHAINED) {
+                vf chain[WIDE] = {};
+                for (int64_t j = j0; j < std::min(seen, j0 + CHAINED); j++)
+                    for (int v = 0; v < vectors; v++)
+                        chain[v] += room[j] * load(value + j * stride + d0 + v * VL, v + 1 < vectors ? VL : std::min(VL, last));
+                for (int v = 0; v < WIDE; v++) total[v] += chain[v];
+            }
+            for (int v = 0; v < vectors; v++)
+                store(out + d0 + v * VL, total[v] * inverse, v + 1 < vectors ? VL : std::min(VL, last));
+        }
+    }
+
+    void run(const T* query, const T* key, int64_t k_stride, const T* value, int64_t v_stride, T* out, float* lse) {
+        if (seen <= 0) {
+            std::memset(static_cast<void*>(out), 0, D * sizeof(T));
+            *lse = -INF;
+            return;
+        }
+        scores(query, key, k_stride);
+        float top;
+        const float total = softmax(top);
+        average(value, v_stride, 1.0f / total, out);
+        const bool plain = total == total && total != 0.0f && top != INF;
+        *lse = plain ? float(top * LN_2 + std::log(double(total))) : top == INF ? INF : total == 0.0f ? -INF : total;
+    }
+};
+
 }  // namespace
 
 // q [B, Nq, H, D], k, v [B, Nk, H, D] -> out [B, Nq, H, D], lse [B, H, Nq] float, both contiguous.
 template <class T>
 void flash_attention_forward(
-    const View<const T>& q, const View<const T>& k, const View<const T>& v, T* out, float* lse, const Sizes& sizes, double scale, int threads
+    const View<const T>& q, const View<const T>& k, const View<const T>& v, T* out, float* lse, const Sizes& sizes, double scale,
+    int threads
 ) {
     const int64_t heads = sizes.B * sizes.H, Nq = sizes.Nq, D = sizes.D, room = Forward<T>(sizes, scale, Room()).used;
+    if (Nq == 1) {
+        const int64_t length = round_up(sizes.Nk, 16);
+        Buffer<float> rooms(length * threads);
+        return parallel(heads, threads, [&](int64_t head, int thread) {
+            const int64_t b = head / sizes.H, h = head % sizes.H;
+            OneQuery<T> work{D, sizes.limit(0), Factor(scale * LOG2_E_EXACT), rooms + length * thread};
+            work.run(q.of(b, h), k.of(b, h), k.row, v.of(b, h), v.row, out + head * D, lse + head);
+        });
+    }
     constexpr int64_t QUERIES = Forward<T>::QUERIES;
     // Few heads: their queries are dealt out as well. A query's result is the same in any group.
     const int64_t blocks = ceil_div(Nq, QUERIES);
-    const int64_t groups = heads >= 4 * threads || threads == 1 ? 1 : std::min<int64_t>(blocks, ceil_div(4 * threads, std::max<int64_t>(heads, 1)));
     if (heads == 0 || blocks == 0) return;
+    const int64_t groups = heads >= 4 * threads || threads == 1 ? 1 : std::min<int64_t>(blocks, ceil_div(4 * threads, heads));
     Buffer<float> rooms(room * threads);
     parallel(heads * groups, threads, [&](int64_t task, int thread) {
         const int64_t head = task / groups, group = task % groups, b = head / sizes.H, h = head % sizes.H;
@@ -426,7 +515,8 @@ struct Backward {
           g_columns(room.take<W>(QUERY_WORDS * ldc)), p(room.take<W>(BACK_KEYS * QUERY_WORDS)), ds(room.take<W>(BACK_KEYS * QUERY_WORDS)),
           ds_woven(room.take<W>(KEY_WORDS * BACK_QUERIES)), s(room.take<float>(BACK_KEYS * LANES)), dp(room.take<float>(BACK_KEYS * LANES)),
           dq(room.take<float>(BACK_QUERIES * ldc)), dk(room.take<float>(key_rows * ldc)), dv(room.take<float>(key_rows * ldc)),
-          lse2(room.take<float>(BACK_QUERIES)), lse2_low(room.take<float>(BACK_QUERIES)), delta(room.take<float>(BACK_QUERIES)), limits(room.take<int32_t>(BACK_QUERIES)),
+          lse2(room.take<float>(BACK_QUERIES)), lse2_low(room.take<float>(BACK_QUERIES)), delta(room.take<float>(BACK_QUERIES)),
+          limits(room.take<int32_t>(BACK_QUERIES)),
           used(room.used()) {}
 
     const Sizes& sizes;
@@ -478,7 +568,7 @@ struct Backward {
     // What the softmax needs of NV vectors of queries.
     template <int NV>
     struct Lanes {
-        vf shift[NV], low[NV], delta[NV], sum[NV];
+        vf shift[NV], low[NV], delta[NV], sum[NV], inverse[NV];
         vi limit[NV];
     };
 
@@ -494,12 +584,13 @@ struct Backward {
             at.low[j] = load(lse2_low + i + j * VL);
             at.delta[j] = one_block() ? vf{} : load(delta + i + j * VL);
             at.sum[j] = vf{};
+            at.inverse[j] = splat(1.0f);
             std::memcpy(&at.limit[j], limits + i + j * VL, sizeof(vi));
         }
         for (int64_t r = 0; r < nk; r += MR) {
             float *scores = s + r * WIDTH, *slopes = dp + r * WIDTH;
-            product_block<NV, 1, MR>(words, k_rows + (k0 + r) * words, q_lanes + i * words, WIDTH, scores, WIDTH, false);
-            product_block<NV, 1, MR>(words, v_rows + (k0 + r) * words, g_lanes + i * words, WIDTH, slopes, WIDTH, false);
+            score_block<NV>(words, k_rows + (k0 + r) * words, q_lanes + i * words, scores);
+            score_block<NV>(words, v_rows + (k0 + r) * words, g_lanes + i * words, slopes);
             if (k0 + r + MR > all_see)
                 exponentials<NV, true>(k0 + r, scores, slopes, at);
             else
@@ -507,11 +598,15 @@ struct Backward {
             if (!one_block()) slopes_of<NV>(i, r, scores, slopes, at);
         }
         if (!one_block()) return;
-        for (int j = 0; j < NV; j++) at.delta[j] /= (at.sum[j] == 0.0f) ? splat(1.0f) : at.sum[j];
+        for (int j = 0; j < NV; j++) {
+            at.inverse[j] = 1.0f / ((at.sum[j] == 0.0f) ? splat(1.0f) : at.sum[j]);
+            at.delta[j] *= at.inverse[j];
+        }
         for (int64_t r = 0; r < nk; r += MR) slopes_of<NV>(i, r, s + r * WIDTH, dp + r * WIDTH, at);
     }
 
-    // MR rows of probabilities in place of the scores; with one block of keys delta comes from them and is free of out's rounding.
+    // MR rows of probabilities in place of the scores; with one block of keys their sum puts right lse's rounding, and delta comes from
+    // them, free of out's rounding.
     template <int NV, bool MASKED>
     void exponentials(int64_t key, float* scores, const float* slopes, Lanes<NV>& at) {
         for (int row = 0; row < MR; row++)
@@ -543,7 +638,7 @@ struct Backward {
                 for (int half = 0; half < KS; half++) {
                     const int here = ((row + half) * NV + j) * VL;
                     const int64_t place = (r + row + half) * BACK_QUERIES + i + j * VL;
-                    const vf probability = load(probabilities + here);
+                    const vf probability = load(probabilities + here) * at.inverse[j];
                     pair[half] = probability * (load(slopes + here) - at.delta[j]);
                     store(reinterpret_cast<part_t<T>*>(p) + place, probability);
                     store(reinterpret_cast<part_t<T>*>(ds) + place, pair[half]);

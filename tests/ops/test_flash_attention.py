@@ -261,6 +261,7 @@ def error_in_eps(actual, plain, exact):
 )
 @example(161, 257, 72, 1, True, 0, None, torch.bfloat16, "poisoned")
 @example(48, 47, 47, 1, True, 9, None, torch.float32, "transposed")
+@example(1, 277, 72, 2, False, 0, None, torch.float32, "sliced")
 @example(9, 1, 24, 2, False, 0, None, torch.float32, "sliced")
 def test_any_shape(queries, keys, head_dim, heads, causal, prefix, scale, dtype, layout):
     how = {"causal": causal, "prefix_len": min(prefix, keys), "scale": scale}
@@ -306,10 +307,11 @@ def test_nan_and_inf_come_out_as_from_pytorch(dtype):
 
 
 @needs_kernels
-def test_rows_of_infinite_scores():
+@pytest.mark.parametrize("queries", [1, 2])
+def test_rows_of_infinite_scores(queries):
     """Scores of -inf leave the logarithm -inf and no numbers behind; a score of inf leaves it inf."""
     for sign, due in ((-1, -math.inf), (1, math.inf)):
-        q, k, v = torch.ones(1, 2, 1, 1), torch.full((1, 20, 1, 1), sign * math.inf), torch.ones(1, 20, 1, 1)
+        q, k, v = torch.ones(1, queries, 1, 1), torch.full((1, 20, 1, 1), sign * math.inf), torch.ones(1, 20, 1, 1)
         for causal in (False, True):
             out, lse = torch.ops.ov3fast.flash_attention(q, k, v, causal, 0, 1.0, "cpu")
             assert (lse == due).all() and out.isnan().all()

@@ -37,7 +37,8 @@ inline Factor split(double x) {
 template <class T>
 constexpr bool PACKS_UNITS = std::is_same<word_t<T>, float>::value;
 
-// Norms, at least SMALLEST_NORM, their inverses, and the part of them that packing left out (what rounding did to the norm, if nothing else); 0 beyond the rows.
+// Norms, at least SMALLEST_NORM, their inverses, and the part of them that packing left out
+// (if nothing else, what rounding did to the norm); 0 beyond the rows.
 struct Norms {
     explicit Norms(int64_t R) : norm(round_up(R, NR)), inverse(round_up(R, NR)), left(round_up(R, NR)), left_low(round_up(R, NR)) {}
     Buffer<float> norm, inverse, left, left_low;
@@ -91,6 +92,15 @@ void pack_units(const Matrix<T>& source, Packed<T>& b, const float* norm, int th
     parallel(b.panels(), threads, [&](int64_t p, int) {
         pack_units(source, p * NR, b.columns(p), b.K, b.width(p), norm + p * NR, b.panel(p));
     });
+}
+
+// The same where rows are counted by k, from row 0 of `norm` on.
+template <class T>
+void pack_unit_columns(const Matrix<T>& source, int64_t i0, int count, int64_t K, int width, const float* norm, word_t<T>* dst) {
+    pack_panel(source, i0, count, 0, K, width, dst);
+    if constexpr (PACKS_UNITS<T>)
+        for (int64_t k = 0; k < K; k++)
+            for (int i = 0; i < width; i++) dst[k * width + i] /= norm[k];
 }
 
 // --- forward -----------------------------------------------------------------------------------------------------------------------
@@ -316,13 +326,13 @@ void gradient_tile(
                 if (has_own) value[lane] -= weight;
             }
             along += value * (product * row[i].left * left);
-            value *= scale * row[i].inverse * inverse;
+            value *= PACKS_UNITS<T> ? splat(scale) : scale * row[i].inverse * inverse;
             T* at = g + i * TILE + j * VL;
             store(at, value);
             if (ROUNDS) {
                 const vf lost = value - load(at);
-                error += lost * load(column.norm + j * VL);
-                errors[j] += lost * row[i].norm;
+                error += PACKS_UNITS<T> ? lost : lost * load(column.norm + j * VL);
+                errors[j] += PACKS_UNITS<T> ? lost : lost * row[i].norm;
             }
         }
         sums.scale += __builtin_convertvector(along, vd);
@@ -406,7 +416,10 @@ struct Backward {
 
     void run(const Columns& columns, double* grad_scale, double* grad_bias) {
         pack_units<T>({y, y_stride, 1}, by_width, y_norms.norm, threads);
-        if (grad_x) by_pair.pack({y, 1, y_stride}, threads);
+        if (grad_x)
+            parallel(by_pair.panels(), threads, [&](int64_t p, int) {
+                pack_unit_columns<T>({y, 1, y_stride}, p * NR, columns_of(p), N, width(p), y_norms.norm, by_pair.panel(p));
+            });
         if (ROUNDS) {
             if (grad_y) mean_unit_row(x, x_stride, n, D, x_norms, mean_x, threads);
             if (grad_x) mean_unit_row(y, y_stride, N, D, y_norms, mean_y, threads);
@@ -439,7 +452,8 @@ struct Backward {
                 pack_units<T>({x, x_stride, 1}, i0 + i, int(std::min<int64_t>(MR, count - i)), D, MR, x_norms.norm + i0 + i, x_rows + i * words_d);
             } else {
                 const int64_t p = task - groups;
-                pack_panel<T>({x + i0 * x_stride, 1, x_stride}, p * NR, columns_of(p), 0, count, width(p), x_columns + p * NR * words_r);
+                pack_unit_columns<T>({x + i0 * x_stride, 1, x_stride}, p * NR, columns_of(p), count, width(p), x_norms.norm + i0,
+                                     x_columns + p * NR * words_r);
             }
         });
         for (int64_t i = 0; i < count; i++)
@@ -482,12 +496,18 @@ struct Backward {
             for (int64_t j = 0; j < here; j += MR)
                 block_into<T>(words, packed + j * words, x_columns + p * NR * words_r, width(p), int(std::min<int64_t>(MR, here - j)),
                               columns_of(p), grad_y + (j0 + j) * D + p * NR, D, i0 > 0);
-        if (ROUNDS && i0 + count == n)
+        if ((ROUNDS || PACKS_UNITS<T>) && i0 + count == n)
             for (int64_t j = j0; j < j0 + here; j++)
-                for_vectors(D, [&](int64_t d, int lanes) {
-                    float* at = grad_y + j * D + d;
-                    store(at, load(at, lanes) + column_error[j] * load(mean_x + d, lanes), lanes);
-                });
+                complete(grad_y + j * D, ROUNDS ? column_error[j] : 0.0f, mean_x, PACKS_UNITS<T> ? y_norms.inverse[j] : 1.0f);
+    }
+
+    // grad = (grad + error * mean) * factor: what rounding took, and the norm.
+    void complete(float* grad, float error, const float* mean, float factor) const {
+        for_vectors(D, [&](int64_t d, int lanes) {
+            vf g = load(grad + d, lanes);
+            if (ROUNDS) g += error * load(mean + d, lanes);
+            store(grad + d, g * factor, lanes);
+        });
     }
 
     // grad_rows = G y, in pieces of columns whose words stay in the cache.
@@ -508,12 +528,10 @@ struct Backward {
 
     void finish_row(int64_t i0, int64_t i) {
         float* grad = grad_rows + i * D;
-        if (ROUNDS) {
-            double error = 0.0;
+        double error = 0.0;
+        if (ROUNDS)
             for (int64_t tile = 0; tile < tiles; tile++) error += row_error[tile * R + i];
-            const float lost = float(error);
-            for_vectors(D, [&](int64_t d, int lanes) { store(grad + d, load(grad + d, lanes) + lost * load(mean_y + d, lanes), lanes); });
-        }
+        complete(grad, float(error), mean_y, PACKS_UNITS<T> ? row[i].inverse : 1.0f);
         const T* from = x + (i0 + i) * x_stride;
         project_row(grad, from, float(norm_of(from, D)), D, grad_x + (i0 + i) * D);
     }

@@ -73,6 +73,9 @@ struct Head {
         });
     }
 
+    // Logits are exponentiated, so their errors count: short chains of additions where the width is small.
+    const int64_t chain = std::min<int64_t>(CHAIN<word_t<T>>, std::max<int64_t>(16, ceil_div(words_d, 4)));
+
     // Logits of one tile: take(first class in the tile, token, vectors, classes, c).
     template <class Take>
     void logits(int64_t here, int64_t tile, int thread, const Take& take) {
@@ -82,9 +85,9 @@ struct Head {
         pack_rows<T>({w, w_stride, 1}, v0, classes, D, packed, MR * words_d);
         for (int64_t t = 0; t < here; t += NR) {
             const int n = int(std::min<int64_t>(NR, round_up(here - t, VL)));
-            for (int64_t k = 0; k == 0 || k < words_d; k += CHAIN<word_t<T>>)
+            for (int64_t k = 0; k == 0 || k < words_d; k += chain)
                 for (int64_t m = 0; m < classes; m += MR)
-                    micro(n / VL, std::min(CHAIN<word_t<T>>, words_d - k), packed + m * words_d + k * MR, by_width + t * words_d + k * n, n,
+                    micro(n / VL, std::min(chain, words_d - k), packed + m * words_d + k * MR, by_width + t * words_d + k * n, n,
                           c + m * NR, NR, k > 0);
             for (int j = 0; j < n; j += VL) take(v0, classes, t + j, int(std::min<int64_t>(VL, here - t - j)), c + j);
         }

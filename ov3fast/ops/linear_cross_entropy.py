@@ -228,6 +228,7 @@ def _fake_total(hidden, weight, labels, ignore_index, mean, need_hidden, need_we
 def _setup_total(ctx, inputs, output):
     _, grad_hidden, grad_weight = output
     ctx.mark_non_differentiable(grad_hidden, grad_weight)
+    ctx.set_materialize_grads(False)  # or zeros of their size would be made
     ctx.save_for_backward(grad_hidden, grad_weight)
     ctx.word = inputs[-1]
 

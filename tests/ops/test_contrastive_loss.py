@@ -1,9 +1,12 @@
 import importlib
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 
 from ov3fast import ops, testing
+from ov3fast.ops import _dispatch
 from ov3fast.ops.contrastive_loss import contrastive_loss, reference
 
 module = importlib.import_module("ov3fast.ops.contrastive_loss")
@@ -168,3 +171,79 @@ def test_errors(change, error, words):
         ops.contrastive_loss(
             **{"image": torch.ones(5, 8), "text": torch.ones(5, 8), "logit_scale": torch.tensor(1.0), **change}
         )
+
+
+# What only the compiled kernels can get wrong: edges of tiles, rounded gradients by logits, threads.
+
+EDGES = [1, 7, 8, 9, 47, 48, 49, 63, 64, 65, 193]
+
+
+@pytest.fixture
+def rounded_gradients(monkeypatch):
+    """Gradients by logits in the features' dtype however few the columns."""
+    monkeypatch.setattr(importlib.import_module("ov3fast.ops.cpu.contrastive_loss"), "FEW", 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("pairs", "width"), [(193, 49), (391, 7), (49, 193), (577, 3)])
+def test_edges_of_tiles(rounded_gradients, dtype, pairs, width):
+    for kind in KINDS:
+        testing.check(*pair(kind), inputs(pairs, width, kind), dtype=dtype, keep=(2, 3))
+
+
+@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+@hypothesis.given(
+    pairs=st.sampled_from(EDGES),
+    width=st.sampled_from([1, 3, 8, 17, 48, 65]),
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    layout=st.sampled_from(sorted(testing.LAYOUTS)),
+)
+def test_any_shape(pairs, width, kind, dtype, layout):
+    testing.check(*pair(kind), inputs(pairs, width, kind), dtype=dtype, layout=testing.LAYOUTS[layout], keep=(2, 3))
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.05, 0.01])
+def test_features_that_are_alike(rounded_gradients, spread):
+    """Gradients are differences of what nearly cancels; rounding of what cancels must not show."""
+    centres = testing.make(1, 64, seed=5), testing.make(1, 64, seed=6)
+    image, text = (centre + spread * testing.make(96, 64, seed=seed) for seed, centre in enumerate(centres))
+    scale = torch.tensor(14.0, dtype=torch.float64)
+    testing.check(*pair("softmax"), (image, text, scale), dtype=torch.bfloat16, keep=(2,))
+
+
+def test_threads_change_no_bit(rounded_gradients, implementation):
+    if implementation == "reference":
+        pytest.skip("PyTorch's own products")
+    for dtype in (torch.float32, torch.bfloat16):
+        for kind in KINDS:
+            found = []
+            for threads in (1, 2, 3):
+                before = torch.get_num_threads()
+                torch.set_num_threads(threads)
+                leaves = [v.to(dtype if v.ndim else torch.float32).requires_grad_() for v in inputs(450, 65, kind)]
+                loss = pair(kind)[0](*leaves)
+                found.append([loss, *torch.autograd.grad(loss, leaves)])
+                torch.set_num_threads(before)
+            testing.assert_same_bits(found[0], found[1])
+            testing.assert_same_bits(found[0], found[2])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("kind", KINDS)
+def test_not_finite(kind, value):
+    image, text, *scalars = (v.float() for v in inputs(9, 5, kind))
+    image[3, 2] = value
+    leaves = [image.requires_grad_(), text.requires_grad_()]
+    for function in pair(kind):
+        loss = function(*leaves, *scalars)
+        grads = torch.autograd.grad(loss, leaves)
+        assert loss.isnan() and grads[0][3].isnan().all() and grads[1].isnan().all()
+
+
+def test_backend(implementation):
+    if implementation == "reference":
+        pytest.skip("chosen by name")
+    for dtype, name in ((torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float64, "reference")):
+        x = torch.ones(2, 3, dtype=dtype)
+        assert _dispatch.chosen("contrastive_loss", "", x, x, torch.tensor(1.0), None, "softmax", "") == name

@@ -184,8 +184,8 @@ def test_edges_of_tiles(size, dtype, reduction):
 
 @hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 @hypothesis.given(
-    tokens=st.sampled_from([1, 2, 7, 8, 9, 47, 48, 49, 97]),
-    width=st.sampled_from([1, 3, 16, 49]),
+    tokens=st.sampled_from([7, 8, 9, 47, 48, 49, 97]),
+    width=st.sampled_from([3, 16, 49]),
     classes=st.sampled_from([1, 2, 9, 48, 193]),
     reduction=st.sampled_from(module.REDUCTIONS),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),

@@ -74,6 +74,11 @@ void backward(
             const auto fill = [&](int64_t m0, int64_t count, word_t<T>* dst) { pack_rows<T>(dy, m0, count, D, dst); };
             gemm_with<T>(rows, to_hidden, fill, [&](int64_t m, int64_t n, int count, const float* values) {
                 const T* row = h + (r0 + m) * h_stride + n;
+                if (m + AHEAD < rows) {
+                    prefetch(row + AHEAD * h_stride, count);
+                    prefetch<true>(dh + (m + AHEAD) * H + n, count);
+                    if (grad_w2) prefetch<true>(a + (m + AHEAD) * H + n, count);
+                }
                 for_vectors(count, [&](int64_t i, int lanes) {
                     vf value, slope;
                     gelu_with_slope<KIND>(load(row + i, lanes), value, slope);

@@ -17,9 +17,9 @@ class OuterSums {
   public:
     // R: all rows that will come.
     OuterSums(int64_t R, int64_t M, int64_t N, int threads)
-        : M(M), N(N), threads_(threads), several_(R > CHUNK_ROWS), b_(std::min(R, CHUNK_ROWS), N), width_(round_up(N, VL)),
-          block_(block_rows<T>(std::max<int64_t>(M, 1), std::min(R, CHUNK_ROWS))), sums_(several_ ? round_up(M, MR) * width_ : 0),
-          a_(block_ * b_.words * threads), c_(several_ ? 0 : block_ * NR * threads) {}
+        : M(M), N(N), threads_(threads), several_(R > CHUNK_ROWS), b_(std::min(R, CHUNK_ROWS), N),
+          block_(block_rows<T>(std::max<int64_t>(M, 1), std::min(R, CHUNK_ROWS))), sums_(several_ ? M * b_.panels() * NR : 0),
+          a_(block_ * b_.words * threads), c_(block_ * NR * threads) {}
 
     // The next chunk, rows being counted from its start: row_a(r) points at a's row r; strip_b(r, rows, thread) gives rows [r, r + rows) of b
     // as a Matrix over columns (made in room of the thread's, if need be). All chunks but the last have CHUNK_ROWS rows. With the last one,
@@ -42,15 +42,15 @@ class OuterSums {
             word_t<T>* a = a_.data() + block_ * b_.words * thread;
             pack_columns<T>(row_a, 0, rows, m0, count, a);
             for (int64_t p = b_.panels() * group / groups; p < b_.panels() * (group + 1) / groups; p++) {
-                const int64_t ld = several_ ? width_ : NR;
-                float* c = several_ ? sums_.data() + m0 * width_ + p * NR : c_.data() + block_ * NR * thread;
+                float* c = c_.data() + block_ * NR * thread;
                 for (int64_t k = 0; k == 0 || k < words; k += CHAIN<word_t<T>>) {
                     const int64_t deep = std::min(CHAIN<word_t<T>>, words - k);
                     for (int64_t m = 0; m < count; m += MR)
-                        micro(b_.width(p) / VL, deep, a + m * words + k * MR, b_.panel(p) + k * b_.width(p), b_.width(p), c + m * ld, ld,
-                              started_ || k > 0);
+                        micro(b_.width(p) / VL, deep, a + m * words + k * MR, b_.panel(p) + k * b_.width(p), b_.width(p), c + m * NR, NR, k > 0);
                 }
-                if (last) store(m0, count, p * NR, b_.columns(p), c, ld);
+                // Every block of C's sums lies by itself, row after row.
+                if (several_) add_to_sums(c, sums_.data() + (m0 * b_.panels() + p * count) * NR, count * NR, last);
+                if (last) store(m0, count, p * NR, b_.columns(p), c, NR);
             }
         });
         started_ = true;
@@ -69,11 +69,17 @@ class OuterSums {
     const int64_t M, N;
 
   private:
+    // The sums so far join c (with the last chunk), or c joins them.
+    void add_to_sums(float* c, float* sums, int64_t n, bool last) const {
+        float* out = last ? c : sums;
+        for (int64_t i = 0; i < n; i += VL) store(out + i, started_ ? load(sums + i) + load(c + i) : load(c + i));
+    }
+
     const int threads_;
     const bool several_;
     bool started_ = false;
     Packed<T> b_;
-    const int64_t width_, block_;
+    const int64_t block_;
     Buffer<float> sums_;
     Buffer<word_t<T>> a_;
     Buffer<float> c_;

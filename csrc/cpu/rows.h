@@ -79,6 +79,15 @@ inline void gemm_rows(int64_t M, const Packed<T>& b, const Fill& fill, const Sto
 }
 inline void nothing(int64_t, int64_t, int) {}
 
+// Asks for the memory of n values that will be wanted soon.
+template <bool WRITE = false, class T>
+inline void prefetch(const T* p, int64_t n) {
+    const char *c = reinterpret_cast<const char*>(p), *last = reinterpret_cast<const char*>(p + n) - 1;
+    for (; c < last; c += 64) __builtin_prefetch(c, WRITE);
+    __builtin_prefetch(last, WRITE);
+}
+constexpr int64_t AHEAD = 8;  // rows
+
 // A store for gemm: rows of `out` are `width` apart; adds bias [N] unless it is null.
 template <class T>
 inline auto store_rows(T* out, int64_t width, const T* bias = nullptr) {

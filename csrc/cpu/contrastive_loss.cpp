@@ -97,7 +97,7 @@ void pack_units(const Matrix<T>& source, Packed<T>& b, const float* norm, int th
 // The same where rows are counted by k, from row 0 of `norm` on.
 template <class T>
 void pack_unit_columns(const Matrix<T>& source, int64_t i0, int count, int64_t K, int width, const float* norm, word_t<T>* dst) {
-    pack_panel(source, i0, count, 0, K, width, dst);
+    pack_panel<T>(source, i0, count, 0, K, width, dst);
     if constexpr (PACKS_UNITS<T>)
         for (int64_t k = 0; k < K; k++)
             for (int i = 0; i < width; i++) dst[k * width + i] /= norm[k];

@@ -145,8 +145,16 @@ inline void store(T* p, vf x, int count) { count == VL ? store(p, x) : store_par
 
 // Arithmetic. Where an argument is NaN so is the result; `max` and `min` give their first argument then.
 
+#if defined(__AVX512F__)
+inline vf max(vf a, vf b) { return bit_cast<vf>(_mm512_max_ps(bit_cast<__m512>(b), bit_cast<__m512>(a))); }
+inline vf min(vf a, vf b) { return bit_cast<vf>(_mm512_min_ps(bit_cast<__m512>(b), bit_cast<__m512>(a))); }
+#elif defined(__AVX2__)
+inline vf max(vf a, vf b) { return bit_cast<vf>(_mm256_max_ps(bit_cast<__m256>(b), bit_cast<__m256>(a))); }
+inline vf min(vf a, vf b) { return bit_cast<vf>(_mm256_min_ps(bit_cast<__m256>(b), bit_cast<__m256>(a))); }
+#else
 inline vf max(vf a, vf b) { return (a < b) ? b : a; }
 inline vf min(vf a, vf b) { return (a > b) ? b : a; }
+#endif
 inline vf abs(vf a) { return bit_cast<vf>(bit_cast<vu>(a) & 0x7fffffffu); }
 inline vf sqrt(vf a) {
 #if defined(__AVX512F__)

@@ -484,7 +484,10 @@ struct Backward {
                 }
                 for (int lane = 0; lane < VL; lane++) sums[2 * tile] += total.scale[lane], sums[2 * tile + 1] += total.bias[lane];
             }
-        if (grad_x) pack_rows<T>({g, TILE, 1}, 0, count, here, gradients + j0 / Word<T>::ks * MR, MR * words_n);
+        if (grad_x) {
+            const auto row = [&](int64_t i) -> const T* { return g + i * TILE; };
+            pack_rows<T>(row, 0, count, 0, here, words_n, gradients + j0 / Word<T>::ks * MR);
+        }
         if (grad_y) add_to_columns(i0, count, j0, here, g, tile_columns + thread * TILE * words_r);
     }
 

@@ -279,9 +279,53 @@ inline void block_product(
     }
 }
 
+// Values k0 .. k0 + ks of rows [m0, m0 + count) as panels of A that are `words` deep in all; k0 is a multiple of a word.
+// `row(m)` is a pointer to its value 0. VL rows at a time, since that is what a transposition takes.
+template <class T, class Row>
+inline void pack_rows(const Row& row, int64_t m0, int64_t count, int64_t k0, int64_t ks, int64_t words, word_t<T>* dst) {
+    constexpr int KS = Word<T>::ks;
+    for (int64_t m = 0; m < count; m += VL) {
+        decltype(row(m0)) p[VL];
+        const int here = int(std::min<int64_t>(VL, count - m));
+        for (int i = 0; i < here; i++) p[i] = row(m0 + m + i) + k0;
+        for (int64_t k = 0; k < ks; k += VL * KS) {
+            const int deep = int(std::min<int64_t>(VL, ceil_div(ks - k, KS)));
+            vf values[VL];
+            for (int i = 0; i < VL; i++) values[i] = i < here ? row_words<T>(p[i] + k, ks - k) : vf{};
+            transpose(values);
+            for (int h = 0; h < here; h += MR) {
+                word_t<T>* out = dst + (m + h) * words + (k0 + k) / KS * MR;
+                for (int j = 0; j < deep; j++) std::memcpy(out + j * MR, reinterpret_cast<const float*>(values + j) + h, MR * 4);
+            }
+        }
+    }
+}
+template <class T, class Row>
+inline void pack_rows(const Row& row, int64_t m0, int64_t count, int64_t K, word_t<T>* dst) {
+    pack_rows<T>(row, m0, count, 0, K, words_of<T>(K), dst);
+}
+
+// Columns [n0, n0 + count) of rows [r0, r0 + rows) as panels of A whose k are the rows.
+template <class T, class Row>
+inline void pack_columns(const Row& row, int64_t r0, int64_t rows, int64_t n0, int64_t count, word_t<T>* dst) {
+    constexpr int KS = Word<T>::ks;
+    const int64_t words = words_of<T>(rows), wide = round_up(count, MR);
+    for (int64_t w = 0; w < words; w++) {
+        const auto* p = row(r0 + w * KS) + n0;
+        const auto* next = KS > 1 && w * KS + 1 < rows ? row(r0 + w * KS + 1) + n0 : nullptr;
+        for (int64_t n = 0; n < wide; n += VL) {
+            const vf x = column_words<T>(p + n, next ? next + n : nullptr, int(std::min<int64_t>(VL, count - n)));
+            for (int64_t h = 0; h < VL && n + h < wide; h += MR)
+                std::memcpy(dst + (n + h) * words + w * MR, reinterpret_cast<const float*>(&x) + h, MR * 4);
+        }
+    }
+}
+
 // `rows` rows of A as panels of MR.
 template <class T, class S = T>
 inline void pack_block(const Matrix<S>& a, int64_t m0, int64_t rows, int64_t K, word_t<T>* dst) {
+    if (a.stride_k == 1) return pack_rows<T>([&](int64_t m) { return a.data + m * a.stride; }, m0, rows, K, dst);
+    if (a.stride == 1) return pack_columns<T>([&](int64_t k) { return a.data + k * a.stride_k; }, 0, K, m0, rows, dst);
     const int64_t words = words_of<T>(K);
     for (int64_t m = 0; m < rows; m += MR)
         pack_panel<T>(a, m0 + m, int(std::min<int64_t>(MR, rows - m)), 0, K, MR, dst + m * words);

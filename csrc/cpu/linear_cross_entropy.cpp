@@ -82,7 +82,7 @@ struct Head {
         const int64_t v0 = tile * TILE, classes = std::min(TILE, V - v0);
         word_t<T>* packed = a + thread * TILE * words_d;
         float* c = products + thread * TILE * NR;
-        pack_rows<T>({w, w_stride, 1}, v0, classes, D, packed, MR * words_d);
+        pack_block<T>({w, w_stride, 1}, v0, classes, D, packed);
         for (int64_t t = 0; t < here; t += NR) {
             const int n = int(std::min<int64_t>(NR, round_up(here - t, VL)));
             for (int64_t k = 0; k == 0 || k < words_d; k += chain)
@@ -166,7 +166,7 @@ struct Head {
     void add_to_weight(int64_t t0, int64_t here, int64_t tile, int thread) {
         const int64_t v0 = tile * TILE, classes = std::min(TILE, V - v0), words = words_of<T>(here);
         word_t<T>* packed = a_tokens + thread * TILE * words_r;
-        pack_rows<T>({kept, room, 1}, v0, classes, here, packed, MR * words);
+        pack_block<T>({kept, room, 1}, v0, classes, here, packed);
         for (int64_t v = 0; v < classes; v += MR)
             for (int64_t p = 0; p < panels_d; p++) {
                 const int n = int(std::min<int64_t>(MR, classes - v));

@@ -87,36 +87,6 @@ struct Lse {
     }
 };
 
-// Rows [i0, i0 + rows) of A, the first `ks` values of k, as panels of MR that lie `stride` words apart (gemm.h's pack_block with room between
-// panels). Where a vector is two panels wide both come from one transposition.
-template <class T>
-inline void pack_rows(const Matrix<T>& source, int64_t i0, int64_t rows, int64_t ks, word_t<T>* dst, int64_t stride) {
-    int64_t m = 0;
-#if defined(__AVX512F__)
-    static_assert(VL == 2 * MR, "two panels in a vector");
-    constexpr int KS = Word<T>::ks;
-    const int64_t words = words_of<T>(ks);
-    for (; source.stride_k == 1 && m + MR < rows; m += VL) {
-        const T* base = source.data + (i0 + m) * source.stride;
-        const int count = int(std::min<int64_t>(VL, rows - m));
-        float *first = reinterpret_cast<float*>(dst) + m / MR * stride, *second = first + stride;
-        for (int64_t w = 0; w < words; w += VL) {
-            const int deep = int(std::min<int64_t>(VL, words - w));
-            vf x[VL];
-            for (int i = 0; i < VL; i++) x[i] = i < count ? row_words<T>(base + i * source.stride + w * KS, ks - w * KS) : vf{};
-            if (m + VL < rows)
-                for (int i = 0; i < VL; i++) __builtin_prefetch(base + (VL + i) * source.stride + w * KS);
-            transpose(x);
-            for (int j = 0; j < deep; j++) {
-                _mm256_storeu_ps(first + (w + j) * MR, _mm512_castps512_ps256(bit_cast<__m512>(x[j])));
-                _mm256_storeu_ps(second + (w + j) * MR, _mm512_extractf32x8_ps(bit_cast<__m512>(x[j]), 1));
-            }
-        }
-    }
-#endif
-    for (; m < rows; m += MR) pack_panel<T>(source, i0 + m, int(std::min<int64_t>(MR, rows - m)), 0, ks, MR, dst + m / MR * stride);
-}
-
 // One MR x width block of a product: c[rows][columns] = (accumulate ? c : 0) + sum over `words` of a[.][MR] b[.][width].
 template <class T>
 inline void block_into(

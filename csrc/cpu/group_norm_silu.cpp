@@ -8,7 +8,6 @@
 
 #include "export.h"
 #include "math.h"
-#include "memory.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -553,7 +552,7 @@ void group_norm_silu_forward(
     const T* x, int64_t x_batch, int64_t x_channel, const float* weight, const float* bias, double eps, T* y, float* mean, float* rstd,
     bool channels_last, const Shape& shape
 ) {
-    expect_writes(y, shape.B * shape.C * shape.S * int64_t(sizeof(T)));
+    expect_writes(y, shape.B * shape.C * shape.S);
     if (channels_last) return rows_forward(x, x_batch, weight, bias, eps, y, mean, rstd, shape);
     planes_forward(x, x_batch, x_channel, weight, bias, eps, y, mean, rstd, shape);
 }
@@ -572,7 +571,7 @@ void group_norm_silu_backward(
     const Shape& shape
 ) {
     const int64_t B = shape.B, C = shape.C;
-    if (grad_x) expect_writes(grad_x, B * C * shape.S * int64_t(sizeof(T)));
+    if (grad_x) expect_writes(grad_x, B * C * shape.S);
     Buffer<float> sums(B * C), dots(B * C);
     if (channels_last) {
         rows_backward(grad_y, grad_y_batch, x, x_batch, weight, bias, mean, rstd, grad_x, sums.data(), dots.data(), shape);

@@ -3,7 +3,6 @@
 #include <type_traits>
 
 #include "export.h"
-#include "memory.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -46,8 +45,8 @@ void layer_norm_forward(
     const T* x, int64_t x_stride, const T* residual, int64_t residual_stride, const float* weight, const float* bias, double eps, T* y,
     T* h, float* mean, float* rstd, int64_t R, int64_t D, int threads
 ) {
-    expect_writes(y, R * D * int64_t(sizeof(T)));
-    if (residual) expect_writes(h, R * D * int64_t(sizeof(T)));
+    expect_writes(y, R * D);
+    if (residual) expect_writes(h, R * D);
     parallel(ceil_div(R, ROWS), threads, [&](int64_t task, int) {
         for (int64_t r = task * ROWS; r < std::min(R, (task + 1) * ROWS); r++) {
             const T* row = x + r * x_stride;
@@ -98,7 +97,7 @@ void layer_norm_backward(
     const int64_t strips = ceil_div(R, STRIP);
     const bool sums = grad_weight || grad_bias;
     Buffer<float> partial(sums ? strips * 2 * D : 0);
-    if (grad_x) expect_writes(grad_x, R * D * int64_t(sizeof(T)));
+    if (grad_x) expect_writes(grad_x, R * D);
     // Rows r0 .. r0 + count - 1.
     const auto rows = [&](int64_t r0, auto count, float* dweight, float* dbias) {
         constexpr int N = decltype(count)::value;

@@ -10,6 +10,7 @@ template <class T, class P>
 void linear_forward(
     const T* x, int64_t x_stride, const P* w, int64_t w_stride, const P* bias, T* y, int64_t R, int64_t K, int64_t N, int threads
 ) {
+    expect_writes(y, R * N);
     Packed<T> b(K, N);
     b.pack(Matrix<P>{w, w_stride, 1}, threads);
     gemm<T>(R, Matrix<T>{x, x_stride, 1}, b, [&](int64_t m, int64_t n, int count, const float* values) {
@@ -36,6 +37,8 @@ void linear_backward(
             for_vectors(count, [&](int64_t i, int lanes) { store(out + m * width + n + i, load(values + i, lanes), lanes); });
         };
     };
+    expect_writes(grad_x, R * K);
+    expect_writes(grad_w, N * K);
     if (grad_x) {
         Packed<T> b(N, K);
         b.pack(Matrix<P>{w, 1, w_stride}, threads);

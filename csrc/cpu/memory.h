@@ -11,7 +11,7 @@ namespace ov3 {
 
 // Asks for large pages behind a result that is about to be written: a fresh one costs a page fault for every 4 KB otherwise, which takes
 // longer than the writing. Where the memory is in use already, or the system has no large pages, nothing happens.
-inline void expect_writes(void* data, int64_t bytes) {
+inline void expect_bytes(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr uintptr_t PAGE = uintptr_t(1) << 21;
     const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + PAGE - 1) / PAGE * PAGE;
@@ -21,5 +21,9 @@ inline void expect_writes(void* data, int64_t bytes) {
     (void)data, (void)bytes;
 #endif
 }
+
+// The same for n values.
+template <class T>
+inline void expect_writes(T* data, int64_t n) { expect_bytes(data, n * int64_t(sizeof(T))); }
 
 }  // namespace ov3

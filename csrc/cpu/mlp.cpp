@@ -33,6 +33,8 @@ void forward(
     const T* x, int64_t x_stride, const T* w1, int64_t w1_stride, const T* b1, const T* w2, int64_t w2_stride, const T* b2, T* y, T* h,
     int64_t R, int64_t K, int64_t H, int64_t D, int threads
 ) {
+    expect_writes(h, R * H);
+    expect_writes(y, R * D);
     {
         Packed<T> b(K, H);
         b.pack({w1, w1_stride, 1}, threads);
@@ -55,6 +57,9 @@ void backward(
     int threads
 ) {
     const bool need_h = grad_x || grad_w1 || grad_b1;
+    expect_writes(grad_x, R * K);
+    expect_writes(grad_w1, H * K);
+    expect_writes(grad_w2, D * H);
     const int64_t chunk = std::min(R, CHUNK_ROWS);
     Buffer<T> dh(need_h ? chunk * H : 0), a(grad_w2 ? chunk * H : 0);
     Packed<T> to_hidden(need_h ? D : 0, need_h ? H : 0), to_input(grad_x ? H : 0, grad_x ? K : 0);

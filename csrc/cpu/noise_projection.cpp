@@ -51,6 +51,7 @@ void noise_projection_forward(
     const int64_t* rng, T* y, int64_t B, int64_t N, int64_t K, int64_t D, int threads
 ) {
     const Noisy<T> x{z, batch_stride, row_stride, sigma, Philox(rng), N, K};
+    expect_writes(y, B * N * D);
     Packed<T> b(K, D);
     b.pack({w, w_stride, 1}, threads);
     Buffer<float> noise(x.room() * threads);

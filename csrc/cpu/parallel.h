@@ -10,6 +10,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "memory.h"
+
 namespace ov3 {
 
 // body(task, thread), thread < threads.
@@ -37,6 +39,7 @@ class Buffer {
   public:
     explicit Buffer(int64_t size) : data_(static_cast<T*>(std::aligned_alloc(64, round_up(size * sizeof(T) + 64, 64)))) {
         if (!data_) throw std::bad_alloc();
+        expect_writes(data_, size);
     }
     ~Buffer() { std::free(data_); }
     Buffer(const Buffer&) = delete;

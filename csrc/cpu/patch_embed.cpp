@@ -111,6 +111,7 @@ struct PatchRoom {
 template <class T, class L>
 void forward(const Latents<L>& z, const T* w, int64_t w_stride, const T* bias, const T* pos, const T* cls, T* y, int64_t B, int64_t D, int threads) {
     const int64_t K = z.grid.values(), N = z.grid.tokens(), first = cls != nullptr;
+    expect_writes(y, B * (first + N) * D);
     Packed<T> b(K, D);
     b.pack({w, w_stride, 1}, threads);
     PatchRoom<T> room(z.grid, 64, z.room(), threads);

@@ -43,9 +43,16 @@ def randn(*shape: int, dtype: torch.dtype, grad: bool = False, scale: float = 1.
 
 
 def both(function: Callable[..., Tensor], *leaves: Tensor) -> Callable[[], object]:
-    """Forward and backward of `function`, for gradients of all leaves and a random upstream gradient."""
-    upstream = torch.randn_like(function(*leaves).detach())
-    return lambda: torch.autograd.grad(function(*leaves), leaves, upstream)
+    """Forward and backward of `function`, for gradients of all leaves and a random upstream gradient (1 for a scalar)."""
+
+    def run() -> object:
+        out = function(*leaves)
+        if out.ndim and run.upstream is None:
+            run.upstream = torch.randn_like(out)
+        return torch.autograd.grad(out, leaves, run.upstream)
+
+    run.upstream = None
+    return run
 
 
 def forward(function: Callable[..., object], *arguments: Tensor) -> Callable[[], object]:

@@ -35,6 +35,8 @@ class Options:
     budget: float = 4.0
     """Seconds of timing per row (more where five turns take longer)."""
     out: Path | None = None
+    markdown: Path | None = None
+    """Print this table of results as Markdown, and measure nothing."""
 
 
 def measure(case: cases.Case, budget: float, floors: dict[str, float]) -> dict[str, str]:
@@ -83,6 +85,8 @@ def measure_all(options: Options, table: Iterable[cases.Case]) -> list[dict[str,
             case.variants.pop("compile", None)
         row = measure(case, options.budget, floors)
         rows.append({**row, **{f"{name}_rate": f"{rate:.3e}" for name, rate in floors.items()}, **facts})
+        if options.out is not None:
+            write(rows, options.out)
         console.print(
             f"{row['operator']:<24} {row['direction']:<9} {row['shape']:<34} {row['dtype']:<5} {row['ms']:>10} ms  {row['rate']:>12}"
             f"  {row['of_floor']:>5} of floor  {row['ratio']:>6} x {row['best_peer']:<22} target {row['target']:<5}"
@@ -94,16 +98,39 @@ def measure_all(options: Options, table: Iterable[cases.Case]) -> list[dict[str,
     return rows
 
 
+def write(rows: list[dict[str, str]], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def markdown(path: Path) -> str:
+    """A table of results for a README."""
+    lines = [
+        "| operator | | size | dtype | ms | rate | of floor | best peer | ratio | asked | extra MB (peer) |",
+        "|" + "---|" * 11,
+    ]
+    with path.open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            memory = f"{row['extra_mb']} ({row['peer_extra_mb'] or '-'})" if row["extra_mb"] else ""
+            cells = (
+                row["operator"], row["direction"], row["shape"], row["dtype"], f"{float(row['ms']):,.1f}", row["rate"], row["of_floor"],
+                row["best_peer"], row["ratio"], row["target"], memory,
+            )  # fmt: skip
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main(options: Options) -> None:
+    if options.markdown is not None:
+        print(markdown(options.markdown))
+        return
     torch.manual_seed(0)
-    rows = measure_all(options, cases.table(options.only, options.dtype))
-    out = options.out or (None if options.only or options.dtype else RESULTS)
-    if out is not None and rows:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+    if options.out is None and not options.only and not options.dtype:
+        options.out = RESULTS
+    measure_all(options, cases.table(options.only, options.dtype))
 
 
 if __name__ == "__main__":

@@ -72,7 +72,8 @@ class Philox {
         }
     }
 
-    // Words w[0 .. 3] of the counters behind blocks [block, block + VL). Lane 4 g + r holds block + VL / 4 * r + g, which makes the elements'
+    // Words w[0 .. 3] of the counters behind blocks [block, block + VL). Lane 4 g + r holds block + VL / 4 * r + g, which makes the
+    // elements'
     // order a matter of `interleave` alone.
     void words(uint64_t block, vu (&w)[4]) const {
         vq a[4], b[4];

@@ -1,7 +1,9 @@
 // Contrastive loss over a rectangle of pairs: rows x_i of this rank against all columns y_j.
 //
-// The products <x_i, y_j> are taken of the features as they lie; 1/|x_i|, 1/|y_j| and the scale are float factors of the tile. A chunk of
-// rows of gradients G_ij = s g_ij / (|x_i| |y_j|) serves both sides, for the gradients with the norms held fixed are G y and G^T x.
+// Pairs of bfloat16 are multiplied as they lie, and 1/|x_i|, 1/|y_j| and the scale are float factors of the tile; where words are floats
+// the
+// rows are packed as unit rows. A chunk of rows of gradients G_ij = s g_ij / (|x_i| |y_j|) serves both sides, for the gradients with the
+// norms held fixed are G y and G^T x.
 //
 // G is stored like the features. In bfloat16 its rounding errors e_ij would weigh |y_j|, though much of that cancels in G y where features
 // are alike. So their sums sum_j e_ij |y_j| are kept in float and put back along the mean of the unit rows; what is left of an error weighs
@@ -256,7 +258,8 @@ void contrastive_loss_forward(
         for (int64_t i = task * strip; i < std::min(n, (task + 1) * strip); i += block) {
             const int64_t count = std::min(block, std::min(n, (task + 1) * strip) - i);
             for (int64_t m = 0; m < count; m += MR)
-                pack_units<T>({x, x_stride, 1}, i + m, int(std::min<int64_t>(MR, count - m)), D, MR, x_norms.norm + i + m, packed + m * words);
+                pack_units<T>({x, x_stride, 1}, i + m, int(std::min<int64_t>(MR, count - m)), D, MR, x_norms.norm + i + m,
+                    packed + m * words);
             forward.block(i, count, packed, c + thread * block * NR, factor + thread * block, state + thread * block,
                           lse + thread * block, largest, total);
         }
@@ -449,7 +452,8 @@ struct Backward {
         parallel(groups + panels, threads, [&](int64_t task, int) {
             if (task < groups) {
                 const int64_t i = task * MR;
-                pack_units<T>({x, x_stride, 1}, i0 + i, int(std::min<int64_t>(MR, count - i)), D, MR, x_norms.norm + i0 + i, x_rows + i * words_d);
+                pack_units<T>({x, x_stride, 1}, i0 + i, int(std::min<int64_t>(MR, count - i)), D, MR, x_norms.norm + i0 + i,
+                    x_rows + i * words_d);
             } else {
                 const int64_t p = task - groups;
                 pack_unit_columns<T>({x + i0 * x_stride, 1, x_stride}, p * NR, columns_of(p), count, width(p), x_norms.norm + i0,
@@ -457,7 +461,8 @@ struct Backward {
             }
         });
         for (int64_t i = 0; i < count; i++)
-            row[i] = {x_norms.times(scale, i0 + i), x_norms.left[i0 + i], x_norms.inverse[i0 + i], x_norms.norm[i0 + i], sigmoid ? 0.0f : r[i0 + i], sigmoid ? 0.0f : r[n + i0 + i]};
+            row[i] = {x_norms.times(scale, i0 + i), x_norms.left[i0 + i], x_norms.inverse[i0 + i], x_norms.norm[i0 + i],
+                sigmoid ? 0.0f : r[i0 + i], sigmoid ? 0.0f : r[n + i0 + i]};
     }
 
     // The chunk's gradients of one tile of columns, and what they add to the columns.
@@ -471,10 +476,12 @@ struct Backward {
             for (int64_t p = panel; p < panel + ceil_div(here, NR); p++) {
                 const int64_t rows = std::min(block, count - i), j = p * NR;
                 block_product<T>(rows, x_rows + i * words_d, by_width, p, p + 1, c, [](int64_t, int64_t, int, float*) {});
-                const Columns columns{all.inverse + j, all.left + j, all.left_low + j, all.norm + j, all.largest + j, all.log_sum + j, all.weight + j, all.live + j};
+                const Columns columns{all.inverse + j, all.left + j, all.left_low + j, all.norm + j, all.largest + j, all.log_sum + j,
+                    all.weight + j, all.live + j};
                 TileSums total = {};
                 const auto take = [&](auto function) {
-                    function(rows, by_width.columns(p), i0 + i + offset - j, c, row + i, columns, scale, bias, weight, g + i * TILE + j - j0,
+                    function(rows, by_width.columns(p), i0 + i + offset - j, c, row + i, columns, scale, bias, weight,
+                        g + i * TILE + j - j0,
                              errors + i, column_error + j, total);
                 };
                 switch (by_width.width(p) / VL) {
@@ -516,14 +523,16 @@ struct Backward {
     // grad_rows = G y, in pieces of columns whose words stay in the cache.
     void multiply_rows(int64_t count) {
         constexpr int64_t PIECE = CHAIN<word_t<T>>;
-        const int64_t panels = ceil_div(D, NR), halves = threads > 1 ? 2 : 1, groups = std::min<int64_t>(panels, threads > 1 ? 2 * threads : 1);
+        const int64_t panels = ceil_div(D, NR), halves = threads > 1 ? 2 : 1, groups = std::min<int64_t>(panels,
+            threads > 1 ? 2 * threads : 1);
         parallel(groups * halves, threads, [&](int64_t task, int) {
             const int64_t group = task / halves, half = task % halves, rows = ceil_div(count, MR);
             for (int64_t k = 0; k == 0 || k < words_n; k += PIECE)
                 for (int64_t p = panels * group / groups; p < panels * (group + 1) / groups; p++)
                     for (int64_t m = rows * half / halves; m < rows * (half + 1) / halves; m++) {
                         const int64_t i = m * MR;
-                        block_into<T>(std::min(PIECE, words_n - k), gradients + (i * words_n + k * MR), by_pair.panel(p) + k * width(p), width(p),
+                        block_into<T>(std::min(PIECE, words_n - k), gradients + (i * words_n + k * MR), by_pair.panel(p) + k * width(p),
+                            width(p),
                                       int(std::min<int64_t>(MR, count - i)), columns_of(p), grad_rows + (i * D + p * NR), D, k > 0);
                     }
         });
@@ -542,7 +551,8 @@ struct Backward {
 
 }  // namespace
 
-// As forward, with r [2, n], c_max, c_log, column_weight [N] (null for sigmoid), row_weight scalar -> grad_x [n, D]; grad_y [N, D] float, with
+// As forward, with r [2, n], c_max, c_log, column_weight [N] (null for sigmoid), row_weight scalar -> grad_x [n, D]; grad_y [N, D] float,
+// with
 // the norms of y held fixed; grad_scale, grad_bias double. grad_x and grad_y may be null.
 template <class T>
 void contrastive_loss_backward(
@@ -561,7 +571,8 @@ void contrastive_loss_backward(
                          n, N, D, threads};
     take_norms(x, x_stride, n, D, backward.x_norms, threads);
     take_norms(y, y_stride, N, D, backward.y_norms, threads);
-    const Columns columns{backward.y_norms.inverse, backward.y_norms.left, backward.y_norms.left_low, backward.y_norms.norm, padded, padded + wide, padded + 2 * wide, padded + 3 * wide};
+    const Columns columns{backward.y_norms.inverse, backward.y_norms.left, backward.y_norms.left_low, backward.y_norms.norm, padded,
+        padded + wide, padded + 2 * wide, padded + 3 * wide};
     backward.run(columns, grad_scale, grad_bias);
 }
 OV3_EXPORT(

@@ -215,7 +215,8 @@ inline void pack_panel(const Matrix<S>& source, int64_t i0, int count, int64_t k
         for (int64_t w = 0; w < words; w++)
             for (int i = 0; i < width; i++)
                 dst[w * width + i] =
-                    i < count ? one_word<T>(base + i * source.stride + w * KS * source.stride_k, source.stride_k, ks - w * KS) : word_t<T>{};
+                    i < count ? one_word<T>(base + i * source.stride + w * KS * source.stride_k, source.stride_k,
+                        ks - w * KS) : word_t<T>{};
     }
 }
 
@@ -263,7 +264,8 @@ struct BlockRoom {
     float* c_of(int thread) { return c.data() + rows * NR * thread; }
 };
 
-// A block of up to room.rows packed rows (a, panels of MR) times panels [first, last) of b, handed to store(row in block, n, count, values).
+// A block of up to room.rows packed rows (a, panels of MR) times panels [first, last) of b, handed to store(row in block, n, count,
+// values).
 template <class T, class Store>
 inline void block_product(
     int64_t rows, const word_t<T>* a, const Packed<T>& b, int64_t first, int64_t last, float* c, const Store& store

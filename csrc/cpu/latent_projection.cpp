@@ -79,7 +79,8 @@ void latent_projection_forward(
     gemm_strips<T>(B * grid.tokens(), grid, rows, b, [&](int64_t r0, int64_t count, float* values, int thread) {
         float* line = lines + each * thread;
         for (int64_t r = 0; r < count; r++)
-            for_vectors(K, [&](int64_t k, int lanes) { store(values + r * K + k, load(values + r * K + k, lanes) + load(added + k, lanes), lanes); });
+            for_vectors(K, [&](int64_t k, int lanes) { store(values + r * K + k, load(values + r * K + k, lanes) + load(added + k,
+                lanes), lanes); });
         for_strips(grid, r0, count, [&](int64_t strip, int64_t j0, int64_t j1, int64_t r) {
             T* corner = x + strip / h * C * plane + strip % h * p * grid.width() + j0 * p;
             for (int64_t c = 0; c < C; c++)
@@ -135,8 +136,10 @@ void latent_projection_backward(
 OV3_EXPORT(
     latent_projection_backward,
     (Ptr grad_x, int64_t x_batch_stride, int64_t channel_stride, int64_t line_stride, Ptr tokens, int64_t batch_stride, int64_t row_stride,
-     Ptr w, int64_t w_stride, Ptr grad_tokens, Ptr grad_w, Ptr grad_bias, int64_t B, int64_t C, int64_t p, int64_t h, int64_t wide, int64_t D,
+     Ptr w, int64_t w_stride, Ptr grad_tokens, Ptr grad_w, Ptr grad_bias, int64_t B, int64_t C, int64_t p, int64_t h, int64_t wide,
+         int64_t D,
      int64_t threads),
-    (grad_x, x_batch_stride, channel_stride, line_stride, tokens, batch_stride, row_stride, w, w_stride, grad_tokens, grad_w, grad_bias, B, C,
+    (grad_x, x_batch_stride, channel_stride, line_stride, tokens, batch_stride, row_stride, w, w_stride, grad_tokens, grad_w, grad_bias,
+        B, C,
      p, h, wide, D, int(threads))
 )

@@ -218,13 +218,15 @@ struct Head {
     // grad_rows = G^T w in pieces of classes, whose words all threads share.
     void multiply_rows(int64_t here) {
         constexpr int64_t CLASSES = PIECE * Word<T>::ks;
-        const int64_t groups = ceil_div(here, MR), halves = threads > 1 ? 2 : 1, parts = std::min<int64_t>(panels_d, 2 * threads - (threads == 1));
+        const int64_t groups = ceil_div(here, MR), halves = threads > 1 ? 2 : 1, parts = std::min<int64_t>(panels_d,
+            2 * threads - (threads == 1));
         for (int64_t v = 0; v < V; v += CLASSES) {
             const int64_t classes = std::min(CLASSES, V - v), words = words_of<T>(classes);
             parallel(groups + panels_d, threads, [&](int64_t task, int) {
                 if (task < groups) {
                     const int64_t t = task * MR;
-                    pack_panel<T>({kept + v * room, 1, room}, t, int(std::min<int64_t>(MR, here - t)), 0, classes, MR, a_classes + t * words);
+                    pack_panel<T>({kept + v * room, 1, room}, t, int(std::min<int64_t>(MR, here - t)), 0, classes, MR,
+                        a_classes + t * words);
                 } else {
                     const int64_t p = task - groups;
                     pack_panel<T>({w + v * w_stride, 1, w_stride}, p * NR, columns_of(p), 0, classes, width(p), b_classes + p * NR * words);
@@ -235,7 +237,8 @@ struct Head {
                 for (int64_t p = panels_d * part / parts; p < panels_d * (part + 1) / parts; p++)
                     for (int64_t m = groups * half / halves; m < groups * (half + 1) / halves; m++) {
                         const int64_t t = m * MR;
-                        block_into<T>(words, a_classes + t * words, b_classes + p * NR * words, width(p), int(std::min<int64_t>(MR, here - t)),
+                        block_into<T>(words, a_classes + t * words, b_classes + p * NR * words, width(p), int(std::min<int64_t>(MR,
+                            here - t)),
                                       columns_of(p), grad_rows + (t * D + p * NR), D, v > 0);
                     }
             });
@@ -335,7 +338,8 @@ void linear_cross_entropy_total(
 }
 OV3_EXPORT(
     linear_cross_entropy_total,
-    (Ptr h, int64_t h_stride, Ptr w, int64_t w_stride, Ptr labels, Ptr tokens, double factor, Ptr nll, Ptr grad_h, Ptr grad_w, int64_t count,
+    (Ptr h, int64_t h_stride, Ptr w, int64_t w_stride, Ptr labels, Ptr tokens, double factor, Ptr nll, Ptr grad_h, Ptr grad_w,
+        int64_t count,
      int64_t V, int64_t D, int64_t threads),
     (h, h_stride, w, w_stride, labels, tokens, factor, nll, grad_h, grad_w, count, V, D, int(threads))
 )

@@ -28,32 +28,32 @@ inline void pack_activations(const T* h, int64_t m0, int64_t rows, int64_t H, wo
         }
 }
 
-template <Activation KIND, class T>
+template <Activation KIND, class T, class P>
 void forward(
-    const T* x, int64_t x_stride, const T* w1, int64_t w1_stride, const T* b1, const T* w2, int64_t w2_stride, const T* b2, T* y, T* h,
+    const T* x, int64_t x_stride, const P* w1, int64_t w1_stride, const P* b1, const P* w2, int64_t w2_stride, const P* b2, T* y, T* h,
     int64_t R, int64_t K, int64_t H, int64_t D, int threads
 ) {
     expect_writes(h, R * H);
     expect_writes(y, R * D);
     {
         Packed<T> b(K, H);
-        b.pack({w1, w1_stride, 1}, threads);
+        b.pack(Matrix<P>{w1, w1_stride, 1}, threads);
         const auto fill = [&](int64_t m0, int64_t rows, word_t<T>* dst) { pack_rows<T>(Rows<T>{x, x_stride}, m0, rows, K, dst); };
         gemm_with<T>(R, b, fill, store_rows(h, H, b1), threads);
     }
     Packed<T> b(H, D);
     Buffer<T> room(VL * PIECE * threads);
-    b.pack({w2, w2_stride, 1}, threads);
+    b.pack(Matrix<P>{w2, w2_stride, 1}, threads);
     const auto fill = [&](int64_t m0, int64_t rows, word_t<T>* dst, int thread) {
         pack_activations<KIND>(h, m0, rows, H, dst, room + VL * PIECE * thread);
     };
     gemm_rows<T>(R, b, fill, store_rows(y, D, b2), nothing, threads);
 }
 
-template <Activation KIND, class T>
+template <Activation KIND, class T, class P>
 void backward(
-    const T* grad_y, int64_t grad_stride, const T* x, int64_t x_stride, const T* h, int64_t h_stride, const T* w1, int64_t w1_stride,
-    const T* w2, int64_t w2_stride, T* grad_x, T* grad_w1, T* grad_b1, T* grad_w2, T* grad_b2, int64_t R, int64_t K, int64_t H, int64_t D,
+    const T* grad_y, int64_t grad_stride, const T* x, int64_t x_stride, const T* h, int64_t h_stride, const P* w1, int64_t w1_stride,
+    const P* w2, int64_t w2_stride, T* grad_x, P* grad_w1, P* grad_b1, P* grad_w2, P* grad_b2, int64_t R, int64_t K, int64_t H, int64_t D,
     int threads
 ) {
     const bool need_h = grad_x || grad_w1 || grad_b1;
@@ -63,8 +63,8 @@ void backward(
     const int64_t chunk = std::min(R, CHUNK_ROWS);
     Buffer<T> dh(need_h ? chunk * H : 0), a(grad_w2 ? chunk * H : 0);
     Packed<T> to_hidden(need_h ? D : 0, need_h ? H : 0), to_input(grad_x ? H : 0, grad_x ? K : 0);
-    to_hidden.pack({w2, 1, w2_stride}, threads);
-    to_input.pack({w1, 1, w1_stride}, threads);
+    to_hidden.pack(Matrix<P>{w2, 1, w2_stride}, threads);
+    to_input.pack(Matrix<P>{w1, 1, w1_stride}, threads);
     OuterSums<T> sums1(grad_w1 ? R : 0, grad_w1 ? H : 0, grad_w1 ? K : 0, threads);
     OuterSums<T> sums2(grad_w2 ? R : 0, grad_w2 ? H : 0, grad_w2 ? D : 0, threads);
     Buffer<float> bias(grad_b1 ? H * 2 : 0);
@@ -111,15 +111,15 @@ void backward(
 }  // namespace
 
 // x [R, K] with rows x_stride apart, w1 [H, K], b1 [H] or null, w2 [D, H], b2 [D] or null; kind 0 gelu, 1 gelu_tanh -> y [R, D], h [R, H].
-template <class T>
+template <class T, class P>
 void mlp_forward(
-    const T* x, int64_t x_stride, const T* w1, int64_t w1_stride, const T* b1, const T* w2, int64_t w2_stride, const T* b2, T* y, T* h,
+    const T* x, int64_t x_stride, const P* w1, int64_t w1_stride, const P* b1, const P* w2, int64_t w2_stride, const P* b2, T* y, T* h,
     int64_t kind, int64_t R, int64_t K, int64_t H, int64_t D, int threads
 ) {
-    const auto run = kind == 0 ? forward<GELU, T> : forward<GELU_TANH, T>;
+    const auto run = kind == 0 ? forward<GELU, T, P> : forward<GELU_TANH, T, P>;
     run(x, x_stride, w1, w1_stride, b1, w2, w2_stride, b2, y, h, R, K, H, D, threads);
 }
-OV3_EXPORT(
+OV3_EXPORT_MIXED(
     mlp_forward,
     (Ptr x, int64_t x_stride, Ptr w1, int64_t w1_stride, Ptr b1, Ptr w2, int64_t w2_stride, Ptr b2, Ptr y, Ptr h, int64_t kind, int64_t R,
      int64_t K, int64_t H, int64_t D, int64_t threads),
@@ -127,17 +127,18 @@ OV3_EXPORT(
 )
 
 // grad_y [R, D], x [R, K], h [R, H] -> grad_x [R, K], grad_w1 [H, K], grad_b1 [H], grad_w2 [D, H], grad_b2 [D]; each may be null.
-template <class T>
+template <class T, class P>
 void mlp_backward(
-    const T* grad_y, int64_t grad_stride, const T* x, int64_t x_stride, const T* h, int64_t h_stride, const T* w1, int64_t w1_stride,
-    const T* w2, int64_t w2_stride, T* grad_x, T* grad_w1, T* grad_b1, T* grad_w2, T* grad_b2, int64_t kind, int64_t R, int64_t K, int64_t H,
+    const T* grad_y, int64_t grad_stride, const T* x, int64_t x_stride, const T* h, int64_t h_stride, const P* w1, int64_t w1_stride,
+    const P* w2, int64_t w2_stride, T* grad_x, P* grad_w1, P* grad_b1, P* grad_w2, P* grad_b2, int64_t kind, int64_t R, int64_t K,
+        int64_t H,
     int64_t D, int threads
 ) {
-    const auto run = kind == 0 ? backward<GELU, T> : backward<GELU_TANH, T>;
+    const auto run = kind == 0 ? backward<GELU, T, P> : backward<GELU_TANH, T, P>;
     run(grad_y, grad_stride, x, x_stride, h, h_stride, w1, w1_stride, w2, w2_stride, grad_x, grad_w1, grad_b1, grad_w2, grad_b2, R, K, H, D,
         threads);
 }
-OV3_EXPORT(
+OV3_EXPORT_MIXED(
     mlp_backward,
     (Ptr grad_y, int64_t grad_stride, Ptr x, int64_t x_stride, Ptr h, int64_t h_stride, Ptr w1, int64_t w1_stride, Ptr w2,
      int64_t w2_stride, Ptr grad_x, Ptr grad_w1, Ptr grad_b1, Ptr grad_w2, Ptr grad_b2, int64_t kind, int64_t R, int64_t K, int64_t H,

@@ -21,7 +21,8 @@ class OuterSums {
           block_(block_rows<T>(std::max<int64_t>(M, 1), std::min(R, CHUNK_ROWS))), sums_(several_ ? M * b_.panels() * NR : 0),
           a_(block_ * b_.words * threads), c_(block_ * NR * threads) {}
 
-    // The next chunk, rows being counted from its start: row_a(r) points at a's row r; strip_b(r, rows, thread) gives rows [r, r + rows) of b
+    // The next chunk, rows being counted from its start: row_a(r) points at a's row r; strip_b(r, rows, thread) gives rows [r, r + rows)
+    // of b
     // as a Matrix over columns (made in room of the thread's, if need be). All chunks but the last have CHUNK_ROWS rows. With the last one,
     // every block of C goes to store(m, rows, n, columns, values, ld), values[ld * row + column].
     template <class RowA, class StripB, class Store>
@@ -46,7 +47,8 @@ class OuterSums {
                 for (int64_t k = 0; k == 0 || k < words; k += CHAIN<word_t<T>>) {
                     const int64_t deep = std::min(CHAIN<word_t<T>>, words - k);
                     for (int64_t m = 0; m < count; m += MR)
-                        micro(b_.width(p) / VL, deep, a + m * words + k * MR, b_.panel(p) + k * b_.width(p), b_.width(p), c + m * NR, NR, k > 0);
+                        micro(b_.width(p) / VL, deep, a + m * words + k * MR, b_.panel(p) + k * b_.width(p), b_.width(p), c + m * NR, NR,
+                            k > 0);
                 }
                 // Every block of C's sums lies by itself, row after row.
                 if (several_) add_to_sums(c, sums_.data() + (m0 * b_.panels() + p * count) * NR, count * NR, last);
@@ -96,7 +98,8 @@ template <class T>
 inline auto store_block(T* out, int64_t width) {
     return [=](int64_t m, int64_t rows, int64_t n, int columns, const float* values, int64_t ld) {
         for (int64_t i = 0; i < rows; i++)
-            for_vectors(columns, [&](int64_t j, int lanes) { store(out + (m + i) * width + n + j, load(values + i * ld + j, lanes), lanes); });
+            for_vectors(columns, [&](int64_t j, int lanes) { store(out + (m + i) * width + n + j, load(values + i * ld + j, lanes),
+                lanes); });
     };
 }
 

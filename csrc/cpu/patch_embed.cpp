@@ -109,7 +109,8 @@ struct PatchRoom {
 };
 
 template <class T, class L>
-void forward(const Latents<L>& z, const T* w, int64_t w_stride, const T* bias, const T* pos, const T* cls, T* y, int64_t B, int64_t D, int threads) {
+void forward(const Latents<L>& z, const T* w, int64_t w_stride, const T* bias, const T* pos, const T* cls, T* y, int64_t B, int64_t D,
+    int threads) {
     const int64_t K = z.grid.values(), N = z.grid.tokens(), first = cls != nullptr;
     expect_writes(y, B * (first + N) * D);
     Packed<T> b(K, D);
@@ -205,7 +206,8 @@ void backward(
 
 }  // namespace
 
-// latents [B, C, H, W] or moments [B, 2 C, H, W] of float (wide) or T, w [D, C p p], bias [D], pos [(1+) h w, D], cls [D] or null, rng (seed,
+// latents [B, C, H, W] or moments [B, 2 C, H, W] of float (wide) or T, w [D, C p p], bias [D], pos [(1+) h w, D], cls [D] or null, rng
+// (seed,
 // offset) or null -> y [B, (1+) h w, D].
 template <class T>
 void patch_embed_forward(
@@ -223,7 +225,8 @@ void patch_embed_forward(
 OV3_EXPORT(
     patch_embed_forward,
     (Ptr latents, int64_t batch_stride, int64_t channel_stride, int64_t line_stride, int64_t is_wide, Ptr w, int64_t w_stride, Ptr bias,
-     Ptr pos, Ptr cls, Ptr rng, double scale, double shift, int64_t moments, Ptr y, int64_t B, int64_t C, int64_t p, int64_t h, int64_t wide,
+     Ptr pos, Ptr cls, Ptr rng, double scale, double shift, int64_t moments, Ptr y, int64_t B, int64_t C, int64_t p, int64_t h,
+         int64_t wide,
      int64_t D, int64_t threads),
     (latents.address, batch_stride, channel_stride, line_stride, is_wide, w, w_stride, bias, pos, cls, rng, scale, shift, moments, y, B, C,
      p, h, wide, D, int(threads))

@@ -50,7 +50,8 @@ inline void rows_to_line(const T* rows, T* line, int64_t ld, int64_t patches, in
     move_line<false>(line, const_cast<T*>(rows), ld, patches, p);
 }
 
-// The product of `row`'s rows with b, handed over in blocks of whole strips where these are short: done(r0, rows, values [rows, b.N], thread).
+// The product of `row`'s rows with b, handed over in blocks of whole strips where these are short: done(r0, rows, values [rows, b.N],
+// thread).
 template <class T, class Row, class Done>
 inline void gemm_strips(int64_t R, const Grid& g, const Row& row, const Packed<T>& b, const Done& done, int threads) {
     if (R == 0) return;

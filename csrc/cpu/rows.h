@@ -47,8 +47,8 @@ inline void prefetch(const T* p, int64_t n) {
 constexpr int64_t AHEAD = 8;  // rows
 
 // A store for gemm: rows of `out` are `width` apart; adds bias [N] unless it is null.
-template <class T>
-inline auto store_rows(T* out, int64_t width, const T* bias = nullptr) {
+template <class T, class P = T>
+inline auto store_rows(T* out, int64_t width, const P* bias = nullptr) {
     return [=](int64_t m, int64_t n, int count, const float* values) {
         for_vectors(count, [&](int64_t i, int lanes) {
             vf v = load(values + i, lanes);

@@ -128,8 +128,8 @@ def _backward_rows(image, text, scale, bias, kind, offset, r, c, row_weight, col
     """Gradients by image [n,D]; by text over these rows [N,D], with its norms held fixed; by s and by t.
 
     The first two are None unless needed; all but the first are in the wide dtype. `_project` turns the second into the gradient by
-    text, once the rows of all ranks are added up. softmax: r [2,n] and c [2,N] are the (max, log-sum) of rows and columns. row_weight (scalar) and column_weight [N] stand for
-    the loss's 1/N, times the upstream gradient of the row's and column's rank.
+    text, once the rows of all ranks are added up. softmax: r [2,n] and c [2,N] are the (max, log-sum) of rows and columns. row_weight
+    (scalar) and column_weight [N] stand for the loss's 1/N, times the upstream gradient of the row's and column's rank.
     """
     a, b = _normalise(image), _normalise(text)
     grad_a = torch.empty_like(a) if need_image else None

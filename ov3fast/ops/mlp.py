@@ -5,7 +5,9 @@
     da = dy W2    dh = da gelu'(h)    dx = dh W1    dW1 = dh^T x    dW2 = dy^T a    db1 = sum dh    db2 = sum dy
 
 gelu(h) = h Phi(h) with "gelu"; h/2 (1 + tanh(sqrt(2/pi) (h + 0.044715 h^3))) with "gelu_tanh".
-Shapes: x [..., K]; w1 [H, K], b1 [H]; w2 [D, H], b2 [D]; y [..., D]. Storage float32, bfloat16 or float64 (float16 on GPUs).
+Shapes: x [..., K]; w1 [H, K], b1 [H]; w2 [D, H], b2 [D]; y [..., D]. Storage float32, bfloat16 or float64 (float16 on GPUs). The
+parameters are of x's dtype, or float32 beside a narrower x: they are then rounded to x's dtype on the way into the products, and their
+gradients are float32, so that autocast needs no copy of a parameter.
 Saved for backward: x, h (rounded to x's dtype), w1, w2; a is computed again.
 Source: Vaswani et al. 2017 (arXiv 1706.03762), eq. 2, with Hendrycks and Gimpel 2016 (arXiv 1606.08415).
 """
@@ -24,6 +26,7 @@ ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}
 
 def reference(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, activation: str = "gelu") -> Tensor:
     """Plain PyTorch, the specification."""
+    w1, b1, w2, b2 = (None if p is None else p.to(x.dtype) for p in (w1, b1, w2, b2))
     return F.linear(F.gelu(F.linear(x, w1, b1), approximate=ACTIVATIONS[activation]), w2, b2)
 
 
@@ -39,8 +42,8 @@ def mlp(
 ) -> Tensor:
     """gelu(x w1^T + b1) w2^T + b2, [..., D].
 
-    x [..., K]; w1 [H, K], b1 [H] or None, w2 [D, H], b2 [D] or None, all of x's dtype. activation "gelu" (exact) or "gelu_tanh". All
-    tensors get gradients and are cast under autocast. Raises TypeError or ValueError that name the argument.
+    x [..., K]; w1 [H, K], b1 [H] or None, w2 [D, H], b2 [D] or None, all of x's dtype or all float32. activation "gelu" (exact) or
+    "gelu_tanh". All tensors get gradients; under autocast x is cast. Raises TypeError or ValueError that name the argument.
     """
     op = "mlp"
     _check.tensor(op, "x", x)
@@ -50,12 +53,12 @@ def mlp(
     _check.tensor(op, "w2", w2, ndim=2)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-    x, w1, b1, w2, b2 = _check.autocast(x, w1, b1, w2, b2)
+    (x,) = _check.autocast(x)
     hidden = w1.shape[0]
-    _check.parameter(op, "w1", w1, (hidden, x.shape[-1]), x, "[H, K]")
-    _check.parameter(op, "b1", b1, (hidden,), x, "[H]")
-    _check.parameter(op, "w2", w2, (w2.shape[0], hidden), x, "[D, H]")
-    _check.parameter(op, "b2", b2, (w2.shape[0],), x, "[D]")
+    _check.parameter(op, "w1", w1, (hidden, x.shape[-1]), x, "[H, K]", mixed=True)
+    _check.parameter(op, "b1", b1, (hidden,), w1, "[H]")
+    _check.parameter(op, "w2", w2, (w2.shape[0], hidden), w1, "[D, H]")
+    _check.parameter(op, "b2", b2, (w2.shape[0],), w1, "[D]")
     y, _ = torch.ops.ov3fast.mlp(x, w1, b1, w2, b2, activation, _dispatch.request(op, impl))
     return y
 
@@ -66,6 +69,7 @@ def _rows(x):
 
 
 def _forward_reference(x, w1, b1, w2, b2, activation):
+    w1, b1, w2, b2 = (None if p is None else p.to(x.dtype) for p in (w1, b1, w2, b2))
     h = F.linear(_rows(x), w1, b1)
     y = F.linear(F.gelu(h, approximate=ACTIVATIONS[activation]), w2, b2)
     return y.view(*x.shape[:-1], w2.shape[0]), h.view(*x.shape[:-1], w1.shape[0])
@@ -73,15 +77,17 @@ def _forward_reference(x, w1, b1, w2, b2, activation):
 
 def _backward_reference(grad_y, x, h, w1, w2, activation, need_x, need_w1, need_b1, need_w2, need_b2):
     approximate = ACTIVATIONS[activation]
+    kept, w1, w2 = w1.dtype, w1.to(x.dtype), w2.to(x.dtype)
     grad_y, h_rows = _rows(grad_y), _rows(h)
-    grad_x = grad_w1 = grad_b1 = none = grad_y.new_empty(0)
-    grad_w2 = grad_y.t() @ F.gelu(h_rows, approximate=approximate) if need_w2 else none
-    grad_b2 = grad_y.sum(0) if need_b2 else none
+    grad_x = none = grad_y.new_empty(0)
+    grad_w1 = grad_b1 = no_parameter = none.to(kept)
+    grad_w2 = (grad_y.t() @ F.gelu(h_rows, approximate=approximate)).to(kept) if need_w2 else no_parameter
+    grad_b2 = grad_y.sum(0, dtype=kept) if need_b2 else no_parameter
     if need_x or need_w1 or need_b1:
         grad_h = torch.ops.aten.gelu_backward(grad_y @ w2, h_rows, approximate=approximate)
         grad_x = (grad_h @ w1).view(x.shape) if need_x else none
-        grad_w1 = grad_h.t() @ _rows(x) if need_w1 else none
-        grad_b1 = grad_h.sum(0) if need_b1 else none
+        grad_w1 = (grad_h.t() @ _rows(x)).to(kept) if need_w1 else no_parameter
+        grad_b1 = grad_h.sum(0, dtype=kept) if need_b1 else no_parameter
     return grad_x, grad_w1, grad_b1, grad_w2, grad_b2
 
 
@@ -92,10 +98,10 @@ def _fake(x, w1, b1, w2, b2, activation):
 def _fake_backward(grad_y, x, h, w1, w2, activation, need_x, need_w1, need_b1, need_w2, need_b2):
     return (
         grad_y.new_empty(x.shape if need_x else 0),
-        grad_y.new_empty(w1.shape if need_w1 else 0),
-        grad_y.new_empty(w1.shape[0] if need_b1 else 0),
-        grad_y.new_empty(w2.shape if need_w2 else 0),
-        grad_y.new_empty(w2.shape[0] if need_b2 else 0),
+        w1.new_empty(w1.shape if need_w1 else 0),
+        w1.new_empty(w1.shape[0] if need_b1 else 0),
+        w1.new_empty(w2.shape if need_w2 else 0),
+        w1.new_empty(w2.shape[0] if need_b2 else 0),
     )
 
 

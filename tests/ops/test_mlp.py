@@ -112,6 +112,24 @@ def test_without_biases(has_b1, has_b2):
     testing.check(*both(), values, dtype=torch.float32)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize(("rows", "width", "hidden", "features"), [(9, 33, 65, 17), (200, 97, 70, 49)])
+def test_float32_parameters_beside_bfloat16(activation, rows, width, hidden, features):
+    x, *parameters = inputs(rows, width=width, hidden=hidden, features=features)
+    leaves = [x.bfloat16().requires_grad_(), *(p.float().requires_grad_() for p in parameters)]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    upstream = testing.make(rows, features, seed=5).bfloat16()
+
+    def run(function, leaves):
+        y = function(*leaves)
+        return [y, *torch.autograd.grad(y, leaves, upstream.to(y.dtype))]
+
+    ours, plain = both(activation)
+    for a, p, exact in zip(run(ours, leaves), run(plain, leaves), run(plain, wide), strict=True):
+        assert a.dtype == p.dtype
+        testing.assert_within_budget(a, p, exact)
+
+
 def test_activations():
     x, w1, b1, w2, b2 = inputs(4)
     h = x @ w1.t() + b1

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-
 LONG = 15.0
 """Seconds of a run from which on one turn has to do, the first included."""
 

@@ -32,11 +32,12 @@ step-table: demo
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on two threads; any finding ends the run.
 SANITIZED := build/sanitized
+SANITIZED_TESTS := (portable or avx512_bf16) and not opcheck and not gradcheck and not compile and not ranks and not errors and not to_the_31
 sanitize: .venv/dev
 	$(BIN)/python csrc/build.py --sanitize $(SANITIZED)
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OV3FAST_NATIVE=$(SANITIZED) OMP_NUM_THREADS=2 \
-	$(BIN)/python -m pytest -p no:cacheprovider tests/ops -k "not reference and not compile and not ranks"
+	$(BIN)/python -m pytest -n $(JOBS) -p no:cacheprovider tests/ops -k "$(SANITIZED_TESTS)"
 
 .venv/demo: pyproject.toml setup.py constraints.txt $(CSRC) | .venv
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo]'

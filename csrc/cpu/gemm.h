@@ -252,11 +252,18 @@ inline int64_t block_rows(int64_t M, int64_t K) {
     return std::min(std::min<int64_t>(rows, 192), round_up(M, MR));
 }
 
+// At most that many, and such that every thread has as many blocks as the others. No bit depends on it: a row's sums know nothing of blocks.
+template <class T>
+inline int64_t even_block_rows(int64_t M, int64_t K, int threads) {
+    const int64_t most = block_rows<T>(M, K), blocks = std::max<int64_t>(1, threads * ceil_div(M, most * threads));
+    return std::max<int64_t>(MR, std::min(most, round_up(ceil_div(M, blocks), MR)));
+}
+
 // What a thread needs for one block of A: its words and C's sums.
 template <class T>
 struct BlockRoom {
     BlockRoom(int64_t M, int64_t K, int threads)
-        : rows(block_rows<T>(M, K)), a_words(rows * words_of<T>(K)), a(a_words * threads), c(rows * NR * threads) {}
+        : rows(even_block_rows<T>(M, K, threads)), a_words(rows * words_of<T>(K)), a(a_words * threads), c(rows * NR * threads) {}
     const int64_t rows, a_words;
     Buffer<word_t<T>> a;
     Buffer<float> c;

@@ -1,10 +1,12 @@
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ov3fast import ops, testing
-from ov3fast.ops import _dispatch
+from ov3fast.ops import _dispatch, cpu
 from ov3fast.ops.layer_norm import layer_norm, reference
 
 
@@ -148,3 +150,18 @@ def test_errors(change, error, words):
     arguments = {"x": torch.ones(2, 8), "weight": torch.ones(8), **change}
     with pytest.raises(error, match=words):
         ops.layer_norm(**arguments)
+
+
+def test_more_than_two_to_the_31_elements(implementation):
+    if implementation == "reference" or implementation != cpu.available_isas()[-1]:
+        pytest.skip("once is enough")
+    if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 8e9:
+        pytest.skip("needs 5 GB of free memory")
+    x = testing.make(64).bfloat16()
+    one = torch.ones(64)
+    rows = 2**25 + 3
+    y = layer_norm(x.expand(rows, 64), one, one)
+    assert y.numel() > 2**31
+    expected = layer_norm(x[None], one, one)[0]
+    for row in (0, 2**25 - 1, 2**25, rows - 1):
+        assert torch.equal(y[row], expected), row

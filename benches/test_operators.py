@@ -15,7 +15,7 @@ OPERATORS = (
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("variant", (cases.OURS, "best of eager"))
+@pytest.mark.parametrize("variant", (cases.OURS, "first peer"))
 def test_operator(benchmark, operator, dtype, variant):
     """The first case of the operator: ours, or its first peer."""
     case = next(cases.table(operator, dtype))

@@ -129,6 +129,19 @@ def assert_same_bits(left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
             raise AssertionError(f"tensor {number} differs between two runs on the same inputs")
 
 
+def assert_same_bits_on_threads(run: Callable[[], Sequence[Tensor]], threads: Sequence[int] = (1, 2, 3)) -> None:
+    """`run` gives the same bits on each number of threads; the number in force before is put back, whatever happens."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in threads:
+            torch.set_num_threads(count)
+            results.append(list(run()))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+
+
 def _run(function: Callable[..., Any], inputs: Sequence[Any], floats: Sequence[int]) -> tuple[list[Tensor], dict[int, Tensor]]:
     """Outputs, and the gradient of every input in `floats`, for upstream gradients that depend on shapes alone."""
     leaves = {i: inputs[i].detach().requires_grad_() for i in floats}

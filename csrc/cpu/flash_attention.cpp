@@ -63,43 +63,12 @@ class Room {
 
 // --- products ----------------------------------------------------------------------------------------------------------------------
 
-// gemm.h's micro-kernel with word k of A's row i at a[i * ROW + k * STEP].
-template <int NV, int ROW, int STEP, class W>
-__attribute__((noinline)) void product_block(int64_t words, const W* a, const W* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
-    vf acc[MR][NV];
-    for (int i = 0; i < MR; i++)
-        for (int j = 0; j < NV; j++) acc[i][j] = vf{};
-    for (int64_t k = 0; k < words; k++, a += STEP, b += ldb) {
-        vf lanes[NV];
-#pragma GCC unroll 8
-        for (int j = 0; j < NV; j++) lanes[j] = load_words(b + j * VL);
-#pragma GCC unroll 8
-        for (int i = 0; i < MR; i++)
-#pragma GCC unroll 8
-            for (int j = 0; j < NV; j++) multiply_add(acc[i][j], a + i * ROW, lanes[j]);
-    }
-    for (int i = 0; i < MR; i++)
-        for (int j = 0; j < NV; j++) {
-            float* out = c + i * ldc + j * VL;
-            store(out, accumulate ? load(out) + acc[i][j] : acc[i][j]);
-        }
-}
-
-template <int ROW, int STEP, class W>
-inline void product(int vectors, int64_t words, const W* a, const W* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
-    switch (vectors) {
-        case 1: return product_block<1, ROW, STEP>(words, a, b, ldb, c, ldc, accumulate);
-        case 2: return product_block<2, ROW, STEP>(words, a, b, ldb, c, ldc, accumulate);
-        default: return product_block<3, ROW, STEP>(words, a, b, ldb, c, ldc, accumulate);
-    }
-}
-
 // MR rows of A B over `words` of D, in chains short enough that few digits are lost.
 template <int NV, class W>
 inline void score_block(int64_t words, const W* a, const W* b, float* c) {
     constexpr int64_t CHAINED = 128;
     for (int64_t w = 0; w == 0 || w < words; w += CHAINED)
-        product_block<NV, 1, MR>(std::min(CHAINED, words - w), a + w * MR, b + w * NV * VL, NV * VL, c, NV * VL, w > 0);
+        micro_block<NV, 1, MR>(std::min(CHAINED, words - w), a + w * MR, b + w * NV * VL, NV * VL, c, NV * VL, w > 0);
 }
 
 // Calls body(d0, vectors) for panels of up to VECTORS vectors, as even as can be, that cover D.
@@ -142,31 +111,9 @@ inline void pack_few(const T* x, int64_t stride, int count, int64_t D, int lanes
 // x [n, D] as the first operand of a product over D: panels [words of D][MR rows], the last one filled up with zeros.
 template <class T>
 inline void pack_rows(const T* x, int64_t stride, int64_t n, int64_t D, word_t<T>* dst) {
-    typedef float part __attribute__((vector_size(MR * 4)));
-    struct Parts {
-        part at[VL / MR];
-    };
-    constexpr int KS = Word<T>::ks;
-    const int64_t words = words_of<T>(D);
-    for (int64_t i0 = 0; i0 < n; i0 += VL) {
-        if (n - i0 <= FEW) {
-            pack_few(x + i0 * stride, stride, int(n - i0), D, MR, MR, dst + i0 * words);
-            return;
-        }
-        for (int64_t w = 0; w < words; w += VL) {
-            vf rows[VL];
-            for (int i = 0; i < VL; i++) rows[i] = i0 + i < n ? row_words<T>(x + (i0 + i) * stride + w * KS, D - w * KS) : vf{};
-            transpose(rows);
-            const int deep = int(std::min<int64_t>(VL, words - w));
-            for (int p = 0; p < VL / MR && i0 + p * MR < n; p++) {
-                word_t<T>* out = dst + (i0 + p * MR) * words + w * MR;
-                for (int j = 0; j < deep; j++) {
-                    const part values = bit_cast<Parts>(rows[j]).at[p];
-                    std::memcpy(out + j * MR, &values, sizeof values);
-                }
-            }
-        }
-    }
+    const int64_t few = n % VL <= FEW ? n % VL : 0, most = n - few;
+    ov3::pack_rows<T>([&](int64_t i) { return x + i * stride; }, 0, most, D, dst);
+    if (few) pack_few(x + most * stride, stride, int(few), D, MR, MR, dst + most * words_of<T>(D));
 }
 
 // n rows of x [.., D] as the second operand of a product over D: one panel [words of D][n rounded up to whole vectors].
@@ -210,17 +157,6 @@ inline vf weave(vf first, vf second) {
 template <class T>
 using part_t = std::conditional_t<Word<T>::ks == 2, bf16, float>;
 
-// The larger one, in one instruction; b where one of them is NaN.
-inline vf higher(vf a, vf b) {
-#if defined(__AVX512F__)
-    return bit_cast<vf>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
-#elif defined(__AVX2__)
-    return bit_cast<vf>(_mm256_max_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
-#else
-    return (a > b) ? a : b;
-#endif
-}
-
 // 2^(score * factor - shift) for exponents that are hardly above 0. In float32 the rounding of factor and shift would show: factor.error,
 // the factor's relative error, and `low`, shift * factor.error less what shift itself lacks, put it right. The exponent is cut first, since
 // an infinite score times the error would be no number.
@@ -230,7 +166,7 @@ struct Factor {
 };
 template <class T>
 inline vf power(vf score, const Factor& factor, vf shift, vf low) {
-    vf x = higher(splat(-150.0f), score * factor.value - shift);
+    vf x = max(score * factor.value - shift, splat(-150.0f));
     if (sizeof(T) == 4) x += x * factor.error + low;
     const vf n = round_to_integer(x), f = x - n;
     return scale_by_power((sizeof(T) == 2 ? polynomial(f, EXP2_SHORT) : polynomial(f, EXP2)) * f + 1.0f, n);
@@ -295,7 +231,7 @@ struct Forward {
             for_panels(D, [&](int64_t d0, int vectors) {
                 const W* values = v + d0 * words_of<T>(sizes.Nk) + k0 / KS * vectors * VL;
                 for (int64_t m = 0; m < n; m += MR)
-                    product<1, VL>(
+                    micro<1, VL>(
                         vectors, words_of<T>(nk), p + m / VL * KEY_WORDS * VL + m % VL, values, vectors * VL, o + m * ldo + d0, ldo, k0 > 0
                     );
             });
@@ -315,12 +251,12 @@ struct Forward {
         for (; row + 2 <= nk; row += 2)
 #pragma GCC unroll 4
             for (int j = 0; j < NV; j++) {
-                highest[j] = higher(load(s + row * LANES + j * VL), highest[j]);
-                others[j] = higher(load(s + (row + 1) * LANES + j * VL), others[j]);
+                highest[j] = max(highest[j], load(s + row * LANES + j * VL));
+                others[j] = max(others[j], load(s + (row + 1) * LANES + j * VL));
             }
         for (int j = 0; j < NV; j++) {
-            if (row < nk) highest[j] = higher(load(s + row * LANES + j * VL), highest[j]);
-            highest[j] = higher(others[j], highest[j]);
+            if (row < nk) highest[j] = max(highest[j], load(s + row * LANES + j * VL));
+            highest[j] = max(highest[j], others[j]);
         }
         float fade[LANES];
         bool fades = false;
@@ -412,7 +348,7 @@ struct OneQuery {
     // Probabilities times their sum, which is returned with the scores' maximum.
     float softmax(float& top) {
         vf highest = splat(-INF), total = {};
-        for (int64_t j = 0; j < seen; j += VL) highest = higher(load(room + j) * factor.value, highest);
+        for (int64_t j = 0; j < seen; j += VL) highest = max(highest, load(room + j) * factor.value);
         top = largest(highest);
         const vf shift = splat(top == -INF ? 0.0f : top), low = shift * factor.error;
         for (int64_t j = 0; j < seen; j += VL) {
@@ -657,16 +593,16 @@ struct Backward {
             const int width = vectors * VL;
             const int64_t deep = words_of<T>(n), first = d0 * deep;
             for (int64_t r = 0; r < nk; r += MR)
-                product<QUERY_WORDS, 1>(
+                micro<QUERY_WORDS, 1>(
                     vectors, deep, p + r * QUERY_WORDS, g_columns + first, width, dv + (k0 + r) * ldc + d0, ldc, true
                 );
             for (int64_t r = 0; r < nk; r += MR)
-                product<QUERY_WORDS, 1>(
+                micro<QUERY_WORDS, 1>(
                     vectors, deep, ds + r * QUERY_WORDS, q_columns + first, width, dk + (k0 + r) * ldc + d0, ldc, true
                 );
             const W* keys = k_columns + d0 * words_of<T>(sizes.Nk) + k0 / KS * width;
             for (int64_t m = 0; m < n; m += MR)
-                product<1, VL>(
+                micro<1, VL>(
                     vectors, words_of<T>(nk), ds_woven + m / VL * KEY_WORDS * VL + m % VL, keys, width, dq + m * ldc + d0, ldc, k0 > 0
                 );
         });

@@ -69,20 +69,21 @@ inline void multiply_add(vf& c, const uint32_t* a, vf b) {
 }
 #endif
 
-// c[MR][NV * VL] = (accumulate ? c : 0) + (sum over `words` of a[.][MR] b[.][NV * VL]), rows of b being ldb words apart.
-template <int NV, class W>
-__attribute__((noinline)) void micro(int64_t words, const W* a, const W* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+// c[MR][NV * VL] = (accumulate ? c : 0) + (sum over `words` of a b[.][NV * VL]), rows of b being ldb words apart. Word k of A's row i is at
+// a[i * ROW + k * STEP]: a packed panel unless said otherwise.
+template <int NV, int ROW, int STEP, class W>
+__attribute__((noinline)) void micro_block(int64_t words, const W* a, const W* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
     vf acc[MR][NV];
     for (int i = 0; i < MR; i++)
         for (int j = 0; j < NV; j++) acc[i][j] = vf{};
-    for (int64_t k = 0; k < words; k++, a += MR, b += ldb) {
+    for (int64_t k = 0; k < words; k++, a += STEP, b += ldb) {
         vf lanes[NV];
 #pragma GCC unroll 8
         for (int j = 0; j < NV; j++) lanes[j] = load_words(b + j * VL);
 #pragma GCC unroll 8
         for (int i = 0; i < MR; i++)
 #pragma GCC unroll 8
-            for (int j = 0; j < NV; j++) multiply_add(acc[i][j], a + i, lanes[j]);
+            for (int j = 0; j < NV; j++) multiply_add(acc[i][j], a + i * ROW, lanes[j]);
     }
     for (int i = 0; i < MR; i++)
         for (int j = 0; j < NV; j++) {
@@ -91,12 +92,12 @@ __attribute__((noinline)) void micro(int64_t words, const W* a, const W* b, int6
         }
 }
 
-template <class W>
+template <int ROW = 1, int STEP = MR, class W>
 inline void micro(int vectors, int64_t words, const W* a, const W* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
     switch (vectors) {
-        case 1: return micro<1>(words, a, b, ldb, c, ldc, accumulate);
-        case 2: return micro<2>(words, a, b, ldb, c, ldc, accumulate);
-        default: return micro<3>(words, a, b, ldb, c, ldc, accumulate);
+        case 1: return micro_block<1, ROW, STEP>(words, a, b, ldb, c, ldc, accumulate);
+        case 2: return micro_block<2, ROW, STEP>(words, a, b, ldb, c, ldc, accumulate);
+        default: return micro_block<3, ROW, STEP>(words, a, b, ldb, c, ldc, accumulate);
     }
 }
 

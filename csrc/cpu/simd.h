@@ -24,7 +24,6 @@ typedef float vf __attribute__((vector_size(VL * 4)));
 typedef int32_t vi __attribute__((vector_size(VL * 4)));
 typedef uint32_t vu __attribute__((vector_size(VL * 4)));
 typedef uint16_t vu16 __attribute__((vector_size(VL * 2)));
-typedef uint64_t vu64 __attribute__((vector_size(VL * 8)));
 
 struct bf16 {
     uint16_t bits;
@@ -39,7 +38,6 @@ inline To bit_cast(From from) {
 }
 
 inline vf splat(float x) { return x - vf{}; }
-inline vu splat_u(uint32_t x) { return x - vu{}; }
 
 // Elements as float. bfloat16 is rounded to nearest even; NaN stays NaN.
 

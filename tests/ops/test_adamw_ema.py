@@ -119,16 +119,12 @@ def test_layouts_that_differ():
 
 @pytest.mark.parametrize("max_norm", [None, 0.5])
 def test_threads_do_not_change_bits(max_norm):
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            lists = tensors(shapes=LONG)
-            norm = adamw_ema_(*lists, step=2, **NUMBERS, weight_decay=0.1, max_norm=max_norm, ema_decay=0.9)
-            results.append([norm, *(t for values in lists for t in values)])
-    finally:
-        torch.set_num_threads(before)
-    testing.assert_same_bits(*results)
+    def run():
+        lists = tensors(shapes=LONG)
+        norm = adamw_ema_(*lists, step=2, **NUMBERS, weight_decay=0.1, max_norm=max_norm, ema_decay=0.9)
+        return [norm, *(t for values in lists for t in values)]
+
+    testing.assert_same_bits_on_threads(run, (1, 2))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

@@ -217,16 +217,13 @@ def test_threads_change_no_bit(rounded_gradients, implementation):
         pytest.skip("PyTorch's own products")
     for dtype in (torch.float32, torch.bfloat16):
         for kind in KINDS:
-            found = []
-            for threads in (1, 2, 3):
-                before = torch.get_num_threads()
-                torch.set_num_threads(threads)
+
+            def run(dtype=dtype, kind=kind):
                 leaves = [v.to(dtype if v.ndim else torch.float32).requires_grad_() for v in inputs(450, 65, kind)]
                 loss = pair(kind)[0](*leaves)
-                found.append([loss, *torch.autograd.grad(loss, leaves)])
-                torch.set_num_threads(before)
-            testing.assert_same_bits(found[0], found[1])
-            testing.assert_same_bits(found[0], found[2])
+                return [loss, *torch.autograd.grad(loss, leaves)]
+
+            testing.assert_same_bits_on_threads(run)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -208,16 +208,12 @@ def test_saved_bytes_are_linear(impl):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_thread_count_does_not_change_bits(dtype, length, heads):
     q, k, v = (t.to(dtype).requires_grad_() for t in inputs(length, length, heads, 32, batch=1))
-    threads = torch.get_num_threads()
-    runs = []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            out = flash_attention(q, k, v, causal=True)
-            runs.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
-    finally:
-        torch.set_num_threads(threads)
-    testing.assert_same_bits(*runs)
+
+    def run():
+        out = flash_attention(q, k, v, causal=True)
+        return [out, *torch.autograd.grad(out.square().sum(), (q, k, v))]
+
+    testing.assert_same_bits_on_threads(run, (1, 2))
 
 
 def test_autocast():

@@ -67,15 +67,12 @@ def test_sizes_of_several_strips(dtype, layout, shape, groups):
 def test_threads_do_not_change_bits(dtype, layout, shape):
     x, *rest = (v.to(dtype) for v in inputs(*shape))
     leaves = [v.requires_grad_() for v in (LAYOUTS[layout](x), *rest)]
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            y = group_norm_silu(leaves[0], 4, *leaves[1:])
-            results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
-    finally:
-        torch.set_num_threads(before)
-    testing.assert_same_bits(*results)
+
+    def run():
+        y = group_norm_silu(leaves[0], 4, *leaves[1:])
+        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+    testing.assert_same_bits_on_threads(run, (1, 2))
 
 
 def strided(x, layout, slices):

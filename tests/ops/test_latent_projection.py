@@ -94,13 +94,7 @@ def test_threads_do_not_change_the_bits(implementation, dtype, batch):
     if implementation == "reference":
         pytest.skip("PyTorch's own sums depend on threads")
     values = [v.to(dtype) for v in inputs(batch, grid=(7, 9), width=50)]
-    before, runs = torch.get_num_threads(), []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        runs.append(results(*values, grid=(7, 9)))
-    torch.set_num_threads(before)
-    testing.assert_same_bits(runs[0], runs[1])
-    testing.assert_same_bits(runs[0], runs[2])
+    testing.assert_same_bits_on_threads(lambda: results(*values, grid=(7, 9)))
 
 
 def test_the_cpu_kernels_are_chosen(implementation):

@@ -203,16 +203,13 @@ def test_threads_change_no_bit(implementation):
     hidden, weight, labels = inputs(420, 49, 391)
     for dtype in (torch.float32, torch.bfloat16):
         for reduction in ("mean", "none"):
-            found = []
-            for threads in (1, 2, 3):
-                before = torch.get_num_threads()
-                torch.set_num_threads(threads)
+
+            def run(dtype=dtype, reduction=reduction):
                 leaves = [v.to(dtype).requires_grad_() for v in (hidden, weight)]
                 loss = pair(labels, reduction=reduction)[0](*leaves)
-                found.append([loss, *torch.autograd.grad(loss, leaves, torch.ones_like(loss))])
-                torch.set_num_threads(before)
-            testing.assert_same_bits(found[0], found[1])
-            testing.assert_same_bits(found[0], found[2])
+                return [loss, *torch.autograd.grad(loss, leaves, torch.ones_like(loss))]
+
+            testing.assert_same_bits_on_threads(run)
 
 
 def test_backward_twice():

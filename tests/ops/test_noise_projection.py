@@ -71,13 +71,8 @@ def results(*values):
 def test_threads_do_not_change_the_bits(implementation, dtype, tokens):
     if implementation == "reference":
         pytest.skip("PyTorch's own sums depend on threads")
-    values, before, runs = [v.to(dtype) for v in inputs(3, tokens, width=33, features=50)], torch.get_num_threads(), []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        runs.append(results(*values))
-    torch.set_num_threads(before)
-    testing.assert_same_bits(runs[0], runs[1])
-    testing.assert_same_bits(runs[0], runs[2])
+    values = [v.to(dtype) for v in inputs(3, tokens, width=33, features=50)]
+    testing.assert_same_bits_on_threads(lambda: results(*values))
 
 
 def test_the_cpu_kernels_are_chosen(implementation):

@@ -115,10 +115,19 @@ def _to_c(value: Any) -> Any:
     return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
 
 
+def unit_stride(x: Tensor) -> Tensor:
+    """x whose last axis is contiguous; no copy where it is already."""
+    return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
+
+
 def rows(x: Tensor) -> Tensor:
     """[..., K] -> [R, K] whose last axis is contiguous; no copy where the layout allows."""
-    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
+    return unit_stride(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
+
+
+def dense(x: Tensor | None) -> Tensor | None:
+    """An optional small tensor, contiguous."""
+    return None if x is None else x.contiguous()
 
 
 def wide(x: Tensor | None) -> Tensor | None:

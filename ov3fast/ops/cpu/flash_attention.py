@@ -3,13 +3,9 @@
 import torch
 
 from .. import _dispatch
-from . import missing, refuses, run
+from . import missing, refuses, run, unit_stride
 
 LARGEST_HEAD = 256
-
-
-def _unit_stride(t):
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _sizes(q, k):
@@ -18,7 +14,7 @@ def _sizes(q, k):
 
 
 def _forward(q, k, v, causal, prefix_len, scale):
-    q, k, v = map(_unit_stride, (q, k, v))
+    q, k, v = map(unit_stride, (q, k, v))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     run(
@@ -35,11 +31,11 @@ def _backward(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
 
 
 def _forward_packed(qkv, *rest):
-    return _forward(*_unit_stride(qkv).unbind(2), *rest)
+    return _forward(*unit_stride(qkv).unbind(2), *rest)
 
 
 def _backward_packed(grad_out, qkv, *rest):
-    qkv = _unit_stride(qkv)
+    qkv = unit_stride(qkv)
     grad = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     _gradients(grad_out, *qkv.unbind(2), *rest, grad.unbind(2), grad.shape[2:].numel())
     return grad
@@ -47,7 +43,7 @@ def _backward_packed(grad_out, qkv, *rest):
 
 def _gradients(grad_out, q, k, v, out, lse, causal, prefix_len, scale, grads, row):
     """Writes dq, dk, dv; their rows are `row` elements apart."""
-    tensors = [_unit_stride(t) for t in (grad_out, q, k, v)]
+    tensors = [unit_stride(t) for t in (grad_out, q, k, v)]
     views = [part for t in tensors for part in (t, *t.stride()[:3])]
     run(
         "flash_attention_backward", q.dtype, *views, out.contiguous(), lse.contiguous(), *grads, row,

@@ -1,27 +1,22 @@
 """Lays out latent_projection's arguments for csrc/cpu/latent_projection.cpp."""
 
 from .. import _dispatch
-from . import empty, missing, pointer, refuses, rows, run
-
-
-def _dense_lines(x):
-    """x whose last axis is contiguous."""
-    return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
+from . import dense, empty, missing, pointer, refuses, rows, run, unit_stride
 
 
 def _forward(tokens, weight, bias, patch_size, grid_h, grid_w):
-    tokens, weight = _dense_lines(tokens), rows(weight)
+    tokens, weight = unit_stride(tokens), rows(weight)
     channels = weight.shape[0] // patch_size**2
     x = empty(tokens, (tokens.shape[0], channels, grid_h * patch_size, grid_w * patch_size))
     run(
         "latent_projection_forward", tokens.dtype, tokens, *tokens.stride()[:2], weight, weight.stride(0),
-        None if bias is None else bias.contiguous(), x, tokens.shape[0], channels, patch_size, grid_h, grid_w, tokens.shape[2],
+        dense(bias), x, tokens.shape[0], channels, patch_size, grid_h, grid_w, tokens.shape[2],
     )  # fmt: skip
     return x
 
 
 def _backward(grad_x, tokens, weight, patch_size, need_tokens, need_weight, need_bias):
-    grad_x, tokens, weight = _dense_lines(grad_x), _dense_lines(tokens), rows(weight)
+    grad_x, tokens, weight = unit_stride(grad_x), unit_stride(tokens), rows(weight)
     batch, channels, height, width = grad_x.shape
     needs = need_tokens, need_weight, need_bias
     shapes = tokens.shape, weight.shape, weight.shape[0]

@@ -1,14 +1,16 @@
 """Lays out linear's arguments for csrc/cpu/linear.cpp."""
 
 from .. import _dispatch
-from . import empty, missing, pointer, refuses, rows, run
+from . import dense, empty, missing, pointer, refuses, rows, run
 
 
 def _forward(x, weight, bias):
     x_RK, weight = rows(x), rows(weight)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    bias = None if bias is None else bias.contiguous()
-    run("linear_forward", x.dtype, x_RK, x_RK.stride(0), weight, weight.stride(0), bias, y, *x_RK.shape, weight.shape[0], parameters=weight.dtype)  # fmt: skip
+    run(
+        "linear_forward", x.dtype, x_RK, x_RK.stride(0), weight, weight.stride(0), dense(bias), y, *x_RK.shape, weight.shape[0],
+        parameters=weight.dtype,
+    )  # fmt: skip
     return y
 
 

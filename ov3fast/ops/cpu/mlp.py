@@ -1,20 +1,16 @@
 """Lays out mlp's arguments for csrc/cpu/mlp.cpp."""
 
 from .. import _dispatch
-from . import empty, missing, pointer, refuses, rows, run
+from . import dense, empty, missing, pointer, refuses, rows, run
 
 _KINDS = {"gelu": 0, "gelu_tanh": 1}
-
-
-def _dense(bias):
-    return None if bias is None else bias.contiguous()
 
 
 def _forward(x, w1, b1, w2, b2, activation):
     x_RK, w1, w2 = rows(x), rows(w1), rows(w2)
     y, h = empty(x, (*x.shape[:-1], w2.shape[0])), empty(x, (*x.shape[:-1], w1.shape[0]))
     run(
-        "mlp_forward", x.dtype, x_RK, x_RK.stride(0), w1, w1.stride(0), _dense(b1), w2, w2.stride(0), _dense(b2), y, h,
+        "mlp_forward", x.dtype, x_RK, x_RK.stride(0), w1, w1.stride(0), dense(b1), w2, w2.stride(0), dense(b2), y, h,
         _KINDS[activation], *x_RK.shape, w1.shape[0], w2.shape[0], parameters=w1.dtype,
     )  # fmt: skip
     return y, h

@@ -1,13 +1,12 @@
 """Lays out noise_projection's arguments for csrc/cpu/noise_projection.cpp."""
 
 from .. import _dispatch
-from . import empty, missing, pointer, refuses, rows, run, wide
+from . import dense, empty, missing, pointer, refuses, rows, run, unit_stride, wide
 
 
 def _instances(z):
     """[B, ..., K] -> [B, N, K] whose last axis is contiguous."""
-    z = z.reshape(z.shape[0], z.shape[1:-1].numel(), z.shape[-1])
-    return z if z.stride(-1) == 1 or z.numel() == 0 else z.contiguous()
+    return unit_stride(z.reshape(z.shape[0], z.shape[1:-1].numel(), z.shape[-1]))
 
 
 def _forward(z, sigma, weight, bias, rng):
@@ -15,7 +14,7 @@ def _forward(z, sigma, weight, bias, rng):
     y = empty(z, (*z.shape[:-1], weight.shape[0]))
     run(
         "noise_projection_forward", z.dtype, z_BNK, z_BNK.stride(0), z_BNK.stride(1), wide(sigma), weight, weight.stride(0),
-        None if bias is None else bias.contiguous(), rng.contiguous(), y, *z_BNK.shape, weight.shape[0],
+        dense(bias), rng.contiguous(), y, *z_BNK.shape, weight.shape[0],
     )  # fmt: skip
     return y
 

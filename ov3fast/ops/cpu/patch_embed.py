@@ -3,12 +3,7 @@
 import torch
 
 from .. import _dispatch
-from . import empty, missing, pointer, refuses, rows, run
-
-
-def _dense_lines(x):
-    """x whose last axis is contiguous."""
-    return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
+from . import dense, empty, missing, pointer, refuses, rows, run, unit_stride
 
 
 def _sizes(latents, weight, patch_size, moments):
@@ -17,17 +12,13 @@ def _sizes(latents, weight, patch_size, moments):
     return batch, channels // 2 if moments else channels, patch_size, height // patch_size, width // patch_size, weight.shape[0]
 
 
-def _dense(parameter):
-    return None if parameter is None else parameter.contiguous()
-
-
 def _forward(latents, weight, bias, pos_embed, cls_token, rng, patch_size, scale, shift, moments):
-    latents, weight = _dense_lines(latents), rows(weight)
+    latents, weight = unit_stride(latents), rows(weight)
     batch, _, _, h, w, width = sizes = _sizes(latents, weight, patch_size, moments)
     y = empty(weight, (batch, h * w + (cls_token is not None), width))
     run(
         "patch_embed_forward", weight.dtype, latents, *latents.stride()[:3], latents.dtype == torch.float32, weight, weight.stride(0),
-        _dense(bias), _dense(pos_embed), _dense(cls_token), _dense(rng), float(scale), float(shift), moments, y, *sizes,
+        dense(bias), dense(pos_embed), dense(cls_token), dense(rng), float(scale), float(shift), moments, y, *sizes,
     )  # fmt: skip
     return y
 
@@ -35,7 +26,7 @@ def _forward(latents, weight, bias, pos_embed, cls_token, rng, patch_size, scale
 def _backward(
     grad_y, latents, weight, rng, patch_size, scale, shift, moments, need_latents, need_weight, need_bias, need_pos, need_cls
 ):
-    grad_y, latents, weight = _dense_lines(grad_y), _dense_lines(latents), rows(weight)
+    grad_y, latents, weight = unit_stride(grad_y), unit_stride(latents), rows(weight)
     _, _, _, h, w, width = sizes = _sizes(latents, weight, patch_size, moments)
     needs = need_latents, need_weight, need_bias, need_pos, need_cls
     likes = latents if need_latents else grad_y, grad_y, grad_y, grad_y, grad_y
@@ -43,7 +34,7 @@ def _backward(
     grads = tuple(empty(like, shape, need) for like, shape, need in zip(likes, shapes, needs, strict=True))
     run(
         "patch_embed_backward", weight.dtype, grad_y, *grad_y.stride()[:2], grad_y.shape[1] > h * w,
-        latents, *latents.stride()[:3], latents.dtype == torch.float32, weight, weight.stride(0), _dense(rng),
+        latents, *latents.stride()[:3], latents.dtype == torch.float32, weight, weight.stride(0), dense(rng),
         float(scale), float(shift), moments, *map(pointer, grads, needs), *sizes,
     )  # fmt: skip
     return grads

@@ -19,7 +19,7 @@ from .mlp import mlp
 from .noise_projection import noise_projection
 from .patch_embed import patch_embed
 
-from . import cpu  # isort: skip  (its kernels join the operators defined above)
+from . import cpu, triton  # isort: skip  (their kernels join the operators defined above)
 
 __all__ = [
     "BACKENDS",
@@ -38,5 +38,6 @@ __all__ = [
     "patch_embed",
     "random",
     "table",
+    "triton",
     "use",
 ]

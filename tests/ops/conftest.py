@@ -1,20 +1,27 @@
-"""Every operator's test runs on the plain reference and on the CPU kernels of each instruction set that this machine has."""
+"""Every operator's test runs on the plain reference and on the CPU kernels of each instruction set that this machine has.
+
+With TRITON_INTERPRET=1 it runs on the Triton kernels instead, in Triton's interpreter, with fewer examples, since each takes long.
+"""
+
+from contextlib import nullcontext
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from ov3fast import ops
-from ov3fast.ops import cpu
+from ov3fast.ops import cpu, triton
 
 # The fixture below holds for a whole test, whatever number of examples it tries.
 settings.register_profile("ops", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-settings.load_profile("ops")
+settings.register_profile("interpreter", settings.get_profile("ops"), max_examples=8)
+settings.load_profile("interpreter" if triton.INTERPRETED else "ops")
 
-VARIANTS = ["reference", *cpu.available_isas()]
+VARIANTS = ["triton"] if triton.INTERPRETED else ["reference", *cpu.available_isas()]
 
 
 @pytest.fixture(autouse=True, params=VARIANTS)
 def implementation(request):
-    """'reference', or the instruction set whose kernels are chosen wherever they take the call."""
-    with ops.use("reference") if request.param == "reference" else cpu.use_isa(request.param):
+    """'reference', 'triton', or the instruction set: their kernels are chosen wherever they take the call."""
+    contexts = {"reference": lambda: ops.use("reference"), "triton": nullcontext}
+    with contexts.get(request.param, lambda: cpu.use_isa(request.param))():
         yield request.param

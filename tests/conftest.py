@@ -1,18 +1,17 @@
-"""Makes `import ptxrun` mean tests/ptxrun, without tests/ on the path, where folders would pass for packages (data, models, kernels)."""
+"""Makes tests/ptxrun and tests/kernel_tools importable by these names, without tests/ on the path, where folders would pass for packages."""
 
 import importlib.util
 import sys
 from pathlib import Path
 
-_FOLDER = Path(__file__).parent / "ptxrun"
 
-
-def _load(name: str, folder: Path) -> None:
+def _load(name: str) -> None:
+    folder = Path(__file__).parent / name
     spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
 
 
-if "ptxrun" not in sys.modules:
-    _load("ptxrun", _FOLDER)
+for _name in ("ptxrun", "kernel_tools"):
+    if _name not in sys.modules:
+        _load(_name)

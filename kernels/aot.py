@@ -187,7 +187,7 @@ def _source(entry: Entry, config: Config, dtype: str, target: str) -> Any:
                 raise ValueError(f"{entry.name}: neither the entry nor the config {config} says what {name} is")
             constexprs[name] = parameter.default
         signature[name] = "constexpr"
-    unknown = (set(arguments) | set(constexprs) | set(entry.aligned)) - set(signature)
+    unknown = (set(arguments) | set(constexprs)) - set(signature)
     if unknown:
         raise ValueError(f"{entry.name} has no parameter {', '.join(sorted(unknown))}")
     return ASTSource(fn=entry.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
@@ -235,7 +235,11 @@ def _measure_all(todo: Sequence[Job], jobs: int) -> Iterator[tuple[int, dict[str
     """(position, result) of all jobs, those that are remembered first."""
     missing = []
     for index, job in enumerate(todo):
-        path = _remembered(job)
+        try:
+            path = _remembered(job)
+        except ValueError as reason:
+            yield index, {"error": str(reason)}
+            continue
         if path.exists():
             yield index, json.loads(path.read_text())
         else:

@@ -14,10 +14,12 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import json
 import multiprocessing
 import os
 import pkgutil
+import re
 import sys
 import tempfile
 import warnings
@@ -271,7 +273,7 @@ def _remembered(job: Job) -> Path:
     import triton
 
     source = _source(entries(job.module)[job.number], job.config, job.dtype, job.target)
-    tools = triton.__version__, Path(binary.__file__).read_text(), Path(__file__).read_text()
+    tools = triton.__version__, inspect.getsource(binary), inspect.getsource(measure)
     what = source.hash(), list(source.signature), source.name, _options(job.config), job.target, tools
     key = hashlib.sha256(repr(what).encode()).hexdigest()
     folder = os.environ.get("OV3FAST_AOT_CACHE") or Path(tempfile.gettempdir(), f"ov3fast-aot-{os.getuid()}")
@@ -311,6 +313,42 @@ def write_csv(table: Iterable[dict[str, Any]], path: Path) -> None:
         writer.writerows(flat(row) for row in table)
 
 
+def markdown(table: Sequence[dict[str, str]]) -> str:
+    """Rows of the CSV as one table: a line per launch, a column per target, in bfloat16 where the kernel takes it."""
+    narrow = {row["kernel"] for row in table if row["dtype"] == "bf16"}
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in table:
+        if row["dtype"] == "bf16" or row["kernel"] not in narrow:
+            how = " ".join(filter(None, (row["variant"], "" if row["size"] == configs.ANY else row["size"])))
+            work = f"{_short(row['flops'])}FLOP, {_short(row['bytes'])}B"
+            lines.setdefault((row["kernel"], how, row["problem"], work), {})[row["target"]] = _cell(row)
+    head = ["kernel", "variant", "size", "work", *(f"{chip.name} ({target})" for target, chip in CHIPS.items())]
+    body = [[*launch, *(cells.get(target, "") for target in CHIPS)] for launch, cells in lines.items()]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *body])
+
+
+def _cell(row: dict[str, str]) -> str:
+    matrix = sorted({re.split(r"[.]|_f32_", name.split("x", 1)[1])[0] for name in row["mma"].split()})
+    parts = (
+        f"{row['registers']} registers",
+        f"{int(row['shared_bytes']) / 1024:.3g} KB" if row["shared_bytes"] not in ("", "0") else "",
+        "+".join(matrix),
+        f"{float(row['estimate_us']):.3g} µs ({row['bound']})" if row["estimate_us"] else "",
+        f"({row['exceptions']})" if row["exceptions"] else "",
+        f"**{row['shortcomings']}**" if row["shortcomings"] else "",
+    )
+    return ", ".join(filter(None, parts))
+
+
+def _short(number: str) -> str:
+    value = float(number)
+    for unit in ("", "k", "M", "G"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} T"
+
+
 @dataclass
 class Options:
     target: tuple[str, ...] = tuple(CHIPS)
@@ -319,6 +357,8 @@ class Options:
     """Operators; all if none is named."""
     json: Path | None = None
     csv: Path | None = None
+    markdown: Path | None = None
+    """A shorter table: one line per launch, a column per target."""
     jobs: int = os.cpu_count() or 1
     """Processes."""
 
@@ -350,6 +390,9 @@ def main(options: Options) -> int:
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(table, indent=1))
+    if options.markdown is not None:
+        options.markdown.parent.mkdir(parents=True, exist_ok=True)
+        options.markdown.write_text(markdown([flat(row) for row in table]) + "\n", encoding="utf-8")
     short = [row for row in table if row["shortcomings"]]
     console.print(f"{len(table)} rows, {len(short)} short of the gate")
     return 1 if short else 0

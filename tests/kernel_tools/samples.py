@@ -46,15 +46,16 @@ class Sample:
         """Positions of the arguments that get gradients."""
         return [i for i, v in enumerate(inputs) if v.is_floating_point()] if self.differentiable else []
 
-    def results(self, inputs: Sequence[Tensor], function: Callable[..., Any] | None = None) -> list[Tensor]:
-        """Outputs, then the gradients of all floating arguments for upstream gradients that depend on shapes alone."""
+    def results(
+        self, inputs: Sequence[Tensor], function: Callable[..., Any] | None = None, upstream: list[Tensor] | None = None
+    ) -> list[Tensor]:
+        """Outputs, then the gradients of all floating arguments."""
         leaves = {i: inputs[i].detach().requires_grad_() for i in self.leaves(inputs)}
-        out = (function or self.function)(*[leaves.get(i, v) for i, v in enumerate(inputs)])
-        outputs = list(out) if isinstance(out, (tuple, list)) else [out]
+        outputs = _listed((function or self.function)(*[leaves.get(i, v) for i, v in enumerate(inputs)]))
         if not leaves:
             return outputs
-        upstream = [testing.make(*value.shape, seed=77 + n).to(value) for n, value in enumerate(outputs)]
-        return [*(value.detach() for value in outputs), *torch.autograd.grad(outputs, list(leaves.values()), upstream)]
+        grads = torch.autograd.grad(outputs, list(leaves.values()), upstream or upstream_of(outputs))
+        return [*(value.detach() for value in outputs), *grads]
 
     def assert_parity(self, size: str, dtype: torch.dtype, device: str = "cpu") -> None:
         """Outputs and gradients within the error budget of ov3fast.testing."""
@@ -64,6 +65,15 @@ class Sample:
         for number, (a, p, e) in enumerate(zip(ours, same, exact, strict=True)):
             if not (self.slack and testing.error(a, e) <= self.slack):
                 testing.assert_within_budget(a, p, e, f"{self.name}: result {number}")
+
+
+def upstream_of(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Upstream gradients that depend on shapes alone."""
+    return [testing.make(*value.shape, seed=77 + n).to(value) for n, value in enumerate(outputs)]
+
+
+def _listed(value: Any) -> list[Tensor]:
+    return list(value) if isinstance(value, (tuple, list)) else [value]
 
 
 def reference(op: str) -> Callable[..., Any]:

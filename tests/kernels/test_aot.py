@@ -1,8 +1,10 @@
 """Kernels compiled for each chip without a GPU: the gate that every row of the table passes, and that the gate sees what it should."""
 
 import ast
+import csv
 import importlib
 import pkgutil
+import re
 
 import pytest
 from kernel_tools import trial
@@ -168,3 +170,14 @@ def test_results_are_remembered_by_content(tmp_path, monkeypatch):
         aot.Job("trial", 0, COPY, "any", "bf16", "sm_90"), aot.Job("trial", 0, Config({"BLOCK": 512}), "any", "bf16", "sm_80"),
     )}  # fmt: skip
     assert len(places) == 5
+
+
+def test_tables(tmp_path):
+    rows = [row(trial.entries()[1], PRODUCT, dtype, target) for dtype in ("fp32", "bf16") for target in ("sm_80", "sm_90")]
+    aot.write_csv(rows, tmp_path / "table.csv")
+    with (tmp_path / "table.csv").open() as file:
+        read = list(csv.DictReader(file))
+    assert read == [aot.flat(made) for made in rows] and read[0]["mma"].endswith("HMMA.1688.F32.TF32")
+    lines = aot.markdown(read).splitlines()
+    assert len(lines) == 3 and "| product |  | 1024 x 1024 x 1024 | 2.15 GFLOP, 6.29 MB | " in lines[2]
+    assert re.search(r"\| \d+ registers, \d+ KB, HMMA, 6.88 µs \(compute\) \| \d+ registers, \d+ KB, HGMMA, ", lines[2])

@@ -16,6 +16,9 @@ UPCAST: tl.constexpr = tl.constexpr(INTERPRETED)
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """Triton's names of the dtypes that the kernels take."""
 
+SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of an element, by those names."""
+
 
 @triton.jit
 def dot(a, b, acc):

@@ -70,9 +70,21 @@ def current_architecture() -> str:
 # --- mlp ---
 
 # --- linear ---
+TABLE["column_partials"] = {(ANY, ANY, ANY): Config({"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 256}, warps=4, stages=1)}
+TABLE["column_merge"] = {(ANY, ANY, ANY): Config({"BLOCK_PARTS": 128, "BLOCK_COLUMNS": 32}, warps=8, stages=1)}
 
 # --- layer_norm ---
-# Size classes: none; one program holds whole rows, so BLOCK_D comes from the width.
+# Size classes: the smallest of these that holds a row; a program holds whole rows.
+LAYER_NORM_WIDTHS = (256, 512, 1024, 2048, 4096, 8192)
+TABLE["layer_norm_forward"] = {
+    (ANY, str(d), ANY): Config({"BLOCK_ROWS": max(1, 4096 // d), "BLOCK_D": d}, warps=max(4, d // 1024), stages=1)
+    for d in LAYER_NORM_WIDTHS
+}
+# 16 elements a thread: five of each live in registers.
+TABLE["layer_norm_backward"] = {
+    (ANY, str(d), ANY): Config({"BLOCK_ROWS": max(1, 2048 // d), "BLOCK_D": d}, warps=max(4, d // 512), stages=1)
+    for d in LAYER_NORM_WIDTHS
+}
 
 # --- patch_embed ---
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from . import gemm
 from .catalog import Entry, Work
 from .column_sums import column_sums
-from .column_sums import entries as column_entries
 from .common import SIZES, cdiv
 from .gemm import multiply, tile_position
 from .rows import Rows, empty, row_alignment, row_constants, row_offsets, row_types, rows
@@ -113,4 +112,4 @@ def entries() -> list[Entry]:
         )
         for transposed in (True, False)
         for mixed in (False, True)
-    ] + column_entries()
+    ]

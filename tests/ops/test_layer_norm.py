@@ -67,8 +67,8 @@ def test_mean_far_from_zero():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads_do_not_change_bits(dtype, implementation):
-    if implementation == "reference":
-        pytest.skip("PyTorch's sums depend on the number of threads")
+    if implementation in ("reference", "triton"):
+        pytest.skip("PyTorch's sums depend on the number of threads, and a GPU's kernels have none")
     leaves = [v.to(dtype).requires_grad_() for v in (*inputs(70, 100), testing.make(70, 3, 100, seed=3))]
 
     def run():

@@ -110,42 +110,48 @@ def backward(grad_y, x, h, w1, w2, activation, need_x, need_w1, need_b1, need_w2
     )
 
 
+def work(count: int, hidden: int, width: int, size: int, parameter_size: int, config: configs.Config, backward: bool) -> Work:
+    """One launch: both operands tile by tile, then h and a out; or h in, grad_h and a out, and a partial sum of db1 per row of tiles."""
+    block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
+    operands = gemm.product_bytes(count, hidden, width, size, parameter_size, block_m, block_n)
+    bias = cdiv(count, block_m) * hidden * (4 if backward else parameter_size)
+    return Work(2 * count * hidden * width, operands + bias + (3 if backward else 2) * count * hidden * size)
+
+
 def entries() -> list[Entry]:
     count, width, hidden = 16384, 768, 3072
     dimensions = {"rows": "i32", "hidden": "i32"}
 
-    def work(kernel: str, dtype: str, streams: int) -> Work:
-        config = configs.pick(kernel, dtype, "large", "sm_80")
-        size, block_m, block_n = SIZES[dtype], config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
-        moved = gemm.product_bytes(count, hidden, width, size, size, block_m, block_n) + streams * count * hidden * size
-        return Work(2 * count * hidden * width, moved + cdiv(count, block_m) * hidden * (size if streams == 2 else 4))
+    def entry_work(name: str, t: str, mixed: bool) -> Work:
+        config = configs.pick(name, t, "large", "sm_80")
+        return work(count, hidden, width, SIZES[t], 4 if mixed else SIZES[t], config, name == "mlp_backward")
 
     def forward_types(t: str, parameters: str) -> dict[str, str]:
         pointers = {"w1": f"*{parameters}", "w1_stride": "i32", "b1": f"*{parameters}", "h": f"*{t}", "a": f"*{t}"}
         return row_types("x", t) | pointers | dimensions | {"width": "i32"}
 
     def backward_types(t: str, parameters: str) -> dict[str, str]:
-        outputs = {"grad_h": f"*{t}", "a": f"*{t}", "b1_partials": "*fp32"}
         operand = {"w2": f"*{parameters}", "w2_stride": "i32"}
+        outputs = {"grad_h": f"*{t}", "a": f"*{t}", "b1_partials": "*fp32"}
         return row_types("grad_y", t) | operand | row_types("h", t) | outputs | dimensions | {"features": "i32"}
 
     kernels = (
-        (_mlp_forward, forward_types, ("x",), ("w1_stride", "width"), 2, f"{count} x {width} -> {hidden}"),
-        (_mlp_backward, backward_types, ("grad_y", "h"), ("w2_stride", "features"), 3, f"{count} x {width} -> {hidden}"),
+        (_mlp_forward, forward_types, ("x",), ("w1_stride", "width")),
+        (_mlp_backward, backward_types, ("grad_y", "h"), ("w2_stride", "features")),
     )
     return [
         Entry(
             kernel,
             "mlp",
             lambda t, types=types, mixed=mixed: types(t, "fp32" if mixed else t),
-            problem,
-            lambda t, kernel=kernel, streams=streams: work(kernel.__name__.lstrip("_"), t, streams),
+            f"{count} x {width} -> {hidden}",
+            lambda t, name=kernel.__name__.lstrip("_"), mixed=mixed: entry_work(name, t, mixed),
             row_constants(*strided) | {"EXACT": exact},
-            variant=", ".join(filter(None, ("erf" if exact else "tanh", "float32 parameters" if mixed else ""))),
+            variant=("erf" if exact else "tanh") + (", float32 parameters" if mixed else ""),
             dtypes=("bf16", "fp16") if mixed else ("fp32", "bf16", "fp16"),
             aligned=(*row_alignment(*strided), "rows", "hidden", *divisible),
             matrix=True,
         )
-        for kernel, types, strided, divisible, streams, problem in kernels
+        for kernel, types, strided, divisible in kernels
         for exact, mixed in ((True, False), (False, False), (True, True))
     ]

@@ -19,6 +19,9 @@ FP32_PRODUCTS: tl.constexpr = tl.constexpr("ieee" if torch.version.hip else "tf3
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """Triton's names of the dtypes that the kernels take."""
 
+SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of an element, by those names."""
+
 
 @triton.jit
 def dot(a, b, acc):

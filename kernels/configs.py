@@ -77,11 +77,50 @@ def current_architecture() -> str:
 # --- linear_cross_entropy ---
 
 # --- mlp ---
+# Size classes: "small", fewer than 128 tiles of 128 x 128; else "large".
+
+
+def _gemm_rows(large: Config, hopper: Config, blackwell: Config) -> dict[Key, Config]:
+    """Rows of a tiled product: `large` is the sm_80 row. float32 multiplies in three tf32 products, which fill the registers of small tiles."""
+    narrow = {"BLOCK_M": 64, "BLOCK_N": 64, "GROUP": 8}
+    return {
+        (ANY, "large", ANY): large,
+        (ANY, "large", "sm_90"): hopper,
+        (ANY, "large", "sm_100"): blackwell,
+        (ANY, "small", ANY): Config({**narrow, "BLOCK_K": 64}, warps=4, stages=3),
+        ("fp32", "large", ANY): Config({**narrow, "BLOCK_K": 32}, warps=4, stages=3),
+        ("fp32", "large", "sm_90"): Config({**narrow, "BLOCK_K": 32}, warps=4, stages=3),
+        ("fp32", "large", "sm_100"): Config({**narrow, "BLOCK_K": 32}, warps=4, stages=3),
+        ("fp32", "small", ANY): Config({**narrow, "BLOCK_K": 32}, warps=4, stages=3),
+    }
+
+
+_SQUARE = {"BLOCK_M": 128, "BLOCK_N": 128, "GROUP": 8}
+TABLE["mlp_forward"] = _gemm_rows(
+    Config({**_SQUARE, "BLOCK_K": 32}, warps=8, stages=4),
+    Config({**_SQUARE, "BLOCK_K": 64}, warps=8, stages=4),
+    Config({**_SQUARE, "BLOCK_K": 64}, warps=8, stages=4),
+)
+TABLE["mlp_backward"] = TABLE["mlp_forward"]
 
 # --- linear ---
+# Size classes: those of mlp.
+TABLE["linear"] = TABLE["mlp_forward"]
+TABLE["column_partials"] = {(ANY, ANY, ANY): Config({"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 256}, warps=4, stages=1)}
+TABLE["column_merge"] = {(ANY, ANY, ANY): Config({"BLOCK_PARTS": 128, "BLOCK_COLUMNS": 32}, warps=8, stages=1)}
 
 # --- layer_norm ---
-# Size classes: none; one program holds whole rows, so BLOCK_D comes from the width.
+# Size classes: the smallest of these that holds a row; a program holds whole rows.
+LAYER_NORM_WIDTHS = (256, 512, 1024, 2048, 4096, 8192)
+TABLE["layer_norm_forward"] = {
+    (ANY, str(d), ANY): Config({"BLOCK_ROWS": max(1, 4096 // d), "BLOCK_D": d}, warps=max(4, d // 1024), stages=1)
+    for d in LAYER_NORM_WIDTHS
+}
+# 16 elements a thread: five of each live in registers.
+TABLE["layer_norm_backward"] = {
+    (ANY, str(d), ANY): Config({"BLOCK_ROWS": max(1, 2048 // d), "BLOCK_D": d}, warps=max(4, d // 512), stages=1)
+    for d in LAYER_NORM_WIDTHS
+}
 
 # --- patch_embed ---
 

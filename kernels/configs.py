@@ -81,7 +81,25 @@ def current_architecture() -> str:
 # --- latent_projection ---
 
 # --- random ---
+# Size classes: none.
+TABLE["random_normal"] = {("any", "any", "any"): Config({"BLOCK": 1024}, warps=4, stages=1)}
+TABLE["random_words"] = {("any", "any", "any"): Config({"BLOCK": 1024}, warps=4, stages=1)}
 
 # --- group_norm_silu ---
+# Size classes: "channels_last"; otherwise "plain", or "small" below 256 places.
+for _name in ("group_norm_silu_forward", "group_norm_silu_backward"):
+    TABLE[_name] = {
+        ("any", "channels_last", "any"): Config({"BLOCK_S": 64, "BLOCK_C": 64}, warps=4, stages=1),
+        ("any", "plain", "any"): Config({"BLOCK_S": 512, "BLOCK_C": 4}, warps=4, stages=1),
+        ("any", "small", "any"): Config({"BLOCK_S": 64, "BLOCK_C": 32}, warps=4, stages=1),
+    }
+    TABLE[_name + "_partials"] = {
+        ("any", "channels_last", "any"): Config({"BLOCK_S": 64, "BLOCK_C": 64}, warps=4, stages=1),
+        ("any", "plain", "any"): Config({"BLOCK_S": 1024, "BLOCK_C": 4}, warps=4, stages=1),
+        ("any", "small", "any"): Config({"BLOCK_S": 64, "BLOCK_C": 64}, warps=4, stages=1),
+    }
+TABLE["group_norm_silu_statistics"] = {("any", "any", "any"): Config({"BLOCK": 256}, warps=4, stages=1)}
+TABLE["group_norm_silu_backward_groups"] = {("any", "any", "any"): Config({"BLOCK": 256}, warps=4, stages=1)}
+TABLE["group_norm_silu_backward_channels"] = {("any", "any", "any"): Config({"BLOCK_R": 64, "BLOCK_C": 32}, warps=4, stages=1)}
 
 # --- the end ---

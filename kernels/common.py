@@ -36,8 +36,8 @@ def rounded(x, dtype: tl.constexpr):
     """float32 x in `dtype`, to nearest even. Casts to bfloat16 by .to, and those that tl.store makes, truncate in the interpreter."""
     if UPCAST and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
-        bits = bits + 0x7FFF + ((bits >> 16) & 1)
-        return tl.where(x == x, bits.to(tl.float32, bitcast=True), x).to(tl.bfloat16)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return x.to(dtype)
 
 

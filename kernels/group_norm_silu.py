@@ -87,10 +87,12 @@ def group_norm_silu_forward_partials(
         size = tl.minimum(last - start, BLOCK_S).to(tl.float32)
         tile_mean = tl.sum(value, 0) / size
         centred = tl.where((s < places)[:, None], value - tile_mean[None, :], 0.0)
+        # What rounding left of the mean: far from zero it would show.
+        rest = tl.sum(centred, 0) / size
         total = count + size
-        delta = tile_mean - mean
+        delta = tile_mean - mean + rest
         mean += delta * (size / total)
-        squares += tl.sum(centred * centred, 0) + delta * delta * (count * size / total)
+        squares += tl.sum(centred * centred, 0) - rest * rest * size + delta * delta * (count * size / total)
         count = total
 
     partials += strip_of_all.to(tl.int64) * 2 * channels
@@ -108,15 +110,17 @@ def group_norm_silu_statistics(
     partials += (program // groups).to(tl.int64) * strips * 2 * channels + (program % groups) * per_group
     n = strips * per_group
 
+    # Means are added as differences from the first: far from zero their sum would lose digits.
+    pivot = tl.load(partials)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n, BLOCK):
         i = start + tl.arange(0, BLOCK)
         strip = i // per_group
         size = tl.minimum(places - strip * strip_places, strip_places).to(tl.float32)
         value = tl.load(partials + strip.to(tl.int64) * 2 * channels + i % per_group, mask=i < n, other=0.0)
-        total += tl.where(i < n, value * size, 0.0)
+        total += tl.where(i < n, (value - pivot) * size, 0.0)
     values = per_group * 1.0 * places
-    group_mean = tl.sum(total, 0) / values
+    group_mean = pivot + tl.sum(total, 0) / values
 
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n, BLOCK):

@@ -66,6 +66,11 @@ def current_architecture() -> str:
 # --- contrastive_loss ---
 
 # --- linear_cross_entropy ---
+# Size classes: none.
+TABLE["cross_entropy_rows"] = {
+    ("any", "any", "any"): Config({"BLOCK_V": 4096}, warps=8, stages=1),
+    ("fp32", "any", "any"): Config({"BLOCK_V": 2048}, warps=8, stages=1),
+}
 
 # --- mlp ---
 

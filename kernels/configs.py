@@ -81,8 +81,13 @@ TABLE["contrastive_features"] = {("any", "any", "any"): Config({"BLOCK_R": 16, "
 TABLE["contrastive_project"] = {("any", "any", "any"): Config({"BLOCK_R": 16, "BLOCK_D": 256}, warps=4, stages=1)}
 TABLE["contrastive_merge"] = {("any", "any", "any"): Config({"BLOCK": 128}, warps=1, stages=1)}
 
-CONTRASTIVE_SCHEDULES = {("any", "narrow"): "sides", ("any", "wide"): "tiles", ("any", "huge"): "library", ("fp32", "huge"): "tiles"}
-"""(dtype, size class) -> schedule of contrastive_loss.py. Size classes by width: narrow up to 256, wide up to 2048, huge beyond."""
+CONTRASTIVE_SCHEDULES = {
+    ("any", "narrow"): "sides",
+    ("any", "wide"): "tiles",
+    ("any", "huge"): "library",
+    ("fp32", "huge"): "tiles",
+}
+"""(dtype, size class) -> schedule of contrastive_loss.py. Size classes by width: narrow up to 256 (from 8192 rows on), wide up to 2048, huge beyond."""
 
 # --- linear_cross_entropy ---
 # Size classes: none.

@@ -43,9 +43,9 @@ PROGRAMS = 512
 GAIN = 256.0
 
 
-def schedule(width: int, dtype: str) -> str:
-    """"sides", "tiles" or "library", from the table."""
-    size = "narrow" if width <= 256 else "wide" if width <= 2048 else "huge"
+def schedule(rows: int, width: int, dtype: str) -> str:
+    """Name of the schedule, from the table."""
+    size = "huge" if width > 2048 else "wide" if width > 256 or rows < 8192 else "narrow"
     table = configs.CONTRASTIVE_SCHEDULES
     return table.get((dtype, size)) or table["any", size]
 
@@ -103,7 +103,7 @@ def forward_rows(
     x, y = _features(image, units), _features(text, units)
     dtype = TYPES[x.values.dtype]
     config = configs.pick("contrastive_statistics", dtype)
-    library = schedule(width, dtype) == "library"
+    library = schedule(n, width, dtype) == "library"
     column_tiles = cdiv(N, config.blocks["BLOCK_N"])
     size = min(STRIPS * config.blocks["BLOCK_M"], _chunk_rows(N) if library else n) or 1
     segment = cdiv(max(column_tiles, 1), max(1, PROGRAMS // cdiv(size, config.blocks["BLOCK_M"])))
@@ -157,7 +157,7 @@ def backward_rows(
     need_text: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """Gradients by image [n,D]; by text over these rows with its norms held fixed [N,D], float32; by scale and by bias."""
-    (n, width), N = image.shape, len(text)
+    n, width = image.shape
     if n == 0:
         zero = torch.zeros((), dtype=torch.float64, device=image.device)
         by_text = torch.zeros(text.shape, dtype=torch.float32, device=text.device) if need_text else None
@@ -168,7 +168,7 @@ def backward_rows(
         bias=torch.zeros_like(scale) if bias is None else bias, sigmoid=kind == "sigmoid", offset=offset,
         r=r, c=c, weights=_Weights.of(row_weight, column_weight), need_image=need_image, need_text=need_text,
     )  # fmt: skip
-    name = schedule(width, TYPES[problem.dtype])
+    name = schedule(n, width, TYPES[problem.dtype])
     by_x, x_error, by_y, y_error, sums = problem.by_sides() if name == "sides" else problem.by_chunks(name == "library")
     # In float64 and in the order that follows from the shape.
     sums = sums.sum(1, dtype=torch.float64) * problem.weights.unit
@@ -186,7 +186,9 @@ def project(grad: Tensor, x: Tensor) -> Tensor:
 def _project(grad, original, features, error, mean, factor, through_norm, dtype):
     rows, width = original.shape
     original = original if original.stride(1) == 1 or width <= 1 else original.contiguous()
-    out = grad if dtype == grad.dtype else torch.empty_like(grad, dtype=dtype)
+    # A rank's part of a larger sum would keep all of it alive.
+    in_place = dtype == grad.dtype and grad.untyped_storage().nbytes() == grad.nbytes
+    out = grad if in_place else torch.empty_like(grad, dtype=dtype)
     config = configs.pick("contrastive_project", TYPES[original.dtype])
     if out.numel():
         contrastive_project[(cdiv(rows, config.blocks["BLOCK_R"]),)](
@@ -277,34 +279,34 @@ class _Backward:
         by_x = new((n, width)) if self.need_image else None
         by_y = new((N, width)) if self.need_text else None
         row_error = new(n) if self.rounds else None
-        strips = cdiv(n, block_m)
-        column_error = new((strips, N)) if self.rounds else None
-        sums = new((2 if self.sigmoid else 1, strips * tiles))
+        column_error = self.scale.new_zeros(N) if self.rounds else None
+        sums = self.scale.new_zeros((2 if self.sigmoid else 1, 1), dtype=torch.float64)
         for start in range(0, n, size):
             chunk = slice(start, min(start + size, n))
-            rows, own = chunk.stop - start, slice(start // block_m, cdiv(chunk.stop, block_m))
+            rows = chunk.stop - start
+            strips = cdiv(rows, block_m)
             if library:
                 add_product(products[:rows], self.x.values[chunk], self.y.values.T, first=True)
-            part_sums = new((len(sums), (own.stop - own.start) * tiles))
-            part_error = new((tiles, rows)) if self.rounds else self.scale
+            part_sums = new((len(sums), strips * tiles))
+            row_part, column_part = (new((tiles, rows)), new((strips, N))) if self.rounds else (self.scale, self.scale)
             r = [x if self.sigmoid else x[chunk] for x in self.r]
-            contrastive_gradients[(own.stop - own.start, tiles)](
+            contrastive_gradients[(strips, tiles)](
                 self.x.values[chunk], self.y.values, products, self.x.inverse[chunk], self.y.inverse, self.x.norm[chunk], self.y.norm,
                 self.scale, self.bias, *r, self.weights.row, *self.c, self.weights.column, self.weights.row,
-                room, part_error, column_error[own] if self.rounds else self.scale, part_sums,
+                room, row_part, column_part, part_sums,
                 self.x.values.stride(0), self.y.values.stride(0), products.stride(0), room.stride(0), 0,
                 1 if len(self.weights.column) > 1 else 0, rows, N, width, self.offset + start,
                 GAIN=self.gain, SIGMOID=self.sigmoid, LIBRARY=library, STORE=store, **config.options,
             )  # fmt: skip
-            sums[:, own.start * tiles : own.stop * tiles] = part_sums
-            if self.rounds and self.need_image:
-                row_error[chunk] = part_error.sum(0)
+            sums += part_sums.sum(1, keepdim=True, dtype=torch.float64)
+            if self.rounds and store:
+                row_error[chunk] = row_part.sum(0)
+                column_error += column_part.sum(0)
             if self.need_image:
                 add_product(by_x[chunk], room[:rows], self.y.values, first=True)
             if self.need_text:
                 add_product(by_y, room[:rows].T, self.x.values[chunk], first=start == 0)
-        y_error = column_error.sum(0) if self.rounds and self.need_text else None
-        return by_x, row_error, by_y, y_error, sums
+        return by_x, row_error, by_y, column_error, sums
 
 
 def _chunk_rows(columns: int) -> int:

@@ -22,14 +22,14 @@ def statistics_bytes(n: int, N: int, width: int, size: int, block_m: int, segmen
 def gradients_bytes(n: int, N: int, width: int, size: int, block_m: int, block_n: int, library: bool, store: bool) -> int:
     """Distinct bytes: every row once (library: every product), the gradients, what rounding lost of them."""
     read = 4 * n * N if library else (n + N) * width * size
-    statistics = 12 * n + 16 * N
+    statistics = 12 * (n + N)
     lost = 4 * (cdiv(N, block_n) * n + cdiv(n, block_m) * N) + 4 * (n + N) if store and size == 2 else 0
     return read + statistics + (size * n * N if store else 0) + lost
 
 
 def side_bytes(n: int, N: int, width: int, size: int) -> int:
     """Distinct bytes: every row once, the gradient."""
-    return (n + N) * width * size + 4 * n * width + 12 * n + 16 * N + (4 * (n + N) if size == 2 else 0)
+    return (n + N) * width * size + 4 * n * width + 12 * (n + N) + (4 * (n + N) if size == 2 else 0)
 
 
 def features_bytes(rows: int, width: int, size: int, block_r: int, units: bool) -> int:
@@ -90,10 +90,10 @@ def _tile_entries():
                     kernel=contrastive_gradients,
                     op="contrastive_loss",
                     arguments=_arguments(
-                        "x y", "products x_inverse y_inverse x_norm y_norm scale bias row_max row_log row_weight column_max column_log"
-                        " column_weight own_weight",
-                        "x_stride y_stride products_stride gradients_stride row_weight_stride column_weight_stride n N width offset",
-                        " gradients", " row_error column_error sums",
+                        "x y", "products x_inverse y_inverse x_norm y_norm scale bias row_max row_factor column_max"
+                        " column_factor own_weight",
+                        "x_stride y_stride products_stride gradients_stride n N width offset",
+                        "gradients", "row_error column_error", "sums",
                     ),
                     problem=chunk,
                     work=lambda dtype, library=library: Work(
@@ -103,7 +103,7 @@ def _tile_entries():
                     constexprs={"SIGMOID": sigmoid, "LIBRARY": library, "STORE": True, "GAIN": GAIN[dtype]},
                     variant=variant,
                     dtypes=(dtype,),
-                    aligned=("x_stride", "y_stride", "products_stride", "gradients_stride", "row_weight_stride", "n", "N", "width"),
+                    aligned=("x_stride", "y_stride", "products_stride", "gradients_stride", "n", "N", "width"),
                     matrix=not library,
                     streaming=library,
                 )  # fmt: skip
@@ -113,9 +113,9 @@ def _tile_entries():
                     kernel=contrastive_side,
                     op="contrastive_loss",
                     arguments=_arguments(
-                        "x y", "x_inverse y_inverse y_norm scale bias row_max row_log row_weight column_max column_log column_weight"
-                        " own_weight grad row_error sums",
-                        "x_stride y_stride row_weight_stride column_weight_stride n N width offset",
+                        "x y", "x_inverse y_inverse y_norm scale bias row_max row_factor column_max column_factor"
+                        " own_weight grad row_error",
+                        "x_stride y_stride n N width offset", "", "", "sums",
                     ),
                     problem=f"{PAIRS} x {PAIRS}, width {NARROW}",
                     work=lambda dtype: Work(4.0 * PAIRS * PAIRS * NARROW, side_bytes(PAIRS, PAIRS, NARROW, SIZE[dtype])),
@@ -130,12 +130,12 @@ def _tile_entries():
                 )  # fmt: skip
 
 
-def _arguments(narrow: str, wide: str, integers: str, more_narrow: str = "", more_wide: str = ""):
-    """dtype -> types, in the kernel's order: pointers to the features' dtype, to float32, again both, integers."""
+def _arguments(narrow: str, wide: str, integers: str, more_narrow: str = "", more_wide: str = "", widest: str = ""):
+    """dtype -> types, in the kernel's order: pointers to the features' dtype, to float32, again both, to float64, integers."""
 
     def arguments(dtype: str) -> dict[str, str]:
         first, second = _pointers(dtype, narrow, wide), _pointers(dtype, more_narrow, more_wide)
-        return {**first, **second, **dict.fromkeys(integers.split(), "i32")}
+        return {**first, **second, **dict.fromkeys(widest.split(), "*fp64"), **dict.fromkeys(integers.split(), "i32")}
 
     return arguments
 

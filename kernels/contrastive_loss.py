@@ -102,8 +102,8 @@ def forward_rows(
     sigmoid, units = kind == "sigmoid", _as_units(image, text)
     x, y = _features(image, units), _features(text, units)
     dtype = TYPES[x.values.dtype]
-    config = configs.pick("contrastive_statistics", dtype)
     library = schedule(n, width, dtype) == "library"
+    config = configs.pick("contrastive_statistics", dtype, "library" if library else "any")
     column_tiles = cdiv(N, config.blocks["BLOCK_N"])
     size = min(STRIPS * config.blocks["BLOCK_M"], _chunk_rows(N) if library else n) or 1
     segment = cdiv(max(column_tiles, 1), max(1, PROGRAMS // cdiv(size, config.blocks["BLOCK_M"])))
@@ -170,8 +170,8 @@ def backward_rows(
     )  # fmt: skip
     name = schedule(n, width, TYPES[problem.dtype])
     by_x, x_error, by_y, y_error, sums = problem.by_sides() if name == "sides" else problem.by_chunks(name == "library")
-    # In float64 and in the order that follows from the shape.
-    sums = sums.sum(1, dtype=torch.float64) * problem.weights.unit
+    # In the order that follows from the shape.
+    sums = sums.sum(1) * problem.weights.unit
     factor = (scale * problem.weights.unit / problem.gain).reshape(1)
     grad_image = _project(by_x, image, problem.x, x_error, problem.y.mean, factor, True, image.dtype) if need_image else None
     grad_text = _project(by_y, text, problem.y, y_error, problem.x.mean, factor, False, torch.float32) if need_text else None
@@ -214,6 +214,10 @@ class _Weights:
         return _Weights(unit, row.reshape(1) / unit, (column / unit).contiguous())
 
 
+def _with_factor(largest: Tensor, log_sum: Tensor, weight: Tensor) -> list[Tensor]:
+    return [largest.contiguous(), torch.exp(-log_sum) * (0.5 * weight)]
+
+
 @dataclass
 class _Backward:
     x: Features
@@ -231,9 +235,9 @@ class _Backward:
     def __post_init__(self):
         self.rounds = self.dtype != torch.float32
         self.gain = GAIN if self.dtype == torch.float16 else 1.0
-        empty = self.scale.reshape(1)
-        self.r = [empty, empty] if self.sigmoid else [x.contiguous() for x in self.r]
-        self.c = [empty, empty] if self.sigmoid else [x.contiguous() for x in self.c]
+        unused = self.scale.reshape(1)
+        self.r = [unused, unused] if self.sigmoid else _with_factor(*self.r, self.weights.row)
+        self.c = [unused, unused] if self.sigmoid else _with_factor(*self.c, self.weights.column)
 
     @property
     def dtype(self):
@@ -248,18 +252,14 @@ class _Backward:
     def _side(self, swapped, store):
         x, y, r, c = (self.y, self.x, self.c, self.r) if swapped else (self.x, self.y, self.r, self.c)
         (n, width), N = x.values.shape, len(y.values)
-        row_weight, column_weight = self.weights.row, self.weights.column
-        strides = (0, column_weight.stride(0) if len(column_weight) > 1 else 0)
-        if swapped:
-            row_weight, column_weight, strides = column_weight, row_weight, strides[::-1]
         config = configs.pick("contrastive_side", TYPES[self.dtype])
         programs = cdiv(n, config.blocks["BLOCK_M"])
         grad = self.scale.new_empty((n, width)) if store else self.scale
         error = self.scale.new_empty(n) if store and self.rounds else None
-        sums = self.scale.new_empty((2 if self.sigmoid else 1, 0 if swapped else programs))
+        sums = self.scale.new_empty((2 if self.sigmoid else 1, 0 if swapped else programs), dtype=torch.float64)
         contrastive_side[(programs,)](
-            x.values, y.values, x.inverse, y.inverse, y.norm, self.scale, self.bias, *r, row_weight, *c, column_weight,
-            self.weights.row, grad, self.scale if error is None else error, sums, x.values.stride(0), y.values.stride(0), *strides, n, N, width,
+            x.values, y.values, x.inverse, y.inverse, y.norm, self.scale, self.bias, *r, *c, self.weights.row,
+            grad, self.scale if error is None else error, sums, x.values.stride(0), y.values.stride(0), n, N, width,
             -self.offset if swapped else self.offset, GAIN=self.gain, SIGMOID=self.sigmoid, SWAPPED=swapped,
             SCALARS=not swapped, STORE=store, BLOCK_D=max(16, triton.next_power_of_2(width)), **config.options,
         )  # fmt: skip
@@ -268,7 +268,7 @@ class _Backward:
     def by_chunks(self, library):
         """The same: gradients of a chunk of rows, which two library products take."""
         (n, width), N = self.x.values.shape, len(self.y.values)
-        config = configs.pick("contrastive_gradients", TYPES[self.dtype])
+        config = configs.pick("contrastive_gradients", TYPES[self.dtype], "library" if library else "any")
         block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
         size = min(cdiv(_chunk_rows(N), block_m) * block_m, n)
         tiles = cdiv(N, block_n)
@@ -287,18 +287,17 @@ class _Backward:
             strips = cdiv(rows, block_m)
             if library:
                 add_product(products[:rows], self.x.values[chunk], self.y.values.T, first=True)
-            part_sums = new((len(sums), strips * tiles))
+            part_sums = sums.new_empty((len(sums), strips * tiles))
             row_part, column_part = (new((tiles, rows)), new((strips, N))) if self.rounds else (self.scale, self.scale)
-            r = [x if self.sigmoid else x[chunk] for x in self.r]
+            r = self.r if self.sigmoid else [x[chunk] for x in self.r]
             contrastive_gradients[(strips, tiles)](
                 self.x.values[chunk], self.y.values, products, self.x.inverse[chunk], self.y.inverse, self.x.norm[chunk], self.y.norm,
-                self.scale, self.bias, *r, self.weights.row, *self.c, self.weights.column, self.weights.row,
+                self.scale, self.bias, *r, *self.c, self.weights.row,
                 room, row_part, column_part, part_sums,
-                self.x.values.stride(0), self.y.values.stride(0), products.stride(0), room.stride(0), 0,
-                1 if len(self.weights.column) > 1 else 0, rows, N, width, self.offset + start,
+                self.x.values.stride(0), self.y.values.stride(0), products.stride(0), room.stride(0), rows, N, width, self.offset + start,
                 GAIN=self.gain, SIGMOID=self.sigmoid, LIBRARY=library, STORE=store, **config.options,
             )  # fmt: skip
-            sums += part_sums.sum(1, keepdim=True, dtype=torch.float64)
+            sums += part_sums.sum(1, keepdim=True)
             if self.rounds and store:
                 row_error[chunk] = row_part.sum(0)
                 column_error += column_part.sum(0)

@@ -1,6 +1,7 @@
 """Contrastive loss, what runs over tiles of pairs: statistics of logits, gradients by logits, the gradient of one side.
 
-Rows i < n of x meet rows j < N of y; the pair of row i is j = i + offset. A tile's cosines are x_i y_j times 1/|x_i| and 1/|y_j| in
+Rows i < n of x meet rows j < N of y; the pair of row i is j = i + offset. What lies outside has a logit of -inf: adding 0 or -inf
+to s <a_i, b_j> masks it, and rounds the product, fused or not, before anything is subtracted from it. A tile's cosines are x_i y_j times 1/|x_i| and 1/|y_j| in
 float32 (or ones, for unit rows), or come from a buffer of products that the library made (LIBRARY). All kernels take them in
 the same steps of BLOCK_K and multiply in the same order, so that the backward meets the forward's logits to the bit.
 """
@@ -32,6 +33,11 @@ def _cosines(
             b = tl.load(y_row + d, mask=(j < N)[:, None] & (d < width), other=0.0)
             tile = dot(a, tl.trans(b), tile)
     return tile * by_column * by_row if SWAPPED else tile * by_row * by_column
+
+
+@triton.jit
+def _outside(i, n):
+    return tl.where(i < n, 0.0, float("-inf"))
 
 
 @triton.jit
@@ -84,21 +90,24 @@ def contrastive_statistics(
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     own_logit = tl.zeros((BLOCK_M,), tl.float32)
+    first_own = tl.program_id(0) * BLOCK_M + offset
+    own_column = tl.where(i < n, i + offset, -1)
     for start in range(first, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
-        inside = (i < n)[:, None] & (j < N)[None, :]
-        z = s * _cosines(
+        cosines = _cosines(
             x, y, products, x_inverse, y_inverse, i, j, x_stride, y_stride, products_stride, n, N, width,
             LIBRARY, False, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        is_own = (i + offset)[:, None] == j[None, :]
+        has_own = (start < first_own + BLOCK_M) & (start + BLOCK_N > first_own)
         if SIGMOID:
-            z += t
-            total += tl.sum(tl.where(inside, _softplus(tl.where(is_own, -z, z)), 0.0), 1)
+            z = (s * cosines + t) + _outside(j, N)[None, :]
+            if has_own:
+                z = tl.where(own_column[:, None] == j[None, :], -z, z)
+            total += tl.sum(_softplus(z), 1)
         else:
-            # The choice also keeps the product by s from being fused with what is subtracted from it: all have to see one logit.
-            z = tl.where(inside, z, float("-inf"))
-            own_logit += tl.sum(tl.where(is_own & inside, z, 0.0), 1)
+            z = (s * cosines + _outside(i, n)[:, None]) + _outside(j, N)[None, :]
+            if has_own:
+                own_logit += tl.sum(tl.where(own_column[:, None] == j[None, :], z, 0.0), 1)
             before = largest
             largest = tl.maximum(before, tl.max(z, 1))
             total = total * tl.exp(before - largest) + tl.sum(tl.exp(z - largest[:, None]), 1)
@@ -113,31 +122,36 @@ def contrastive_statistics(
         row = row_parts + tl.program_id(1).to(tl.int64) * 2 * row_parts_stride + i
         tl.store(row, largest, mask=i < n)
         tl.store(row + row_parts_stride, total, mask=i < n)
-        tl.store(own + i, own_logit, mask=(i < n) & (i + offset >= first) & (i + offset < end))
+        tl.store(own + i, own_logit, mask=(own_column >= first) & (own_column < end))
 
 
 @triton.jit
 def _by_logit(
-    z, is_own, inside, t, row_max, row_log, row_weight, column_max, column_log, column_weight, own_weight, i, j, n, N,
-    row_weight_stride, column_weight_stride, SIGMOID: tl.constexpr,
+    cosines, s, t, row_max, row_factor, column_max, column_factor, own_weight, i, j, n, N, offset, first_row, first_column,
+    SIGMOID: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """d loss / d z, 0 outside."""
+    has_own = (first_column < first_row + offset + BLOCK_M) & (first_column + BLOCK_N > first_row + offset)
+    own_column = tl.where(i < n, i + offset, -1)[:, None]
     if SIGMOID:
         # 1 - sigmoid(z) = sigmoid(-z) keeps its digits.
-        z = tl.where(is_own, -(z + t), z + t)
+        z = ((s * cosines + t) + _outside(i, n)[:, None]) + _outside(j, N)[None, :]
+        if has_own:
+            z = tl.where(own_column == j[None, :], -z, z)
         e = tl.exp(-tl.abs(z))
-        p = tl.where(z < 0, e, 1.0) / (1.0 + e)
-        g = tl.where(is_own, -p, p) * own_weight
-        return tl.where(inside, g, 0.0)
-    z = tl.where(inside, z, float("-inf"))  # and see contrastive_statistics
+        g = tl.where(z < 0, e, 1.0) / (1.0 + e) * own_weight
+        if has_own:
+            g = tl.where(own_column == j[None, :], -g, g)
+        return g
+    z = (s * cosines + _outside(i, n)[:, None]) + _outside(j, N)[None, :]
     r = tl.load(row_max + i, mask=i < n, other=0.0)[:, None]
-    r_log = tl.load(row_log + i, mask=i < n, other=0.0)[:, None]
-    r_weight = tl.load(row_weight + i * row_weight_stride, mask=i < n, other=0.0)[:, None]
+    r_factor = tl.load(row_factor + i, mask=i < n, other=0.0)[:, None]
     c = tl.load(column_max + j, mask=j < N, other=0.0)[None, :]
-    c_log = tl.load(column_log + j, mask=j < N, other=0.0)[None, :]
-    c_weight = tl.load(column_weight + j * column_weight_stride, mask=j < N, other=0.0)[None, :]
-    g = 0.5 * (tl.exp((z - r) - r_log) * r_weight + tl.exp((z - c) - c_log) * c_weight)
-    return g - tl.where(is_own, own_weight, 0.0)
+    c_factor = tl.load(column_factor + j, mask=j < N, other=0.0)[None, :]
+    g = tl.exp(z - r) * r_factor + tl.exp(z - c) * c_factor
+    if has_own:
+        g -= tl.where(own_column == j[None, :], own_weight, 0.0)
+    return g
 
 
 @triton.jit
@@ -152,11 +166,9 @@ def contrastive_gradients(
     scale,
     bias,
     row_max,
-    row_log,
-    row_weight,
+    row_factor,
     column_max,
-    column_log,
-    column_weight,
+    column_factor,
     own_weight,
     gradients,
     row_error,
@@ -166,8 +178,6 @@ def contrastive_gradients(
     y_stride,
     products_stride,
     gradients_stride,
-    row_weight_stride,
-    column_weight_stride,
     n,
     N,
     width,
@@ -180,27 +190,28 @@ def contrastive_gradients(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Program (m, c): a tile of gradients [n, N], GAIN d loss / d z_ij / (|x_i| |y_j|) in the features' dtype (float32: in place of products).
+    """row_factor [n], column_factor [N]: half of the weights of rows and columns, over their sums of exponentials below row_max, column_max.
+
+    Program (m, c): a tile of gradients [n, N], GAIN d loss / d z_ij / (|x_i| |y_j|) in the features' dtype (float32: in place of products).
 
     Rounded, what that lost: row_error [tiles of columns, n], sums of it times |y_j|, and column_error [tiles of rows, N], times |x_i|.
-    sums [2, tiles]: of the gradients by scale and bias.
+    sums [2, tiles]: of the gradients by scale and bias, float64.
     """
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (i < n)[:, None] & (j < N)[None, :]
-    is_own = ((i + offset)[:, None] == j[None, :]) & inside
     cosines = _cosines(
         x, y, products, x_inverse, y_inverse, i, j, x_stride, y_stride, products_stride, n, N, width,
         LIBRARY, False, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     g = _by_logit(
-        tl.load(scale) * cosines, is_own, inside, tl.load(bias), row_max, row_log, row_weight, column_max, column_log, column_weight,
-        tl.load(own_weight), i, j, n, N, row_weight_stride, column_weight_stride, SIGMOID,
+        cosines, tl.load(scale), tl.load(bias), row_max, row_factor, column_max, column_factor, tl.load(own_weight), i, j, n, N,
+        offset, tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N, SIGMOID, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(sums + tile, tl.sum(tl.sum(g * cosines, 1), 0))
+    # Terms cancel.
+    tl.store(sums + tile, tl.sum(tl.sum(g * cosines, 1).to(tl.float64), 0))
     if SIGMOID:
-        tl.store(sums + tl.num_programs(0) * tl.num_programs(1) + tile, tl.sum(tl.sum(g, 1), 0))
+        tl.store(sums + tl.num_programs(0) * tl.num_programs(1) + tile, tl.sum(tl.sum(g, 1).to(tl.float64), 0))
     if STORE:
         by_row = tl.load(x_inverse + i, mask=i < n, other=0.0)[:, None]
         by_column = tl.load(y_inverse + j, mask=j < N, other=0.0)[None, :]
@@ -209,7 +220,7 @@ def contrastive_gradients(
         if LIBRARY:
             tl.debug_barrier()  # products may be the same buffer
         pointers = gradients + i[:, None].to(tl.int64) * gradients_stride + j[None, :]
-        tl.store(pointers, rounded, mask=inside)
+        tl.store(pointers, rounded, mask=(i < n)[:, None] & (j < N)[None, :])
         if gradients.dtype.element_ty != tl.float32:
             lost = g - rounded.to(tl.float32)
             by_column = tl.load(y_norm + j, mask=j < N, other=0.0)[None, :]
@@ -228,19 +239,15 @@ def contrastive_side(
     scale,
     bias,
     row_max,
-    row_log,
-    row_weight,
+    row_factor,
     column_max,
-    column_log,
-    column_weight,
+    column_factor,
     own_weight,
     grad,
     row_error,
     sums,
     x_stride,
     y_stride,
-    row_weight_stride,
-    column_weight_stride,
     n,
     N,
     width,
@@ -268,24 +275,22 @@ def contrastive_side(
     by_row = tl.load(x_inverse + i, mask=i < n, other=0.0)[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     error = tl.zeros((BLOCK_M,), tl.float32)
-    by_scale = tl.zeros((BLOCK_M,), tl.float32)
-    by_bias = tl.zeros((BLOCK_M,), tl.float32)
+    by_scale = tl.zeros((BLOCK_M,), tl.float64)
+    by_bias = tl.zeros((BLOCK_M,), tl.float64)
     for start in range(0, N, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
-        inside = (i < n)[:, None] & (j < N)[None, :]
-        is_own = ((i + offset)[:, None] == j[None, :]) & inside
         cosines = _cosines(
             x, y, x, x_inverse, y_inverse, i, j, x_stride, y_stride, 0, n, N, width,
             False, SWAPPED, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         g = _by_logit(
-            s * cosines, is_own, inside, t, row_max, row_log, row_weight, column_max, column_log, column_weight, own,
-            i, j, n, N, row_weight_stride, column_weight_stride, SIGMOID,
+            cosines, s, t, row_max, row_factor, column_max, column_factor, own, i, j, n, N,
+            offset, tl.program_id(0) * BLOCK_M, start, SIGMOID, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if SCALARS:
-            by_scale += tl.sum(g * cosines, 1)
+            by_scale += tl.sum(g * cosines, 1).to(tl.float64)
             if SIGMOID:
-                by_bias += tl.sum(g, 1)
+                by_bias += tl.sum(g, 1).to(tl.float64)
         if STORE:
             g = g * by_row * tl.load(y_inverse + j, mask=j < N, other=0.0)[None, :] * GAIN
             rounded = g.to(y.dtype.element_ty)

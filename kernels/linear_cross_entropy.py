@@ -52,16 +52,17 @@ def cross_entropy_rows(
     z = logits + row * logits_stride
     v = tl.arange(0, BLOCK_V)
     if STATISTICS:
-        own = tl.load(z + label, mask=counted, other=0.0).to(tl.float32)
         largest = float("-inf")
         sums = tl.zeros((BLOCK_V,), tl.float32)
+        own = tl.zeros((BLOCK_V,), tl.float32)
         for start in range(0, classes, BLOCK_V):
             part = tl.load(z + start + v, mask=start + v < classes, other=float("-inf")).to(tl.float32)
             before = largest
             largest = tl.maximum(before, tl.max(part, 0))
             sums = sums * tl.exp(before - largest) + tl.exp(part - largest)
+            own += tl.where(start + v == label, part, 0.0)
         log_sum = tl.log(tl.sum(sums, 0))
-        tl.store(nll + row, tl.where(counted, (largest - own) + log_sum, 0.0))
+        tl.store(nll + row, tl.where(counted, (largest - tl.sum(own, 0)) + log_sum, 0.0))
         if not GRADIENT:
             tl.store(lse + row, tl.where(counted, largest, 0.0))
             tl.store(lse + tokens + row, tl.where(counted, log_sum, 0.0))

@@ -13,6 +13,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The interpreter multiplies bfloat16 wrongly, so there operands are widened first; compiled code never sees that branch.
 UPCAST: tl.constexpr = tl.constexpr(INTERPRETED)
 
+# Float32 products in full precision: three TF32 products on NVIDIA; AMD's compiler takes them as they are. aot.py sets it for its target.
+FP32_PRODUCTS: tl.constexpr = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
+
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """Triton's names of the dtypes that the kernels take."""
 
@@ -23,7 +26,7 @@ def dot(a, b, acc):
     if UPCAST:
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     elif a.dtype == tl.float32:
-        return tl.dot(a, b, acc, input_precision="tf32x3")
+        return tl.dot(a, b, acc, input_precision=FP32_PRODUCTS)
     else:
         return tl.dot(a, b, acc)
 

@@ -30,6 +30,10 @@ class Config:
         """Keyword arguments of a launch."""
         return {**self.blocks, "num_warps": self.warps, "num_stages": self.stages}
 
+    def __str__(self) -> str:
+        blocks = " ".join(f"{name}={value}" for name, value in self.blocks.items())
+        return f"{blocks or 'no blocks'}, {self.warps} warps, {self.stages} stages"
+
 
 Key = tuple[str, str, str]
 TABLE: dict[str, dict[Key, Config]] = {}
@@ -43,6 +47,11 @@ def pick(kernel: str, dtype: str, size: str = ANY, architecture: str | None = No
         if key in rows:
             return rows[key]
     raise KeyError(f"configs: kernel {kernel!r} has no row for dtype {dtype}, size {size}, architecture {arch}")
+
+
+def sizes(kernel: str) -> tuple[str, ...]:
+    """The size classes that the kernel's rows name."""
+    return tuple(sorted({size for _, size, _ in TABLE[kernel]}))
 
 
 def _from_specific_to_any(dtype: str, size: str, arch: str) -> list[Key]:

@@ -73,8 +73,39 @@ def current_architecture() -> str:
 # --- flash_attention ---
 
 # --- contrastive_loss ---
+# Size class of the first two: "library", where tiles are read instead of multiplied. BLOCK_K must be one for all three kernels over tiles of a dtype, for the backward has to meet the forward's logits to the bit.
+TABLE["contrastive_statistics"] = {
+    ("any", "any", "any"): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=3),
+    ("fp32", "any", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, warps=4, stages=2),
+    ("any", "library", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=1),
+}
+TABLE["contrastive_gradients"] = {
+    ("any", "any", "any"): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=3),
+    ("fp32", "any", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, warps=4, stages=2),
+    ("any", "library", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=1),
+}
+TABLE["contrastive_side"] = {
+    ("any", "any", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=2),
+    ("fp32", "any", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32}, warps=8, stages=1),
+}
+TABLE["contrastive_features"] = {("any", "any", "any"): Config({"BLOCK_R": 16, "BLOCK_D": 256}, warps=4, stages=1)}
+TABLE["contrastive_project"] = {("any", "any", "any"): Config({"BLOCK_R": 8, "BLOCK_D": 256}, warps=4, stages=1)}
+TABLE["contrastive_merge"] = {("any", "any", "any"): Config({"BLOCK": 128}, warps=1, stages=1)}
+
+CONTRASTIVE_SCHEDULES = {
+    ("any", "narrow"): "sides",
+    ("any", "wide"): "tiles",
+    ("any", "huge"): "library",
+    ("fp32", "huge"): "tiles",
+}
+"""(dtype, size class) -> schedule of contrastive_loss.py. Size classes by width: narrow up to 256 (from 8192 rows on), wide up to 2048, huge beyond."""
 
 # --- linear_cross_entropy ---
+# Size classes: none.
+TABLE["cross_entropy_rows"] = {
+    ("any", "any", "any"): Config({"BLOCK_V": 8192}, warps=8, stages=1),
+    ("fp32", "any", "any"): Config({"BLOCK_V": 4096}, warps=8, stages=1),
+}
 
 # --- mlp ---
 # Size classes: "small", fewer than 128 tiles of 128 x 128; else "large".

@@ -40,6 +40,16 @@ class Entry:
     """Whether it multiplies matrices: tensor-core instructions must be there (for 16-bit dtypes)."""
     streaming: bool = False
     """Whether memory bounds it: its global accesses must be 16 bytes wide."""
+    sizes: tuple[str, ...] = ()
+    """Size classes of configs.TABLE that it is launched with; all that the kernel's rows name, if empty."""
+    exceptions: Mapping[str, str] = field(default_factory=dict)
+    """What aot's gate lets pass -> why, which the table shows. Keys: stack, spills, shared, wide, tensor cores, atomics; for some rows only
+    with the target, the dtype or both behind: "spills@sm_80", "wide@bf16", "spills@sm_80/fp32"."""
+
+    def excuse(self, gate: str, target: str, dtype: str) -> str | None:
+        """Why the gate does not hold for this target and dtype, or None."""
+        keys = (gate, f"{gate}@{target}", f"{gate}@{dtype}", f"{gate}@{target}/{dtype}")
+        return next((self.exceptions[key] for key in keys if key in self.exceptions), None)
 
     @property
     def name(self) -> str:

@@ -8,13 +8,15 @@ single key is 1 to the last bit.
 The kernel over query blocks gets delta_i = sum_d gout_id out_id from an out that was rounded, which shifts all gs_ij of a row: they no longer
 sum to 0, and keys with a common offset turn that into an error far over the budget. So it sums the gs_ij as it rounded them, takes
 that times the mean of the first keys from grad_q (an offset of all keys has no part in the exact gradient), and adds it to delta, for grad_k.
+In float32 lse's own rounding counts as well: weight_i = 1 / sum_j p_ij puts it right.
 
-Names: q, k, v, out, grad_out [B,N,H,D]; lse and delta [B,H,Nq] float32; x_b, x_n, x_h are x's strides in units of 16 bytes if ALIGNED
+Names: q, k, v, out, grad_out [B,N,H,D]; lse, delta and weight [B,H,Nq] float32; x_b, x_n, x_h are x's strides in units of 16 bytes if ALIGNED
 (so that the compiler knows it), else in elements.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -222,8 +224,8 @@ def _query_gradient(
     state, q, grad_out, k, v, k_n, v_n, lse, delta, scale, visible, keys, first, last,
     D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_KEYS: tl.constexpr, BORDER: tl.constexpr,
 ):  # fmt: skip
-    """Adds keys [first, last) to (sum_j gs_ij k_j, sum_j gs_ij)."""
-    grad_q, excess = state
+    """Adds keys [first, last) to (sum_j gs_ij k_j, sum_j gs_ij, sum_j p_ij)."""
+    grad_q, excess, mass = state
     for start in tl.range(first, last, BLOCK_KEYS):
         k_tile = _load(k, start, k_n, keys, D, MAIN, REST, BLOCK_KEYS, BORDER)
         v_tile = _load(v, start, v_n, keys, D, MAIN, REST, BLOCK_KEYS, BORDER)
@@ -234,11 +236,13 @@ def _query_gradient(
             p = tl.exp2(tl.fma(scores, scale, -lse[:, None]))
         if BORDER:
             p = tl.where((start + tl.arange(0, BLOCK_KEYS))[None, :] < visible[:, None], p, 0.0)
+        if q[0].dtype == tl.float32:
+            mass += tl.sum(p, 1)
         grad_p = _over_columns(grad_out, v_tile, REST)
         grad_s = (p * (grad_p - delta[:, None])).to(q[0].dtype)
         excess += tl.sum(grad_s.to(tl.float32), 1)
         grad_q = _over_rows(grad_s, k_tile, grad_q, REST)
-    return grad_q, excess
+    return grad_q, excess, mass
 
 
 @triton.jit
@@ -252,13 +256,13 @@ def _row_sums(a, b, REST: tl.constexpr):
 
 @triton.jit(do_not_specialize=_plain("grad_out", "q", "k", "v", "out", "grad_q"))
 def _flash_attention_grad_q(
-    grad_out, q, k, v, out, lse, grad_q, delta,
+    grad_out, q, k, v, out, lse, grad_q, delta, weight,
     grad_out_b, grad_out_n, grad_out_h, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, out_b, out_n, out_h, grad_q_b, grad_q_n, grad_q_h,
     heads, queries, keys, prefix_len, scale, grad_scale,
     D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """A program: grad_q and delta of one block of queries of one head."""
+    """A program: grad_q and delta (and weight, for float32) of one block of queries of one head."""
     DTYPE: tl.constexpr = q.dtype.element_ty
     UNIT: tl.constexpr = 128 // DTYPE.primitive_bitwidth if ALIGNED else 1
     blocks = tl.cdiv(queries, BLOCK_QUERIES)
@@ -277,6 +281,7 @@ def _flash_attention_grad_q(
     grad_q += (b * grad_q_b + h * grad_q_h) * UNIT
     lse += head.to(tl.int64) * queries
     delta += head.to(tl.int64) * queries
+    weight += head.to(tl.int64) * queries
 
     row = start + tl.arange(0, BLOCK_QUERIES)
     visible = _visible(row, queries, keys, prefix_len, CAUSAL)
@@ -293,7 +298,8 @@ def _flash_attention_grad_q(
         q_tile = _scale(q_tile, scale, REST)
     else:
         lse_row = lse_row * LOG2_E
-    state = (_zeros(BLOCK_QUERIES, MAIN, REST), tl.zeros([BLOCK_QUERIES], tl.float32))
+    nothing = tl.zeros([BLOCK_QUERIES], tl.float32)
+    state = (_zeros(BLOCK_QUERIES, MAIN, REST), nothing, nothing)
     state = _query_gradient(
         state, q_tile, grad_tile, k, v, k_n * UNIT, v_n * UNIT, lse_row, delta_row, scale, visible, keys, 0, border,
         D, MAIN, REST, BLOCK_KEYS, False,
@@ -303,7 +309,12 @@ def _flash_attention_grad_q(
         D, MAIN, REST, BLOCK_KEYS, True,
     )  # fmt: skip
 
-    grad_tile, excess = state
+    grad_tile, excess, mass = state
+    if DTYPE == tl.float32:
+        inverse = tl.where(mass > 0, 1.0 / mass, 1.0)
+        tl.store(weight + row, inverse, mask=row < queries)
+        excess = excess * inverse
+        grad_tile = _scale(grad_tile, inverse[:, None], REST)
     # An infinite gradient stays one.
     excess = tl.where(tl.abs(excess) < INF, excess, 0.0)
     tl.store(delta + row, delta_row + excess, mask=row < queries)
@@ -320,7 +331,7 @@ def _flash_attention_grad_q(
 
 @triton.jit
 def _key_gradients(
-    state, k, v, grad_out, q, grad_out_n, q_n, lse, delta, scale, key, queries, keys, prefix_len, first, last,
+    state, k, v, grad_out, q, grad_out_n, q_n, lse, delta, weight, scale, key, queries, keys, prefix_len, first, last,
     D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BORDER: tl.constexpr,
 ):  # fmt: skip
     """Adds queries [first, last) to (grad_k, grad_v). Scores are keys by queries: nothing has to be transposed on the way to a product."""
@@ -335,7 +346,8 @@ def _key_gradients(
         delta_row = tl.load(delta + row, mask=row < queries, other=0.0)
         if EXACT:
             q_tile = _scale(q_tile, scale, REST)
-            p = tl.exp(_over_columns(k, q_tile, REST) - lse_row[None, :])
+            weight_row = tl.load(weight + row, mask=row < queries, other=1.0)
+            p = tl.exp(_over_columns(k, q_tile, REST) - lse_row[None, :]) * weight_row[None, :]
         else:
             lse_row = lse_row * LOG2_E
             p = tl.exp2(tl.fma(_over_columns(k, q_tile, REST), scale, -lse_row[None, :]))
@@ -351,7 +363,7 @@ def _key_gradients(
 
 @triton.jit(do_not_specialize=_plain("grad_out", "q", "k", "v", "grad_k", "grad_v"))
 def _flash_attention_grad_kv(
-    grad_out, q, k, v, lse, delta, grad_k, grad_v,
+    grad_out, q, k, v, lse, delta, weight, grad_k, grad_v,
     grad_out_b, grad_out_n, grad_out_h, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h,
     grad_k_b, grad_k_n, grad_k_h, grad_v_b, grad_v_n, grad_v_h,
     heads, queries, keys, prefix_len, scale, grad_scale,
@@ -374,6 +386,7 @@ def _flash_attention_grad_kv(
     grad_v += (b * grad_v_b + h * grad_v_h) * UNIT
     lse += head.to(tl.int64) * queries
     delta += head.to(tl.int64) * queries
+    weight += head.to(tl.int64) * queries
 
     key = start + tl.arange(0, BLOCK_KEYS)
     k_tile = _load(k, start, k_n * UNIT, keys, D, MAIN, REST, BLOCK_KEYS, True)
@@ -387,11 +400,11 @@ def _flash_attention_grad_kv(
         border = tl.where(last_key < prefix_len, 0, tl.maximum(last_key + queries - keys, 0))
         border = tl.minimum(tl.cdiv(border, BLOCK_QUERIES) * BLOCK_QUERIES, queries)
         state = _key_gradients(
-            state, k_tile, v_tile, grad_out, q, grad_out_n * UNIT, q_n * UNIT, lse, delta, scale, key, queries, keys, prefix_len,
+            state, k_tile, v_tile, grad_out, q, grad_out_n * UNIT, q_n * UNIT, lse, delta, weight, scale, key, queries, keys, prefix_len,
             first, border, D, MAIN, REST, BLOCK_QUERIES, True,
         )  # fmt: skip
     state = _key_gradients(
-        state, k_tile, v_tile, grad_out, q, grad_out_n * UNIT, q_n * UNIT, lse, delta, scale, key, queries, keys, prefix_len,
+        state, k_tile, v_tile, grad_out, q, grad_out_n * UNIT, q_n * UNIT, lse, delta, weight, scale, key, queries, keys, prefix_len,
         border, queries, D, MAIN, REST, BLOCK_QUERIES, False,
     )  # fmt: skip
     k_out, v_out = state
@@ -480,6 +493,7 @@ def _gradients(grad_out, q, k, v, out, lse, causal, prefix_len, scale, grads):
     keys = k.shape[1]
     grad_q, grad_k, grad_v = grads
     delta = torch.empty_like(lse)
+    weight = torch.empty_like(lse) if q.dtype == torch.float32 else delta
     # The softmax of a single score is constant. In float32 grad_k is a sum over q * scale.
     q_scale = scale if keys != 1 else 0.0
     k_scale = q_scale if q.dtype != torch.float32 else float(keys != 1)
@@ -490,7 +504,7 @@ def _gradients(grad_out, q, k, v, out, lse, causal, prefix_len, scale, grads):
     grid = batch * heads * cdiv(queries, config.blocks["BLOCK_QUERIES"])
     if grid:
         _flash_attention_grad_q[(grid,)](
-            grad_out, q, k, v, out, lse, grad_q, delta, *strides, *sizes, q_scale,
+            grad_out, q, k, v, out, lse, grad_q, delta, weight, *strides, *sizes, q_scale,
             **_constexprs(head_dim, causal, aligned), **config.options,
         )  # fmt: skip
 
@@ -499,6 +513,84 @@ def _gradients(grad_out, q, k, v, out, lse, causal, prefix_len, scale, grads):
     grid = batch * heads * cdiv(keys, config.blocks["BLOCK_KEYS"])
     if grid:
         _flash_attention_grad_kv[(grid,)](
-            grad_out, q, k, v, lse, delta, grad_k, grad_v, *strides, *sizes, k_scale,
+            grad_out, q, k, v, lse, delta, weight, grad_k, grad_v, *strides, *sizes, k_scale,
             **_constexprs(head_dim, causal, aligned), **config.options,
         )  # fmt: skip
+
+
+def traffic(kernel: str, itemsize: int, batch: int, queries: int, keys: int, heads: int, head_dim: int, causal: bool, prefix: int) -> int:
+    """Bytes that a launch moves with the blocks of sm_80. What several programs read counts each time: most of that comes from the L2 cache."""
+    dtype = "fp32" if itemsize == 4 else "bf16"
+    config = configs.pick(kernel.lstrip("_"), dtype, size_class(head_dim), "sm_80")
+    block_q, block_k = config.blocks["BLOCK_QUERIES"], config.blocks["BLOCK_KEYS"]
+    row = head_dim * itemsize
+    numbers = 2 if itemsize == 4 else 1  # delta, and weight
+
+    def seen(query: int) -> int:
+        return min(max(query + 1 + keys - queries, prefix, 0), keys) if causal else keys
+
+    total = 0
+    if kernel.endswith("grad_kv"):
+        for start in range(0, keys, block_k):
+            total += 4 * row * min(block_k, keys - start)
+            for query in range(0, queries, block_q):
+                end = min(query + block_q, queries)
+                if seen(end - 1) > start:
+                    total += (2 * row + 4 + 4 * numbers) * (end - query)
+        return total * batch * heads
+    for query in range(0, queries, block_q):
+        end = min(query + block_q, queries)
+        total += 2 * row * min(cdiv(seen(end - 1), block_k) * block_k, keys)
+        if kernel.endswith("grad_q"):
+            total += (4 * row + 4 + 4 * numbers) * (end - query) + row * min(block_k, keys)
+        else:
+            total += (2 * row + 4) * (end - query)
+    return total * batch * heads
+
+
+# Of the entries: products of D columns for each pair of a query and a key that it sees.
+_PRODUCTS = {"_flash_attention_forward": 2, "_flash_attention_grad_q": 3, "_flash_attention_grad_kv": 4}
+_BATCH, _LENGTH, _HEADS = 8, 1024, 16
+
+
+def _work(kernel: str, head_dim: int, causal: bool, dtype: str) -> Work:
+    pairs = _LENGTH * (_LENGTH + 1) // 2 if causal else _LENGTH**2
+    flops = 2 * _PRODUCTS[kernel] * head_dim * pairs * _BATCH * _HEADS
+    itemsize = 4 if dtype == "fp32" else 2
+    return Work(flops, traffic(kernel, itemsize, _BATCH, _LENGTH, _LENGTH, _HEADS, head_dim, causal, 0))
+
+
+def _types(kernel, dtype: str) -> dict[str, str]:
+    """Of the arguments that are no constexprs."""
+    plain, types = set(kernel.do_not_specialize), {}
+    for parameter in kernel.params:
+        if parameter.is_constexpr:
+            continue
+        if parameter.name in plain:
+            types[parameter.name] = "i32"
+        elif parameter.name.endswith("scale"):
+            types[parameter.name] = "fp32"
+        else:
+            types[parameter.name] = "*fp32" if parameter.name in ("lse", "delta", "weight") else f"*{dtype}"
+    return types
+
+
+def entries() -> list[Entry]:
+    both, causal_only = (False, True), (True,)
+    cases = [(64, both), (72, both), (80, both), (96, causal_only), (128, both), (192, causal_only), (256, causal_only)]
+    return [
+        Entry(
+            kernel=kernel,
+            op="flash_attention",
+            arguments=functools.partial(_types, kernel),
+            problem=f"{_BATCH} x {_LENGTH} queries and keys, {_HEADS} heads of {head_dim}",
+            work=functools.partial(_work, kernel.__name__, head_dim, causal),
+            constexprs=_constexprs(head_dim, causal, True) | ({"POSITIVE": True} if kernel is _flash_attention_forward else {}),
+            variant=f"D={head_dim}" + (" causal" if causal else ""),
+            sizes=(size_class(head_dim),),
+            matrix=True,
+        )
+        for kernel in (_flash_attention_forward, _flash_attention_grad_q, _flash_attention_grad_kv)
+        for head_dim, masks in cases
+        for causal in masks
+    ]

@@ -8,15 +8,26 @@ JOBS ?= 2
 
 CSRC := csrc/build.py $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
-.PHONY: demo test lint bench step-table sanitize clean
+.PHONY: demo test test-gpu aot lint bench step-table sanitize clean
 
 demo: .venv/demo
 	$(BIN)/ov3fast data demo
 	$(BIN)/ov3fast train --recipe demo --run-dir $(RUN) --resume
 	$(BIN)/ov3fast evaluate $(RUN)
 
+# The whole suite, which compiles the GPU kernels and runs compiled ones on the CPU; then the operators' tests on the Triton kernels, in
+# Triton's interpreter.
 test: .venv/dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops tests/kernels tests/gpu
+
+# What only a GPU can tell: real sizes, graph capture, determinism, compute-sanitizer.
+test-gpu: .venv/dev
+	$(BIN)/python -m pytest tests/gpu -rs
+
+# Compiles every GPU kernel for every chip, without one; the table of the README's kernel page.
+aot: .venv/dev
+	$(BIN)/python -m ov3fast.kernels.aot --csv benches/results/kernels-aot.csv --markdown benches/results/kernels-aot.md
 
 lint: .venv/dev
 	$(BIN)/ruff check .

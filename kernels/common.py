@@ -13,8 +13,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The interpreter multiplies bfloat16 wrongly, so there operands are widened first; compiled code never sees that branch.
 UPCAST: tl.constexpr = tl.constexpr(INTERPRETED)
 
+# Float32 products in full precision: three TF32 products on NVIDIA; AMD's compiler takes them as they are. aot.py sets it for its target.
+FP32_PRODUCTS: tl.constexpr = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
+
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """Triton's names of the dtypes that the kernels take."""
+
+SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of an element, by those names."""
 
 
 @triton.jit
@@ -23,9 +29,28 @@ def dot(a, b, acc):
     if UPCAST:
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     elif a.dtype == tl.float32:
-        return tl.dot(a, b, acc, input_precision="tf32x3")
+        return tl.dot(a, b, acc, input_precision=FP32_PRODUCTS)
     else:
         return tl.dot(a, b, acc)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 x in `dtype`, to nearest even. Casts to bfloat16 by .to, and those that tl.store makes, truncate in the interpreter."""
+    if UPCAST and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+def argument_types(kernel, **types: str):
+    """dtype -> type of each argument of `kernel` that is no constexpr: its word in `types`, where {} is the dtype; else "i32"."""
+
+    def of(dtype: str) -> dict[str, str]:
+        return {p.name: types.get(p.name, "i32").format(dtype) for p in kernel.params if not p.is_constexpr}
+
+    return of
 
 
 def cdiv(a: int, b: int) -> int:

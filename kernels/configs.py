@@ -30,6 +30,10 @@ class Config:
         """Keyword arguments of a launch."""
         return {**self.blocks, "num_warps": self.warps, "num_stages": self.stages}
 
+    def __str__(self) -> str:
+        blocks = " ".join(f"{name}={value}" for name, value in self.blocks.items())
+        return f"{blocks or 'no blocks'}, {self.warps} warps, {self.stages} stages"
+
 
 Key = tuple[str, str, str]
 TABLE: dict[str, dict[Key, Config]] = {}
@@ -43,6 +47,11 @@ def pick(kernel: str, dtype: str, size: str = ANY, architecture: str | None = No
         if key in rows:
             return rows[key]
     raise KeyError(f"configs: kernel {kernel!r} has no row for dtype {dtype}, size {size}, architecture {arch}")
+
+
+def sizes(kernel: str) -> tuple[str, ...]:
+    """The size classes that the kernel's rows name."""
+    return tuple(sorted({size for _, size, _ in TABLE[kernel]}))
 
 
 def _from_specific_to_any(dtype: str, size: str, arch: str) -> list[Key]:
@@ -79,13 +88,68 @@ TABLE["flash_attention_grad_kv"] = {("any", "any", "any"): Config({"BLOCK_QUERIE
 # Size classes: none; one program holds whole rows, so BLOCK_D comes from the width.
 
 # --- patch_embed ---
+# Size classes: none. BLOCK_K of the forward holds a whole patch of 64 values.
+TABLE["patch_embed_forward"] = {
+    ("any", "any", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, warps=4, stages=1),
+    ("bf16", "any", "any"): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=2),
+    ("fp16", "any", "any"): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=2),
+}
+TABLE["patch_embed_grad_latents"] = {
+    ("any", "any", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, warps=4, stages=3)
+}
+TABLE["patch_embed_grad_weight"] = {
+    ("any", "any", "any"): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}, warps=8, stages=3)
+}
 
 # --- noise_projection ---
+# Size classes: none. The noise of a row is drawn once per tile of features, hence the wide tiles.
+for _name in ("noise_projection_forward", "noise_projection_grad_z", "noise_projection_grad_weight"):
+    TABLE[_name] = {
+        ("any", "any", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, warps=4, stages=2),
+        ("bf16", "any", "any"): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}, warps=8, stages=3),
+        ("fp16", "any", "any"): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}, warps=8, stages=3),
+    }
+TABLE["noise_projection_grad_sigma"] = {("any", "any", "any"): Config({"BLOCK": 256}, warps=4, stages=1)}
 
 # --- latent_projection ---
+# Size classes: none. BLOCK_K of grad_tokens holds a whole patch of 64 values.
+TABLE["latent_projection_forward"] = {
+    ("any", "any", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, warps=4, stages=3)
+}
+TABLE["latent_projection_grad_tokens"] = {
+    ("any", "any", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, warps=4, stages=1),
+    ("bf16", "any", "any"): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=2),
+    ("fp16", "any", "any"): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=2),
+}
+TABLE["latent_projection_grad_weight"] = {
+    ("any", "any", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32}, warps=8, stages=3)
+}
+TABLE["latent_projection_grad_bias"] = {("any", "any", "any"): Config({"BLOCK_M": 64, "BLOCK_K": 64}, warps=4, stages=1)}
+
+# --- sums (of the three above) ---
+TABLE["column_sums"] = {("any", "any", "any"): Config({"BLOCK_R": 16, "BLOCK_D": 128}, warps=4, stages=1)}
+TABLE["merge_splits"] = {("any", "any", "any"): Config({"BLOCK": 1024}, warps=4, stages=1)}
 
 # --- random ---
+# Size classes: none.
+TABLE["random_normal"] = {("any", "any", "any"): Config({"BLOCK": 1024}, warps=4, stages=1)}
+TABLE["random_words"] = {("any", "any", "any"): Config({"BLOCK": 1024}, warps=4, stages=1)}
 
 # --- group_norm_silu ---
+# Size classes: "channels_last"; otherwise "plain", or "small" below 256 places.
+for _name in ("group_norm_silu_forward", "group_norm_silu_backward"):
+    TABLE[_name] = {
+        ("any", "channels_last", "any"): Config({"BLOCK_S": 64, "BLOCK_C": 64}, warps=4, stages=1),
+        ("any", "plain", "any"): Config({"BLOCK_S": 512, "BLOCK_C": 4}, warps=4, stages=1),
+        ("any", "small", "any"): Config({"BLOCK_S": 64, "BLOCK_C": 32}, warps=4, stages=1),
+    }
+    TABLE[_name + "_partials"] = {
+        ("any", "channels_last", "any"): Config({"BLOCK_S": 64, "BLOCK_C": 64}, warps=4, stages=1),
+        ("any", "plain", "any"): Config({"BLOCK_S": 1024, "BLOCK_C": 4}, warps=4, stages=1),
+        ("any", "small", "any"): Config({"BLOCK_S": 64, "BLOCK_C": 64}, warps=4, stages=1),
+    }
+TABLE["group_norm_silu_statistics"] = {("any", "any", "any"): Config({"BLOCK": 256}, warps=4, stages=1)}
+TABLE["group_norm_silu_backward_groups"] = {("any", "any", "any"): Config({"BLOCK": 256}, warps=4, stages=1)}
+TABLE["group_norm_silu_backward_channels"] = {("any", "any", "any"): Config({"BLOCK_R": 64, "BLOCK_C": 32}, warps=4, stages=1)}
 
 # --- the end ---

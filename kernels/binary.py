@@ -1,0 +1,103 @@
+"""What a compiled kernel needs and does, read from its machine code: registers, stack, spills, memory accesses by width, matrix instructions.
+
+NVIDIA: `cuobjdump` and `nvdisasm`, which come with Triton. AMD: the assembly text and the metadata at its end.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+_NVIDIA_MATRIX = re.compile(r"(HMMA|HGMMA|IMMA|DMMA|QGMMA|UTC\w*MMA|OMMA)\b")
+_NVIDIA_ACCESS = {"LDG", "STG", "LDGSTS"}
+# A tensor descriptor or a bulk copy moves whole rows of a tile.
+_NVIDIA_BULK = {"UTMALDG", "UTMASTG", "UBLKCP"}
+_NVIDIA_ATOMIC = {"ATOM", "ATOMG", "RED", "REDG", "UTMAREDG", "REDAS", "UBLKRED"}
+_WIDTHS = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+
+_AMD_ACCESS = re.compile(r"^\s+((?:global|buffer|flat)_(?:load|store)_\w+)", re.MULTILINE)
+_AMD_ATOMIC = re.compile(r"^\s+((?:global|buffer|flat)_atomic_\w+)", re.MULTILINE)
+_AMD_MATRIX = re.compile(r"^\s+(v_s?mfmac?_\w+)", re.MULTILINE)
+_AMD_WIDTHS = {
+    "dwordx4": 16,
+    "dwordx3": 12,
+    "dwordx2": 8,
+    "dword": 4,
+    "short": 2,
+    "ushort": 2,
+    "byte": 1,
+    "ubyte": 1,
+    "sbyte": 1,
+}
+
+
+def of_nvidia(cubin: bytes) -> dict[str, Any]:
+    """registers, stack_bytes, spills, mma, share16, atomics of a cubin with one kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        usage, sass = _tool("cuobjdump", "--dump-resource-usage", path), _tool("nvdisasm", "-c", path)
+    resources = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    opcodes = [opcode.split(".") for opcode in _INSTRUCTION.findall(sass)]
+    if not opcodes or "REG" not in resources:
+        raise RuntimeError(f"cuobjdump and nvdisasm say nothing about the kernel:\n{usage[:500]}\n{sass[:500]}")
+    widths = Counter(_nvidia_width(parts) for parts in opcodes if parts[0] in _NVIDIA_ACCESS | _NVIDIA_BULK)
+    return {
+        "registers": resources["REG"],
+        "stack_bytes": resources["STACK"] + resources.get("LOCAL", 0),
+        "spills": sum(parts[0] in ("LDL", "STL") for parts in opcodes),
+        "mma": _count(".".join(parts) for parts in opcodes if _NVIDIA_MATRIX.match(parts[0])),
+        "share16": _share(widths),
+        "atomics": _count(".".join(parts) for parts in opcodes if parts[0] in _NVIDIA_ATOMIC),
+    }
+
+
+def of_amd(assembly: str) -> dict[str, Any]:
+    """The same of an AMD kernel's assembly; registers are vector registers, stack_bytes scratch memory."""
+    metadata = {key: int(value) for key, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", assembly, re.MULTILINE)}
+    widths = Counter(_amd_width(name) for name in _AMD_ACCESS.findall(assembly))
+    return {
+        "registers": metadata["vgpr_count"],
+        "stack_bytes": metadata["private_segment_fixed_size"],
+        "spills": metadata["vgpr_spill_count"] + metadata["sgpr_spill_count"],
+        "mma": _count(_AMD_MATRIX.findall(assembly)),
+        "share16": _share(widths),
+        "atomics": _count(_AMD_ATOMIC.findall(assembly)),
+    }
+
+
+def _tool(name: str, *arguments: str | Path) -> str:
+    import triton.backends.nvidia
+
+    program = Path(triton.backends.nvidia.__file__).parent / "bin" / name
+    done = subprocess.run([program, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _nvidia_width(parts: list[str]) -> int:
+    """Bytes that a thread moves; a bulk copy counts as 16."""
+    if parts[0] in _NVIDIA_BULK:
+        return 16
+    return max((_WIDTHS[part] for part in parts if part in _WIDTHS), default=4)
+
+
+def _amd_width(name: str) -> int:
+    return next((_AMD_WIDTHS[word] for word in name.split("_") if word in _AMD_WIDTHS), 4)
+
+
+def _count(names: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(names).items()))
+
+
+def _share(widths: Counter[int]) -> float:
+    """Of the bytes of all accesses in the text, those in accesses of at least 16; 1 where there are none."""
+    total = sum(width * count for width, count in widths.items())
+    return round(sum(width * count for width, count in widths.items() if width >= 16) / total, 4) if total else 1.0

@@ -1,0 +1,128 @@
+"""Every operator's Triton and CUDA kernels on a GPU, at sizes that training meets; `make test-gpu`.
+
+With TRITON_INTERPRET=1 what needs no GPU runs in Triton's interpreter, at tiny sizes.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_tools.samples import SAMPLES, upstream_of
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ov3fast import ops, testing
+from ov3fast.ops import triton
+
+GPU = torch.cuda.is_available() and not triton.INTERPRETED
+if not GPU and not triton.INTERPRETED:
+    pytest.skip("there is no GPU: the kernels' results on one were not looked at", allow_module_level=True)
+
+DEVICE, SIZE = ("cuda", "real") if GPU else ("cpu", "tiny")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16) if GPU else (torch.float32, torch.bfloat16)
+BACKENDS = ("triton", "cuda") if GPU else ("triton",)
+CASES = [(backend, sample) for backend in BACKENDS for sample in SAMPLES if backend in ops.table()[sample.op]]
+
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1].name}")
+def sample(request):
+    """Each sample, with the backend chosen."""
+    backend, chosen = request.param
+    state = ops.table()[chosen.op][backend]
+    if state != "ready":
+        pytest.skip(f"{backend}: {state}")
+    with ops.use(backend):
+        yield chosen
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parity(sample, dtype):
+    sample.assert_parity(SIZE, dtype, DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_bits_every_time(sample, dtype):
+    inputs = sample.inputs(SIZE, dtype, DEVICE)
+    expected = sample.results(inputs)
+    for _ in range(19 if GPU else 1):
+        testing.assert_same_bits(sample.results(inputs), expected)
+
+
+class Recorded(TorchDispatchMode):
+    """Calls of our operators within the block: (operator, arguments, keyword arguments)."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "ov3fast":
+            self.calls.append((function, args, kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def fresh(value, differentiated):
+    if isinstance(value, (list, tuple)):
+        return [fresh(each, False) for each in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    copy = value.detach().clone()
+    return copy.requires_grad_(differentiated and copy.is_floating_point())
+
+
+def test_opcheck(sample):
+    with Recorded() as recorded:
+        sample.results(sample.inputs("tiny", torch.float32, DEVICE))
+    assert recorded.calls
+    for function, args, kwargs in recorded.calls:
+        differentiated = sample.differentiable and not function._schema.name.endswith("_backward")
+        torch.library.opcheck(function, tuple(fresh(arg, differentiated) for arg in args), kwargs)
+
+
+def test_compile_keeps_the_whole_graph(sample):
+    inputs = sample.inputs("tiny", torch.float32, DEVICE)
+    torch.compiler.reset()
+    compiled = torch.compile(sample.function, fullgraph=True, backend="inductor" if GPU else "aot_eager")
+    for ours, eager in zip(sample.results(inputs, compiled), sample.results(inputs), strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+@needs_gpu
+def test_graph_capture(sample):
+    """A captured call gives, for other values in the same places, what an eager call gives."""
+    inputs = sample.inputs(SIZE, torch.bfloat16, DEVICE)
+    upstream = upstream_of(sample.results(inputs)) if sample.differentiable else None
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            sample.results(inputs, upstream=upstream)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = sample.results(inputs, upstream=upstream)
+    for value in inputs:
+        if value.is_floating_point() and value.ndim:
+            value.copy_(value.flip(0))
+    graph.replay()
+    torch.cuda.synchronize()
+    testing.assert_same_bits(captured, sample.results(inputs, upstream=upstream))
+
+
+@needs_gpu
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compute_sanitizer(backend, tool):
+    program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if program is None:
+        pytest.skip("compute-sanitizer is not installed")
+    script = Path(__file__).parents[1] / "kernel_tools" / "once.py"
+    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, script, backend]
+    # The caching allocator would hide reads beyond a tensor and of memory that nobody wrote.
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

@@ -71,6 +71,10 @@ def current_architecture() -> str:
 
 
 # --- flash_attention ---
+# Size classes: columns of the tiles, those of the head dimension rounded up ("80": 64 + 16, for 72 and 80).
+TABLE["flash_attention_forward"] = {("any", "any", "any"): Config({"BLOCK_QUERIES": 128, "BLOCK_KEYS": 64}, warps=8, stages=2)}
+TABLE["flash_attention_grad_q"] = {("any", "any", "any"): Config({"BLOCK_QUERIES": 64, "BLOCK_KEYS": 64}, warps=4, stages=2)}
+TABLE["flash_attention_grad_kv"] = {("any", "any", "any"): Config({"BLOCK_QUERIES": 64, "BLOCK_KEYS": 64}, warps=4, stages=2)}
 
 # --- contrastive_loss ---
 # Size class of the first two: "library", where tiles are read instead of multiplied. BLOCK_K must be one for all three kernels over tiles of a dtype, for the backward has to meet the forward's logits to the bit.

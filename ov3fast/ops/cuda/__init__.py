@@ -89,7 +89,7 @@ def missing() -> str | None:
 
 @functools.cache
 def _obstacle() -> str | None:
-    build = _build()
+    build = build_notes()
     if build is None:
         return "the CUDA kernels were not built (pip install needs nvcc)"
     if torch.version.hip or not torch.cuda.is_available():
@@ -106,7 +106,7 @@ def _obstacle() -> str | None:
     return None
 
 
-def _build() -> dict[str, Any] | None:
+def build_notes() -> dict[str, Any] | None:
     """What csrc/build.py noted about the build: "toolkit" (major, minor) and "architectures"; None without one."""
     file = FOLDER / "cuda.json"
     return json.loads(file.read_text()) if file.is_file() else None

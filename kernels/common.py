@@ -31,5 +31,24 @@ def dot(a, b, acc):
         return tl.dot(a, b, acc)
 
 
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 x in `dtype`, to nearest even. Casts to bfloat16 by .to, and those that tl.store makes, truncate in the interpreter."""
+    if UPCAST and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+def argument_types(kernel, **types: str):
+    """dtype -> type of each argument of `kernel` that is no constexpr: its word in `types`, where {} is the dtype; else "i32"."""
+
+    def of(dtype: str) -> dict[str, str]:
+        return {p.name: types.get(p.name, "i32").format(dtype) for p in kernel.params if not p.is_constexpr}
+
+    return of
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)

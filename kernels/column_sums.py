@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import configs
 from .catalog import Entry, Work
-from .common import SIZES, TYPES, cdiv
+from .common import SIZES, TYPES, cdiv, rounded
 from .rows import Rows, row_alignment, row_constants, row_offsets, row_types
 
 STRIPS = 512
@@ -59,11 +59,11 @@ def _column_merge(partials, first, second, parts, width, BLOCK_PARTS: tl.constex
         total += tl.load(partials + at[:, None] + columns[None, :], mask=(part < parts)[:, None] & inside[None, :], other=0)
     result = tl.sum(total, 0)
     if second is None:
-        tl.store(first + columns, result.to(first.dtype.element_ty), mask=inside)
+        tl.store(first + columns, rounded(result, first.dtype.element_ty), mask=inside)
     elif which == 0:
-        tl.store(first + columns, result.to(first.dtype.element_ty), mask=inside)
+        tl.store(first + columns, rounded(result, first.dtype.element_ty), mask=inside)
     else:
-        tl.store(second + columns, result.to(second.dtype.element_ty), mask=inside)
+        tl.store(second + columns, rounded(result, second.dtype.element_ty), mask=inside)
 
 
 def merge(partials: Tensor, first: Tensor, second: Tensor | None = None) -> None:

@@ -115,32 +115,33 @@ TABLE["cross_entropy_rows"] = {
 # Size classes: "small", fewer than 128 tiles of 128 x 128; else "large".
 
 
-def _gemm_rows(large: Config, hopper: Config, blackwell: Config) -> dict[Key, Config]:
-    """Rows of a tiled product: `large` is the sm_80 row. float32 multiplies in three tf32 products, which fill the registers of small tiles."""
-    narrow = {"BLOCK_M": 64, "BLOCK_N": 64, "GROUP": 8}
+def _products(large: Config, hopper: Config, blackwell: Config, **more: int) -> dict[Key, Config]:
+    """Rows of a tiled product. float32 multiplies in three tf32 products, which fill the registers of small tiles."""
+    narrow = {"BLOCK_M": 64, "BLOCK_N": 64, "GROUP": 8, **more}
     return {
         (ANY, "large", ANY): large,
         (ANY, "large", "sm_90"): hopper,
         (ANY, "large", "sm_100"): blackwell,
         (ANY, "small", ANY): Config({**narrow, "BLOCK_K": 64}, warps=4, stages=3),
-        ("fp32", "large", ANY): Config({**narrow, "BLOCK_K": 32}, warps=4, stages=3),
-        ("fp32", "large", "sm_90"): Config({**narrow, "BLOCK_K": 32}, warps=4, stages=3),
-        ("fp32", "large", "sm_100"): Config({**narrow, "BLOCK_K": 32}, warps=4, stages=3),
-        ("fp32", "small", ANY): Config({**narrow, "BLOCK_K": 32}, warps=4, stages=3),
+        **{
+            ("fp32", size, a): Config({**narrow, "BLOCK_K": 32}, warps=4, stages=3)
+            for size in ("large", "small")
+            for a in ARCHITECTURES
+        },
     }
 
 
-_SQUARE = {"BLOCK_M": 128, "BLOCK_N": 128, "GROUP": 8}
-TABLE["mlp_forward"] = _gemm_rows(
-    Config({**_SQUARE, "BLOCK_K": 32}, warps=8, stages=4),
-    Config({**_SQUARE, "BLOCK_K": 64}, warps=8, stages=4),
-    Config({**_SQUARE, "BLOCK_K": 64}, warps=8, stages=4),
-)
-TABLE["mlp_backward"] = TABLE["mlp_forward"]
+def _square(depth: int, **more: int) -> Config:
+    return Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": depth, "GROUP": 8, **more}, warps=8, stages=4)
+
+
+TABLE["mlp_forward"] = _products(_square(32, HALVES=0), _square(64, HALVES=0), _square(64, HALVES=0), HALVES=0)
+# Its epilogue has to hold h, both results and the tile, which for a whole tile of 128 x 128 spills.
+TABLE["mlp_backward"] = _products(_square(32, HALVES=1), _square(64, HALVES=1), _square(64, HALVES=1), HALVES=0)
 
 # --- linear ---
 # Size classes: those of mlp.
-TABLE["linear"] = TABLE["mlp_forward"]
+TABLE["linear"] = _products(_square(32), _square(64), _square(64))
 TABLE["column_partials"] = {(ANY, ANY, ANY): Config({"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 256}, warps=4, stages=1)}
 TABLE["column_merge"] = {(ANY, ANY, ANY): Config({"BLOCK_PARTS": 128, "BLOCK_COLUMNS": 32}, warps=8, stages=1)}
 

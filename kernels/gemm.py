@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .common import TYPES, cdiv, dot
+from .common import TYPES, cdiv, dot, rounded
 from .rows import Rows
 
 
@@ -52,8 +52,17 @@ def multiply(
             w = tl.load(b_tile, mask=(k < left)[:, None] & (column < columns)[None, :], other=0)
             b_tile += tl.full((), BLOCK_K, tl.int64) * b_stride
         a_tile += BLOCK_K
-        total = dot(x, w.to(x.dtype), total)
+        if w.dtype != x.dtype:
+            w = rounded(w, x.dtype)
+        total = dot(x, w, total)
     return total
+
+
+@triton.jit
+def halves(total):
+    """Left and right half of a tile's columns: an epilogue that works on one after the other needs half the registers."""
+    parts = tl.reshape(total, (total.shape[0], 2, total.shape[1] // 2))
+    return tl.split(tl.permute(parts, (0, 2, 1)))
 
 
 def size_class(rows: int, columns: int) -> str:

@@ -13,7 +13,7 @@ import triton.language as tl
 from . import configs
 from .catalog import Entry, Work
 from .column_sums import merge, strips_of
-from .common import SIZES, TYPES, cdiv
+from .common import SIZES, TYPES, cdiv, rounded
 from .rows import empty, row_alignment, row_constants, row_offsets, row_types, rows
 
 
@@ -32,9 +32,9 @@ def _layer_norm_forward(
     if residual is not None:
         at = row_offsets(row, residual_inner, residual_outer_stride, residual_inner_stride)
         value += tl.load(residual + at[:, None] + column[None, :], mask=mask, other=0).to(tl.float32)
-        rounded = value.to(h.dtype.element_ty)
-        tl.store(h + out, rounded, mask=mask)
-        value = rounded.to(tl.float32)
+        kept = rounded(value, h.dtype.element_ty)
+        tl.store(h + out, kept, mask=mask)
+        value = kept.to(tl.float32)
 
     centre = tl.sum(value, 1) / width
     centred = tl.where(inside[None, :], value - centre[:, None], 0)
@@ -44,7 +44,7 @@ def _layer_norm_forward(
     result = centred * scale[:, None] * tl.load(weight + column, mask=inside, other=0).to(tl.float32)[None, :]
     if bias is not None:
         result += tl.load(bias + column, mask=inside, other=0).to(tl.float32)[None, :]
-    tl.store(y + out, result.to(y.dtype.element_ty), mask=mask)
+    tl.store(y + out, rounded(result, y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def _layer_norm_backward(
                 at = row_offsets(row, grad_h_inner, grad_h_outer_stride, grad_h_inner_stride)
                 result += tl.load(grad_h + at[:, None] + column[None, :], mask=mask, other=0).to(tl.float32)
             out = row.to(tl.int64)[:, None] * width + column[None, :]
-            tl.store(grad_x + out, result.to(grad_x.dtype.element_ty), mask=mask)
+            tl.store(grad_x + out, rounded(result, grad_x.dtype.element_ty), mask=mask)
     at_strip = strip.to(tl.int64) * width + column
     if weight_partials is not None:
         tl.store(weight_partials + at_strip, tl.sum(weight_sum, 0), mask=inside)

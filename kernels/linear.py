@@ -15,7 +15,7 @@ from torch import Tensor
 from . import configs, gemm
 from .catalog import Entry, Work
 from .column_sums import column_sums
-from .common import SIZES, cdiv
+from .common import SIZES, cdiv, rounded
 from .gemm import multiply, tile_position
 from .rows import Rows, empty, row_alignment, row_constants, row_offsets, row_types, rows
 
@@ -34,7 +34,7 @@ def _linear(
     if bias is not None:
         total += tl.load(bias + column, mask=column < columns, other=0).to(tl.float32)[None, :]
     at = row.to(tl.int64)[:, None] * columns + column[None, :]
-    tl.store(y + at, total.to(y.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
+    tl.store(y + at, rounded(total, y.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
 
 
 def forward(x, weight, bias):
@@ -87,7 +87,9 @@ def work(count: int, columns: int, depth: int, size: int, parameter_size: int, c
     """One launch with a bias: both operands tile by tile, the bias once per row of tiles, y out."""
     block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
     operands = gemm.product_bytes(count, columns, depth, size, parameter_size, block_m, block_n)
-    return Work(2 * count * columns * depth, operands + cdiv(count, block_m) * columns * parameter_size + count * columns * size)
+    return Work(
+        2 * count * columns * depth, operands + cdiv(count, block_m) * columns * parameter_size + count * columns * size
+    )
 
 
 def entries() -> list[Entry]:

@@ -15,29 +15,59 @@ import triton.language as tl
 from . import configs, gemm, linear
 from .catalog import Entry, Work
 from .column_sums import column_sums, merge
-from .common import SIZES, cdiv
+from .common import SIZES, cdiv, rounded
 from .gelu import gelu, gelu_and_slope
-from .gemm import multiply, tile_position
+from .gemm import halves, multiply, tile_position
 from .rows import empty, row_alignment, row_constants, row_offsets, row_types, rows
+
+
+@triton.jit
+def _forward_epilogue(total, row, column, b1, h, a, rows, hidden, EXACT: tl.constexpr):
+    if b1 is not None:
+        total += tl.load(b1 + column, mask=column < hidden, other=0).to(tl.float32)[None, :]
+    at = row.to(tl.int64)[:, None] * hidden + column[None, :]
+    mask = (row < rows)[:, None] & (column < hidden)[None, :]
+    kept = rounded(total, h.dtype.element_ty)
+    tl.store(h + at, kept, mask=mask)
+    # Backward activates the rounded h again and has to find the same.
+    tl.store(a + at, rounded(gelu(kept.to(tl.float32), EXACT), a.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _mlp_forward(
     x, x_inner, x_outer_stride, x_inner_stride, w1, w1_stride, b1, h, a, rows, hidden, width,
     EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    HALVES: tl.constexpr,
 ):  # fmt: skip
     m, n = tile_position(tl.cdiv(rows, BLOCK_M), tl.cdiv(hidden, BLOCK_N), GROUP)
     row, column = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
     x_at = row_offsets(tl.minimum(row, rows - 1), x_inner, x_outer_stride, x_inner_stride)
     total = multiply(x, x_at, w1, w1_stride, tl.minimum(column, hidden - 1), hidden, width, True, BLOCK_M, BLOCK_N, BLOCK_K)
-    if b1 is not None:
-        total += tl.load(b1 + column, mask=column < hidden, other=0).to(tl.float32)[None, :]
-    at = row.to(tl.int64)[:, None] * hidden + column[None, :]
+    if HALVES:
+        half: tl.constexpr = BLOCK_N // 2
+        left, right = halves(total)
+        column = n * BLOCK_N + tl.arange(0, half)
+        _forward_epilogue(left, row, column, b1, h, a, rows, hidden, EXACT)
+        _forward_epilogue(right, row, column + half, b1, h, a, rows, hidden, EXACT)
+    else:
+        _forward_epilogue(total, row, column, b1, h, a, rows, hidden, EXACT)
+
+
+@triton.jit
+def _backward_epilogue(
+    total, m, row, column, h, h_at, grad_h, a, b1_partials, rows, hidden, EXACT: tl.constexpr
+):  # fmt: skip
     mask = (row < rows)[:, None] & (column < hidden)[None, :]
-    rounded = total.to(h.dtype.element_ty)
-    tl.store(h + at, rounded, mask=mask)
-    # Backward activates the rounded h again and has to find the same.
-    tl.store(a + at, gelu(rounded.to(tl.float32), EXACT).to(a.dtype.element_ty), mask=mask)
+    at = row.to(tl.int64)[:, None] * hidden + column[None, :]
+    activated, slope = gelu_and_slope(tl.load(h + h_at[:, None] + column[None, :], mask=mask, other=0).to(tl.float32), EXACT)
+    if a is not None:
+        tl.store(a + at, rounded(activated, a.dtype.element_ty), mask=mask)
+    if grad_h is not None:
+        total *= slope
+        tl.store(grad_h + at, rounded(total, grad_h.dtype.element_ty), mask=mask)
+        if b1_partials is not None:
+            column_sum = tl.sum(tl.where((row < rows)[:, None], total, 0), 0)
+            tl.store(b1_partials + m.to(tl.int64) * hidden + column, column_sum, mask=column < hidden)
 
 
 @triton.jit
@@ -45,25 +75,25 @@ def _mlp_backward(
     grad_y, grad_y_inner, grad_y_outer_stride, grad_y_inner_stride, w2, w2_stride, h, h_inner, h_outer_stride, h_inner_stride,
     grad_h, a, b1_partials, rows, hidden, features,
     EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    HALVES: tl.constexpr,
 ):  # fmt: skip
     m, n = tile_position(tl.cdiv(rows, BLOCK_M), tl.cdiv(hidden, BLOCK_N), GROUP)
     row, column = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
     existing = tl.minimum(row, rows - 1)
-    mask = (row < rows)[:, None] & (column < hidden)[None, :]
-    at = row.to(tl.int64)[:, None] * hidden + column[None, :]
     if grad_h is not None:
         grad_at = row_offsets(existing, grad_y_inner, grad_y_outer_stride, grad_y_inner_stride)
         total = multiply(grad_y, grad_at, w2, w2_stride, column, hidden, features, False, BLOCK_M, BLOCK_N, BLOCK_K)
+    else:
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     h_at = row_offsets(existing, h_inner, h_outer_stride, h_inner_stride)
-    activated, slope = gelu_and_slope(tl.load(h + h_at[:, None] + column[None, :], mask=mask, other=0).to(tl.float32), EXACT)
-    if a is not None:
-        tl.store(a + at, activated.to(a.dtype.element_ty), mask=mask)
-    if grad_h is not None:
-        total *= slope
-        tl.store(grad_h + at, total.to(grad_h.dtype.element_ty), mask=mask)
-        if b1_partials is not None:
-            column_sum = tl.sum(tl.where((row < rows)[:, None], total, 0), 0)
-            tl.store(b1_partials + m.to(tl.int64) * hidden + column, column_sum, mask=column < hidden)
+    if HALVES:
+        half: tl.constexpr = BLOCK_N // 2
+        left, right = halves(total)
+        column = n * BLOCK_N + tl.arange(0, half)
+        _backward_epilogue(left, m, row, column, h, h_at, grad_h, a, b1_partials, rows, hidden, EXACT)
+        _backward_epilogue(right, m, row, column + half, h, h_at, grad_h, a, b1_partials, rows, hidden, EXACT)
+    else:
+        _backward_epilogue(total, m, row, column, h, h_at, grad_h, a, b1_partials, rows, hidden, EXACT)
 
 
 def forward(x, w1, b1, w2, b2, activation):
@@ -136,8 +166,8 @@ def entries() -> list[Entry]:
         return row_types("grad_y", t) | operand | row_types("h", t) | outputs | dimensions | {"features": "i32"}
 
     kernels = (
-        (_mlp_forward, forward_types, ("x",), ("w1_stride", "width")),
-        (_mlp_backward, backward_types, ("grad_y", "h"), ("w2_stride", "features")),
+        (_mlp_forward, "mlp_forward", forward_types, ("x",), ("w1_stride", "width")),
+        (_mlp_backward, "mlp_backward", backward_types, ("grad_y", "h"), ("w2_stride", "features")),
     )
     return [
         Entry(
@@ -145,13 +175,13 @@ def entries() -> list[Entry]:
             "mlp",
             lambda t, types=types, mixed=mixed: types(t, "fp32" if mixed else t),
             f"{count} x {width} -> {hidden}",
-            lambda t, name=kernel.__name__.lstrip("_"), mixed=mixed: entry_work(name, t, mixed),
+            lambda t, name=name, mixed=mixed: entry_work(name, t, mixed),
             row_constants(*strided) | {"EXACT": exact},
             variant=("erf" if exact else "tanh") + (", float32 parameters" if mixed else ""),
             dtypes=("bf16", "fp16") if mixed else ("fp32", "bf16", "fp16"),
             aligned=(*row_alignment(*strided), "rows", "hidden", *divisible),
             matrix=True,
         )
-        for kernel, types, strided, divisible in kernels
+        for kernel, name, types, strided, divisible in kernels
         for exact, mixed in ((True, False), (False, False), (True, True))
     ]

@@ -20,7 +20,12 @@ def wide(values):
 @dtypes
 @pytest.mark.parametrize(
     ("size", "mixed", "shape"),
-    [("large", False, (2, 70, 40, 136)), ("small", True, (2, 70, 40, 72)), ("small", False, (1, 3, 1, 1)), ("small", True, (1, 1, 5, 3))],
+    [
+        ("large", False, (2, 70, 40, 136)),
+        ("small", True, (2, 70, 40, 72)),
+        ("small", False, (1, 3, 1, 1)),
+        ("small", True, (1, 1, 5, 3)),
+    ],
 )
 def test_ragged(in_any_order, monkeypatch, dtype, size, mixed, shape):
     """Forward and backward by our products alone; sizes of 1 become constants in the compiled code."""

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ..ops.group_norm_silu import memory_format
 from .catalog import Entry, Work
-from .common import SIZES, TYPES, argument_types, cdiv, rounded
+from .common import SIZES, TYPES, argument_types, cdiv, rounded, sum_over_rows
 from .configs import pick
 
 # Programs that a reduction is spread over, where there are enough places: a few waves of the largest chips. Not read from the device, so
@@ -86,13 +86,13 @@ def group_norm_silu_forward_partials(
         value = _tile(x, stride_row, s, c, places, channels, CHANNELS_LAST)
         size = tl.minimum(last - start, BLOCK_S).to(tl.float32)
         inside = (s < places)[:, None]
-        tile_mean = tl.sum(value, 0) / size
+        tile_mean = sum_over_rows(value) / size
         centred = tl.where(inside, value - tile_mean[None, :], 0.0)
         # What rounding left of the mean: far from zero it would show.
-        rest = tl.sum(centred, 0) / size
+        rest = sum_over_rows(centred) / size
         # The select keeps the product out of the sum's first addition: fused, lanes that add each other's squares would round differently
         # and then store their own result to one place.
-        tile_squares = tl.sum(tl.where(inside, centred * centred, 0.0), 0)
+        tile_squares = sum_over_rows(tl.where(inside, centred * centred, 0.0))
         total = count + size
         delta = tile_mean - mean + rest
         mean += delta * (size / total)
@@ -191,8 +191,8 @@ def group_norm_silu_backward_partials(
         grad_n = _silu_gradient(upstream, x_hat * w[None, :] + shift[None, :])
         # grad_y is 0 outside, but 0 times an infinite slope is not.
         inside = (s < places)[:, None]
-        sums += tl.sum(tl.where(inside, grad_n, 0.0), 0)
-        dots += tl.sum(tl.where(inside, grad_n * x_hat, 0.0), 0)
+        sums += sum_over_rows(tl.where(inside, grad_n, 0.0))
+        dots += sum_over_rows(tl.where(inside, grad_n * x_hat, 0.0))
 
     partials += strip_of_all.to(tl.int64) * 2 * channels
     tl.store(partials + c, sums, mask=c < channels)

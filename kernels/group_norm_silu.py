@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ..ops.group_norm_silu import memory_format
 from .catalog import Entry, Work
-from .common import SIZES, TYPES, argument_types, cdiv, rounded
+from .common import SIZES, TYPES, argument_types, cdiv, rounded, sum_over_rows
 from .configs import pick
 
 # Programs that a reduction is spread over, where there are enough places: a few waves of the largest chips. Not read from the device, so
@@ -85,14 +85,18 @@ def group_norm_silu_forward_partials(
         s = start + tl.arange(0, BLOCK_S)
         value = _tile(x, stride_row, s, c, places, channels, CHANNELS_LAST)
         size = tl.minimum(last - start, BLOCK_S).to(tl.float32)
-        tile_mean = tl.sum(value, 0) / size
-        centred = tl.where((s < places)[:, None], value - tile_mean[None, :], 0.0)
+        inside = (s < places)[:, None]
+        tile_mean = sum_over_rows(value) / size
+        centred = tl.where(inside, value - tile_mean[None, :], 0.0)
         # What rounding left of the mean: far from zero it would show.
-        rest = tl.sum(centred, 0) / size
+        rest = sum_over_rows(centred) / size
+        # The select keeps the product out of the sum's first addition: fused, lanes that add each other's squares would round differently
+        # and then store their own result to one place.
+        tile_squares = sum_over_rows(tl.where(inside, centred * centred, 0.0))
         total = count + size
         delta = tile_mean - mean + rest
         mean += delta * (size / total)
-        squares += tl.sum(centred * centred, 0) - rest * rest * size + delta * delta * (count * size / total)
+        squares += tile_squares - rest * rest * size + delta * delta * (count * size / total)
         count = total
 
     partials += strip_of_all.to(tl.int64) * 2 * channels
@@ -187,8 +191,8 @@ def group_norm_silu_backward_partials(
         grad_n = _silu_gradient(upstream, x_hat * w[None, :] + shift[None, :])
         # grad_y is 0 outside, but 0 times an infinite slope is not.
         inside = (s < places)[:, None]
-        sums += tl.sum(tl.where(inside, grad_n, 0.0), 0)
-        dots += tl.sum(tl.where(inside, grad_n * x_hat, 0.0), 0)
+        sums += sum_over_rows(tl.where(inside, grad_n, 0.0))
+        dots += sum_over_rows(tl.where(inside, grad_n * x_hat, 0.0))
 
     partials += strip_of_all.to(tl.int64) * 2 * channels
     tl.store(partials + c, sums, mask=c < channels)
@@ -375,20 +379,15 @@ ALIGNED = ("grad_stride_b", "grad_stride_row", "stride_b", "stride_row", "channe
 
 
 def partials_work(b, c, s, layout, backward, dtype):
-    """Reads x (and grad_y) once; float32 parameters of channels once a program."""
+    """Reads x (and grad_y) once; parameters of channels come from the cache."""
     blocks = pick(f"group_norm_silu_{'backward' if backward else 'forward'}_partials", dtype, layout).blocks
-    strips_of_b, _ = strips(b, c, s, blocks)
     reads = b * c * s * SIZES[dtype] * (2 if backward else 1)
-    parameters = b * strips_of_b * c * (2 * SIZES[dtype] + 8) if backward else 0
-    return Work(b * c * s * (16 if backward else 5), reads + parameters + b * strips_of_b * c * 8)
+    return Work(b * c * s * (16 if backward else 6), reads + b * strips(b, c, s, blocks)[0] * c * 8)
 
 
 def elementwise_work(b, c, s, layout, backward, dtype):
-    """Reads x (and grad_y), writes y or dx; parameters of channels once a program."""
-    blocks = pick(f"group_norm_silu_{'backward' if backward else 'forward'}", dtype, layout).blocks
-    tensors = b * c * s * SIZES[dtype] * (3 if backward else 2)
-    parameters = b * cdiv(s, blocks["BLOCK_S"]) * c * (2 * SIZES[dtype] + (16 if backward else 8))
-    return Work(b * c * s * (20 if backward else 8), tensors + parameters)
+    """Reads x (and grad_y), writes y or dx; parameters of channels come from the cache."""
+    return Work(b * c * s * (20 if backward else 8), b * c * s * SIZES[dtype] * (3 if backward else 2))
 
 
 def merge_work(kernel, b, c, s, groups, layout, dtype):

@@ -254,7 +254,7 @@ def backward(
     cls = grad_y.shape[1] - s.tokens
     patches = grad_y[:, cls:]
     sample = s.rng is not None
-    grad_latents = grad_weight = none = grad_y.new_empty(0)
+    grad_latents = grad_weight = grad_y.new_empty(0)
     if need_latents:
         grad_latents = torch.empty(latents.shape, dtype=latents.dtype, device=latents.device)
         config = pick("patch_embed_grad_latents", s.dtype)

@@ -125,7 +125,7 @@ def merged(partials, out):
 
 def entries() -> list[Entry]:
     batch, tokens, width, splits, n = 64, 256, 768, 8, 768 * 768
-    strip_rows, sizes = batch * tokens // STRIPS, "64 x 256 x 768"
+    sizes = "64 x 256 x 768"
     return [
         Entry(
             column_sums, "sums", argument_types(column_sums, x="*{}", out="*fp32"), sizes,

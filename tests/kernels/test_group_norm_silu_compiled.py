@@ -12,6 +12,7 @@ pytestmark = pytest.mark.skipif(triton.INTERPRETED, reason="runs compiled code")
 ptxrun = pytest.importorskip("ptxrun")
 launches = pytest.importorskip("kernel_tools.launches")
 
+PARAMETERS = "weight", "bias", "mean", "rstd", "means"
 LAYOUTS = {
     "plain": torch.Tensor.contiguous,
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x,
@@ -87,8 +88,8 @@ def test_traffic(layout):
     sizes = batch, channels, places, layout
     for backward, name in ((False, "forward"), (True, "backward")):
         (partials,), (elementwise,) = reports[f"group_norm_silu_{name}_partials"], reports[f"group_norm_silu_{name}"]
-        launches.assert_traffic(partials, kernels.partials_work(*sizes, backward, "bf16").bytes)
-        launches.assert_traffic(elementwise, kernels.elementwise_work(*sizes, backward, "bf16").bytes)
+        launches.assert_traffic(partials, kernels.partials_work(*sizes, backward, "bf16").bytes, *PARAMETERS)
+        launches.assert_traffic(elementwise, kernels.elementwise_work(*sizes, backward, "bf16").bytes, *PARAMETERS)
         assert wide_share(partials, "x", "grad_y") == 1.0
         assert wide_share(elementwise, "x", "grad_y", "y", "grad_x") == 1.0
 

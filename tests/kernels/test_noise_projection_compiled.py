@@ -66,6 +66,6 @@ def test_traffic():
     rows = batch * tokens
     for name, work in kernels.works(batch, rows, width, features).items():
         (report,) = reports[name]
-        launches.assert_traffic(report, work("bf16").bytes)
+        launches.assert_traffic(report, work("bf16").bytes, "rng", "sigma", "bias")
     for name in ("noise_projection_forward", "noise_projection_grad_z", "noise_projection_grad_weight"):
         assert reports[name][0].mma_count > 0

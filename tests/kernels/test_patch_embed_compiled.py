@@ -14,6 +14,7 @@ launches = pytest.importorskip("kernel_tools.launches")
 
 RNG = random.make_rng(7, 2**32 - 3)
 SCALE, SHIFT = 0.36, 0.12
+SMALL = "rng", "bias", "cls_token"
 
 
 def inputs(batch, channels, height, width, patch, features, dtype):
@@ -69,8 +70,8 @@ def test_traffic():
     batch, channels, height, width, patch, features = sizes = 4, 16, 16, 16, 2, 128
     _, reports = run(inputs(*sizes, torch.bfloat16), patch)
     call = batch, height // patch * (width // patch), channels * patch**2, features
-    launches.assert_traffic(reports["patch_embed_forward"][0], kernels.forward_work(*call, 1, "bf16").bytes)
-    launches.assert_traffic(reports["patch_embed_grad_latents"][0], kernels.grad_latents_work(*call, "bf16").bytes)
-    launches.assert_traffic(reports["patch_embed_grad_weight"][0], kernels.grad_weight_work(*call, "bf16").bytes)
+    launches.assert_traffic(reports["patch_embed_forward"][0], kernels.forward_work(*call, 1, "bf16").bytes, *SMALL)
+    launches.assert_traffic(reports["patch_embed_grad_latents"][0], kernels.grad_latents_work(*call, "bf16").bytes, *SMALL)
+    launches.assert_traffic(reports["patch_embed_grad_weight"][0], kernels.grad_weight_work(*call, "bf16").bytes, *SMALL)
     for name in ("patch_embed_forward", "patch_embed_grad_latents", "patch_embed_grad_weight"):
         assert reports[name][0].mma_count > 0

@@ -63,7 +63,7 @@ def test_sizes_of_several_strips(dtype, layout, shape, groups):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(1, 128, 60, 60), (9, 20, 11, 7)])
+@pytest.mark.parametrize("shape", [(1, 128, 17, 13) if triton.INTERPRETED else (1, 128, 60, 60), (9, 20, 11, 7)])
 def test_threads_do_not_change_bits(dtype, layout, shape):
     x, *rest = (v.to(dtype) for v in inputs(*shape))
     leaves = [v.requires_grad_() for v in (LAYOUTS[layout](x), *rest)]

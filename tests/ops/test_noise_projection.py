@@ -67,7 +67,7 @@ def results(*values):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [7, 900])
+@pytest.mark.parametrize("tokens", [7, 90 if triton.INTERPRETED else 900])
 def test_threads_do_not_change_the_bits(implementation, dtype, tokens):
     if implementation == "reference":
         pytest.skip("PyTorch's own sums depend on threads")

@@ -84,6 +84,7 @@ def _tile_entries():
                 aligned=("x_stride", "y_stride", "products_stride", "row_parts_stride", "n", "N", "width"),
                 matrix=not library,
                 streaming=library,
+                sizes=("library" if library else "any",),
             )  # fmt: skip
             for dtype in dtypes:
                 yield Entry(
@@ -106,6 +107,7 @@ def _tile_entries():
                     aligned=("x_stride", "y_stride", "products_stride", "gradients_stride", "n", "N", "width"),
                     matrix=not library,
                     streaming=library,
+                    sizes=("library" if library else "any",),
                 )  # fmt: skip
         for dtype in ("fp32", "bf16", "fp16"):
             for swapped in (False, True):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kernel_tools.compiled import in_any_order, on_ptx
 
 from ov3fast import testing
 from ov3fast.kernels import contrastive_loss
@@ -47,7 +48,7 @@ def check(ours, arguments):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-def test_both_ways(schedule, in_any_order, kind, dtype):
+def test_both_ways(schedule, kind, dtype):
     arguments = (*inputs(kind, dtype), kind)
     ours, reports = in_any_order(both_ways, *arguments)
     check(ours, arguments)
@@ -56,14 +57,14 @@ def test_both_ways(schedule, in_any_order, kind, dtype):
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-def test_float32(schedule, on_ptx, kind):
+def test_float32(schedule, kind):
     arguments = (*inputs(kind, torch.float32, 71, 40), kind)
     with on_ptx():
         check(both_ways(*arguments), arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_one_pair_has_no_gradient(monkeypatch, on_ptx, dtype):
+def test_one_pair_has_no_gradient(monkeypatch, dtype):
     """The backward meets the forward's logit to the bit."""
     monkeypatch.setattr(contrastive_loss, "FEW", 0)
     for name in ("sides", "tiles"):

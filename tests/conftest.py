@@ -18,4 +18,6 @@ for _name in ("ptxrun", "kernel_tools"):
         _load(_name)
 
 # Compiled kernels are tried without the interpreter.
-collect_ignore_glob = ["kernels/*_compiled.py", "kernels/test_cuda_*.py", "ptxrun/*"] if os.environ.get("TRITON_INTERPRET") == "1" else []
+collect_ignore_glob = (
+    ["kernels/*_compiled.py", "kernels/test_cuda_*.py", "ptxrun/*"] if os.environ.get("TRITON_INTERPRET") == "1" else []
+)

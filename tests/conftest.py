@@ -1,6 +1,7 @@
 """Makes tests/ptxrun and tests/kernel_tools importable by these names, without tests/ on the path, where folders would pass for packages."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -15,3 +16,8 @@ def _load(name: str) -> None:
 for _name in ("ptxrun", "kernel_tools"):
     if _name not in sys.modules:
         _load(_name)
+
+# Compiled kernels are tried without the interpreter.
+collect_ignore_glob = (
+    ["kernels/*_compiled.py", "kernels/test_cuda_*.py", "ptxrun/*"] if os.environ.get("TRITON_INTERPRET") == "1" else []
+)

@@ -1,15 +1,8 @@
-"""`on_ptx`: launches of Triton kernels within the block execute their compiled PTX over CPU tensors, checked access by access.
-
-Compiled kernels are tried without the interpreter: their files are left out where TRITON_INTERPRET=1.
-"""
+"""`on_ptx`: launches of Triton kernels within the block execute their compiled PTX over CPU tensors, checked access by access."""
 
 from contextlib import contextmanager
 
 import pytest
-
-from ov3fast.ops import triton
-
-collect_ignore_glob = ["*_compiled.py", "test_cuda_*.py"] if triton.INTERPRETED else []
 
 
 @contextmanager

@@ -46,6 +46,8 @@ def test_wheel_carries_the_kernels_and_assets(built, tmp_path):
     assert wheel.name.split("-")[2:4] == ["py3", "none"], "the kernels are bound to a platform, not to a Python"
     if shutil.which("c++"):
         assert "ov3fast/_native/ov3_portable.so" in names
+    if shutil.which("nvcc"):
+        assert {f"ov3fast/_native/{name}" for name in ("adamw_ema.fatbin", "group_norm_silu.fatbin", "cuda.json")} <= set(names)
     code = "import ov3fast, ov3fast.kernels; print(ov3fast.kernels.__file__)"
     assert run(code, tmp_path, PYTHONPATH=str(tmp_path / "site")).startswith(str(tmp_path / "site"))
 

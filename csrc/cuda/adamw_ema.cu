@@ -62,6 +62,8 @@ struct Size {
 template <int N, class Body>
 __device__ __forceinline__ void for_elements(int count, bool vectors, const Body& body) {
     const int whole = vectors ? count / N * N : 0;
+    // Not unrolled: other warps hide the latency, and ptxas would spill for it.
+#pragma unroll 1
     for (int i = threadIdx.x * N; i < whole; i += THREADS * N) body(Size<N>(), i);
 #pragma unroll 1
     for (int i = whole + threadIdx.x; i < count; i += THREADS) body(Size<1>(), i);

@@ -72,9 +72,55 @@ def current_architecture() -> str:
 
 # --- flash_attention ---
 # Size classes: columns of the tiles, those of the head dimension rounded up ("80": 64 + 16, for 72 and 80).
-TABLE["flash_attention_forward"] = {("any", "any", "any"): Config({"BLOCK_QUERIES": 128, "BLOCK_KEYS": 64}, warps=8, stages=2)}
-TABLE["flash_attention_grad_q"] = {("any", "any", "any"): Config({"BLOCK_QUERIES": 64, "BLOCK_KEYS": 64}, warps=4, stages=2)}
-TABLE["flash_attention_grad_kv"] = {("any", "any", "any"): Config({"BLOCK_QUERIES": 64, "BLOCK_KEYS": 64}, warps=4, stages=2)}
+# Per row: queries and keys of a block, warps, stages. Widest blocks that spill nothing.
+def _attention(rows: Mapping[Key, tuple[int, int, int, int]]) -> dict[Key, Config]:
+    return {key: Config({"BLOCK_QUERIES": q, "BLOCK_KEYS": k}, warps, stages) for key, (q, k, warps, stages) in rows.items()}
+
+
+TABLE["flash_attention_forward"] = _attention(
+    {
+        (ANY, "64", "sm_80"): (128, 64, 8, 3),
+        (ANY, "80", "sm_80"): (128, 64, 8, 3),
+        (ANY, "96", "sm_80"): (128, 64, 8, 3),
+        (ANY, "128", "sm_80"): (128, 64, 8, 2),
+        (ANY, "192", "sm_80"): (128, 32, 8, 2),
+        (ANY, "256", "sm_80"): (64, 32, 8, 2),
+        (ANY, "64", ANY): (128, 128, 8, 2),
+        (ANY, "80", ANY): (128, 64, 8, 3),
+        (ANY, "96", ANY): (128, 64, 8, 3),
+        (ANY, "128", ANY): (128, 64, 8, 3),
+        (ANY, "192", ANY): (128, 64, 8, 2),
+        (ANY, "256", ANY): (128, 32, 8, 2),
+        ("fp32", ANY, ANY): (64, 32, 8, 2),
+    }
+)
+TABLE["flash_attention_grad_q"] = _attention(
+    {
+        (ANY, "64", ANY): (128, 64, 8, 2),
+        (ANY, "80", "sm_80"): (128, 32, 8, 2),
+        (ANY, "96", "sm_80"): (128, 32, 8, 2),
+        (ANY, "128", "sm_80"): (128, 32, 8, 2),
+        (ANY, "192", "sm_80"): (64, 32, 8, 2),
+        (ANY, "256", "sm_80"): (64, 32, 8, 2),
+        (ANY, ANY, ANY): (128, 64, 8, 2),
+        (ANY, "192", ANY): (64, 32, 8, 2),
+        (ANY, "256", ANY): (64, 32, 8, 2),
+        ("fp32", ANY, ANY): (64, 32, 8, 2),
+    }
+)
+TABLE["flash_attention_grad_kv"] = _attention(
+    {
+        (ANY, "64", "sm_80"): (32, 128, 8, 2),
+        (ANY, "80", "sm_80"): (32, 128, 8, 2),
+        (ANY, "96", "sm_80"): (32, 128, 8, 2),
+        (ANY, "128", "sm_80"): (64, 64, 8, 2),
+        (ANY, "64", ANY): (64, 128, 8, 2),
+        (ANY, ANY, ANY): (32, 128, 8, 2),
+        (ANY, "192", ANY): (32, 64, 8, 2),
+        (ANY, "256", ANY): (32, 64, 8, 2),
+        ("fp32", ANY, ANY): (32, 64, 8, 2),
+    }
+)
 
 # --- contrastive_loss ---
 # Size class of the first two: "library", where tiles are read instead of multiplied. BLOCK_K must be one for all three kernels over tiles of a dtype, for the backward has to meet the forward's logits to the bit.

@@ -25,7 +25,7 @@ import triton.language as tl
 
 from . import configs
 from .catalog import Entry, Work
-from .common import TYPES, cdiv, dot
+from .common import SIZES, TYPES, argument_types, cdiv, dot, rounded
 
 LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 LN_2: tl.constexpr = tl.constexpr(math.log(2))
@@ -74,7 +74,7 @@ def _load(base, start, stride, rows, D: tl.constexpr, MAIN: tl.constexpr, REST: 
 @triton.jit
 def _store_part(value, base, start, stride, rows, FIRST: tl.constexpr, D: tl.constexpr):
     pointers, mask = _part(base, start, stride, rows, FIRST, value.shape[1], D, value.shape[0])
-    tl.store(pointers, value.to(base.dtype.element_ty), mask=mask)
+    tl.store(pointers, rounded(value, base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -96,9 +96,12 @@ def _scale(tile, factor, REST: tl.constexpr):
 
 @triton.jit
 def _over_columns(a, b, REST: tl.constexpr):
-    """a b^T."""
-    c = dot(a[0], tl.trans(b[0]), tl.zeros([a[0].shape[0], b[0].shape[0]], tl.float32))
-    if REST > 0:
+    """a b^T; in float32 the parts are summed by themselves, since long chains lose digits."""
+    nothing = tl.zeros([a[0].shape[0], b[0].shape[0]], tl.float32)
+    c = dot(a[0], tl.trans(b[0]), nothing)
+    if REST > 0 and a[0].dtype == tl.float32:
+        c += dot(a[1], tl.trans(b[1]), nothing)
+    elif REST > 0:
         c = dot(a[1], tl.trans(b[1]), c)
     return c
 
@@ -153,7 +156,7 @@ def _attend(
             fade = tl.exp2(before - shift)
         total = total * fade + tl.sum(p, 1)
         v_tile = _load(v, start, v_n, keys, D, MAIN, REST, BLOCK_KEYS, BORDER)
-        out = _over_rows(p.to(q[0].dtype), v_tile, _scale(out, fade[:, None], REST), REST)
+        out = _over_rows(rounded(p, q[0].dtype), v_tile, _scale(out, fade[:, None], REST), REST)
     return out, largest, total
 
 
@@ -239,7 +242,7 @@ def _query_gradient(
         if q[0].dtype == tl.float32:
             mass += tl.sum(p, 1)
         grad_p = _over_columns(grad_out, v_tile, REST)
-        grad_s = (p * (grad_p - delta[:, None])).to(q[0].dtype)
+        grad_s = rounded(p * (grad_p - delta[:, None]), q[0].dtype)
         excess += tl.sum(grad_s.to(tl.float32), 1)
         grad_q = _over_rows(grad_s, k_tile, grad_q, REST)
     return grad_q, excess, mass
@@ -354,9 +357,9 @@ def _key_gradients(
         if BORDER:
             visible = _visible(row, queries, keys, prefix_len, True)
             p = tl.where(key[:, None] < visible[None, :], p, 0.0)
-        grad_v = _over_rows(p.to(q.dtype.element_ty), grad_tile, grad_v, REST)
+        grad_v = _over_rows(rounded(p, q.dtype.element_ty), grad_tile, grad_v, REST)
         grad_p = _over_columns(v, grad_tile, REST)
-        grad_s = (p * (grad_p - delta_row[None, :])).to(q.dtype.element_ty)
+        grad_s = rounded(p * (grad_p - delta_row[None, :]), q.dtype.element_ty)
         grad_k = _over_rows(grad_s, q_tile, grad_k, REST)
     return grad_k, grad_v
 
@@ -415,8 +418,13 @@ def _flash_attention_grad_kv(
         _store_part(v_out[1], grad_v, start, grad_v_n * UNIT, keys, MAIN, D)
 
 
-def parts(head_dim: int) -> tuple[int, int]:
+SIZE_CLASSES = ("64", "80", "96", "128", "192", "256")
+
+
+def parts(head_dim: int, dtype: str) -> tuple[int, int]:
     """MAIN and REST, powers of two of at least 16 (REST also 0), that cover the head dimension with the fewest columns."""
+    if dtype == "fp32" and head_dim > 192:
+        return 128, 128
     main = max(16, 1 << (max(head_dim, 1).bit_length() - 1))
     if main >= head_dim:
         return main, 0
@@ -426,11 +434,11 @@ def parts(head_dim: int) -> tuple[int, int]:
 
 def size_class(head_dim: int) -> str:
     """Of configs.TABLE's rows: the narrowest that is as wide as the tiles."""
-    return next(name for name in ("64", "80", "96", "128", "160", "192", "256") if sum(parts(head_dim)) <= int(name))
+    return next(name for name in SIZE_CLASSES if sum(parts(head_dim, "bf16")) <= int(name))
 
 
-def _constexprs(head_dim: int, causal: bool, aligned: bool) -> dict[str, int | bool]:
-    main, rest = parts(head_dim)
+def _constexprs(head_dim: int, dtype: str, causal: bool, aligned: bool) -> dict[str, int | bool]:
+    main, rest = parts(head_dim, dtype)
     return {"D": head_dim, "MAIN": main, "REST": rest, "CAUSAL": causal, "ALIGNED": aligned}
 
 
@@ -458,7 +466,7 @@ def forward(q, k, v, causal, prefix_len, scale):
     if grid:
         _flash_attention_forward[(grid,)](
             q, k, v, out, lse, *strides, heads, queries, k.shape[1], prefix_len, _in_units(q.dtype, scale),
-            **_constexprs(head_dim, causal, aligned), POSITIVE=scale > 0, **config.options,
+            **_constexprs(head_dim, TYPES[q.dtype], causal, aligned), POSITIVE=scale > 0, **config.options,
         )  # fmt: skip
     return out, lse
 
@@ -505,7 +513,7 @@ def _gradients(grad_out, q, k, v, out, lse, causal, prefix_len, scale, grads):
     if grid:
         _flash_attention_grad_q[(grid,)](
             grad_out, q, k, v, out, lse, grad_q, delta, weight, *strides, *sizes, q_scale,
-            **_constexprs(head_dim, causal, aligned), **config.options,
+            **_constexprs(head_dim, TYPES[q.dtype], causal, aligned), **config.options,
         )  # fmt: skip
 
     aligned, strides = _layout(grad_out, q, k, v, grad_k, grad_v)
@@ -514,41 +522,42 @@ def _gradients(grad_out, q, k, v, out, lse, causal, prefix_len, scale, grads):
     if grid:
         _flash_attention_grad_kv[(grid,)](
             grad_out, q, k, v, lse, delta, weight, grad_k, grad_v, *strides, *sizes, k_scale,
-            **_constexprs(head_dim, causal, aligned), **config.options,
+            **_constexprs(head_dim, TYPES[q.dtype], causal, aligned), **config.options,
         )  # fmt: skip
 
 
-def traffic(kernel: str, itemsize: int, batch: int, queries: int, keys: int, heads: int, head_dim: int, causal: bool, prefix: int) -> int:
+def traffic(
+    kernel: str, dtype: str, batch: int, queries: int, keys: int, heads: int, head_dim: int, causal: bool, prefix_len: int
+) -> int:
     """Bytes that a launch moves with the blocks of sm_80. What several programs read counts each time: most of that comes from the L2 cache."""
-    dtype = "fp32" if itemsize == 4 else "bf16"
-    config = configs.pick(kernel.lstrip("_"), dtype, size_class(head_dim), "sm_80")
-    block_q, block_k = config.blocks["BLOCK_QUERIES"], config.blocks["BLOCK_KEYS"]
-    row = head_dim * itemsize
-    numbers = 2 if itemsize == 4 else 1  # delta, and weight
+    blocks = configs.pick(kernel.lstrip("_"), dtype, size_class(head_dim), "sm_80").blocks
+    block_queries, block_keys = blocks["BLOCK_QUERIES"], blocks["BLOCK_KEYS"]
+    row = head_dim * SIZES[dtype]
+    numbers = 4 * (3 if dtype == "fp32" else 2)  # of a query in the backward: lse, delta and perhaps weight
 
-    def seen(query: int) -> int:
-        return min(max(query + 1 + keys - queries, prefix, 0), keys) if causal else keys
+    def visible(query: int) -> int:
+        return min(max(query + 1 + keys - queries, prefix_len, 0), keys) if causal else keys
 
     total = 0
     if kernel.endswith("grad_kv"):
-        for start in range(0, keys, block_k):
-            total += 4 * row * min(block_k, keys - start)
-            for query in range(0, queries, block_q):
-                end = min(query + block_q, queries)
-                if seen(end - 1) > start:
-                    total += (2 * row + 4 + 4 * numbers) * (end - query)
+        for start in range(0, keys, block_keys):
+            total += 4 * row * min(block_keys, keys - start)
+            for query in range(0, queries, block_queries):
+                end = min(query + block_queries, queries)
+                if visible(end - 1) > start:
+                    total += (2 * row + numbers) * (end - query)
         return total * batch * heads
-    for query in range(0, queries, block_q):
-        end = min(query + block_q, queries)
-        total += 2 * row * min(cdiv(seen(end - 1), block_k) * block_k, keys)
+    for query in range(0, queries, block_queries):
+        end = min(query + block_queries, queries)
+        total += 2 * row * min(cdiv(visible(end - 1), block_keys) * block_keys, keys)
         if kernel.endswith("grad_q"):
-            total += (4 * row + 4 + 4 * numbers) * (end - query) + row * min(block_k, keys)
+            total += (4 * row + numbers) * (end - query) + row * min(block_keys, keys)
         else:
             total += (2 * row + 4) * (end - query)
     return total * batch * heads
 
 
-# Of the entries: products of D columns for each pair of a query and a key that it sees.
+# Of the entries: products of head_dim columns for each pair of a query and a key that it sees.
 _PRODUCTS = {"_flash_attention_forward": 2, "_flash_attention_grad_q": 3, "_flash_attention_grad_kv": 4}
 _BATCH, _LENGTH, _HEADS = 8, 1024, 16
 
@@ -556,41 +565,31 @@ _BATCH, _LENGTH, _HEADS = 8, 1024, 16
 def _work(kernel: str, head_dim: int, causal: bool, dtype: str) -> Work:
     pairs = _LENGTH * (_LENGTH + 1) // 2 if causal else _LENGTH**2
     flops = 2 * _PRODUCTS[kernel] * head_dim * pairs * _BATCH * _HEADS
-    itemsize = 4 if dtype == "fp32" else 2
-    return Work(flops, traffic(kernel, itemsize, _BATCH, _LENGTH, _LENGTH, _HEADS, head_dim, causal, 0))
+    return Work(flops, traffic(kernel, dtype, _BATCH, _LENGTH, _LENGTH, _HEADS, head_dim, causal, 0))
 
 
-def _types(kernel, dtype: str) -> dict[str, str]:
-    """Of the arguments that are no constexprs."""
-    plain, types = set(kernel.do_not_specialize), {}
-    for parameter in kernel.params:
-        if parameter.is_constexpr:
-            continue
-        if parameter.name in plain:
-            types[parameter.name] = "i32"
-        elif parameter.name.endswith("scale"):
-            types[parameter.name] = "fp32"
-        else:
-            types[parameter.name] = "*fp32" if parameter.name in ("lse", "delta", "weight") else f"*{dtype}"
-    return types
+def _entry(kernel, head_dim: int, causal: bool, dtypes: tuple[str, ...]) -> Entry:
+    tensors = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
+    positive = {"POSITIVE": True} if kernel is _flash_attention_forward else {}
+    return Entry(
+        kernel=kernel,
+        op="flash_attention",
+        arguments=argument_types(
+            kernel, **dict.fromkeys(tensors, "*{}"), lse="*fp32", delta="*fp32", weight="*fp32", scale="fp32", grad_scale="fp32"
+        ),
+        problem=f"{_BATCH} x {_LENGTH} queries and keys, {_HEADS} heads of {head_dim}",
+        work=functools.partial(_work, kernel.__name__, head_dim, causal),
+        constexprs=_constexprs(head_dim, dtypes[0], causal, True) | positive,
+        variant=f"D={head_dim}" + (" causal" if causal else ""),
+        dtypes=dtypes,
+        sizes=(size_class(head_dim),),
+        matrix=True,
+    )
 
 
 def entries() -> list[Entry]:
-    both, causal_only = (False, True), (True,)
-    cases = [(64, both), (72, both), (80, both), (96, causal_only), (128, both), (192, causal_only), (256, causal_only)]
-    return [
-        Entry(
-            kernel=kernel,
-            op="flash_attention",
-            arguments=functools.partial(_types, kernel),
-            problem=f"{_BATCH} x {_LENGTH} queries and keys, {_HEADS} heads of {head_dim}",
-            work=functools.partial(_work, kernel.__name__, head_dim, causal),
-            constexprs=_constexprs(head_dim, causal, True) | ({"POSITIVE": True} if kernel is _flash_attention_forward else {}),
-            variant=f"D={head_dim}" + (" causal" if causal else ""),
-            sizes=(size_class(head_dim),),
-            matrix=True,
-        )
-        for kernel in (_flash_attention_forward, _flash_attention_grad_q, _flash_attention_grad_kv)
-        for head_dim, masks in cases
-        for causal in masks
-    ]
+    """Each kernel for the head dimensions of the models, with and without a mask; and for those of the other size classes."""
+    cases = [(head_dim, causal, ("bf16", "fp16", "fp32")) for head_dim in (64, 72, 80, 128) for causal in (False, True)]
+    cases += [(96, True, ("bf16", "fp32")), (192, True, ("bf16", "fp32")), (256, True, ("bf16",)), (256, True, ("fp32",))]
+    kernels = (_flash_attention_forward, _flash_attention_grad_q, _flash_attention_grad_kv)
+    return [_entry(kernel, *case) for kernel in kernels for case in cases]

@@ -51,7 +51,17 @@ def _part(base, start, stride, rows, FIRST: tl.constexpr, COLS: tl.constexpr, D:
 
 
 @triton.jit
-def _load_part(base, start, stride, rows, FIRST: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BOUNDED: tl.constexpr):
+def _load_part(
+    base,
+    start,
+    stride,
+    rows,
+    FIRST: tl.constexpr,
+    COLS: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BOUNDED: tl.constexpr,
+):
     pointers, mask = _part(base, start, stride, rows, FIRST, COLS, D, ROWS)
     if BOUNDED:
         return tl.load(pointers, mask=mask, other=0.0)
@@ -62,7 +72,17 @@ def _load_part(base, start, stride, rows, FIRST: tl.constexpr, COLS: tl.constexp
 
 
 @triton.jit
-def _load(base, start, stride, rows, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, BOUNDED: tl.constexpr):
+def _load(
+    base,
+    start,
+    stride,
+    rows,
+    D: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    ROWS: tl.constexpr,
+    BOUNDED: tl.constexpr,
+):
     """Rows [start, start + ROWS), 0 from row `rows` on if BOUNDED (else there must be no such row)."""
     main = _load_part(base, start, stride, rows, 0, MAIN, D, ROWS, BOUNDED)
     if REST > 0:

@@ -43,7 +43,7 @@ OLDEST_CUDA = (12, 1)
 
 
 class NoCompiler(RuntimeError):
-    """There is no C++ compiler (or nvcc) or no ninja."""
+    """There is no C++ compiler (or nvcc) or no ninja, or nobody who needs what they would make."""
 
 
 def isas() -> dict[str, str]:
@@ -104,11 +104,21 @@ def find_nvcc() -> tuple[str, tuple[int, int], list[int]]:
     return nvcc, toolkit, [arch for arch in CUDA_ARCHITECTURES if str(arch) in known]
 
 
+def check_cuda_is_wanted() -> None:
+    """NoCompiler where OV3FAST_CUDA is 0, or is not set and this machine has no NVIDIA driver that could load the kernels."""
+    word = os.environ.get("OV3FAST_CUDA", "")
+    if word not in ("", "0", "1"):
+        raise NoCompiler(f"OV3FAST_CUDA must be 0 or 1, got {word!r}")
+    if word == "0" or (not word and not Path("/proc/driver/nvidia").exists() and shutil.which("nvidia-smi") is None):
+        raise NoCompiler("OV3FAST_CUDA is 0" if word else "no NVIDIA driver here (OV3FAST_CUDA=1 builds them all the same)")
+
+
 def build_cuda(out: Path) -> list[Path]:
-    """Compiles the CUDA kernels that have changed and returns the binaries. NoCompiler without nvcc, or CalledProcessError.
+    """Compiles the CUDA kernels that have changed and returns the binaries. NoCompiler without nvcc or wish, or CalledProcessError.
 
     Neither a GPU nor PyTorch takes part: ov3fast/ops/cuda loads the binaries through the driver.
     """
+    check_cuda_is_wanted()
     nvcc, toolkit, architectures = find_nvcc()
     codes = [f"arch=compute_{arch},code=sm_{arch}" for arch in architectures]
     codes.append(f"arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")

@@ -106,7 +106,7 @@ def _cuda_kernels() -> str:
 
     build = cuda.build_notes()
     if build is None:
-        return "not built: there was no nvcc"
+        return "not built: pip install needs nvcc and an NVIDIA driver, or OV3FAST_CUDA=1"
     chips = ", ".join(f"sm_{number}" for number in build["architectures"])
     return f"{chips}, by CUDA {'.'.join(map(str, build['toolkit']))}" + (f"; {reason}" if (reason := cuda.missing()) else "")
 

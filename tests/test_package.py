@@ -19,6 +19,9 @@ def run(code: str, cwd, **env: str) -> str:
     return done.stdout.strip()
 
 
+WITH_CUDA = {**os.environ, "OV3FAST_CUDA": "1"}
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     """A folder with the sdist and the wheel, made from a copy so that no build folder is left in the checkout."""
@@ -30,7 +33,7 @@ def built(tmp_path_factory) -> Path:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
     code = "import setuptools.build_meta as b; b.build_sdist('..'); b.build_wheel('..')"
-    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True, env=WITH_CUDA)
     return folder
 
 
@@ -58,7 +61,7 @@ def test_sdist_builds_the_same_wheel(built, tmp_path):
         archive.extractall(tmp_path, filter="data")
     [source] = tmp_path.glob("ov3fast-*")
     code = "import setuptools.build_meta as b; b.build_wheel('..')"
-    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True, env=WITH_CUDA)
     [again] = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as left, zipfile.ZipFile(again) as right:
         assert sorted(left.namelist()) == sorted(right.namelist())

@@ -45,7 +45,20 @@ def test_nvcc_of_this_machine_serves(build):
     assert toolkit >= build.OLDEST_CUDA and 80 in architectures
 
 
+@pytest.mark.parametrize(
+    ("word", "reason"), [("0", "OV3FAST_CUDA is 0"), ("no", "must be 0 or 1, got 'no'"), ("", "no NVIDIA driver")]
+)
+def test_not_wanted(build, monkeypatch, tmp_path, word, reason):
+    monkeypatch.setenv("OV3FAST_CUDA", word)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if not word and Path("/proc/driver/nvidia").exists():
+        pytest.skip("there is an NVIDIA driver")
+    with pytest.raises(build.NoCompiler, match=reason):
+        build.build_cuda(tmp_path)
+
+
 def test_without_nvcc(build, monkeypatch, tmp_path):
+    monkeypatch.setenv("OV3FAST_CUDA", "1")
     for name in ("NVCC", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -65,7 +78,7 @@ def test_old_nvcc(build, monkeypatch, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_reasons(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda, "FOLDER", tmp_path)
-    assert cuda._obstacle.__wrapped__() == "the CUDA kernels were not built (pip install needs nvcc)"
+    assert cuda._obstacle.__wrapped__().startswith("the CUDA kernels were not built")
     (tmp_path / "cuda.json").write_text(json.dumps({"toolkit": [13, 0], "architectures": [80]}))
     assert cuda._obstacle.__wrapped__() == "there is no GPU"
 

@@ -91,7 +91,7 @@ def missing() -> str | None:
 def _obstacle() -> str | None:
     build = build_notes()
     if build is None:
-        return "the CUDA kernels were not built (pip install needs nvcc)"
+        return "the CUDA kernels were not built (pip install needs nvcc and an NVIDIA driver, or OV3FAST_CUDA=1)"
     if torch.version.hip or not torch.cuda.is_available():
         return "there is no GPU" if not torch.version.hip else "it runs on NVIDIA GPUs alone"
     from . import driver

@@ -19,7 +19,7 @@ from .catalog import Entry, Work
 from .common import SIZES, TYPES, argument_types, cdiv, dot, rounded
 from .configs import pick
 from .patches import patch_offsets
-from .sums import merged, splits_of, sum_batches, sum_of_few, sum_rows
+from .sums import merged, splits_of, sum_batches, sum_of_few
 
 # Programs that walking over all features with one tile of patches should leave; fewer, and the features are dealt out.
 PROGRAMS = 512
@@ -280,22 +280,18 @@ def backward(
 
 
 def _vector_gradients(grad_y, patches, need_bias, need_pos, need_cls):
-    """Of bias, pos_embed and cls_token. With pos_embed's at hand in float32, the others are sums of its few rows."""
+    """Of bias, pos_embed and cls_token, which share the sum over instances: same bits whichever are asked for."""
     none, width = grad_y.new_empty(0), grad_y.shape[2]
-    grad_bias, grad_pos, grad_cls = none, none, none
-    if need_pos:
-        sums = sum_batches(grad_y, torch.empty(grad_y.shape[1:], dtype=torch.float32, device=grad_y.device))
-        grad_pos = sums.to(grad_y.dtype)
-        if need_bias:
-            grad_bias = sum_of_few(sums[grad_y.shape[1] - patches.shape[1] :], grad_y.new_empty(width))
-        if need_cls:
-            grad_cls = sums[0].to(grad_y.dtype)
-        return grad_bias, grad_pos, grad_cls
-    if need_bias:
-        grad_bias = sum_rows(patches, grad_y.new_empty(width))
-    if need_cls:
-        grad_cls = sum_batches(grad_y[:, :1], grad_y.new_empty(1, width))[0]
-    return grad_bias, grad_pos, grad_cls
+    if not (need_bias or need_pos or need_cls):
+        return none, none, none
+    cls = grad_y.shape[1] - patches.shape[1]
+    summed = grad_y if need_bias or need_pos else grad_y[:, :cls]
+    sums = sum_batches(summed, torch.empty(summed.shape[1:], dtype=torch.float32, device=grad_y.device))
+    return (
+        sum_of_few(sums[cls:], grad_y.new_empty(width)) if need_bias else none,
+        sums.to(grad_y.dtype) if need_pos else none,
+        sums[0].to(grad_y.dtype) if need_cls else none,
+    )
 
 
 POINTERS = {

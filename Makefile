@@ -28,6 +28,7 @@ test-gpu: .venv/dev
 # Compiles every GPU kernel for every chip, without one; the table of the README's kernel page.
 aot: .venv/dev
 	$(BIN)/python -m ov3fast.kernels.aot --csv benches/results/kernels-aot.csv --markdown benches/results/kernels-aot.md
+	$(BIN)/python -m benches.kernel_page
 
 lint: .venv/dev
 	$(BIN)/ruff check .

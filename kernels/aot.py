@@ -84,6 +84,7 @@ def variants(entry: Entry, target: str) -> Iterator[tuple[str, str, Config]]:
 def rows(
     targets: Sequence[str] = tuple(CHIPS),
     ops: Sequence[str] = (),
+    dtypes: Sequence[str] = ("fp32", "bf16", "fp16"),
     jobs: int = 1,
     progress: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
@@ -95,13 +96,14 @@ def rows(
         if not ops or entry.op in ops
         for target in targets
         for dtype, size, config in variants(entry, target)
+        if dtype in dtypes
     ]
     result = [None] * len(todo)
     for index, measured in _measure_all(todo, jobs):
         job = todo[index]
         result[index] = describe(entries(job.module)[job.number], job, measured)
         progress(result[index])
-    return result + _rows_of_cuda(targets, ops)
+    return result + [row for row in _rows_of_cuda(targets, ops) if row["dtype"] in dtypes]
 
 
 def describe(entry: Entry, job: Job, measured: dict[str, Any]) -> dict[str, Any]:
@@ -355,6 +357,7 @@ class Options:
     """sm_80, sm_90, sm_100, gfx942."""
     op: tuple[str, ...] = ()
     """Operators; all if none is named."""
+    dtype: tuple[str, ...] = ("fp32", "bf16", "fp16")
     json: Path | None = None
     csv: Path | None = None
     markdown: Path | None = None
@@ -373,7 +376,13 @@ def main(options: Options) -> int:
         raise ValueError(f"--target takes {', '.join(CHIPS)}; got {', '.join(unknown)}")
     console = Console(width=None if sys.stdout.isatty() else 220)
     with console.status("compiling") as status:
-        table = rows(options.target, options.op, options.jobs, lambda row: status.update(f"{row['kernel']} {row['target']}"))
+        table = rows(
+            options.target,
+            options.op,
+            options.dtype,
+            options.jobs,
+            lambda row: status.update(f"{row['kernel']} {row['target']}"),
+        )
     printed = Table(
         "kernel", "variant", "config", "dtype", "target", "regs", "stack", "spills", "shared", "mma", "16 B", "bound", "µs", ""
     )

@@ -42,7 +42,7 @@ def of_nvidia(cubin: bytes) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        usage, sass = _tool("cuobjdump", "--dump-resource-usage", path), _tool("nvdisasm", "-c", path)
+        usage, sass = _tool("cuobjdump", "--dump-resource-usage", path), _tool("nvdisasm", "-c", "-ndf", path)
     resources = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     opcodes = [opcode.split(".") for opcode in _INSTRUCTION.findall(sass)]
     if not opcodes or "REG" not in resources:

@@ -33,3 +33,14 @@ def test_extra_memory_sees_an_allocation():
 
     used = timing.extra_memory(lambda: torch.ones(10_000_000))
     assert used is None or 35 <= used <= 60
+
+
+def test_kernel_page_is_in_step_with_its_tables():
+    """`make aot` (or python -m benches.kernel_page) writes it."""
+    from benches import kernel_page
+    from ov3fast import ops
+
+    text = kernel_page.PAGE.read_text(encoding="utf-8")
+    assert kernel_page.render(text, kernel_page.read(kernel_page.AOT), kernel_page.read(kernel_page.CPU)) == text
+    shown = {op for names in kernel_page._BLOCK.findall(text) for op in names[1].split()}
+    assert shown == set(ops.table())

@@ -5,6 +5,7 @@ import csv
 import importlib
 import pkgutil
 import re
+from pathlib import Path
 
 import pytest
 from kernel_tools import trial
@@ -15,18 +16,32 @@ from ov3fast.kernels.chips import CHIPS
 from ov3fast.kernels.configs import Config
 from ov3fast.ops import triton as backend
 
+TABLE = Path(__file__).parents[2] / "benches" / "results" / "kernels-aot.csv"
+
 pytestmark = pytest.mark.skipif(backend.INTERPRETED, reason="compiled kernels, not the interpreter")
 
 OPS = sorted({} if backend.INTERPRETED else {entry.op for module in aot.modules() for entry in aot.entries(module)})
 GATED = ("sm_80", "sm_90")
+# float16 compiles to what bfloat16 does, but for names of instructions; `make aot` looks at all three and at all chips.
+DTYPES = ("fp32", "bf16")
 
 
 @pytest.mark.parametrize("target", GATED)
 @pytest.mark.parametrize("op", OPS)
 def test_no_row_falls_short(op, target):
-    rows = aot.rows([target], [op])
+    rows = aot.rows([target], [op], DTYPES)
     short = [f"{row['kernel']} {row['variant']} ({row['config']}) {row['dtype']}: {row['shortcomings']}" for row in rows]
     assert rows and not [text for text, row in zip(short, rows, strict=True) if row["shortcomings"]], "\n".join(short)
+
+
+def test_the_committed_table_has_no_shortcomings_on_nvidia():
+    """All chips and dtypes, as `make aot` found them."""
+    if not TABLE.exists():
+        pytest.skip("make aot has not written it yet")
+    with TABLE.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["op"] for row in rows} >= set(OPS) and {row["target"] for row in rows} == set(CHIPS)
+    assert not [row for row in rows if row["shortcomings"] and row["target"] != "gfx942"]
 
 
 def jit_functions():
@@ -83,7 +98,7 @@ def test_every_row_of_the_configurations_is_compiled():
 def test_entries_name_operators_and_count_work():
     for module in aot.modules():
         for entry in aot.entries(module):
-            assert entry.op in ops.table() or hasattr(ops, entry.op), (module, entry.op)
+            assert entry.op in (*ops.table(), module), "the operator, or the file where several share a kernel"
             for dtype in entry.dtypes:
                 work = entry.work(dtype)
                 assert work.bytes > 0 and work.flops >= 0, (entry.name, entry.variant, dtype)

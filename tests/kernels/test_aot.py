@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(backend.INTERPRETED, reason="compiled kernels, n
 
 OPS = sorted({} if backend.INTERPRETED else {entry.op for module in aot.modules() for entry in aot.entries(module)})
 GATED = ("sm_80", "sm_90")
-# float16 compiles to what bfloat16 does, but for names of instructions; `make aot` looks at all three and at all chips.
-DTYPES = ("fp32", "bf16")
+# float16 compiles to what bfloat16 does, but for names of instructions, and float32 takes minutes; `make aot` looks at all three.
+DTYPES = ("bf16",)
 
 
 @pytest.mark.parametrize("target", GATED)

@@ -92,7 +92,7 @@ def _tile_entries():
                     op="contrastive_loss",
                     arguments=_arguments(
                         "x y", "products x_inverse y_inverse x_norm y_norm scale bias row_max row_factor column_max"
-                        " column_factor own_weight",
+                        " column_factor own_weight center",
                         "x_stride y_stride products_stride gradients_stride n N width offset",
                         "gradients", "row_error column_error", "sums",
                     ),
@@ -101,7 +101,7 @@ def _tile_entries():
                         0 if library else 2.0 * CHUNK * PAIRS * WIDTH,
                         gradients_bytes(CHUNK, PAIRS, WIDTH, SIZE[dtype], 128, 128, library, True),
                     ),
-                    constexprs={"SIGMOID": sigmoid, "LIBRARY": library, "STORE": True, "GAIN": GAIN[dtype]},
+                    constexprs={"SIGMOID": sigmoid, "TOTAL": sigmoid, "LIBRARY": library, "STORE": True, "GAIN": GAIN[dtype]},
                     variant=variant,
                     dtypes=(dtype,),
                     aligned=("x_stride", "y_stride", "products_stride", "gradients_stride", "n", "N", "width"),
@@ -116,13 +116,13 @@ def _tile_entries():
                     op="contrastive_loss",
                     arguments=_arguments(
                         "x y", "x_inverse y_inverse y_norm scale bias row_max row_factor column_max column_factor"
-                        " own_weight grad row_error",
+" own_weight center grad row_error",
                         "x_stride y_stride n N width offset", "", "", "sums",
                     ),
                     problem=f"{PAIRS} x {PAIRS}, width {NARROW}",
                     work=lambda dtype: Work(4.0 * PAIRS * PAIRS * NARROW, side_bytes(PAIRS, PAIRS, NARROW, SIZE[dtype])),
                     constexprs={
-                        "GAIN": GAIN[dtype], "SIGMOID": sigmoid, "SWAPPED": swapped, "SCALARS": not swapped, "STORE": True,
+                        "GAIN": GAIN[dtype], "SIGMOID": sigmoid, "TOTAL": sigmoid, "SWAPPED": swapped, "SCALARS": not swapped, "STORE": True,
                         "BLOCK_D": NARROW,
                     },
                     variant=f"{kind} of {'text' if swapped else 'image'}",

@@ -172,10 +172,11 @@ def backward_rows(
     by_x, x_error, by_y, y_error, sums = problem.by_sides() if name == "sides" else problem.by_chunks(name == "library")
     # In the order that follows from the shape.
     sums = sums.sum(1) * problem.weights.unit
+    by_scale = sums[0] + problem.center * sums[1] if problem.total else sums[0]
     factor = (scale * problem.weights.unit / problem.gain).reshape(1)
     grad_image = _project(by_x, image, problem.x, x_error, problem.y.mean, factor, True, image.dtype) if need_image else None
     grad_text = _project(by_y, text, problem.y, y_error, problem.x.mean, factor, False, torch.float32) if need_text else None
-    return grad_image, grad_text, sums[0], sums[1] if problem.sigmoid else torch.zeros_like(sums[0])
+    return grad_image, grad_text, by_scale, sums[1] if problem.sigmoid else torch.zeros_like(by_scale)
 
 
 def project(grad: Tensor, x: Tensor) -> Tensor:
@@ -235,6 +236,12 @@ class _Backward:
     def __post_init__(self):
         self.rounds = self.dtype != torch.float32
         self.gain = GAIN if self.dtype == torch.float16 else 1.0
+        # The softmax's gradients cancel, over all rows to 0. What rounding leaves of their sum would weigh a cosine, mostly of a row's best
+        # column: the mean of those is taken off first.
+        self.total = self.sigmoid or len(self.x.values) < len(self.y.values)
+        self.center = torch.zeros_like(self.scale)
+        if not self.sigmoid:
+            self.center = torch.where(self.scale == 0, self.center, self.r[0].mean() / self.scale)
         unused = self.scale.reshape(1)
         self.r = [unused, unused] if self.sigmoid else _with_factor(*self.r, self.weights.row)
         self.c = [unused, unused] if self.sigmoid else _with_factor(*self.c, self.weights.column)
@@ -256,11 +263,11 @@ class _Backward:
         programs = cdiv(n, config.blocks["BLOCK_M"])
         grad = self.scale.new_empty((n, width)) if store else self.scale
         error = self.scale.new_empty(n) if store and self.rounds else None
-        sums = self.scale.new_empty((2 if self.sigmoid else 1, 0 if swapped else programs), dtype=torch.float64)
+        sums = self.scale.new_empty((2 if self.total else 1, 0 if swapped else programs), dtype=torch.float64)
         contrastive_side[(programs,)](
-            x.values, y.values, x.inverse, y.inverse, y.norm, self.scale, self.bias, *r, *c, self.weights.row,
+            x.values, y.values, x.inverse, y.inverse, y.norm, self.scale, self.bias, *r, *c, self.weights.row, self.center,
             grad, self.scale if error is None else error, sums, x.values.stride(0), y.values.stride(0), n, N, width,
-            -self.offset if swapped else self.offset, GAIN=self.gain, SIGMOID=self.sigmoid, SWAPPED=swapped,
+            -self.offset if swapped else self.offset, GAIN=self.gain, SIGMOID=self.sigmoid, TOTAL=self.total, SWAPPED=swapped,
             SCALARS=not swapped, STORE=store, BLOCK_D=max(16, triton.next_power_of_2(width)), **config.options,
         )  # fmt: skip
         return grad if store else None, error, sums
@@ -280,7 +287,7 @@ class _Backward:
         by_y = new((N, width)) if self.need_text else None
         row_error = new(n) if self.rounds else None
         column_error = self.scale.new_zeros(N) if self.rounds else None
-        sums = self.scale.new_zeros((2 if self.sigmoid else 1, 1), dtype=torch.float64)
+        sums = self.scale.new_zeros((2 if self.total else 1, 1), dtype=torch.float64)
         for start in range(0, n, size):
             chunk = slice(start, min(start + size, n))
             rows = chunk.stop - start
@@ -292,10 +299,10 @@ class _Backward:
             r = self.r if self.sigmoid else [x[chunk] for x in self.r]
             contrastive_gradients[(strips, tiles)](
                 self.x.values[chunk], self.y.values, products, self.x.inverse[chunk], self.y.inverse, self.x.norm[chunk], self.y.norm,
-                self.scale, self.bias, *r, *self.c, self.weights.row,
+                self.scale, self.bias, *r, *self.c, self.weights.row, self.center,
                 room, row_part, column_part, part_sums,
                 self.x.values.stride(0), self.y.values.stride(0), products.stride(0), room.stride(0), rows, N, width, self.offset + start,
-                GAIN=self.gain, SIGMOID=self.sigmoid, LIBRARY=library, STORE=store, **config.options,
+                GAIN=self.gain, SIGMOID=self.sigmoid, TOTAL=self.total, LIBRARY=library, STORE=store, **config.options,
             )  # fmt: skip
             sums += part_sums.sum(1, keepdim=True)
             if self.rounds and store:

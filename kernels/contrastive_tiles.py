@@ -170,6 +170,7 @@ def contrastive_gradients(
     column_max,
     column_factor,
     own_weight,
+    center,
     gradients,
     row_error,
     column_error,
@@ -184,6 +185,7 @@ def contrastive_gradients(
     offset,
     GAIN: tl.constexpr,
     SIGMOID: tl.constexpr,
+    TOTAL: tl.constexpr,
     LIBRARY: tl.constexpr,
     STORE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -195,7 +197,7 @@ def contrastive_gradients(
     Program (m, c): a tile of gradients [n, N], GAIN d loss / d z_ij / (|x_i| |y_j|) in the features' dtype (float32: in place of products).
 
     Rounded, what that lost: row_error [tiles of columns, n], sums of it times |y_j|, and column_error [tiles of rows, N], times |x_i|.
-    sums [2, tiles]: of the gradients by scale and bias, float64.
+    sums [2, tiles], float64: of gradients times cosine - center, and of gradients (TOTAL).
     """
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -209,8 +211,8 @@ def contrastive_gradients(
     )  # fmt: skip
     tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     # Terms cancel.
-    tl.store(sums + tile, tl.sum(tl.sum(g * cosines, 1).to(tl.float64), 0))
-    if SIGMOID:
+    tl.store(sums + tile, tl.sum(tl.sum(g * (cosines - tl.load(center)), 1).to(tl.float64), 0))
+    if TOTAL:
         tl.store(sums + tl.num_programs(0) * tl.num_programs(1) + tile, tl.sum(tl.sum(g, 1).to(tl.float64), 0))
     if STORE:
         by_row = tl.load(x_inverse + i, mask=i < n, other=0.0)[:, None]
@@ -243,6 +245,7 @@ def contrastive_side(
     column_max,
     column_factor,
     own_weight,
+    center,
     grad,
     row_error,
     sums,
@@ -254,6 +257,7 @@ def contrastive_side(
     offset,
     GAIN: tl.constexpr,
     SIGMOID: tl.constexpr,
+    TOTAL: tl.constexpr,
     SWAPPED: tl.constexpr,
     SCALARS: tl.constexpr,
     STORE: tl.constexpr,
@@ -264,19 +268,20 @@ def contrastive_side(
 ):
     """Program m: grad [n, width] of its rows, sum_j GAIN d loss / d z_ij / (|x_i| |y_j|) y_j, gradients rounded to the features' dtype.
 
-    row_error [n]: what rounding lost, times |y_j|. SCALARS: sums [2, programs], of the gradients by scale and bias. SWAPPED: x is
+    row_error [n]: what rounding lost, times |y_j|. SCALARS: sums [2, programs], float64, of gradients times cosine - center, and of gradients (TOTAL). SWAPPED: x is
     the text and the pair of row i is j = i + offset just the same.
     """
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     s = tl.load(scale)
     t = tl.load(bias)
     own = tl.load(own_weight)
+    middle = tl.load(center)
     d = tl.arange(0, BLOCK_D)
     by_row = tl.load(x_inverse + i, mask=i < n, other=0.0)[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     error = tl.zeros((BLOCK_M,), tl.float32)
     by_scale = tl.zeros((BLOCK_M,), tl.float64)
-    by_bias = tl.zeros((BLOCK_M,), tl.float64)
+    total_gradient = tl.zeros((BLOCK_M,), tl.float64)
     for start in range(0, N, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         cosines = _cosines(
@@ -288,9 +293,9 @@ def contrastive_side(
             offset, tl.program_id(0) * BLOCK_M, start, SIGMOID, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if SCALARS:
-            by_scale += tl.sum(g * cosines, 1).to(tl.float64)
-            if SIGMOID:
-                by_bias += tl.sum(g, 1).to(tl.float64)
+            by_scale += tl.sum(g * (cosines - middle), 1).to(tl.float64)
+            if TOTAL:
+                total_gradient += tl.sum(g, 1).to(tl.float64)
         if STORE:
             g = g * by_row * tl.load(y_inverse + j, mask=j < N, other=0.0)[None, :] * GAIN
             rounded = g.to(y.dtype.element_ty)
@@ -307,5 +312,5 @@ def contrastive_side(
             tl.store(row_error + i, error, mask=i < n)
     if SCALARS:
         tl.store(sums + tl.program_id(0), tl.sum(by_scale, 0))
-        if SIGMOID:
-            tl.store(sums + tl.num_programs(0) + tl.program_id(0), tl.sum(by_bias, 0))
+        if TOTAL:
+            tl.store(sums + tl.num_programs(0) + tl.program_id(0), tl.sum(total_gradient, 0))

@@ -1,10 +1,11 @@
-"""Maps the folders of this repository to packages and compiles the CPU kernels; the metadata is in pyproject.toml.
+"""Maps the folders of this repository to packages and compiles the CPU and CUDA kernels; the metadata is in pyproject.toml.
 
 The Triton kernels live in kernels/ beside csrc/ and are installed as `ov3fast.kernels`: Hugging Face has a package named
 `kernels`, so ours must never be importable under that name.
 
-csrc/build.py makes the CPU kernels, free of Python's and PyTorch's headers: a wheel is bound to a platform, not to a Python. Without a
-compiler the package is installed all the same; the operators then run on PyTorch, and `ov3fast doctor` says so.
+csrc/build.py makes them, free of Python's and PyTorch's headers: a wheel is bound to a platform, not to a Python or a PyTorch. Without a
+compiler the package is installed all the same; the operators then run on PyTorch (or Triton), and `ov3fast doctor` says so. The CUDA kernels
+need nvcc alone, no GPU; without it they are left out.
 """
 
 import subprocess
@@ -17,7 +18,7 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "csrc"))
-from build import NoCompiler, build  # noqa: E402
+from build import NoCompiler, build, build_cuda  # noqa: E402
 
 
 class BuildKernels(build_ext):
@@ -25,10 +26,11 @@ class BuildKernels(build_ext):
 
     def run(self):
         root = HERE if self.inplace or self.editable_mode else Path(self.build_lib)
-        try:
-            build(root / "ov3fast" / "_native")
-        except (NoCompiler, subprocess.CalledProcessError) as reason:
-            self.warn(f"ov3fast: installed without its CPU kernels: {reason}")
+        for what, make in (("CPU", build), ("CUDA", build_cuda)):
+            try:
+                make(root / "ov3fast" / "_native")
+            except (NoCompiler, subprocess.CalledProcessError) as reason:
+                self.warn(f"ov3fast: installed without its {what} kernels: {reason}")
 
     def get_outputs(self):
         return []

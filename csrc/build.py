@@ -1,4 +1,5 @@
-"""Builds the CPU kernels with ninja, once per instruction set: `python csrc/build.py OUT` writes OUT/ov3_<isa>.so.
+"""Builds the kernels with ninja: `python csrc/build.py OUT` writes OUT/ov3_<isa>.so, the CPU kernels of one instruction set each, and, where
+there is nvcc, OUT/<operator>.fatbin, the CUDA kernels of an operator for all architectures.
 
 setup.py runs it at installation. The sources include neither Python's headers nor PyTorch's, so the libraries fit every version of both.
 `--sanitize` builds with AddressSanitizer and UndefinedBehaviorSanitizer (see `make sanitize`).
@@ -7,8 +8,10 @@ setup.py runs it at installation. The sources include neither Python's headers n
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -32,8 +35,15 @@ FLAGS = (
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1"
 
 
+# Machine code for these, as far as nvcc knows them, and PTX of the last for all later ones.
+CUDA_ARCHITECTURES = (80, 90, 100)
+CUDA_FLAGS = "-std=c++17 -O3"
+# The first whose kernels take more than 4096 bytes of parameters.
+OLDEST_CUDA = (12, 1)
+
+
 class NoCompiler(RuntimeError):
-    """There is no C++ compiler or no ninja."""
+    """There is no C++ compiler (or nvcc) or no ninja, or nobody who needs what they would make."""
 
 
 def isas() -> dict[str, str]:
@@ -76,6 +86,67 @@ def build(out: Path, *, sanitize: bool = False, only: tuple[str, ...] = ()) -> l
     return libraries
 
 
+def find_nvcc() -> tuple[str, tuple[int, int], list[int]]:
+    """nvcc, its release, and those of CUDA_ARCHITECTURES that it knows. NoCompiler where there is none, or one too old."""
+    homes = (os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH"))
+    nvcc = (
+        os.environ.get("NVCC")
+        or shutil.which("nvcc", path=os.pathsep.join(f"{home}/bin" for home in homes if home))
+        or shutil.which("nvcc")
+    )
+    if nvcc is None:
+        raise NoCompiler("no nvcc (CUDA_HOME or NVCC names it)")
+    release = re.search(r"release (\d+)\.(\d+)", _output(nvcc, "--version"))
+    toolkit = (int(release[1]), int(release[2])) if release else (0, 0)
+    if toolkit < OLDEST_CUDA:
+        raise NoCompiler(f"{nvcc} is of CUDA {toolkit[0]}.{toolkit[1]}, older than {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]}")
+    known = set(re.findall(r"compute_(\d+)", _output(nvcc, "--list-gpu-arch")))
+    return nvcc, toolkit, [arch for arch in CUDA_ARCHITECTURES if str(arch) in known]
+
+
+def check_cuda_is_wanted() -> None:
+    """NoCompiler where OV3FAST_CUDA is 0, or is not set and this machine has no NVIDIA driver that could load the kernels."""
+    word = os.environ.get("OV3FAST_CUDA", "")
+    if word not in ("", "0", "1"):
+        raise NoCompiler(f"OV3FAST_CUDA must be 0 or 1, got {word!r}")
+    if word == "0" or (not word and not Path("/proc/driver/nvidia").exists() and shutil.which("nvidia-smi") is None):
+        raise NoCompiler("OV3FAST_CUDA is 0" if word else "no NVIDIA driver here (OV3FAST_CUDA=1 builds them all the same)")
+
+
+def build_cuda(out: Path) -> list[Path]:
+    """Compiles the CUDA kernels that have changed and returns the binaries. NoCompiler without nvcc or wish, or CalledProcessError.
+
+    Neither a GPU nor PyTorch takes part: ov3fast/ops/cuda loads the binaries through the driver.
+    """
+    check_cuda_is_wanted()
+    nvcc, toolkit, architectures = find_nvcc()
+    codes = [f"arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    codes.append(f"arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
+    out.mkdir(parents=True, exist_ok=True)
+    work = HERE.parent / "build" / "cuda"
+    work.mkdir(parents=True, exist_ok=True)
+    lines = [
+        "rule compile",
+        f"  command = {nvcc} {CUDA_FLAGS} {' '.join(f'-gencode {code}' for code in codes)} -MD -MF $dependencies -fatbin $in -o $out",
+        "  depfile = $dependencies",
+        "  deps = gcc",
+        "  description = compile $out",
+    ]
+    binaries = []
+    for source in sorted((HERE / "cuda").glob("*.cu")):
+        binaries.append(out.resolve() / f"{source.stem}.fatbin")
+        lines += [f"build {_escape(binaries[-1])}: compile {_escape(source)}", f"  dependencies = {source.stem}.d"]
+    (work / "build.ninja").write_text("\n".join(lines) + "\n")
+    subprocess.run([_ninja(), "-C", str(work), "--quiet"], check=True)
+    # Last, since it is what tells ov3fast.ops.cuda that the binaries are there.
+    (out / "cuda.json").write_text(json.dumps({"toolkit": toolkit, "architectures": architectures}) + "\n")
+    return binaries
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
 def _ninja() -> str:
     try:
         import ninja
@@ -103,6 +174,13 @@ def main() -> None:
             print(library)
     except NoCompiler as reason:
         sys.exit(f"ov3fast: the CPU kernels were not built: {reason}")
+    if options.sanitize or options.only:
+        return
+    try:
+        for binary in build_cuda(options.out):
+            print(binary)
+    except NoCompiler as reason:
+        print(f"ov3fast: the CUDA kernels were not built: {reason}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,9 @@ FP32_PRODUCTS: tl.constexpr = tl.constexpr("ieee" if torch.version.hip else "tf3
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """Triton's names of the dtypes that the kernels take."""
 
+SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of an element, by those names."""
+
 
 @triton.jit
 def dot(a, b, acc):
@@ -29,6 +32,33 @@ def dot(a, b, acc):
         return tl.dot(a, b, acc, input_precision=FP32_PRODUCTS)
     else:
         return tl.dot(a, b, acc)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 x in `dtype`, to nearest even. Casts to bfloat16 by .to, and those that tl.store makes, truncate in the interpreter."""
+    if UPCAST and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def sum_over_rows(x):
+    """tl.sum(x, 0). The interpreter adds up columns in one long chain, which loses digits that a tree keeps; so in two steps there."""
+    if UPCAST and x.shape[0] >= 64:
+        return tl.sum(tl.sum(x.reshape((x.shape[0] // 32, 32, x.shape[1])), 1), 0)
+    return tl.sum(x, 0)
+
+
+def argument_types(kernel, **types: str):
+    """dtype -> type of each argument of `kernel` that is no constexpr: its word in `types`, where {} is the dtype; else "i32"."""
+
+    def of(dtype: str) -> dict[str, str]:
+        return {p.name: types.get(p.name, "i32").format(dtype) for p in kernel.params if not p.is_constexpr}
+
+    return of
 
 
 def cdiv(a: int, b: int) -> int:

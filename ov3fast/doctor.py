@@ -36,6 +36,7 @@ def report() -> dict[str, dict[str, Any]]:
             "torch": torch.__version__,
             "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
             "CPU kernels": _cpu_kernels(),
+            "CUDA kernels": _cuda_kernels(),
             "cuda": torch.version.cuda or "torch was built without it",
             "OV3FAST_CPU_ISA": os.environ.get("OV3FAST_CPU_ISA", "not set: the CPU kernels use the widest instruction set"),
             "OV3FAST_IMPL": os.environ.get("OV3FAST_IMPL", "not set: each operator picks its first backend that is ready"),
@@ -97,6 +98,17 @@ def _cpu_kernels() -> str:
     if (reason := cpu.missing()) is not None:
         return reason
     return f"{cpu.isa()} in use; {', '.join(cpu.available_isas())} run here"
+
+
+def _cuda_kernels() -> str:
+    """What they were built for, or why they can't run."""
+    from ov3fast.ops import cuda
+
+    build = cuda.build_notes()
+    if build is None:
+        return "not built: pip install needs nvcc and an NVIDIA driver, or OV3FAST_CUDA=1"
+    chips = ", ".join(f"sm_{number}" for number in build["architectures"])
+    return f"{chips}, by CUDA {'.'.join(map(str, build['toolkit']))}" + (f"; {reason}" if (reason := cuda.missing()) else "")
 
 
 def _short(status: str | None, reasons: list[str]) -> str:

@@ -19,6 +19,9 @@ def run(code: str, cwd, **env: str) -> str:
     return done.stdout.strip()
 
 
+WITH_CUDA = {**os.environ, "OV3FAST_CUDA": "1"}
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     """A folder with the sdist and the wheel, made from a copy so that no build folder is left in the checkout."""
@@ -30,7 +33,7 @@ def built(tmp_path_factory) -> Path:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
     code = "import setuptools.build_meta as b; b.build_sdist('..'); b.build_wheel('..')"
-    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True, env=WITH_CUDA)
     return folder
 
 
@@ -46,6 +49,8 @@ def test_wheel_carries_the_kernels_and_assets(built, tmp_path):
     assert wheel.name.split("-")[2:4] == ["py3", "none"], "the kernels are bound to a platform, not to a Python"
     if shutil.which("c++"):
         assert "ov3fast/_native/ov3_portable.so" in names
+    if shutil.which("nvcc"):
+        assert {f"ov3fast/_native/{name}" for name in ("adamw_ema.fatbin", "group_norm_silu.fatbin", "cuda.json")} <= set(names)
     code = "import ov3fast, ov3fast.kernels; print(ov3fast.kernels.__file__)"
     assert run(code, tmp_path, PYTHONPATH=str(tmp_path / "site")).startswith(str(tmp_path / "site"))
 
@@ -56,7 +61,7 @@ def test_sdist_builds_the_same_wheel(built, tmp_path):
         archive.extractall(tmp_path, filter="data")
     [source] = tmp_path.glob("ov3fast-*")
     code = "import setuptools.build_meta as b; b.build_wheel('..')"
-    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True, env=WITH_CUDA)
     [again] = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as left, zipfile.ZipFile(again) as right:
         assert sorted(left.namelist()) == sorted(right.namelist())

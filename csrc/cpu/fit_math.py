@@ -37,6 +37,11 @@ def main():
     show("EXP2", *fit(x, np.exp2(x) - 1, range(1, 7), 1 / np.exp2(x)))
     show("EXP2_SHORT", *fit(x, np.exp2(x) - 1, range(1, 5), 1 / np.exp2(x)))
 
+    # Of softmax.h: exp(x) = 1 + x + x^2 q(x).
+    x = nodes(-math.log(2) / 2, math.log(2) / 2)
+    x = x[np.abs(x) > 1e-3]
+    show("EXP_SQUARES", *fit(x, (np.exp(x) - 1 - x) / x**2, range(0, 5), x**2 / np.exp(x)))
+
     # Of group_norm_silu.cpp, whose exponent is rounded down.
     x = nodes(0.0, 1.0)
     show("EXP2_ABOVE", *fit(x, np.exp2(x) - 1, range(1, 7), 1 / np.exp2(x)))

@@ -18,9 +18,9 @@ constexpr int64_t CHAIN = 64;   // terms that are added up one after another: fe
 template <class T>
 constexpr int TOGETHER = sizeof(T) == 2 ? 2 : 1;
 
-// The sum of value(first element, lanes) over a row of D. Lanes behind the row must be 0.
+// The sum of value(first element, lanes) over a row of D, a lane for itself. Lanes behind the row must be 0.
 template <class Value>
-inline float row_sum(int64_t D, const Value& value) {
+inline vf lane_sums(int64_t D, const Value& value) {
     vf total = {};
     for (int64_t start = 0; start < D; start += 4 * CHAIN * VL) {
         const int64_t end = std::min(D, start + 4 * CHAIN * VL);
@@ -33,7 +33,18 @@ inline float row_sum(int64_t D, const Value& value) {
         for_vectors(end - d, [&](int64_t i, int lanes) { part[0] += value(d + i, lanes); });
         total += (part[0] + part[1]) + (part[2] + part[3]);
     }
-    return sum(total);
+    return total;
+}
+
+// x as an element of T keeps it.
+template <class T>
+inline vf rounded(vf x) {
+    if constexpr (sizeof(T) == sizeof(float)) return x;
+#if defined(__AVX512BF16__)
+    return bit_cast<vf>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bit_cast<__m256i>(_mm512_cvtneps_pbh(bit_cast<__m512>(x)))), 16));
+#else
+    return bit_cast<vf>(round_to_bf16(x) << 16);
+#endif
 }
 
 }  // namespace
@@ -47,38 +58,54 @@ void layer_norm_forward(
 ) {
     expect_writes(y, R * D);
     if (residual) expect_writes(h, R * D);
-    parallel(ceil_div(R, ROWS), threads, [&](int64_t task, int) {
-        for (int64_t r = task * ROWS; r < std::min(R, (task + 1) * ROWS); r++) {
-            const T* row = x + r * x_stride;
-            float total;
-            if (residual) {
-                const T *first = row, *other = residual + r * residual_stride;
-                T* out = h + r * D;
-                total = row_sum(D, [&](int64_t d, int lanes) {
-                    const vf v = load(first + d, lanes) + load(other + d, lanes);
-                    store(out + d, v, lanes);
-                    return sizeof(T) == sizeof(float) ? v : load(out + d, lanes);
-                });
-                row = out;
-            } else {
-                total = row_sum(D, [&](int64_t d, int lanes) { return load(row + d, lanes); });
+    // Rows r0 .. r0 + count - 1, whose sums wait for each other nowhere.
+    const auto rows = [&](int64_t r0, auto count) {
+        constexpr int N = decltype(count)::value;
+        const T* row[N];
+        float m[N], s[N];
+        vf total[N];
+        for (int i = 0; i < N; i++) {
+            row[i] = x + (r0 + i) * x_stride;
+            if (!residual) {
+                total[i] = lane_sums(D, [&](int64_t d, int lanes) { return load(row[i] + d, lanes); });
+                continue;
             }
-            // Squares of differences in a second pass, over what the cache holds: no digits are lost at large means.
-            const float m = total / float(D);
-            const float squares = row_sum(D, [&](int64_t d, int lanes) {
-                vf centred = load(row + d, lanes) - m;
+            const T *first = row[i], *other = residual + (r0 + i) * residual_stride;
+            T* out = h + (r0 + i) * D;
+            total[i] = lane_sums(D, [&](int64_t d, int lanes) {
+                const vf v = load(first + d, lanes) + load(other + d, lanes);
+                store(out + d, v, lanes);
+                return rounded<T>(v);
+            });
+            row[i] = out;
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < N; i++) m[i] = sum(total[i]) / float(D);
+        // Squares of differences in a second pass, over what the cache holds: no digits are lost at large means.
+        for (int i = 0; i < N; i++)
+            total[i] = lane_sums(D, [&](int64_t d, int lanes) {
+                vf centred = load(row[i] + d, lanes) - m[i];
                 if (lanes < VL) centred = first_lanes(centred, lanes);
                 return centred * centred;
             });
-            const float s = 1.0f / std::sqrt(squares / float(D) + float(eps));
-            mean[r] = m;
-            rstd[r] = s;
-            for_vectors(D, [&](int64_t d, int lanes) {
-                vf v = (load(row + d, lanes) - m) * s * load(weight + d, lanes);
-                if (bias) v += load(bias + d, lanes);
-                store(y + r * D + d, v, lanes);
-            });
+#pragma GCC unroll 4
+        for (int i = 0; i < N; i++) {
+            s[i] = 1.0f / std::sqrt(sum(total[i]) / float(D) + float(eps));
+            mean[r0 + i] = m[i];
+            rstd[r0 + i] = s[i];
         }
+        for (int i = 0; i < N; i++)
+            for_vectors(D, [&](int64_t d, int lanes) {
+                vf v = (load(row[i] + d, lanes) - m[i]) * s[i] * load(weight + d, lanes);
+                if (bias) v += load(bias + d, lanes);
+                store(y + (r0 + i) * D + d, v, lanes);
+            });
+    };
+    parallel(ceil_div(R, ROWS), threads, [&](int64_t task, int) {
+        int64_t r = task * ROWS;
+        const int64_t end = std::min(R, r + ROWS);
+        for (; r + 4 <= end; r += 4) rows(r, std::integral_constant<int, 4>());
+        for (; r < end; r++) rows(r, std::integral_constant<int, 1>());
     });
 }
 OV3_EXPORT(

@@ -165,20 +165,27 @@ inline vf sqrt(vf a) {
 #endif
 }
 
-// One fixed order, halves first, so that all instruction sets of one width agree.
-inline float sum(vf a) {
+// Across the lanes, halves first: one fixed order, so that all instruction sets of one width agree.
+template <class Join>
+inline float across(vf a, const Join& join) {
+#if defined(__AVX512F__)
+    a = join(a, bit_cast<vf>(_mm512_shuffle_f32x4(bit_cast<__m512>(a), bit_cast<__m512>(a), 0x4e)));
+    a = join(a, bit_cast<vf>(_mm512_shuffle_f32x4(bit_cast<__m512>(a), bit_cast<__m512>(a), 0xb1)));
+    a = join(a, bit_cast<vf>(_mm512_permute_ps(bit_cast<__m512>(a), 0x4e)));
+    return join(a, bit_cast<vf>(_mm512_permute_ps(bit_cast<__m512>(a), 0xb1)))[0];
+#else
     float x[VL];
     store(x, a);
     for (int half = VL / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) x[i] += x[i + half];
+        for (int i = 0; i < half; i++) x[i] = join(x[i], x[i + half]);
     return x[0];
+#endif
+}
+inline float sum(vf a) {
+    return across(a, [](auto x, auto y) { return x + y; });
 }
 inline float largest(vf a) {
-    float x[VL];
-    store(x, a);
-    for (int half = VL / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) x[i] = x[i] < x[i + half] ? x[i + half] : x[i];
-    return x[0];
+    return across(a, [](auto x, auto y) { return (x < y) ? y : x; });
 }
 
 // 2^n x for integral n between -300 and 300.

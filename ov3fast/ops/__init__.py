@@ -19,13 +19,14 @@ from .mlp import mlp
 from .noise_projection import noise_projection
 from .patch_embed import patch_embed
 
-from . import cpu, triton  # isort: skip  (their kernels join the operators defined above)
+from . import cpu, cuda, triton  # isort: skip  (their kernels join the operators defined above)
 
 __all__ = [
     "BACKENDS",
     "adamw_ema_",
     "contrastive_loss",
     "cpu",
+    "cuda",
     "flash_attention",
     "flash_attention_qkvpacked",
     "group_norm_silu",

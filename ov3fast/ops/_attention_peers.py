@@ -8,6 +8,7 @@ Whether a CUDA peer repeats its bits is its own affair: PyTorch's asks for torch
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -149,6 +150,7 @@ def _xformers_bias(causal: bool):
     return LowerTriangularFromBottomRightMask() if causal else None
 
 
+@functools.cache
 def _package_missing(module: str, package: str) -> str | None:
     if importlib.util.find_spec(module) is None:
         return f"the package {package} is not installed (pip install ov3fast[gpu])"

@@ -35,6 +35,9 @@ class Backend:
     """Why it can't take these forward arguments (dtype, device, size), or None."""
     refuses_backward: Callable[..., str | None]
     """The same for the backward's arguments."""
+    slower_than: Callable[..., str | None]
+    """A backend that is faster on these forward arguments, and takes them over where it can, unless this one is asked for; or None."""
+    slower_than_backward: Callable[..., str | None]
 
 
 _backends: dict[str, dict[str, Backend]] = {}
@@ -54,11 +57,15 @@ def register(
     missing: Callable[[], str | None] = _never,
     refuses: Callable[..., str | None] = _never,
     refuses_backward: Callable[..., str | None] = _never,
+    slower_than: Callable[..., str | None] = _never,
+    slower_than_backward: Callable[..., str | None] = _never,
 ) -> None:
     """Makes `name` a backend of `op`. The functions take the registered operator's arguments, without `impl`."""
     if name not in PREFERENCE:
         raise ValueError(f"{op}: backend name must be one of {', '.join(PREFERENCE)}, got {name!r}")
-    _backends.setdefault(op, {})[name] = Backend(forward, backward, missing, refuses, refuses_backward)
+    _backends.setdefault(op, {})[name] = Backend(
+        forward, backward, missing, refuses, refuses_backward, slower_than, slower_than_backward
+    )  # fmt: skip
 
 
 @contextmanager
@@ -99,7 +106,9 @@ def request(op: str, impl: str | None) -> str:
 
 def choose(op: str, word: str, args: tuple[Any, ...]) -> Backend:
     """The backend that `request`'s word means for these forward arguments. RuntimeError, with the reason, where none can."""
-    return _first(op, word, lambda backend: backend.missing() or backend.refuses(*args))
+    return _first(
+        op, word, lambda backend: backend.missing() or backend.refuses(*args), lambda backend: backend.slower_than(*args)
+    )
 
 
 def _choose_backward(op: str, word: str, args: tuple[Any, ...]) -> Backend:
@@ -112,10 +121,12 @@ def _choose_backward(op: str, word: str, args: tuple[Any, ...]) -> Backend:
             return "it has no backward"
         return backend.missing() or backend.refuses_backward(*args)
 
-    return _first(op, word, obstacle)
+    return _first(op, word, obstacle, lambda backend: backend.slower_than_backward(*args))
 
 
-def _first(op: str, word: str, obstacle: Callable[[Backend], str | None]) -> Backend:
+def _first(
+    op: str, word: str, obstacle: Callable[[Backend], str | None], slower_than: Callable[[Backend], str | None]
+) -> Backend:
     backends = _backends[op]
     wanted = word.removeprefix("~")
     if wanted in backends:
@@ -125,7 +136,8 @@ def _first(op: str, word: str, obstacle: Callable[[Backend], str | None]) -> Bac
         return backends[wanted]
     for name in PREFERENCE:
         if name in backends and obstacle(backends[name]) is None:
-            return backends[name]
+            faster = backends.get(slower_than(backends[name]) or "")
+            return faster if faster is not None and obstacle(faster) is None else backends[name]
     raise RuntimeError(f"{op}: no backend takes this call; see `ov3fast doctor`")
 
 

@@ -9,7 +9,7 @@ Storage float32, bfloat16 or float64 (float16 on GPUs): the matrix products run 
 
 There are two ways to the gradients. With an upstream gradient per row (reduction "none") hidden, weight, labels and lse are saved,
 the last as (max, log of the sum below it): [2,T], and the logits are computed again in the backward. With one for all (reduction
-"mean" and "sum"; in float32 and bfloat16 on the CPU) the forward computes the gradients while it has the logits, three matrix
+"mean" and "sum"; in float32 and bfloat16) the forward computes the gradients while it has the logits, three matrix
 products in all instead of four, and the backward scales them. Those saved are the gradients, then, of the inputs that need one.
 Source: Wijmans et al. 2024 (Cut Cross-Entropy, arXiv 2411.09009) for the recomputation; chunks as in Liger Kernel (2410.10989).
 """
@@ -66,7 +66,8 @@ def linear_cross_entropy(
     word = _dispatch.request(op, impl)
     hidden_TD, labels_T = hidden.flatten(0, -2), labels.flatten()
     need_hidden, need_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
-    at_once = hidden.device.type == "cpu" and hidden.dtype in (torch.float32, torch.bfloat16)
+    # In float16 gradients for an upstream gradient of 1, which no loss scale has raised yet, would underflow.
+    at_once = hidden.dtype in (torch.float32, torch.bfloat16)
     if reduction != "none" and at_once and (need_hidden or need_weight):
         return torch.ops.ov3fast.linear_cross_entropy_total(
             hidden_TD, weight, labels_T, ignore_index, reduction == "mean", need_hidden, need_weight, word

@@ -76,8 +76,10 @@ class Stage:
     """Linear warm-up as a share of the stage, 0 to 1."""
     lpips_weight: float = 0.0
     """Weight (lambda) of LPIPS in this stage; 0 leaves the network out."""
+    latent_images: int | None = None
+    """Images per step that the reconstruction branch sees (ViT decoder, latent L1); None: all."""
     pixel_images: int | None = None
-    """Images per step that go through the VAE decoder for the pixel losses (L1 and LPIPS); None: all; 0: none."""
+    """Images per step, of latent_images, that go through the VAE decoder for the pixel losses (L1 and LPIPS); None: all; 0: none."""
     caption_images: int | None = None
     """Images per step that are captioned; None: all that have a caption; 0: none."""
 
@@ -107,10 +109,13 @@ class Stage:
             raise ValueError(
                 f"{where}: base_lr and lpips_weight must not be negative, got {self.base_lr} and {self.lpips_weight}"
             )
-        for name in ("pixel_images", "caption_images"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= self.batch_size:
-                raise ValueError(f"{where}: {name} must be in 0..batch_size = {self.batch_size}, got {value}")
+        if self.latent_images is not None and not 1 <= self.latent_images <= self.batch_size:
+            raise ValueError(f"{where}: latent_images must be in 1..batch_size = {self.batch_size}, got {self.latent_images}")
+        for name, most in (("pixel_images", "latent_images"), ("caption_images", "batch_size")):
+            value, limit = getattr(self, name), getattr(self, most)
+            most, limit = (most, limit) if limit is not None else ("batch_size", self.batch_size)
+            if value is not None and not 0 <= value <= limit:
+                raise ValueError(f"{where}: {name} must be in 0..{most} = {limit}, got {value}")
         if self.lpips_weight and self.pixel_images == 0:
             raise ValueError(f"{where}: lpips_weight {self.lpips_weight} needs pixel_images above 0, got 0")
 

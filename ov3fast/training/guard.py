@@ -55,11 +55,13 @@ def suspicious(model: OpenVision3, piece: Slice) -> list[str]:
     bad = ~piece.latents.isfinite().flatten(1).all(1)
     if not bad.any():
         output = model(
-            piece.latents, piece.text_ids, piece.caption_ids, sigma=piece.sigma, rng=piece.rng,
+            piece.latents, piece.text_ids, piece.caption_ids, sigma=piece.sigma, rng=piece.rng, decode_index=piece.latent_rows,
             caption_index=piece.caption_rows, text_index=piece.text_index,
         )  # fmt: skip
-        for value in (output.tokens, output.pooled, output.latents_hat):
+        for value in (output.tokens, output.pooled):
             bad = bad | ~value.isfinite().flatten(1).all(1)
+        reconstructed = slice(None) if piece.latent_rows is None else piece.latent_rows
+        bad[reconstructed] |= ~output.latents_hat.isfinite().flatten(1).all(1)
         if output.caption_hidden is not None:
             bad[piece.caption_rows[~output.caption_hidden.isfinite().flatten(1).all(1)]] = True
     return [key for key, is_bad in zip(piece.keys, bad.tolist(), strict=True) if is_bad]

@@ -110,13 +110,16 @@ class Inputs:
         with self.timer("data"):
             text_ids = self._text_ids(batch)
             caption_ids, caption_rows = self._captions(batch, place, rng("captions"))
-            pixel_rows, images = self._pixels(batch, place, rng("pixels"))
+            latent_rows = self._latent_rows(size, place, rng("latents"))
+            pixel_rows, images = self._pixels(batch, place, rng("pixels"), latent_rows)
         values = self._latents(batch, rng("posterior"), place * size)
         tokens = values.shape[2] * values.shape[3] // config.vision.patch_size**2
         sigma = None
         if config.tau > 0:
             whole = config.tau * ops.random.uniform((self.stage.batch_size,), rng("sigma"))
             sigma = whole[place * size : (place + 1) * size]
+            sigma = sigma if latent_rows is None else sigma[latent_rows]
+        decoded = size if latent_rows is None else len(latent_rows)
         return Slice(
             keys=batch.keys,
             latents=values,
@@ -124,10 +127,11 @@ class Inputs:
             pairs=move(batch.pairs) if text_ids is not None else None,
             caption_ids=caption_ids,
             caption_rows=move(caption_rows),
+            latent_rows=move(latent_rows),
             pixel_rows=move(pixel_rows),
             images=move(images),
             sigma=move(sigma),
-            rng=move(ops.random.advance(rng("noise"), place * size * tokens * config.vision.width)),
+            rng=move(ops.random.advance(rng("noise"), place * decoded * tokens * config.vision.width)),
         )
 
     def _text_ids(self, batch: Batch) -> Tensor | None:
@@ -148,16 +152,23 @@ class Inputs:
         ids[rows] = self.model.caption_ids([batch.captions[row] for row in rows.tolist()])
         return ids, rows
 
-    def _pixels(self, batch: Batch, place: int, rng: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """(rows, images [len(rows), 3, S, S]): the images that the pixel losses see."""
+    def _latent_rows(self, size: int, place: int, rng: Tensor) -> Tensor | None:
+        """The images that the reconstruction branch sees; None: all."""
+        limit = self.stage.latent_images
+        return None if limit is None else choose(torch.arange(size), limit, rng, place, self.slices)
+
+    def _pixels(self, batch: Batch, place: int, rng: Tensor, latent_rows: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """(rows among the reconstructed images, images [len(rows), 3, S, S]): what the pixel losses see."""
         if not self.objective.needs_pixels:
             return None, None
-        rows, limit = torch.arange(len(batch.keys)), self.stage.pixel_images
+        candidates = torch.arange(len(batch.keys)) if latent_rows is None else latent_rows
+        rows, limit = torch.arange(len(candidates)), self.stage.pixel_images
         if limit is not None:
             rows = choose(rows, limit, rng, place, self.slices)
+        chosen = candidates[rows]
         if batch.images is None:
-            return rows, self.loaders[0].pixels(batch.index[rows], batch.variant[rows])
-        return rows, batch.images[rows]
+            return rows, self.loaders[0].pixels(batch.index[chosen], batch.variant[chosen])
+        return rows, batch.images[chosen]
 
     def _latents(self, batch: Batch, rng: Tensor, first: int) -> Tensor:
         """[m, C, h, w] float32 in the model's convention; `first` is the slice's first image in the global batch."""

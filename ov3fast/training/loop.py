@@ -14,6 +14,7 @@ metrics["interrupted"]; scripts end with EXIT_INTERRUPTED then. A loss that is n
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import resource
@@ -133,11 +134,15 @@ class Run:
             f"{self.store.n:,} samples, {counts['total'] / 1e6:.2f} M parameters, vocabulary {tokenizer.vocab_size:,}, "
             f"{self.ranks.world} process(es) on {self.ranks.device}, {recipe.precision}, run_dir {run_dir}"
         )
+        # What set-up made stays to the end: the collector need not go through it in every one of its rounds.
+        gc.collect()
+        gc.freeze()
         try:
             while self.interrupted and not self.stopped:
                 self._stage(recipe.stages[self.state.stage])
             return self._finish()
         finally:
+            gc.unfreeze()
             if self.log is not None:
                 self.log.close()
 
@@ -405,7 +410,7 @@ def check_slices(recipe: Recipe, world: int) -> None:
     """ValueError where a stage's batch or sub-batches can't be shared evenly by processes and micro-batches."""
     slices = world * recipe.accumulate
     for stage in recipe.stages:
-        for name in ("batch_size", "pixel_images", "caption_images"):
+        for name in ("batch_size", "latent_images", "pixel_images", "caption_images"):
             value = getattr(stage, name)
             if value is not None and value % slices:
                 raise ValueError(

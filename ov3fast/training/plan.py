@@ -54,13 +54,14 @@ def make_plan(recipe: Recipe) -> Plan:
         flops = flops_per_image(recipe.model, stage.image_size)
         towers = 4.0 if recipe.activation_checkpointing else 3.0
         needs_pixels = recipe.stage_objective(stage).needs_pixels
-        pixels = 0.0 if not needs_pixels else 1.0 if stage.pixel_images is None else stage.pixel_images / stage.batch_size
+        latents = 1.0 if stage.latent_images is None else stage.latent_images / stage.batch_size
+        pixels = 0.0 if not needs_pixels else latents if stage.pixel_images is None else stage.pixel_images / stage.batch_size
         captions = paired if stage.caption_images is None else stage.caption_images / stage.batch_size
         again = 1.0 if recipe.accumulate > 1 and recipe.contrastive_over == "batch" else 0.0
         per_sample = (
             (0.0 if recipe.cache_latents else flops["vae_encoder"])
             + (towers + again) * (flops["encoder"] + texts * flops["text"])
-            + towers * (flops["decoder"] + captions * flops["captioner"])
+            + towers * (latents * flops["decoder"] + captions * flops["captioner"])
             + 2.0 * pixels * flops["vae_decoder"]
         )
         samples = None if times.steps is None else times.steps * stage.batch_size
@@ -106,6 +107,7 @@ def dry_run(recipe: Recipe, console: Any = None) -> Plan:
         ("peak LR", lambda s: f"{s.schedule.peak_lr:.3g}"),
         ("final LR", lambda s: f"{s.schedule.min_lr:.3g}"),
         ("LPIPS weight", lambda s: f"{s.stage.lpips_weight:g}"),
+        ("images reconstructed", lambda s: _share(s.stage.latent_images)),
         ("images decoded to pixels", lambda s: _share(s.stage.pixel_images)),
         ("images captioned", lambda s: _share(s.stage.caption_images)),
         ("training FLOPs per image", lambda s: _flops(s.flops_per_sample)),

@@ -45,12 +45,14 @@ class Slice:
     """[m, L'] int64; rows that are not in caption_rows are padding."""
     caption_rows: Tensor | None
     """int64: the images that are captioned."""
+    latent_rows: Tensor | None
+    """int64: the images that the reconstruction branch sees; None: all."""
     pixel_rows: Tensor | None
-    """int64: the images that go through the VAE decoder."""
+    """int64: which of those go through the VAE decoder."""
     images: Tensor | None
     """[len(pixel_rows), 3, H, W] in [-1, 1]."""
     sigma: Tensor | None
-    """[m]."""
+    """One per reconstructed image."""
     rng: Tensor
     """(seed, offset) of the noise."""
     caption_share: float = 1.0
@@ -142,7 +144,7 @@ class Step:
         with self.autocast(), self.timer("other forward"):
             outputs: ModelOutput = self.runner(
                 piece.latents, piece.text_ids, piece.caption_ids, sigma=piece.sigma, rng=piece.rng,
-                decode=config.rec_weight > 0, caption_index=piece.caption_rows, text_index=piece.text_index,
+                decode=config.rec_weight > 0, decode_index=piece.latent_rows, caption_index=piece.caption_rows, text_index=piece.text_index,
             )  # fmt: skip
             images_hat = None
             if piece.pixel_rows is not None:
@@ -150,8 +152,9 @@ class Step:
                     images_hat = self.model.decode_latents(outputs.latents_hat[piece.pixel_rows])
             with self.timer("losses"):
                 own = outputs if feature_gradients is None else outputs._replace(text=None)
+                latents = piece.latents if piece.latent_rows is None else piece.latents[piece.latent_rows]
                 losses = self.objective(
-                    own, latents=piece.latents, images=piece.images, images_hat=images_hat, pairs=piece.pairs,
+                    own, latents=latents, images=piece.images, images_hat=images_hat, pairs=piece.pairs,
                     group=self.ranks.group,
                 )  # fmt: skip
                 if "caption" in losses and config.caption_reduction == "mean" and piece.caption_share != 1.0:

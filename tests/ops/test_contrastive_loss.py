@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ov3fast import ops, testing
-from ov3fast.ops import _dispatch
+from ov3fast.ops import _dispatch, triton
 from ov3fast.ops.contrastive_loss import contrastive_loss, reference
 
 module = importlib.import_module("ov3fast.ops.contrastive_loss")
@@ -33,6 +33,8 @@ def pair(kind):
 def small_chunks(monkeypatch):
     """Two rows at a time for 7 columns."""
     monkeypatch.setattr(module, "CHUNK_LOGITS", 14)
+    if triton.INTERPRETED:
+        monkeypatch.setattr(importlib.import_module("ov3fast.kernels.contrastive_loss"), "CHUNK_PAIRS", 14)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -163,7 +165,7 @@ def test_autocast_changes_nothing():
         ({"kind": "clip"}, ValueError, "kind must be one of softmax, sigmoid; got 'clip'"),
         ({"logit_bias": torch.tensor(1.0)}, ValueError, "logit_bias is for kind='sigmoid'"),
         ({"group": "world"}, TypeError, "group must be a torch.distributed process group or None, got str"),
-        ({"impl": "cudnn"}, ValueError, "impl must be one of cpu, reference; got 'cudnn'"),
+        ({"impl": "cudnn"}, ValueError, "impl must be one of triton, cpu, reference; got 'cudnn'"),
     ],
 )
 def test_errors(change, error, words):
@@ -181,7 +183,8 @@ EDGES = [1, 7, 8, 9, 47, 48, 49, 63, 64, 65, 193]
 @pytest.fixture
 def rounded_gradients(monkeypatch):
     """Gradients by logits in the features' dtype however few the columns."""
-    monkeypatch.setattr(importlib.import_module("ov3fast.ops.cpu.contrastive_loss"), "FEW", 0)
+    file = "ov3fast.kernels.contrastive_loss" if triton.INTERPRETED else "ov3fast.ops.cpu.contrastive_loss"
+    monkeypatch.setattr(importlib.import_module(file), "FEW", 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -212,9 +215,22 @@ def test_features_that_are_alike(rounded_gradients, spread):
     testing.check(*pair("softmax"), (image, text, scale), dtype=torch.bfloat16, keep=(2,))
 
 
+@pytest.mark.skipif(not triton.INTERPRETED, reason="the Triton kernels have schedules")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("schedule", ["sides", "tiles", "library"])
+def test_schedules(rounded_gradients, monkeypatch, schedule, kind):
+    kernels = importlib.import_module("ov3fast.kernels.contrastive_loss")
+    monkeypatch.setattr(kernels, "schedule", lambda *_: schedule)
+    monkeypatch.setattr(kernels, "CHUNK_PAIRS", 128 * 201)
+    for dtype in (torch.float32, torch.bfloat16):
+        testing.check(*pair(kind), inputs(201, 68, kind), dtype=dtype, layout=testing.poisoned, keep=(2, 3), every_subset=True)
+
+
 def test_threads_change_no_bit(rounded_gradients, implementation):
     if implementation == "reference":
         pytest.skip("PyTorch's own products")
+    if implementation == "triton":
+        pytest.skip("the CPU's threads")
     for dtype in (torch.float32, torch.bfloat16):
         for kind in KINDS:
 
@@ -241,6 +257,7 @@ def test_not_finite(kind, value):
 def test_backend(implementation):
     if implementation == "reference":
         pytest.skip("chosen by name")
-    for dtype, name in ((torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float64, "reference")):
+    ours = "triton" if implementation == "triton" else "cpu"
+    for dtype, name in ((torch.float32, ours), (torch.bfloat16, ours), (torch.float64, "reference")):
         x = torch.ones(2, 3, dtype=dtype)
         assert _dispatch.chosen("contrastive_loss", "", x, x, torch.tensor(1.0), None, "softmax", "") == name

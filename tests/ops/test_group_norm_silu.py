@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ov3fast import testing
-from ov3fast.ops import _dispatch
+from ov3fast.ops import _dispatch, triton
 from ov3fast.ops.group_norm_silu import group_norm_silu, reference
 
 
@@ -63,7 +63,7 @@ def test_sizes_of_several_strips(dtype, layout, shape, groups):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(1, 128, 60, 60), (9, 20, 11, 7)])
+@pytest.mark.parametrize("shape", [(1, 128, 17, 13) if triton.INTERPRETED else (1, 128, 60, 60), (9, 20, 11, 7)])
 def test_threads_do_not_change_bits(dtype, layout, shape):
     x, *rest = (v.to(dtype) for v in inputs(*shape))
     leaves = [v.requires_grad_() for v in (LAYOUTS[layout](x), *rest)]
@@ -84,7 +84,7 @@ def strided(x, layout, slices):
     return whole[place]
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=8 if triton.INTERPRETED else 25, deadline=None, derandomize=True)
 @given(
     batch=st.integers(1, 3),
     groups=st.integers(1, 5),
@@ -120,7 +120,7 @@ def test_not_finite(dtype, layout, value):
 
 def test_backend(implementation):
     x, weight, bias = (v.float() for v in inputs(2, 4, 3, 3))
-    expected = "reference" if implementation == "reference" else "cpu"
+    expected = implementation if implementation in ("reference", "triton") else "cpu"
     for dtype in (torch.float32, torch.bfloat16):
         word = _dispatch.request("group_norm_silu", None)
         assert _dispatch.chosen("group_norm_silu", word, x.to(dtype), 2, weight, bias, 1e-6) == expected
@@ -198,7 +198,7 @@ def test_compile_keeps_one_node(layout):
             TypeError,
             "bias must be of weight's dtype",
         ),
-        ({"impl": "nonsense"}, ValueError, "impl must be one of cpu, reference; got 'nonsense'"),
+        ({"impl": "nonsense"}, ValueError, "impl must be one of .*cpu, reference; got 'nonsense'"),
     ],
 )
 def test_errors(change, error, words):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ov3fast import ops, testing
-from ov3fast.ops import _dispatch, cpu, random
+from ov3fast.ops import _dispatch, cpu, random, triton
 
 # counter, key -> words: philox4x32-10 in Random123's kat_vectors.
 KNOWN_ANSWERS = [
@@ -52,7 +52,7 @@ def test_normal_is_box_muller_on_word_pairs():
 
 
 def test_statistics():
-    n = 1 << 20
+    n = 1 << (16 if triton.INTERPRETED else 20)
     x = random.normal((n,), random.make_rng(2024)).double()
     assert abs(x.mean()) < 5 / n**0.5
     assert abs(x.var() - 1) < 5 * (2 / n) ** 0.5
@@ -104,9 +104,12 @@ def test_shape_and_dtype_do_not_change_the_stream():
 @pytest.mark.parametrize("n", [1, 3, 64, 1001])
 def test_kernels_have_the_same_words(implementation, seed, offset, n):
     if implementation == "reference":
-        pytest.skip("only the CPU kernels")
+        pytest.skip("only the kernels")
     rng, words = random.make_rng(seed, offset), torch.empty(n, dtype=torch.int32)
-    cpu.run("random_words", torch.float32, rng, words, n)
+    if implementation == "triton":
+        words = triton.launch("random_normal", "words")(n, rng)
+    else:
+        cpu.run("random_words", torch.float32, rng, words, n)
     assert torch.equal(words.long() & (2**32 - 1), random.words(n, rng))
 
 
@@ -122,14 +125,15 @@ def test_close_to_the_reference(n, dtype):
     )
 
 
-def test_the_cpu_kernels_are_chosen(implementation):
-    for dtype, name in ((torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float64, "reference")):
+def test_the_kernels_are_chosen(implementation):
+    kernels = "triton" if implementation == "triton" else "cpu"
+    for dtype, name in ((torch.float32, kernels), (torch.bfloat16, kernels), (torch.float64, "reference")):
         assert implementation == "reference" or _dispatch.chosen("random_normal", "", [3], random.make_rng(1), dtype) == name
 
 
 def test_threads_do_not_change_the_stream():
     rng = random.make_rng(4)
-    testing.assert_same_bits_on_threads(lambda: [random.normal((200_001,), rng)])
+    testing.assert_same_bits_on_threads(lambda: [random.normal((20_001 if triton.INTERPRETED else 200_001,), rng)])
 
 
 def test_make_rng():
@@ -156,7 +160,7 @@ def test_compile_keeps_one_node():
         (lambda: random.normal((-1,), random.make_rng(0)), ValueError, "no negative size"),
         (lambda: random.normal(4, random.make_rng(0)), TypeError, "shape must be a tuple of sizes, got int"),
         (lambda: random.normal((2,), random.make_rng(0), torch.int32), TypeError, "dtype must be"),
-        (lambda: random.normal((2,), random.make_rng(0), impl="x"), ValueError, "impl must be one of cpu, reference"),
+        (lambda: random.normal((2,), random.make_rng(0), impl="x"), ValueError, "impl must be one of triton, cpu, reference"),
         (lambda: random.advance(3, 1), TypeError, "advance: rng must be"),
     ],
 )

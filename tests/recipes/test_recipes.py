@@ -108,6 +108,8 @@ def test_a_stage_that_decodes_nothing_has_no_pixel_loss():
         (lambda: stage(steps=None, minutes=1.0, warmup_epochs=1), "measured in minutes takes warmup_fraction or warmup_steps"),
         (lambda: stage(pixel_images=9), r"pixel_images must be in 0..batch_size = 8, got 9"),
         (lambda: stage(pixel_images=0, lpips_weight=0.5), "needs pixel_images above 0"),
+        (lambda: stage(latent_images=0), r"latent_images must be in 1..batch_size = 8, got 0"),
+        (lambda: stage(latent_images=4, pixel_images=5), r"pixel_images must be in 0..latent_images = 4, got 5"),
         (lambda: Recipe("r"), "stages must hold at least one stage"),
         (lambda: Recipe("r", stages=(stage(), stage())), "stages must have different names, got s, s"),
         (lambda: Recipe("r", stages=(stage(image_size=40),)), "image_size must be a multiple of 16 pixels, got 40"),

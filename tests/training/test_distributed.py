@@ -74,13 +74,15 @@ def inputs_of(recipe, ranks):
     return inputs.take(3)
 
 
-def test_with_one_source_every_number_is_a_function_of_the_place_in_the_global_batch(tiny, data, tmp_path):
+@pytest.mark.parametrize("reconstructed", [None, 16])
+def test_with_one_source_every_number_is_a_function_of_the_place_in_the_global_batch(tiny, data, tmp_path, reconstructed):
     recipe = tiny.recipe(data, tmp_path, cache_latents=False)
     photos = dataclasses.replace(recipe.data.sources[0], group_by=None, views=1)
     recipe = dataclasses.replace(
         recipe,
         data=dataclasses.replace(recipe.data, sources=(photos,)),
         model=dataclasses.replace(recipe.model, posterior="sample"),
+        stages=(dataclasses.replace(recipe.stages[0], latent_images=reconstructed),),
     )
     (whole,), order = inputs_of(recipe, Ranks(0, 1, CPU))
     parts = []
@@ -90,12 +92,15 @@ def test_with_one_source_every_number_is_a_function_of_the_place_in_the_global_b
         parts.append(part)
     assert parts[0].keys + parts[1].keys == whole.keys
     assert torch.equal(torch.cat([part.sigma for part in parts]), whole.sigma)
-    assert whole.sigma.max() <= 0.8 and len(set(whole.sigma.tolist())) == 24
+    count = reconstructed or 24
+    assert whole.sigma.max() <= 0.8 and len(set(whole.sigma.tolist())) == count
     assert torch.allclose(torch.cat([part.latents for part in parts]), whole.latents, atol=1e-6)
-    for name in ("pixel_rows", "caption_rows"):
-        assert torch.equal(torch.cat([getattr(parts[0], name), 12 + getattr(parts[1], name)]), getattr(whole, name))
-    noise = torch.cat([ops.random.normal((12, 4, 32), part.rng) for part in parts])
-    assert torch.equal(noise, ops.random.normal((24, 4, 32), whole.rng))
+    rows = {"pixel_rows": count // 2, "caption_rows": 12} | ({"latent_rows": 12} if reconstructed else {})
+    for name, second in rows.items():
+        assert torch.equal(torch.cat([getattr(parts[0], name), second + getattr(parts[1], name)]), getattr(whole, name))
+    assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
+    noise = torch.cat([ops.random.normal((count // 2, 4, 32), part.rng) for part in parts])
+    assert torch.equal(noise, ops.random.normal((count, 4, 32), whole.rng))
 
 
 def test_a_batch_that_can_not_be_shared(tiny, data, tmp_path):

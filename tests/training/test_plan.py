@@ -63,7 +63,8 @@ def test_demo_follows_the_clock(tmp_path):
     pairs, photos = (source.fraction for source in get_recipe("demo").data.sources)
     texts = pairs / (pairs + photos) / 2
     pixels, captions = first.pixel_images / first.batch_size, first.caption_images / first.batch_size
-    expected = 3 * (flops["encoder"] + flops["decoder"] + texts * flops["text"] + captions * flops["captioner"])
+    latents = first.latent_images / first.batch_size
+    expected = 3 * (flops["encoder"] + latents * flops["decoder"] + texts * flops["text"] + captions * flops["captioner"])
     assert stage.flops_per_sample == pytest.approx(expected + 2 * pixels * flops["vae_decoder"])
 
 

@@ -103,16 +103,17 @@ def run(name: str, dtype: torch.dtype, *arguments: Any, parameters: torch.dtype 
     Tensors go as pointers (None as null), bool and int as int64, float as double.
     """
     function = _function(name, dtype, parameters or dtype, isa())
-    if function(*map(_to_c, arguments), ctypes.c_int64(torch.get_num_threads())):
+    if function.argtypes is None:
+        function.argtypes = [*map(_c_type, arguments), ctypes.c_int64]
+    values = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
+    if function(*values, torch.get_num_threads()):
         raise MemoryError(f"{name}: no memory for its work space")
 
 
-def _to_c(value: Any) -> Any:
-    if value is None:
-        return ctypes.c_void_p(0)
-    if isinstance(value, Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
+def _c_type(value: Any) -> Any:
+    if value is None or isinstance(value, Tensor):
+        return ctypes.c_void_p
+    return ctypes.c_double if isinstance(value, float) else ctypes.c_int64
 
 
 def unit_stride(x: Tensor) -> Tensor:

@@ -4,22 +4,13 @@ import math
 
 import torch
 
-from .. import _dispatch
+from .. import _dispatch, _flat_lists
 from . import missing, refuses, run
 
 
 def _forward(params, grads, exp_avgs, exp_avg_sqs, ema, step, lr, beta1, beta2, eps, weight_decay, max_norm, ema_decay):
     changed = [params, exp_avgs, exp_avg_sqs, *([ema] if ema else [])]
-    lists, copies = [list(values) for values in (*changed, grads)], []
-    for i, tensors in enumerate(zip(*lists, strict=True)):
-        if all(t.is_contiguous() for t in tensors) or _alike_and_dense(tensors):
-            continue
-        for values, tensor in zip(lists, tensors, strict=True):
-            values[i] = tensor.contiguous()
-            if values is not lists[-1] and values[i] is not tensor:
-                copies.append((tensor, values[i]))
-
-    *states, grads = lists
+    (*states, grads), copies = _flat_lists.flatten([*changed, grads], len(changed))
     norm = torch.empty((), dtype=torch.float32)
     run(
         "adamw_ema", params[0].dtype, _addresses(states[0]), _addresses(grads), _numbers(g.dtype == torch.float32 for g in grads),
@@ -34,17 +25,6 @@ def _forward(params, grads, exp_avgs, exp_avg_sqs, ema, step, lr, beta1, beta2, 
     return norm
 
 
-def _alike_and_dense(tensors):
-    """Whether all lie in memory the same way and without gaps, so that their elements go together in the order of memory."""
-    first = tensors[0]
-    expected = 1
-    for size, stride in sorted(zip(first.shape, first.stride(), strict=True), key=lambda axis: axis[1]):
-        if stride != expected and size != 1:
-            return False
-        expected *= size
-    return all(t.stride() == first.stride() for t in tensors)
-
-
 def _addresses(tensors):
     return _numbers(t.data_ptr() for t in tensors)
 
@@ -54,12 +34,8 @@ def _numbers(values):
 
 
 def _refuses(params, grads, exp_avgs, exp_avg_sqs, ema, *_):
-    reason = refuses(*params, *grads, *exp_avgs, *exp_avg_sqs, *ema)
-    if reason is None and any(t.dtype != torch.float32 for t in (*exp_avgs, *exp_avg_sqs, *ema)):
-        return "it takes states of float32 only"
-    if reason is None and any(g.dtype not in (p.dtype, torch.float32) for p, g in zip(params, grads, strict=True)):
-        return "it takes gradients of their parameter's dtype or float32"
-    return reason
+    states = *exp_avgs, *exp_avg_sqs, *ema
+    return refuses(*params, *grads, *states) or _flat_lists.dtype_obstacle(params, grads, states)
 
 
 _dispatch.register("adamw_ema_", "cpu", _forward, missing=missing, refuses=_refuses)

@@ -6,6 +6,7 @@ tests. Each operator's file here registers `launch`ers of its kernels' file unde
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -22,6 +23,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@functools.cache
 def missing() -> str | None:
     """Why the backend can't run at all, or None."""
     if importlib.util.find_spec("triton") is None:

@@ -1,0 +1,460 @@
+// Group normalisation and SiLU of channels-last tensors, x [B, S, C] with the places s of a picture one after another. A block takes a strip of
+// places and a tile of channels; each of its threads keeps to N neighbouring channels and goes down the strip, a row of blocks' threads at a
+// time. What a strip's channels come to is stored, and later launches merge the strips in order, so that the result has the same bits on every GPU.
+//
+//     forward:  strips' moments -> mean and rstd of each group -> y
+//     backward: strips' sums of dn and dn x_hat -> sums of each channel -> means over groups, gradients of weight and bias -> dx
+#include "vectors.h"
+
+using namespace ov3;
+
+namespace {
+
+constexpr int UNROLL = 4;  // loads of a thread under way at once
+constexpr int CHAIN = 16;  // terms of a channel's gradient that are added up one after another: few, for the digits
+
+struct Shape {
+    int64_t S;
+    int32_t B, C, G;
+    int32_t rows, strips;  // of a strip: places; of a picture: strips
+    int32_t columns;       // packs of N channels of a tile
+
+    __device__ __forceinline__ int per_group() const { return C / G; }
+};
+
+// Weight and bias, float32 (wide) or of the activations' type.
+template <class T>
+struct Parameter {
+    const void* address;
+    bool wide;
+    template <int N>
+    __device__ __forceinline__ void load_at(int channel, float (&out)[N]) const {
+        if (wide) {
+            load(static_cast<const float*>(address) + channel, out);
+        } else {
+            load(static_cast<const T*>(address) + channel, out);
+        }
+    }
+    __device__ __forceinline__ float at(int channel) const {
+        return wide ? static_cast<const float*>(address)[channel] : to_float(static_cast<const T*>(address)[channel]);
+    }
+};
+
+// values [B, G], for N channels; most often they are of one group.
+template <int N>
+__device__ __forceinline__ void load_per_group(const float* values, const Shape& shape, int b, int channel, float (&out)[N]) {
+    const int per_group = shape.per_group();
+    const float* group = values + int64_t(b) * shape.G + channel / per_group;
+    float value = *group;
+    int left = per_group - channel % per_group;
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+        out[j] = value;
+        if (--left == 0 && j + 1 < N) {
+            value = *++group;
+            left = per_group;
+        }
+    }
+}
+
+// Where a thread works.
+template <int N>
+struct Place {
+    int b, strip, channel;  // channel: the first of N
+    int column, row, stride;  // of the thread within the tile; stride: rows of threads
+    int rows;                 // of the strip
+    bool active;
+
+    __device__ __forceinline__ Place(const Shape& shape, int block, int tile) {
+        b = block / shape.strips;
+        strip = block % shape.strips;
+        column = threadIdx.x % shape.columns;
+        row = threadIdx.x / shape.columns;
+        stride = THREADS / shape.columns;
+        channel = (tile * shape.columns + column) * N;
+        const int64_t left = shape.S - int64_t(strip) * shape.rows;
+        rows = int(left < shape.rows ? left : shape.rows);
+        active = row < stride && channel < shape.C;
+    }
+    // Of the strip's first element of this thread's channels.
+    __device__ __forceinline__ int64_t offset(const Shape& shape) const {
+        return (int64_t(b) * shape.S + int64_t(strip) * shape.rows) * shape.C + channel;
+    }
+    // Rows of the strip that threads of row [from, to) have.
+    __device__ __forceinline__ int rows_of(int from, int to) const {
+        const int rest = rows % stride - from, width = to - from;
+        return width * (rows / stride) + (rest < 0 ? 0 : rest < width ? rest : width);
+    }
+    // Where the strip's i-th result for this thread's channels goes in [B, strips, 2, C].
+    __device__ __forceinline__ int64_t part(const Shape& shape, int i) const {
+        return ((int64_t(b) * shape.strips + strip) * 2 + i) * shape.C + channel;
+    }
+};
+
+template <int N>
+__device__ __forceinline__ void store_floats(float* to, const float (&values)[N]) {
+    if constexpr (N == 8) {
+        reinterpret_cast<float4*>(to)[0] = {values[0], values[1], values[2], values[3]};
+        reinterpret_cast<float4*>(to)[1] = {values[4], values[5], values[6], values[7]};
+    } else {
+        store(to, values);
+    }
+}
+
+// Welford's mean and sum of squared differences of N channels: one pass, and no digits lost at large means.
+template <int N>
+struct Moments {
+    float mean[N] = {}, squares[N] = {};
+
+    __device__ __forceinline__ void add(const float (&x)[N], float inverse_count) {
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            const float delta = x[j] - mean[j];
+            mean[j] += delta * inverse_count;
+            squares[j] += delta * (x[j] - mean[j]);
+        }
+    }
+};
+
+template <class T, int N>
+__device__ __forceinline__ void moments(const T* x, float* parts, const Shape& shape) {
+    const Place<N> place(shape, blockIdx.x, blockIdx.y);
+    Moments<N> own;
+    if (place.active) {
+        const T* data = x + place.offset(shape);
+        const int64_t step = int64_t(place.stride) * shape.C;
+        data += int64_t(place.row) * shape.C;
+        int row = place.row;
+        float count = 0;
+        const auto add = [&](const Packed<T, N>& pack) {
+            float values[N];
+            pack.unpack_to(values);
+            count += 1.0f;
+            own.add(values, __frcp_rn(count));
+        };
+        for (; row + 3 * place.stride < place.rows; row += UNROLL * place.stride, data += UNROLL * step) {
+            const Packed<T, N> packs[UNROLL] = {
+                Packed<T, N>(data), Packed<T, N>(data + step), Packed<T, N>(data + 2 * step), Packed<T, N>(data + 3 * step)
+            };
+#pragma unroll
+            for (int u = 0; u < UNROLL; u++) add(packs[u]);
+        }
+        for (; row < place.rows; row += place.stride, data += step) add(Packed<T, N>(data));
+    }
+    // Rows of threads merge in pairs, pairs of pairs and so on.
+    __shared__ float means[N][THREADS], squares[N][THREADS];
+#pragma unroll
+    for (int j = 0; j < N; j++) means[j][threadIdx.x] = own.mean[j], squares[j][threadIdx.x] = own.squares[j];
+    for (int reach = 1; reach < place.stride; reach *= 2) {
+        __syncthreads();
+        const int other = place.row + reach, end = min(other + reach, place.stride);
+        if (place.active && place.row % (2 * reach) == 0 && other < place.stride) {
+            const float mine = float(place.rows_of(place.row, other)), theirs = float(place.rows_of(other, end));
+            if (theirs > 0) {
+                const float share = theirs / (mine + theirs);
+#pragma unroll
+                for (int j = 0; j < N; j++) {
+                    const int at = threadIdx.x + reach * shape.columns;
+                    const float delta = means[j][at] - own.mean[j];
+                    own.squares[j] += squares[j][at] + delta * delta * (mine * share);
+                    own.mean[j] += delta * share;
+                    means[j][threadIdx.x] = own.mean[j];
+                    squares[j][threadIdx.x] = own.squares[j];
+                }
+            }
+        }
+    }
+    if (place.active && place.row == 0) {
+        store_floats(parts + place.part(shape, 0), own.mean);
+        store_floats(parts + place.part(shape, 1), own.squares);
+    }
+}
+
+// dn and x_hat of N elements.
+template <int N>
+struct Normal {
+    float mean[N], rstd[N], weight[N], bias[N];
+
+    template <class T>
+    __device__ __forceinline__ Normal(
+        const float* means, const float* rstds, const Parameter<T>& weights, const Parameter<T>& biases, const Shape& shape, int b, int channel
+    ) {
+        load_per_group(means, shape, b, channel, mean);
+        load_per_group(rstds, shape, b, channel, rstd);
+        weights.load_at(channel, weight);
+        biases.load_at(channel, bias);
+    }
+    __device__ __forceinline__ void back(float grad_y, float x, int j, float& x_hat, float& grad_n) const {
+        x_hat = (x - mean[j]) * rstd[j];
+        const float n = x_hat * weight[j] + bias[j], gate = __fdividef(1.0f, 1.0f + __expf(-n));
+        grad_n = grad_y * gate * (1.0f + n * (1.0f - gate));
+    }
+};
+
+template <class T, int N>
+__device__ __forceinline__ void write_silu(
+    const T* x, const Parameter<T>& weights, const Parameter<T>& biases, const float* means, const float* rstds, T* y, const Shape& shape
+) {
+    // Backwards: what was read last may still be in a cache.
+    const Place<N> place(shape, gridDim.x - 1 - blockIdx.x, blockIdx.y);
+    if (!place.active) return;
+    float mean[N], scale[N], bias[N];
+    {
+        float weight[N];
+        load_per_group(means, shape, place.b, place.channel, mean);
+        load_per_group(rstds, shape, place.b, place.channel, scale);
+        weights.load_at(place.channel, weight);
+        biases.load_at(place.channel, bias);
+#pragma unroll
+        for (int j = 0; j < N; j++) scale[j] *= weight[j];
+    }
+    const int64_t step = int64_t(place.stride) * shape.C, first = place.offset(shape) + int64_t(place.row) * shape.C;
+    const T* from = x + first;
+    T* to = y + first;
+    const auto write = [&](const Packed<T, N>& pack, T* out) {
+        float values[N];
+        pack.unpack_to(values);
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            const float n = (values[j] - mean[j]) * scale[j] + bias[j];
+            values[j] = __fdividef(n, 1.0f + __expf(-n));
+        }
+        store(out, values);
+    };
+    int row = place.row;
+    for (; row + 3 * place.stride < place.rows; row += UNROLL * place.stride, from += UNROLL * step, to += UNROLL * step) {
+        const Packed<T, N> packs[UNROLL] = {
+            Packed<T, N>(from), Packed<T, N>(from + step), Packed<T, N>(from + 2 * step), Packed<T, N>(from + 3 * step)
+        };
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) write(packs[u], to + u * step);
+    }
+    for (; row < place.rows; row += place.stride, from += step, to += step) write(Packed<T, N>(from), to);
+}
+
+template <class T, int N>
+__device__ __forceinline__ void strip_sums(
+    const T* grad_y, const T* x, const Parameter<T>& weights, const Parameter<T>& biases, const float* means, const float* rstds, float* parts,
+    const Shape& shape
+) {
+    const Place<N> place(shape, blockIdx.x, blockIdx.y);
+    float sums[N] = {}, dots[N] = {};
+    if (place.active) {
+        const Normal<N> normal(means, rstds, weights, biases, shape, place.b, place.channel);
+        const int64_t step = int64_t(place.stride) * shape.C, first = place.offset(shape) + int64_t(place.row) * shape.C;
+        const T *dy = grad_y + first, *data = x + first;
+        for (int row = place.row; row < place.rows;) {
+            float some[N] = {}, along[N] = {};
+            const auto add = [&](const Packed<T, N>& grads, const Packed<T, N>& values) {
+                float g[N], v[N];
+                grads.unpack_to(g);
+                values.unpack_to(v);
+#pragma unroll
+                for (int j = 0; j < N; j++) {
+                    float x_hat, grad_n;
+                    normal.back(g[j], v[j], j, x_hat, grad_n);
+                    some[j] += grad_n;
+                    along[j] += grad_n * x_hat;
+                }
+            };
+            const int end = min(place.rows, row + CHAIN * place.stride);
+            for (; row + place.stride < end; row += 2 * place.stride, dy += 2 * step, data += 2 * step) {
+                const Packed<T, N> grads[2] = {Packed<T, N>(dy), Packed<T, N>(dy + step)};
+                const Packed<T, N> values[2] = {Packed<T, N>(data), Packed<T, N>(data + step)};
+                add(grads[0], values[0]);
+                add(grads[1], values[1]);
+            }
+            for (; row < end; row += place.stride, dy += step, data += step) add(Packed<T, N>(dy), Packed<T, N>(data));
+#pragma unroll
+            for (int j = 0; j < N; j++) sums[j] += some[j], dots[j] += along[j];
+        }
+    }
+    __shared__ float shared[2][N][THREADS];
+#pragma unroll
+    for (int j = 0; j < N; j++) shared[0][j][threadIdx.x] = sums[j], shared[1][j][threadIdx.x] = dots[j];
+    for (int reach = 1; reach < place.stride; reach *= 2) {
+        __syncthreads();
+        if (place.active && place.row % (2 * reach) == 0 && place.row + reach < place.stride) {
+            const int at = threadIdx.x + reach * shape.columns;
+#pragma unroll
+            for (int j = 0; j < N; j++) {
+                shared[0][j][threadIdx.x] = sums[j] += shared[0][j][at];
+                shared[1][j][threadIdx.x] = dots[j] += shared[1][j][at];
+            }
+        }
+    }
+    if (place.active && place.row == 0) {
+        store_floats(parts + place.part(shape, 0), sums);
+        store_floats(parts + place.part(shape, 1), dots);
+    }
+}
+
+template <class T, int N>
+__device__ __forceinline__ void write_grad(
+    const T* grad_y, const T* x, const Parameter<T>& weights, const Parameter<T>& biases, const float* means, const float* rstds,
+    const float* mean_sums, const float* mean_dots, T* grad_x, const Shape& shape
+) {
+    const Place<N> place(shape, gridDim.x - 1 - blockIdx.x, blockIdx.y);
+    if (!place.active) return;
+    const Normal<N> normal(means, rstds, weights, biases, shape, place.b, place.channel);
+    float sum[N], dot[N];
+    load_per_group(mean_sums, shape, place.b, place.channel, sum);
+    load_per_group(mean_dots, shape, place.b, place.channel, dot);
+    // A group of one value is normalised to 0 whatever the value is.
+    const bool constant = int64_t(shape.per_group()) * shape.S == 1;
+    const int64_t step = int64_t(place.stride) * shape.C, first = place.offset(shape) + int64_t(place.row) * shape.C;
+    const T *dy = grad_y + first, *from = x + first;
+    T* to = grad_x + first;
+    const auto write = [&](const Packed<T, N>& grads, const Packed<T, N>& values, T* out) {
+        float g[N], v[N];
+        grads.unpack_to(g);
+        values.unpack_to(v);
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            float x_hat, grad_n;
+            normal.back(g[j], v[j], j, x_hat, grad_n);
+            const float grad = (grad_n * normal.weight[j] - sum[j]) - x_hat * dot[j];
+            v[j] = grad * (constant ? 0.0f : normal.rstd[j]);
+        }
+        store(out, v);
+    };
+    int row = place.row;
+    for (; row + place.stride < place.rows; row += 2 * place.stride, dy += 2 * step, from += 2 * step, to += 2 * step) {
+        const Packed<T, N> grads[2] = {Packed<T, N>(dy), Packed<T, N>(dy + step)};
+        const Packed<T, N> values[2] = {Packed<T, N>(from), Packed<T, N>(from + step)};
+        write(grads[0], values[0], to);
+        write(grads[1], values[1], to + step);
+    }
+    for (; row < place.rows; row += place.stride, dy += step, from += step, to += step) write(Packed<T, N>(dy), Packed<T, N>(from), to);
+}
+
+template <class T>
+__device__ __forceinline__ void write_parameter_grad(void* grad, bool wide, int channel, double value) {
+    if (!grad) return;
+    if (wide) {
+        static_cast<float*>(grad)[channel] = float(value);
+    } else {
+        static_cast<T*>(grad)[channel] = rounded<T>(float(value));
+    }
+}
+
+// One warp for the means over each group of w dn and w dn x_hat, then one thread per channel for the gradients of weight and bias.
+template <class T>
+__device__ __forceinline__ void finish(
+    const float* totals, const Parameter<T>& weights, float* mean_sums, float* mean_dots, void* grad_weight, void* grad_bias, int group_blocks,
+    const Shape& shape
+) {
+    const int C = shape.C, per_group = shape.per_group();
+    if (blockIdx.x < group_blocks) {
+        const int lane = threadIdx.x % 32, group = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
+        if (group >= shape.B * shape.G) return;
+        const float* of_picture = totals + int64_t(group / shape.G) * 2 * C;
+        double sum = 0, dot = 0;
+        for (int c = lane; c < per_group; c += 32) {
+            const int channel = group % shape.G * per_group + c;
+            const double weight = weights.at(channel);
+            sum += weight * of_picture[channel];
+            dot += weight * of_picture[C + channel];
+        }
+        sum = warp_sum(sum);
+        dot = warp_sum(dot);
+        if (lane == 0) {
+            const double size = double(per_group) * double(shape.S);
+            mean_sums[group] = float(sum / size);
+            mean_dots[group] = float(dot / size);
+        }
+        return;
+    }
+    const int channel = (blockIdx.x - group_blocks) * THREADS + threadIdx.x;
+    if (channel >= C) return;
+    double sum = 0, dot = 0;
+    for (int b = 0; b < shape.B; b++) {
+        sum += totals[int64_t(b) * 2 * C + channel];
+        dot += totals[int64_t(b) * 2 * C + C + channel];
+    }
+    write_parameter_grad<T>(grad_bias, weights.wide, channel, sum);
+    write_parameter_grad<T>(grad_weight, weights.wide, channel, dot);
+}
+
+}  // namespace
+
+// parts [B, strips, 2, C]: each strip's moments -> mean, rstd [B, G]; one block per group.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    ov3_group_norm_silu_merge(const float* parts, float eps, float* mean, float* rstd, const __grid_constant__ Shape shape) {
+    const int per_group = shape.per_group(), b = blockIdx.x / shape.G, first = blockIdx.x % shape.G * per_group;
+    const float* of_picture = parts + int64_t(b) * shape.strips * 2 * shape.C + first;
+    const auto over_parts = [&](const auto& value) {
+        double total = 0;
+        for (int i = threadIdx.x; i < shape.strips * per_group; i += THREADS) {
+            const int strip = i / per_group, channel = i % per_group;
+            const int64_t left = shape.S - int64_t(strip) * shape.rows;
+            const float* part = of_picture + int64_t(strip) * 2 * shape.C + channel;
+            total += value(part[0], part + shape.C, double(left < shape.rows ? left : shape.rows));
+        }
+        return block_sum(total) / (double(per_group) * double(shape.S));
+    };
+    const double centre = over_parts([](float part_mean, const float*, double count) { return count * part_mean; });
+    const double variance = over_parts([&](float part_mean, const float* squares, double count) {
+        return *squares + count * (part_mean - centre) * (part_mean - centre);
+    });
+    if (threadIdx.x == 0) {
+        mean[blockIdx.x] = float(centre);
+        rstd[blockIdx.x] = float(1.0 / sqrt(variance + eps));
+    }
+}
+
+// parts [B, strips, 2, C] -> totals [B, 2, C]: sums over the strips, 32 of a picture's 2 C to a block, which has 8 threads for each.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    ov3_group_norm_silu_totals(const float* parts, float* totals, const __grid_constant__ Shape shape) {
+    constexpr int LANES = THREADS / 32;
+    __shared__ double shared[LANES][32];
+    const int b = blockIdx.x, width = 2 * shape.C, column = blockIdx.y * 32 + threadIdx.x % 32, lane = threadIdx.x / 32;
+    double total = 0;
+    if (column < width)
+        for (int strip = lane; strip < shape.strips; strip += LANES) total += parts[(int64_t(b) * shape.strips + strip) * width + column];
+    shared[lane][threadIdx.x % 32] = total;
+    __syncthreads();
+    if (lane == 0 && column < width) {
+        for (int i = 1; i < LANES; i++) total += shared[i][threadIdx.x];
+        totals[int64_t(b) * width + column] = float(total);
+    }
+}
+
+// Suffix: T and, for tensors that packs of 16 bytes do not fit, "_single". x, y, grad_y, grad_x [B, S, C]; weight, bias [C] of T or (wide) float;
+// mean, rstd, mean_sums, mean_dots [B, G]; parts [B, strips, 2, C].
+#define OV3_GROUP_NORM_SILU(suffix, T, N)                                                                                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                                                     \
+        ov3_group_norm_silu_moments_##suffix(const T* x, float* parts, const __grid_constant__ Shape shape) {                                 \
+        moments<T, N>(x, parts, shape);                                                                                                       \
+    }                                                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(THREADS) ov3_group_norm_silu_apply_##suffix(                                                 \
+        const T* x, const void* weight, const void* bias, int32_t wide, const float* mean, const float* rstd, T* y,                           \
+        const __grid_constant__ Shape shape                                                                                                   \
+    ) {                                                                                                                                       \
+        write_silu<T, N>(x, {weight, wide != 0}, {bias, wide != 0}, mean, rstd, y, shape);                                                    \
+    }                                                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(THREADS) ov3_group_norm_silu_sums_##suffix(                                                  \
+        const T* grad_y, const T* x, const void* weight, const void* bias, int32_t wide, const float* mean, const float* rstd, float* parts,  \
+        const __grid_constant__ Shape shape                                                                                                   \
+    ) {                                                                                                                                       \
+        strip_sums<T, N>(grad_y, x, {weight, wide != 0}, {bias, wide != 0}, mean, rstd, parts, shape);                                        \
+    }                                                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(THREADS) ov3_group_norm_silu_grad_##suffix(                                                  \
+        const T* grad_y, const T* x, const void* weight, const void* bias, int32_t wide, const float* mean, const float* rstd,                \
+        const float* mean_sums, const float* mean_dots, T* grad_x, const __grid_constant__ Shape shape                                        \
+    ) {                                                                                                                                       \
+        write_grad<T, N>(grad_y, x, {weight, wide != 0}, {bias, wide != 0}, mean, rstd, mean_sums, mean_dots, grad_x, shape);                 \
+    }
+#define OV3_GROUP_NORM_SILU_TYPE(suffix, T)                                                                                                   \
+    OV3_GROUP_NORM_SILU(suffix, T, 16 / sizeof(T))                                                                                            \
+    OV3_GROUP_NORM_SILU(suffix##_single, T, 1)                                                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS) ov3_group_norm_silu_finish_##suffix(                                                \
+        const float* totals, const void* weight, int32_t wide, float* mean_sums, float* mean_dots, void* grad_weight, void* grad_bias,        \
+        int32_t group_blocks, const __grid_constant__ Shape shape                                                                             \
+    ) {                                                                                                                                       \
+        finish<T>(totals, {weight, wide != 0}, mean_sums, mean_dots, grad_weight, grad_bias, group_blocks, shape);                            \
+    }
+
+OV3_GROUP_NORM_SILU_TYPE(f32, float)
+OV3_GROUP_NORM_SILU_TYPE(bf16, bf16)
+OV3_GROUP_NORM_SILU_TYPE(f16, fp16)

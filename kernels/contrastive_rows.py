@@ -1,0 +1,139 @@
+"""Contrastive loss, what runs over rows of features: norms and unit rows, merges of partial sums, the gradient's last step."""
+
+import triton
+import triton.language as tl
+
+SMALLEST_NORM = tl.constexpr(1e-12)
+
+
+@triton.jit
+def _clamped_norm(x, row_stride, i, rows, width, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Norms of rows i of x, and which of them are their divisors: below the smallest one that is constant."""
+    squares = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for start in range(0, width, BLOCK_D):
+        v = _tile(x, row_stride, i, start + tl.arange(0, BLOCK_D), rows, width)
+        squares += v * v
+    norm = tl.sqrt_rn(tl.sum(squares, 1))
+    # A NaN stays one.
+    return tl.where(norm < SMALLEST_NORM, SMALLEST_NORM, norm), norm >= SMALLEST_NORM
+
+
+@triton.jit
+def _tile(x, row_stride, i, d, rows, width):
+    pointers = x + i[:, None].to(tl.int64) * row_stride + d[None, :]
+    return tl.load(pointers, mask=(i < rows)[:, None] & (d < width)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def contrastive_features(
+    x,
+    units,
+    norms,
+    inverses,
+    mean_parts,
+    row_stride,
+    rows,
+    width,
+    UNITS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """norms, inverses [rows] of x [rows, width]. UNITS: units [rows, width] = x / norm; else mean_parts [programs, width], the
+    sum of those over this program's rows."""
+    i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    norm, _ = _clamped_norm(x, row_stride, i, rows, width, BLOCK_R, BLOCK_D)
+    inverse = tl.div_rn(tl.full((BLOCK_R,), 1.0, tl.float32), norm)
+    tl.store(norms + i, norm, mask=i < rows)
+    tl.store(inverses + i, inverse, mask=i < rows)
+    for start in range(0, width, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        v = _tile(x, row_stride, i, d, rows, width)
+        if UNITS:
+            pointers = units + i[:, None].to(tl.int64) * width + d[None, :]
+            tl.store(pointers, tl.div_rn(v, norm[:, None] + tl.zeros_like(v)), mask=(i < rows)[:, None] & (d < width)[None, :])
+        else:
+            part = tl.sum(tl.where((i < rows)[:, None], v * inverse[:, None], 0.0), 0)
+            tl.store(mean_parts + tl.program_id(0).to(tl.int64) * width + d, part, mask=d < width)
+
+
+@triton.jit
+def contrastive_merge(parts, state, count, size, FIRST: tl.constexpr, LOG: tl.constexpr, BLOCK: tl.constexpr):
+    """state [2, size] of (max, sum of exponentials below it), unless FIRST, and parts [count, 2, size] of such -> state.
+
+    LOG: the sum becomes its logarithm.
+    """
+    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = j < size
+    if FIRST:
+        largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+    else:
+        largest = tl.load(state + j, mask=inside, other=0.0)
+        total = tl.load(state + size + j, mask=inside, other=0.0)
+    part = parts + j
+    for _ in range(0, count):
+        part_largest = tl.load(part, mask=inside, other=0.0)
+        part_total = tl.load(part + size, mask=inside, other=0.0)
+        before = largest
+        largest = tl.maximum(before, part_largest)
+        total = total * tl.exp(before - largest) + part_total * tl.exp(part_largest - largest)
+        part += 2 * size
+    tl.store(state + j, largest, mask=inside)
+    tl.store(state + size + j, tl.log(total) if LOG else total, mask=inside)
+
+
+@triton.jit
+def contrastive_project(
+    grad,
+    x,
+    error,
+    mean,
+    factor,
+    row_factor,
+    out,
+    row_stride,
+    rows,
+    width,
+    COMPLETE: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    PROJECT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """grad [rows, width], float32 -> out of the same shape.
+
+    COMPLETE: times factor (a scalar) and row_factor [rows], with ROUNDED after error [rows] times mean [width] is added.
+    PROJECT: without what lies along x, as the norms of x vary; where they are clamped they don't.
+    """
+    i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = i < rows
+    times = tl.full((BLOCK_R,), 1.0, tl.float32)
+    lost = tl.zeros((BLOCK_R,), tl.float32)
+    if COMPLETE:
+        times = tl.load(row_factor + i, mask=inside, other=0.0) * tl.load(factor)
+    if ROUNDED:
+        lost = tl.load(error + i, mask=inside, other=0.0)
+    if PROJECT:
+        norm, varies = _clamped_norm(x, row_stride, i, rows, width, BLOCK_R, BLOCK_D)
+        products = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+        for start in range(0, width, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            g = _completed(grad, mean, lost, times, i, d, rows, width, ROUNDED)
+            # By division, so that nothing at all is left where the width is 1.
+            products += g * tl.div_rn(_tile(x, row_stride, i, d, rows, width), norm[:, None] + tl.zeros_like(g))
+        along = tl.where(varies, tl.sum(products, 1), 0.0)
+    for start in range(0, width, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        g = _completed(grad, mean, lost, times, i, d, rows, width, ROUNDED)
+        if PROJECT:
+            g -= tl.div_rn(_tile(x, row_stride, i, d, rows, width), norm[:, None] + tl.zeros_like(g)) * along[:, None]
+        pointers = out + i[:, None].to(tl.int64) * width + d[None, :]
+        tl.store(pointers, g.to(out.dtype.element_ty), mask=inside[:, None] & (d < width)[None, :])
+
+
+@triton.jit
+def _completed(grad, mean, lost, times, i, d, rows, width, ROUNDED: tl.constexpr):
+    g = _tile(grad, width, i, d, rows, width)
+    if ROUNDED:
+        g += lost[:, None] * tl.load(mean + d, mask=d < width, other=0.0)[None, :]
+    return g * times[:, None]

@@ -1,0 +1,426 @@
+"""Group normalisation and SiLU: ov3fast/ops/group_norm_silu.py.
+
+x is [B, C, S]; a tile is [places, channels], whichever of the two is contiguous. Forward: (mean, sum of squared differences) of every
+channel in a strip of places, exact at any mean since each tile is centred on its own; merged in order to a group's mean and rstd; then one
+elementwise pass. Backward: sums of dn and dn x_hat of every channel in a strip; merged to groups and to channels; then dx in one pass.
+So x is read twice in each direction, and large pictures keep every multiprocessor busy whatever the number of groups.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from ..ops.group_norm_silu import memory_format
+from .catalog import Entry, Work
+from .common import SIZES, TYPES, argument_types, cdiv, rounded, sum_over_rows
+from .configs import pick
+
+# Programs that a reduction is spread over, where there are enough places: a few waves of the largest chips. Not read from the device, so
+# that results are the same on all.
+PROGRAMS = 1024
+
+
+@triton.jit
+def _tile(pointer, stride_row, s, c, places, channels, CHANNELS_LAST: tl.constexpr):
+    """x[s, c] in float32, 0 outside."""
+    mask = (s < places)[:, None] & (c < channels)[None, :]
+    if CHANNELS_LAST:
+        offsets = s.to(tl.int64)[:, None] * stride_row + c[None, :]
+    else:
+        offsets = s[:, None] + c.to(tl.int64)[None, :] * stride_row
+    return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_tile(pointer, value, s, c, places, channels, CHANNELS_LAST: tl.constexpr):
+    """Into a contiguous picture [S, C] or [C, S]."""
+    mask = (s < places)[:, None] & (c < channels)[None, :]
+    if CHANNELS_LAST:
+        offsets = s.to(tl.int64)[:, None] * channels + c[None, :]
+    else:
+        offsets = s[:, None] + c.to(tl.int64)[None, :] * places
+    tl.store(pointer + offsets, rounded(value, pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _affine(weight, bias, mean, rstd, b, c, channels, groups):
+    """Of each channel: weight, bias, its group's mean and rstd."""
+    mask = c < channels
+    group = b * groups + c // (channels // groups)
+    return (
+        tl.load(weight + c, mask=mask, other=0.0).to(tl.float32),
+        tl.load(bias + c, mask=mask, other=0.0).to(tl.float32),
+        tl.load(mean + group, mask=mask, other=0.0),
+        tl.load(rstd + group, mask=mask, other=0.0),
+    )
+
+
+@triton.jit
+def _silu_gradient(grad_y, n):
+    gate = 1.0 / (1.0 + tl.exp(-n))
+    return grad_y * gate * (1.0 + n * (1.0 - gate))
+
+
+@triton.jit
+def group_norm_silu_forward_partials(
+    x, stride_b, stride_row, partials, channels, places, strips, strip_places, channel_blocks,
+    CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Mean and sum of squared differences from it of each channel in a strip of places: partials [B, strips, 2, C]."""
+    program = tl.program_id(0)
+    strip_of_all = program // channel_blocks
+    b, strip = strip_of_all // strips, strip_of_all % strips
+    c = (program % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    x += b.to(tl.int64) * stride_b
+    first = strip * strip_places
+    last = tl.minimum(first + strip_places, places)
+
+    count = 0.0
+    mean, squares = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
+    for start in range(first, last, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        value = _tile(x, stride_row, s, c, places, channels, CHANNELS_LAST)
+        size = tl.minimum(last - start, BLOCK_S).to(tl.float32)
+        inside = (s < places)[:, None]
+        tile_mean = sum_over_rows(value) / size
+        centred = tl.where(inside, value - tile_mean[None, :], 0.0)
+        # What rounding left of the mean: far from zero it would show.
+        rest = sum_over_rows(centred) / size
+        # The select keeps the product out of the sum's first addition: fused, lanes that add each other's squares would round differently
+        # and then store their own result to one place.
+        tile_squares = sum_over_rows(tl.where(inside, centred * centred, 0.0))
+        total = count + size
+        delta = tile_mean - mean + rest
+        mean += delta * (size / total)
+        squares += tile_squares - rest * rest * size + delta * delta * (count * size / total)
+        count = total
+
+    partials += strip_of_all.to(tl.int64) * 2 * channels
+    tl.store(partials + c, mean, mask=c < channels)
+    tl.store(partials + channels + c, squares, mask=c < channels)
+
+
+@triton.jit
+def group_norm_silu_statistics(
+    partials, mean, rstd, channels, groups, places, strips, strip_places, eps, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Merges a group's partials: mean and rstd [B, G]."""
+    program = tl.program_id(0)
+    per_group = channels // groups
+    partials += (program // groups).to(tl.int64) * strips * 2 * channels + (program % groups) * per_group
+    n = strips * per_group
+
+    # Means are added as differences from the first: far from zero their sum would lose digits.
+    pivot = tl.load(partials)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        strip = i // per_group
+        size = tl.minimum(places - strip * strip_places, strip_places).to(tl.float32)
+        value = tl.load(partials + strip.to(tl.int64) * 2 * channels + i % per_group, mask=i < n, other=0.0)
+        total += tl.where(i < n, (value - pivot) * size, 0.0)
+    values = per_group * 1.0 * places
+    group_mean = pivot + tl.sum(total, 0) / values
+
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        strip = i // per_group
+        size = tl.minimum(places - strip * strip_places, strip_places).to(tl.float32)
+        at = partials + strip.to(tl.int64) * 2 * channels + i % per_group
+        delta = tl.load(at, mask=i < n, other=0.0) - group_mean
+        squares = tl.load(at + channels, mask=i < n, other=0.0)
+        total += tl.where(i < n, squares + delta * delta * size, 0.0)
+    variance = tl.sum(total, 0) / values
+    tl.store(mean + program, group_mean)
+    tl.store(rstd + program, 1.0 / tl.sqrt(variance + eps))
+
+
+@triton.jit
+def group_norm_silu_forward(
+    x, stride_b, stride_row, weight, bias, mean, rstd, y, channels, places, groups, channel_blocks, place_blocks,
+    CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    s, c, b = _place(program, channel_blocks, place_blocks, CHANNELS_LAST, BLOCK_S, BLOCK_C)
+    w, shift, group_mean, group_rstd = _affine(weight, bias, mean, rstd, b, c, channels, groups)
+    value = _tile(x + b.to(tl.int64) * stride_b, stride_row, s, c, places, channels, CHANNELS_LAST)
+    n = (value - group_mean[None, :]) * (group_rstd * w)[None, :] + shift[None, :]
+    result = n / (1.0 + tl.exp(-n))
+    _store_tile(y + b.to(tl.int64) * places * channels, result, s, c, places, channels, CHANNELS_LAST)
+
+
+@triton.jit
+def _place(program, channel_blocks, place_blocks, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Places, channels and batch of an elementwise program; neighbours in memory come next to each other."""
+    if CHANNELS_LAST:
+        c_block, s_block = program % channel_blocks, program // channel_blocks % place_blocks
+    else:
+        s_block, c_block = program % place_blocks, program // place_blocks % channel_blocks
+    s = s_block * BLOCK_S + tl.arange(0, BLOCK_S)
+    c = c_block * BLOCK_C + tl.arange(0, BLOCK_C)
+    return s, c, program // (channel_blocks * place_blocks)
+
+
+@triton.jit
+def group_norm_silu_backward_partials(
+    grad_y, grad_stride_b, grad_stride_row, x, stride_b, stride_row, weight, bias, mean, rstd, partials,
+    channels, places, groups, strips, strip_places, channel_blocks,
+    CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Sums of dn and of dn x_hat of each channel in a strip of places: partials [B, strips, 2, C]."""
+    program = tl.program_id(0)
+    strip_of_all = program // channel_blocks
+    b, strip = strip_of_all // strips, strip_of_all % strips
+    c = (program % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    w, shift, group_mean, group_rstd = _affine(weight, bias, mean, rstd, b, c, channels, groups)
+    x += b.to(tl.int64) * stride_b
+    grad_y += b.to(tl.int64) * grad_stride_b
+    first = strip * strip_places
+    last = tl.minimum(first + strip_places, places)
+
+    sums, dots = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
+    for start in range(first, last, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        x_hat = (_tile(x, stride_row, s, c, places, channels, CHANNELS_LAST) - group_mean[None, :]) * group_rstd[None, :]
+        upstream = _tile(grad_y, grad_stride_row, s, c, places, channels, CHANNELS_LAST)
+        grad_n = _silu_gradient(upstream, x_hat * w[None, :] + shift[None, :])
+        # grad_y is 0 outside, but 0 times an infinite slope is not.
+        inside = (s < places)[:, None]
+        sums += sum_over_rows(tl.where(inside, grad_n, 0.0))
+        dots += sum_over_rows(tl.where(inside, grad_n * x_hat, 0.0))
+
+    partials += strip_of_all.to(tl.int64) * 2 * channels
+    tl.store(partials + c, sums, mask=c < channels)
+    tl.store(partials + channels + c, dots, mask=c < channels)
+
+
+@triton.jit
+def group_norm_silu_backward_groups(partials, weight, means, channels, groups, places, strips, BLOCK: tl.constexpr):
+    """Means over a group of w dn and of w dn x_hat: means [B, G, 2]."""
+    program = tl.program_id(0)
+    per_group = channels // groups
+    group = program % groups
+    partials += (program // groups).to(tl.int64) * strips * 2 * channels
+    n = strips * per_group
+    sums, dots = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        c = group * per_group + i % per_group
+        at = partials + (i // per_group).to(tl.int64) * 2 * channels + c
+        w = tl.load(weight + c, mask=i < n, other=0.0).to(tl.float32)
+        sums += w * tl.load(at, mask=i < n, other=0.0)
+        dots += w * tl.load(at + channels, mask=i < n, other=0.0)
+    values = per_group * 1.0 * places
+    tl.store(means + 2 * program, tl.sum(sums, 0) / values)
+    tl.store(means + 2 * program + 1, tl.sum(dots, 0) / values)
+
+
+@triton.jit
+def group_norm_silu_backward_channels(
+    partials, grad_weight, grad_bias, channels, rows, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """Sums over batches and strips: grad_bias is that of dn, grad_weight that of dn x_hat; partials [rows, 2, C]."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    sums, dots = tl.zeros((BLOCK_R, BLOCK_C), tl.float32), tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for start in range(0, rows, BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
+        mask = (row < rows)[:, None] & (c < channels)[None, :]
+        at = partials + row.to(tl.int64)[:, None] * 2 * channels + c[None, :]
+        sums += tl.load(at, mask=mask, other=0.0)
+        dots += tl.load(at + channels, mask=mask, other=0.0)
+    dtype: tl.constexpr = grad_weight.dtype.element_ty
+    tl.store(grad_bias + c, rounded(tl.sum(sums, 0), dtype), mask=c < channels)
+    tl.store(grad_weight + c, rounded(tl.sum(dots, 0), dtype), mask=c < channels)
+
+
+@triton.jit
+def group_norm_silu_backward(
+    grad_y, grad_stride_b, grad_stride_row, x, stride_b, stride_row, weight, bias, mean, rstd, means, grad_x,
+    channels, places, groups, channel_blocks, place_blocks,
+    CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dx = rstd (w dn - mean_g(w dn) - x_hat mean_g(w dn x_hat))."""
+    program = tl.program_id(0)
+    s, c, b = _place(program, channel_blocks, place_blocks, CHANNELS_LAST, BLOCK_S, BLOCK_C)
+    w, shift, group_mean, group_rstd = _affine(weight, bias, mean, rstd, b, c, channels, groups)
+    at = means + 2 * (b * groups + c // (channels // groups))
+    mean_sum, mean_dot = tl.load(at, mask=c < channels, other=0.0), tl.load(at + 1, mask=c < channels, other=0.0)
+    value = _tile(x + b.to(tl.int64) * stride_b, stride_row, s, c, places, channels, CHANNELS_LAST)
+    upstream = _tile(grad_y + b.to(tl.int64) * grad_stride_b, grad_stride_row, s, c, places, channels, CHANNELS_LAST)
+    x_hat = (value - group_mean[None, :]) * group_rstd[None, :]
+    grad_n = _silu_gradient(upstream, x_hat * w[None, :] + shift[None, :])
+    result = (grad_n * w[None, :] - mean_sum[None, :] - x_hat * mean_dot[None, :]) * group_rstd[None, :]
+    _store_tile(grad_x + b.to(tl.int64) * places * channels, result, s, c, places, channels, CHANNELS_LAST)
+
+
+class _Picture:
+    """How x is cut: its sizes, whether channels come last, strips of places, tiles."""
+
+    def __init__(self, x, groups: int, pass_name: str):
+        self.batch, self.channels, self.groups, self.places = *x.shape[:2], groups, x.shape[2:].numel()
+        self.channels_last = memory_format(x) != torch.contiguous_format or (self.places == 1 and x.is_contiguous())
+        self.dtype = TYPES[x.dtype]
+        self._cut(pass_name)
+
+    def _cut(self, pass_name):
+        size = size_class(self.channels_last, self.places)
+        self.config = pick(pass_name, self.dtype, size)
+        self.reduce_config = pick(pass_name + "_partials", self.dtype, size)
+        self.strips, self.strip_places = strips(self.batch, self.channels, self.places, self.reduce_config.blocks)
+
+    @property
+    def empty(self) -> bool:
+        return self.batch * self.channels * self.places == 0
+
+    def layout(self, x):
+        """x, its stride over batches, and that over channels, or over places where channels come last; copied where it must be."""
+        if self.channels_last:
+            x = x.reshape(self.batch, self.channels, self.places)
+            x = x if x.stride(1) == 1 or self.channels == 1 else x.transpose(1, 2).contiguous().transpose(1, 2)
+            return x, x.stride(0), x.stride(2)
+        x = x.reshape(self.batch, self.channels, self.places)
+        x = x if x.stride(2) == 1 or self.places == 1 else x.contiguous()
+        return x, x.stride(0), x.stride(1)
+
+    def elementwise(self):
+        """Grid, and the arguments that end an elementwise pass."""
+        channel_blocks, place_blocks = (
+            cdiv(self.channels, self.config.blocks["BLOCK_C"]), cdiv(self.places, self.config.blocks["BLOCK_S"])
+        )  # fmt: skip
+        grid = (self.batch * channel_blocks * place_blocks,)
+        return grid, (self.channels, self.places, self.groups, channel_blocks, place_blocks, self.channels_last)
+
+    def reduction(self):
+        """Grid of the partial sums, and the number of blocks of channels."""
+        channel_blocks = cdiv(self.channels, self.reduce_config.blocks["BLOCK_C"])
+        return (self.batch * self.strips * channel_blocks,), channel_blocks
+
+
+def size_class(channels_last: bool, places: int) -> str:
+    return "channels_last" if channels_last else "plain" if places >= 256 else "small"
+
+
+def strips(batch: int, channels: int, places: int, blocks) -> tuple[int, int]:
+    """Strips that a reduction is spread over, and places in each."""
+    tiles = cdiv(places, blocks["BLOCK_S"])
+    wanted = min(tiles, cdiv(PROGRAMS, max(1, batch * cdiv(channels, blocks["BLOCK_C"]))))
+    strip_tiles = cdiv(tiles, max(1, wanted))
+    return cdiv(tiles, max(1, strip_tiles)), strip_tiles * blocks["BLOCK_S"]
+
+
+def forward(x, num_groups, weight, bias, eps):
+    """y, mean, rstd."""
+    p = _Picture(x, num_groups, "group_norm_silu_forward")
+    y = torch.empty_like(x, memory_format=memory_format(x))
+    mean = torch.empty(p.batch, num_groups, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    if p.empty:
+        return y, mean.fill_(torch.nan), rstd.fill_(torch.nan)
+    x, *strides = p.layout(x)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    grid, channel_blocks = p.reduction()
+    partials = torch.empty(p.batch, p.strips, 2, p.channels, dtype=torch.float32, device=x.device)
+    group_norm_silu_forward_partials[grid](
+        x, *strides, partials, p.channels, p.places, p.strips, p.strip_places, channel_blocks, p.channels_last,
+        **p.reduce_config.options,
+    )  # fmt: skip
+    group_norm_silu_statistics[(p.batch * num_groups,)](
+        partials, mean, rstd, p.channels, num_groups, p.places, p.strips, p.strip_places, eps,
+        **pick("group_norm_silu_statistics", "fp32").options,
+    )  # fmt: skip
+    grid, rest = p.elementwise()
+    group_norm_silu_forward[grid](x, *strides, weight, bias, mean, rstd, y, *rest, **p.config.options)
+    return y, mean, rstd
+
+
+def backward(grad_y, x, weight, bias, mean, rstd, need_x, need_weight, need_bias):
+    """Gradients of x, weight and bias; empty ones where they are not asked for."""
+    p = _Picture(x, mean.shape[1], "group_norm_silu_backward")
+    none = x.new_empty(0)
+    grad_x = torch.empty_like(x, memory_format=memory_format(x)) if need_x else none
+    grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+    if not p.empty:
+        (x, *strides), (grad_y, *grad_strides) = p.layout(x), p.layout(grad_y)
+        weight, bias, mean, rstd = weight.contiguous(), bias.contiguous(), mean.contiguous(), rstd.contiguous()
+        inputs = grad_y, *grad_strides, x, *strides, weight, bias, mean, rstd
+        grid, channel_blocks = p.reduction()
+        partials = torch.empty(p.batch, p.strips, 2, p.channels, dtype=torch.float32, device=x.device)
+        group_norm_silu_backward_partials[grid](
+            *inputs, partials, p.channels, p.places, p.groups, p.strips, p.strip_places, channel_blocks, p.channels_last,
+            **p.reduce_config.options,
+        )  # fmt: skip
+        if need_weight or need_bias:
+            config = pick("group_norm_silu_backward_channels", "fp32")
+            group_norm_silu_backward_channels[(cdiv(p.channels, config.blocks["BLOCK_C"]),)](
+                partials, grad_weight, grad_bias, p.channels, p.batch * p.strips, **config.options
+            )
+        if need_x:
+            means = torch.empty(p.batch, p.groups, 2, dtype=torch.float32, device=x.device)
+            group_norm_silu_backward_groups[(p.batch * p.groups,)](
+                partials, weight, means, p.channels, p.groups, p.places, p.strips,
+                **pick("group_norm_silu_backward_groups", "fp32").options,
+            )  # fmt: skip
+            grid, rest = p.elementwise()
+            group_norm_silu_backward[grid](*inputs, means, grad_x, *rest, **p.config.options)
+    return grad_x, grad_weight if need_weight else none, grad_bias if need_bias else none
+
+
+TYPES_OF_ARGUMENTS = {
+    **dict.fromkeys(("x", "y", "grad_y", "grad_x", "weight", "bias", "grad_weight", "grad_bias"), "*{}"),
+    **dict.fromkeys(("mean", "rstd", "partials", "means"), "*fp32"),
+    "eps": "fp32",
+}
+ALIGNED = ("grad_stride_b", "grad_stride_row", "stride_b", "stride_row", "channels", "places", "strip_places")
+
+
+def partials_work(b, c, s, layout, backward, dtype):
+    """Reads x (and grad_y) once; parameters of channels come from the cache."""
+    blocks = pick(f"group_norm_silu_{'backward' if backward else 'forward'}_partials", dtype, layout).blocks
+    reads = b * c * s * SIZES[dtype] * (2 if backward else 1)
+    return Work(b * c * s * (16 if backward else 6), reads + b * strips(b, c, s, blocks)[0] * c * 8)
+
+
+def elementwise_work(b, c, s, layout, backward, dtype):
+    """Reads x (and grad_y), writes y or dx; parameters of channels come from the cache."""
+    return Work(b * c * s * (20 if backward else 8), b * c * s * SIZES[dtype] * (3 if backward else 2))
+
+
+def merge_work(kernel, b, c, s, groups, layout, dtype):
+    """Of the small kernels that merge partial sums; `layout` decides the number of strips."""
+    forward_pass = kernel is group_norm_silu_statistics
+    blocks = pick(f"group_norm_silu_{'forward' if forward_pass else 'backward'}_partials", dtype, layout).blocks
+    n = b * strips(b, c, s, blocks)[0] * c
+    if forward_pass:
+        return Work(8 * n, 12 * n + 8 * b * groups)
+    if kernel is group_norm_silu_backward_groups:
+        return Work(4 * n, (8 + SIZES[dtype]) * n + 8 * b * groups)
+    return Work(2 * n, 8 * n + 2 * c * SIZES[dtype])
+
+
+def entries() -> list[Entry]:
+    b, c, s, groups = 8, 256, 64 * 64, 32
+    problem, found = f"{b} x {c} x {s}, {groups} groups", []
+    for layout in ("channels_last", "plain"):
+        for kernel, work, backward_pass in (
+            (group_norm_silu_forward_partials, partials_work, False),
+            (group_norm_silu_forward, elementwise_work, False),
+            (group_norm_silu_backward_partials, partials_work, True),
+            (group_norm_silu_backward, elementwise_work, True),
+        ):
+            found.append(
+                Entry(
+                    kernel, "group_norm_silu", argument_types(kernel, **TYPES_OF_ARGUMENTS), problem,
+                    functools.partial(work, b, c, s, layout, backward_pass),
+                    constexprs={"CHANNELS_LAST": layout == "channels_last"}, variant=layout, aligned=ALIGNED, streaming=True,
+                )
+            )  # fmt: skip
+    for kernel in (group_norm_silu_statistics, group_norm_silu_backward_groups, group_norm_silu_backward_channels):
+        work = functools.partial(merge_work, kernel, b, c, s, groups, "channels_last")
+        arguments = argument_types(kernel, **TYPES_OF_ARGUMENTS)
+        found.append(Entry(kernel, "group_norm_silu", arguments, problem, work, aligned=ALIGNED))
+    return found

@@ -1,0 +1,185 @@
+"""Layer normalisation of rows held in registers, with the residual addition before it and the residual's gradient after it.
+
+Forward: one pass; the sum is rounded first, as the reference does, and normalised as rounded. Backward: one pass as well; a program owns a
+strip of rows, keeps the weight in registers and leaves one partial sum of each parameter's gradient, which column_sums merges.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import configs
+from .catalog import Entry, Work
+from .column_sums import merge, strips_of
+from .common import SIZES, TYPES, cdiv, rounded
+from .rows import empty, row_alignment, row_constants, row_offsets, row_types, rows
+
+
+@triton.jit
+def _layer_norm_forward(
+    x, x_inner, x_outer_stride, x_inner_stride, residual, residual_inner, residual_outer_stride, residual_inner_stride,
+    weight, bias, y, h, mean, rstd, rows, width, eps, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.arange(0, BLOCK_D)
+    inside, valid = column < width, row < rows
+    mask = valid[:, None] & inside[None, :]
+    at = row_offsets(row, x_inner, x_outer_stride, x_inner_stride)
+    out = row.to(tl.int64)[:, None] * width + column[None, :]
+    value = tl.load(x + at[:, None] + column[None, :], mask=mask, other=0).to(tl.float32)
+    if residual is not None:
+        at = row_offsets(row, residual_inner, residual_outer_stride, residual_inner_stride)
+        value += tl.load(residual + at[:, None] + column[None, :], mask=mask, other=0).to(tl.float32)
+        kept = rounded(value, h.dtype.element_ty)
+        tl.store(h + out, kept, mask=mask)
+        value = kept.to(tl.float32)
+
+    centre = tl.sum(value, 1) / width
+    centred = tl.where(inside[None, :], value - centre[:, None], 0)
+    scale = tl.rsqrt(tl.sum(centred * centred, 1) / width + eps)
+    tl.store(mean + row, centre, mask=valid)
+    tl.store(rstd + row, scale, mask=valid)
+    result = centred * scale[:, None] * tl.load(weight + column, mask=inside, other=0).to(tl.float32)[None, :]
+    if bias is not None:
+        result += tl.load(bias + column, mask=inside, other=0).to(tl.float32)[None, :]
+    tl.store(y + out, rounded(result, y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _layer_norm_backward(
+    grad_y, grad_y_inner, grad_y_outer_stride, grad_y_inner_stride, grad_h, grad_h_inner, grad_h_outer_stride, grad_h_inner_stride,
+    h, h_inner, h_outer_stride, h_inner_stride, weight, mean, rstd, grad_x, weight_partials, bias_partials,
+    rows, width, rows_per_strip, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    strip = tl.program_id(0)
+    column = tl.arange(0, BLOCK_D)
+    inside = column < width
+    scale = tl.load(weight + column, mask=inside, other=0).to(tl.float32)[None, :]
+    # A row of the block adds to its own sums, so that no thread waits for another within the loop.
+    weight_sum = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
+    bias_sum = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
+    first = strip * rows_per_strip
+    last = tl.minimum(first + rows_per_strip, rows)
+    for start in range(first, last, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        valid = row < last
+        mask = valid[:, None] & inside[None, :]
+        at = row_offsets(row, grad_y_inner, grad_y_outer_stride, grad_y_inner_stride)
+        upstream = tl.load(grad_y + at[:, None] + column[None, :], mask=mask, other=0).to(tl.float32)
+        at = row_offsets(row, h_inner, h_outer_stride, h_inner_stride)
+        value = tl.load(h + at[:, None] + column[None, :], mask=mask, other=0).to(tl.float32)
+        r = tl.load(rstd + row, mask=valid, other=0)[:, None]
+        normal = (value - tl.load(mean + row, mask=valid, other=0)[:, None]) * r
+        if weight_partials is not None:
+            weight_sum += upstream * normal
+        if bias_partials is not None:
+            bias_sum += upstream
+        if grad_x is not None:
+            scaled = upstream * scale
+            along = tl.sum(scaled * normal, 1) / width
+            shift = tl.sum(scaled, 1) / width
+            result = (scaled - (normal * along[:, None] + shift[:, None])) * r
+            if grad_h is not None:
+                at = row_offsets(row, grad_h_inner, grad_h_outer_stride, grad_h_inner_stride)
+                result += tl.load(grad_h + at[:, None] + column[None, :], mask=mask, other=0).to(tl.float32)
+            out = row.to(tl.int64)[:, None] * width + column[None, :]
+            tl.store(grad_x + out, rounded(result, grad_x.dtype.element_ty), mask=mask)
+    at_strip = strip.to(tl.int64) * width + column
+    if weight_partials is not None:
+        tl.store(weight_partials + at_strip, tl.sum(weight_sum, 0), mask=inside)
+    if bias_partials is not None:
+        tl.store(bias_partials + at_strip, tl.sum(bias_sum, 0), mask=inside)
+
+
+MAX_WIDTH = configs.LAYER_NORM_WIDTHS[-1]
+NO_ROWS = None, 1, 0, 0
+
+
+def _size(width: int) -> str:
+    return str(next(block for block in configs.LAYER_NORM_WIDTHS if block >= width))
+
+
+def forward(x, weight, bias, residual, eps):
+    """x, residual [..., D], any strides; weight, bias [D]. Returns y, h (empty without a residual), mean, rstd."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    h = torch.empty_like(y) if residual is not None else x.new_empty(0)
+    mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    if x.numel():
+        x_rows, more = rows(x), None if residual is None else rows(residual)
+        config = configs.pick("layer_norm_forward", TYPES[x.dtype], _size(x_rows.width))
+        _layer_norm_forward[cdiv(x_rows.count, config.blocks["BLOCK_ROWS"]),](
+            *x_rows.arguments, *(NO_ROWS if more is None else more.arguments),
+            weight.contiguous(), None if bias is None else bias.contiguous(), y, None if more is None else h, mean, rstd,
+            x_rows.count, x_rows.width, float(eps), **config.options,
+        )  # fmt: skip
+    return y, h, mean, rstd
+
+
+def backward(grad_y, grad_h, h, weight, mean, rstd, need_x, need_weight, need_bias):
+    """Gradients of x (the residual's part grad_h added), weight and bias; an empty tensor where one is not asked for."""
+    grad_x = empty(h, h.shape, need_x)
+    grad_weight, grad_bias = empty(weight, weight.shape, need_weight), empty(weight, weight.shape, need_bias)
+    if h.numel() == 0:
+        return grad_x, grad_weight.zero_(), grad_bias.zero_()
+    h_rows, upstream, more = rows(h), rows(grad_y), None if grad_h is None else rows(grad_h)
+    strips, length = strips_of(h_rows.count)
+    partials = h.new_empty((need_weight + need_bias, strips, h_rows.width), dtype=torch.float32)
+    config = configs.pick("layer_norm_backward", TYPES[h.dtype], _size(h_rows.width))
+    _layer_norm_backward[strips,](
+        *upstream.arguments, *(NO_ROWS if more is None else more.arguments), *h_rows.arguments, weight.contiguous(), mean, rstd,
+        grad_x if need_x else None, partials[0] if need_weight else None, partials[-1] if need_bias else None,
+        h_rows.count, h_rows.width, length, **config.options,
+    )  # fmt: skip
+    if need_weight or need_bias:
+        merge(partials, *(grad for grad, need in ((grad_weight, need_weight), (grad_bias, need_bias)) if need))
+    return grad_x, grad_weight, grad_bias
+
+
+def forward_work(count: int, width: int, size: int, residual: bool, programs: int) -> Work:
+    """Each program reads weight and bias, of the storage's size, again."""
+    moved = count * width * size * (4 if residual else 2) + programs * 2 * width * size + 8 * count
+    return Work(8 * count * width, moved)
+
+
+def backward_work(count: int, width: int, size: int, residual: bool, strips: int) -> Work:
+    moved = count * width * size * (4 if residual else 3) + 8 * count + strips * width * (size + 2 * 4)
+    return Work(14 * count * width, moved)
+
+
+def entries() -> list[Entry]:
+    count, width = 16384, 768
+    programs = cdiv(count, configs.pick("layer_norm_forward", "bf16", _size(width), configs.ANY).blocks["BLOCK_ROWS"])
+    sizes = {"rows": "i32", "width": "i32"}
+    kernels = {
+        _layer_norm_forward: (
+            lambda t: row_types("x", t) | row_types("residual", t)
+            | {name: f"*{t}" for name in ("weight", "bias", "y", "h")} | {"mean": "*fp32", "rstd": "*fp32"} | sizes | {"eps": "fp32"},
+            ("residual", "h"), lambda size, fused: forward_work(count, width, size, fused, programs), ("x", "residual"),
+        ),
+        _layer_norm_backward: (
+            lambda t: row_types("grad_y", t) | row_types("grad_h", t) | row_types("h", t) | {"weight": f"*{t}", "mean": "*fp32"}
+            | {"rstd": "*fp32", "grad_x": f"*{t}", "weight_partials": "*fp32", "bias_partials": "*fp32"}
+            | sizes | {"rows_per_strip": "i32"},
+            ("grad_h",), lambda size, fused: backward_work(count, width, size, fused, strips_of(count)[0]), ("grad_y", "grad_h", "h"),
+        ),
+    }  # fmt: skip
+    return [
+        Entry(
+            kernel,
+            "layer_norm",
+            lambda t, types=types, absent=() if fused else optional: {
+                n: kind for n, kind in types(t).items() if n not in absent
+            },
+            f"{count} x {width}",
+            lambda t, work=work, fused=fused: work(SIZES[t], fused),
+            row_constants(*strided) | ({} if fused else dict.fromkeys(optional)),
+            variant="with a residual" if fused else "",
+            aligned=(*row_alignment(*strided), "rows", "width", "rows_per_strip"),
+            streaming=True,
+        )
+        for kernel, (types, optional, work, strided) in kernels.items()
+        for fused in (False, True)
+    ]

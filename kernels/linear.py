@@ -1,0 +1,121 @@
+"""The linear layer: library products where they are simply best, a tiled product with the bias in its epilogue where they would need a copy.
+
+dW sums over all rows and yields a small matrix, which the library splits along the sum; y and dx are plain products of large matrices. cuBLAS
+repeats its bits from run to run on one stream. db is ours (column_sums), since a product with ones would be another pass over dy.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs, gemm
+from .catalog import Entry, Work
+from .column_sums import column_sums
+from .common import SIZES, cdiv, rounded
+from .gemm import multiply, tile_position
+from .rows import Rows, empty, row_alignment, row_constants, row_offsets, row_types, rows
+
+
+@triton.jit
+def _linear(
+    x, x_inner, x_outer_stride, x_inner_stride, weight, weight_stride, bias, y, rows, columns, depth,
+    TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """y = x weight^T + bias with TRANSPOSED (weight [columns, depth]), x weight + bias without."""
+    m, n = tile_position(tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP)
+    row, column = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_at = row_offsets(tl.minimum(row, rows - 1), x_inner, x_outer_stride, x_inner_stride)
+    existing = tl.minimum(column, columns - 1) if TRANSPOSED else column
+    total = multiply(x, x_at, weight, weight_stride, existing, columns, depth, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K)
+    if bias is not None:
+        total += tl.load(bias + column, mask=column < columns, other=0).to(tl.float32)[None, :]
+    at = row.to(tl.int64)[:, None] * columns + column[None, :]
+    tl.store(y + at, rounded(total, y.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
+
+
+def forward(x, weight, bias):
+    """x [..., K], weight [N, K], bias [N] or None -> [..., N]; parameters of x's dtype or float32."""
+    x_rows, columns = rows(x), weight.shape[0]
+    shape = (*x.shape[:-1], columns)
+    if gemm.library_is_better(x_rows, weight):
+        return F.linear(x_rows.matrix, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)).view(shape)
+    return _product(x_rows, weight, bias, columns, True).view(shape)
+
+
+def input_gradient(grad_y: Rows, weight: Tensor) -> Tensor:
+    """dy W, [R, K]."""
+    if gemm.library_is_better(grad_y, weight):
+        return grad_y.matrix @ weight.to(grad_y.tensor.dtype)
+    return _product(grad_y, weight, None, weight.shape[1], False)
+
+
+def weight_gradient(grad_y: Rows, x: Rows, dtype: torch.dtype) -> Tensor:
+    """dy^T x, [N, K], of `dtype`: straight from the float32 sums where the library offers it."""
+    left, right = grad_y.matrix.t(), x.matrix
+    if dtype == right.dtype or not right.is_cuda or torch.version.hip or left.numel() == 0 or right.numel() == 0:
+        return (left @ right).to(dtype)
+    return torch.mm(left, right, out_dtype=dtype)
+
+
+def backward(grad_y, x, weight, need_x, need_weight, need_bias):
+    """Gradients of x, weight and bias (of weight's dtype); an empty tensor where one is not asked for."""
+    grad_rows, none = rows(grad_y), empty(weight, 0)
+    return (
+        input_gradient(grad_rows, weight).view(x.shape) if need_x else empty(x, 0),
+        weight_gradient(grad_rows, rows(x), weight.dtype) if need_weight else none,
+        column_sums(grad_rows, weight.dtype) if need_bias else none,
+    )
+
+
+def _product(x: Rows, weight: Tensor, bias: Tensor | None, columns: int, transposed: bool) -> Tensor:
+    y = x.tensor.new_empty((x.count, columns))
+    if y.numel():
+        weight = gemm.operand(weight, x)
+        bias = None if bias is None else bias.contiguous()
+        config, grid = gemm.configure("linear", x.tensor.dtype, x.count, columns)
+        _linear[grid](
+            *x.arguments, weight, weight.stride(0), bias, y, x.count, columns, x.width, TRANSPOSED=transposed, **config.options
+        )
+    return y
+
+
+def work(count: int, columns: int, depth: int, size: int, parameter_size: int, config: configs.Config) -> Work:
+    """One launch with a bias: both operands tile by tile, the bias once per row of tiles, y out."""
+    block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
+    operands = gemm.product_bytes(count, columns, depth, size, parameter_size, block_m, block_n)
+    return Work(
+        2 * count * columns * depth, operands + cdiv(count, block_m) * columns * parameter_size + count * columns * size
+    )
+
+
+def entries() -> list[Entry]:
+    count, columns, depth = 1024, 768, 3072
+
+    def entry_work(t: str, mixed: bool) -> Work:
+        config = configs.pick("linear", t, gemm.size_class(count, columns), "sm_80")
+        return work(count, columns, depth, SIZES[t], 4 if mixed else SIZES[t], config)
+
+    def types(t: str, parameters: str) -> dict[str, str]:
+        pointers = {"weight": f"*{parameters}", "weight_stride": "i32", "bias": f"*{parameters}", "y": f"*{t}"}
+        return row_types("x", t) | pointers | {"rows": "i32", "columns": "i32", "depth": "i32"}
+
+    return [
+        Entry(
+            _linear,
+            "linear",
+            lambda t, mixed=mixed: types(t, "fp32" if mixed else t),
+            f"{count} x {depth} -> {columns}",
+            lambda t, mixed=mixed: entry_work(t, mixed),
+            row_constants("x") | {"TRANSPOSED": transposed},
+            variant=("x W^T" if transposed else "dy W") + (", float32 parameters" if mixed else ""),
+            dtypes=("bf16", "fp16") if mixed else ("fp32", "bf16", "fp16"),
+            aligned=(*row_alignment("x"), "weight_stride", "rows", "columns", "depth"),
+            matrix=True,
+        )
+        for transposed in (True, False)
+        for mixed in (False, True)
+    ]

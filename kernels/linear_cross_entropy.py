@@ -1,0 +1,194 @@
+"""linear_cross_entropy: chunks of rows of logits by the library's product, and one kernel that walks each row of them.
+
+A chunk's logits lie in one buffer of CHUNK_BYTES, in the dtype of the operands, and become their own gradients in place:
+
+    statistics (forward):          z -> max, log of the sum below it, loss                            reads z once
+    gradient (backward):           z -> g = u (exp(z - max - log sum) - [v = y])                      reads and writes z once
+    both (gradients in forward):   the same in one launch, one program per row                        reads z twice, the second time from cache
+
+The one-hot comes off in float32. Ignored rows stay in the products, as the host can't know how many there are without waiting for
+the device; their gradients are zero, and so are their rows in the product that sums over rows.
+
+Per chunk the gradient by weight [V,D] is read and written in float32, so chunks must not be small: 128 MB are 1360 rows at V = 49408,
+for which that traffic (300 MB at D = 768) takes less time than the chunk's three products.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops.linear_cross_entropy import check_labels
+from . import configs
+from .catalog import Entry, Work
+from .common import TYPES
+from .products import add_product, room_for_rows
+
+CHUNK_BYTES = 2**27
+
+
+@triton.jit
+def cross_entropy_rows(
+    logits,
+    labels,
+    upstream,
+    nll,
+    lse,
+    logits_stride,
+    upstream_stride,
+    tokens,
+    classes,
+    ignore_index,
+    STATISTICS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Program t: row t of logits [.., classes]. lse [2, tokens] is written with STATISTICS, else read where it is needed."""
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + row)
+    counted = label != ignore_index
+    z = logits + row * logits_stride
+    v = tl.arange(0, BLOCK_V)
+    if STATISTICS:
+        largest = float("-inf")
+        sums = tl.zeros((BLOCK_V,), tl.float32)
+        own = tl.zeros((BLOCK_V,), tl.float32)
+        for start in range(0, classes, BLOCK_V):
+            part = tl.load(z + start + v, mask=start + v < classes, other=float("-inf")).to(tl.float32)
+            before = largest
+            largest = tl.maximum(before, tl.max(part, 0))
+            sums = sums * tl.exp(before - largest) + tl.exp(part - largest)
+            own += tl.where(start + v == label, part, 0.0)
+        log_sum = tl.log(tl.sum(sums, 0))
+        tl.store(nll + row, tl.where(counted, (largest - tl.sum(own, 0)) + log_sum, 0.0))
+        if not GRADIENT:
+            tl.store(lse + row, tl.where(counted, largest, 0.0))
+            tl.store(lse + tokens + row, tl.where(counted, log_sum, 0.0))
+    else:
+        largest = tl.load(lse + row)
+        log_sum = tl.load(lse + tokens + row)
+    if GRADIENT:
+        weight = tl.load(upstream + row * upstream_stride)
+        for start in range(0, classes, BLOCK_V):
+            inside = start + v < classes
+            part = tl.load(z + start + v, mask=inside, other=0.0).to(tl.float32)
+            p = tl.exp((part - largest) - log_sum)
+            g = tl.where(counted, (p - tl.where(start + v == label, 1.0, 0.0)) * weight, 0.0)
+            tl.store(z + start + v, g.to(z.dtype.element_ty), mask=inside)
+
+
+def forward(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """hidden [T,D], weight [V,D], labels [T] -> nll [T], lse [2,T]."""
+    check_labels(labels, len(weight), ignore_index)
+    nll = hidden.new_empty(len(hidden), dtype=torch.float32)
+    lse = hidden.new_empty((2, len(hidden)), dtype=torch.float32)
+    for chunk, z in _logits(hidden, weight):
+        _launch(z, labels[chunk], nll[chunk], nll[chunk], lse[:, chunk], ignore_index, statistics=True, gradient=False)
+    return nll, lse
+
+
+def backward(
+    grad_nll: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients by hidden [T,D] and weight [V,D], from logits that are computed again."""
+
+    def gradients(chunk, z):
+        own = lse[:, chunk]
+        _launch(z, labels[chunk], grad_nll[chunk], own, own, ignore_index, statistics=False, gradient=True)
+
+    return _products(hidden, weight, labels, ignore_index, need_hidden, need_weight, gradients)
+
+
+def total(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, mean: bool, need_hidden: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum or mean over rows, and its gradients by hidden and weight where they are needed, for an upstream gradient of 1."""
+    check_labels(labels, len(weight), ignore_index)
+    nll = hidden.new_empty(len(hidden), dtype=torch.float32)
+    factor = nll.new_ones(())
+    if mean:
+        factor = 1.0 / (labels != ignore_index).sum().clamp(min=1).float()
+
+    def gradients(chunk, z):
+        upstream = factor.expand(len(z))
+        _launch(z, labels[chunk], upstream, nll[chunk], nll[chunk], ignore_index, statistics=True, gradient=True)
+
+    grads = _products(hidden, weight, labels, ignore_index, need_hidden, need_weight, gradients)
+    # Alone in one tensor's fixed order of sums: PyTorch's full sum depends on the shape only.
+    return nll.sum() * factor, *grads
+
+
+def _logits(hidden: Tensor, weight: Tensor):
+    """(rows, their logits) of each chunk, all in one buffer."""
+    size = max(1, CHUNK_BYTES // (hidden.element_size() * max(len(weight), 1)))
+    room = room_for_rows(hidden, min(size, len(hidden)), len(weight), hidden.dtype)
+    for start in range(0, len(hidden), size):
+        chunk = slice(start, min(start + size, len(hidden)))
+        z = room[: chunk.stop - start]
+        torch.mm(hidden[chunk], weight.T, out=z)
+        yield chunk, z
+
+
+def _products(hidden, weight, labels, ignore_index, need_hidden, need_weight, gradients):
+    """gradients(chunk, z) turns a chunk's logits into gradients; what comes of them for hidden and weight."""
+    grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
+    grad_weight = None
+    for chunk, z in _logits(hidden, weight):
+        gradients(chunk, z)
+        if need_hidden:
+            torch.mm(z, weight, out=grad_hidden[chunk])
+        if need_weight:
+            # 0 times a NaN of an ignored row would not be 0.
+            h = hidden[chunk].masked_fill((labels[chunk] == ignore_index)[:, None], 0)
+            once = len(z) == len(hidden)
+            if grad_weight is None:
+                grad_weight = weight.new_empty(weight.shape, dtype=weight.dtype if once else torch.float32)
+            add_product(grad_weight, z.T, h, first=chunk.start == 0)
+    if grad_weight is None:
+        grad_weight = weight.new_zeros(weight.shape if need_weight else 0)
+    return grad_hidden, grad_weight.to(weight.dtype)
+
+
+def _launch(z, labels, upstream, nll, lse, ignore_index, *, statistics, gradient):
+    config = configs.pick("cross_entropy_rows", TYPES[z.dtype])
+    cross_entropy_rows[(len(z),)](
+        z, labels.contiguous(), upstream, nll, lse, z.stride(0), upstream.stride(0), lse.stride(0), z.shape[1], ignore_index,
+        STATISTICS=statistics, GRADIENT=gradient, **config.options,
+    )  # fmt: skip
+
+
+def entries() -> list[Entry]:
+    rows, classes = 1360, 49408
+    modes = {"statistics": (True, False, 1), "gradient": (False, True, 2), "both": (True, True, 3)}
+
+    def arguments(dtype):
+        pointers = {"logits": f"*{dtype}", "labels": "*i64", "upstream": "*fp32", "nll": "*fp32", "lse": "*fp32"}
+        sizes = ("logits_stride", "upstream_stride", "tokens", "classes", "ignore_index")
+        return pointers | dict.fromkeys(sizes, "i32")
+
+    def work(passes):
+        return lambda dtype: Work(flops=0, bytes=rows * (classes * passes * (4 if dtype == "fp32" else 2) + 20))
+
+    return [
+        Entry(
+            kernel=cross_entropy_rows,
+            op="linear_cross_entropy",
+            arguments=arguments,
+            problem=f"{rows} x {classes}",
+            work=work(passes),
+            constexprs={"STATISTICS": statistics, "GRADIENT": gradient},
+            variant=name,
+            aligned=("logits_stride", "classes"),
+            streaming=True,
+        )
+        for name, (statistics, gradient, passes) in modes.items()
+    ]

@@ -1,0 +1,187 @@
+"""The two-layer perceptron: each product next to the activation carries it in its epilogue.
+
+Forward: h = x W1^T + b1 is kept for backward, rounded, and a = gelu(h) is written beside it. Reading h and activating it in the second
+product's prologue would save one write of a, 2 bytes an element, but evaluate the error function once for every tile of D columns, some 150
+operations an element outside the tensor cores at D = 768, which costs more than twice the product itself. Backward: dh = (dy W2) gelu'(h) and
+a = gelu(h) leave one epilogue, with the partial sums of db1. The products without an activation are linear.py's.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import configs, gemm, linear
+from .catalog import Entry, Work
+from .column_sums import column_sums, merge
+from .common import SIZES, cdiv, rounded
+from .gelu import gelu, gelu_and_slope
+from .gemm import halves, multiply, tile_position
+from .rows import empty, row_alignment, row_constants, row_offsets, row_types, rows
+
+
+@triton.jit
+def _forward_epilogue(total, row, column, b1, h, a, rows, hidden, EXACT: tl.constexpr):
+    if b1 is not None:
+        total += tl.load(b1 + column, mask=column < hidden, other=0).to(tl.float32)[None, :]
+    at = row.to(tl.int64)[:, None] * hidden + column[None, :]
+    mask = (row < rows)[:, None] & (column < hidden)[None, :]
+    kept = rounded(total, h.dtype.element_ty)
+    tl.store(h + at, kept, mask=mask)
+    # Backward activates the rounded h again and has to find the same.
+    tl.store(a + at, rounded(gelu(kept.to(tl.float32), EXACT), a.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _mlp_forward(
+    x, x_inner, x_outer_stride, x_inner_stride, w1, w1_stride, b1, h, a, rows, hidden, width,
+    EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    HALVES: tl.constexpr,
+):  # fmt: skip
+    m, n = tile_position(tl.cdiv(rows, BLOCK_M), tl.cdiv(hidden, BLOCK_N), GROUP)
+    row, column = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_at = row_offsets(tl.minimum(row, rows - 1), x_inner, x_outer_stride, x_inner_stride)
+    total = multiply(x, x_at, w1, w1_stride, tl.minimum(column, hidden - 1), hidden, width, True, BLOCK_M, BLOCK_N, BLOCK_K)
+    if HALVES:
+        half: tl.constexpr = BLOCK_N // 2
+        left, right = halves(total)
+        column = n * BLOCK_N + tl.arange(0, half)
+        _forward_epilogue(left, row, column, b1, h, a, rows, hidden, EXACT)
+        _forward_epilogue(right, row, column + half, b1, h, a, rows, hidden, EXACT)
+    else:
+        _forward_epilogue(total, row, column, b1, h, a, rows, hidden, EXACT)
+
+
+@triton.jit
+def _backward_epilogue(
+    total, m, row, column, h, h_at, grad_h, a, b1_partials, rows, hidden, EXACT: tl.constexpr
+):  # fmt: skip
+    mask = (row < rows)[:, None] & (column < hidden)[None, :]
+    at = row.to(tl.int64)[:, None] * hidden + column[None, :]
+    activated, slope = gelu_and_slope(tl.load(h + h_at[:, None] + column[None, :], mask=mask, other=0).to(tl.float32), EXACT)
+    if a is not None:
+        tl.store(a + at, rounded(activated, a.dtype.element_ty), mask=mask)
+    if grad_h is not None:
+        total *= slope
+        tl.store(grad_h + at, rounded(total, grad_h.dtype.element_ty), mask=mask)
+        if b1_partials is not None:
+            column_sum = tl.sum(tl.where((row < rows)[:, None], total, 0), 0)
+            tl.store(b1_partials + m.to(tl.int64) * hidden + column, column_sum, mask=column < hidden)
+
+
+@triton.jit
+def _mlp_backward(
+    grad_y, grad_y_inner, grad_y_outer_stride, grad_y_inner_stride, w2, w2_stride, h, h_inner, h_outer_stride, h_inner_stride,
+    grad_h, a, b1_partials, rows, hidden, features,
+    EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    HALVES: tl.constexpr,
+):  # fmt: skip
+    m, n = tile_position(tl.cdiv(rows, BLOCK_M), tl.cdiv(hidden, BLOCK_N), GROUP)
+    row, column = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
+    existing = tl.minimum(row, rows - 1)
+    if grad_h is not None:
+        grad_at = row_offsets(existing, grad_y_inner, grad_y_outer_stride, grad_y_inner_stride)
+        total = multiply(grad_y, grad_at, w2, w2_stride, column, hidden, features, False, BLOCK_M, BLOCK_N, BLOCK_K)
+    else:
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    h_at = row_offsets(existing, h_inner, h_outer_stride, h_inner_stride)
+    if HALVES:
+        half: tl.constexpr = BLOCK_N // 2
+        left, right = halves(total)
+        column = n * BLOCK_N + tl.arange(0, half)
+        _backward_epilogue(left, m, row, column, h, h_at, grad_h, a, b1_partials, rows, hidden, EXACT)
+        _backward_epilogue(right, m, row, column + half, h, h_at, grad_h, a, b1_partials, rows, hidden, EXACT)
+    else:
+        _backward_epilogue(total, m, row, column, h, h_at, grad_h, a, b1_partials, rows, hidden, EXACT)
+
+
+def forward(x, w1, b1, w2, b2, activation):
+    """x [..., K], w1 [H, K], w2 [D, H] -> y [..., D], h [..., H]."""
+    x_rows, hidden = rows(x), w1.shape[0]
+    h = x.new_empty((*x.shape[:-1], hidden))
+    a = torch.empty_like(h)
+    if h.numel():
+        operand = gemm.operand(w1, x_rows)
+        config, grid = gemm.configure("mlp_forward", x.dtype, x_rows.count, hidden)
+        _mlp_forward[grid](
+            *x_rows.arguments, operand, operand.stride(0), None if b1 is None else b1.contiguous(), h, a,
+            x_rows.count, hidden, x_rows.width, EXACT=activation == "gelu", **config.options,
+        )  # fmt: skip
+    return linear.forward(a, w2, b2), h
+
+
+def backward(grad_y, x, h, w1, w2, activation, need_x, need_w1, need_b1, need_w2, need_b2):
+    """Gradients of x, w1, b1, w2, b2 (those of w1's dtype); an empty tensor where one is not asked for."""
+    upstream, h_rows, hidden, need_h = rows(grad_y), rows(h), w1.shape[0], need_x or need_w1 or need_b1
+    grad_h, a = empty(h, (h_rows.count, hidden), need_h), empty(h, (h_rows.count, hidden), need_w2)
+    grad_b1 = empty(w1, hidden, need_b1)
+    if h.numel() and (need_h or need_w2):
+        operand = gemm.operand(w2, upstream)
+        config, grid = gemm.configure("mlp_backward", h.dtype, h_rows.count, hidden)
+        parts = cdiv(h_rows.count, config.blocks["BLOCK_M"])
+        partials = empty(h, (1, parts, hidden), need_b1, torch.float32)
+        _mlp_backward[grid](
+            *upstream.arguments, operand, operand.stride(0), *h_rows.arguments, grad_h if need_h else None,
+            a if need_w2 else None, partials if need_b1 else None, h_rows.count, hidden, upstream.width,
+            EXACT=activation == "gelu", **config.options,
+        )  # fmt: skip
+        if need_b1:
+            merge(partials, grad_b1)
+    elif need_b1:
+        grad_b1.zero_()
+    dh, none = rows(grad_h) if need_h else None, empty(w1, 0)
+    return (
+        linear.input_gradient(dh, w1).view(x.shape) if need_x else empty(x, 0),
+        linear.weight_gradient(dh, rows(x), w1.dtype) if need_w1 else none,
+        grad_b1,
+        linear.weight_gradient(upstream, rows(a), w1.dtype) if need_w2 else none,
+        column_sums(upstream, w1.dtype) if need_b2 else none,
+    )
+
+
+def work(count: int, hidden: int, width: int, size: int, parameter_size: int, config: configs.Config, backward: bool) -> Work:
+    """One launch: both operands tile by tile, then h and a out; or h in, grad_h and a out, and a partial sum of db1 per row of tiles."""
+    block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
+    operands = gemm.product_bytes(count, hidden, width, size, parameter_size, block_m, block_n)
+    bias = cdiv(count, block_m) * hidden * (4 if backward else parameter_size)
+    return Work(2 * count * hidden * width, operands + bias + (3 if backward else 2) * count * hidden * size)
+
+
+def entries() -> list[Entry]:
+    count, width, hidden = 16384, 768, 3072
+    dimensions = {"rows": "i32", "hidden": "i32"}
+
+    def entry_work(name: str, t: str, mixed: bool) -> Work:
+        config = configs.pick(name, t, "large", "sm_80")
+        return work(count, hidden, width, SIZES[t], 4 if mixed else SIZES[t], config, name == "mlp_backward")
+
+    def forward_types(t: str, parameters: str) -> dict[str, str]:
+        pointers = {"w1": f"*{parameters}", "w1_stride": "i32", "b1": f"*{parameters}", "h": f"*{t}", "a": f"*{t}"}
+        return row_types("x", t) | pointers | dimensions | {"width": "i32"}
+
+    def backward_types(t: str, parameters: str) -> dict[str, str]:
+        operand = {"w2": f"*{parameters}", "w2_stride": "i32"}
+        outputs = {"grad_h": f"*{t}", "a": f"*{t}", "b1_partials": "*fp32"}
+        return row_types("grad_y", t) | operand | row_types("h", t) | outputs | dimensions | {"features": "i32"}
+
+    kernels = (
+        (_mlp_forward, "mlp_forward", forward_types, ("x",), ("w1_stride", "width")),
+        (_mlp_backward, "mlp_backward", backward_types, ("grad_y", "h"), ("w2_stride", "features")),
+    )
+    return [
+        Entry(
+            kernel,
+            "mlp",
+            lambda t, types=types, mixed=mixed: types(t, "fp32" if mixed else t),
+            f"{count} x {width} -> {hidden}",
+            lambda t, name=name, mixed=mixed: entry_work(name, t, mixed),
+            row_constants(*strided) | {"EXACT": exact},
+            variant=("erf" if exact else "tanh") + (", float32 parameters" if mixed else ""),
+            dtypes=("bf16", "fp16") if mixed else ("fp32", "bf16", "fp16"),
+            aligned=(*row_alignment(*strided), "rows", "hidden", *divisible),
+            matrix=True,
+        )
+        for kernel, name, types, strided, divisible in kernels
+        for exact, mixed in ((True, False), (False, False), (True, True))
+    ]

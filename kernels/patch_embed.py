@@ -1,0 +1,350 @@
+"""Patch embedding: ov3fast/ops/patch_embed.py.
+
+A tile of patches is gathered, sampled, scaled and rounded in registers and goes straight into the product; bias, position embedding and CLS
+token are added to the sums, so the forward reads latents and writes tokens, nothing else. The K = C p p values of a patch are few (64 for 16
+channels): where they fit one tile, a program makes it once and walks over the features, so each number of the stream is drawn once.
+The weight's gradient draws it again for each tile of features, ceil(D / BLOCK_M) times.
+A row m of the products is patch (b, n); z is [B, C, H, W].
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..ops.patch_embed import _backward_reference, _forward_reference
+from . import philox
+from .catalog import Entry, Work
+from .common import SIZES, TYPES, argument_types, cdiv, dot, rounded
+from .configs import pick
+from .patches import patch_offsets
+from .sums import merged, splits_of, sum_batches, sum_of_few
+
+# Programs that walking over all features with one tile of patches should leave; fewer, and the features are dealt out.
+PROGRAMS = 512
+
+
+@triton.jit
+def _noise(
+    rng, first_m, first_k, tokens, grid_w, channels,
+    PATCH: tl.constexpr, IN_ORDER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """eps of patches [first_m, + BLOCK_M) and values [first_k, + BLOCK_K): elements of the contiguous [B, C, H, W]."""
+    seed, offset = tl.load(rng), tl.load(rng + 1)
+    width, height = grid_w * PATCH, tokens // grid_w * PATCH
+    area = width.to(tl.int64) * height
+    if IN_ORDER:
+        # Four neighbours along x are one row of two patches side by side: a block of the stream, drawn once.
+        m, k = first_m + 2 * tl.arange(0, BLOCK_M // 2), first_k + 2 * tl.arange(0, BLOCK_K // 2)
+        element = patch_offsets(m, k, tokens, grid_w, channels * area, area, width, PATCH)
+        n0, n1, n2, n3 = philox.normals(seed, (element >> 2) + offset)
+        quads = tl.join(tl.join(n0, n1), tl.join(n2, n3))  # [M / 2, K / 2, dx, patch of the two]
+        return quads.permute(0, 3, 1, 2).reshape((BLOCK_M, BLOCK_K))
+    else:
+        m, k = first_m + tl.arange(0, BLOCK_M), first_k + tl.arange(0, BLOCK_K)
+        return philox.normal_at(seed, offset, patch_offsets(m, k, tokens, grid_w, channels * area, area, width, PATCH))
+
+
+@triton.jit
+def _deviation(logvar):
+    """exp(clamp(logvar) / 2), NaN kept."""
+    logvar = tl.where(logvar < -30.0, -30.0, logvar)
+    return tl.exp(0.5 * tl.where(logvar > 20.0, 20.0, logvar))
+
+
+@triton.jit
+def _patches(
+    latents, stride_b, stride_c, stride_h, rng, scale, shift, first_m, first_k, rows, tokens, grid_w, channels, dtype: tl.constexpr,
+    PATCH: tl.constexpr, SAMPLE: tl.constexpr, IN_ORDER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile of patches of (z - shift) scale in `dtype`, 0 outside."""
+    m, k = first_m + tl.arange(0, BLOCK_M), first_k + tl.arange(0, BLOCK_K)
+    mask = (m < rows)[:, None] & (k < channels * PATCH * PATCH)[None, :]
+    at = latents + patch_offsets(m, k, tokens, grid_w, stride_b, stride_c, stride_h, PATCH)
+    value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    if SAMPLE:
+        logvar = tl.load(at + channels.to(tl.int64) * stride_c, mask=mask, other=0.0).to(tl.float32)
+        noise = _noise(rng, first_m, first_k, tokens, grid_w, channels, PATCH, IN_ORDER, BLOCK_M, BLOCK_K)
+        value += _deviation(logvar) * noise
+    return rounded(tl.where(mask, (value - shift) * scale, 0.0), dtype)
+
+
+@triton.jit(do_not_specialize=["channels", "grid_w"])
+def patch_embed_forward(
+    latents, stride_b, stride_c, stride_h, weight, weight_stride, bias, pos_embed, cls_token, rng, scale, shift, y,
+    rows, tokens, grid_w, channels, features, shares, share_tiles,
+    PATCH: tl.constexpr, SAMPLE: tl.constexpr, IN_ORDER: tl.constexpr, CLS: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A program's tile of patches against its share of the features; WHOLE where K fits one tile."""
+    program = tl.program_id(0)
+    first_m, share = program // shares * BLOCK_M, program % shares
+    m = first_m + tl.arange(0, BLOCK_M)
+    n = m % tokens
+    row = (m // tokens).to(tl.int64) * (tokens + CLS) + CLS + n
+    values = channels * PATCH * PATCH
+    dtype: tl.constexpr = weight.dtype.element_ty
+    if WHOLE:
+        x = _patches(
+            latents, stride_b, stride_c, stride_h, rng, scale, shift, first_m, 0, rows, tokens, grid_w, channels, dtype,
+            PATCH, SAMPLE, IN_ORDER, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
+    for tile in range(share * share_tiles, (share + 1) * share_tiles):
+        d = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if WHOLE:
+            k = tl.arange(0, BLOCK_K)
+            at = weight + d.to(tl.int64)[:, None] * weight_stride + k[None, :]
+            w = tl.load(at, mask=(d < features)[:, None] & (k < values)[None, :], other=0.0)
+            total = dot(x, tl.trans(w), total)
+        else:
+            for first_k in range(0, values, BLOCK_K):
+                k = first_k + tl.arange(0, BLOCK_K)
+                x = _patches(
+                    latents, stride_b, stride_c, stride_h, rng, scale, shift, first_m, first_k, rows, tokens, grid_w, channels,
+                    dtype, PATCH, SAMPLE, IN_ORDER, BLOCK_M, BLOCK_K,
+                )  # fmt: skip
+                at = weight + d.to(tl.int64)[:, None] * weight_stride + k[None, :]
+                w = tl.load(at, mask=(d < features)[:, None] & (k < values)[None, :], other=0.0)
+                total = dot(x, tl.trans(w), total)
+        if bias is not None:
+            total += tl.load(bias + d, mask=d < features, other=0.0).to(tl.float32)[None, :]
+        mask = (m < rows)[:, None] & (d < features)[None, :]
+        if pos_embed is not None:
+            total += tl.load(pos_embed + (CLS + n)[:, None] * features + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(y + row[:, None] * features + d[None, :], rounded(total, dtype), mask=mask)
+        if CLS:
+            # The program of an instance's first patch writes its CLS row, which is the row before.
+            first = tl.load(cls_token + d, mask=d < features, other=0.0).to(tl.float32)
+            if pos_embed is not None:
+                first += tl.load(pos_embed + d, mask=d < features, other=0.0).to(tl.float32)
+            at = y + (row - 1)[:, None] * features + d[None, :]
+            tl.store(at, tl.broadcast_to(rounded(first, dtype)[None, :], (BLOCK_M, BLOCK_N)), mask=mask & (n == 0)[:, None])
+
+
+@triton.jit(do_not_specialize=["channels", "grid_w"])
+def patch_embed_grad_latents(
+    grad_y, grad_stride_b, grad_stride_n, weight, weight_stride, latents, stride_b, stride_c, stride_h, rng, scale, grad_latents,
+    rows, tokens, grid_w, channels, features, tiles,
+    PATCH: tl.constexpr, MOMENTS: tl.constexpr, SAMPLE: tl.constexpr, IN_ORDER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dy W scattered to the places of the patches' values; from moments, the gradient of logvar behind that of the mean."""
+    program = tl.program_id(0)
+    first_m, first_k = program // tiles * BLOCK_M, program % tiles * BLOCK_N
+    m, k = first_m + tl.arange(0, BLOCK_M), first_k + tl.arange(0, BLOCK_N)
+    values = channels * PATCH * PATCH
+    grad_y += ((m // tokens).to(tl.int64) * grad_stride_b + (m % tokens).to(tl.int64) * grad_stride_n)[:, None]
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, features, BLOCK_K):
+        d = first + tl.arange(0, BLOCK_K)
+        upstream = tl.load(grad_y + d[None, :], mask=(m < rows)[:, None] & (d < features)[None, :], other=0.0)
+        at = weight + d.to(tl.int64)[:, None] * weight_stride + k[None, :]
+        w = tl.load(at, mask=(d < features)[:, None] & (k < values)[None, :], other=0.0)
+        total = dot(upstream, w, total)
+    total *= scale
+    mask = (m < rows)[:, None] & (k < values)[None, :]
+    width, height = grid_w * PATCH, tokens // grid_w * PATCH
+    area = width.to(tl.int64) * height
+    all_channels = channels * (2 if MOMENTS else 1)
+    at = grad_latents + patch_offsets(m, k, tokens, grid_w, all_channels * area, area, width, PATCH)
+    tl.store(at, rounded(total, grad_latents.dtype.element_ty), mask=mask)
+    if MOMENTS:
+        grad_logvar = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if SAMPLE:
+            offsets = patch_offsets(m, k, tokens, grid_w, stride_b, stride_c, stride_h, PATCH)
+            logvar = tl.load(latents + offsets + channels.to(tl.int64) * stride_c, mask=mask, other=0.0).to(tl.float32)
+            slope = tl.where((logvar >= -30.0) & (logvar <= 20.0), 0.5, 0.0) * _deviation(logvar)
+            noise = _noise(rng, first_m, first_k, tokens, grid_w, channels, PATCH, IN_ORDER, BLOCK_M, BLOCK_N)
+            grad_logvar = slope * noise * total
+        tl.store(at + channels * area, rounded(grad_logvar, grad_latents.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["channels", "grid_w"])
+def patch_embed_grad_weight(
+    grad_y, grad_stride_b, grad_stride_n, latents, stride_b, stride_c, stride_h, rng, scale, shift, partials,
+    rows, tokens, grid_w, channels, features, split_rows, tiles_d, tiles_k,
+    PATCH: tl.constexpr, SAMPLE: tl.constexpr, IN_ORDER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Partial products dy^T x of a split of the patches: partials [splits, D, K]. BLOCK_M is of features, BLOCK_K of patches."""
+    program = tl.program_id(0)
+    split = program // (tiles_d * tiles_k)
+    d = program // tiles_k % tiles_d * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_k = program % tiles_k * BLOCK_N
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first_m in range(split * split_rows, tl.minimum((split + 1) * split_rows, rows), BLOCK_K):
+        m = first_m + tl.arange(0, BLOCK_K)
+        row = (m // tokens).to(tl.int64) * grad_stride_b + (m % tokens).to(tl.int64) * grad_stride_n
+        mask = (m < rows)[:, None] & (d < features)[None, :]
+        upstream = tl.load(grad_y + row[:, None] + d[None, :], mask=mask, other=0.0)
+        x = _patches(
+            latents, stride_b, stride_c, stride_h, rng, scale, shift, first_m, first_k, rows, tokens, grid_w, channels,
+            grad_y.dtype.element_ty, PATCH, SAMPLE, IN_ORDER, BLOCK_K, BLOCK_N,
+        )  # fmt: skip
+        total = dot(tl.trans(upstream), x, total)
+    values = channels * PATCH * PATCH
+    k = first_k + tl.arange(0, BLOCK_N)
+    at = partials + (split * features + d).to(tl.int64)[:, None] * values + k[None, :]
+    tl.store(at, rounded(total, partials.dtype.element_ty), mask=(d < features)[:, None] & (k < values)[None, :])
+
+
+class _Sizes:
+    """Of one call, and its latents and weight as the kernels take them."""
+
+    def __init__(self, latents, weight, rng, patch_size, moments):
+        self.latents = latents if latents.stride(3) == 1 else latents.contiguous()
+        self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
+        self.rng = None if rng is None else rng.contiguous()
+        self.batch, channels, height, width = latents.shape
+        self.channels = channels // 2 if moments else channels
+        self.grid_w = width // patch_size
+        self.tokens = height // patch_size * self.grid_w
+        self.features, self.values = weight.shape
+        self.rows = self.batch * self.tokens
+        # Blocks of the stream lie in two patches of 2 x 2 side by side.
+        self.in_order = patch_size == 2 and self.grid_w % 2 == 0
+        self.dtype = TYPES[weight.dtype]
+
+    @property
+    def empty(self):
+        return self.rows * self.features * self.values == 0
+
+    @property
+    def strides(self):
+        return self.latents.stride()[:3]
+
+
+def shares_of(features, patch_tiles, block) -> tuple[int, int]:
+    """How many programs divide the features of one tile of patches, and tiles of features of each."""
+    tiles = cdiv(features, block)
+    share_tiles = cdiv(tiles, min(tiles, cdiv(PROGRAMS, patch_tiles)))
+    return cdiv(tiles, share_tiles), share_tiles
+
+
+def forward(latents, weight, bias, pos_embed, cls_token, rng, patch_size, scale, shift, moments):
+    """y [B, (1+)N, D]."""
+    s = _Sizes(latents, weight, rng, patch_size, moments)
+    if s.empty:
+        return _forward_reference(latents, weight, bias, pos_embed, cls_token, rng, patch_size, scale, shift, moments)
+    bias, pos_embed, cls_token = (None if v is None else v.contiguous() for v in (bias, pos_embed, cls_token))
+    cls = int(cls_token is not None)
+    y = torch.empty(s.batch, cls + s.tokens, s.features, dtype=weight.dtype, device=weight.device)
+    config = pick("patch_embed_forward", s.dtype)
+    patch_tiles = cdiv(s.rows, config.blocks["BLOCK_M"])
+    shares, share_tiles = shares_of(s.features, patch_tiles, config.blocks["BLOCK_N"])
+    patch_embed_forward[(patch_tiles * shares,)](
+        s.latents, *s.strides, s.weight, s.weight.stride(0), bias, pos_embed, cls_token, s.rng, float(scale), float(shift), y,
+        s.rows, s.tokens, s.grid_w, s.channels, s.features, shares, share_tiles,
+        patch_size, s.rng is not None, s.in_order, cls, s.values <= config.blocks["BLOCK_K"], **config.options,
+    )  # fmt: skip
+    return y
+
+
+def backward(
+    grad_y, latents, weight, rng, patch_size, scale, shift, moments, need_latents, need_weight, need_bias, need_pos, need_cls
+):
+    """Gradients of latents, weight, bias, pos_embed and cls_token; empty ones where they are not asked for."""
+    s = _Sizes(latents, weight, rng, patch_size, moments)
+    if s.empty:
+        needs = need_latents, need_weight, need_bias, need_pos, need_cls
+        return _backward_reference(grad_y, latents, weight, rng, patch_size, scale, shift, moments, *needs)
+    grad_y = grad_y if grad_y.stride(2) == 1 else grad_y.contiguous()
+    cls = grad_y.shape[1] - s.tokens
+    patches = grad_y[:, cls:]
+    sample = s.rng is not None
+    grad_latents = grad_weight = grad_y.new_empty(0)
+    if need_latents:
+        grad_latents = torch.empty(latents.shape, dtype=latents.dtype, device=latents.device)
+        config = pick("patch_embed_grad_latents", s.dtype)
+        tiles = cdiv(s.values, config.blocks["BLOCK_N"])
+        patch_embed_grad_latents[(cdiv(s.rows, config.blocks["BLOCK_M"]) * tiles,)](
+            patches, *patches.stride()[:2], s.weight, s.weight.stride(0), s.latents, *s.strides, s.rng, float(scale), grad_latents,
+            s.rows, s.tokens, s.grid_w, s.channels, s.features, tiles, patch_size, moments, sample, s.in_order, **config.options,
+        )  # fmt: skip
+    if need_weight:
+        config = pick("patch_embed_grad_weight", s.dtype)
+        tiles_d, tiles_k = cdiv(s.features, config.blocks["BLOCK_M"]), cdiv(s.values, config.blocks["BLOCK_N"])
+        splits, split_rows = splits_of(s.rows, config.blocks["BLOCK_K"], tiles_d * tiles_k)
+        grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        partials = grad_weight if splits == 1 else grad_weight.new_empty((splits, *weight.shape), dtype=torch.float32)
+        patch_embed_grad_weight[(splits * tiles_d * tiles_k,)](
+            patches, *patches.stride()[:2], s.latents, *s.strides, s.rng, float(scale), float(shift), partials,
+            s.rows, s.tokens, s.grid_w, s.channels, s.features, split_rows, tiles_d, tiles_k,
+            patch_size, sample, s.in_order, **config.options,
+        )  # fmt: skip
+        if splits > 1:
+            merged(partials, grad_weight)
+    return grad_latents, grad_weight, *_vector_gradients(grad_y, patches, need_bias, need_pos, need_cls and cls == 1)
+
+
+def _vector_gradients(grad_y, patches, need_bias, need_pos, need_cls):
+    """Of bias, pos_embed and cls_token, which share the sum over instances: same bits whichever are asked for."""
+    none, width = grad_y.new_empty(0), grad_y.shape[2]
+    if not (need_bias or need_pos or need_cls):
+        return none, none, none
+    cls = grad_y.shape[1] - patches.shape[1]
+    summed = grad_y if need_bias or need_pos else grad_y[:, :cls]
+    sums = sum_batches(summed, torch.empty(summed.shape[1:], dtype=torch.float32, device=grad_y.device))
+    return (
+        sum_of_few(sums[cls:], grad_y.new_empty(width)) if need_bias else none,
+        sums.to(grad_y.dtype) if need_pos else none,
+        sums[0].to(grad_y.dtype) if need_cls else none,
+    )
+
+
+POINTERS = {
+    **dict.fromkeys(("latents", "weight", "bias", "pos_embed", "cls_token", "y", "grad_y", "grad_latents"), "*{}"),
+    **dict.fromkeys(("scale", "shift"), "fp32"),
+    "partials": "*fp32",
+    "rng": "*i64",
+}
+ALIGNED = (
+    "stride_b", "stride_c", "stride_h", "grad_stride_b", "grad_stride_n", "weight_stride", "rows", "tokens", "features", "split_rows",
+)  # fmt: skip
+
+
+def forward_work(batch, tokens, values, features, cls, dtype):
+    """Latents are moments; the weight is read once per tile of patches, position embeddings once per instance."""
+    blocks, size = pick("patch_embed_forward", dtype).blocks, SIZES[dtype]
+    rows = batch * tokens
+    patch_tiles = cdiv(rows, blocks["BLOCK_M"])
+    shares, _ = shares_of(features, patch_tiles, blocks["BLOCK_N"])
+    read = shares * rows * 2 * values + patch_tiles * features * (values + 3) + rows * features
+    return Work(2 * rows * values * features, (read + batch * (tokens + cls) * features) * size)
+
+
+def grad_latents_work(batch, tokens, values, features, dtype):
+    blocks, size = pick("patch_embed_grad_latents", dtype).blocks, SIZES[dtype]
+    rows = batch * tokens
+    tiles, patch_tiles = cdiv(values, blocks["BLOCK_N"]), cdiv(rows, blocks["BLOCK_M"])
+    moved = tiles * rows * features + patch_tiles * features * values + rows * values * 3
+    return Work(2 * rows * values * features, moved * size)
+
+
+def grad_weight_work(batch, tokens, values, features, dtype):
+    blocks, size = pick("patch_embed_grad_weight", dtype).blocks, SIZES[dtype]
+    rows = batch * tokens
+    tiles_d, tiles_k = cdiv(features, blocks["BLOCK_M"]), cdiv(values, blocks["BLOCK_N"])
+    splits, _ = splits_of(rows, blocks["BLOCK_K"], tiles_d * tiles_k)
+    read = tiles_k * rows * features + tiles_d * rows * 2 * values
+    return Work(2 * rows * values * features, read * size + splits * features * values * (4 if splits > 1 else size))
+
+
+def entries() -> list[Entry]:
+    batch, tokens, values, features = 64, 256, 64, 768
+    problem = f"moments {batch} x 32 x 32 x 32, 2 x 2 -> {features}"
+
+    def entry(kernel, work, **constexprs):
+        return Entry(
+            kernel, "patch_embed", argument_types(kernel, **POINTERS), problem, work,
+            constexprs={"PATCH": 2, "SAMPLE": True, "IN_ORDER": True, **constexprs}, aligned=ALIGNED, matrix=True,
+        )  # fmt: skip
+
+    sizes = batch, tokens, values, features
+    return [
+        entry(patch_embed_forward, lambda dtype: forward_work(*sizes, 1, dtype), CLS=1, WHOLE=True),
+        entry(patch_embed_grad_latents, lambda dtype: grad_latents_work(*sizes, dtype), MOMENTS=True),
+        entry(patch_embed_grad_weight, lambda dtype: grad_weight_work(*sizes, dtype)),
+    ]

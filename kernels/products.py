@@ -1,0 +1,28 @@
+"""Matrix products that PyTorch's library does, with float32 sums that stay float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total = a b, or total += a b unless `first`; a [M,K] and b [K,N] of one dtype, total [M,N] float32 or of theirs."""
+    if a.dtype != total.dtype:
+        if a.is_cuda and torch.version.hip is None:
+            if first:
+                torch.mm(a, b, out_dtype=total.dtype, out=total)
+            else:
+                torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+            return
+        # Elsewhere PyTorch has no product of 16-bit numbers that it does not round to 16 bits.
+        a, b = a.to(total.dtype), b.to(total.dtype)
+    if first:
+        torch.mm(a, b, out=total)
+    else:
+        total.addmm_(a, b)
+
+
+def room_for_rows(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised [rows, columns] matrix whose rows begin at multiples of 16 elements."""
+    return like.new_empty((rows, -(-columns // 16) * 16), dtype=dtype)[:, :columns]

@@ -1,0 +1,84 @@
+"""Standard normal numbers: ov3fast/ops/random.py."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import philox
+from .catalog import Entry, Work
+from .common import TYPES, cdiv, rounded
+from .configs import pick
+
+
+@triton.jit
+def random_normal(rng, out, n, BLOCK: tl.constexpr):
+    seed, offset = tl.load(rng), tl.load(rng + 1)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    position = start // 4 + tl.arange(0, BLOCK // 4)[None, :] + offset
+    values = rounded(tl.reshape(philox.normals_in_order(seed, position), (BLOCK,)), out.dtype.element_ty)
+    places = tl.arange(0, BLOCK)
+    # The mask of a ragged end would make every store a narrow one.
+    if start + BLOCK <= n:
+        tl.store(out + start + places, values)
+    else:
+        tl.store(out + start + places, values, mask=start + places < n)
+
+
+@triton.jit
+def random_words(rng, out, n, BLOCK: tl.constexpr):
+    """The stream's first n words, int32: what the tests compare."""
+    seed, offset = tl.load(rng), tl.load(rng + 1)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    w0, w1, w2, w3 = philox.words(seed, start // 4 + tl.arange(0, BLOCK // 4) + offset)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape((BLOCK,)).to(tl.int32, bitcast=True)
+    places = start + tl.arange(0, BLOCK)
+    tl.store(out + places, words, mask=places < n)
+
+
+def forward(shape, rng, dtype):
+    """Normals of `shape` in `dtype` on rng's device."""
+    out = torch.empty(shape, dtype=dtype, device=rng.device)
+    if n := out.numel():
+        config = pick("random_normal", TYPES[dtype])
+        random_normal[(cdiv(n, config.blocks["BLOCK"]),)](rng.contiguous(), out, n, **config.options)
+    return out
+
+
+def words(n, rng):
+    """int32 [n], bit for bit the words of ops.random.words."""
+    out = torch.empty(n, dtype=torch.int32, device=rng.device)
+    if n:
+        config = pick("random_words", "any")
+        random_words[(cdiv(n, config.blocks["BLOCK"]),)](rng.contiguous(), out, n, **config.options)
+    return out
+
+
+# Integer and float instructions of one block of four: ten rounds, two logarithms, two pairs of sine and cosine.
+FLOPS_OF_FOUR = 180
+
+
+def entries() -> list[Entry]:
+    n = 1 << 24
+    size = {"fp32": 4, "bf16": 2, "fp16": 2}
+    return [
+        Entry(
+            random_normal,
+            "random_normal",
+            lambda dtype: {"rng": "*i64", "out": f"*{dtype}", "n": "i32"},
+            f"{n}",
+            lambda dtype: Work(n / 4 * FLOPS_OF_FOUR, n * size[dtype] + 16),
+            aligned=("n",),
+            streaming=True,
+        ),
+        Entry(
+            random_words,
+            "random_normal",
+            lambda dtype: {"rng": "*i64", "out": "*i32", "n": "i32"},
+            f"{n}",
+            lambda dtype: Work(n / 4 * 60, n * 4 + 16),
+            dtypes=("fp32",),
+            aligned=("n",),
+        ),
+    ]

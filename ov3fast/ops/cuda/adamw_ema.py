@@ -1,0 +1,91 @@
+"""Lays out adamw_ema_'s lists for csrc/cuda/adamw_ema.cu: two launches for up to CAPACITY tensors."""
+
+import math
+
+import torch
+
+from .. import _dispatch, _flat_lists
+from . import SUFFIX, Launch, Struct, missing, refuses, run
+
+# As in the CUDA source.
+CAPACITY = 512
+CHUNK = 8192
+
+# Blocks that read gradients for the norm: enough for every GPU, few enough for each block of the update to add their sums up again.
+SUMS = 1024
+
+
+def _forward(params, grads, exp_avgs, exp_avg_sqs, ema, step, lr, beta1, beta2, eps, weight_decay, max_norm, ema_decay):
+    changed = [params, exp_avgs, exp_avg_sqs, *([ema] if ema else [])]
+    (params_, *states, grads_), copies = _flat_lists.flatten([*changed, grads], len(changed))
+    norm = torch.empty((), dtype=torch.float32, device=params[0].device)
+    numbers = Struct(
+        *_lerp(1 - beta1), *_lerp(1.0 - (1.0 if ema_decay is None else ema_decay)),
+        *(("f32", float(v)) for v in (beta2, 1 - beta2, 1 / math.sqrt(1 - beta2**step), eps, -lr / (1 - beta1**step))),
+        ("f32", math.nan if max_norm is None else float(max_norm)),
+    )  # fmt: skip
+    keep = [1 - lr * decay for decay in weight_decay]
+    batches = [
+        _batch(chosen, params_, grads_, *states[:2], states[2] if ema else None, keep) for chosen in _alike(params_, grads_)
+    ]
+    run(_launches(batches, numbers, norm), norm.device)
+    for tensor, copy in copies:
+        tensor.copy_(copy)
+    torch.autograd.graph.increment_version([t for values in changed for t in values if not t.is_inference()])
+    return norm
+
+
+def _launches(batches, numbers, norm):
+    """The sums of squares of every batch's gradients, into one row of partial sums, then the updates, of which the first writes the norm."""
+    blocks = [min(chunks, SUMS) for _, _, _, chunks in batches]
+    partials = norm.new_empty(sum(blocks))
+    squares, updates, done = [], [], 0
+    for (params, grads, lists, chunks), count in zip(batches, blocks, strict=True):
+        kernel = f"ov3_adamw_ema_squares_{SUFFIX[grads]}"
+        arguments = ("lists", lists), ("partials", partials[done : done + count])
+        squares.append(Launch("adamw_ema", kernel, (count, 1), arguments))
+        kernel = f"ov3_adamw_ema_update_{SUFFIX[params]}_{SUFFIX[grads]}"
+        arguments = ("lists", lists), ("step", numbers), ("partials", partials), ("parts", len(partials))
+        updates.append(Launch("adamw_ema", kernel, (chunks, 1), (*arguments, ("norm", None if updates else norm))))
+        done += count
+    if not batches:
+        norm.zero_()
+    return squares + updates
+
+
+def _alike(params, grads):
+    """Indices of the tensors of one launch: of one pair of dtypes, CAPACITY at most, none of them empty."""
+    kinds = {}
+    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+        if p.numel():
+            kinds.setdefault(g.dtype, []).append(i)
+    return [chosen[at : at + CAPACITY] for chosen in kinds.values() for at in range(0, len(chosen), CAPACITY)]
+
+
+def _batch(chosen, params, grads, exp_avgs, exp_avg_sqs, ema, keep):
+    """dtypes of params and grads, the kernel's Lists, and the number of its chunks."""
+    sizes, first = [params[i].numel() for i in chosen], [0]
+    for size in sizes:
+        first.append(first[-1] - (-size // CHUNK))
+    addresses = (params, grads, exp_avgs, exp_avg_sqs, ema or [None] * len(params))
+    lists = Struct(
+        *(("ptr", [values[i] for i in chosen], CAPACITY) for values in addresses),
+        ("i64", sizes, CAPACITY), ("f32", [keep[i] for i in chosen], CAPACITY), ("i32", first[:-1], CAPACITY),
+        ("i32", len(chosen)), ("i32", first[-1]),
+    )  # fmt: skip
+    return params[chosen[0]].dtype, grads[chosen[0]].dtype, lists, first[-1]
+
+
+def _lerp(weight):
+    """The fields of a Lerp: a + weight (b - a) from the nearer end."""
+    return ("f32", weight if weight < 0.5 else weight - 1.0), ("i32", int(weight < 0.5))
+
+
+def _refuses(params, grads, exp_avgs, exp_avg_sqs, ema, *_):
+    states = *exp_avgs, *exp_avg_sqs, *ema
+    if params[0].dtype == torch.float16:
+        return "it does not take torch.float16"
+    return refuses(*params, *grads, *states) or _flat_lists.dtype_obstacle(params, grads, states)
+
+
+_dispatch.register("adamw_ema_", "cuda", _forward, missing=missing, refuses=_refuses)

@@ -1,0 +1,23 @@
+"""flash_attention on kernels/flash_attention.py; the packed operator's gradient is written where it belongs."""
+
+from .. import _dispatch
+from . import launch, missing, refuses
+
+LARGEST_HEAD = 256
+
+
+def _refuses(q, k, v, *_):
+    if q.shape[-1] > LARGEST_HEAD:
+        return f"head_dim must be at most {LARGEST_HEAD}, got {q.shape[-1]}"
+    return refuses(q, k, v)
+
+
+_dispatch.register(
+    "flash_attention", "triton", launch("flash_attention", "forward"), launch("flash_attention", "backward"),
+    missing=missing, refuses=_refuses, refuses_backward=lambda grad_out, q, k, v, *_: _refuses(q, k, v),
+)  # fmt: skip
+_dispatch.register(
+    "flash_attention_qkvpacked", "triton", launch("flash_attention", "forward_packed"), launch("flash_attention", "backward_packed"),
+    missing=missing, refuses=lambda qkv, *_: _refuses(qkv, qkv, qkv),
+    refuses_backward=lambda grad_out, qkv, *_: _refuses(qkv, qkv, qkv),
+)  # fmt: skip

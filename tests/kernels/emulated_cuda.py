@@ -1,0 +1,43 @@
+"""The CUDA backend on CPU tensors: the PTX of csrc/cuda, executed by ptxrun with all its checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ptxrun
+
+from ov3fast.ops import cuda
+
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
+
+
+@contextmanager
+def emulated(**options: Any) -> Iterator[list[tuple[cuda.Launch, ptxrun.report.Report]]]:
+    """Within the block the operators choose the CUDA backend for CPU tensors; any finding fails. Yields what ran so far.
+
+    options: ptxrun.run_cuda's, such as order="reversed".
+    """
+    ran = []
+
+    def execute(launch: cuda.Launch) -> None:
+        arguments = [(n, ptxrun.Struct(*v.fields) if isinstance(v, cuda.Struct) else v) for n, v in launch.arguments]
+        source = SOURCES / f"{launch.binary}.cu"
+        report = ptxrun.run_cuda(source, launch.kernel, launch.grid, cuda.THREADS, arguments, flags=("-std=c++17",), **options)
+        assert report.ok, report
+        ran.append((launch, report))
+
+    with cuda.executed_by(execute):
+        yield ran
+
+
+def moved(ran: Sequence[tuple[cuda.Launch, ptxrun.report.Report]], kernel: str) -> int:
+    """Bytes that the launches of kernels whose name has `kernel` in it read and wrote."""
+    return sum(report.bytes_read() + report.bytes_written() for launch, report in ran if kernel in launch.kernel)
+
+
+def share16(ran: Sequence[tuple[cuda.Launch, ptxrun.report.Report]], kernel: str) -> float:
+    """Least share of these bytes, over those launches, that moved 16 at a time."""
+    return min(report.share16("ld", "st") for launch, report in ran if kernel in launch.kernel)

@@ -1,0 +1,74 @@
+"""contrastive_loss's compiled kernels, executed on every schedule: results, findings, order of programs, traffic."""
+
+import pytest
+import torch
+from kernel_tools.compiled import in_any_order, on_ptx
+
+from ov3fast import testing
+from ov3fast.kernels import contrastive_loss
+from ov3fast.ops.contrastive_loss import over_ranks, reference
+
+FORWARD, BACKWARD = over_ranks(contrastive_loss.forward_rows, contrastive_loss.backward_rows, contrastive_loss.project)
+PAIRS, WIDTH = 139, 72
+
+
+@pytest.fixture(params=["sides", "tiles", "library"])
+def schedule(request, monkeypatch):
+    """Each schedule at a small size; tiles and library in two chunks of rows."""
+    monkeypatch.setattr(contrastive_loss, "schedule", lambda *_: request.param)
+    monkeypatch.setattr(contrastive_loss, "FEW", 0)
+    monkeypatch.setattr(contrastive_loss, "CHUNK_PAIRS", 128 * PAIRS)
+    return request.param
+
+
+def inputs(kind, dtype, pairs=PAIRS, width=WIDTH):
+    features = testing.make(pairs, width, scale=2.0, dtype=dtype), testing.make(pairs, width, seed=1, scale=0.5, dtype=dtype)
+    return *features, torch.tensor(10.0), None if kind == "softmax" else torch.tensor(-3.0)
+
+
+def both_ways(image, text, scale, bias, kind):
+    """Loss, and the gradients by image, text, scale (and bias) for an upstream gradient of 3."""
+    loss, r, c, sizes = FORWARD(image, text, scale, bias, kind, "")
+    grads = BACKWARD(torch.tensor(3.0), image, text, scale, bias, r, c, sizes, kind, "", True, True)
+    return loss, *grads[: 3 if bias is None else 4]
+
+
+def plainly(image, text, scale, bias, kind):
+    leaves = [v.detach().requires_grad_() for v in (image, text, scale, bias) if v is not None]
+    loss = reference(*leaves[:3], kind=kind, logit_bias=leaves[3] if bias is not None else None)
+    return loss.detach(), *torch.autograd.grad(3 * loss, leaves)
+
+
+def check(ours, arguments):
+    wide = [v.double() if isinstance(v, torch.Tensor) else v for v in arguments]
+    names = ("loss", "image", "text", "scale", "bias")
+    for name, a, p, e in zip(names, ours, plainly(*arguments), plainly(*wide), strict=False):
+        testing.assert_within_budget(a, p, e, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_both_ways(schedule, kind, dtype):
+    arguments = (*inputs(kind, dtype), kind)
+    ours, reports = in_any_order(both_ways, *arguments)
+    check(ours, arguments)
+    products = [report for report in reports if report.mma]
+    assert len(products) == {"sides": 3, "tiles": 3, "library": 0}[schedule]
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_float32(schedule, kind):
+    arguments = (*inputs(kind, torch.float32, 71, 40), kind)
+    with on_ptx():
+        check(both_ways(*arguments), arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_one_pair_has_no_gradient(monkeypatch, dtype):
+    """The backward meets the forward's logit to the bit."""
+    monkeypatch.setattr(contrastive_loss, "FEW", 0)
+    for name in ("sides", "tiles"):
+        monkeypatch.setattr(contrastive_loss, "schedule", lambda *_, name=name: name)
+        with on_ptx():
+            loss, by_image, by_text, by_scale = both_ways(*inputs("softmax", dtype, 1, 37), "softmax")
+        assert loss == 0 and by_scale == 0 and not by_image.any() and not by_text.any()

@@ -1,0 +1,81 @@
+"""The sm_80 code of flash_attention's kernels, executed on the CPU with every access checked; the launchers are the real ones."""
+
+import pytest
+import torch
+
+from ov3fast import testing
+from ov3fast.kernels import flash_attention as kernels
+from ov3fast.kernels.common import TYPES
+from ov3fast.ops.flash_attention import reference
+
+launches = pytest.importorskip("kernel_tools.launches")
+
+# queries, keys, heads, head_dim, causal, prefix_len: more than one block of queries and of keys, none of them full
+CASES = {
+    "head_dim_64": (70, 90, 1, 64, False, 0),
+    "head_dim_72_causal": (150, 81, 1, 72, True, 3),
+    "head_dim_128_causal": (65, 97, 1, 128, True, 0),
+}
+
+
+def make(queries, keys, heads, head_dim, dtype):
+    """q, k, v and an upstream gradient. k and v lie in one packed tensor; beside q's heads lies one of NaN."""
+    room = torch.full((1, queries + 1, heads + 1, head_dim), torch.nan, dtype=dtype)
+    q = room[:, :-1, :-1]
+    q.copy_(testing.make(1, queries, heads, head_dim))
+    kv = torch.stack([testing.make(1, keys, heads, head_dim, seed=seed) for seed in (1, 2)], 2).to(dtype)
+    return q, *kv.unbind(2), testing.make(1, queries, heads, head_dim, seed=3).to(dtype)
+
+
+def run(q, k, v, grad, causal, prefix_len, order="forward"):
+    """out, grad_q, grad_k, grad_v; kernel -> its launch's report. Fails on any finding."""
+    options = causal, prefix_len, q.shape[-1] ** -0.5
+    with launches.compiled(order) as reports:
+        out, lse = kernels.forward(q, k, v, *options)
+        grads = kernels.backward(grad, q, k, v, out, lse, *options)
+    return [out, *grads], {name: report for name, (report,) in reports.items()}
+
+
+def expected(dtype, q, k, v, grad, causal, prefix_len):
+    leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+    out = reference(*leaves, causal=causal, prefix_len=prefix_len)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
+
+
+def check(values, causal, prefix_len):
+    """Holds the results against the budget; returns the reports."""
+    results, reports = run(*values, causal, prefix_len)
+    exact, plain = (expected(kind, *values, causal, prefix_len) for kind in (torch.float64, values[0].dtype))
+    for got, same, best, what in zip(results, plain, exact, ("out", "grad_q", "grad_k", "grad_v"), strict=True):
+        testing.assert_within_budget(got, same, best, what)
+    return reports
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_code(case, dtype):
+    *sizes, causal, prefix_len = CASES[case]
+    reports = check(make(*sizes, dtype), causal, prefix_len)
+    assert len(reports) == 3
+    for name, report in reports.items():
+        launches.assert_traffic(report, kernels.traffic(name, TYPES[dtype], 1, *sizes, causal, prefix_len))
+        assert report.mma_count and report.share16() > 0.9, report
+
+
+def test_compiled_code_without_alignment():
+    values = make(9, 21, 1, 20, torch.bfloat16)
+    check([testing.poisoned(value) for value in values], True, 0)
+
+
+def test_compiled_float32():
+    """Three TF32 products a product."""
+    check(make(33, 40, 1, 72, torch.float32), False, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_program_order_does_not_matter(dtype):
+    values = make(70, 70, 2, 64, dtype)
+    due, _ = run(*values, True, 0)
+    for order in launches.ORDERS[1:]:
+        again, _ = run(*values, True, 0, order)
+        testing.assert_same_bits(again, due)

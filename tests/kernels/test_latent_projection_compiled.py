@@ -1,0 +1,75 @@
+"""The compiled kernels of latent_projection, run on the CPU."""
+
+import pytest
+import torch
+
+from ov3fast import testing
+from ov3fast.kernels import latent_projection as kernels
+from ov3fast.ops import triton
+from ov3fast.ops.latent_projection import reference
+
+pytestmark = pytest.mark.skipif(triton.INTERPRETED, reason="runs compiled code")
+ptxrun = pytest.importorskip("ptxrun")
+launches = pytest.importorskip("kernel_tools.launches")
+
+
+def inputs(batch, grid, width, channels, patch, dtype):
+    """tokens, weight, bias, grad_x."""
+    rows = channels * patch**2
+    values = (
+        testing.make(batch, grid[0] * grid[1], width),
+        testing.make(rows, width, seed=1),
+        testing.make(rows, seed=2),
+        testing.make(batch, channels, grid[0] * patch, grid[1] * patch, seed=3),
+    )
+    return [v.to(dtype) for v in values]
+
+
+def expected(*values, grid, patch):
+    *leaves, grad_x = (v.detach().requires_grad_() for v in values)
+    x = reference(*leaves, patch_size=patch, grid=grid)
+    return [x.detach(), *torch.autograd.grad(x, leaves, grad_x.detach())]
+
+
+def run(values, grid, patch, order="forward", layout=torch.Tensor.contiguous):
+    tokens, weight, bias, grad_x = (layout(v) for v in values)
+    with launches.compiled(order) as reports:
+        x = kernels.forward(tokens, weight, bias, patch, *grid)
+        grads = kernels.backward(grad_x, tokens, weight, patch, True, True, True)
+    return [x, *grads], reports
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("sizes", "layout"),
+    [((3, (6, 4), 72, 16, 2), "contiguous"), ((2, (3, 5), 35, 5, 2), "poisoned"), ((2, (3, 2), 17, 9, 3), "contiguous")],
+)
+def test_within_budget(dtype, sizes, layout):
+    values, where = inputs(*sizes, dtype), dict(grid=sizes[1], patch=sizes[4])
+    results, _ = run(values, **where, layout=testing.LAYOUTS[layout])
+    plain, exact = expected(*values, **where), expected(*(v.double() for v in values), **where)
+    for name, result, same, wide in zip(("x", "tokens", "weight", "bias"), results, plain, exact, strict=True):
+        testing.assert_within_budget(result, same, wide, name)
+
+
+def test_program_order_does_not_matter():
+    values = inputs(5, (6, 6), 130, 17, 2, torch.bfloat16)
+    results = [run(values, (6, 6), 2, order)[0] for order in launches.ORDERS]
+    for other in results[1:]:
+        testing.assert_same_bits(results[0], other)
+
+
+def test_traffic():
+    batch, grid, width, channels, patch = sizes = 4, (8, 8), 128, 16, 2
+    _, reports = run(inputs(*sizes, torch.bfloat16), grid, patch)
+    call = batch * grid[0] * grid[1], channels * patch**2
+    launches.assert_traffic(reports["latent_projection_forward"][0], kernels.forward_work(*call, width, "bf16").bytes, "bias")
+    launches.assert_traffic(
+        reports["latent_projection_grad_tokens"][0], kernels.grad_tokens_work(*call, width, "bf16").bytes, "bias"
+    )
+    launches.assert_traffic(
+        reports["latent_projection_grad_weight"][0], kernels.grad_weight_work(*call, width, "bf16").bytes, "bias"
+    )
+    launches.assert_traffic(reports["latent_projection_grad_bias"][0], kernels.grad_bias_work(*call, "bf16").bytes, "bias")
+    for name in ("latent_projection_forward", "latent_projection_grad_tokens", "latent_projection_grad_weight"):
+        assert reports[name][0].mma_count > 0

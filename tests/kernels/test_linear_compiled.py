@@ -1,0 +1,76 @@
+"""linear's compiled kernels, executed: results, findings, order of programs, traffic; and the sums over rows that yield gradients of biases."""
+
+import pytest
+import torch
+
+from ov3fast import testing
+from ov3fast.kernels import column_sums, configs, gemm, linear
+from ov3fast.kernels.rows import rows
+from ov3fast.ops.linear import _backward_reference, _forward_reference
+
+pytest.importorskip("ptxrun")
+DTYPES = [torch.bfloat16, torch.float16]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def wide(values):
+    return [v.double() if isinstance(v, torch.Tensor) else v for v in values]
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("size", "mixed", "shape"),
+    [
+        ("large", False, (2, 70, 40, 136)),
+        ("small", True, (2, 70, 40, 72)),
+        ("small", False, (1, 3, 1, 1)),
+        ("small", True, (1, 1, 5, 3)),
+    ],
+)
+def test_ragged(in_any_order, monkeypatch, dtype, size, mixed, shape):
+    """Forward and backward by our products alone; sizes of 1 become constants in the compiled code."""
+    monkeypatch.setattr(gemm, "size_class", lambda *_: size)
+    monkeypatch.setattr(gemm, "library_is_better", lambda *_: False)
+    batch, count, depth, columns = shape
+    x = testing.transposed(testing.make(batch, count, depth).to(dtype))
+    parameters = testing.make(columns, depth, seed=1, scale=0.3), testing.make(columns, seed=2)
+    weight, bias = (p.to(torch.float32 if mixed else dtype) for p in parameters)
+    grad_y = testing.transposed(testing.make(batch, count, columns, seed=3).to(dtype))
+    forward, backward = (x, weight, bias), (grad_y, x, weight, True, True, True)
+    ours, reports = in_any_order(lambda: [linear.forward(*forward), *linear.backward(*backward)])
+    assert sum(report.mma_count > 0 for report in reports) == 2
+    plain = [_forward_reference(*forward), *_backward_reference(*backward)]
+    exact = [_forward_reference(*wide(forward)), *_backward_reference(*wide(backward))]
+    for number, (a, p, e) in enumerate(zip(ours, plain, exact, strict=True)):
+        testing.assert_within_budget(a, p, e, f"result {number}")
+
+
+@dtypes
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_traffic(on_ptx, dtype, mixed, transposed):
+    count, depth, columns = 128, 128, 192
+    x = testing.make(count, depth).to(dtype)
+    weight = testing.make(columns, depth, seed=1).to(torch.float32 if mixed else dtype)
+    with on_ptx() as reports:
+        linear._product(rows(x), weight if transposed else weight.t().contiguous(), None, columns, transposed)
+    config = configs.pick("linear", "bf16", "small")
+    expected = linear.work(count, columns, depth, 2, weight.itemsize, config).bytes - count // 64 * columns * weight.itemsize
+    assert reports[0].bytes_read() + reports[0].bytes_written() == pytest.approx(expected, rel=0.1)
+    assert reports[0].share16() > 0.95
+
+
+@dtypes
+@pytest.mark.parametrize("width", [256, 131])
+def test_column_sums(in_any_order, dtype, width):
+    count = 35
+    x = testing.make(count, width).to(dtype)
+    [ours], [partials, merge] = in_any_order(lambda: [column_sums.column_sums(rows(x), torch.float32)])
+    testing.assert_within_budget(ours, x.sum(0, dtype=torch.float32), x.double().sum(0))
+    if width % 16 == 0:
+        for report, work in (
+            (partials, column_sums.partials_work(count, width, 2)),
+            (merge, column_sums.merge_work(1, column_sums.strips_of(count)[0], width, 4)),
+        ):
+            assert report.bytes_read() + report.bytes_written() == pytest.approx(work.bytes, rel=0.1)
+        assert partials.share16("ld") == merge.share16("ld") == 1

@@ -1,0 +1,70 @@
+"""linear_cross_entropy's compiled kernel, executed: results, findings, order of programs, traffic."""
+
+import pytest
+import torch
+from kernel_tools.compiled import in_any_order, on_ptx
+
+from ov3fast import testing
+from ov3fast.kernels import linear_cross_entropy
+from ov3fast.ops.linear_cross_entropy import _backward_reference, _forward_reference, _total_reference
+
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def values(request):
+    """hidden [7,24], weight [4173,24], labels with some ignored."""
+    labels = torch.arange(7) * 600
+    labels[2::3] = -100
+    return testing.make(7, 24, dtype=request.param), testing.make(4173, 24, seed=1, dtype=request.param), labels
+
+
+@pytest.fixture
+def chunks(monkeypatch):
+    """Three rows at a time."""
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK_BYTES", 3 * 2 * 4173)
+
+
+def wide(values):
+    return [v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in values]
+
+
+def check(ours, reference, arguments):
+    results = zip(ours, reference(*arguments), reference(*wide(arguments)), strict=True)
+    for number, (a, p, e) in enumerate(results):
+        testing.assert_within_budget(a, p, e, f"result {number}")
+
+
+def check_traffic(reports, dtype, passes):
+    for report, rows in zip(reports, (3, 3, 1), strict=True):
+        assert sum(report.per_tensor["logits"].values()) == passes * rows * 4173 * dtype.itemsize
+
+
+def test_forward(values, chunks):
+    arguments = (*values, -100)
+    ours, reports = in_any_order(linear_cross_entropy.forward, *arguments)
+    check(ours, _forward_reference, arguments)
+    check_traffic(reports, values[0].dtype, 1)
+
+
+def test_backward(values, chunks):
+    _, lse = _forward_reference(*wide((*values, -100)))
+    arguments = (testing.make(7, seed=2, dtype=torch.float32), *values, lse.float(), -100, True, True)
+    ours, reports = in_any_order(linear_cross_entropy.backward, *arguments)
+    check(ours, _backward_reference, arguments)
+    check_traffic(reports, values[0].dtype, 2)
+
+
+def test_total(values, chunks):
+    arguments = (*values, -100, True, True, True)
+    ours, reports = in_any_order(linear_cross_entropy.total, *arguments)
+    check(ours, _total_reference, arguments)
+    check_traffic(reports, values[0].dtype, 3)
+
+
+def test_wide_accesses():
+    hidden, weight = testing.make(2, 8, dtype=torch.bfloat16), testing.make(16384, 8, dtype=torch.bfloat16)
+    with on_ptx() as reports:
+        linear_cross_entropy.total(hidden, weight, torch.tensor([3, 16000]), -100, True, True, False)
+    # The rest are the label and the factor, which all lanes read.
+    assert reports[0].share16() > 0.85

@@ -1,0 +1,76 @@
+"""mlp's compiled kernels, executed: results, findings, order of programs, traffic."""
+
+import pytest
+import torch
+
+from ov3fast import testing
+from ov3fast.kernels import configs, gemm, mlp
+from ov3fast.ops.mlp import _backward_reference, _forward_reference
+
+pytest.importorskip("ptxrun")
+CASES = [
+    (torch.bfloat16, "large", "gelu", False),
+    (torch.float16, "large", "gelu_tanh", False),
+    (torch.bfloat16, "small", "gelu_tanh", True),
+    (torch.float16, "small", "gelu", True),
+]
+cases = pytest.mark.parametrize(("dtype", "size", "activation", "mixed"), CASES)
+RAGGED, WHOLE = (2, 70, 40, 136, 24), (2, 128, 64, 256, 64)
+shapes = pytest.mark.parametrize("shape", [RAGGED, WHOLE], ids=["ragged", "whole"])
+
+
+def inputs(dtype, mixed, batch, rows, width, hidden, features):
+    """x, w1, b1, w2, b2, dy; x and dy with their leading axes stored the other way round."""
+    x = testing.transposed(testing.make(batch, rows, width).to(dtype))
+    parameters = [
+        testing.make(hidden, width, seed=1, scale=0.3),
+        testing.make(hidden, seed=2),
+        testing.make(features, hidden, seed=3, scale=0.3),
+        testing.make(features, seed=4),
+    ]
+    parameters = [p.to(torch.float32 if mixed else dtype) for p in parameters]
+    return x, *parameters, testing.transposed(testing.make(batch, rows, features, seed=5).to(dtype))
+
+
+def wide(values):
+    return [v.double() if isinstance(v, torch.Tensor) else v for v in values]
+
+
+def check(ours, plain, exact):
+    for number, (a, p, e) in enumerate(zip(ours, plain, exact, strict=True)):
+        testing.assert_within_budget(a, p, e, f"result {number}")
+
+
+def check_traffic(report, work):
+    assert report.bytes_read() + report.bytes_written() == pytest.approx(work.bytes, rel=0.1)
+    assert report.mma_count > 0
+    assert report.share16() > 0.9
+
+
+@cases
+@shapes
+def test_forward(in_any_order, monkeypatch, dtype, size, activation, mixed, shape):
+    monkeypatch.setattr(gemm, "size_class", lambda *_: size)
+    x, w1, b1, w2, b2, _ = inputs(dtype, mixed, *shape)
+    arguments = x, w1, b1, w2, b2, activation
+    ours, reports = in_any_order(mlp.forward, *arguments)
+    check(ours, _forward_reference(*arguments), _forward_reference(*wide(arguments)))
+    if shape == WHOLE:
+        batch, rows, width, hidden, _ = shape
+        config = configs.pick("mlp_forward", "bf16", size)
+        check_traffic(reports[0], mlp.work(batch * rows, hidden, width, 2, w1.itemsize, config, False))
+
+
+@cases
+@shapes
+def test_backward(in_any_order, monkeypatch, dtype, size, activation, mixed, shape):
+    monkeypatch.setattr(gemm, "size_class", lambda *_: size)
+    x, w1, b1, w2, b2, grad_y = inputs(dtype, mixed, *shape)
+    h = torch.nn.functional.linear(x, w1.to(dtype), b1.to(dtype))
+    arguments = grad_y, x, h, w1, w2, activation, True, True, True, True, True
+    ours, reports = in_any_order(mlp.backward, *arguments)
+    check(ours, _backward_reference(*arguments), _backward_reference(*wide(arguments)))
+    if shape == WHOLE:
+        batch, rows, _, hidden, features = shape
+        config = configs.pick("mlp_backward", "bf16", size)
+        check_traffic(reports[0], mlp.work(batch * rows, hidden, features, 2, w2.itemsize, config, True))

@@ -1,0 +1,71 @@
+"""The compiled kernels of noise_projection, run on the CPU."""
+
+import pytest
+import torch
+
+from ov3fast import testing
+from ov3fast.kernels import noise_projection as kernels
+from ov3fast.ops import random, triton
+from ov3fast.ops.noise_projection import reference
+
+pytestmark = pytest.mark.skipif(triton.INTERPRETED, reason="runs compiled code")
+ptxrun = pytest.importorskip("ptxrun")
+launches = pytest.importorskip("kernel_tools.launches")
+
+RNG = random.make_rng(21, 2**32 - 2)
+
+
+def inputs(batch, tokens, width, features, dtype):
+    """z, sigma, weight, bias, grad_y."""
+    return [
+        v.to(dtype)
+        for v in (
+            testing.make(batch, tokens, width),
+            testing.make(batch, seed=1).abs(),
+            testing.make(features, width, seed=2),
+            testing.make(features, seed=3),
+            testing.make(batch, tokens, features, seed=4),
+        )
+    ]
+
+
+def expected(z, sigma, weight, bias, grad_y):
+    leaves = [v.detach().requires_grad_() for v in (z, sigma, weight, bias)]
+    y = reference(*leaves, rng=RNG)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad_y)]
+
+
+def run(values, order="forward", layout=torch.Tensor.contiguous):
+    z, sigma, weight, bias, grad_y = (layout(v) for v in values)
+    with launches.compiled(order) as reports:
+        y = kernels.forward(z, sigma, weight, bias, RNG)
+        grads = kernels.backward(grad_y, z, sigma, weight, RNG, True, True, True, True)
+    return [y, *grads], reports
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("sizes", "layout"), [((2, 70, 72, 136), "contiguous"), ((3, 11, 35, 17), "poisoned")])
+def test_within_budget(dtype, sizes, layout):
+    values = inputs(*sizes, dtype)
+    results, _ = run(values, layout=testing.LAYOUTS[layout])
+    plain, exact = expected(*values), expected(*(v.double() for v in values))
+    for name, result, same, wide in zip(("y", "z", "sigma", "weight", "bias"), results, plain, exact, strict=True):
+        testing.assert_within_budget(result, same, wide, name)
+
+
+def test_program_order_does_not_matter():
+    values = inputs(3, 50, 40, 130, torch.bfloat16)
+    results = [run(values, order)[0] for order in launches.ORDERS]
+    for other in results[1:]:
+        testing.assert_same_bits(results[0], other)
+
+
+def test_traffic():
+    batch, tokens, width, features = sizes = 2, 128, 144, 160
+    _, reports = run(inputs(*sizes, torch.bfloat16))
+    rows = batch * tokens
+    for name, work in kernels.works(batch, rows, width, features).items():
+        (report,) = reports[name]
+        launches.assert_traffic(report, work("bf16").bytes, "rng", "sigma", "bias")
+    for name in ("noise_projection_forward", "noise_projection_grad_z", "noise_projection_grad_weight"):
+        assert reports[name][0].mma_count > 0

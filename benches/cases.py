@@ -1,7 +1,7 @@
 """The cases of the operator table: each operator at a size that training meets, with the plain PyTorch it has to beat.
 
 A case is made when its turn comes and dropped afterwards. Its variants take no arguments: "ov3fast" is ours, the others are peers.
-Forward-and-backward cases keep the leaves' gradients out of the way with torch.autograd.grad.
+Tensors are made on the default device; on a GPU the libraries of peers.py take part. Forward-and-backward cases keep the leaves' gradients out of the way with torch.autograd.grad.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ov3fast import ops
+
+from . import peers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OURS = "ov3fast"
@@ -70,7 +72,7 @@ def compiled(function: Callable) -> Callable:
 # ---- the operators --------------------------------------------------------------------------------------------------
 
 
-def attention(dtype: str, shape: tuple[int, ...], targets: tuple[float, float]) -> Iterator[Case]:
+def attention(dtype: str, shape: tuple[int, ...], targets: tuple[float | None, float | None]) -> Iterator[Case]:
     b, n, h, d = shape
     q, k, v = (randn(*shape, dtype=DTYPES[dtype], grad=True) for _ in range(3))
 
@@ -80,7 +82,8 @@ def attention(dtype: str, shape: tuple[int, ...], targets: tuple[float, float]) 
     flops = 4 * b * h * n * n * d
     name = f"[{b},{n},{h},{d}]"
     for direction, make, units, target in (("forward", forward, 1.0, targets[0]), ("both", both, 3.5, targets[1])):
-        variants = {OURS: make(ops.flash_attention, q, k, v), "sdpa": make(peer, q, k, v)}
+        others = {"sdpa": peer, **peers.attention(dtype)}
+        variants = {OURS: make(ops.flash_attention, q, k, v), **{n: make(f, q, k, v) for n, f in others.items()}}
         yield Case("flash_attention", direction, name, dtype, variants, units * flops, target=target)
 
 
@@ -127,6 +130,7 @@ def cross_entropy(dtype: str, target: float) -> Iterator[Case]:
         "eager, logits in the dtype": both(narrow, hidden, weight),
         "compile": both(compiled(plain), hidden, weight),
     }
+    variants |= {n: both(lambda h, w, f=f: f(h, w, labels), hidden, weight) for n, f in peers.linear_cross_entropy().items()}
     if hasattr(F, "linear_cross_entropy"):
         variants["F.linear_cross_entropy"] = both(lambda h, w: F.linear_cross_entropy(h, w, labels), hidden, weight)
     results = hidden.nbytes + weight.nbytes
@@ -141,7 +145,7 @@ def patch_embed(dtype: str) -> Iterator[Case]:
     moments = randn(b, 2 * c, side, side, dtype=torch.float32)
     weight, bias = randn(width, 4 * c, dtype=DTYPES[dtype], scale=0.1), randn(width, dtype=DTYPES[dtype])
     position, cls = randn(1 + side * side // 4, width, dtype=DTYPES[dtype]), randn(width, dtype=DTYPES[dtype])
-    rng = ops.random.make_rng(1)
+    rng = ops.random.make_rng(1, device=torch.get_default_device())
 
     def peer(moments, weight, bias, position, cls):
         mean, logvar = moments.chunk(2, 1)
@@ -167,7 +171,7 @@ def noise_projection(dtype: str, target: float) -> Iterator[Case]:
     b, n, k, d = 64, 256, 768, 768
     z, sigma = randn(b, n, k, dtype=DTYPES[dtype]), torch.rand(b)
     weight, bias = randn(d, k, dtype=DTYPES[dtype], scale=k**-0.5), randn(d, dtype=DTYPES[dtype])
-    rng = ops.random.make_rng(1)
+    rng = ops.random.make_rng(1, device=torch.get_default_device())
 
     def peer(z, weight, bias):
         return F.linear(z + sigma.to(z.dtype)[:, None, None] * torch.randn_like(z), weight, bias)
@@ -243,7 +247,7 @@ def layer_norm(dtype: str) -> Iterator[Case]:
     def ours(x, residual, weight, bias):
         return ops.layer_norm(x, weight, bias, residual=residual)
 
-    functions = {OURS: ours, "eager": peer, "compile": compiled(peer)}
+    functions = {OURS: ours, "eager": peer, "compile": compiled(peer), **peers.layer_norm_after_addition(width)}
     size = leaves[0].nbytes
     yield Case(
         "layer_norm + residual", "forward", f"[{rows},{width}]", dtype, {n: forward(f, *leaves) for n, f in functions.items()},
@@ -322,6 +326,7 @@ def encoder(dtype: str, targets: tuple[float, float]) -> Iterator[Case]:
 def table(only: str = "", dtype: str = "") -> Iterator[Case]:
     """The cases whose operator contains `only`, in `dtype` or both; each is made when it is asked for."""
     attention_bf16, attention_fp32 = (3.5, 2.8), (1.7, 1.8)
+    on_gpu = torch.get_default_device().type == "cuda"
     makers: list[tuple[str, str, Callable[..., Iterator[Case]], tuple]] = [
         ("flash_attention", "bf16", attention, ((8, 256, 12, 64), attention_bf16)),
         ("flash_attention", "bf16", attention, ((2, 1024, 16, 64), attention_bf16)),
@@ -345,6 +350,9 @@ def table(only: str = "", dtype: str = "") -> Iterator[Case]:
         ("ViT-B/2 encoder", "fp32", encoder, ((2.1, 2.0),)),
         ("contrastive_loss", "bf16", contrastive, (65536, 512, None, False)),
     ]
+    if on_gpu:
+        large = ((64, 257, 12, 64), (16, 1024, 16, 64), (4, 4096, 16, 128), (32, 729, 16, 72))
+        makers += [("flash_attention", "bf16", attention, (shape, (None, None))) for shape in large]
     for operator, kind, make, arguments in makers:
         if only in operator and dtype in kind:
             yield from make(kind, *arguments)

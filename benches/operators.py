@@ -2,6 +2,7 @@
 
     make bench                                            # writes benches/results/operators-cpu.csv
     python -m benches.operators --only attention          # some rows, printed only
+    ov3fast bench --device cuda                           # the same on a GPU, with the libraries that are installed: operators-cuda.csv
 
 Variants take turns in one process. A row holds the median and quartiles of ours, the best peer and the ratio to it, GFLOP/s or GB/s, the
 share of the floor (flops over the matrix-product rate, or bytes over the copy rate, both measured in the same run), and by how much the
@@ -15,13 +16,14 @@ import gc
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
 
 from . import cases, timing
 
-RESULTS = Path(__file__).parent / "results" / "operators-cpu.csv"
+RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Options:
     """Rows whose operator contains this; the table is then printed, not written, unless out is given."""
     dtype: str = ""
     """fp32 or bf16 alone."""
+    device: Literal["cpu", "cuda"] = "cpu"
     compile: bool = True
     """Also try torch.compile, which takes a C++ compiler and some minutes."""
     budget: float = 4.0
@@ -54,7 +57,7 @@ def measure(case: cases.Case, budget: float, floors: dict[str, float]) -> dict[s
         "ms": f"{1e3 * median:.3f}",
         "ms_q1": f"{1e3 * first:.3f}",
         "ms_q3": f"{1e3 * third:.3f}",
-        "rate": f"{case.flops / median / 1e9:.0f} GFLOP/s" if case.flops else f"{case.bytes / median / 1e9:.1f} GB/s",
+        "rate": _rate(case.flops / median) if case.flops else f"{case.bytes / median / 1e9:.1f} GB/s",
         "of_floor": f"{floor / median:.2f}",
         "best_peer": best,
         "peer_ms": f"{1e3 * peers[best]:.3f}" if best else "",
@@ -68,6 +71,10 @@ def measure(case: cases.Case, budget: float, floors: dict[str, float]) -> dict[s
             used = timing.extra_memory(case.variants[name]) if name else None
             row[column] = "" if used is None else f"{max(0.0, used - case.result_bytes / 1e6):.0f}"
     return row
+
+
+def _rate(flops: float) -> str:
+    return f"{flops / 1e12:.1f} TFLOP/s" if flops >= 1e13 else f"{flops / 1e9:.0f} GFLOP/s"
 
 
 def measure_all(options: Options, table: Iterable[cases.Case]) -> list[dict[str, str]]:
@@ -127,10 +134,15 @@ def main(options: Options) -> None:
     if options.markdown is not None:
         print(markdown(options.markdown))
         return
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("there is no GPU; --device cpu measures the CPU kernels")
     torch.manual_seed(0)
     if options.out is None and not options.only and not options.dtype:
-        options.out = RESULTS
-    measure_all(options, cases.table(options.only, options.dtype))
+        options.out = RESULTS / f"operators-{options.device}.csv"
+    with torch.device(options.device):
+        measure_all(options, cases.table(options.only, options.dtype))
+    if options.out is not None:
+        print(f"written: {options.out}")
 
 
 if __name__ == "__main__":

@@ -34,9 +34,27 @@ def interleaved(
 
 
 def _seconds(run: Callable[[], object]) -> float:
+    if device() == "cuda":
+        return _seconds_on_gpu(run)
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def _seconds_on_gpu(run: Callable[[], object]) -> float:
+    """Between events on the stream, from a cache without the operands; launches are queued while the cache is being overwritten."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.empty(2**28, dtype=torch.int8).zero_()
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def device() -> str:
+    """ "cpu" or "cuda": where tensors are made within `with torch.device(...)`."""
+    return torch.get_default_device().type
 
 
 def quartiles(seconds: list[float]) -> tuple[float, float, float]:
@@ -45,7 +63,15 @@ def quartiles(seconds: list[float]) -> tuple[float, float, float]:
 
 
 def extra_memory(run: Callable[[], object]) -> float | None:
-    """MB by which the process grew at most while `run` ran, its results included; None where the system can't tell."""
+    """MB by which the process (or the GPU's memory) grew at most while `run` ran, its results included; None where the system can't tell."""
+    if device() == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = run()
+        torch.cuda.synchronize()
+        del kept
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -63,10 +89,11 @@ def extra_memory(run: Callable[[], object]) -> float | None:
     return max(0, peak - before) / 1000
 
 
-def gemm_rate(dtype: torch.dtype, size: int = 2048) -> float:
+def gemm_rate(dtype: torch.dtype) -> float:
     """FLOP/s of the best square matrix product at hand, PyTorch's or ours."""
     from ov3fast import ops
 
+    size = 8192 if device() == "cuda" else 2048
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
     runs = interleaved({"torch": lambda: a @ b.T, "ours": lambda: ops.linear(a, b)}, budget=2.0)
     return 2 * size**3 / min(statistics.median(seconds) for seconds in runs.values())
@@ -83,6 +110,13 @@ def machine() -> dict[str, str]:
     from ov3fast.ops import cpu
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    if device() == "cuda":
+        return {
+            "gpu": torch.cuda.get_device_name(),
+            "cuda": torch.version.cuda or f"ROCm {torch.version.hip}",
+            "torch": torch.__version__,
+            "commit": commit.stdout.strip(),
+        }
     return {
         "cpu": _cpu_name(),
         "isa": cpu.isa() if cpu.missing() is None else "none",

@@ -287,6 +287,8 @@ def _rows_of_cuda(targets: Sequence[str], ops: Sequence[str]) -> list[dict[str, 
     if importlib.util.find_spec(f"{__package__}.cuda_aot") is None:
         return []
     cuda = importlib.import_module(f"{__package__}.cuda_aot")
+    if ops and not {kernel.op for kernel in cuda.kernels()} & set(ops):
+        return []
     defaults = dict.fromkeys(COLUMNS, "") | {"mma": {}, "atomics": {}, "share16": 1.0}
     found = [{**defaults, **row} for row in cuda.rows([t for t in targets if t in CHIPS and CHIPS[t].backend == "cuda"])]
     return [{column: row[column] for column in COLUMNS} for row in found if not ops or row["op"] in ops]

@@ -1,4 +1,5 @@
-"""Block sizes, warps and stages of every kernel: a static table, by kernel, dtype, size class and architecture. Nothing tunes by itself.
+"""Block sizes, warps and stages of every kernel: a static table, by kernel, dtype, size class and architecture. Nothing tunes by itself:
+`ov3fast tune` writes a file of better rows for one device, which `pick` prefers.
 
 `pick` returns the most specific row: the keys of a kernel's table are (dtype, size class, architecture), each of them or "any". Size classes
 are words that the kernel's launcher chooses, documented beside its rows.
@@ -7,8 +8,13 @@ are words that the kernel's launcher chooses, documented beside its rows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,12 +42,23 @@ class Config:
 
 
 Key = tuple[str, str, str]
+"""(dtype, size class, architecture) in the table, (kernel, dtype, size class) in what tuning found."""
 TABLE: dict[str, dict[Key, Config]] = {}
 """kernel -> (dtype, size class, architecture) -> row."""
 
 
 def pick(kernel: str, dtype: str, size: str = ANY, architecture: str | None = None) -> Config:
-    """The row for this call; `architecture` defaults to the current device's. KeyError where the table has none."""
+    """The row for this call; without an architecture that of the current device, or what `ov3fast tune` found for it.
+
+    KeyError where the table has none.
+    """
+    if architecture is None:
+        asked = kernel, dtype, size
+        if _picked is not None:
+            _picked.add(asked)
+        tuned = _trial.get(asked) or _tuned().get(asked)
+        if tuned is not None:
+            return tuned
     rows, arch = TABLE[kernel], architecture or current_architecture()
     for key in _from_specific_to_any(dtype, size, arch):
         if key in rows:
@@ -68,6 +85,49 @@ def current_architecture() -> str:
         return "gfx942"
     major = torch.cuda.get_device_capability()[0]
     return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
+
+
+# --- what tuning finds ---
+
+_trial: dict[Key, Config] = {}
+_picked: set[Key] | None = None
+
+
+@contextmanager
+def trying(found: Mapping[Key, Config]) -> Iterator[set[Key]]:
+    """Within the block these rows replace the table's; yields what is picked there."""
+    global _trial, _picked
+    before = _trial, _picked
+    _trial, _picked = dict(found), set()
+    try:
+        yield _picked
+    finally:
+        _trial, _picked = before
+
+
+def tuned_path() -> Path:
+    """Where the rows found for the current device, its driver and this source of the kernels lie."""
+    source = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()[:16]
+    driver = torch.version.hip or torch._C._cuda_getDriverVersion()
+    folder = Path(os.environ.get("OV3FAST_CACHE") or "~/.cache/ov3fast").expanduser() / "tuned"
+    return folder / f"{torch.cuda.get_device_name().replace(' ', '-')}-{driver}-{source}.json"
+
+
+@functools.cache
+def _tuned() -> dict[Key, Config]:
+    if not torch.cuda.is_available() or not tuned_path().exists():
+        return {}
+    return load(tuned_path())
+
+
+def load(path: Path) -> dict[Key, Config]:
+    return {tuple(row.pop("key")): Config(**row) for row in json.loads(path.read_text())}
+
+
+def save(found: Mapping[Key, Config], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([{"key": key, **asdict(config)} for key, config in found.items()], indent=1))
+    _tuned.cache_clear()
 
 
 # --- flash_attention ---

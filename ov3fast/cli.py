@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -253,6 +254,30 @@ def doctor(arguments: list[str]) -> int:
     return 0
 
 
+def bench(arguments: list[str]) -> int:
+    """The operator table on this machine, `--device cuda` for a GPU's; needs a checkout of the repository."""
+    operators = _from_checkout("benches.operators")
+    operators.main(_parse(operators.Options, arguments, "bench"))
+    return 0
+
+
+def tune(arguments: list[str]) -> int:
+    """Measure block sizes of the Triton kernels on this GPU and keep the best; needs a checkout of the repository."""
+    tuning = _from_checkout("benches.tune")
+    tuning.main(_parse(tuning.Options, arguments, "tune"))
+    return 0
+
+
+def _from_checkout(module: str) -> Any:
+    """A module of the repository's benches/, which is not installed."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benches" / "operators.py").exists():
+        raise RuntimeError(f"{module} is not installed: run this in a checkout of the repository (pip install --editable .)")
+    if str(root) not in sys.path:
+        sys.path.append(str(root))
+    return import_module(module)
+
+
 # ---- the frame -------------------------------------------------------------------------------------------------------
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -262,6 +287,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "reconstruct": reconstruct,
     "data": data,
     "doctor": doctor,
+    "bench": bench,
+    "tune": tune,
 }
 
 

@@ -44,3 +44,48 @@ def test_kernel_page_is_in_step_with_its_tables():
     assert kernel_page.render(text, kernel_page.read(kernel_page.AOT), kernel_page.read(kernel_page.CPU)) == text
     shown = {op for names in kernel_page._BLOCK.findall(text) for op in names[1].split()}
     assert shown == set(ops.table())
+
+
+def test_tuning_keeps_what_is_faster_and_right(tmp_path, monkeypatch):
+    import torch
+
+    from benches import tune
+    from ov3fast.kernels import configs
+    from ov3fast.kernels.configs import Config
+
+    rows = {("any", "any", "any"): Config({"BLOCK": 64}), ("bf16", "any", "sm_90"): Config({"BLOCK": 128})}
+    monkeypatch.setitem(configs.TABLE, "trial", rows)
+    times = {(64, 4, 2): 10.0, (64, 8, 1): 9.9, (128, 4, 1): 5.0, (128, 4, 2): 4.0, (128, 4, 3): 1.0, (128, 8, 1): 2.0}
+
+    def run():
+        config = configs.pick("trial", "bf16")
+        run.place = (config.blocks["BLOCK"], config.warps, config.stages)
+        if run.place == (128, 8, 1):
+            raise RuntimeError("out of shared memory")
+        return torch.tensor(7.0 if run.place == (128, 4, 3) else 1.0)
+
+    key = "trial", "bf16", "any"
+    found = {}
+    [better] = tune.improve(run, found, lambda run: times.get((run(), run.place)[1], 20.0))
+    assert better == (key, Config({"BLOCK": 128}, 4, 2), 0.4) and found == {key: better[1]}
+    assert not list(tune.improve(run, found, lambda run: 1.0))
+
+    configs.save(found, tmp_path / "tuned" / "rows.json")
+    assert configs.load(tmp_path / "tuned" / "rows.json") == found
+    assert configs.pick("trial", "bf16") == Config({"BLOCK": 64})
+    monkeypatch.setattr(configs, "_tuned", lambda: found)
+    assert configs.pick("trial", "bf16") == found[key] and configs.pick("trial", "bf16", architecture="sm_80").blocks == {
+        "BLOCK": 64
+    }
+
+
+def test_bench_and_tune_without_a_gpu(capsys):
+    import torch
+
+    from ov3fast import cli
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for command in (["bench", "--device", "cuda"], ["tune"]):
+        assert cli.main(command) == 2
+        assert "there is no GPU" in capsys.readouterr().err

@@ -1,0 +1,61 @@
+"""Libraries that a GPU's operator table compares with, where they are installed; none on a CPU."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def attention(dtype: str) -> dict[str, Callable[..., Tensor]]:
+    """name -> function of q, k, v [B,N,H,D]."""
+    found = {}
+    if flash := _module("flash_attn") if dtype != "fp32" else None:
+        found["flash_attn"] = flash.flash_attn_func
+    if hopper := _module("flash_attn_interface") if dtype != "fp32" else None:
+        found["flash_attn 3"] = lambda q, k, v: _first(hopper.flash_attn_func(q, k, v))
+    if xformers := _module("xformers.ops"):
+        found["xformers"] = xformers.memory_efficient_attention
+    return found
+
+
+def linear_cross_entropy() -> dict[str, Callable[..., Tensor]]:
+    """name -> function of hidden, weight, labels."""
+    if liger := _module("liger_kernel.transformers.functional"):
+        return {"Liger": lambda hidden, weight, labels: _first(liger.liger_fused_linear_cross_entropy(hidden, weight, labels))}
+    return {}
+
+
+def layer_norm_after_addition(width: int) -> dict[str, Callable[..., tuple[Tensor, Tensor]]]:
+    """name -> function of x, residual, weight, bias that returns (the normalised sum, the sum)."""
+    found = {}
+    if apex := _module("apex.normalization.fused_layer_norm"):
+
+        def fused(x, residual, weight, bias):
+            h = x + residual
+            return apex.fused_layer_norm_affine(h, weight, bias, (width,), 1e-6), h
+
+        found["apex"] = fused
+    if liger := _module("liger_kernel.transformers.functional"):
+
+        def triton(x, residual, weight, bias):
+            h = x + residual
+            return liger.liger_layer_norm(h, weight, bias, 1e-6), h
+
+        found["Liger"] = triton
+    return found
+
+
+def _module(name: str):
+    if torch.get_default_device().type != "cuda":
+        return None
+    try:
+        return importlib.import_module(name)
+    except Exception:  # a library built for another PyTorch fails in its own ways
+        return None
+
+
+def _first(value):
+    return value[0] if isinstance(value, tuple) else value

@@ -1,0 +1,90 @@
+"""Measures other block sizes, warps and stages of the Triton kernels on this GPU, and keeps what beats the static table.
+
+    ov3fast tune                      # all operators
+    ov3fast tune --only attention     # some; what was found for the others stays
+
+For every row that a case of the operator table picks, the blocks that the table has for its size class (on any chip, for any dtype) are tried with 4 and
+8 warps and 1 to 4 stages. The file lies in $OV3FAST_CACHE or ~/.cache/ov3fast, named by device, driver and the kernels' source: after an update of either,
+the static table holds again.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ov3fast import ops
+from ov3fast.kernels import configs
+from ov3fast.kernels.configs import Config, Key
+
+from . import cases, timing
+
+GAIN = 0.97
+"""A candidate must take less than this share of the time of the row before it."""
+
+
+@dataclass
+class Options:
+    only: str = ""
+    """Cases whose operator contains this."""
+    dtype: str = ""
+    """fp32 or bf16 alone."""
+    budget: float = 0.3
+    """Seconds of timing per candidate."""
+
+
+def candidates(key: Key) -> Iterator[Config]:
+    """What is worth a try for this kernel, dtype and size class."""
+    kernel, _, size = key
+    blocks = {tuple(sorted(row.blocks.items())) for (_, s, _), row in configs.TABLE[kernel].items() if s in (size, configs.ANY)}
+    for block in sorted(blocks):
+        for warps in (4, 8):
+            for stages in (1, 2, 3, 4):
+                yield Config(dict(block), warps, stages)
+
+
+def improve(
+    run: Callable[[], Any], found: dict[Key, Config], seconds: Callable[[Callable[[], Any]], float]
+) -> Iterator[tuple[Key, Config, float]]:
+    """Puts better rows for what `run` picks into `found`; yields each with its time over that of the row before."""
+    with configs.trying(found) as picked:
+        expected = run()
+        best = seconds(run)
+    for key in sorted(picked - found.keys()):
+        before = best
+        for config in candidates(key):
+            with configs.trying({**found, key: config}):
+                try:
+                    torch.testing.assert_close(run(), expected, rtol=2e-2, atol=2e-2)
+                    now = seconds(run)
+                except Exception:  # too large for the chip, or not a tile of this kernel
+                    continue
+            if now < GAIN * best:
+                found[key], best = config, now
+        if key in found:
+            yield key, found[key], best / before
+
+
+def main(options: Options) -> None:
+    from ov3fast.ops import triton
+
+    reason = triton.missing()
+    if reason is not None or not torch.cuda.is_available():
+        raise RuntimeError(f"nothing to tune: {reason or 'there is no GPU'}")
+    path = configs.tuned_path()
+    found: dict[Key, Config] = {}
+    kept = configs.load(path) if path.exists() else {}
+
+    def seconds(run: Callable[[], Any]) -> float:
+        return statistics.median(timing.interleaved({"": run}, options.budget)[""])
+
+    with torch.device("cuda"), ops.use("triton"):
+        for case in cases.table(options.only, options.dtype):
+            for key, config, share in improve(case.variants[cases.OURS], found, seconds):
+                print(f"{case.operator} {case.shape}: {' '.join(key)}: {config}, {share:.2f} of the time")
+                configs.save({**kept, **found}, path)
+    print(f"{len(found)} rows beat the table; written: {path}" if found else "the table stands")

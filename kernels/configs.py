@@ -186,11 +186,13 @@ TABLE["flash_attention_grad_kv"] = _attention(
 # Size class of the first two: "library", where tiles are read instead of multiplied. BLOCK_K must be one for all three kernels over tiles of a dtype, for the backward has to meet the forward's logits to the bit.
 TABLE["contrastive_statistics"] = {
     ("any", "any", "any"): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=3),
+    ("any", "any", "sm_80"): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=3),
     ("fp32", "any", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, warps=4, stages=2),
     ("any", "library", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=1),
 }
 TABLE["contrastive_gradients"] = {
     ("any", "any", "any"): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=3),
+    ("any", "any", "sm_90"): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=3),
     ("fp32", "any", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, warps=4, stages=2),
     ("any", "library", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=1),
 }

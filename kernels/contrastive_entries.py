@@ -84,6 +84,7 @@ def _tile_entries():
                 aligned=("x_stride", "y_stride", "products_stride", "row_parts_stride", "n", "N", "width"),
                 matrix=not library,
                 streaming=library,
+                exceptions={"wide": "inverse norms and partial statistics are 4 bytes each"} if library else {},
                 sizes=("library" if library else "any",),
             )  # fmt: skip
             for dtype in dtypes:
@@ -189,4 +190,5 @@ def _row_entries():
                 dtypes=(dtype,),
                 aligned=("row_stride", "rows", "width"),
                 streaming=True,
+                exceptions={"wide": "rows' factors are 4 bytes each"},
             )  # fmt: skip

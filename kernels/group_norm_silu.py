@@ -108,32 +108,30 @@ def group_norm_silu_forward_partials(
 def group_norm_silu_statistics(
     partials, mean, rstd, channels, groups, places, strips, strip_places, eps, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Merges a group's partials: mean and rstd [B, G]."""
+    """Merges a group's partials: mean and rstd [B, G]. In float64, so that means far from zero lose no digits."""
     program = tl.program_id(0)
     per_group = channels // groups
     partials += (program // groups).to(tl.int64) * strips * 2 * channels + (program % groups) * per_group
     n = strips * per_group
 
-    # Means are added as differences from the first: far from zero their sum would lose digits.
-    pivot = tl.load(partials)
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, n, BLOCK):
         i = start + tl.arange(0, BLOCK)
         strip = i // per_group
-        size = tl.minimum(places - strip * strip_places, strip_places).to(tl.float32)
+        size = tl.minimum(places - strip * strip_places, strip_places).to(tl.float64)
         value = tl.load(partials + strip.to(tl.int64) * 2 * channels + i % per_group, mask=i < n, other=0.0)
-        total += tl.where(i < n, (value - pivot) * size, 0.0)
-    values = per_group * 1.0 * places
-    group_mean = pivot + tl.sum(total, 0) / values
+        total += tl.where(i < n, value.to(tl.float64) * size, 0.0)
+    values = (per_group * 1.0 * places).to(tl.float64)
+    group_mean = tl.sum(total, 0) / values
 
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, n, BLOCK):
         i = start + tl.arange(0, BLOCK)
         strip = i // per_group
-        size = tl.minimum(places - strip * strip_places, strip_places).to(tl.float32)
+        size = tl.minimum(places - strip * strip_places, strip_places).to(tl.float64)
         at = partials + strip.to(tl.int64) * 2 * channels + i % per_group
-        delta = tl.load(at, mask=i < n, other=0.0) - group_mean
-        squares = tl.load(at + channels, mask=i < n, other=0.0)
+        delta = tl.load(at, mask=i < n, other=0.0).to(tl.float64) - group_mean
+        squares = tl.load(at + channels, mask=i < n, other=0.0).to(tl.float64)
         total += tl.where(i < n, squares + delta * delta * size, 0.0)
     variance = tl.sum(total, 0) / values
     tl.store(mean + program, group_mean)

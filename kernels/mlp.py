@@ -130,13 +130,13 @@ def backward(grad_y, x, h, w1, w2, activation, need_x, need_w1, need_b1, need_w2
             merge(partials, grad_b1)
     elif need_b1:
         grad_b1.zero_()
-    dh, none = rows(grad_h) if need_h else None, empty(w1, 0)
+    dh = rows(grad_h) if need_h else None
     return (
         linear.input_gradient(dh, w1).view(x.shape) if need_x else empty(x, 0),
-        linear.weight_gradient(dh, rows(x), w1.dtype) if need_w1 else none,
+        linear.weight_gradient(dh, rows(x), w1.dtype) if need_w1 else empty(w1, 0),
         grad_b1,
-        linear.weight_gradient(upstream, rows(a), w1.dtype) if need_w2 else none,
-        column_sums(upstream, w1.dtype) if need_b2 else none,
+        linear.weight_gradient(upstream, rows(a), w1.dtype) if need_w2 else empty(w1, 0),
+        column_sums(upstream, w1.dtype) if need_b2 else empty(w1, 0),
     )
 
 

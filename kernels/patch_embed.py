@@ -254,7 +254,7 @@ def backward(
     cls = grad_y.shape[1] - s.tokens
     patches = grad_y[:, cls:]
     sample = s.rng is not None
-    grad_latents = grad_weight = grad_y.new_empty(0)
+    grad_latents, grad_weight = grad_y.new_empty(0), grad_y.new_empty(0)
     if need_latents:
         grad_latents = torch.empty(latents.shape, dtype=latents.dtype, device=latents.device)
         config = pick("patch_embed_grad_latents", s.dtype)
@@ -281,16 +281,17 @@ def backward(
 
 def _vector_gradients(grad_y, patches, need_bias, need_pos, need_cls):
     """Of bias, pos_embed and cls_token, which share the sum over instances: same bits whichever are asked for."""
-    none, width = grad_y.new_empty(0), grad_y.shape[2]
+    width = grad_y.shape[2]
     if not (need_bias or need_pos or need_cls):
-        return none, none, none
+        return tuple(grad_y.new_empty(0) for _ in range(3))
     cls = grad_y.shape[1] - patches.shape[1]
     summed = grad_y if need_bias or need_pos else grad_y[:, :cls]
     sums = sum_batches(summed, torch.empty(summed.shape[1:], dtype=torch.float32, device=grad_y.device))
+    # An operator's outputs may not share memory.
     return (
-        sum_of_few(sums[cls:], grad_y.new_empty(width)) if need_bias else none,
-        sums.to(grad_y.dtype) if need_pos else none,
-        sums[0].to(grad_y.dtype) if need_cls else none,
+        sum_of_few(sums[cls:], grad_y.new_empty(width)) if need_bias else grad_y.new_empty(0),
+        sums.to(grad_y.dtype) if need_pos else grad_y.new_empty(0),
+        sums[0].to(grad_y.dtype, copy=True) if need_cls else grad_y.new_empty(0),
     )
 
 

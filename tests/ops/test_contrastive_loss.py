@@ -188,7 +188,9 @@ def rounded_gradients(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("pairs", "width"), [(193, 49), (391, 7), (49, 193), (577, 3)])
+@pytest.mark.parametrize(
+    ("pairs", "width"), [(193, 49), (49, 193)] if triton.INTERPRETED else [(193, 49), (391, 7), (49, 193), (577, 3)]
+)
 def test_edges_of_tiles(rounded_gradients, dtype, pairs, width):
     for kind in KINDS:
         testing.check(*pair(kind), inputs(pairs, width, kind), dtype=dtype, keep=(2, 3))
@@ -223,7 +225,7 @@ def test_schedules(rounded_gradients, monkeypatch, schedule, kind):
     monkeypatch.setattr(kernels, "schedule", lambda *_: schedule)
     monkeypatch.setattr(kernels, "CHUNK_PAIRS", 128 * 201)
     for dtype in (torch.float32, torch.bfloat16):
-        testing.check(*pair(kind), inputs(201, 68, kind), dtype=dtype, layout=testing.poisoned, keep=(2, 3), every_subset=True)
+        testing.check(*pair(kind), inputs(201, 68, kind), dtype=dtype, layout=testing.poisoned, keep=(2, 3))
 
 
 def test_threads_change_no_bit(rounded_gradients, implementation):

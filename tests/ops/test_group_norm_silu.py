@@ -55,7 +55,8 @@ def test_mean_far_from_zero(layout):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
     ("shape", "groups"),
-    [((1, 128, 17, 33), 32), ((1, 24, 97, 91), 2), ((2, 9, 149, 67), 3), ((1, 1536, 3, 3), 16), ((3, 66, 40, 1), 2)],
+    [((1, 128, 17, 33), 32), ((1, 1536, 3, 3), 16), ((3, 66, 40, 1), 2)]
+    + ([((1, 12, 61, 53), 2)] if triton.INTERPRETED else [((1, 24, 97, 91), 2), ((2, 9, 149, 67), 3)]),
 )
 def test_sizes_of_several_strips(dtype, layout, shape, groups):
     testing.check(*both(groups), inputs(*shape), dtype=dtype, layout=LAYOUTS[layout])

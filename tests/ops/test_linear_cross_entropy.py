@@ -124,6 +124,7 @@ def test_compile_keeps_one_node():
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.skipif(triton.INTERPRETED, reason="one contract for all backends, and each row is a program")
 def test_saved_bytes_are_linear(reduction):
     def saved(tokens, classes):
         hidden, weight = torch.ones(tokens, 4, requires_grad=True), torch.ones(classes, 4, requires_grad=True)

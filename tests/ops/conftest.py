@@ -14,7 +14,7 @@ from ov3fast.ops import cpu, triton
 
 # The fixture below holds for a whole test, whatever number of examples it tries.
 settings.register_profile("ops", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-EXAMPLES = int(os.environ.get("OV3FAST_INTERPRETER_EXAMPLES", 8))
+EXAMPLES = int(os.environ.get("OV3FAST_INTERPRETER_EXAMPLES", 4))
 settings.register_profile("interpreter", settings.get_profile("ops"), max_examples=EXAMPLES)
 settings.load_profile("interpreter" if triton.INTERPRETED else "ops")
 

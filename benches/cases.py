@@ -30,7 +30,7 @@ class Case:
     dtype: str
     variants: dict[str, Callable[[], object]]
     flops: float = 0.0
-    """Of the whole call; 0 where memory is the bound."""
+    """Of matrix products in the whole call."""
     bytes: float = 0.0
     """Read and written at least once."""
     target: float | None = None
@@ -163,8 +163,9 @@ def patch_embed(dtype: str) -> Iterator[Case]:
     tokens = b * (1 + side * side // 4)
     traffic = moments.nbytes + tokens * width * weight.element_size()
     yield Case(
-        "patch_embed", "forward", f"moments [{b},{2 * c},{side},{side}] -> {width}", dtype, variants, bytes=traffic, target=8.0
-    )
+        "patch_embed", "forward", f"moments [{b},{2 * c},{side},{side}] -> {width}", dtype, variants,
+        flops=2.0 * b * side * side * c * width, bytes=traffic, target=8.0,
+    )  # fmt: skip
 
 
 def noise_projection(dtype: str, target: float) -> Iterator[Case]:

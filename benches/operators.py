@@ -5,8 +5,8 @@
     ov3fast bench --device cuda                           # the same on a GPU, with the libraries that are installed: operators-cuda.csv
 
 Variants take turns in one process. A row holds the median and quartiles of ours, the best peer and the ratio to it, GFLOP/s or GB/s, the
-share of the floor (flops over the matrix-product rate, or bytes over the copy rate, both measured in the same run), and by how much the
-process grew beyond results. Rows that lose stay in. Use a quiet machine.
+share of the floor (flops over the matrix-product rate or bytes over the copy rate, the longer, both measured in the same run), and by how
+much the process grew beyond results. Rows that lose stay in. Use a quiet machine.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def measure(case: cases.Case, budget: float, floors: dict[str, float]) -> dict[s
     first, median, third = timing.quartiles(seconds[cases.OURS])
     peers = {name: timing.quartiles(runs)[1] for name, runs in seconds.items() if name != cases.OURS}
     best = min(peers, key=peers.get, default="")
-    floor = case.flops / floors[case.dtype] if case.flops else case.bytes / floors["copy"]
+    floor = max(case.flops / floors[case.dtype], case.bytes / floors["copy"])
     row = {
         "operator": case.operator,
         "direction": case.direction,

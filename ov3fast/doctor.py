@@ -15,7 +15,8 @@ from typing import Any
 
 OPTIONAL = {
     "triton": "Triton kernels",
-    "flash_attn": "a peer of flash_attention",
+    "flash_attn": "FlashAttention-2 on A100",
+    "flash_attn_interface": "FlashAttention-3 on H100",
     "xformers": "a peer of flash_attention",
 }
 CLIENTS = {"pip": "demo data", "npm": "demo data (Fluent 3D, Twemoji)", "apt-get": "demo data (Noto, photos, Fashion-MNIST)"}
@@ -27,6 +28,7 @@ def report() -> dict[str, dict[str, Any]]:
 
     from ov3fast import __version__, ops
     from ov3fast.data.assets import default_cache_dir
+    from ov3fast.ops._attention_peers import rule as attention_rule
 
     assets = Path(__file__).parent / "assets"
     return {
@@ -38,6 +40,7 @@ def report() -> dict[str, dict[str, Any]]:
             "CPU kernels": _cpu_kernels(),
             "CUDA kernels": _cuda_kernels(),
             "cuda": torch.version.cuda or "torch was built without it",
+            "attention on CUDA": attention_rule(),
             "OV3FAST_CPU_ISA": os.environ.get("OV3FAST_CPU_ISA", "not set: the CPU kernels use the widest instruction set"),
             "OV3FAST_IMPL": os.environ.get("OV3FAST_IMPL", "not set: each operator picks its first backend that is ready"),
         },

@@ -1,8 +1,7 @@
 // Contrastive loss over a rectangle of pairs: rows x_i of this rank against all columns y_j.
 //
 // Pairs of bfloat16 are multiplied as they lie, and 1/|x_i|, 1/|y_j| and the scale are float factors of the tile; where words are floats
-// the
-// rows are packed as unit rows. A chunk of rows of gradients G_ij = s g_ij / (|x_i| |y_j|) serves both sides, for the gradients with the
+// the rows are packed as unit rows. A chunk of rows of gradients G_ij = s g_ij / (|x_i| |y_j|) serves both sides, for the gradients with the
 // norms held fixed are G y and G^T x.
 //
 // G is stored like the features. In bfloat16 its rounding errors e_ij would weigh |y_j|, though much of that cancels in G y where features
@@ -24,7 +23,7 @@ constexpr int64_t MAX_STRIPS = 64;                                              
 constexpr int64_t TILE = 4 * NR;                                                 // columns of a task of the backward
 constexpr int64_t BLOCK_WORDS = 1 << 17;                                         // of A, in the second-level cache
 template <class T>
-constexpr int64_t CHUNK = 192 * (sizeof(T) == 2 ? 2 : 1);  // rows of gradients at once
+constexpr int64_t CHUNK = sizeof(T) == 2 ? 384 : 144;                           // rows of gradients at once
 
 // A factor in two floats: at a logit of 100 one float's rounding, the same for a whole row, would cost digits of the loss.
 struct Factor {

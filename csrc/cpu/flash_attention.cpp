@@ -153,6 +153,16 @@ inline vf weave(vf first, vf second) {
     return first;
 }
 
+// The sum of what a vector of words holds, lane by lane.
+template <class T>
+inline vf unwoven_sum(vf words) {
+    if constexpr (Word<T>::ks == 2) {
+        const vi bits = bit_cast<vi>(words);
+        return bit_cast<vf>(bits << 16) + bit_cast<vf>(bits & int32_t(0xffff0000));
+    }
+    return words;
+}
+
 // What a row of words is made of.
 template <class T>
 using part_t = std::conditional_t<Word<T>::ks == 2, bf16, float>;
@@ -452,7 +462,7 @@ struct Backward {
           ds_woven(room.take<W>(KEY_WORDS * BACK_QUERIES)), s(room.take<float>(BACK_KEYS * LANES)), dp(room.take<float>(BACK_KEYS * LANES)),
           dq(room.take<float>(BACK_QUERIES * ldc)), dk(room.take<float>(key_rows * ldc)), dv(room.take<float>(key_rows * ldc)),
           lse2(room.take<float>(BACK_QUERIES)), lse2_low(room.take<float>(BACK_QUERIES)), delta(room.take<float>(BACK_QUERIES)),
-          limits(room.take<int32_t>(BACK_QUERIES)),
+          excess(room.take<float>(BACK_QUERIES)), mean(room.take<float>(ldc)), limits(room.take<int32_t>(BACK_QUERIES)),
           used(room.used()) {}
 
     const Sizes& sizes;
@@ -461,7 +471,7 @@ struct Backward {
     const int64_t D, words, ldc, key_rows;
     W *const k_rows, *const v_rows, *const k_columns, *const q_lanes, *const g_lanes, *const q_columns, *const g_columns;
     W *const p, *const ds, *const ds_woven;
-    float *const s, *const dp, *const dq, *const dk, *const dv, *const lse2, *const lse2_low, *const delta;
+    float *const s, *const dp, *const dq, *const dk, *const dv, *const lse2, *const lse2_low, *const delta, *const excess, *const mean;
     int32_t* const limits;
     const int64_t used;
 
@@ -471,8 +481,28 @@ struct Backward {
         pack_rows(key, k_stride, sizes.Nk, D, k_rows);
         pack_rows(value, v_stride, sizes.Nk, D, v_rows);
         pack_columns(key, k_stride, sizes.Nk, D, k_columns);
+        if (!one_block()) mean_of(key, k_stride);
         std::memset(dk, 0, key_rows * ldc * sizeof(float));
         std::memset(dv, 0, key_rows * ldc * sizeof(float));
+    }
+
+    // Of the first block of keys.
+    void mean_of(const T* key, int64_t stride) {
+        for_vectors(D, [&](int64_t d, int lanes) {
+            vf total = {};
+            for (int64_t j = 0; j < BACK_KEYS; j++) total += load(key + j * stride + d, lanes);
+            store(mean + d, total * (1.0f / BACK_KEYS), lanes);
+        });
+    }
+
+    // A row of dS sums to 0, so that an offset of all keys has no part in dq; but delta has the rounding of `out`, and dS its own. What is
+    // too much times the mean key goes.
+    void without_excess(int64_t n) {
+        for (int64_t i = 0; i < n; i++)
+            for_vectors(D, [&](int64_t d, int lanes) {
+                float* at = dq + i * ldc + d;
+                store(at, load(at, lanes) - excess[i] * load(mean + d, lanes), lanes);
+            });
     }
 
     // Queries [i0, i0 + n), n <= BACK_QUERIES: pointers are to the first of them.
@@ -504,7 +534,7 @@ struct Backward {
     // What the softmax needs of NV vectors of queries.
     template <int NV>
     struct Lanes {
-        vf shift[NV], low[NV], delta[NV], sum[NV], inverse[NV];
+        vf shift[NV], low[NV], delta[NV], sum[NV], inverse[NV], excess[NV];
         vi limit[NV];
     };
 
@@ -520,6 +550,7 @@ struct Backward {
             at.low[j] = load(lse2_low + i + j * VL);
             at.delta[j] = one_block() ? vf{} : load(delta + i + j * VL);
             at.sum[j] = vf{};
+            at.excess[j] = k0 > 0 ? load(excess + i + j * VL) : vf{};
             at.inverse[j] = splat(1.0f);
             std::memcpy(&at.limit[j], limits + i + j * VL, sizeof(vi));
         }
@@ -533,7 +564,10 @@ struct Backward {
                 exponentials<NV, false>(k0 + r, scores, slopes, at);
             if (!one_block()) slopes_of<NV>(i, r, scores, slopes, at);
         }
-        if (!one_block()) return;
+        if (!one_block()) {
+            for (int j = 0; j < NV; j++) store(excess + i + j * VL, at.excess[j]);
+            return;
+        }
         for (int j = 0; j < NV; j++) {
             at.inverse[j] = 1.0f / ((at.sum[j] == 0.0f) ? splat(1.0f) : at.sum[j]);
             at.delta[j] *= at.inverse[j];
@@ -565,7 +599,7 @@ struct Backward {
     }
 
     template <int NV>
-    void slopes_of(int64_t i, int64_t r, const float* probabilities, const float* slopes, const Lanes<NV>& at) {
+    void slopes_of(int64_t i, int64_t r, const float* probabilities, const float* slopes, Lanes<NV>& at) {
         for (int row = 0; row < MR; row += KS)
 #pragma GCC unroll 4
             for (int j = 0; j < NV; j++) {
@@ -579,7 +613,9 @@ struct Backward {
                     store(reinterpret_cast<part_t<T>*>(p) + place, probability);
                     store(reinterpret_cast<part_t<T>*>(ds) + place, pair[half]);
                 }
-                store(reinterpret_cast<float*>(ds_woven) + ((i / VL + j) * KEY_WORDS + (r + row) / KS) * VL, weave<T>(pair[0], pair[1]));
+                const vf woven = weave<T>(pair[0], pair[1]);
+                store(reinterpret_cast<float*>(ds_woven) + ((i / VL + j) * KEY_WORDS + (r + row) / KS) * VL, woven);
+                if (!one_block()) at.excess[j] += unwoven_sum<T>(woven);
             }
     }
 
@@ -639,6 +675,7 @@ void flash_attention_backward(
             else
                 std::memset(work.dq, 0, n * work.ldc * sizeof(float));
             for (int64_t k0 = 0; k0 < seen; k0 += BACK_KEYS) work.block(n, k0, std::min<int64_t>(BACK_KEYS, seen - k0));
+            if (seen > BACK_KEYS) work.without_excess(n);
             work.write(work.dq, work.scale, n, grad_q + (b * Nq + i0) * grad_row + h * D, grad_row);
         }
         work.write(work.dk, work.scale, Nk, grad_k + b * Nk * grad_row + h * D, grad_row);

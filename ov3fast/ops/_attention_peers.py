@@ -1,9 +1,10 @@
-"""Attention by libraries that others wrote: PyTorch's own kernels (`sdpa`), and the flash-attn and xformers packages.
+"""Attention by libraries that others wrote: PyTorch's own kernels (`sdpa`), cuDNN's, FlashAttention-2 and -3, and xformers.
 
 Each is a forward and a backward under flash_attention's contract: q, k, v [B,N,H,D] with any strides -> out [B,N,H,D]
 contiguous and lse [B,H,N] (natural logarithm, of the scaled scores); backward -> (grad_q, grad_k, grad_v). `*_refuses` says
 what a library can't do. Causal masks of flash-attn and of PyTorch's CUDA kernel are aligned bottom-right, as ours are.
-Whether a CUDA peer repeats its bits is its own affair: PyTorch's asks for torch.use_deterministic_algorithms.
+Whether a CUDA peer repeats its bits is its own affair: PyTorch's asks for torch.use_deterministic_algorithms. The ones that an
+automatic choice takes do: FlashAttention's backward runs in its deterministic mode, and of cuDNN's only the forward is used.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ import torch
 from torch import Tensor
 
 HALVES = (torch.bfloat16, torch.float16)
+
+FASTER = {8: ("flash_attn",), 9: ("flash_attn_3", "cudnn"), 10: ("cudnn",)}
+"""First digit of a GPU's compute capability -> what an automatic choice prefers to Triton, the best first, where it is installed and takes
+the call: by published rates (FlashAttention-2's paper for A100, -3's for H100, and that cuDNN has kernels for B200's instructions)."""
 
 # PyTorch's bfloat16 CPU backward is slow on short sequences: 94 ms against 11 ms in float32 for [288,17,6,32] on one Zen 5 core,
 # 97 against 67 for [16,197,12,64], 162 against 210 for [2,1024,12,64]. Below this many keys it runs on float32 copies.
@@ -117,6 +122,66 @@ def flash_attn_backward(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
     return grads
 
 
+# FlashAttention-3: the module flash_attn_interface, which its repository's folder `hopper` installs.
+
+
+def flash_attn_3_missing() -> str | None:
+    return _package_missing("flash_attn_interface", "flash-attn 3", "from the folder hopper of FlashAttention's repository")
+
+
+def flash_attn_3_refuses(q, k, v, causal, prefix_len, scale) -> str | None:
+    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device)[0] != 9:
+        return "it needs a GPU of compute capability 9"
+    return _cuda_refuses(q, k, causal, prefix_len)
+
+
+def flash_attn_3_forward(q, k, v, causal, prefix_len, scale):
+    from flash_attn_interface import _flash_attn_forward
+
+    q, k, v = (_unit_stride(t) for t in (q, k, v))
+    out, lse, *_ = _flash_attn_forward(q, k, v, softmax_scale=scale, causal=causal)
+    return out, lse
+
+
+def flash_attn_3_backward(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
+    from flash_attn_interface import _flash_attn_backward
+
+    grad_out, q, k, v = (_unit_stride(t) for t in (grad_out, q, k, v))
+    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    _flash_attn_backward(
+        grad_out, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, softmax_scale=scale, is_causal=causal, deterministic=True
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+# cuDNN, as PyTorch calls it: [B,H,N,D], and a causal mask aligned top-left.
+
+
+def cudnn_missing() -> str | None:
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return "it needs a CUDA device"
+    version = torch.backends.cudnn.version() or 0
+    return None if version >= 90000 else f"it needs cuDNN 9, found {version}"
+
+
+def cudnn_refuses(q, k, v, causal, prefix_len, scale) -> str | None:
+    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device)[0] < 9:
+        return "it needs a GPU of compute capability 9 or later"
+    if causal and q.shape[1] != k.shape[1]:
+        return "its causal mask is for as many queries as keys"
+    if q.shape[-1] > 128:
+        return f"head_dim must be at most 128, got {q.shape[-1]}"
+    return _cuda_refuses(q, k, causal, prefix_len)
+
+
+def cudnn_forward(q, k, v, causal, prefix_len, scale):
+    q_BHND, k_BHND, v_BHND = (_unit_stride(t).transpose(1, 2) for t in (q, k, v))
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q_BHND, k_BHND, v_BHND, None, True, 0.0, causal, False, scale=scale
+    )
+    return out.transpose(1, 2).contiguous(), lse.reshape(q_BHND.shape[:3])
+
+
 # The xformers package.
 
 
@@ -150,10 +215,23 @@ def _xformers_bias(causal: bool):
     return LowerTriangularFromBottomRightMask() if causal else None
 
 
+def rule() -> str:
+    """The automatic choice among CUDA backends, in words."""
+    libraries = "; ".join(f"capability {capability}.x: {', '.join(names)}" for capability, names in FASTER.items())
+    return f"the first that is ready and takes the call of: {libraries}; then triton. The packed backward is triton's, which writes dQKV in place"
+
+
+def faster_than_triton(q: Tensor, *_) -> tuple[str, ...]:
+    """FASTER's row for the device of q."""
+    if q.device.type != "cuda" or torch.version.hip:
+        return ()
+    return FASTER.get(torch.cuda.get_device_capability(q.device)[0], ())
+
+
 @functools.cache
-def _package_missing(module: str, package: str) -> str | None:
+def _package_missing(module: str, package: str, how: str = "pip install ov3fast[gpu]") -> str | None:
     if importlib.util.find_spec(module) is None:
-        return f"the package {package} is not installed (pip install ov3fast[gpu])"
+        return f"the package {package} is not installed ({how})"
     return None if torch.cuda.is_available() else "it needs a CUDA device"
 
 

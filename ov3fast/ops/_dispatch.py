@@ -8,7 +8,7 @@ once, in the operator's own file, so a backend can be swapped (or mixed between 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 # Tried in this order when nobody asks for one by name.
-PREFERENCE = ("cuda", "triton", "flash_attn", "xformers", "cpu", "sdpa", "reference")
+PREFERENCE = ("cuda", "triton", "flash_attn_3", "flash_attn", "cudnn", "xformers", "cpu", "sdpa", "reference")
 
 # Every operator of the package runs through one of these, so `define` needs one library object only.
 LIBRARY = torch.library.Library("ov3fast", "DEF")
@@ -35,9 +35,10 @@ class Backend:
     """Why it can't take these forward arguments (dtype, device, size), or None."""
     refuses_backward: Callable[..., str | None]
     """The same for the backward's arguments."""
-    slower_than: Callable[..., str | None]
-    """A backend that is faster on these forward arguments, and takes them over where it can, unless this one is asked for; or None."""
-    slower_than_backward: Callable[..., str | None]
+    slower_than: Callable[..., Sequence[str]]
+    """Backends that are faster on these forward arguments, the best first: one that can takes them over, unless this one is asked for."""
+    slower_than_backward: Callable[..., Sequence[str]]
+    """The same for the backward's arguments."""
 
 
 _backends: dict[str, dict[str, Backend]] = {}
@@ -46,6 +47,10 @@ _override: str | None = os.environ.get("OV3FAST_IMPL") or None
 
 def _never(*_: Any) -> None:
     return None
+
+
+def _none(*_: Any) -> Sequence[str]:
+    return ()
 
 
 def register(
@@ -57,8 +62,8 @@ def register(
     missing: Callable[[], str | None] = _never,
     refuses: Callable[..., str | None] = _never,
     refuses_backward: Callable[..., str | None] = _never,
-    slower_than: Callable[..., str | None] = _never,
-    slower_than_backward: Callable[..., str | None] = _never,
+    slower_than: Callable[..., Sequence[str]] = _none,
+    slower_than_backward: Callable[..., Sequence[str]] = _none,
 ) -> None:
     """Makes `name` a backend of `op`. The functions take the registered operator's arguments, without `impl`."""
     if name not in PREFERENCE:
@@ -125,7 +130,7 @@ def _choose_backward(op: str, word: str, args: tuple[Any, ...]) -> Backend:
 
 
 def _first(
-    op: str, word: str, obstacle: Callable[[Backend], str | None], slower_than: Callable[[Backend], str | None]
+    op: str, word: str, obstacle: Callable[[Backend], str | None], slower_than: Callable[[Backend], Sequence[str]]
 ) -> Backend:
     backends = _backends[op]
     wanted = word.removeprefix("~")
@@ -136,8 +141,8 @@ def _first(
         return backends[wanted]
     for name in PREFERENCE:
         if name in backends and obstacle(backends[name]) is None:
-            faster = backends.get(slower_than(backends[name]) or "")
-            return faster if faster is not None and obstacle(faster) is None else backends[name]
+            faster = (other for other in slower_than(backends[name]) if other in backends and obstacle(backends[other]) is None)
+            return backends[next(faster, name)]
     raise RuntimeError(f"{op}: no backend takes this call; see `ov3fast doctor`")
 
 

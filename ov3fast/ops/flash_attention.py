@@ -154,7 +154,7 @@ def register_backend(name, forward, backward, *, missing=lambda: None, refuses=l
         "flash_attention", name, forward, backward, missing=missing, refuses=refuses, refuses_backward=refuses_backward
     )
     _dispatch.register(
-        "flash_attention_qkvpacked", name, forward_packed, backward_packed,
+        "flash_attention_qkvpacked", name, forward_packed, None if backward is None else backward_packed,
         missing=missing, refuses=refuses_packed, refuses_backward=refuses_backward_packed,
     )  # fmt: skip
 
@@ -201,6 +201,11 @@ register_backend(
     "flash_attn", peers.flash_attn_forward, peers.flash_attn_backward,
     missing=peers.flash_attn_missing, refuses=peers.flash_attn_refuses,
 )  # fmt: skip
+register_backend(
+    "flash_attn_3", peers.flash_attn_3_forward, peers.flash_attn_3_backward,
+    missing=peers.flash_attn_3_missing, refuses=peers.flash_attn_3_refuses,
+)  # fmt: skip
+register_backend("cudnn", peers.cudnn_forward, None, missing=peers.cudnn_missing, refuses=peers.cudnn_refuses)
 register_backend(
     "xformers", peers.xformers_forward, peers.xformers_backward,
     missing=peers.xformers_missing, refuses=peers.xformers_refuses,

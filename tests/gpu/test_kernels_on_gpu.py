@@ -45,6 +45,23 @@ def test_parity(sample, dtype):
     sample.assert_parity(SIZE, dtype, DEVICE)
 
 
+@needs_gpu
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.op.startswith("flash_attention")], ids=lambda sample: sample.name)
+@pytest.mark.parametrize("library", ["flash_attn", "flash_attn_3", "cudnn", "xformers", "sdpa"])
+def test_attention_of_a_library(library, sample):
+    """What an automatic choice may take instead of the Triton kernels keeps their contract."""
+    state = ops.table()[sample.op][library]
+    if state != "ready":
+        pytest.skip(f"{library}: {state}")
+    try:
+        with ops.use(library):
+            sample.assert_parity(SIZE, torch.bfloat16, DEVICE)
+    except RuntimeError as reason:
+        if "can't run this call" not in str(reason):
+            raise
+        pytest.skip(str(reason))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_bits_every_time(sample, dtype):
     inputs = sample.inputs(SIZE, dtype, DEVICE)

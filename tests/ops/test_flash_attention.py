@@ -1,4 +1,7 @@
+import dataclasses
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -76,9 +79,6 @@ def test_tile_borders(case, dtype):
 
 
 @needs_kernels
-@pytest.mark.xfail(
-    not triton.INTERPRETED, strict=True, reason="beyond 128 keys the CPU kernels take delta from the rounded out"
-)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_keys_with_a_common_offset(dtype):
     """The exact gradient of q has no part of it, so a row of gs must sum to 0 to far more digits than `out` is kept with."""
@@ -375,16 +375,62 @@ def test_cuda_kernels_take_our_arguments():
     assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
 
 
+def test_cudnn_takes_our_arguments():
+    q, k, v = (torch.empty(2, n, 3, 8, dtype=torch.bfloat16, device="meta") for n in (5, 7, 7))
+    out, lse = peers.cudnn_forward(q, k, v, False, 0, 0.5)
+    assert out.shape == q.shape and out.is_contiguous() and lse.shape == (2, 3, 5) and lse.dtype == torch.float32
+
+
+def test_flash_attention_3_is_called_by_its_names(monkeypatch):
+    """Against a stand-in that has the arguments of that package that we give, and its results."""
+    plain = torch.ops.ov3fast
+
+    def _flash_attn_forward(q, k, v, *, softmax_scale, causal):
+        return *plain.flash_attention(q, k, v, causal, 0, softmax_scale, "reference"), None, None
+
+    def _flash_attn_backward(grad_out, q, k, v, out, lse, *, dq, dk, dv, softmax_scale, is_causal, deterministic):
+        assert deterministic
+        grads = plain.flash_attention_backward(grad_out, q, k, v, out, lse, is_causal, 0, softmax_scale, "reference")
+        for to, grad in zip((dq, dk, dv), grads, strict=True):
+            to.copy_(grad)
+
+    package = types.SimpleNamespace(_flash_attn_forward=_flash_attn_forward, _flash_attn_backward=_flash_attn_backward)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
+    q, k, v = (t.float() for t in inputs(5, 7, 2, 8))
+    expected = plain.flash_attention(q, k, v, True, 0, 0.3, "reference")
+    testing.assert_same_bits(peers.flash_attn_3_forward(q, k, v, True, 0, 0.3), expected)
+    expected_grads = plain.flash_attention_backward(q, q, k, v, *expected, True, 0, 0.3, "reference")
+    testing.assert_same_bits(peers.flash_attn_3_backward(q, q, k, v, *expected, True, 0, 0.3), expected_grads)
+
+
+@pytest.mark.parametrize(("capability", "order"), peers.FASTER.items())
+def test_choice_on_a_gpu(monkeypatch, capability, order):
+    """The rule, as if each generation of GPUs were here and everything installed; then with nothing but Triton; then what no library takes."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    monkeypatch.setattr(peers, "_cuda_refuses", lambda q, k, causal, prefix_len, dtypes=(): "no prefix" if prefix_len else None)
+    device = types.SimpleNamespace(type="cuda")
+    q = types.SimpleNamespace(device=device, shape=(2, 64, 4, 64))
+    backends = _dispatch._backends["flash_attention"]
+    absent = {name: dataclasses.replace(backend, missing=lambda: "not here") for name, backend in backends.items()}
+    ready = {name: dataclasses.replace(backend, missing=lambda: None) for name, backend in backends.items()}
+    triton_alone = dataclasses.replace(ready["triton"], refuses=lambda *_: None, refuses_backward=lambda *_: None)
+    for others, expected in ((ready, order[0]), (absent, "triton")):
+        monkeypatch.setitem(_dispatch._backends, "flash_attention", {**others, "triton": triton_alone})
+        assert _dispatch.chosen("flash_attention", "", q, q, q, True, 0, 1.0) == expected
+        assert _dispatch.chosen("flash_attention", "", q, q, q, True, 5, 1.0) == "triton"
+
+
 def test_peers_say_why_not():
     q, k, v = (t.float() for t in inputs(4, 4, 1, 8))
     table = ops.table()["flash_attention"]
     assert table["reference"] == table["sdpa"] == "ready"
-    for peer in ("flash_attn", "xformers"):
+    for peer in ("flash_attn", "flash_attn_3", "cudnn", "xformers"):
         if table[peer] != "ready":
             with pytest.raises(RuntimeError, match=f"impl='{peer}' can't run this call: .*(not installed|CUDA)"):
                 flash_attention(q, k, v, impl=peer)
     assert "CUDA" in peers.flash_attn_refuses(q, k, v, False, 0, 1.0)
     assert "CUDA" in peers.xformers_refuses(q, k, v, False, 0, 1.0)
+    assert "CUDA" in peers.cudnn_refuses(q, k, v, False, 0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -397,7 +443,7 @@ def test_peers_say_why_not():
         ({"v": torch.ones(2, 4, 2, 8).double()}, TypeError, "v must be of dtype float32, got float64"),
         ({"prefix_len": 5}, ValueError, "prefix_len must be between 0 and the number of keys 4, got 5"),
         ({"causal": "yes"}, TypeError, "causal must be True or False, got str"),
-        ({"impl": "cudnn"}, ValueError, "impl must be one of triton, flash_attn, xformers, cpu, sdpa, reference; got 'cudnn'"),
+        ({"impl": "mkl"}, ValueError, "impl must be one of triton, flash_attn_3, flash_attn, cudnn, xformers, .*; got 'mkl'"),
     ],
 )
 def test_errors(change, error, words):

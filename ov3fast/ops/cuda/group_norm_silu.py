@@ -124,7 +124,7 @@ def _in_packs(x, tensor):
 
 
 def _slower_than(x):
-    return FASTER["packs" if _in_packs(x, x) else "single elements"]
+    return (FASTER["packs" if _in_packs(x, x) else "single elements"],)
 
 
 _dispatch.register(

@@ -1,6 +1,6 @@
 """flash_attention on kernels/flash_attention.py; the packed operator's gradient is written where it belongs."""
 
-from .. import _dispatch
+from .. import _attention_peers, _dispatch
 from . import launch, missing, refuses
 
 LARGEST_HEAD = 256
@@ -15,9 +15,12 @@ def _refuses(q, k, v, *_):
 _dispatch.register(
     "flash_attention", "triton", launch("flash_attention", "forward"), launch("flash_attention", "backward"),
     missing=missing, refuses=_refuses, refuses_backward=lambda grad_out, q, k, v, *_: _refuses(q, k, v),
+    slower_than=_attention_peers.faster_than_triton,
+    slower_than_backward=_attention_peers.faster_than_triton,
 )  # fmt: skip
 _dispatch.register(
     "flash_attention_qkvpacked", "triton", launch("flash_attention", "forward_packed"), launch("flash_attention", "backward_packed"),
     missing=missing, refuses=lambda qkv, *_: _refuses(qkv, qkv, qkv),
     refuses_backward=lambda grad_out, qkv, *_: _refuses(qkv, qkv, qkv),
+    slower_than=_attention_peers.faster_than_triton,
 )  # fmt: skip

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ov3fast import testing
+from ov3fast.kernels import attention_entries
 from ov3fast.kernels import flash_attention as kernels
 from ov3fast.kernels.common import TYPES
 from ov3fast.ops.flash_attention import reference
@@ -58,7 +59,7 @@ def test_compiled_code(case, dtype):
     reports = check(make(*sizes, dtype), causal, prefix_len)
     assert len(reports) == 3
     for name, report in reports.items():
-        launches.assert_traffic(report, kernels.traffic(name, TYPES[dtype], 1, *sizes, causal, prefix_len))
+        launches.assert_traffic(report, attention_entries.traffic(name, TYPES[dtype], 1, *sizes, causal, prefix_len))
         assert report.mma_count and report.share16() > 0.9, report
 
 

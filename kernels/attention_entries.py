@@ -1,0 +1,85 @@
+"""Attention's kernels as aot.py compiles and counts them."""
+
+from __future__ import annotations
+
+import functools
+
+from . import configs
+from .attention_backward import flash_attention_grad_kv, flash_attention_grad_q
+from .attention_tiles import constexprs, size_class
+from .catalog import Entry, Work
+from .common import SIZES, argument_types, cdiv
+from .flash_attention import flash_attention_forward
+
+
+def traffic(
+    kernel: str, dtype: str, batch: int, queries: int, keys: int, heads: int, head_dim: int, causal: bool, prefix_len: int
+) -> int:
+    """Bytes that a launch moves with the blocks of sm_80. What several programs read counts each time: most of that comes from the L2 cache."""
+    blocks = configs.pick(kernel.lstrip("_"), dtype, size_class(head_dim), "sm_80").blocks
+    block_queries, block_keys = blocks["BLOCK_QUERIES"], blocks["BLOCK_KEYS"]
+    row = head_dim * SIZES[dtype]
+    numbers = 4 * (3 if dtype == "fp32" else 2)  # of a query in the backward: lse, delta and perhaps weight
+
+    def visible(query: int) -> int:
+        return min(max(query + 1 + keys - queries, prefix_len, 0), keys) if causal else keys
+
+    total = 0
+    if kernel.endswith("grad_kv"):
+        for start in range(0, keys, block_keys):
+            total += 4 * row * min(block_keys, keys - start)
+            for query in range(0, queries, block_queries):
+                end = min(query + block_queries, queries)
+                if visible(end - 1) > start:
+                    total += (2 * row + numbers) * (end - query)
+        return total * batch * heads
+    for query in range(0, queries, block_queries):
+        end = min(query + block_queries, queries)
+        total += 2 * row * min(cdiv(visible(end - 1), block_keys) * block_keys, keys)
+        if kernel.endswith("grad_q"):
+            total += (4 * row + numbers) * (end - query) + row * min(block_keys, keys)
+        else:
+            total += (2 * row + 4) * (end - query)
+    return total * batch * heads
+
+
+# Of the entries: products of head_dim columns for each pair of a query and a key that it sees.
+_PRODUCTS = {"flash_attention_forward": 2, "flash_attention_grad_q": 3, "flash_attention_grad_kv": 4}
+_BATCH, _LENGTH, _HEADS = 8, 1024, 16
+
+
+def _work(kernel: str, head_dim: int, causal: bool, dtype: str) -> Work:
+    pairs = _LENGTH * (_LENGTH + 1) // 2 if causal else _LENGTH**2
+    flops = 2 * _PRODUCTS[kernel] * head_dim * pairs * _BATCH * _HEADS
+    return Work(flops, traffic(kernel, dtype, _BATCH, _LENGTH, _LENGTH, _HEADS, head_dim, causal, 0))
+
+
+_WIDE_HEADS = "two parts of columns and their float32 sums pass 255 registers; no model here has heads wider than 128"
+
+
+def _entry(kernel, head_dim: int, causal: bool, dtypes: tuple[str, ...]) -> Entry:
+    tensors = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
+    positive = {"POSITIVE": True} if kernel is flash_attention_forward else {}
+    return Entry(
+        kernel=kernel,
+        op="flash_attention",
+        arguments=argument_types(
+            kernel, **dict.fromkeys(tensors, "*{}"), lse="*fp32", delta="*fp32", weight="*fp32", scale="fp32", grad_scale="fp32"
+        ),
+        problem=f"{_BATCH} x {_LENGTH} queries and keys, {_HEADS} heads of {head_dim}",
+        work=functools.partial(_work, kernel.__name__, head_dim, causal),
+        constexprs=constexprs(head_dim, dtypes[0], causal, True) | positive,
+        variant=f"D={head_dim}" + (" causal" if causal else ""),
+        dtypes=dtypes,
+        sizes=(size_class(head_dim),),
+        matrix=True,
+        exceptions=dict.fromkeys(("stack", "spills"), _WIDE_HEADS) if head_dim > 128 else {},
+    )
+
+
+def entries() -> list[Entry]:
+    """Each kernel for the head dimensions of the models, with and without a mask; and for those of the other size classes."""
+    cases = [(head_dim, causal, ("bf16", "fp16", "fp32")) for head_dim in (64, 72, 80, 128) for causal in (False, True)]
+    cases += [(96, True, ("bf16", "fp32")), (192, True, ("bf16", "fp32")), (256, True, ("bf16",)), (256, True, ("fp32",))]
+    kernels = (flash_attention_forward, flash_attention_grad_q, flash_attention_grad_kv)
+    return [_entry(kernel, *case) for kernel in kernels for case in cases]

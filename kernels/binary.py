@@ -59,13 +59,16 @@ def of_nvidia(cubin: bytes) -> dict[str, Any]:
 
 
 def of_amd(assembly: str) -> dict[str, Any]:
-    """The same of an AMD kernel's assembly; registers are vector registers, stack_bytes scratch memory."""
+    """The same of an AMD kernel's assembly; registers are vector registers, stack_bytes scratch memory.
+
+    Scalar registers spill into lanes of vector registers, not into memory, and don't count.
+    """
     metadata = {key: int(value) for key, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", assembly, re.MULTILINE)}
     widths = Counter(_amd_width(name) for name in _AMD_ACCESS.findall(assembly))
     return {
         "registers": metadata["vgpr_count"],
         "stack_bytes": metadata["private_segment_fixed_size"],
-        "spills": metadata["vgpr_spill_count"] + metadata["sgpr_spill_count"],
+        "spills": metadata["vgpr_spill_count"],
         "mma": _count(_AMD_MATRIX.findall(assembly)),
         "share16": _share(widths),
         "atomics": _count(_AMD_ATOMIC.findall(assembly)),

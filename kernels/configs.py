@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,20 +185,21 @@ TABLE["flash_attention_grad_kv"] = _attention(
 # --- contrastive_loss ---
 # Size class of the first two: "library", where tiles are read instead of multiplied. BLOCK_K must be one for all three kernels over tiles of a dtype, for the backward has to meet the forward's logits to the bit.
 TABLE["contrastive_statistics"] = {
-    ("any", "any", "any"): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=3),
-    ("any", "any", "sm_80"): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=3),
+    ("any", "any", "any"): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=3),
+    ("any", "any", "sm_90"): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=3),
     ("fp32", "any", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, warps=4, stages=2),
+    ("fp32", "any", "sm_80"): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32}, warps=4, stages=2),
     ("any", "library", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=1),
 }
 TABLE["contrastive_gradients"] = {
-    ("any", "any", "any"): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=3),
-    ("any", "any", "sm_90"): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=3),
+    ("any", "any", "any"): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=3),
+    ("any", "any", "sm_80"): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=3),
     ("fp32", "any", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, warps=4, stages=2),
     ("any", "library", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=1),
 }
 TABLE["contrastive_side"] = {
     ("any", "any", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=2),
-    ("fp32", "any", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32}, warps=8, stages=1),
+    ("fp32", "any", "any"): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32}, warps=8, stages=1),
 }
 TABLE["contrastive_features"] = {("any", "any", "any"): Config({"BLOCK_R": 16, "BLOCK_D": 256}, warps=4, stages=1)}
 TABLE["contrastive_project"] = {("any", "any", "any"): Config({"BLOCK_R": 8, "BLOCK_D": 256}, warps=4, stages=1)}
@@ -224,12 +225,13 @@ TABLE["cross_entropy_rows"] = {
 
 
 def _products(large: Config, hopper: Config, blackwell: Config, **more: int) -> dict[Key, Config]:
-    """Rows of a tiled product. float32 multiplies in three tf32 products, which fill the registers of small tiles."""
+    """Rows of a tiled product. float32 multiplies in three tf32 products, which fill the registers of small tiles; MI300 has 64 KiB to share."""
     narrow = {"BLOCK_M": 64, "BLOCK_N": 64, "GROUP": 8, **more}
     return {
         (ANY, "large", ANY): large,
         (ANY, "large", "sm_90"): hopper,
         (ANY, "large", "sm_100"): blackwell,
+        (ANY, "large", "gfx942"): replace(large, stages=2),
         (ANY, "small", ANY): Config({**narrow, "BLOCK_K": 64}, warps=4, stages=3),
         **{
             ("fp32", size, a): Config({**narrow, "BLOCK_K": 32}, warps=4, stages=3)
@@ -324,6 +326,7 @@ for _name in ("group_norm_silu_forward", "group_norm_silu_backward"):
     }
     TABLE[_name + "_partials"] = {
         ("any", "channels_last", "any"): Config({"BLOCK_S": 64, "BLOCK_C": 64}, warps=4, stages=1),
+        ("fp32", "channels_last", "any"): Config({"BLOCK_S": 64, "BLOCK_C": 64}, warps=8, stages=1),
         ("any", "plain", "any"): Config({"BLOCK_S": 1024, "BLOCK_C": 4}, warps=4, stages=1),
         ("any", "small", "any"): Config({"BLOCK_S": 64, "BLOCK_C": 64}, warps=4, stages=1),
     }

@@ -1,38 +1,62 @@
-"""Runs a kernel file's own launchers on CPU tensors: within `compiled()`, kernel[grid](...) executes the kernel's PTX by ptxrun."""
+"""Runs a kernel file's own launchers on CPU tensors: kernel[grid](...) executes the kernel's PTX by ptxrun, checked access by access."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import ptxrun
+from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from ov3fast import testing
+
 ORDERS = ("forward", "reversed", "shuffled")
+Report = ptxrun.report.Report
 
 
 @contextmanager
-def compiled(order: str = "forward", target: str = "sm_80", **options) -> Iterator[dict[str, list]]:
-    """Gives kernel -> reports of its launches; a finding of any kind fails at once."""
-    reports: dict[str, list] = {}
+def on_ptx(order: str = "forward", target: str = "sm_80", **options: Any) -> Iterator[list[tuple[str, Report]]]:
+    """Gives (kernel, report) of each launch within the block; a finding of any kind fails at once."""
+    launched = []
 
     def run(kernel, *args, grid, warmup=False, num_warps=4, num_stages=2, **kwargs):
         values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
-        constexprs = {p.name: values.pop(p.name) for p in kernel.params if p.is_constexpr}
-        report = ptxrun.run(
-            kernel, grid, values, constexprs, target=target, num_warps=num_warps, num_stages=num_stages, order=order, **options
-        )
+        constexprs = {p.name: values.pop(p.name) for p in kernel.params if p.is_constexpr and p.name in values}
+        report = ptxrun.run(kernel, grid, values, constexprs, target, num_warps, num_stages, order=order, **options)
         assert report.ok, report
-        reports.setdefault(kernel.__name__, []).append(report)
+        launched.append((kernel.__name__, report))
 
     before, JITFunction.run = JITFunction.run, run
     try:
-        yield reports
+        yield launched
     finally:
         JITFunction.run = before
 
 
-def assert_traffic(report, expected: float, *small: str) -> None:
+@contextmanager
+def compiled(order: str = "forward", target: str = "sm_80", **options: Any) -> Iterator[dict[str, list[Report]]]:
+    """The same by kernel, filled in at the block's end."""
+    reports: dict[str, list[Report]] = {}
+    with on_ptx(order, target, **options) as launched:
+        yield reports
+    for kernel, report in launched:
+        reports.setdefault(kernel, []).append(report)
+
+
+def in_any_order(function: Callable[..., Sequence[Tensor]], *args: Any) -> tuple[Sequence[Tensor], list[Report]]:
+    """The function's tensors, the same bits in three orders of programs, and the reports of the first."""
+    first, *others = ORDERS
+    with on_ptx(first) as launched:
+        expected = function(*args)
+    for order in others:
+        with on_ptx(order):
+            testing.assert_same_bits(function(*args), expected)
+    return expected, [report for _, report in launched]
+
+
+def assert_traffic(report: Report, expected: float, *small: str) -> None:
     """Bytes read and written are within 10 % of the formula; `small` are vectors that many threads read again, from the cache."""
     moved = sum(sum(kinds.values()) for name, kinds in report.per_tensor.items() if name not in small)
     assert abs(moved - expected) <= 0.1 * expected, (

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_tools.compiled import in_any_order, on_ptx
+from kernel_tools.launches import in_any_order, on_ptx
 
 from ov3fast import testing
 from ov3fast.kernels import contrastive_loss

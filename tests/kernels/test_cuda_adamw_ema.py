@@ -15,7 +15,6 @@ from ov3fast.kernels import cuda_aot
 from ov3fast.ops.adamw_ema import reference
 from ov3fast.ops.cuda import adamw_ema as glue
 
-ptxrun = pytest.importorskip("ptxrun")
 pytestmark = pytest.mark.skipif(not (shutil.which("nvcc") or os.environ.get("NVCC")), reason="there is no nvcc")
 
 _spec = importlib.util.spec_from_file_location("ov3fast_tests_emulated_cuda", Path(__file__).with_name("emulated_cuda.py"))

@@ -14,7 +14,6 @@ from ov3fast.ops import _dispatch
 from ov3fast.ops.cuda.group_norm_silu import Plan
 from ov3fast.ops.group_norm_silu import reference
 
-ptxrun = pytest.importorskip("ptxrun")
 pytestmark = pytest.mark.skipif(not (shutil.which("nvcc") or os.environ.get("NVCC")), reason="there is no nvcc")
 
 _spec = importlib.util.spec_from_file_location("ov3fast_tests_emulated_cuda", Path(__file__).with_name("emulated_cuda.py"))

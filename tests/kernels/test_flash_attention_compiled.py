@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from kernel_tools import launches
 
 from ov3fast import testing
 from ov3fast.kernels import attention_entries
 from ov3fast.kernels import flash_attention as kernels
 from ov3fast.kernels.common import TYPES
 from ov3fast.ops.flash_attention import reference
-
-launches = pytest.importorskip("kernel_tools.launches")
 
 # queries, keys, heads, head_dim, causal, prefix_len: more than one block of queries and of keys, none of them full
 CASES = {

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kernel_tools import launches
 
 from ov3fast import testing
 from ov3fast.kernels import group_norm_silu as kernels
@@ -9,9 +10,6 @@ from ov3fast.ops import triton
 from ov3fast.ops.group_norm_silu import reference
 
 pytestmark = pytest.mark.skipif(triton.INTERPRETED, reason="runs compiled code")
-ptxrun = pytest.importorskip("ptxrun")
-launches = pytest.importorskip("kernel_tools.launches")
-
 PARAMETERS = "weight", "bias", "mean", "rstd", "means"
 LAYOUTS = {
     "plain": torch.Tensor.contiguous,

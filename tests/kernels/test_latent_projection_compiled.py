@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kernel_tools import launches
 
 from ov3fast import testing
 from ov3fast.kernels import latent_projection as kernels
@@ -9,8 +10,6 @@ from ov3fast.ops import triton
 from ov3fast.ops.latent_projection import reference
 
 pytestmark = pytest.mark.skipif(triton.INTERPRETED, reason="runs compiled code")
-ptxrun = pytest.importorskip("ptxrun")
-launches = pytest.importorskip("kernel_tools.launches")
 
 
 def inputs(batch, grid, width, channels, patch, dtype):

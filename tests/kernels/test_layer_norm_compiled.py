@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from kernel_tools.launches import in_any_order
 
 from ov3fast import testing
 from ov3fast.kernels import layer_norm
 from ov3fast.ops.layer_norm import _backward_reference, _forward_reference
 
-pytest.importorskip("ptxrun")
 DTYPES = [torch.bfloat16, torch.float16]
 EPS = 1e-6
 
@@ -33,7 +33,7 @@ def check(ours, plain, exact):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize(("rows", "width"), [(5, 768), (3, 701)])
-def test_forward(in_any_order, dtype, fused, rows, width):
+def test_forward(dtype, fused, rows, width):
     x, residual = tensors(rows, width, dtype, 2)
     arguments = (x, *parameters(width, dtype), residual if fused else None, EPS)
     ours, [report] = in_any_order(layer_norm.forward, *arguments)
@@ -47,7 +47,7 @@ def test_forward(in_any_order, dtype, fused, rows, width):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize(("rows", "width"), [(11, 768), (9, 701)])
-def test_backward(in_any_order, dtype, fused, rows, width):
+def test_backward(dtype, fused, rows, width):
     grad_y, h, grad_h = tensors(rows, width, dtype, 3)
     weight, bias = parameters(width, dtype)
     exact = _forward_reference(*wide((h, weight, bias, None, EPS)))

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from kernel_tools.launches import in_any_order, on_ptx
 
 from ov3fast import testing
 from ov3fast.kernels import column_sums, configs, gemm, linear
 from ov3fast.kernels.rows import rows
 from ov3fast.ops.linear import _backward_reference, _forward_reference
 
-pytest.importorskip("ptxrun")
 DTYPES = [torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -27,7 +27,7 @@ def wide(values):
         ("small", True, (1, 1, 5, 3)),
     ],
 )
-def test_ragged(in_any_order, monkeypatch, dtype, size, mixed, shape):
+def test_ragged(monkeypatch, dtype, size, mixed, shape):
     """Forward and backward by our products alone; sizes of 1 become constants in the compiled code."""
     monkeypatch.setattr(gemm, "size_class", lambda *_: size)
     monkeypatch.setattr(gemm, "library_is_better", lambda *_: False)
@@ -48,21 +48,22 @@ def test_ragged(in_any_order, monkeypatch, dtype, size, mixed, shape):
 @dtypes
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("transposed", [True, False])
-def test_traffic(on_ptx, dtype, mixed, transposed):
+def test_traffic(dtype, mixed, transposed):
     count, depth, columns = 128, 128, 192
     x = testing.make(count, depth).to(dtype)
     weight = testing.make(columns, depth, seed=1).to(torch.float32 if mixed else dtype)
-    with on_ptx() as reports:
+    with on_ptx() as launched:
         linear._product(rows(x), weight if transposed else weight.t().contiguous(), None, columns, transposed)
+    [(_, report), *_] = launched
     config = configs.pick("linear", "bf16", "small")
     expected = linear.work(count, columns, depth, 2, weight.itemsize, config).bytes - count // 64 * columns * weight.itemsize
-    assert reports[0].bytes_read() + reports[0].bytes_written() == pytest.approx(expected, rel=0.1)
-    assert reports[0].share16() > 0.95
+    assert report.bytes_read() + report.bytes_written() == pytest.approx(expected, rel=0.1)
+    assert report.share16() > 0.95
 
 
 @dtypes
 @pytest.mark.parametrize("width", [256, 131])
-def test_column_sums(in_any_order, dtype, width):
+def test_column_sums(dtype, width):
     count = 35
     x = testing.make(count, width).to(dtype)
     [ours], [partials, merge] = in_any_order(lambda: [column_sums.column_sums(rows(x), torch.float32)])

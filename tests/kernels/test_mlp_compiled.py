@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from kernel_tools.launches import in_any_order
 
 from ov3fast import testing
 from ov3fast.kernels import configs, gemm, mlp
 from ov3fast.ops.mlp import _backward_reference, _forward_reference
 
-pytest.importorskip("ptxrun")
 CASES = [
     (torch.bfloat16, "large", "gelu", False),
     (torch.float16, "large", "gelu_tanh", False),
@@ -49,7 +49,7 @@ def check_traffic(report, work):
 
 @cases
 @shapes
-def test_forward(in_any_order, monkeypatch, dtype, size, activation, mixed, shape):
+def test_forward(monkeypatch, dtype, size, activation, mixed, shape):
     monkeypatch.setattr(gemm, "size_class", lambda *_: size)
     x, w1, b1, w2, b2, _ = inputs(dtype, mixed, *shape)
     arguments = x, w1, b1, w2, b2, activation
@@ -63,7 +63,7 @@ def test_forward(in_any_order, monkeypatch, dtype, size, activation, mixed, shap
 
 @cases
 @shapes
-def test_backward(in_any_order, monkeypatch, dtype, size, activation, mixed, shape):
+def test_backward(monkeypatch, dtype, size, activation, mixed, shape):
     monkeypatch.setattr(gemm, "size_class", lambda *_: size)
     x, w1, b1, w2, b2, grad_y = inputs(dtype, mixed, *shape)
     h = torch.nn.functional.linear(x, w1.to(dtype), b1.to(dtype))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kernel_tools import launches
 
 from ov3fast import testing
 from ov3fast.kernels import noise_projection as kernels
@@ -9,9 +10,6 @@ from ov3fast.ops import random, triton
 from ov3fast.ops.noise_projection import reference
 
 pytestmark = pytest.mark.skipif(triton.INTERPRETED, reason="runs compiled code")
-ptxrun = pytest.importorskip("ptxrun")
-launches = pytest.importorskip("kernel_tools.launches")
-
 RNG = random.make_rng(21, 2**32 - 2)
 
 

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from kernel_tools import launches
 
 from ov3fast.kernels import random_normal as kernels
 from ov3fast.ops import cpu, random, triton
 
 pytestmark = pytest.mark.skipif(triton.INTERPRETED, reason="runs compiled code")
-ptxrun = pytest.importorskip("ptxrun")
-launches = pytest.importorskip("kernel_tools.launches")
 
 
 @pytest.mark.parametrize("seed", [0, -7, 2**63 + 12345])

@@ -67,9 +67,18 @@ struct Lerp {
     vf operator()(vf a, vf b) const { return (from_a ? a : b) + factor * (b - a); }
 };
 
+// A number that all elements are multiplied by, in two floats: its rounding would be all elements' error.
+struct Twofold {
+    float high, low;
+    explicit Twofold(double x) : high(float(x)), low(float(x - high)) {}
+    vf times(vf x) const { return x * high + x * low; }
+};
+
 struct Step {
     Lerp average, ema;
-    float beta2, rest2, inverse_root, eps, size;  // rest2: 1 - beta2; inverse_root: 1 / sqrt(1 - beta2^step); size: -lr / (1 - beta1^step)
+    float beta2, rest2;          // rest2: 1 - beta2
+    Twofold inverse_root, size;  // 1 / sqrt(1 - beta2^step), -lr / (1 - beta1^step)
+    float eps;
     float clip;
     bool clips;
 };
@@ -83,7 +92,7 @@ inline void update(P* p, const G* g, float* m, float* v, float* ema, float keep,
         const vf first = s.average(load(m + i, lanes), grad), second = load(v + i, lanes) * s.beta2 + s.rest2 * grad * grad;
         store(m + i, first, lanes);
         store(v + i, second, lanes);
-        const vf value = load(p + i, lanes) * keep + s.size * (first / (sqrt(second) * s.inverse_root + s.eps));
+        const vf value = load(p + i, lanes) * keep + s.size.times(first / (s.inverse_root.times(sqrt(second)) + s.eps));
         store(p + i, value, lanes);
         if (ema) store(ema + i, s.ema(load(ema + i, lanes), sizeof(P) == sizeof(float) ? value : load(p + i, lanes)), lanes);
     });
@@ -102,7 +111,7 @@ void adamw_ema(
     const Chunks chunks(sizes, tensors);
     Buffer<double> squares(chunks.count());
     const bool clips = max_norm == max_norm;
-    Step step = {Lerp(rest1), Lerp(ema_rest), float(beta2), float(1.0 - beta2), float(1.0 / root), float(eps), float(size), 1.0f, clips};
+    Step step = {Lerp(rest1), Lerp(ema_rest), float(beta2), float(1.0 - beta2), Twofold(1.0 / root), Twofold(size), float(eps), 1.0f, clips};
 
     const auto with_grads = [&](int64_t tensor, int64_t start, const auto& body) {
         if (wide_grads[tensor]) {

@@ -29,9 +29,17 @@ struct Lerp {
     __device__ __forceinline__ float operator()(float a, float b) const { return (from_a ? a : b) + factor * (b - a); }
 };
 
+// A number that all elements are multiplied by, in two floats: its rounding would be all elements' error.
+struct Twofold {
+    float high, low;
+    __device__ __forceinline__ float times(float x) const { return x * high + x * low; }
+};
+
 struct Step {
     Lerp average, ema;
-    float beta2, rest2, inverse_root, eps, size;  // rest2: 1 - beta2; inverse_root: 1 / sqrt(1 - beta2^step); size: -lr / (1 - beta1^step)
+    float beta2, rest2;          // rest2: 1 - beta2
+    Twofold inverse_root, size;  // 1 / sqrt(1 - beta2^step), -lr / (1 - beta1^step)
+    float eps;
     float max_norm;  // NaN for none
 };
 
@@ -121,7 +129,7 @@ __device__ __forceinline__ void update_elements(P* p, const G* g, float* m, floa
         const float grad = grads[j] * clip;
         first[j] = step.average(first[j], grad);
         second[j] = second[j] * step.beta2 + step.rest2 * grad * grad;
-        params[j] = params[j] * keep + step.size * (first[j] / (sqrtf(second[j]) * step.inverse_root + step.eps));
+        params[j] = params[j] * keep + step.size.times(first[j] / (step.inverse_root.times(sqrtf(second[j])) + step.eps));
     }
     store(m, first);
     store(v, second);

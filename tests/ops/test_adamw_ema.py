@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ov3fast import ops, testing
@@ -136,6 +136,7 @@ def test_threads_do_not_change_bits(max_norm):
     step=st.integers(1, 1000),
     ema_decay=st.sampled_from([0.0, 0.4, 0.9999, 1.0]),
 )
+@example([(8, 6)], (torch.float32, torch.float32), "contiguous", None, 189, 0.0)  # an update that nearly cancels a parameter
 def test_any_shapes_and_strides(shapes, dtype, layout, max_norm, step, ema_decay):
     arrange = testing.LAYOUTS[layout]
     check(tensors(*dtype, shapes=shapes), arrange, step=step, weight_decay=0.1, max_norm=max_norm, ema_decay=ema_decay)

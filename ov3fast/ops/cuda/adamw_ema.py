@@ -21,8 +21,8 @@ def _forward(params, grads, exp_avgs, exp_avg_sqs, ema, step, lr, beta1, beta2, 
     norm = torch.empty((), dtype=torch.float32, device=params[0].device)
     numbers = Struct(
         *_lerp(1 - beta1), *_lerp(1.0 - (1.0 if ema_decay is None else ema_decay)),
-        *(("f32", float(v)) for v in (beta2, 1 - beta2, 1 / math.sqrt(1 - beta2**step), eps, -lr / (1 - beta1**step))),
-        ("f32", math.nan if max_norm is None else float(max_norm)),
+        ("f32", float(beta2)), ("f32", 1.0 - beta2), *_twofold(1 / math.sqrt(1 - beta2**step)), *_twofold(-lr / (1 - beta1**step)),
+        ("f32", float(eps)), ("f32", math.nan if max_norm is None else float(max_norm)),
     )  # fmt: skip
     keep = [1 - lr * decay for decay in weight_decay]
     batches = [
@@ -79,6 +79,12 @@ def _batch(chosen, params, grads, exp_avgs, exp_avg_sqs, ema, keep):
 def _lerp(weight):
     """The fields of a Lerp: a + weight (b - a) from the nearer end."""
     return ("f32", weight if weight < 0.5 else weight - 1.0), ("i32", int(weight < 0.5))
+
+
+def _twofold(x):
+    """The fields of a Twofold: x rounded to float32, and what is left."""
+    high = torch.tensor(x, dtype=torch.float32).item()
+    return ("f32", high), ("f32", x - high)
 
 
 def _refuses(params, grads, exp_avgs, exp_avg_sqs, ema, *_):

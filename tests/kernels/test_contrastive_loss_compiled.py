@@ -48,9 +48,9 @@ def check(ours, arguments):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-def test_both_ways(schedule, kind, dtype):
+def test_both_ways(schedule, kind, dtype, target):
     arguments = (*inputs(kind, dtype), kind)
-    ours, reports = in_any_order(both_ways, *arguments)
+    ours, reports = in_any_order(both_ways, *arguments, target=target)
     check(ours, arguments)
     products = [report for report in reports if report.mma]
     assert len(products) == {"sides": 3, "tiles": 3, "library": 0}[schedule]

@@ -35,9 +35,9 @@ def expected(x, weight, bias, grad_y, groups):
     return [y.detach(), *torch.autograd.grad(y, leaves, grad_y)]
 
 
-def run(values, groups, layout, order="forward"):
+def run(values, groups, layout, order="forward", target="sm_80"):
     x, weight, bias, grad_y = (LAYOUTS[layout](v) for v in values)
-    with launches.compiled(order) as reports:
+    with launches.compiled(order, target) as reports:
         y, mean, rstd = kernels.forward(x, groups, weight, bias, 1e-6)
         grads = kernels.backward(grad_y, x, weight, bias, mean, rstd, True, True, True)
     return [y, *grads], reports
@@ -45,18 +45,20 @@ def run(values, groups, layout, order="forward"):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("shape", "groups", "layout"),
+    ("shape", "groups", "layout", "target"),
     [
-        ((2, 24, 9, 8), 3, "channels_last"),
-        ((2, 12, 20, 16), 3, "plain"),
-        ((1, 6, 33, 37), 2, "plain"),
-        ((1, 70, 5, 5), 7, "plain"),
-        ((2, 6, 7, 5), 2, "poisoned"),
+        ((2, 24, 9, 8), 3, "channels_last", "sm_80"),
+        ((2, 24, 9, 8), 3, "channels_last", "sm_90"),
+        ((2, 12, 20, 16), 3, "plain", "sm_80"),
+        ((1, 6, 33, 37), 2, "plain", "sm_80"),
+        ((1, 6, 33, 37), 2, "plain", "sm_90"),
+        ((1, 70, 5, 5), 7, "plain", "sm_80"),
+        ((2, 6, 7, 5), 2, "poisoned", "sm_80"),
     ],
 )
-def test_within_budget(dtype, shape, groups, layout):
+def test_within_budget(dtype, shape, groups, layout, target):
     values = inputs(*shape, dtype=dtype)
-    results, _ = run(values, groups, layout)
+    results, _ = run(values, groups, layout, target=target)
     plain, exact = expected(*values, groups), expected(*(v.double() for v in values), groups)
     for name, result, same, wide in zip(("y", "x", "weight", "bias"), results, plain, exact, strict=True):
         testing.assert_within_budget(result, same, wide, name)

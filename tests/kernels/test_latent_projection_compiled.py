@@ -30,9 +30,9 @@ def expected(*values, grid, patch):
     return [x.detach(), *torch.autograd.grad(x, leaves, grad_x.detach())]
 
 
-def run(values, grid, patch, order="forward", layout=torch.Tensor.contiguous):
+def run(values, grid, patch, order="forward", layout=torch.Tensor.contiguous, target="sm_80"):
     tokens, weight, bias, grad_x = (layout(v) for v in values)
-    with launches.compiled(order) as reports:
+    with launches.compiled(order, target) as reports:
         x = kernels.forward(tokens, weight, bias, patch, *grid)
         grads = kernels.backward(grad_x, tokens, weight, patch, True, True, True)
     return [x, *grads], reports
@@ -40,12 +40,17 @@ def run(values, grid, patch, order="forward", layout=torch.Tensor.contiguous):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("sizes", "layout"),
-    [((3, (6, 4), 72, 16, 2), "contiguous"), ((2, (3, 5), 35, 5, 2), "poisoned"), ((2, (3, 2), 17, 9, 3), "contiguous")],
+    ("sizes", "layout", "target"),
+    [
+        ((3, (6, 4), 72, 16, 2), "contiguous", "sm_80"),
+        ((3, (6, 4), 72, 16, 2), "contiguous", "sm_90"),
+        ((2, (3, 5), 35, 5, 2), "poisoned", "sm_80"),
+        ((2, (3, 2), 17, 9, 3), "contiguous", "sm_80"),
+    ],
 )
-def test_within_budget(dtype, sizes, layout):
+def test_within_budget(dtype, sizes, layout, target):
     values, where = inputs(*sizes, dtype), dict(grid=sizes[1], patch=sizes[4])
-    results, _ = run(values, **where, layout=testing.LAYOUTS[layout])
+    results, _ = run(values, **where, layout=testing.LAYOUTS[layout], target=target)
     plain, exact = expected(*values, **where), expected(*(v.double() for v in values), **where)
     for name, result, same, wide in zip(("x", "tokens", "weight", "bias"), results, plain, exact, strict=True):
         testing.assert_within_budget(result, same, wide, name)

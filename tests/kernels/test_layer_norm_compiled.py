@@ -33,10 +33,10 @@ def check(ours, plain, exact):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize(("rows", "width"), [(5, 768), (3, 701)])
-def test_forward(dtype, fused, rows, width):
+def test_forward(dtype, fused, rows, width, target):
     x, residual = tensors(rows, width, dtype, 2)
     arguments = (x, *parameters(width, dtype), residual if fused else None, EPS)
-    ours, [report] = in_any_order(layer_norm.forward, *arguments)
+    ours, [report] = in_any_order(layer_norm.forward, *arguments, target=target)
     check(ours, _forward_reference(*arguments), _forward_reference(*wide(arguments)))
     if width % 16 == 0:
         work = layer_norm.forward_work(2 * rows, width, 2, fused, -(-2 * rows // 4))
@@ -47,13 +47,13 @@ def test_forward(dtype, fused, rows, width):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize(("rows", "width"), [(11, 768), (9, 701)])
-def test_backward(dtype, fused, rows, width):
+def test_backward(dtype, fused, rows, width, target):
     grad_y, h, grad_h = tensors(rows, width, dtype, 3)
     weight, bias = parameters(width, dtype)
     exact = _forward_reference(*wide((h, weight, bias, None, EPS)))
     mean, rstd = exact[2].float(), exact[3].float()
     arguments = (grad_y, grad_h if fused else None, h, weight, mean, rstd, True, True, True)
-    ours, [report, merge] = in_any_order(layer_norm.backward, *arguments)
+    ours, [report, merge] = in_any_order(layer_norm.backward, *arguments, target=target)
     check(ours, _backward_reference(*arguments), _backward_reference(*wide(arguments)))
     if width % 16 == 0:
         work = layer_norm.backward_work(2 * rows, width, 2, fused, 2)

@@ -27,7 +27,7 @@ def wide(values):
         ("small", True, (1, 1, 5, 3)),
     ],
 )
-def test_ragged(monkeypatch, dtype, size, mixed, shape):
+def test_ragged(monkeypatch, dtype, size, mixed, shape, target):
     """Forward and backward by our products alone; sizes of 1 become constants in the compiled code."""
     monkeypatch.setattr(gemm, "size_class", lambda *_: size)
     monkeypatch.setattr(gemm, "library_is_better", lambda *_: False)
@@ -37,7 +37,7 @@ def test_ragged(monkeypatch, dtype, size, mixed, shape):
     weight, bias = (p.to(torch.float32 if mixed else dtype) for p in parameters)
     grad_y = testing.transposed(testing.make(batch, count, columns, seed=3).to(dtype))
     forward, backward = (x, weight, bias), (grad_y, x, weight, True, True, True)
-    ours, reports = in_any_order(lambda: [linear.forward(*forward), *linear.backward(*backward)])
+    ours, reports = in_any_order(lambda: [linear.forward(*forward), *linear.backward(*backward)], target=target)
     assert sum(report.mma_count > 0 for report in reports) == 2
     plain = [_forward_reference(*forward), *_backward_reference(*backward)]
     exact = [_forward_reference(*wide(forward)), *_backward_reference(*wide(backward))]

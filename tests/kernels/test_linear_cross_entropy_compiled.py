@@ -40,24 +40,24 @@ def check_traffic(reports, dtype, passes):
         assert sum(report.per_tensor["logits"].values()) == passes * rows * 4173 * dtype.itemsize
 
 
-def test_forward(values, chunks):
+def test_forward(values, chunks, target):
     arguments = (*values, -100)
-    ours, reports = in_any_order(linear_cross_entropy.forward, *arguments)
+    ours, reports = in_any_order(linear_cross_entropy.forward, *arguments, target=target)
     check(ours, _forward_reference, arguments)
     check_traffic(reports, values[0].dtype, 1)
 
 
-def test_backward(values, chunks):
+def test_backward(values, chunks, target):
     _, lse = _forward_reference(*wide((*values, -100)))
     arguments = (testing.make(7, seed=2, dtype=torch.float32), *values, lse.float(), -100, True, True)
-    ours, reports = in_any_order(linear_cross_entropy.backward, *arguments)
+    ours, reports = in_any_order(linear_cross_entropy.backward, *arguments, target=target)
     check(ours, _backward_reference, arguments)
     check_traffic(reports, values[0].dtype, 2)
 
 
-def test_total(values, chunks):
+def test_total(values, chunks, target):
     arguments = (*values, -100, True, True, True)
-    ours, reports = in_any_order(linear_cross_entropy.total, *arguments)
+    ours, reports = in_any_order(linear_cross_entropy.total, *arguments, target=target)
     check(ours, _total_reference, arguments)
     check_traffic(reports, values[0].dtype, 3)
 

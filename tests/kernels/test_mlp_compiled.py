@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_tools.launches import in_any_order
+from kernel_tools.launches import assert_traffic, in_any_order
 
 from ov3fast import testing
 from ov3fast.kernels import configs, gemm, mlp
@@ -41,36 +41,37 @@ def check(ours, plain, exact):
         testing.assert_within_budget(a, p, e, f"result {number}")
 
 
-def check_traffic(report, work):
-    assert report.bytes_read() + report.bytes_written() == pytest.approx(work.bytes, rel=0.1)
+def check_traffic(report, work, target):
+    assert_traffic(report, work.bytes, "b1")
     assert report.mma_count > 0
-    assert report.share16() > 0.9
+    # On sm_90 every thread reads the bias of its columns, from the cache.
+    assert report.share16() > (0.9 if target == "sm_80" else 0.8)
 
 
 @cases
 @shapes
-def test_forward(monkeypatch, dtype, size, activation, mixed, shape):
+def test_forward(monkeypatch, dtype, size, activation, mixed, shape, target):
     monkeypatch.setattr(gemm, "size_class", lambda *_: size)
     x, w1, b1, w2, b2, _ = inputs(dtype, mixed, *shape)
     arguments = x, w1, b1, w2, b2, activation
-    ours, reports = in_any_order(mlp.forward, *arguments)
+    ours, reports = in_any_order(mlp.forward, *arguments, target=target)
     check(ours, _forward_reference(*arguments), _forward_reference(*wide(arguments)))
     if shape == WHOLE:
         batch, rows, width, hidden, _ = shape
         config = configs.pick("mlp_forward", "bf16", size)
-        check_traffic(reports[0], mlp.work(batch * rows, hidden, width, 2, w1.itemsize, config, False))
+        check_traffic(reports[0], mlp.work(batch * rows, hidden, width, 2, w1.itemsize, config, False), target)
 
 
 @cases
 @shapes
-def test_backward(monkeypatch, dtype, size, activation, mixed, shape):
+def test_backward(monkeypatch, dtype, size, activation, mixed, shape, target):
     monkeypatch.setattr(gemm, "size_class", lambda *_: size)
     x, w1, b1, w2, b2, grad_y = inputs(dtype, mixed, *shape)
     h = torch.nn.functional.linear(x, w1.to(dtype), b1.to(dtype))
     arguments = grad_y, x, h, w1, w2, activation, True, True, True, True, True
-    ours, reports = in_any_order(mlp.backward, *arguments)
+    ours, reports = in_any_order(mlp.backward, *arguments, target=target)
     check(ours, _backward_reference(*arguments), _backward_reference(*wide(arguments)))
     if shape == WHOLE:
         batch, rows, _, hidden, features = shape
         config = configs.pick("mlp_backward", "bf16", size)
-        check_traffic(reports[0], mlp.work(batch * rows, hidden, features, 2, w2.itemsize, config, True))
+        check_traffic(reports[0], mlp.work(batch * rows, hidden, features, 2, w2.itemsize, config, True), target)

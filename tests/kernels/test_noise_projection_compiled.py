@@ -33,19 +33,26 @@ def expected(z, sigma, weight, bias, grad_y):
     return [y.detach(), *torch.autograd.grad(y, leaves, grad_y)]
 
 
-def run(values, order="forward", layout=torch.Tensor.contiguous):
+def run(values, order="forward", layout=torch.Tensor.contiguous, target="sm_80"):
     z, sigma, weight, bias, grad_y = (layout(v) for v in values)
-    with launches.compiled(order) as reports:
+    with launches.compiled(order, target) as reports:
         y = kernels.forward(z, sigma, weight, bias, RNG)
         grads = kernels.backward(grad_y, z, sigma, weight, RNG, True, True, True, True)
     return [y, *grads], reports
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("sizes", "layout"), [((2, 70, 72, 136), "contiguous"), ((3, 11, 35, 17), "poisoned")])
-def test_within_budget(dtype, sizes, layout):
+@pytest.mark.parametrize(
+    ("sizes", "layout", "target"),
+    [
+        ((2, 70, 72, 136), "contiguous", "sm_80"),
+        ((2, 70, 72, 136), "contiguous", "sm_90"),
+        ((3, 11, 35, 17), "poisoned", "sm_80"),
+    ],
+)
+def test_within_budget(dtype, sizes, layout, target):
     values = inputs(*sizes, dtype)
-    results, _ = run(values, layout=testing.LAYOUTS[layout])
+    results, _ = run(values, layout=testing.LAYOUTS[layout], target=target)
     plain, exact = expected(*values), expected(*(v.double() for v in values))
     for name, result, same, wide in zip(("y", "z", "sigma", "weight", "bias"), results, plain, exact, strict=True):
         testing.assert_within_budget(result, same, wide, name)

@@ -35,10 +35,10 @@ def expected(*values, patch):
     return [y.detach(), *torch.autograd.grad(y, leaves, grad_y.detach())]
 
 
-def run(values, patch, order="forward", layout=torch.Tensor.contiguous):
+def run(values, patch, order="forward", layout=torch.Tensor.contiguous, target="sm_80"):
     latents, weight, bias, pos_embed, cls_token, grad_y = (layout(v) for v in values)
     options = RNG, patch, SCALE, SHIFT, True
-    with launches.compiled(order) as reports:
+    with launches.compiled(order, target) as reports:
         y = kernels.forward(latents, weight, bias, pos_embed, cls_token, *options)
         grads = kernels.backward(grad_y, latents, weight, *options, True, True, True, True, True)
     return [y, *grads], reports
@@ -46,12 +46,17 @@ def run(values, patch, order="forward", layout=torch.Tensor.contiguous):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("sizes", "layout"),
-    [((3, 16, 12, 8, 2, 72), "contiguous"), ((2, 5, 6, 10, 2, 33), "poisoned"), ((1, 9, 9, 6, 3, 17), "contiguous")],
+    ("sizes", "layout", "target"),
+    [
+        ((3, 16, 12, 8, 2, 72), "contiguous", "sm_80"),
+        ((3, 16, 12, 8, 2, 72), "contiguous", "sm_90"),
+        ((2, 5, 6, 10, 2, 33), "poisoned", "sm_80"),
+        ((1, 9, 9, 6, 3, 17), "contiguous", "sm_80"),
+    ],
 )
-def test_within_budget(dtype, sizes, layout):
+def test_within_budget(dtype, sizes, layout, target):
     values, patch = inputs(*sizes, dtype), sizes[4]
-    results, _ = run(values, patch, layout=testing.LAYOUTS[layout])
+    results, _ = run(values, patch, layout=testing.LAYOUTS[layout], target=target)
     plain, exact = expected(*values, patch=patch), expected(*(v.double() for v in values), patch=patch)
     for name, result, same, wide in zip(("y", "latents", "weight", "bias", "pos", "cls"), results, plain, exact, strict=True):
         testing.assert_within_budget(result, same, wide, name)

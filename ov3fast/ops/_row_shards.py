@@ -6,6 +6,7 @@ the identity. All sums run over ranks in the collective's own fixed order. Every
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,26 @@ class RowShards:
         parts = [torch.empty_like(padded) for _ in self.sizes]
         dist.all_gather([part.view(torch.uint8) for part in parts], padded.view(torch.uint8), group=self.group)
         return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
+
+    def exchange(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(rank, its rows) for every rank: this one's at once, while the others' are on their way, then those in rank order."""
+        if self.group is None:
+            yield self.rank, x
+            return
+        import torch.distributed as dist
+
+        parts = [x.new_empty((size, *x.shape[1:])) for size in self.sizes]
+        parts[self.rank] = x.contiguous()
+        travelling = {
+            rank: dist.broadcast(part.view(torch.uint8), group=self.group, group_src=rank, async_op=True)
+            for rank, part in enumerate(parts) if part.numel()
+        }  # fmt: skip
+        yield self.rank, parts[self.rank]
+        for rank, part in enumerate(parts):
+            if rank in travelling:
+                travelling[rank].wait()
+            if rank != self.rank:
+                yield rank, part
 
     def merge(self, largest: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         """A log-sum-exp's running (max, sum of exponentials below it) on each rank -> the same over all ranks."""

@@ -95,7 +95,8 @@ def _scalar(op: str, name: str, value: Any, like: Tensor) -> Tensor:
     return value.reshape(())
 
 
-# A backend computes a rectangle: this rank's rows i against all columns j, of which j = i + offset is the pair's own.
+# A backend computes a rectangle: this rank's rows i against columns j, of which j = i + offset is the pair's own, if it is there. The
+# forward takes the columns of one rank after another's, since they arrive so; the backward those of all.
 
 
 def _forward_rows(image, text, scale, bias, kind, offset):
@@ -116,7 +117,8 @@ def _forward_rows(image, text, scale, bias, kind, offset):
             z.diagonal(column).neg_()
             rows[chunk] = -F.logsigmoid(-z).sum(1)
             continue
-        own[chunk] = z.diagonal(column)
+        pairs = z.diagonal(column)
+        own[chunk][: len(pairs)] = pairs
         rows[0, chunk] = z.amax(1)
         rows[1, chunk] = (z - rows[0, chunk, None]).exp_().sum(1).log_()
         before, largest = largest, torch.maximum(largest, z.amax(0))
@@ -187,6 +189,29 @@ def _project(grad: Tensor, x: Tensor) -> Tensor:
     return torch.where(norm >= SMALLEST_NORM, grad - a * (a * grad).sum(-1, keepdim=True), grad).to(x.dtype)
 
 
+def _over_blocks(forward_rows, shards, image, text, scale, bias, kind):
+    """`forward_rows` against the columns of all ranks, one rank's after another's: those of the others arrive meanwhile."""
+    rows = own = None
+    columns = [scale.new_empty((2, 0))] * shards.world
+    for rank, block in shards.exchange(text):
+        if rank != shards.rank and len(block) == 0:
+            continue
+        # Outside this rank's own block there are no pairs: with this offset every row's would lie left of it.
+        offset = 0 if rank == shards.rank else -len(image)
+        part, columns[rank], block_own = forward_rows(image, block, scale, bias, kind, offset)
+        if rank == shards.rank:
+            rows, own = part, block_own
+        else:
+            rows = _add_exponentials(rows, part) if kind == "softmax" else rows + part
+    return rows, torch.cat(columns, 1) if kind == "softmax" else None, own
+
+
+def _add_exponentials(a, b):
+    """Of two sums of exponentials, each as (max, log of the sum below it), the sum."""
+    largest = torch.maximum(a[0], b[0])
+    return torch.stack([largest, torch.logaddexp(a[0] - largest + a[1], b[0] - largest + b[1])])
+
+
 def over_ranks(forward_rows, backward_rows, project=_project):
     """A backend's functions on rectangles -> its forward and backward of the operator, ranks and normalisation included."""
 
@@ -195,7 +220,7 @@ def over_ranks(forward_rows, backward_rows, project=_project):
         facts = {"the width of image": image.shape[1], "kind": KINDS.index(kind), "the dtype's size": image.element_size()}
         shards = _row_shards.deal("contrastive_loss", group, len(image), facts, image.device)
         scale, bias = scale.to(wide), None if bias is None else bias.to(wide)
-        rows, columns, own = forward_rows(image, shards.gather(text), scale, bias, kind, shards.offset)
+        rows, columns, own = _over_blocks(forward_rows, shards, image, text, scale, bias, kind)
         share = shards.world / max(shards.total, 1)
         sizes = torch.tensor(shards.sizes)
         if kind == "sigmoid":

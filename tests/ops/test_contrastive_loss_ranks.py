@@ -13,7 +13,7 @@ from ov3fast.ops.contrastive_loss import contrastive_loss, reference
 
 WIDTH = 6
 SPLITS = {1: [(4,), (0,)], 2: [(3, 3), (5, 1), (4, 0)], 3: [(2, 2, 2), (1, 4, 2), (0, 0, 0)]}
-CHECKS = ["shares", "ddp", "low_precision", "reduce_scatter", "disagreement", "compiled", "outsider"]
+CHECKS = ["shares", "ddp", "low_precision", "exchange", "reduce_scatter", "disagreement", "compiled", "outsider"]
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +154,23 @@ def check_low_precision(rank, groups):
         assert share.dtype == torch.float32
         for got, whole in zip(torch.autograd.grad(share, mine), expected, strict=True):
             torch.testing.assert_close(got / 3, whole[own], rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-5)
+
+
+def check_exchange(rank, groups):
+    """A rank has its own rows at once, before the others have come to the exchange at all; then theirs, in rank order."""
+    sizes = (2, 0, 3)
+    shards = _row_shards.RowShards(dist.group.WORLD, rank, sizes)
+    everyones = testing.make(5, 4, dtype=torch.bfloat16).split(sizes)
+    store = dist.distributed_c10d._get_default_store()
+    if rank:
+        store.wait([f"rank {rank - 1} has its own"])
+    arriving = shards.exchange(everyones[rank])
+    first = next(arriving)
+    store.set(f"rank {rank} has its own", "yes")
+    got = [first, *arriving]
+    assert [r for r, _ in got] == [rank, *(r for r in range(3) if r != rank)]
+    for r, rows in got:
+        testing.assert_same_bits([rows], [everyones[r]])
 
 
 def check_reduce_scatter(rank, groups):

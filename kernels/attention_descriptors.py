@@ -1,11 +1,11 @@
-"""Attention's forward with tiles of q, k and v loaded through tensor descriptors, for 16-bit tensors on sm_90 and later.
+"""Attention's forward with tiles of q, k and v loaded through tensor descriptors, for 16-bit tensors on sm_90 and sm_100.
 
-A descriptor gives 0 for rows and columns beyond a head's, so no load is masked. It is made by each program, since one that the host makes has
-an axis for the batch and one for the head, and with these Triton 3.9 cannot divide q among groups of warps on sm_90.
+A descriptor gives 0 for rows and columns beyond a head's, so that no load is masked. Each program writes its own: in those that a host writes,
+which have axes for batch and head too, Triton 3.9 cannot divide q among groups of warps on sm_90.
 
-SPECIALIZED: one group of warps loads, others multiply, as Triton divides the loop over keys. It divides a loop only if that is the only one
-on sm_90, so all keys go through one, each tile masked. There it takes 4 warps, to which it adds 8, and two groups halve a block of 128
-queries; with 8 warps nothing is divided, and a block of 64 is computed twice.
+SPECIALIZED: Triton divides the loop over keys among groups of warps, of which one loads and the others multiply. All keys go through one loop,
+every tile masked, since sm_90 compiles no second loop beside a divided one. There the division takes 4 warps, to which Triton adds 8, and blocks
+of 128 queries, half to each group that multiplies: 8 warps stay undivided, and 64 queries would be computed twice.
 """
 
 from __future__ import annotations

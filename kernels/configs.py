@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+WITH_DESCRIPTORS = ("sm_90", "sm_100")
+"""Those that load tiles through tensor descriptors."""
 ANY = "any"
 
 
@@ -163,8 +165,7 @@ TABLE["flash_attention_forward"] = _attention(
     DESCRIPTORS=0,
     SPECIALIZED=0,
 )
-WITH_DESCRIPTORS = ("sm_90", "sm_100")
-# No launch picks these by itself: `ov3fast tune` tries them, as they stand, since few other numbers of warps compile.
+# No launch picks these by itself: `ov3fast tune` tries them as they stand, since most other warps and blocks fail, spill or divide nothing.
 TABLE["flash_attention_forward"] |= _described(
     {
         (f"{size} descriptors", architecture): row

@@ -4,8 +4,8 @@
     ov3fast tune --only attention     # some; what was found for the others stays
 
 For every row that a case of the operator table picks, the blocks that the table has for its size class (on any chip, for any dtype) are tried with 4 and
-8 warps and 1 to 4 stages. The file lies in $OV3FAST_CACHE or ~/.cache/ov3fast, named by device, driver and the kernels' source: after an update of either,
-the static table holds again.
+8 warps and 1 to 4 stages, and this chip's rows of that size class with a word behind ("64 descriptors") as they stand. The file lies in $OV3FAST_CACHE or
+~/.cache/ov3fast, named by device, driver and the kernels' source: after an update of either, the static table holds again.
 """
 
 from __future__ import annotations
@@ -39,12 +39,15 @@ class Options:
 
 def candidates(key: Key) -> Iterator[Config]:
     """What is worth a try for this kernel, dtype and size class."""
-    kernel, _, size = key
-    blocks = {tuple(sorted(row.blocks.items())) for (_, s, _), row in configs.TABLE[kernel].items() if s in (size, configs.ANY)}
+    kernel, dtype, size = key
+    rows = configs.TABLE[kernel].items()
+    blocks = {tuple(sorted(row.blocks.items())) for (_, s, _), row in rows if s in (size, configs.ANY)}
     for block in sorted(blocks):
         for warps in (4, 8):
             for stages in (1, 2, 3, 4):
                 yield Config(dict(block), warps, stages)
+    here = configs.current_architecture()
+    yield from (row for (d, s, architecture), row in rows if (d, architecture) == (dtype, here) and s.startswith(f"{size} "))
 
 
 def improve(

@@ -95,6 +95,7 @@ def rows(
         for number, entry in enumerate(entries(module))
         if not ops or entry.op in ops
         for target in targets
+        if target in entry.targets
         for dtype, size, config in variants(entry, target)
         if dtype in dtypes
     ]

@@ -54,12 +54,15 @@ def _work(kernel: str, head_dim: int, causal: bool, dtype: str) -> Work:
     return Work(flops, traffic(kernel, dtype, _BATCH, _LENGTH, _LENGTH, _HEADS, head_dim, causal, 0))
 
 
+_OWN_DESCRIPTOR = "the exchange with which a program writes down a descriptor of its own"
 _WIDE_HEADS = "two parts of columns and their float32 sums pass 255 registers; no model here has heads wider than 128"
 
 
-def _entry(kernel, head_dim: int, causal: bool, dtypes: tuple[str, ...]) -> Entry:
+def _entry(kernel, head_dim: int, causal: bool, dtypes: tuple[str, ...], way: str = "") -> Entry:
+    """way: what stands behind the size class of the rows that it is compiled with."""
     tensors = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
     positive = {"POSITIVE": True} if kernel is flash_attention_forward else {}
+    exceptions = dict.fromkeys(("stack", "spills"), _WIDE_HEADS) if head_dim > 128 else {}
     return Entry(
         kernel=kernel,
         op="flash_attention",
@@ -69,17 +72,27 @@ def _entry(kernel, head_dim: int, causal: bool, dtypes: tuple[str, ...]) -> Entr
         problem=f"{_BATCH} x {_LENGTH} queries and keys, {_HEADS} heads of {head_dim}",
         work=functools.partial(_work, kernel.__name__, head_dim, causal),
         constexprs=constexprs(head_dim, dtypes[0], causal, True) | positive,
-        variant=f"D={head_dim}" + (" causal" if causal else ""),
+        variant=" ".join(filter(None, (f"D={head_dim}", "causal" if causal else "", way))),
         dtypes=dtypes,
-        sizes=(size_class(head_dim),),
+        targets=configs.WITH_DESCRIPTORS if way else configs.ARCHITECTURES,
+        sizes=(f"{size_class(head_dim)} {way}".rstrip(),),
         matrix=True,
-        exceptions=dict.fromkeys(("stack", "spills"), _WIDE_HEADS) if head_dim > 128 else {},
+        exceptions=exceptions | ({"atomics": _OWN_DESCRIPTOR} if way else {}),
     )
 
 
 def entries() -> list[Entry]:
-    """Each kernel for the head dimensions of the models, with and without a mask; and for those of the other size classes."""
+    """Each kernel for the head dimensions of the models, with and without a mask; and for those of the other size classes.
+
+    The forward also in the ways of attention_descriptors.py.
+    """
     cases = [(head_dim, causal, ("bf16", "fp16", "fp32")) for head_dim in (64, 72, 80, 128) for causal in (False, True)]
     cases += [(96, True, ("bf16", "fp32")), (192, True, ("bf16", "fp32")), (256, True, ("bf16",)), (256, True, ("fp32",))]
     kernels = (flash_attention_forward, flash_attention_grad_q, flash_attention_grad_kv)
-    return [_entry(kernel, *case) for kernel in kernels for case in cases]
+    described = [
+        _entry(flash_attention_forward, head_dim, causal, ("bf16", "fp16"), way)
+        for way in ("descriptors", "specialised")
+        for head_dim in (64, 72, 80, 128)
+        for causal in (False, True)
+    ]
+    return [_entry(kernel, *case) for kernel in kernels for case in cases] + described

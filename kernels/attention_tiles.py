@@ -135,6 +135,29 @@ def visible_keys(row, queries, keys, prefix_len, CAUSAL: tl.constexpr):
         return row * 0 + keys
 
 
+@triton.jit
+def softmax_step(scores, largest, total, scale, EXACT: tl.constexpr, POSITIVE: tl.constexpr):
+    """Exponentials of the scores of further keys, the factor of all before them, and the largest score and sum with them.
+
+    EXACT: scores as they are, by exp; else by exp2 in units of log 2, where POSITIVE says that scores and the largest are unscaled, scale over 0.
+    """
+    before = largest
+    largest = tl.maximum(before, tl.max(scores, 1))
+    # inf - inf would make lse NaN where it has to be inf or -inf.
+    shift = tl.where(tl.abs(largest) == INF, 0.0, largest)
+    if EXACT:
+        p = tl.exp(scores - shift[:, None])
+        fade = tl.exp(before - shift)
+    elif POSITIVE:
+        shift = shift * scale
+        p = tl.exp2(tl.fma(scores, scale, -shift[:, None]))
+        fade = tl.exp2(tl.fma(before, scale, -shift))
+    else:
+        p = tl.exp2(scores - shift[:, None])
+        fade = tl.exp2(before - shift)
+    return p, fade, largest, total * fade + tl.sum(p, 1)
+
+
 SIZE_CLASSES = ("64", "80", "96", "128", "192", "256")
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .configs import ARCHITECTURES
+
 
 @dataclass(frozen=True)
 class Work:
@@ -34,6 +36,7 @@ class Entry:
     variant: str = ""
     """Tells apart entries of one kernel: "causal", "D=72"."""
     dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")
+    targets: tuple[str, ...] = ARCHITECTURES
     aligned: tuple[str, ...] = ()
     """Arguments that are divisible by 16 at that size, besides all pointers, as Triton would find at run time."""
     matrix: bool = False

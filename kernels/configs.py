@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+WITH_DESCRIPTORS = ("sm_90", "sm_100")
+"""Those that load tiles through tensor descriptors."""
 ANY = "any"
 
 
@@ -133,8 +135,15 @@ def save(found: Mapping[Key, Config], path: Path) -> None:
 # --- flash_attention ---
 # Size classes: columns of the tiles, those of the head dimension rounded up ("80": 64 + 16, for 72 and 80).
 # Per row: queries and keys of a block, warps, stages. Widest blocks that spill nothing.
-def _attention(rows: Mapping[Key, tuple[int, int, int, int]]) -> dict[Key, Config]:
-    return {key: Config({"BLOCK_QUERIES": q, "BLOCK_KEYS": k}, warps, stages) for key, (q, k, warps, stages) in rows.items()}
+def _attention(rows: Mapping[Key, tuple[int, int, int, int]], **more: int) -> dict[Key, Config]:
+    return {
+        key: Config({"BLOCK_QUERIES": q, "BLOCK_KEYS": k, **more}, warps, stages) for key, (q, k, warps, stages) in rows.items()
+    }
+
+
+def _described(rows: Mapping[tuple[str, str], tuple[int, int, int, int]], specialised: int) -> dict[Key, Config]:
+    keyed = {(dtype, *key): row for dtype in ("bf16", "fp16") for key, row in rows.items()}
+    return _attention(keyed, DESCRIPTORS=1, SPECIALIZED=specialised)
 
 
 TABLE["flash_attention_forward"] = _attention(
@@ -152,7 +161,29 @@ TABLE["flash_attention_forward"] = _attention(
         (ANY, "192", ANY): (128, 64, 8, 2),
         (ANY, "256", ANY): (128, 32, 8, 2),
         ("fp32", ANY, ANY): (64, 32, 8, 2),
-    }
+    },
+    DESCRIPTORS=0,
+    SPECIALIZED=0,
+)
+# No launch picks these by itself: `ov3fast tune` tries them as they stand, since most other warps and blocks fail, spill or divide nothing.
+TABLE["flash_attention_forward"] |= _described(
+    {
+        (f"{size} descriptors", architecture): row
+        for architecture in WITH_DESCRIPTORS
+        for size, row in {"64": (128, 128, 8, 2), "80": (128, 64, 8, 3), "128": (128, 64, 8, 3)}.items()
+    },
+    specialised=0,
+)
+TABLE["flash_attention_forward"] |= _described(
+    {
+        ("64 specialised", "sm_90"): (128, 128, 4, 3),
+        ("80 specialised", "sm_90"): (128, 128, 4, 3),
+        ("128 specialised", "sm_90"): (128, 128, 4, 2),
+        ("64 specialised", "sm_100"): (128, 128, 4, 3),
+        ("80 specialised", "sm_100"): (128, 128, 4, 2),
+        ("128 specialised", "sm_100"): (128, 128, 8, 2),
+    },
+    specialised=1,
 )
 TABLE["flash_attention_grad_q"] = _attention(
     {

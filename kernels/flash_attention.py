@@ -6,12 +6,15 @@ units of log 2; float32 goes through q * scale and exp, as PyTorch does, so that
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from . import configs
 from .attention_backward import backward, backward_packed
+from .attention_descriptors import attend_described, fit, with_room
 from .attention_tiles import (
     INF,
     LN_2,
@@ -24,6 +27,7 @@ from .attention_tiles import (
     plain,
     scaled,
     size_class,
+    softmax_step,
     store_part,
     unit_stride,
     visible_keys,
@@ -49,21 +53,7 @@ def _attend(
             scores = scores * scale
         if BORDER:
             scores = tl.where((start + tl.arange(0, BLOCK_KEYS))[None, :] < visible[:, None], scores, -INF)
-        before = largest
-        largest = tl.maximum(before, tl.max(scores, 1))
-        # inf - inf would make lse NaN where it has to be inf or -inf.
-        shift = tl.where(tl.abs(largest) == INF, 0.0, largest)
-        if EXACT:
-            p = tl.exp(scores - shift[:, None])
-            fade = tl.exp(before - shift)
-        elif POSITIVE:
-            shift = shift * scale
-            p = tl.exp2(tl.fma(scores, scale, -shift[:, None]))
-            fade = tl.exp2(tl.fma(before, scale, -shift))
-        else:
-            p = tl.exp2(scores - shift[:, None])
-            fade = tl.exp2(before - shift)
-        total = total * fade + tl.sum(p, 1)
+        p, fade, largest, total = softmax_step(scores, largest, total, scale, EXACT, POSITIVE)
         v_tile = load(v, start, v_n, keys, D, MAIN, REST, BLOCK_KEYS, BORDER)
         out = over_rows(rounded(p, q[0].dtype), v_tile, scaled(out, fade[:, None], REST), REST)
     return out, largest, total
@@ -75,9 +65,12 @@ def flash_attention_forward(
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, out_b, out_n, out_h,
     heads, queries, keys, prefix_len, scale,
     D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, POSITIVE: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, DESCRIPTORS: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
-    """A program: one block of queries of one head. scale: in units of log 2 for 16 bits; POSITIVE says that it is over 0."""
+    """A program: one block of queries of one head. scale: in units of log 2 for 16 bits; POSITIVE says that it is over 0.
+
+    DESCRIPTORS, SPECIALIZED: attention_descriptors.py, 16 bits alone.
+    """
     DTYPE: tl.constexpr = q.dtype.element_ty
     UNIT: tl.constexpr = 128 // DTYPE.primitive_bitwidth if ALIGNED else 1
     blocks = tl.cdiv(queries, BLOCK_QUERIES)
@@ -98,22 +91,28 @@ def flash_attention_forward(
     border = visible_keys(start, queries, keys, prefix_len, CAUSAL) // BLOCK_KEYS * BLOCK_KEYS
     end = visible_keys(tl.minimum(start + BLOCK_QUERIES, queries) - 1, queries, keys, prefix_len, CAUSAL)
 
-    q_tile = load(q, start, q_n * UNIT, queries, D, MAIN, REST, BLOCK_QUERIES, True)
-    if DTYPE == tl.float32:
-        q_tile = scaled(q_tile, scale, REST)
     state = (
         zeros(BLOCK_QUERIES, MAIN, REST),
         tl.full([BLOCK_QUERIES], -INF, tl.float32),
         tl.zeros([BLOCK_QUERIES], tl.float32),
     )
-    state = _attend(
-        state, q_tile, k, v, k_n * UNIT, v_n * UNIT, scale, visible, keys, 0, border,
-        D, MAIN, REST, BLOCK_KEYS, False, POSITIVE,
-    )  # fmt: skip
-    state = _attend(
-        state, q_tile, k, v, k_n * UNIT, v_n * UNIT, scale, visible, keys, border, end,
-        D, MAIN, REST, BLOCK_KEYS, True, POSITIVE,
-    )  # fmt: skip
+    if DESCRIPTORS:
+        state = attend_described(
+            state, q, k, v, q_n * UNIT, k_n * UNIT, v_n * UNIT, scale, visible, start, queries, keys, border, end,
+            D, MAIN, REST, BLOCK_QUERIES, BLOCK_KEYS, POSITIVE, SPECIALIZED,
+        )  # fmt: skip
+    else:
+        q_tile = load(q, start, q_n * UNIT, queries, D, MAIN, REST, BLOCK_QUERIES, True)
+        if DTYPE == tl.float32:
+            q_tile = scaled(q_tile, scale, REST)
+        state = _attend(
+            state, q_tile, k, v, k_n * UNIT, v_n * UNIT, scale, visible, keys, 0, border,
+            D, MAIN, REST, BLOCK_KEYS, False, POSITIVE,
+        )  # fmt: skip
+        state = _attend(
+            state, q_tile, k, v, k_n * UNIT, v_n * UNIT, scale, visible, keys, border, end,
+            D, MAIN, REST, BLOCK_KEYS, True, POSITIVE,
+        )  # fmt: skip
 
     out_tile, largest, total = state
     shift = tl.where(tl.abs(largest) == INF, 0.0, largest)
@@ -138,13 +137,18 @@ def forward(q, k, v, causal, prefix_len, scale):
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
     aligned, strides = layout(q, k, v, out)
-    config = configs.pick("flash_attention_forward", TYPES[q.dtype], size_class(head_dim))
+    asked = "flash_attention_forward", TYPES[q.dtype], size_class(head_dim)
+    config = configs.pick(*asked)
+    if config.blocks["DESCRIPTORS"] and not fit(q, k, v):
+        config = configs.pick(*asked, configs.current_architecture())
     grid = batch * heads * cdiv(queries, config.blocks["BLOCK_QUERIES"])
     if grid:
-        flash_attention_forward[(grid,)](
+        launch = functools.partial(
+            flash_attention_forward[(grid,)],
             q, k, v, out, lse, *strides, heads, queries, k.shape[1], prefix_len, in_units(q.dtype, scale),
             **constexprs(head_dim, TYPES[q.dtype], causal, aligned), POSITIVE=scale > 0, **config.options,
         )  # fmt: skip
+        with_room(launch, q) if config.blocks["DESCRIPTORS"] else launch()
     return out, lse
 
 

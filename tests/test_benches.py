@@ -79,6 +79,19 @@ def test_tuning_keeps_what_is_faster_and_right(tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+def test_tuning_tries_descriptors_where_they_exist(architecture, monkeypatch):
+    from benches import tune
+    from ov3fast.kernels import configs
+
+    monkeypatch.setattr(configs, "current_architecture", lambda: architecture)
+    for dtype, size in (("bf16", "64"), ("fp16", "128"), ("fp32", "64"), ("bf16", "192")):
+        tried = list(tune.candidates(("flash_attention_forward", dtype, size)))
+        described = [(row.blocks["DESCRIPTORS"], row.blocks["SPECIALIZED"]) for row in tried if row.blocks["DESCRIPTORS"]]
+        exist = architecture != "sm_80" and dtype != "fp32" and size != "192"
+        assert described == [(1, 0), (1, 1)] * exist and len(tried) > len(described)
+
+
 def test_bench_and_tune_without_a_gpu(capsys):
     import torch
 

@@ -15,7 +15,9 @@ from kernel_tools.samples import SAMPLES, upstream_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ov3fast import ops, testing
+from ov3fast.kernels import configs
 from ov3fast.ops import triton
+from ov3fast.ops.flash_attention import reference
 
 GPU = torch.cuda.is_available() and not triton.INTERPRETED
 if not GPU and not triton.INTERPRETED:
@@ -60,6 +62,35 @@ def test_attention_of_a_library(library, sample):
         if "can't run this call" not in str(reason):
             raise
         pytest.skip(str(reason))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 72, 128])
+@pytest.mark.parametrize("way", ["descriptors", "specialised"])
+def test_attention_through_descriptors(way, head_dim, causal, dtype):
+    """What `ov3fast tune` may turn on: parity, the same bits every time, and in a captured graph."""
+    from ov3fast.kernels.attention_tiles import size_class
+    from ov3fast.kernels.common import TYPES
+
+    if configs.current_architecture() not in configs.WITH_DESCRIPTORS:
+        pytest.skip("this GPU has no tensor descriptors")
+    name, size = "flash_attention_forward", size_class(head_dim)
+    row = configs.pick(name, TYPES[dtype], f"{size} {way}", configs.current_architecture())
+    qkv = testing.make(2, 1000, 3, 4, head_dim).to("cuda", dtype)
+    scale = head_dim**-0.5
+    with configs.trying({(name, TYPES[dtype], size): row}), ops.use("triton"):
+        ours = [torch.ops.ov3fast.flash_attention_qkvpacked(qkv, causal, 0, scale, "") for _ in range(20)]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = torch.ops.ov3fast.flash_attention_qkvpacked(qkv, causal, 0, scale, "")
+        graph.replay()
+        torch.cuda.synchronize()
+    exact = reference(*qkv.double().unbind(2), causal=causal)
+    testing.assert_within_budget(ours[0][0], reference(*qkv.unbind(2), causal=causal), exact, "out")
+    for results in (*ours[1:], captured):
+        testing.assert_same_bits(results, ours[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

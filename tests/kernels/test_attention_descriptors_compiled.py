@@ -1,0 +1,54 @@
+"""Attention's forward through tensor descriptors, as compiled: that it has what its rows of the table say. Nothing here executes it."""
+
+import re
+
+import pytest
+
+from ov3fast.kernels import aot, configs
+from ov3fast.ops import triton as backend
+
+pytestmark = pytest.mark.skipif(backend.INTERPRETED, reason="compiled kernels, not the interpreter")
+
+CASES = [(way, head_dim) for way in ("descriptors", "specialised") for head_dim in (64, 72, 128)]
+
+
+def compiled(variant, target):
+    import triton
+
+    [entry] = [entry for entry in aot.entries("attention_entries") if entry.variant == variant]
+    [config] = [config for dtype, _, config in aot.variants(entry, target) if dtype == "bf16"]
+    with aot._private_cache():
+        return triton.compile(
+            aot._source(entry, config, "bf16", target), target=aot._gpu(target), options=aot._options(config)
+        ), config
+
+
+@pytest.mark.parametrize("target", configs.WITH_DESCRIPTORS)
+@pytest.mark.parametrize(("way", "head_dim"), CASES)
+def test_code_loads_through_descriptors(way, head_dim, target):
+    code, config = compiled(f"D={head_dim} causal {way}", target)
+    ptx, descriptors = code.asm["ptx"], 6 if head_dim == 72 else 3
+    assert ptx.count("tensormap.cp_fenceproxy") == descriptors and code.metadata.global_scratch_size == 128 * descriptors
+    assert ptx.count("cp.async.bulk.tensor.2d") >= descriptors and "cp.async.cg" not in ptx and "ld.global.v" not in ptx
+    assert not re.search(r"\b(atom|red)\.", ptx)
+    groups = re.findall(r"^ +(?:default \{|partition\d+\()", code.asm["ttgir"], re.MULTILINE)
+    if config.blocks["SPECIALIZED"]:
+        assert len(groups) >= 3 and "setmaxnreg" in ptx and code.metadata.num_warps > config.warps
+    else:
+        assert not groups and "setmaxnreg" not in ptx and code.metadata.num_warps == config.warps
+
+
+def test_groups_of_warps_share_the_queries_on_hopper():
+    """Each multiplies 64 rows of the 128: no product is computed twice."""
+    code, config = compiled("D=64 specialised", "sm_90")
+    assert config.blocks["BLOCK_QUERIES"] == 128
+    products = re.findall(r"ttng\.warp_group_dot .* -> tensor<(\d+)x", code.asm["ttgir"])
+    assert products == ["64"] * 4
+    first_rows = re.findall(r"async_tma_copy_global_to_local %[^[]*\[(%\w+),", code.asm["ttgir"])
+    assert len(first_rows) == 4 and len(set(first_rows)) == 3, "two halves of q, a tile of k and v"
+
+
+def test_plain_rows_have_no_descriptors():
+    for (dtype, size, _), row in configs.TABLE["flash_attention_forward"].items():
+        assert row.blocks["DESCRIPTORS"] == int(" " in size) and (dtype != "fp32" or not row.blocks["DESCRIPTORS"])
+        assert row.blocks["SPECIALIZED"] == int(size.endswith("specialised"))

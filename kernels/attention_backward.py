@@ -17,6 +17,7 @@ from .attention_tiles import (
     INF,
     LOG2_E,
     constexprs,
+    held,
     in_units,
     layout,
     load,
@@ -28,6 +29,7 @@ from .attention_tiles import (
     store_part,
     unit_stride,
     visible_keys,
+    whole,
     zeros,
 )
 from .common import TYPES, cdiv, rounded
@@ -36,26 +38,29 @@ from .common import TYPES, cdiv, rounded
 @triton.jit
 def _query_gradient(
     state, q, grad_out, k, v, k_n, v_n, lse, delta, scale, visible, keys, first, last,
-    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_KEYS: tl.constexpr, BORDER: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, STEP: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    BORDER: tl.constexpr,
 ):  # fmt: skip
     """Adds keys [first, last) to (sum_j gs_ij k_j, sum_j gs_ij, sum_j p_ij)."""
     grad_q, excess, mass = state
-    for start in tl.range(first, last, BLOCK_KEYS):
-        k_tile = load(k, start, k_n, keys, D, MAIN, REST, BLOCK_KEYS, BORDER)
-        v_tile = load(v, start, v_n, keys, D, MAIN, REST, BLOCK_KEYS, BORDER)
-        scores = over_columns(q, k_tile, REST)
-        if q[0].dtype == tl.float32:
+    DTYPE: tl.constexpr = k.dtype.element_ty
+    EXACT: tl.constexpr = DTYPE == tl.float32
+    for start in tl.range(first, last, BLOCK_KEYS, disable_licm=STEP > 0):
+        k_rows = held(k, start, k_n, keys, 1.0, D, MAIN, REST, STEP, BLOCK_KEYS, BORDER)
+        v_rows = held(v, start, v_n, keys, 1.0, D, MAIN, REST, STEP, BLOCK_KEYS, BORDER)
+        scores = over_columns(q, k_rows, D, REST, STEP, visible.shape[0], BLOCK_KEYS)
+        if EXACT:
             p = tl.exp(scores - lse[:, None])
         else:
             p = tl.exp2(tl.fma(scores, scale, -lse[:, None]))
         if BORDER:
             p = tl.where((start + tl.arange(0, BLOCK_KEYS))[None, :] < visible[:, None], p, 0.0)
-        if q[0].dtype == tl.float32:
+        if EXACT:
             mass += tl.sum(p, 1)
-        grad_p = over_columns(grad_out, v_tile, REST)
-        grad_s = rounded(p * (grad_p - delta[:, None]), q[0].dtype)
+        grad_p = over_columns(grad_out, v_rows, D, REST, STEP, visible.shape[0], BLOCK_KEYS)
+        grad_s = rounded(p * (grad_p - delta[:, None]), DTYPE)
         excess += tl.sum(grad_s.to(tl.float32), 1)
-        grad_q = over_rows(grad_s, k_tile, grad_q, REST)
+        grad_q = over_rows(grad_s, whole(k_rows, D, MAIN, REST, STEP, BLOCK_KEYS, BORDER), grad_q, REST)
     return grad_q, excess, mass
 
 
@@ -73,7 +78,7 @@ def flash_attention_grad_q(
     grad_out, q, k, v, out, lse, grad_q, delta, weight,
     grad_out_b, grad_out_n, grad_out_h, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, out_b, out_n, out_h, grad_q_b, grad_q_n, grad_q_h,
     heads, queries, keys, prefix_len, scale, grad_scale,
-    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, CAUSAL: tl.constexpr, STEP: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """A program: grad_q and delta (and weight, for float32) of one block of queries of one head."""
@@ -102,25 +107,23 @@ def flash_attention_grad_q(
     border = visible_keys(start, queries, keys, prefix_len, CAUSAL) // BLOCK_KEYS * BLOCK_KEYS
     end = visible_keys(tl.minimum(start + BLOCK_QUERIES, queries) - 1, queries, keys, prefix_len, CAUSAL)
 
-    grad_tile = load(grad_out, start, grad_out_n * UNIT, queries, D, MAIN, REST, BLOCK_QUERIES, True)
+    grad_rows = held(grad_out, start, grad_out_n * UNIT, queries, 1.0, D, MAIN, REST, STEP, BLOCK_QUERIES, True)
     out_tile = load(out, start, out_n * UNIT, queries, D, MAIN, REST, BLOCK_QUERIES, True)
-    delta_row = _row_sums(grad_tile, out_tile, REST)
-    q_tile = load(q, start, q_n * UNIT, queries, D, MAIN, REST, BLOCK_QUERIES, True)
+    delta_row = _row_sums(whole(grad_rows, D, MAIN, REST, STEP, BLOCK_QUERIES, True), out_tile, REST)
+    q_rows = held(q, start, q_n * UNIT, queries, scale, D, MAIN, REST, STEP, BLOCK_QUERIES, True)
     # Rows past the end get probabilities 0.
     lse_row = tl.load(lse + row, mask=row < queries, other=INF)
-    if DTYPE == tl.float32:
-        q_tile = scaled(q_tile, scale, REST)
-    else:
+    if DTYPE != tl.float32:
         lse_row = lse_row * LOG2_E
     nothing = tl.zeros([BLOCK_QUERIES], tl.float32)
     state = (zeros(BLOCK_QUERIES, MAIN, REST), nothing, nothing)
     state = _query_gradient(
-        state, q_tile, grad_tile, k, v, k_n * UNIT, v_n * UNIT, lse_row, delta_row, scale, visible, keys, 0, border,
-        D, MAIN, REST, BLOCK_KEYS, False,
+        state, q_rows, grad_rows, k, v, k_n * UNIT, v_n * UNIT, lse_row, delta_row, scale, visible, keys, 0, border,
+        D, MAIN, REST, STEP, BLOCK_KEYS, False,
     )  # fmt: skip
     state = _query_gradient(
-        state, q_tile, grad_tile, k, v, k_n * UNIT, v_n * UNIT, lse_row, delta_row, scale, visible, keys, border, end,
-        D, MAIN, REST, BLOCK_KEYS, True,
+        state, q_rows, grad_rows, k, v, k_n * UNIT, v_n * UNIT, lse_row, delta_row, scale, visible, keys, border, end,
+        D, MAIN, REST, STEP, BLOCK_KEYS, True,
     )  # fmt: skip
 
     grad_tile, excess, mass = state
@@ -146,32 +149,34 @@ def flash_attention_grad_q(
 @triton.jit
 def _key_gradients(
     state, k, v, grad_out, q, grad_out_n, q_n, lse, delta, weight, scale, key, queries, keys, prefix_len, first, last,
-    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BORDER: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, STEP: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
+    BORDER: tl.constexpr,
 ):  # fmt: skip
     """Adds queries [first, last) to (grad_k, grad_v). Scores are keys by queries: nothing has to be transposed on the way to a product."""
     grad_k, grad_v = state
     EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
-    for start in tl.range(first, last, BLOCK_QUERIES):
+    for start in tl.range(first, last, BLOCK_QUERIES, disable_licm=STEP > 0):
         row = start + tl.arange(0, BLOCK_QUERIES)
-        q_tile = load(q, start, q_n, queries, D, MAIN, REST, BLOCK_QUERIES, True)
-        grad_tile = load(grad_out, start, grad_out_n, queries, D, MAIN, REST, BLOCK_QUERIES, True)
+        q_rows = held(q, start, q_n, queries, scale, D, MAIN, REST, STEP, BLOCK_QUERIES, True)
+        grad_rows = held(grad_out, start, grad_out_n, queries, 1.0, D, MAIN, REST, STEP, BLOCK_QUERIES, True)
         # Rows past the end get probabilities 0.
         lse_row = tl.load(lse + row, mask=row < queries, other=INF)
         delta_row = tl.load(delta + row, mask=row < queries, other=0.0)
+        scores = over_columns(k, q_rows, D, REST, STEP, key.shape[0], BLOCK_QUERIES)
         if EXACT:
-            q_tile = scaled(q_tile, scale, REST)
             weight_row = tl.load(weight + row, mask=row < queries, other=1.0)
-            p = tl.exp(over_columns(k, q_tile, REST) - lse_row[None, :]) * weight_row[None, :]
+            p = tl.exp(scores - lse_row[None, :]) * weight_row[None, :]
         else:
             lse_row = lse_row * LOG2_E
-            p = tl.exp2(tl.fma(over_columns(k, q_tile, REST), scale, -lse_row[None, :]))
+            p = tl.exp2(tl.fma(scores, scale, -lse_row[None, :]))
         if BORDER:
             visible = visible_keys(row, queries, keys, prefix_len, True)
             p = tl.where(key[:, None] < visible[None, :], p, 0.0)
+        grad_tile = whole(grad_rows, D, MAIN, REST, STEP, BLOCK_QUERIES, True)
         grad_v = over_rows(rounded(p, q.dtype.element_ty), grad_tile, grad_v, REST)
-        grad_p = over_columns(v, grad_tile, REST)
+        grad_p = over_columns(v, grad_rows, D, REST, STEP, key.shape[0], BLOCK_QUERIES)
         grad_s = rounded(p * (grad_p - delta_row[None, :]), q.dtype.element_ty)
-        grad_k = over_rows(grad_s, q_tile, grad_k, REST)
+        grad_k = over_rows(grad_s, whole(q_rows, D, MAIN, REST, STEP, BLOCK_QUERIES, True), grad_k, REST)
     return grad_k, grad_v
 
 
@@ -181,7 +186,7 @@ def flash_attention_grad_kv(
     grad_out_b, grad_out_n, grad_out_h, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h,
     grad_k_b, grad_k_n, grad_k_h, grad_v_b, grad_v_n, grad_v_h,
     heads, queries, keys, prefix_len, scale, grad_scale,
-    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, CAUSAL: tl.constexpr, STEP: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """A program: grad_k and grad_v of one block of keys of one head."""
@@ -203,8 +208,8 @@ def flash_attention_grad_kv(
     weight += head.to(tl.int64) * queries
 
     key = start + tl.arange(0, BLOCK_KEYS)
-    k_tile = load(k, start, k_n * UNIT, keys, D, MAIN, REST, BLOCK_KEYS, True)
-    v_tile = load(v, start, v_n * UNIT, keys, D, MAIN, REST, BLOCK_KEYS, True)
+    k_rows = held(k, start, k_n * UNIT, keys, 1.0, D, MAIN, REST, STEP, BLOCK_KEYS, True)
+    v_rows = held(v, start, v_n * UNIT, keys, 1.0, D, MAIN, REST, STEP, BLOCK_KEYS, True)
     state = (zeros(BLOCK_KEYS, MAIN, REST), zeros(BLOCK_KEYS, MAIN, REST))
     border = start * 0
     if CAUSAL:
@@ -214,12 +219,12 @@ def flash_attention_grad_kv(
         border = tl.where(last_key < prefix_len, 0, tl.maximum(last_key + queries - keys, 0))
         border = tl.minimum(tl.cdiv(border, BLOCK_QUERIES) * BLOCK_QUERIES, queries)
         state = _key_gradients(
-            state, k_tile, v_tile, grad_out, q, grad_out_n * UNIT, q_n * UNIT, lse, delta, weight, scale, key, queries, keys, prefix_len,
-            first, border, D, MAIN, REST, BLOCK_QUERIES, True,
+            state, k_rows, v_rows, grad_out, q, grad_out_n * UNIT, q_n * UNIT, lse, delta, weight, scale, key, queries, keys, prefix_len,
+            first, border, D, MAIN, REST, STEP, BLOCK_QUERIES, True,
         )  # fmt: skip
     state = _key_gradients(
-        state, k_tile, v_tile, grad_out, q, grad_out_n * UNIT, q_n * UNIT, lse, delta, weight, scale, key, queries, keys, prefix_len,
-        border, queries, D, MAIN, REST, BLOCK_QUERIES, False,
+        state, k_rows, v_rows, grad_out, q, grad_out_n * UNIT, q_n * UNIT, lse, delta, weight, scale, key, queries, keys, prefix_len,
+        border, queries, D, MAIN, REST, STEP, BLOCK_QUERIES, False,
     )  # fmt: skip
     k_out, v_out = state
     store_part(k_out[0] * grad_scale, grad_k, start, grad_k_n * UNIT, keys, 0, D)

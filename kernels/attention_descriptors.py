@@ -45,13 +45,13 @@ def _load(described, start, MAIN: tl.constexpr, REST: tl.constexpr):
 @triton.jit
 def _take(
     state, q, k, v, scale, visible, first, last,
-    MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_KEYS: tl.constexpr, BORDER: tl.constexpr, POSITIVE: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_KEYS: tl.constexpr, BORDER: tl.constexpr, POSITIVE: tl.constexpr,
     SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
     """Takes keys [first, last) into the state."""
     out, largest, total = state
     for start in tl.range(first, last, BLOCK_KEYS, warp_specialize=SPECIALIZED):
-        scores = over_columns(q, _load(k, start, MAIN, REST), REST)
+        scores = over_columns(q, _load(k, start, MAIN, REST), D, REST, 0, visible.shape[0], BLOCK_KEYS)
         if not POSITIVE:
             scores = scores * scale
         if BORDER:
@@ -76,10 +76,10 @@ def attend_described(
     k = _describe(k, keys, k_n, D, MAIN, REST, BLOCK_KEYS)
     v = _describe(v, keys, v_n, D, MAIN, REST, BLOCK_KEYS)
     if SPECIALIZED:
-        return _take(state, q_tile, k, v, scale, visible, 0, end, MAIN, REST, BLOCK_KEYS, True, POSITIVE, True)
+        return _take(state, q_tile, k, v, scale, visible, 0, end, D, MAIN, REST, BLOCK_KEYS, True, POSITIVE, True)
     else:
-        state = _take(state, q_tile, k, v, scale, visible, 0, border, MAIN, REST, BLOCK_KEYS, False, POSITIVE, False)
-        return _take(state, q_tile, k, v, scale, visible, border, end, MAIN, REST, BLOCK_KEYS, True, POSITIVE, False)
+        state = _take(state, q_tile, k, v, scale, visible, 0, border, D, MAIN, REST, BLOCK_KEYS, False, POSITIVE, False)
+        return _take(state, q_tile, k, v, scale, visible, border, end, D, MAIN, REST, BLOCK_KEYS, True, POSITIVE, False)
 
 
 def fit(*views: torch.Tensor) -> bool:

@@ -105,14 +105,60 @@ def scaled(tile, factor, REST: tl.constexpr):
 
 
 @triton.jit
-def over_columns(a, b, REST: tl.constexpr):
-    """a b^T; in float32 the parts are summed by themselves, since long chains lose digits."""
-    nothing = tl.zeros([a[0].shape[0], b[0].shape[0]], tl.float32)
-    c = dot(a[0], tl.trans(b[0]), nothing)
-    if REST > 0 and a[0].dtype == tl.float32:
-        c += dot(a[1], tl.trans(b[1]), nothing)
-    elif REST > 0:
-        c = dot(a[1], tl.trans(b[1]), c)
+def held(
+    base, start, stride, rows, factor,
+    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """Rows as products take them: a tile or, if those go by STEP columns, the place of rows that count times `factor` in float32."""
+    if STEP > 0:
+        return base, start, stride, rows, factor
+    else:
+        return load(base, start, stride, rows, D, MAIN, REST, ROWS, BOUNDED)
+
+
+@triton.jit
+def whole(
+    x, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, BOUNDED: tl.constexpr
+):
+    """The tile of what `held` gave."""
+    if STEP > 0:
+        base, start, stride, rows, factor = x
+        tile = load(base, start, stride, rows, D, MAIN, REST, ROWS, BOUNDED)
+        if base.dtype.element_ty == tl.float32:
+            tile = scaled(tile, factor, REST)
+        return tile
+    else:
+        return x
+
+
+@triton.jit
+def _columns(x, first, D: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr):
+    """Columns [first, first + STEP) of a place."""
+    base, start, stride, rows, factor = x
+    row = tl.arange(0, ROWS)
+    col = first + tl.arange(0, STEP)
+    mask = (row < rows - start)[:, None]
+    if D % STEP != 0:
+        mask = mask & (col < D)[None, :]
+    stride = stride.to(tl.int64)
+    part = tl.load(base + stride * start + (row[:, None] * stride + col[None, :]), mask=mask, other=0.0)
+    if base.dtype.element_ty == tl.float32:
+        part = part * factor
+    return part
+
+
+@triton.jit
+def over_columns(a, b, D: tl.constexpr, REST: tl.constexpr, STEP: tl.constexpr, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr):
+    """a b^T of what `held` gave. Parts are summed by themselves where they are loaded by themselves: long chains lose digits of float32."""
+    nothing = tl.zeros([A_ROWS, B_ROWS], tl.float32)
+    if STEP > 0:
+        c = nothing
+        for first in tl.range(0, D, STEP):
+            c += dot(_columns(a, first, D, STEP, A_ROWS), tl.trans(_columns(b, first, D, STEP, B_ROWS)), nothing)
+    else:
+        c = dot(a[0], tl.trans(b[0]), nothing)
+        if REST > 0:
+            c = dot(a[1], tl.trans(b[1]), c)
     return c
 
 
@@ -162,14 +208,17 @@ SIZE_CLASSES = ("64", "80", "96", "128", "192", "256")
 
 
 def parts(head_dim: int, dtype: str) -> tuple[int, int]:
-    """MAIN and REST, powers of two of at least 16 (REST also 0), that cover the head dimension with the fewest columns."""
-    if dtype == "fp32" and head_dim > 192:
+    """MAIN and REST, powers of two of at least 16 (REST also 0), that cover the head dimension with the fewest columns.
+
+    In float32 a REST of 32 or 64 is too much beside MAIN for 255 registers.
+    """
+    if dtype == "fp32" and head_dim > 128:
         return 128, 128
     main = max(16, 1 << (max(head_dim, 1).bit_length() - 1))
     if main >= head_dim:
         return main, 0
     rest = max(16, triton.next_power_of_2(head_dim - main))
-    return (2 * main, 0) if rest >= main else (main, rest)
+    return (2 * main, 0) if rest >= (main if dtype != "fp32" else 32) else (main, rest)
 
 
 def size_class(head_dim: int) -> str:
@@ -177,9 +226,17 @@ def size_class(head_dim: int) -> str:
     return next(name for name in SIZE_CLASSES if sum(parts(head_dim, "bf16")) <= int(name))
 
 
+def step(head_dim: int, dtype: str) -> int:
+    """Columns that a product over columns takes at a time, 0 for all: two whole tiles of float32 or of a wide head pass 255 registers."""
+    columns = sum(parts(head_dim, dtype))
+    if dtype == "fp32":
+        return 16 if columns % 32 else 32
+    return 64 if columns > 128 else 0
+
+
 def constexprs(head_dim: int, dtype: str, causal: bool, aligned: bool) -> dict[str, int | bool]:
     main, rest = parts(head_dim, dtype)
-    return {"D": head_dim, "MAIN": main, "REST": rest, "CAUSAL": causal, "ALIGNED": aligned}
+    return {"D": head_dim, "MAIN": main, "REST": rest, "STEP": step(head_dim, dtype), "CAUSAL": causal, "ALIGNED": aligned}
 
 
 def layout(*views: torch.Tensor) -> tuple[bool, list[int]]:

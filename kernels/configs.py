@@ -1,8 +1,8 @@
 """Block sizes, warps and stages of every kernel: a static table, by kernel, dtype, size class and architecture. Nothing tunes by itself:
 `ov3fast tune` writes a file of better rows for one device, which `pick` prefers.
 
-`pick` returns the most specific row: the keys of a kernel's table are (dtype, size class, architecture), each of them or "any". Size classes
-are words that the kernel's launcher chooses, documented beside its rows.
+The keys of a kernel's table are (dtype, size class, architecture), each of them or "any". `pick` returns the most specific row of those that
+name the dtype, else of the others. Size classes are words that the kernel's launcher chooses, documented beside its rows.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def sizes(kernel: str) -> tuple[str, ...]:
 
 def _from_specific_to_any(dtype: str, size: str, arch: str) -> list[Key]:
     keys = [(d, s, a) for d in (dtype, ANY) for s in (size, ANY) for a in (arch, ANY)]
-    return sorted(keys, key=lambda key: key.count(ANY))
+    return sorted(keys, key=lambda key: (key[0] == ANY, key.count(ANY)))
 
 
 @functools.cache
@@ -134,7 +134,7 @@ def save(found: Mapping[Key, Config], path: Path) -> None:
 
 # --- flash_attention ---
 # Size classes: columns of the tiles, those of the head dimension rounded up ("80": 64 + 16, for 72 and 80).
-# Per row: queries and keys of a block, warps, stages. Widest blocks that spill nothing.
+# Per row: queries and keys of a block, warps, stages. Widest blocks that spill nothing. float32 holds both tf32 halves of its operands.
 def _attention(rows: Mapping[Key, tuple[int, int, int, int]], **more: int) -> dict[Key, Config]:
     return {
         key: Config({"BLOCK_QUERIES": q, "BLOCK_KEYS": k, **more}, warps, stages) for key, (q, k, warps, stages) in rows.items()
@@ -152,15 +152,17 @@ TABLE["flash_attention_forward"] = _attention(
         (ANY, "80", "sm_80"): (128, 64, 8, 3),
         (ANY, "96", "sm_80"): (128, 64, 8, 3),
         (ANY, "128", "sm_80"): (128, 64, 8, 2),
-        (ANY, "192", "sm_80"): (128, 32, 8, 2),
-        (ANY, "256", "sm_80"): (64, 32, 8, 2),
+        (ANY, "192", "sm_80"): (64, 32, 8, 2),
+        (ANY, "256", "sm_80"): (64, 64, 8, 2),
         (ANY, "64", ANY): (128, 128, 8, 2),
         (ANY, "80", ANY): (128, 64, 8, 3),
         (ANY, "96", ANY): (128, 64, 8, 3),
         (ANY, "128", ANY): (128, 64, 8, 3),
         (ANY, "192", ANY): (128, 64, 8, 2),
-        (ANY, "256", ANY): (128, 32, 8, 2),
-        ("fp32", ANY, ANY): (64, 32, 8, 2),
+        (ANY, "256", ANY): (128, 64, 8, 2),
+        ("fp32", ANY, ANY): (128, 32, 8, 2),
+        ("fp32", "192", ANY): (64, 16, 8, 2),
+        ("fp32", "256", ANY): (64, 16, 8, 2),
     },
     DESCRIPTORS=0,
     SPECIALIZED=0,
@@ -192,11 +194,14 @@ TABLE["flash_attention_grad_q"] = _attention(
         (ANY, "96", "sm_80"): (128, 32, 8, 2),
         (ANY, "128", "sm_80"): (128, 32, 8, 2),
         (ANY, "192", "sm_80"): (64, 32, 8, 2),
-        (ANY, "256", "sm_80"): (64, 32, 8, 2),
         (ANY, ANY, ANY): (128, 64, 8, 2),
-        (ANY, "192", ANY): (64, 32, 8, 2),
-        (ANY, "256", ANY): (64, 32, 8, 2),
+        (ANY, "192", ANY): (64, 64, 8, 2),
+        (ANY, "256", ANY): (64, 64, 8, 2),
         ("fp32", ANY, ANY): (64, 32, 8, 2),
+        ("fp32", "64", ANY): (128, 32, 8, 2),
+        ("fp32", "80", ANY): (128, 32, 8, 2),
+        ("fp32", "192", ANY): (32, 32, 8, 2),
+        ("fp32", "256", ANY): (32, 32, 8, 2),
     }
 )
 TABLE["flash_attention_grad_kv"] = _attention(
@@ -205,11 +210,17 @@ TABLE["flash_attention_grad_kv"] = _attention(
         (ANY, "80", "sm_80"): (32, 128, 8, 2),
         (ANY, "96", "sm_80"): (32, 128, 8, 2),
         (ANY, "128", "sm_80"): (64, 64, 8, 2),
+        (ANY, "192", "sm_80"): (32, 32, 8, 2),
+        (ANY, "128", "sm_100"): (64, 128, 8, 2),
         (ANY, "64", ANY): (64, 128, 8, 2),
         (ANY, ANY, ANY): (32, 128, 8, 2),
-        (ANY, "192", ANY): (32, 64, 8, 2),
+        (ANY, "192", ANY): (64, 64, 8, 2),
         (ANY, "256", ANY): (32, 64, 8, 2),
-        ("fp32", ANY, ANY): (32, 64, 8, 2),
+        ("fp32", ANY, ANY): (32, 32, 8, 2),
+        ("fp32", "64", ANY): (16, 128, 8, 2),
+        ("fp32", "80", ANY): (16, 128, 8, 2),
+        ("fp32", "192", ANY): (16, 32, 8, 2),
+        ("fp32", "256", ANY): (16, 32, 8, 2),
     }
 )
 

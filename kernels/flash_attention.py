@@ -19,6 +19,7 @@ from .attention_tiles import (
     INF,
     LN_2,
     constexprs,
+    held,
     in_units,
     layout,
     load,
@@ -41,21 +42,23 @@ __all__ = ["backward", "backward_packed", "forward", "forward_packed"]
 @triton.jit
 def _attend(
     state, q, k, v, k_n, v_n, scale, visible, keys, first, last,
-    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_KEYS: tl.constexpr, BORDER: tl.constexpr, POSITIVE: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, STEP: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    BORDER: tl.constexpr, POSITIVE: tl.constexpr,
 ):  # fmt: skip
     """Takes keys [first, last) into (out, largest score, sum of exponentials); the largest score is unscaled if POSITIVE."""
     out, largest, total = state
-    EXACT: tl.constexpr = q[0].dtype == tl.float32
-    for start in tl.range(first, last, BLOCK_KEYS):
-        k_tile = load(k, start, k_n, keys, D, MAIN, REST, BLOCK_KEYS, BORDER)
-        scores = over_columns(q, k_tile, REST)
+    DTYPE: tl.constexpr = v.dtype.element_ty
+    EXACT: tl.constexpr = DTYPE == tl.float32
+    for start in tl.range(first, last, BLOCK_KEYS, disable_licm=STEP > 0):
+        k_rows = held(k, start, k_n, keys, 1.0, D, MAIN, REST, STEP, BLOCK_KEYS, BORDER)
+        scores = over_columns(q, k_rows, D, REST, STEP, visible.shape[0], BLOCK_KEYS)
         if not EXACT and not POSITIVE:
             scores = scores * scale
         if BORDER:
             scores = tl.where((start + tl.arange(0, BLOCK_KEYS))[None, :] < visible[:, None], scores, -INF)
         p, fade, largest, total = softmax_step(scores, largest, total, scale, EXACT, POSITIVE)
         v_tile = load(v, start, v_n, keys, D, MAIN, REST, BLOCK_KEYS, BORDER)
-        out = over_rows(rounded(p, q[0].dtype), v_tile, scaled(out, fade[:, None], REST), REST)
+        out = over_rows(rounded(p, DTYPE), v_tile, scaled(out, fade[:, None], REST), REST)
     return out, largest, total
 
 
@@ -64,8 +67,8 @@ def flash_attention_forward(
     q, k, v, out, lse,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, out_b, out_n, out_h,
     heads, queries, keys, prefix_len, scale,
-    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, POSITIVE: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, DESCRIPTORS: tl.constexpr, SPECIALIZED: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, CAUSAL: tl.constexpr, STEP: tl.constexpr, ALIGNED: tl.constexpr,
+    POSITIVE: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, DESCRIPTORS: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
     """A program: one block of queries of one head. scale: in units of log 2 for 16 bits; POSITIVE says that it is over 0.
 
@@ -102,16 +105,14 @@ def flash_attention_forward(
             D, MAIN, REST, BLOCK_QUERIES, BLOCK_KEYS, POSITIVE, SPECIALIZED,
         )  # fmt: skip
     else:
-        q_tile = load(q, start, q_n * UNIT, queries, D, MAIN, REST, BLOCK_QUERIES, True)
-        if DTYPE == tl.float32:
-            q_tile = scaled(q_tile, scale, REST)
+        q_rows = held(q, start, q_n * UNIT, queries, scale, D, MAIN, REST, STEP, BLOCK_QUERIES, True)
         state = _attend(
-            state, q_tile, k, v, k_n * UNIT, v_n * UNIT, scale, visible, keys, 0, border,
-            D, MAIN, REST, BLOCK_KEYS, False, POSITIVE,
+            state, q_rows, k, v, k_n * UNIT, v_n * UNIT, scale, visible, keys, 0, border,
+            D, MAIN, REST, STEP, BLOCK_KEYS, False, POSITIVE,
         )  # fmt: skip
         state = _attend(
-            state, q_tile, k, v, k_n * UNIT, v_n * UNIT, scale, visible, keys, border, end,
-            D, MAIN, REST, BLOCK_KEYS, True, POSITIVE,
+            state, q_rows, k, v, k_n * UNIT, v_n * UNIT, scale, visible, keys, border, end,
+            D, MAIN, REST, STEP, BLOCK_KEYS, True, POSITIVE,
         )  # fmt: skip
 
     out_tile, largest, total = state

@@ -152,8 +152,8 @@ TABLE["flash_attention_forward"] = _attention(
         (ANY, "192", ANY): (128, 64, 8, 2),
         (ANY, "256", ANY): (128, 64, 8, 2),
         ("fp32", ANY, ANY): (128, 32, 8, 2),
-        ("fp32", "192", ANY): (64, 16, 8, 2),
-        ("fp32", "256", ANY): (64, 16, 8, 2),
+        ("fp32", "192", ANY): (32, 32, 8, 2),
+        ("fp32", "256", ANY): (32, 32, 8, 2),
     }
 )
 TABLE["flash_attention_grad_q"] = _attention(
@@ -184,7 +184,8 @@ TABLE["flash_attention_grad_kv"] = _attention(
         (ANY, "64", ANY): (64, 128, 8, 2),
         (ANY, ANY, ANY): (32, 128, 8, 2),
         (ANY, "192", ANY): (64, 64, 8, 2),
-        (ANY, "256", ANY): (32, 64, 8, 2),
+        (ANY, "256", ANY): (64, 64, 8, 2),
+        (ANY, "256", "sm_90"): (32, 64, 8, 2),
         ("fp32", ANY, ANY): (32, 32, 8, 2),
         ("fp32", "64", ANY): (16, 128, 8, 2),
         ("fp32", "80", ANY): (16, 128, 8, 2),

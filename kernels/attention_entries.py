@@ -6,7 +6,7 @@ import functools
 
 from . import configs
 from .attention_backward import flash_attention_grad_kv, flash_attention_grad_q
-from .attention_tiles import constexprs, size_class
+from .attention_tiles import constexprs, size_class, step
 from .catalog import Entry, Work
 from .common import SIZES, argument_types, cdiv
 from .flash_attention import flash_attention_forward
@@ -20,6 +20,8 @@ def traffic(
     block_queries, block_keys = blocks["BLOCK_QUERIES"], blocks["BLOCK_KEYS"]
     row = head_dim * SIZES[dtype]
     numbers = 4 * (3 if dtype == "fp32" else 2)  # of a query in the backward: lse, delta and perhaps weight
+    # A product over columns that goes by steps loads both operands; the other products load theirs by themselves.
+    again = int(step(head_dim, dtype) > 0)
 
     def visible(query: int) -> int:
         return min(max(query + 1 + keys - queries, prefix_len, 0), keys) if causal else keys
@@ -27,19 +29,22 @@ def traffic(
     total = 0
     if kernel.endswith("grad_kv"):
         for start in range(0, keys, block_keys):
-            total += 4 * row * min(block_keys, keys - start)
+            block = min(block_keys, keys - start)
+            total += (4 - 2 * again) * row * block
             for query in range(0, queries, block_queries):
                 end = min(query + block_queries, queries)
                 if visible(end - 1) > start:
-                    total += (2 * row + numbers) * (end - query)
+                    total += ((2 + 2 * again) * row + numbers) * (end - query) + 2 * again * row * block
         return total * batch * heads
     for query in range(0, queries, block_queries):
         end = min(query + block_queries, queries)
-        total += 2 * row * min(cdiv(visible(end - 1), block_keys) * block_keys, keys)
+        blocks = cdiv(visible(end - 1), block_keys)
+        seen = min(blocks * block_keys, keys)
         if kernel.endswith("grad_q"):
-            total += (4 * row + numbers) * (end - query) + row * min(block_keys, keys)
+            total += (2 + again) * row * seen + row * min(block_keys, keys)
+            total += ((4 - again + 2 * again * blocks) * row + numbers) * (end - query)
         else:
-            total += (2 * row + 4) * (end - query)
+            total += 2 * row * seen + ((2 - again + again * blocks) * row + 4) * (end - query)
     return total * batch * heads
 
 

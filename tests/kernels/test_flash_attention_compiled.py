@@ -15,6 +15,7 @@ CASES = {
     "head_dim_64": (70, 90, 1, 64, False, 0),
     "head_dim_72_causal": (150, 81, 1, 72, True, 3),
     "head_dim_128_causal": (65, 97, 1, 128, True, 0),
+    "head_dim_192_causal": (70, 75, 1, 192, True, 0),
 }
 
 
@@ -51,25 +52,22 @@ def check(values, causal, prefix_len):
     return reports
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("case", CASES)
 def test_compiled_code(case, dtype):
+    """In float32 three TF32 products a product; its narrower tiles leave some threads less than 16 bytes to load."""
     *sizes, causal, prefix_len = CASES[case]
     reports = check(make(*sizes, dtype), causal, prefix_len)
     assert len(reports) == 3
     for name, report in reports.items():
-        launches.assert_traffic(report, attention_entries.traffic(name, TYPES[dtype], 1, *sizes, causal, prefix_len))
-        assert report.mma_count and report.share16() > 0.9, report
+        small = ("lse", "delta", "weight") if dtype == torch.float32 else ()
+        launches.assert_traffic(report, attention_entries.traffic(name, TYPES[dtype], 1, *sizes, causal, prefix_len), *small)
+        assert report.mma_count and report.share16() > (0.7 if dtype == torch.float32 else 0.9), report
 
 
 def test_compiled_code_without_alignment():
     values = make(9, 21, 1, 20, torch.bfloat16)
     check([testing.poisoned(value) for value in values], True, 0)
-
-
-def test_compiled_float32():
-    """Three TF32 products a product."""
-    check(make(33, 40, 1, 72, torch.float32), False, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

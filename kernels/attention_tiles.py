@@ -3,6 +3,9 @@
 A head dimension is tiled by two parts, MAIN + REST, each a power of two: 72 and 80 are 64 + 16, 96 is 64 + 32; tiles of such rows are tuples
 of one part or two.
 
+float32 products are three tf32 products, whose operands take two registers a value, and wide heads pass 255 registers by themselves. So there
+(STEP > 0) a product over columns loads both operands STEP columns at a time, and loops over blocks hoist nothing (disable_licm).
+
 Names: q, k, v, out, grad_out [B,N,H,D]; lse, delta and weight [B,H,Nq] float32; x_b, x_n, x_h are x's strides in units of 16 bytes if ALIGNED
 (so that the compiler knows it), else in elements.
 """

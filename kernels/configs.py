@@ -135,6 +135,10 @@ def save(found: Mapping[Key, Config], path: Path) -> None:
 # --- flash_attention ---
 # Size classes: columns of the tiles, those of the head dimension rounded up ("80": 64 + 16, for 72 and 80).
 # Per row: queries and keys of a block, warps, stages. Widest blocks that spill nothing. float32 holds both tf32 halves of its operands.
+# MI300, with 512 registers to a thread in 4 warps: one row per dtype.
+_ATTENTION_WIDTHS = ("64", "80", "96", "128", "192", "256")
+
+
 def _attention(rows: Mapping[Key, tuple[int, int, int, int]], **more: int) -> dict[Key, Config]:
     return {
         key: Config({"BLOCK_QUERIES": q, "BLOCK_KEYS": k, **more}, warps, stages) for key, (q, k, warps, stages) in rows.items()
@@ -154,7 +158,6 @@ TABLE["flash_attention_forward"] = _attention(
         (ANY, "128", "sm_80"): (128, 64, 8, 2),
         (ANY, "192", "sm_80"): (64, 32, 8, 2),
         (ANY, "256", "sm_80"): (64, 64, 8, 2),
-        (ANY, "128", "gfx942"): (128, 64, 8, 2),
         (ANY, "64", ANY): (128, 128, 8, 2),
         (ANY, "80", ANY): (128, 64, 8, 3),
         (ANY, "96", ANY): (128, 64, 8, 3),
@@ -164,6 +167,8 @@ TABLE["flash_attention_forward"] = _attention(
         ("fp32", ANY, ANY): (128, 32, 8, 2),
         ("fp32", "192", ANY): (32, 32, 8, 2),
         ("fp32", "256", ANY): (32, 32, 8, 2),
+        **{(ANY, size, "gfx942"): (64, 64, 4, 1) for size in _ATTENTION_WIDTHS},
+        **{("fp32", size, "gfx942"): (64, 32, 4, 1) for size in _ATTENTION_WIDTHS},
     },
     DESCRIPTORS=0,
     SPECIALIZED=0,
@@ -203,6 +208,8 @@ TABLE["flash_attention_grad_q"] = _attention(
         ("fp32", "80", ANY): (128, 32, 8, 2),
         ("fp32", "192", ANY): (32, 32, 8, 2),
         ("fp32", "256", ANY): (32, 32, 8, 2),
+        **{(ANY, size, "gfx942"): (64, 64, 4, 1) for size in _ATTENTION_WIDTHS},
+        **{("fp32", size, "gfx942"): (64, 32, 4, 1) for size in _ATTENTION_WIDTHS},
     }
 )
 TABLE["flash_attention_grad_kv"] = _attention(
@@ -223,6 +230,8 @@ TABLE["flash_attention_grad_kv"] = _attention(
         ("fp32", "80", ANY): (16, 128, 8, 2),
         ("fp32", "192", ANY): (16, 32, 8, 2),
         ("fp32", "256", ANY): (16, 32, 8, 2),
+        **{(ANY, size, "gfx942"): (32, 64, 4, 1) for size in _ATTENTION_WIDTHS},
+        **{("fp32", size, "gfx942"): (32, 32, 4, 1) for size in _ATTENTION_WIDTHS},
     }
 )
 

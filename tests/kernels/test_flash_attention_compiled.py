@@ -1,4 +1,4 @@
-"""The sm_80 code of flash_attention's kernels, executed on the CPU with every access checked; the launchers are the real ones."""
+"""The sm_80 and sm_90 code of flash_attention's kernels, executed on the CPU with every access checked; the launchers are the real ones."""
 
 import pytest
 import torch
@@ -28,10 +28,10 @@ def make(queries, keys, heads, head_dim, dtype):
     return q, *kv.unbind(2), testing.make(1, queries, heads, head_dim, seed=3).to(dtype)
 
 
-def run(q, k, v, grad, causal, prefix_len, order="forward"):
+def run(q, k, v, grad, causal, prefix_len, order="forward", target="sm_80"):
     """out, grad_q, grad_k, grad_v; kernel -> its launch's report. Fails on any finding."""
     options = causal, prefix_len, q.shape[-1] ** -0.5
-    with launches.compiled(order) as reports:
+    with launches.compiled(order, target) as reports:
         out, lse = kernels.forward(q, k, v, *options)
         grads = kernels.backward(grad, q, k, v, out, lse, *options)
     return [out, *grads], {name: report for name, (report,) in reports.items()}
@@ -43,9 +43,9 @@ def expected(dtype, q, k, v, grad, causal, prefix_len):
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
 
 
-def check(values, causal, prefix_len):
+def check(values, causal, prefix_len, target="sm_80"):
     """Holds the results against the budget; returns the reports."""
-    results, reports = run(*values, causal, prefix_len)
+    results, reports = run(*values, causal, prefix_len, target=target)
     exact, plain = (expected(kind, *values, causal, prefix_len) for kind in (torch.float64, values[0].dtype))
     for got, same, best, what in zip(results, plain, exact, ("out", "grad_q", "grad_k", "grad_v"), strict=True):
         testing.assert_within_budget(got, same, best, what)
@@ -63,6 +63,13 @@ def test_compiled_code(case, dtype):
         small = ("lse", "delta", "weight") if dtype == torch.float32 else ()
         launches.assert_traffic(report, attention_entries.traffic(name, TYPES[dtype], 1, *sizes, causal, prefix_len), *small)
         assert report.mma_count and report.share16() > (0.7 if dtype == torch.float32 else 0.9), report
+
+
+@pytest.mark.parametrize(("case", "dtype"), [("head_dim_64", torch.float16), ("head_dim_72_causal", torch.bfloat16)])
+def test_compiled_code_of_sm_90(case, dtype):
+    *sizes, causal, prefix_len = CASES[case]
+    for report in check(make(*sizes, dtype), causal, prefix_len, "sm_90").values():
+        assert "wgmma" in str(report.mma), report
 
 
 def test_compiled_code_without_alignment():

@@ -846,6 +846,7 @@ def test_bit_instructions():
         'brev.b32 %r4, %r1;': lambda a, b, c: int(f'{a:032b}'[::-1], 2),
         'abs.s32 %r4, %r1;': lambda a, b, c: abs(sgn(a)),
         'min.s32 %r4, %r1, %r2;': lambda a, b, c: min(sgn(a), sgn(b)),
+        'max.relu.s32 %r4, %r1, %r2;': lambda a, b, c: max(sgn(a), sgn(b), 0),
         'max.u32 %r4, %r1, %r2;': max,
         'cvt.s32.s8 %r4, %r1;': lambda a, b, c: sgn(a, 8),
         'mov.b32 {%h0, %h1}, %r1; mov.b32 %r4, {%h1, %h0};': lambda a, b, c: (a << 16 | a >> 16) & M,

@@ -261,10 +261,11 @@ def _measure_all(todo: Sequence[Job], jobs: int) -> Iterator[tuple[int, dict[str
 def run(job: Job) -> dict[str, Any]:
     """Measures a job and remembers the result; of a kernel that does not compile, why."""
     try:
+        # Asked for before anything is compiled: Triton hashes a kernel once, with the globals of that moment, and `measure` sets one.
+        path = _remembered(job)
         found = measure(entries(job.module)[job.number], job.config, job.dtype, job.target)
     except Exception as reason:
         return {"error": f"{type(reason).__name__}: {reason}"}
-    path = _remembered(job)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(found))
@@ -411,10 +412,19 @@ def main(options: Options) -> int:
     return 1 if short else 0
 
 
-if __name__ == "__main__":
+def command() -> int:
+    """`main` with the command line's options; bad ones are named."""
     import tyro
 
     try:
-        sys.exit(main(tyro.cli(Options, description=__doc__)))
+        return main(tyro.cli(Options, description=__doc__))
     except ValueError as reason:
-        sys.exit(f"aot: {reason}")
+        print(f"aot: {reason}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    # Under the name that importers know it by, which results are remembered under.
+    from ov3fast.kernels import aot
+
+    sys.exit(aot.command())

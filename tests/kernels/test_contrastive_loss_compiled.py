@@ -46,7 +46,9 @@ def check(ours, arguments):
         testing.assert_within_budget(a, p, e, name)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "target"), [(torch.bfloat16, "sm_80"), (torch.float16, "sm_80"), (torch.bfloat16, "sm_90")], ids=str
+)
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_both_ways(schedule, kind, dtype, target):
     arguments = (*inputs(kind, dtype), kind)

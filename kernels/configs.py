@@ -382,6 +382,7 @@ for _name in ("group_norm_silu_forward", "group_norm_silu_backward"):
         ("fp32", "channels_last", "any"): Config({"BLOCK_S": 64, "BLOCK_C": 64}, warps=8, stages=1),
         ("any", "plain", "any"): Config({"BLOCK_S": 1024, "BLOCK_C": 4}, warps=4, stages=1),
         ("any", "small", "any"): Config({"BLOCK_S": 64, "BLOCK_C": 64}, warps=4, stages=1),
+        ("fp32", "small", "any"): Config({"BLOCK_S": 64, "BLOCK_C": 64}, warps=8, stages=1),
     }
 TABLE["group_norm_silu_statistics"] = {("any", "any", "any"): Config({"BLOCK": 256}, warps=4, stages=1)}
 TABLE["group_norm_silu_backward_groups"] = {("any", "any", "any"): Config({"BLOCK": 256}, warps=4, stages=1)}

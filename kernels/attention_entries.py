@@ -16,8 +16,8 @@ def traffic(
     kernel: str, dtype: str, batch: int, queries: int, keys: int, heads: int, head_dim: int, causal: bool, prefix_len: int
 ) -> int:
     """Bytes that a launch moves with the blocks of sm_80. What several programs read counts each time: most of that comes from the L2 cache."""
-    blocks = configs.pick(kernel.lstrip("_"), dtype, size_class(head_dim), "sm_80").blocks
-    block_queries, block_keys = blocks["BLOCK_QUERIES"], blocks["BLOCK_KEYS"]
+    config = configs.pick(kernel, dtype, size_class(head_dim), "sm_80")
+    block_queries, block_keys = config.blocks["BLOCK_QUERIES"], config.blocks["BLOCK_KEYS"]
     row = head_dim * SIZES[dtype]
     numbers = 4 * (3 if dtype == "fp32" else 2)  # of a query in the backward: lse, delta and perhaps weight
     # A product over columns that goes by steps loads both operands; the other products load theirs by themselves.

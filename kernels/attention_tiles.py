@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from .common import dot, rounded
+from .configs import ATTENTION_WIDTHS
 
 LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 LN_2: tl.constexpr = tl.constexpr(math.log(2))
@@ -207,9 +208,6 @@ def softmax_step(scores, largest, total, scale, EXACT: tl.constexpr, POSITIVE: t
     return p, fade, largest, total * fade + tl.sum(p, 1)
 
 
-SIZE_CLASSES = ("64", "80", "96", "128", "192", "256")
-
-
 def parts(head_dim: int, dtype: str) -> tuple[int, int]:
     """MAIN and REST, powers of two of at least 16 (REST also 0), that cover the head dimension with the fewest columns.
 
@@ -226,7 +224,7 @@ def parts(head_dim: int, dtype: str) -> tuple[int, int]:
 
 def size_class(head_dim: int) -> str:
     """Of configs.TABLE's rows: the narrowest that is as wide as the tiles."""
-    return next(name for name in SIZE_CLASSES if sum(parts(head_dim, "bf16")) <= int(name))
+    return next(name for name in ATTENTION_WIDTHS if sum(parts(head_dim, "bf16")) <= int(name))
 
 
 def step(head_dim: int, dtype: str) -> int:

@@ -135,8 +135,8 @@ def save(found: Mapping[Key, Config], path: Path) -> None:
 # --- flash_attention ---
 # Size classes: columns of the tiles, those of the head dimension rounded up ("80": 64 + 16, for 72 and 80).
 # Per row: queries and keys of a block, warps, stages. Widest blocks that spill nothing. float32 holds both tf32 halves of its operands.
-# MI300, with 512 registers to a thread in 4 warps: one row per dtype.
-_ATTENTION_WIDTHS = ("64", "80", "96", "128", "192", "256")
+# MI300 has 512 registers to a thread in 4 warps: there one row per dtype serves all widths.
+ATTENTION_WIDTHS = ("64", "80", "96", "128", "192", "256")
 
 
 def _attention(rows: Mapping[Key, tuple[int, int, int, int]], **more: int) -> dict[Key, Config]:
@@ -167,8 +167,8 @@ TABLE["flash_attention_forward"] = _attention(
         ("fp32", ANY, ANY): (128, 32, 8, 2),
         ("fp32", "192", ANY): (32, 32, 8, 2),
         ("fp32", "256", ANY): (32, 32, 8, 2),
-        **{(ANY, size, "gfx942"): (64, 64, 4, 1) for size in _ATTENTION_WIDTHS},
-        **{("fp32", size, "gfx942"): (64, 32, 4, 1) for size in _ATTENTION_WIDTHS},
+        **{(ANY, size, "gfx942"): (64, 64, 4, 1) for size in ATTENTION_WIDTHS},
+        **{("fp32", size, "gfx942"): (64, 32, 4, 1) for size in ATTENTION_WIDTHS},
     },
     DESCRIPTORS=0,
     SPECIALIZED=0,
@@ -208,8 +208,8 @@ TABLE["flash_attention_grad_q"] = _attention(
         ("fp32", "80", ANY): (128, 32, 8, 2),
         ("fp32", "192", ANY): (32, 32, 8, 2),
         ("fp32", "256", ANY): (32, 32, 8, 2),
-        **{(ANY, size, "gfx942"): (64, 64, 4, 1) for size in _ATTENTION_WIDTHS},
-        **{("fp32", size, "gfx942"): (64, 32, 4, 1) for size in _ATTENTION_WIDTHS},
+        **{(ANY, size, "gfx942"): (64, 64, 4, 1) for size in ATTENTION_WIDTHS},
+        **{("fp32", size, "gfx942"): (64, 32, 4, 1) for size in ATTENTION_WIDTHS},
     }
 )
 TABLE["flash_attention_grad_kv"] = _attention(
@@ -230,8 +230,8 @@ TABLE["flash_attention_grad_kv"] = _attention(
         ("fp32", "80", ANY): (16, 128, 8, 2),
         ("fp32", "192", ANY): (16, 32, 8, 2),
         ("fp32", "256", ANY): (16, 32, 8, 2),
-        **{(ANY, size, "gfx942"): (32, 64, 4, 1) for size in _ATTENTION_WIDTHS},
-        **{("fp32", size, "gfx942"): (32, 32, 4, 1) for size in _ATTENTION_WIDTHS},
+        **{(ANY, size, "gfx942"): (32, 64, 4, 1) for size in ATTENTION_WIDTHS},
+        **{("fp32", size, "gfx942"): (32, 32, 4, 1) for size in ATTENTION_WIDTHS},
     }
 )
 

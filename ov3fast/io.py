@@ -1,0 +1,98 @@
+"""Files and folders that are whole or absent: everything is written aside and renamed.
+
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary)
+
+A reader sees the old content or the new one, never a half; a block that raises leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary file beside `path`, of the same suffix, that becomes `path` when the block ends.
+
+    The folder is made where it is missing; the file's mode follows the umask whatever the writer set. OSError names `path` where
+    the disk is full, also when the writer reports that with an error class of its own (safetensors does).
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.writing-{os.getpid()}{path.suffix}")
+    try:
+        with _named_errors(path):
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            temporary.chmod(mode)
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields an empty folder beside `path` that becomes `path` when the block ends.
+
+    A folder that is there already is replaced only if it holds nothing but names that the new one holds too: FileExistsError
+    names another one. Modes and errors are as in `atomic_write`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    retired = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+    try:
+        with _named_errors(path):
+            temporary.mkdir()
+            yield temporary
+            _apply_umask(temporary)
+            _retire(path, temporary, retired)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                if retired.exists():
+                    os.replace(retired, path)
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def _retire(path: Path, temporary: Path, retired: Path) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise FileExistsError(f"{path} is a file; give a folder")
+    others = sorted({entry.name for entry in path.iterdir()} - {entry.name for entry in temporary.iterdir()})
+    if others:
+        raise FileExistsError(f"{path} holds other files ({others[0]}); give a new folder or one of a former save")
+    os.replace(path, retired)
+
+
+def _apply_umask(folder: Path) -> None:
+    # Read off a file made for it: os.umask would change it for the other threads of the process.
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "os error 28" in str(error) or "No space left" in str(error):
+            raise OSError(errno.ENOSPC, "the disk is full; nothing was changed", str(path)) from error
+        raise

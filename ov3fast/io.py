@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,11 +38,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike[str], former: Iterable[str] = ()) -> Iterator[Path]:
     """Yields an empty folder beside `path` that becomes `path` when the block ends.
 
-    A folder that is there already is replaced only if it holds nothing but names that the new one holds too: FileExistsError
-    names another one. Modes and errors are as in `atomic_write`.
+    A folder that is there already is replaced only if it holds nothing but names that the new one holds too, or names in
+    `former` (files of a former save that the new one lacks): FileExistsError names another one. Modes and errors are as in
+    `atomic_write`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +54,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.mkdir()
             yield temporary
             _apply_umask(temporary)
-            _retire(path, temporary, retired)
+            _retire(path, temporary, retired, set(former))
             try:
                 os.replace(temporary, path)
             except OSError:
@@ -65,12 +66,12 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def _retire(path: Path, temporary: Path, retired: Path) -> None:
+def _retire(path: Path, temporary: Path, retired: Path, former: set[str]) -> None:
     if not path.exists():
         return
     if not path.is_dir():
         raise FileExistsError(f"{path} is a file; give a folder")
-    others = sorted({entry.name for entry in path.iterdir()} - {entry.name for entry in temporary.iterdir()})
+    others = sorted({entry.name for entry in path.iterdir()} - {entry.name for entry in temporary.iterdir()} - former)
     if others:
         raise FileExistsError(f"{path} holds other files ({others[0]}); give a new folder or one of a former save")
     os.replace(path, retired)

@@ -1,29 +1,34 @@
 """Shards -> samples -> batches: reading, ordering, cropping, and the demo set.
 
-config.py      DataConfig, SourceConfig: what a run is trained on
-loader.py      Loader: batches by step number;  store.py: all samples of the sources
-shards.py      tar shards with random access;  skips.py: what could not be used
-order.py       which sample comes when;  counter.py: the randomness behind it
-transforms.py  crops, resizing, backgrounds;  captions.py: caption choice, Recap-DataComp-1B join
-assets.py      package files with real pictures;  demo/: the demo set made of them
+config.py      DataConfig, SourceConfig: what a run is trained on;  limits.py: limits that several files share
+loader.py      Loader: batches by step number;  store.py: SampleStore, all samples of the sources
+shards.py      tar shards with random access;  indexed_tar.py: one tar and its samples
+images.py      image bytes -> upright 8-bit images;  transforms.py: crops, resizing, backgrounds
+captions.py    which text counts as a caption, and picking one;  recap.py: the Recap-DataComp-1B join
+order.py       which sample comes when;  hash_rng.py: the randomness behind it
+skips.py       what could not be used;  check.py: a summary of a set of shards
+assets.py      package files with real images;  demo/: the demo set made of them
 """
 
 from ov3fast.data.check import Summary, summarise
 from ov3fast.data.config import DataConfig, SourceConfig
 from ov3fast.data.loader import Batch, Loader
 from ov3fast.data.order import Order, order_hash
+from ov3fast.data.recap import JoinReport, join_captions
 from ov3fast.data.shards import Sample, ShardDataset, write_index, write_shards
 from ov3fast.data.skips import DataError, SampleError, Skip, SkipCounter, SkipWarning
-from ov3fast.data.store import Store
+from ov3fast.data.store import SampleStore, Store
 
 __all__ = [
     "Batch",
     "DataConfig",
     "DataError",
+    "JoinReport",
     "Loader",
     "Order",
     "Sample",
     "SampleError",
+    "SampleStore",
     "ShardDataset",
     "Skip",
     "SkipCounter",
@@ -31,6 +36,7 @@ __all__ = [
     "SourceConfig",
     "Store",
     "Summary",
+    "join_captions",
     "order_hash",
     "summarise",
     "write_index",

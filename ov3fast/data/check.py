@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ov3fast.data.config import MAX_IMAGE_PIXELS
+from ov3fast.data.limits import MAX_IMAGE_PIXELS
 from ov3fast.data.shards import Sample, ShardDataset
 from ov3fast.data.skips import SampleError, Skip
 from ov3fast.data.store import resolve

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ov3fast.data.captions import check_choices
-
-MAX_IMAGE_PIXELS = 64 * 1024 * 1024
+from ov3fast.data.limits import MAX_IMAGE_PIXELS
 
 
 @dataclass(frozen=True)

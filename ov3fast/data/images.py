@@ -6,7 +6,7 @@ import io
 import warnings
 from typing import TYPE_CHECKING
 
-from ov3fast.data.config import MAX_IMAGE_PIXELS
+from ov3fast.data.limits import MAX_IMAGE_PIXELS
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ov3fast.data import counter, transforms
-from ov3fast.data.captions import choose
+from ov3fast.data import hash_rng, transforms
+from ov3fast.data.captions import pick_caption
 from ov3fast.data.config import DataConfig
 from ov3fast.data.order import Order
 from ov3fast.data.shards import Sample
 from ov3fast.data.skips import DataError, SampleError, Skip, SkipCounter
-from ov3fast.data.store import Source, Store
+from ov3fast.data.store import SampleStore, Source
 
 SUBSTITUTES = 100  # units tried in place of one that can't be used
 
@@ -62,14 +62,14 @@ class Batch:
 class Loader:
     """Batches of one stage; see the module's docstring.
 
-    data: a DataConfig, or a Store to share between stages. batch_size: images over all ranks. cursors: units already drawn
+    data: a DataConfig, or a SampleStore to share between stages. batch_size: images over all ranks. cursors: units already drawn
     from each source (`cursors` of the last batch of the stage before). train=False: centre crops on white.
     Raises ValueError where the batch can't be divided over sources, views and ranks; DataError for unusable data.
     """
 
     def __init__(
         self,
-        data: DataConfig | Store,
+        data: DataConfig | SampleStore,
         *,
         image_size: int,
         batch_size: int,
@@ -78,7 +78,7 @@ class Loader:
         cursors: tuple[int, ...] | None = None,
         train: bool = True,
     ):
-        self.store = data if isinstance(data, Store) else Store(data)
+        self.store = data if isinstance(data, SampleStore) else SampleStore(data)
         self.config, self.sources = self.store.config, self.store.sources
         self.image_size, self.batch_size, self.rank, self.world, self.train = image_size, batch_size, rank, world, train
         self.units = _units(self.sources, batch_size, world)
@@ -87,7 +87,7 @@ class Loader:
             raise ValueError(f"cursors: got {len(self.start)} of them; there are {len(self.sources)} sources")
         seed, window = self.config.seed, self.config.shard_window
         self.orders = [
-            Order(source.unit_lengths, int(counter.bits(seed, counter.ORDER, k)), window)
+            Order(source.unit_lengths, int(hash_rng.bits(seed, hash_rng.ORDER, k)), window)
             for k, source in enumerate(self.sources)
         ]
         self.skips = SkipCounter(self.store.n, self.config.skip_budget)
@@ -176,7 +176,7 @@ class Loader:
         source, seed = self.sources[k], self.config.seed
         epochs = positions // source.units
         members = self._members(k, units, epochs)
-        uniforms = counter.uniform(seed, counter.CAPTION, k, units, epochs).tolist()
+        uniforms = hash_rng.uniform(seed, hash_rng.CAPTION, k, units, epochs).tolist()
         drawn = []
         for position, epoch, u, candidates in zip(positions.tolist(), epochs.tolist(), uniforms, members, strict=True):
             found = self._usable(candidates, source.config.views, pixels, images, skips)
@@ -187,7 +187,7 @@ class Loader:
                     raise DataError(
                         f"{source.config.path}: {attempt} samples in a row can't be used, the last for {last.reason}"
                     )
-                other = counter.bits(seed, counter.SUBSTITUTE, k, position, attempt) % np.uint64(source.units)
+                other = hash_rng.bits(seed, hash_rng.SUBSTITUTE, k, position, attempt) % np.uint64(source.units)
                 [candidates] = self._members(k, np.array([other], np.int64), np.array([epoch]))
                 found = self._usable(candidates, source.config.views, pixels, images, skips)
                 attempt += 1
@@ -201,7 +201,7 @@ class Loader:
         if not groups or max(lengths) == 1:
             return [group.tolist() for group in groups]
         flat, which = np.concatenate(groups), np.repeat(np.arange(len(groups)), lengths)
-        ranks = counter.bits(self.config.seed, counter.MEMBER, k, units[which], epochs[which], flat)
+        ranks = hash_rng.bits(self.config.seed, hash_rng.MEMBER, k, units[which], epochs[which], flat)
         flat = flat[np.lexsort((ranks, which))]
         return [part.tolist() for part in np.split(flat, np.cumsum(lengths)[:-1])]
 
@@ -230,7 +230,7 @@ class Loader:
             return _Drawn(index, variants, samples, "", [""] * views)
         first, others = found[0][1].captions, [sample.captions for _, sample in found[1:]]
         shared = {key: text for key, text in first.items() if all(other.get(key) == text for other in others)}
-        text = choose(shared, source.config.captions, u) or choose(first, source.config.captions, u)
+        text = pick_caption(shared, source.config.captions, u) or pick_caption(first, source.config.captions, u)
         captions = [sample.captions.get(source.config.caption_key, "").strip() or text for sample in samples]
         return _Drawn(index, variants, samples, text, captions)
 
@@ -247,13 +247,13 @@ class Loader:
         background = None
         if self.train and config.crop == "inception":
             draws = np.arange(transforms.CROP_ATTEMPTS * 4).reshape(1, -1, 4)
-            uniforms = counter.uniform(config.seed, counter.CROP, index[:, None, None], variant[:, None, None], draws)
+            uniforms = hash_rng.uniform(config.seed, hash_rng.CROP, index[:, None, None], variant[:, None, None], draws)
             boxes = transforms.inception_boxes(sizes, uniforms, (config.min_area, 1.0))
         else:
             boxes = transforms.center_boxes(sizes)
         if self.train and config.background != "white":
             channel = np.arange(3)
-            background = 255 * counter.uniform(config.seed, counter.BACKGROUND, index[:, None], variant[:, None], channel)
+            background = 255 * hash_rng.uniform(config.seed, hash_rng.BACKGROUND, index[:, None], variant[:, None], channel)
             if config.background == "mixed":
                 background[variant % 4 != 3] = 255
         gap = 1.5 if self.train else None
@@ -262,7 +262,7 @@ class Loader:
             resized = transforms.crop_resize(picture, box, size, config.interpolation, gap)
             row[..., : resized.shape[-1]] = resized
         if self.train and config.flip:
-            mirrored = counter.uniform(config.seed, counter.FLIP, index, variant) < 0.5
+            mirrored = hash_rng.uniform(config.seed, hash_rng.FLIP, index, variant) < 0.5
             out[mirrored] = out[mirrored, :, ::-1]
         return transforms.to_tensor(out, background)
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ov3fast.data import counter
+from ov3fast.data import hash_rng
 
 ROUNDS = 8
 
@@ -29,7 +29,7 @@ def permute(index: np.ndarray, n: int, seed: int, *counters: int) -> np.ndarray:
     while outside.any():
         left, right = x[outside] >> shift, x[outside] & mask
         for i in range(ROUNDS):
-            left, right = right, left ^ (counter.bits(seed, counter.ORDER, *counters, i, right) & mask)
+            left, right = right, left ^ (hash_rng.bits(seed, hash_rng.ORDER, *counters, i, right) & mask)
         x[outside] = (left << shift) | right
         outside = x >= np.uint64(n)
     return x.astype(np.int64)

@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import glob
 import json
-import os
-import shutil
-import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,10 +21,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ov3fast.data.config import MAX_IMAGE_PIXELS
+from ov3fast.data.captions import sidecar
 from ov3fast.data.images import ImageError, decode_image
 from ov3fast.data.indexed_tar import OpenShard
+from ov3fast.data.limits import MAX_IMAGE_PIXELS
 from ov3fast.data.skips import DataError, SampleError, Skip
+from ov3fast.io import atomic_folder, atomic_write
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -57,18 +56,16 @@ def write_shards(
 ) -> int:
     """Write (key, {suffix: bytes}) samples as `<folder>/00000.tar`, ... with a wids index; returns their number.
 
-    `info` goes into the index. The folder appears whole or not at all: all is written beside it and renamed; an older
-    folder is replaced.
+    `info` goes into the index. The folder appears whole or not at all. A folder of an earlier call is replaced;
+    FileExistsError names a file in it that no such call wrote.
     """
     from webdataset import TarWriter
 
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     shards: list[dict[str, Any]] = []
     keys: set[str] = set()
     writer = None
-    try:
+    with atomic_folder(folder, _written_before(folder)) as temporary:
         for number, (key, files) in enumerate(samples):
             if key in keys:
                 raise ValueError(f"samples: two have the key {key!r}; keys must differ")
@@ -83,13 +80,16 @@ def write_shards(
         if writer is not None:
             writer.close()
         _write_index(temporary, shards, folder.name, info or {})
-        os.chmod(temporary, 0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return sum(shard["nsamples"] for shard in shards)
+
+
+def _written_before(folder: Path) -> set[str]:
+    """Names that an earlier write_shards left in the folder: its tars, by the index, and what was joined to them."""
+    try:
+        tars = [entry["url"] for entry in json.loads((folder / INDEX).read_text())["shardlist"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    return {*tars, *(sidecar(name).name for name in tars)}
 
 
 def write_index(folder: str | Path) -> Path:
@@ -103,9 +103,8 @@ def _write_index(folder: Path, shards: list[dict[str, Any]], name: str, info: Ma
     for shard in shards:
         shard["filesize"] = (folder / shard["url"]).stat().st_size
     index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": name, "shardlist": shards, "info": dict(info)}
-    temporary = folder / f".{INDEX}-{os.getpid()}"
-    temporary.write_text(json.dumps(index, indent=1))
-    os.replace(temporary, folder / INDEX)
+    with atomic_write(folder / INDEX) as temporary:
+        temporary.write_text(json.dumps(index, indent=1))
     return folder / INDEX
 
 

@@ -67,7 +67,7 @@ class Source:
         return [np.array(numbers) for numbers in found.values()]
 
 
-class Store:
+class SampleStore:
     """Pictures and texts of all sources by global number; see the module's docstring."""
 
     def __init__(self, config: DataConfig):
@@ -168,3 +168,6 @@ def resolve(path: str) -> str | Path:
     if not folder.exists():
         raise FileNotFoundError(f"path: {path!r} is not built ({folder} is missing); run `ov3fast data demo` first")
     return folder
+
+
+Store = SampleStore  # the name up to 0.1.0

@@ -2,7 +2,7 @@
 
 A crop is a box (left, upper, right, lower) in float pixels, resampled in one go by Pillow (whose bicubic and bilinear
 filters widen with the scale, so they antialias). Boxes and backgrounds of a whole batch are computed at once, from
-uniform numbers that the caller draws by counter.
+uniform numbers that the caller draws from hash_rng.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ov3fast.data.config import MAX_IMAGE_PIXELS
-from ov3fast.data.shards import ImageError
+from ov3fast.data.images import ImageError
+from ov3fast.data.limits import MAX_IMAGE_PIXELS
 from ov3fast.data.skips import DataError, Skip, SkipCounter
 from ov3fast.inference.embeddings import Embeddings
 from ov3fast.inference.images import find_images, read_image, square

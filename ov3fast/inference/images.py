@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from ov3fast.data.config import MAX_IMAGE_PIXELS
-from ov3fast.data.shards import decode_image
+from ov3fast.data.images import decode_image
+from ov3fast.data.limits import MAX_IMAGE_PIXELS
 from ov3fast.data.transforms import center_boxes, crop_resize, premultiplied, to_tensor
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def find_images(paths: str | Path | Sequence[str | Path]) -> dict[str, Path]:
 
 
 def read_image(path: str | Path, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """A Pillow image, RGB or RGBA, turned upright as its EXIF tag says. FileNotFoundError, or data.shards.ImageError (a ValueError)
+    """A Pillow image, RGB or RGBA, turned upright as its EXIF tag says. FileNotFoundError, or data.images.ImageError (a ValueError)
     whose `reason` says what is wrong with it."""
     from PIL import ImageOps
 

@@ -2,7 +2,7 @@
 
 Learning rates are the official repository's rule, base * batch / 256: peaks 2.56e-4 and 6.4e-6. What the paper does not state is
 OpenVision 1 and 2's (optimizer, inception crop of at least 40 %, bilinear filter, text towers), and each is a field.
-`data.sources` names where img2dataset's shards are expected, with the recaptions joined to them (`ov3fast.data.captions.join_captions`).
+`data.sources` names where img2dataset's shards are expected, with the recaptions joined to them (`ov3fast.data.join_captions`).
 """
 
 from pathlib import Path

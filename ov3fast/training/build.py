@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ov3fast.data.skips import SampleError
-from ov3fast.data.store import Store
+from ov3fast.data.store import SampleStore
 from ov3fast.models.openvision3 import PARTS, OpenVision3
 from ov3fast.models.perceptual import LPIPS
 from ov3fast.models.tokenizer import Tokenizer, get_tokenizer
@@ -22,13 +22,13 @@ from ov3fast.recipes.config import LPIPSConfig, Recipe, Stage
 from ov3fast.training.latents import weights_hash
 
 
-def build_tokenizer(recipe: Recipe, store: Store) -> Tokenizer:
+def build_tokenizer(recipe: Recipe, store: SampleStore) -> Tokenizer:
     """The recipe's tokenizer, with the vocabulary of the training captions alone where the recipe restricts it."""
     tokenizer = get_tokenizer(recipe.model.tokenizer, recipe.vocab_file)
     return tokenizer.restrict(training_texts(store)) if recipe.restrict_vocabulary else tokenizer
 
 
-def training_texts(store: Store) -> Iterator[str]:
+def training_texts(store: SampleStore) -> Iterator[str]:
     """Every caption of the paired sources under the keys that they use; unreadable samples are the loader's business."""
     for source in store.sources:
         if not source.config.paired:
@@ -87,7 +87,7 @@ def build_lpips(config: LPIPSConfig, device: torch.device) -> LPIPS:
     return LPIPS.load(config.backbone, weights, config.heads or fetch("lpips")).to(device)
 
 
-def latents_key(recipe: Recipe, stage: Stage, store: Store, vae: FrozenVAE) -> str:
+def latents_key(recipe: Recipe, stage: Stage, store: SampleStore, vae: FrozenVAE) -> str:
     """Names a stage's cached latents: all that their bits depend on."""
     data = dataclasses.asdict(recipe.data)
     shards = [

@@ -11,7 +11,7 @@ from torch import Tensor
 from ov3fast import ops
 from ov3fast.data.loader import Batch, Loader
 from ov3fast.data.skips import SkipCounter
-from ov3fast.data.store import Store
+from ov3fast.data.store import SampleStore
 from ov3fast.losses import ObjectiveConfig
 from ov3fast.models.openvision3 import OpenVision3
 from ov3fast.recipes.config import Recipe
@@ -33,7 +33,7 @@ class Inputs:
         stage: int,
         objective: ObjectiveConfig,
         model: OpenVision3,
-        store: Store,
+        store: SampleStore,
         ranks: Ranks,
         timer: Timer,
         cursors: tuple[int, ...] | None,

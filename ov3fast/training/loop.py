@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ov3fast import ops
 from ov3fast.data.order import order_hash
-from ov3fast.data.store import Store
+from ov3fast.data.store import SampleStore
 from ov3fast.losses import Objective
 from ov3fast.models.tokenizer import load_tokenizer
 from ov3fast.recipes.config import Recipe, Stage
@@ -109,7 +109,7 @@ class Run:
         recipe, run_dir = self.recipe, self.recipe.run_dir
         saved = self._find_checkpoint(resume, overwrite)
         self.display.note(f"recipe {recipe.name}: reading the data")
-        self.store = Store(recipe.data)
+        self.store = SampleStore(recipe.data)
         tokenizer = build.build_tokenizer(recipe, self.store) if saved is None else load_tokenizer(run_dir / TOKENIZER)
         self.model = build.build_model(recipe, tokenizer, self.ranks.device)
         self.optimizer = AdamW(self.model, recipe.optimizer)

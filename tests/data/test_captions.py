@@ -5,22 +5,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ov3fast.data import ShardDataset, write_shards
-from ov3fast.data.captions import check_choices, choose, join_captions
+from ov3fast.data import ShardDataset, join_captions, write_shards
+from ov3fast.data.captions import check_choices, pick_caption
 
 
 def test_captions_are_chosen_by_their_probabilities():
     captions, choices = {"a": "A", "b": "B", "c": "C"}, (("a", 0.6), ("b", 0.3), ("c", 0.1))
-    chosen = [choose(captions, choices, u) for u in (np.arange(1000) + 0.5) / 1000]
+    chosen = [pick_caption(captions, choices, u) for u in (np.arange(1000) + 0.5) / 1000]
     assert [chosen.count(x) for x in "ABC"] == [600, 300, 100]
 
 
 def test_missing_and_blank_captions_give_their_share_to_the_others():
     choices = (("a", 0.5), ("b", 0.25), ("c", 0.25), ("never", 0.0))
-    chosen = [choose({"a": "A", "b": " ", "c": "C", "never": "N"}, choices, u) for u in (np.arange(300) + 0.5) / 300]
+    chosen = [pick_caption({"a": "A", "b": " ", "c": "C", "never": "N"}, choices, u) for u in (np.arange(300) + 0.5) / 300]
     assert [chosen.count(x) for x in ("A", "C")] == [200, 100]
-    assert choose({"a": "A"}, choices, 1 - 1e-17) == "A"
-    assert choose({"x": "X", "never": "N"}, choices, 0.5) is None
+    assert pick_caption({"a": "A"}, choices, 1 - 1e-17) == "A"
+    assert pick_caption({"x": "X", "never": "N"}, choices, 0.5) is None
 
 
 @pytest.mark.parametrize("choices", [(), (("a", -1.0),), (("a", 0.0),)])

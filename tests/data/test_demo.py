@@ -125,7 +125,7 @@ def test_an_interrupted_build_goes_on(build, monkeypatch):
 
 
 def test_what_a_killed_build_left_is_cleared_after_an_hour(build, tmp_path):
-    old, young = tmp_path / "demo/.pairs-train-abc", tmp_path / "demo/.pairs-train-xyz"
+    old, young = tmp_path / "demo/.pairs-train.writing-1", tmp_path / "demo/.pairs-train.writing-2"
     for leftover in (old, young):
         leftover.mkdir(parents=True)
         (leftover / "00000.tar").touch()

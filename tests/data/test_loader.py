@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ov3fast.data import DataConfig, DataError, Loader, SkipWarning, SourceConfig, Store, order_hash
+from ov3fast.data import DataConfig, DataError, Loader, SampleStore, SkipWarning, SourceConfig, order_hash
 
 FULL = (("name", 0.5), ("caption", 0.5))
 
@@ -208,8 +208,8 @@ def test_resuming_anywhere_needs_no_replay_and_the_hash_agrees(make_shards, monk
     half = run(loader(config(folder)), 0, 7, "")
     resumed = loader(config(folder, workers=1))
     reads = []
-    read = Store.sample
-    monkeypatch.setattr(Store, "sample", lambda self, index, decode: reads.append(index) or read(self, index, decode))
+    read = SampleStore.sample
+    monkeypatch.setattr(SampleStore, "sample", lambda self, index, decode: reads.append(index) or read(self, index, decode))
     assert run(resumed, 7, 12, half) == whole != half
     fresh = loader(config(folder))
     reads.clear()

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ov3fast.data import counter
+from ov3fast.data import hash_rng
 from ov3fast.data.order import Order, order_hash, permute
 
 
@@ -53,7 +53,7 @@ def test_order_is_well_mixed():
 def test_the_sequence_never_changes_between_versions():
     """Resumed runs rely on it."""
     assert Order(10, seed=7)[np.arange(12)].tolist() == [8, 5, 4, 7, 9, 1, 0, 3, 2, 6, 7, 0]
-    assert int(counter.bits(1, 2, 3)) == 13970812694498109058
+    assert int(hash_rng.bits(1, 2, 3)) == 13970812694498109058
 
 
 def test_a_billion_samples_need_no_memory():
@@ -63,12 +63,12 @@ def test_a_billion_samples_need_no_memory():
 
 
 def test_uniform_is_uniform_and_keyed():
-    x = counter.uniform(0, counter.CROP, np.arange(20000)[:, None], np.arange(2))
+    x = hash_rng.uniform(0, hash_rng.CROP, np.arange(20000)[:, None], np.arange(2))
     assert 0 <= x.min() and x.max() < 1
     assert np.abs(x.mean(0) - 0.5).max() < 0.01 and np.abs(x.var(0) - 1 / 12).max() < 0.002
     assert abs(np.corrcoef(x.T)[0, 1]) < 0.03
-    assert not np.array_equal(x, counter.uniform(0, counter.FLIP, np.arange(20000)[:, None], np.arange(2)))
-    assert not np.array_equal(x, counter.uniform(1, counter.CROP, np.arange(20000)[:, None], np.arange(2)))
+    assert not np.array_equal(x, hash_rng.uniform(0, hash_rng.FLIP, np.arange(20000)[:, None], np.arange(2)))
+    assert not np.array_equal(x, hash_rng.uniform(1, hash_rng.CROP, np.arange(20000)[:, None], np.arange(2)))
 
 
 def test_order_hash_tells_sequences_apart_and_continues():

@@ -47,6 +47,18 @@ def test_writing_is_all_or_nothing(tmp_path, files):
         write_shards([("a", files(0)), ("b", files(1)), ("a", files(2))], tmp_path / "set")
 
 
+def test_an_earlier_set_is_replaced_and_foreign_files_are_not(tmp_path, files):
+    samples = [(str(i), files(i)) for i in range(4)]
+    write_shards(samples, tmp_path / "set", samples_per_shard=1)
+    (tmp_path / "set/00003.captions.json").write_text("{}")
+    write_shards(samples[:1], tmp_path / "set")
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["00000.tar", "index.json"]
+    (tmp_path / "set/notes.txt").touch()
+    with pytest.raises(FileExistsError, match=r"notes\.txt"):
+        write_shards(samples, tmp_path / "set")
+    assert len(ShardDataset(tmp_path / "set")) == 1 and (tmp_path / "set/notes.txt").exists()
+
+
 def test_equal_samples_give_equal_bytes(tmp_path, files):
     for name in ("one", "two"):
         write_shards([("a", files(0)), ("b", files(1))], tmp_path / name)

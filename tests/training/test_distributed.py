@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ov3fast import ops
-from ov3fast.data.store import Store
+from ov3fast.data.store import SampleStore
 from ov3fast.training import build, checkpoint, distributed, train
 from ov3fast.training.distributed import Ranks
 from ov3fast.training.inputs import Inputs
@@ -67,7 +67,7 @@ def test_a_signal_to_one_process_stops_both_and_resumes_to_the_same_bits(two):
 
 
 def inputs_of(recipe, ranks):
-    store, timer = Store(recipe.data), Timer(CPU)
+    store, timer = SampleStore(recipe.data), Timer(CPU)
     model = build.build_model(recipe, build.build_tokenizer(recipe, store), CPU)
     inputs = Inputs(recipe, 0, recipe.stage_objective(recipe.stages[0]), model, store, ranks, timer, None)
     inputs.start(3, None)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from ov3fast.data.store import Store
+from ov3fast.data.store import SampleStore
 from ov3fast.losses import Objective
 from ov3fast.training import build
 from ov3fast.training.distributed import Ranks
@@ -23,7 +23,7 @@ def setting(tiny, data, tmp_path, accumulate=1, over="batch", **model):
     objective = dataclasses.replace(recipe.objective, contrastive=model.get("contrastive", "softmax"))
     network = dataclasses.replace(recipe.model, tau=0.0, **model)
     recipe = dataclasses.replace(recipe, stages=(stage,), model=network, objective=objective)
-    store, timer = Store(recipe.data), Timer(RANKS.device)
+    store, timer = SampleStore(recipe.data), Timer(RANKS.device)
     network = build.build_model(recipe, build.build_tokenizer(recipe, store), RANKS.device)
     objective = Objective(recipe.stage_objective(stage))
     inputs = Inputs(recipe, 0, objective.config, network, store, RANKS, timer, None)

@@ -38,6 +38,7 @@ from ov3fast.data.demo.concepts import (
 )
 from ov3fast.data.shards import INDEX, write_shards
 from ov3fast.data.skips import DataError
+from ov3fast.io import atomic_write
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -148,9 +149,8 @@ class _Builder:
             if name in self.packages
         }
         manifest = {"asked": self.asked, "parts": self.parts, "assets": assets, "left_out": self.left_out}
-        temporary = self.root / f".manifest-{os.getpid()}"
-        temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
-        os.replace(temporary, self.root / "manifest.json")
+        with atomic_write(self.root / "manifest.json") as temporary:
+            temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
         return DemoSet(self.root, manifest)
 
     def get(self, name: str) -> Path | None:
@@ -297,7 +297,7 @@ class _Builder:
                     info.update(samples=sum(styles.values()), concepts=len(concepts), styles=dict(styles))
                     yield key, files
 
-        for leftover in self.root.glob(f".{name}-*"):  # of a build that was killed; younger ones may be at work
+        for leftover in self.root.glob(f".{name}.writing-*"):  # of a build that was killed; younger ones may be at work
             if time.time() - leftover.stat().st_mtime > LEFTOVER_S:
                 shutil.rmtree(leftover, ignore_errors=True)
         write_shards(samples(), self.root / name, info=info)
@@ -313,9 +313,8 @@ class _Builder:
         for asset, want in wanted.items():
             for member, data in members(self.packages[asset], want):
                 target = folder / Path(member).name
-                temporary = folder / f".{target.name}-{os.getpid()}"
-                temporary.write_bytes(data)
-                os.replace(temporary, target)
+                with atomic_write(target) as temporary:
+                    temporary.write_bytes(data)
                 found.append(target.name)
         self.parts[name] = {"files": found, "assets": list(wanted)}
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ov3fast.data import counter
+from ov3fast.data import hash_rng
 
 STYLE_WORDS = {
     "fluent": "a 3d render of",
@@ -89,7 +89,7 @@ def split_concepts(concepts: list[Concept], seed: int = 0, held_out: int = HELD_
     set has `held_out` concepts (a fifth of them at most), no two with the same name.
     """
     held_out = min(held_out, len(concepts) // 5)
-    ranks = [counter.bits(seed, counter.SPLIT, *(ord(char) for char in c.text)) for c in concepts]
+    ranks = [hash_rng.bits(seed, hash_rng.SPLIT, *(ord(char) for char in c.text)) for c in concepts]
     ranked = [concepts[i] for i in np.argsort(np.asarray(ranks, np.uint64), kind="stable")]
     unseen = _distinct(ranked, held_out)
     taken = {c.text for c in unseen}

@@ -14,32 +14,16 @@ from __future__ import annotations
 import csv
 import gc
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import tyro
 
+from ov3fast.cli.bench import BenchOptions
+
 from . import cases, timing
 
 RESULTS = Path(__file__).parent / "results"
-
-
-@dataclass
-class Options:
-    only: str = ""
-    """Rows whose operator contains this; the table is then printed, not written, unless out is given."""
-    dtype: str = ""
-    """fp32 or bf16 alone."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    compile: bool = True
-    """Also try torch.compile, which takes a C++ compiler and some minutes."""
-    budget: float = 4.0
-    """Seconds of timing per row (more where five turns take longer)."""
-    out: Path | None = None
-    markdown: Path | None = None
-    """Print this table of results as Markdown, and measure nothing."""
 
 
 def measure(case: cases.Case, budget: float, floors: dict[str, float]) -> dict[str, str]:
@@ -77,7 +61,7 @@ def _rate(flops: float) -> str:
     return f"{flops / 1e12:.1f} TFLOP/s" if flops >= 1e13 else f"{flops / 1e9:.0f} GFLOP/s"
 
 
-def measure_all(options: Options, table: Iterable[cases.Case]) -> list[dict[str, str]]:
+def measure_all(options: BenchOptions, table: Iterable[cases.Case]) -> list[dict[str, str]]:
     from rich.console import Console
 
     console = Console()
@@ -130,7 +114,7 @@ def markdown(path: Path) -> str:
     return "\n".join(lines)
 
 
-def main(options: Options) -> None:
+def main(options: BenchOptions) -> None:
     if options.markdown is not None:
         print(markdown(options.markdown))
         return
@@ -146,4 +130,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    main(tyro.cli(BenchOptions))

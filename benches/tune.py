@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ov3fast import ops
+from ov3fast.cli.tune import TuneOptions
 from ov3fast.kernels import configs
 from ov3fast.kernels.configs import Config, Key
 
@@ -25,16 +25,6 @@ from . import cases, timing
 
 GAIN = 0.97
 """A candidate must take less than this share of the time of the row before it."""
-
-
-@dataclass
-class Options:
-    only: str = ""
-    """Cases whose operator contains this."""
-    dtype: str = ""
-    """fp32 or bf16 alone."""
-    budget: float = 0.3
-    """Seconds of timing per candidate."""
 
 
 def candidates(key: Key) -> Iterator[Config]:
@@ -72,7 +62,7 @@ def improve(
             yield key, found[key], best / before
 
 
-def main(options: Options) -> None:
+def main(options: TuneOptions) -> None:
     from ov3fast.ops import triton
 
     reason = triton.missing()

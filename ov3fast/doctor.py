@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import shutil
@@ -60,15 +61,20 @@ def report() -> dict[str, dict[str, Any]]:
     }
 
 
+def print_json() -> None:
+    """Prints the report as one JSON object."""
+    print(json.dumps(report(), indent=1, default=str))
+
+
 def show() -> None:
     """Prints the report as tables."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from ov3fast import ops
+    from ov3fast.terminal import console as make_console
 
-    console = Console()
+    console = make_console()
     found = report()
     for section in ("machine", "packages", "tools", "files"):
         table = Table(title=section, title_justify="left", show_header=False, box=None, padding=(0, 2))

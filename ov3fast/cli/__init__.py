@@ -1,0 +1,121 @@
+"""The command line: one file per command, each a typed call of the library.
+
+    ov3fast train --recipe demo --run-dir runs/demo
+    ov3fast evaluate runs/demo --data demo
+    ov3fast encode runs/demo photos/ --out photos.safetensors
+
+Whatever a user can cause ends in one line that says what to do and exit code 2; -v or OV3FAST_TRACEBACK=1 shows where it came from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+from ov3fast import terminal
+
+PROGRAM = "ov3fast"
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+class Command(NamedTuple):
+    """module: the file in this folder whose function `run(arguments) -> exit code` is the command.
+
+    prints: its result goes to standard output, so --quiet leaves it there.
+    """
+
+    module: str
+    summary: str
+    prints: bool = False
+
+
+COMMANDS = {
+    "train": Command("train", "Train a recipe (demo, base, large); every field of it is a flag."),
+    "evaluate": Command("evaluate", "Measure a model on held-out data and write the report."),
+    "encode": Command("encode", "Images or folders -> .safetensors, .npz or .npy of pooled vectors and tokens."),
+    "reconstruct": Command("reconstruct", "Image in, image out."),
+    "data": Command(
+        "data", "`data demo` builds the demo set; `data check PATH` reads shards and counts what is broken.", prints=True
+    ),
+    "doctor": Command("doctor", "What this machine can run: packages, tools, and every operator's backends.", prints=True),
+    "bench": Command("bench", "The operator table on this machine; needs a checkout of the repository."),
+    "tune": Command("tune", "Measure block sizes of the Triton kernels on this GPU and keep the best; needs a checkout."),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code.
+
+    0; 1 where `data check` found something broken; 2 for a user's error; 75 for a training run that saved and stopped; 130 for
+    Ctrl-C; 141 where the reader of the output went away.
+    """
+    terminal.tolerate_encoding()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments, verbose = _without(arguments, "-v", "--verbose")
+    arguments, quiet = _without(arguments, "-q", "--quiet")
+    try:
+        with _verbosity(arguments, verbose, quiet):
+            code = _run(arguments)
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:
+        if not terminal.output_is_closed():
+            raise
+        terminal.silence_output()
+        return terminal.BROKEN_PIPE
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, TypeError, OSError, RuntimeError, KeyError, ImportError) as error:
+        if verbose or os.environ.get("OV3FAST_TRACEBACK"):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+        return USER_ERROR
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    name, *rest = arguments
+    if name == "--version":
+        from ov3fast import __version__
+
+        print(__version__)
+        return 0
+    if name not in COMMANDS:
+        raise ValueError(f"no command {name!r}; it takes {', '.join(COMMANDS)}")
+    return import_module(f"ov3fast.cli.{COMMANDS[name].module}").run(rest)
+
+
+@contextlib.contextmanager
+def _verbosity(arguments: list[str], verbose: bool, quiet: bool) -> Iterator[None]:
+    warnings.formatwarning = lambda message, *_: f"{PROGRAM}: warning: {message}\n"  # without a line of our source
+    if verbose:
+        logging.basicConfig(level=logging.INFO)
+    with contextlib.ExitStack() as stack:
+        command = COMMANDS.get(arguments[0]) if arguments else None
+        if quiet and command is not None:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            if not command.prints and not {"-h", "--help"} & set(arguments):
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        yield
+
+
+def _without(arguments: list[str], *flags: str) -> tuple[list[str], bool]:
+    rest = [argument for argument in arguments if argument not in flags]
+    return rest, len(rest) < len(arguments)
+
+
+def _help() -> str:
+    lines = [f"usage: {PROGRAM} COMMAND ...", "", "OpenVision 3: training, inference and evaluation.", ""]
+    lines += [f"  {name:<12} {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", f"{PROGRAM} COMMAND --help shows a command's options. {PROGRAM} --version"])

@@ -1,19 +1,45 @@
-"""Image bytes to Pillow images, with a named reason for every image that can't be used."""
+"""Image bytes -> one upright 8-bit image, with a named reason for every image that can't be used.
+
+Files (`ov3fast encode`) and shards (training, evaluation) are decoded here alike:
+
+- The EXIF orientation is applied. Metadata that can't be parsed is ignored; the pixels count.
+- Palettes, grey, CMYK and YCbCr become RGB; with an alpha channel or a transparent colour the result is RGBA.
+- 16-bit samples keep their high byte (>> 8). 32-bit floats are read in the range 0 to 1; outside of it, and for 32-bit
+  integers, whose range no file states, the reason is "unsupported_depth".
+- Of an animation or a file of several pages, the first is taken.
+- The size is checked before anything is decoded.
+"""
 
 from __future__ import annotations
 
+import importlib
 import io
 import warnings
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from ov3fast.data.image_metadata import orientation, without_metadata
 from ov3fast.data.limits import MAX_IMAGE_PIXELS
 
 if TYPE_CHECKING:
     from PIL import Image
 
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".jfif", ".jpe", ".avif", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".jp2",
+)  # fmt: skip
+"""Suffixes of image files, in lower case; in a sample with several, the first in this order is its image."""
+
+# Pillow's plugins for them. No others are tried, whatever the bytes are: its EPS plugin, for one, runs Ghostscript.
+_PLUGINS = ("Jpeg", "Png", "WebP", "Avif", "Gif", "Bmp", "Tiff", "Mpo", "Ppm", "Jpeg2K")
+_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "MPO", "PPM", "JPEG2000")
+_ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
+
 
 class ImageError(ValueError):
-    """An image that can't be decoded; `reason` is "broken_image", "truncated_image" or "too_large"."""
+    """An image that can't be used. `reason` is one of broken_image, truncated_image, too_large, unsupported_depth,
+    unsupported_format."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)
@@ -21,22 +47,113 @@ class ImageError(ValueError):
 
 
 def decode_image(data: bytes, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Decode to a loaded Pillow image, RGBA if it has transparency, else RGB. The size is checked before decoding."""
+    """An upright Pillow image of mode RGB, or RGBA where there is transparency; its `info` is empty.
+
+    Raises ImageError, whatever the bytes are.
+    """
+    try:
+        return _decode(data, max_image_pixels)
+    except ImageError as error:
+        stripped = without_metadata(data) if error.reason == "broken_image" else data
+        if stripped == data:
+            raise
+        try:
+            return _decode(stripped, max_image_pixels)
+        except ImageError:
+            raise error from None
+
+
+def _decode(data: bytes, max_image_pixels: int) -> Image.Image:
     from PIL import Image
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-        if image.width * image.height > max_image_pixels:
-            raise ImageError("too_large", f"{image.width}x{image.height} pixels, the limit is {max_image_pixels}")
-        image.load()
-        transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
-        return image.convert("RGBA" if transparent else "RGB")
+            # Pillow's warnings name no file. Only its own: filters set in threads may outlive their block.
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            image = Image.open(io.BytesIO(data), formats=_formats())
+            if image.width * image.height > max_image_pixels:
+                raise ImageError("too_large", f"{image.width}x{image.height} pixels, the limit is {max_image_pixels}")
+            image.load()
+            if not image.width or not image.height:
+                raise ImageError("broken_image", f"it has no pixels ({image.width}x{image.height})")
+            method = orientation(image)
+            decoded = _eight_bit(image)
+            if method is not None:
+                decoded = decoded.transpose(method)
+            decoded.info.clear()  # an orientation left there would be applied a second time
+            return decoded
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", str(error)) from None
     except ImageError:
         raise
     except Exception as error:  # Pillow's codecs raise OSError, SyntaxError, struct.error, EOFError and others on bad bytes
-        reason = "truncated_image" if "truncated" in str(error).lower() else "broken_image"
-        raise ImageError(reason, f"{type(error).__name__}: {error}") from None
+        raise _named(error, data) from None
+
+
+@lru_cache
+def _formats() -> tuple[str, ...]:
+    """Those of _FORMATS that this Pillow reads."""
+    from PIL import Image
+
+    for name in _PLUGINS:
+        try:
+            importlib.import_module(f"PIL.{name}ImagePlugin")
+        except ImportError:
+            continue  # AVIF came with Pillow 11.3
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _named(error: Exception, data: bytes) -> ImageError:
+    text = str(error)
+    if "truncated" in text.lower() and "chunk" not in text:
+        return ImageError("truncated_image", f"{type(error).__name__}: {text}")
+    if "Decompressed data too large" in text:
+        return ImageError("too_large", f"its metadata unpacks to too much: {text}")
+    if type(error).__name__ == "UnidentifiedImageError":
+        if data[4:8] == b"ftyp" or data[:4] in (b"8BPS", b"%!PS"):
+            brand = data[8:12] if data[4:8] == b"ftyp" else data[:4]
+            return ImageError("unsupported_format", f"Pillow reads no image of the kind {brand.decode('latin-1')!r} here")
+        text = "no image that Pillow can identify"  # Pillow names the address of a BytesIO
+    return ImageError("broken_image", f"{type(error).__name__}: {text}")
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """The pixels as RGB or RGBA."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # "I" by older Pillows
+        samples = np.asarray(image).astype(np.int32)
+        clear = image.info.get("transparency")
+        grey = Image.fromarray((_black_is_zero(image, samples, 65535) >> _depth_over_8(image)).clip(0, 255).astype(np.uint8))
+        if not isinstance(clear, int):
+            return grey.convert("RGB")
+        grey.putalpha(Image.fromarray(np.where(samples == clear, 0, 255).astype(np.uint8)))
+        return grey.convert("RGBA")
+    if image.mode == "F":
+        samples = np.asarray(image)
+        if not (samples >= 0).all() or not (samples <= 1).all():
+            raise ImageError("unsupported_depth", f"float samples from {samples.min():g} to {samples.max():g}; 0 to 1 is read")
+        scaled = _black_is_zero(image, samples.astype(np.float64), 1.0) * 255
+        return Image.fromarray(scaled.round().astype(np.uint8)).convert("RGB")
+    if image.mode == "I":
+        raise ImageError("unsupported_depth", "32-bit integer samples, whose range the file does not state")
+    if image.mode in _ALPHA_MODES or "transparency" in image.info:
+        try:
+            return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        except (ValueError, OverflowError, TypeError):
+            if image.mode in _ALPHA_MODES:
+                raise
+            image.info.pop("transparency")  # a transparent colour that the mode can't hold
+    return image.convert("RGB")
+
+
+def _black_is_zero(image: Image.Image, samples: np.ndarray, white: float) -> np.ndarray:
+    """TIFF's WhiteIsZero undone, which Pillow does for up to 8 bits."""
+    tags = getattr(image, "tag_v2", {})
+    return white - samples if tags.get(262) == 0 else samples
+
+
+def _depth_over_8(image: Image.Image) -> int:
+    """How many bits beyond 8 the samples have: TIFF's 12-bit ones come unscaled."""
+    bits = getattr(image, "tag_v2", {}).get(258, (16,))
+    return 4 if tuple(np.atleast_1d(bits)) == (12,) else 8

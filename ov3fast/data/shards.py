@@ -3,7 +3,7 @@
 Shards are written by webdataset's TarWriter with a wids index (`index.json`), which gives the number of samples of each
 shard without opening it, and are read through wids' memory-mapped tar reader (see indexed_tar.py).
 
-A sample is a group of files with one stem: an image (`key.jpg`, .jpeg, .png, .webp), `key.txt` (caption "txt") and
+A sample is a group of files with one stem: an image (`key.jpg`, or another of images.IMAGE_SUFFIXES), `key.txt` (caption "txt") and
 `key.json`, whose text fields are captions by their names (img2dataset's layout), those under "captions" included; the
 other fields are its metadata. Captions from `join_captions` are added when they lie beside the shard.
 """
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ov3fast.data.captions import sidecar
-from ov3fast.data.images import ImageError, decode_image
+from ov3fast.data.images import IMAGE_SUFFIXES, ImageError, decode_image
 from ov3fast.data.indexed_tar import OpenShard
 from ov3fast.data.limits import MAX_IMAGE_PIXELS
 from ov3fast.data.skips import DataError, SampleError, Skip
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 INDEX = "index.json"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_OPEN_SHARDS = 128
 
 

@@ -3,7 +3,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps, features
 
 from ov3fast.data.images import ImageError, decode_image
 
@@ -67,3 +67,184 @@ def test_a_large_image_is_refused_by_its_header(png):
     assert decode_image(image, max_image_pixels=200).size == (20, 10)
     with pytest.raises(ImageError, match="20x10 pixels, the limit is 199"):
         decode_image(image, max_image_pixels=199)
+
+
+# ---- depths ------------------------------------------------------------------------------------------------------------
+
+RAMP = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+
+
+def grey(data: bytes) -> np.ndarray:
+    image = decode_image(data)
+    assert image.mode == "RGB"
+    red, green, blue = np.asarray(image).transpose(2, 0, 1)
+    assert (red == green).all() and (red == blue).all()
+    return red
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG2000", "PPM"])
+def test_16_bits_keep_the_high_byte(png, kind):
+    options = {"irreversible": False} if kind == "JPEG2000" else {}
+    assert np.array_equal(grey(png(Image.fromarray(RAMP), kind, **options)), RAMP >> 8)
+
+
+def test_big_endian_and_12_bit_and_white_is_zero_tiff():
+    assert np.array_equal(grey(tiff(RAMP.astype(">u2").tobytes(), b"MM\0*")), RAMP >> 8)
+    assert np.array_equal(grey(tiff(RAMP.astype("<u2").tobytes(), photometric=0)), 255 - (RAMP >> 8))
+    twelve = (RAMP >> 4).reshape(-1, 2).astype(np.int64)
+    packed = np.stack([twelve[:, 0] >> 4, (twelve[:, 0] & 15) << 4 | twelve[:, 1] >> 8, twelve[:, 1] & 255], 1)
+    assert np.array_equal(grey(tiff(packed.astype(np.uint8).tobytes(), bits=12)), RAMP >> 8)
+
+
+def tiff(pixels: bytes, byte_order: bytes = b"II*\0", bits: int = 16, photometric: int = 1, sample_format: int = 1) -> bytes:
+    """A grey 32 x 32 TIFF of one strip."""
+    tags = {256: 32, 257: 32, 258: bits, 259: 1, 262: photometric, 277: 1, 278: 32, 279: len(pixels), 339: sample_format}
+    tags[273] = 8 + 2 + 12 * (len(tags) + 1) + 4
+    order = "<" if byte_order.startswith(b"II") else ">"
+    entries = [struct.pack(f"{order}HHII", tag, 4, 1, tags[tag]) for tag in sorted(tags)]
+    return byte_order + struct.pack(f"{order}IH", 8, len(tags)) + b"".join(entries) + bytes(4) + pixels
+
+
+def test_16_bit_colour_and_transparency():
+    """A 16-bit RGB PNG, and a 16-bit grey one of which one value is transparent."""
+    colour = np.stack([RAMP, RAMP.T, 65535 - RAMP], -1)
+    assert np.array_equal(np.asarray(decode_image(png16(colour))), colour >> 8)
+    clear = decode_image(png16(RAMP[..., None], transparent=(int(RAMP[3, 5]),)))
+    assert clear.mode == "RGBA" and np.array_equal(np.asarray(clear)[..., 3] == 0, RAMP == RAMP[3, 5])
+    assert np.array_equal(np.asarray(clear)[..., 1], RAMP >> 8)
+    # Pillow has no 16-bit RGB, so a transparent colour of 16 bits can't be told from its neighbours: the pixels count.
+    assert np.array_equal(np.asarray(decode_image(png16(colour, transparent=(300, 60000, 5))).convert("RGB")), colour >> 8)
+
+
+def png16(pixels_HWC: np.ndarray, transparent: tuple[int, ...] = ()) -> bytes:
+    height, width, channels = pixels_HWC.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, 0 if channels == 1 else 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels_HWC)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    if transparent:
+        chunks.insert(1, (b"tRNS", struct.pack(f">{channels}H", *transparent)))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(map(chunk, chunks))
+
+
+def chunk(kind_and_data: tuple[bytes, bytes]) -> bytes:
+    kind, data = kind_and_data
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def test_floats_are_read_from_0_to_1_and_the_rest_is_named(png):
+    unit = RAMP.astype(np.float32) / 65535
+    assert np.array_equal(grey(png(Image.fromarray(unit), "TIFF")), np.round(unit.astype(np.float64) * 255))
+    for samples in (unit * 255, -unit, np.where(unit > 0.5, np.nan, unit).astype(np.float32), RAMP.astype(np.int32)):
+        with pytest.raises(ImageError) as error:
+            decode_image(png(Image.fromarray(samples), "TIFF"))
+        assert error.value.reason == "unsupported_depth"
+
+
+# ---- orientation and broken metadata -----------------------------------------------------------------------------------
+
+CORNER = Image.new("RGB", (32, 16))
+CORNER.paste((255, 0, 0), (0, 0, 8, 8))
+
+
+def exif(value: int) -> bytes:
+    block = Image.Exif()
+    block[274] = value
+    return block.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize(
+    "value, size, red",
+    [
+        (1, (32, 16), (4, 4)), (2, (32, 16), (27, 4)), (3, (32, 16), (27, 11)), (4, (32, 16), (4, 11)),
+        (5, (16, 32), (4, 4)), (6, (16, 32), (11, 4)), (7, (16, 32), (11, 27)), (8, (16, 32), (4, 27)),
+    ],
+)  # fmt: skip
+def test_images_are_upright(png, kind, value, size, red):
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    options = {"exif": exif(value), **({"lossless": True} if kind == "WEBP" else {})}
+    image = decode_image(png(CORNER, kind, **options))
+    assert image.size == size and image.getpixel(red)[0] > 200
+    assert sum(np.asarray(image)[..., 0].ravel() > 128) in range(60, 69)
+    assert ImageOps.exif_transpose(image).size == size  # nothing is left to apply twice
+
+
+def with_segment(jpeg: bytes, marker: int, payload: bytes) -> bytes:
+    return jpeg[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(payload) + 2) + payload + jpeg[2:]
+
+
+@pytest.mark.parametrize(
+    "marker, payload",
+    [
+        (0xE1, b"Exif\0\0garbage!"), (0xE1, b"Exif\0\0"), (0xE1, exif(6)[:-7]), (0xE1, b"Exif\0\0II*\0\xff\xff\xff\xff"),
+        (0xE2, b"ICC_PROFILE\0"), (0xE0, b"JFIF\0\x01"), (0xEE, b"Adobe"), (0xED, b"Photoshop 3.0\0"), (0xE2, b"MPF\0II*\0"),
+    ],
+)  # fmt: skip
+def test_broken_jpeg_metadata_is_ignored_and_the_pixels_kept(png, marker, payload):
+    plain = png(CORNER, "JPEG")
+    image = decode_image(with_segment(plain, marker, payload))
+    assert image.size in ((32, 16), (16, 32)) and np.array_equal(
+        np.sort(np.asarray(image), None), np.sort(decode_image(plain), None)
+    )
+
+
+@pytest.mark.parametrize("kind", [b"eXIf", b"iCCP", b"pHYs", b"gAMA", b"cHRM", b"tRNS", b"acTL", b"fcTL", b"zTXt", b"tEXt"])
+@pytest.mark.parametrize("crc", [None, 1])
+@pytest.mark.parametrize("place", [b"IDAT", b"IEND"])
+def test_broken_png_metadata_is_ignored_and_the_pixels_kept(png, kind, crc, place):
+    plain = png(CORNER)
+    broken = chunk((kind, b"x"))
+    broken = broken if crc is None else broken[:-4] + struct.pack(">I", crc)
+    at = plain.index(place) - 4
+    image = decode_image(plain[:at] + broken + plain[at:])
+    assert np.array_equal(np.asarray(image), np.asarray(CORNER))
+
+
+def test_a_broken_picture_stays_broken_without_its_metadata(png):
+    plain = png(CORNER)
+    at = plain.index(b"IDAT") + 6
+    with pytest.raises(ImageError, match="broken|truncated|not identify|identif") as error:
+        decode_image(plain[:at] + b"\xff\xff\xff\xff" + plain[at + 4 :])
+    assert error.value.reason in ("broken_image", "truncated_image")
+
+
+# ---- kinds -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_the_first_frame_of_an_animation_is_taken(png, kind):
+    red, blue = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
+    options = {"lossless": True} if kind == "WEBP" else {}
+    image = decode_image(png(red, kind, save_all=True, append_images=[blue], **options))
+    assert image.convert("RGB").getpixel((4, 4)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "GIF", "BMP", "AVIF", "WEBP", "TIFF", "PPM", "JPEG2000"])
+def test_every_kind_that_has_a_suffix_is_read(png, kind):
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    assert decode_image(png(CORNER, kind)).size == (32, 16)
+
+
+def test_other_kinds_are_named_and_never_handed_to_other_programs(png):
+    for data in (png(CORNER, "EPS"), b"\0\0\0\x18ftypheic" + bytes(40), b"8BPS" + bytes(40)):
+        with pytest.raises(ImageError) as error:
+            decode_image(data)
+        assert error.value.reason == "unsupported_format"
+
+
+def test_cmyk_and_palettes_keep_their_colours(png):
+    cmyk = decode_image(png(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF"))
+    assert cmyk.getpixel((0, 0)) == (255, 0, 0)
+    palette = CORNER.convert("P", palette=Image.Palette.ADAPTIVE)
+    assert np.array_equal(np.asarray(decode_image(png(palette))), np.asarray(CORNER))
+
+
+def test_a_bomb_in_the_metadata_is_named(png):
+    plain = png(CORNER)
+    at = plain.index(b"IDAT") - 4
+    bomb = chunk((b"zTXt", b"Comment\0\0" + zlib.compress(bytes(20_000_000))))
+    with pytest.raises(ImageError) as error:
+        decode_image(plain[:at] + bomb + plain[at:])
+    assert error.value.reason == "too_large"

@@ -16,10 +16,10 @@ demo: .venv/demo
 	$(BIN)/ov3fast evaluate $(RUN)
 
 # The suite, which compiles the GPU kernels and runs compiled ones on the CPU; then the operators' tests on the Triton kernels, in Triton's
-# interpreter, but for those of the registration, which all backends share. `pytest tests/ptxrun` tries what runs the compiled kernels.
+# interpreter, but for those of the registration, which all backends share. `pytest tools/ptxrun` tries what runs the compiled kernels.
 SHARED := opcheck or compile or errors or gradcheck or import
 test: .venv/dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --ignore tests/ptxrun
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops tests/kernels -k "not ($(SHARED))"
 
 # What only a GPU can tell: real sizes, graph capture, determinism, compute-sanitizer.

@@ -45,7 +45,12 @@ class PlatformWheel(bdist_wheel):
 
 
 setup(
-    packages=[*find_packages(include=["ov3fast", "ov3fast.*"]), "ov3fast.kernels"],
+    packages=[
+        # ov3fast/kernels, a link that a source tree has, leads to the same files once more.
+        *find_packages(include=["ov3fast", "ov3fast.*"], exclude=["ov3fast.kernels", "ov3fast.kernels.*"]),
+        "ov3fast.kernels",
+        *(f"ov3fast.kernels.{name}" for name in find_packages("kernels")),
+    ],
     package_dir={"ov3fast": "ov3fast", "ov3fast.kernels": "kernels"},
     ext_modules=[Extension("ov3fast._native", [])],
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},

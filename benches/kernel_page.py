@@ -9,7 +9,7 @@ import csv
 import re
 from pathlib import Path
 
-from ov3fast.kernels import aot
+from ov3fast.kernels.aot import table
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "kernels.md"
@@ -32,7 +32,7 @@ def render(text: str, compiled: list[dict[str, str]], measured: list[dict[str, s
     def fill(block: re.Match[str]) -> str:
         ops = block[2].split()
         ours = [row for row in compiled if row["op"] in ops]
-        parts = [aot.markdown(ours)] if ours else []
+        parts = [table.markdown(ours)] if ours else []
         lines = [_on_cpu(row) for row in measured if row["operator"].split()[0] in ops]
         if lines:
             parts.append(

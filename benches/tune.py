@@ -18,8 +18,8 @@ import torch
 
 from ov3fast import ops
 from ov3fast.cli.tune import TuneOptions
-from ov3fast.kernels import configs
-from ov3fast.kernels.configs import Config, Key
+from ov3fast.kernels.lib import config as configs
+from ov3fast.kernels.lib.config import Config, Key
 
 from . import cases, timing
 

@@ -12,12 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, gemm
-from .catalog import Entry, Work
-from .column_sums import column_sums
-from .common import SIZES, cdiv, rounded
-from .gemm import multiply, tile_position
-from .rows import Rows, empty, row_alignment, row_constants, row_offsets, row_types, rows
+from .lib import gemm
+from .lib.column_sums import column_sums
+from .lib.common import rounded
+from .lib.gemm import multiply, tile_position
+from .lib.rows import Rows, empty, row_offsets, rows
 
 
 @triton.jit
@@ -81,41 +80,3 @@ def _product(x: Rows, weight: Tensor, bias: Tensor | None, columns: int, transpo
             *x.arguments, weight, weight.stride(0), bias, y, x.count, columns, x.width, TRANSPOSED=transposed, **config.options
         )
     return y
-
-
-def work(count: int, columns: int, depth: int, size: int, parameter_size: int, config: configs.Config) -> Work:
-    """One launch with a bias: both operands tile by tile, the bias once per row of tiles, y out."""
-    block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
-    operands = gemm.product_bytes(count, columns, depth, size, parameter_size, block_m, block_n)
-    return Work(
-        2 * count * columns * depth, operands + cdiv(count, block_m) * columns * parameter_size + count * columns * size
-    )
-
-
-def entries() -> list[Entry]:
-    count, columns, depth = 1024, 768, 3072
-
-    def entry_work(t: str, mixed: bool) -> Work:
-        config = configs.pick("linear", t, gemm.size_class(count, columns), "sm_80")
-        return work(count, columns, depth, SIZES[t], 4 if mixed else SIZES[t], config)
-
-    def types(t: str, parameters: str) -> dict[str, str]:
-        pointers = {"weight": f"*{parameters}", "weight_stride": "i32", "bias": f"*{parameters}", "y": f"*{t}"}
-        return row_types("x", t) | pointers | {"rows": "i32", "columns": "i32", "depth": "i32"}
-
-    return [
-        Entry(
-            _linear,
-            "linear",
-            lambda t, mixed=mixed: types(t, "fp32" if mixed else t),
-            f"{count} x {depth} -> {columns}",
-            lambda t, mixed=mixed: entry_work(t, mixed),
-            row_constants("x") | {"TRANSPOSED": transposed},
-            variant=("x W^T" if transposed else "dy W") + (", float32 parameters" if mixed else ""),
-            dtypes=("bf16", "fp16") if mixed else ("fp32", "bf16", "fp16"),
-            aligned=(*row_alignment("x"), "weight_stride", "rows", "columns", "depth"),
-            matrix=True,
-        )
-        for transposed in (True, False)
-        for mixed in (False, True)
-    ]

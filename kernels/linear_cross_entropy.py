@@ -21,10 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.linear_cross_entropy import check_labels
-from . import configs
-from .catalog import Entry, Work
-from .common import TYPES
-from .products import add_product, room_for_rows
+from .lib import config as configs
+from .lib.common import TYPES
+from .lib.products import add_product, room_for_rows
 
 CHUNK_BYTES = 2**27
 
@@ -164,31 +163,3 @@ def _launch(z, labels, upstream, nll, lse, ignore_index, *, statistics, gradient
         z, labels.contiguous(), upstream, nll, lse, z.stride(0), upstream.stride(0), lse.stride(0), z.shape[1], ignore_index,
         STATISTICS=statistics, GRADIENT=gradient, **config.options,
     )  # fmt: skip
-
-
-def entries() -> list[Entry]:
-    rows, classes = 1360, 49408
-    modes = {"statistics": (True, False, 1), "gradient": (False, True, 2), "both": (True, True, 3)}
-
-    def arguments(dtype):
-        pointers = {"logits": f"*{dtype}", "labels": "*i64", "upstream": "*fp32", "nll": "*fp32", "lse": "*fp32"}
-        sizes = ("logits_stride", "upstream_stride", "tokens", "classes", "ignore_index")
-        return pointers | dict.fromkeys(sizes, "i32")
-
-    def work(passes):
-        return lambda dtype: Work(flops=0, bytes=rows * (classes * passes * (4 if dtype == "fp32" else 2) + 20))
-
-    return [
-        Entry(
-            kernel=cross_entropy_rows,
-            op="linear_cross_entropy",
-            arguments=arguments,
-            problem=f"{rows} x {classes}",
-            work=work(passes),
-            constexprs={"STATISTICS": statistics, "GRADIENT": gradient},
-            variant=name,
-            aligned=("logits_stride", "classes"),
-            streaming=True,
-        )
-        for name, (statistics, gradient, passes) in modes.items()
-    ]

@@ -14,11 +14,10 @@ import triton
 import triton.language as tl
 
 from ..ops.noise_projection import _backward_reference, _forward_reference
-from . import philox
-from .catalog import Entry, Work
-from .common import SIZES, TYPES, argument_types, cdiv, dot, rounded
-from .configs import pick
-from .sums import merged, splits_of, sum_rows
+from .lib import philox
+from .lib.common import TYPES, cdiv, dot, rounded
+from .lib.config import pick
+from .lib.sums import merged, splits_of, sum_rows
 
 
 @triton.jit
@@ -208,74 +207,3 @@ def backward(grad_y, z, sigma, weight, rng, need_z, need_sigma, need_weight, nee
     if need_bias:
         grad_bias = sum_rows(grad_BND, torch.empty(features, dtype=z.dtype, device=z.device))
     return grad_z if need_z else none, grad_sigma, grad_weight, grad_bias
-
-
-POINTERS = {
-    **dict.fromkeys(("z", "sigma", "weight", "bias", "y", "grad_y", "grad_z", "grad_sigma"), "*{}"),
-    **dict.fromkeys(("sigma_partials", "partials"), "*fp32"),
-    "rng": "*i64",
-}
-ALIGNED = (
-    "stride_b",
-    "stride_n",
-    "grad_stride_b",
-    "grad_stride_n",
-    "weight_stride",
-    "width",
-    "features",
-    "rows",
-    "tokens",
-    "split_rows",
-)
-
-
-def product_work(name, rows, left, right, dtype, extra=0):
-    """A product [rows, left] x [left, right] in tiles: each factor is read once per tile of the other's outer axis."""
-    blocks = pick(name, dtype).blocks
-    m, n = cdiv(rows, blocks["BLOCK_M"]), cdiv(right, blocks["BLOCK_N"])
-    return Work(2 * rows * left * right, (n * rows * left + m * left * right + rows * right) * SIZES[dtype] + extra)
-
-
-def works(batch, rows, width, features):
-    """kernel -> (dtype -> its work)."""
-
-    def grad_z(dtype):
-        tiles = cdiv(width, pick("noise_projection_grad_z", dtype).blocks["BLOCK_N"])
-        return product_work("noise_projection_grad_z", rows, features, width, dtype, 4 * rows * tiles)
-
-    def grad_sigma(dtype):
-        tiles = cdiv(width, pick("noise_projection_grad_z", dtype).blocks["BLOCK_N"])
-        return Work(rows * tiles, rows * tiles * 4 + batch * SIZES[dtype])
-
-    def grad_weight(dtype):
-        blocks = pick("noise_projection_grad_weight", dtype).blocks
-        tiles_d, tiles_k = cdiv(features, blocks["BLOCK_M"]), cdiv(width, blocks["BLOCK_N"])
-        splits, _ = splits_of(rows, blocks["BLOCK_K"], tiles_d * tiles_k)
-        read = (tiles_k * rows * features + tiles_d * rows * width) * SIZES[dtype]
-        written = splits * features * width * (4 if splits > 1 else SIZES[dtype])
-        return Work(2 * rows * width * features, read + written)
-
-    return {
-        "noise_projection_forward": lambda dtype: product_work("noise_projection_forward", rows, width, features, dtype),
-        "noise_projection_grad_z": grad_z,
-        "noise_projection_grad_sigma": grad_sigma,
-        "noise_projection_grad_weight": grad_weight,
-    }
-
-
-def entries() -> list[Entry]:
-    batch, tokens, width, features = 64, 256, 768, 768
-    work = works(batch, batch * tokens, width, features)
-
-    def entry(kernel, matrix=True, **constexprs):
-        return Entry(
-            kernel, "noise_projection", argument_types(kernel, **POINTERS), f"{batch} x {tokens} x {width} -> {features}",
-            work[kernel.__name__], constexprs=constexprs, aligned=ALIGNED, matrix=matrix,
-        )  # fmt: skip
-
-    return [
-        entry(noise_projection_forward, IN_ORDER=True),
-        entry(noise_projection_grad_z, NEED_Z=True, NEED_SIGMA=True, IN_ORDER=True),
-        entry(noise_projection_grad_weight, IN_ORDER=True),
-        entry(noise_projection_grad_sigma, matrix=False),
-    ]

@@ -6,10 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import philox
-from .catalog import Entry, Work
-from .common import TYPES, cdiv, rounded
-from .configs import pick
+from .lib import philox
+from .lib.common import TYPES, cdiv, rounded
+from .lib.config import pick
 
 
 @triton.jit
@@ -53,33 +52,3 @@ def words(n, rng):
         config = pick("random_words", "any")
         random_words[(cdiv(n, config.blocks["BLOCK"]),)](rng.contiguous(), out, n, **config.options)
     return out
-
-
-# Integer and float instructions of one block of four: ten rounds, two logarithms, two pairs of sine and cosine.
-FLOPS_OF_FOUR = 180
-
-
-def entries() -> list[Entry]:
-    n = 1 << 24
-    size = {"fp32": 4, "bf16": 2, "fp16": 2}
-    return [
-        Entry(
-            random_normal,
-            "random_normal",
-            lambda dtype: {"rng": "*i64", "out": f"*{dtype}", "n": "i32"},
-            f"{n}",
-            lambda dtype: Work(n / 4 * FLOPS_OF_FOUR, n * size[dtype] + 16),
-            aligned=("n",),
-            streaming=True,
-            exceptions={"wide": "one store a thread; the two 8-byte loads of (seed, offset) stand beside it"},
-        ),
-        Entry(
-            random_words,
-            "random_normal",
-            lambda dtype: {"rng": "*i64", "out": "*i32", "n": "i32"},
-            f"{n}",
-            lambda dtype: Work(n / 4 * 60, n * 4 + 16),
-            dtypes=("fp32",),
-            aligned=("n",),
-        ),
-    ]

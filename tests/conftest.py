@@ -1,4 +1,4 @@
-"""Makes tests/ptxrun and tests/kernel_tools importable by these names, without tests/ on the path, where folders would pass for packages."""
+"""Makes tests/kernel_tools importable by that name, without tests/ on the path, where folders would pass for packages."""
 
 import importlib.util
 import os
@@ -13,11 +13,8 @@ def _load(name: str) -> None:
     spec.loader.exec_module(sys.modules[name])
 
 
-for _name in ("ptxrun", "kernel_tools"):
-    if _name not in sys.modules:
-        _load(_name)
+if "kernel_tools" not in sys.modules:
+    _load("kernel_tools")
 
 # Compiled kernels are tried without the interpreter.
-collect_ignore_glob = (
-    ["kernels/*_compiled.py", "kernels/test_cuda_*.py", "ptxrun/*"] if os.environ.get("TRITON_INTERPRET") == "1" else []
-)
+collect_ignore_glob = ["kernels/*_compiled.py", "kernels/test_cuda_*.py"] if os.environ.get("TRITON_INTERPRET") == "1" else []

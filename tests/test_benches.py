@@ -50,8 +50,8 @@ def test_tuning_keeps_what_is_faster_and_right(tmp_path, monkeypatch):
     import torch
 
     from benches import tune
-    from ov3fast.kernels import configs
-    from ov3fast.kernels.configs import Config
+    from ov3fast.kernels.lib import config as configs
+    from ov3fast.kernels.lib.config import Config
 
     rows = {("any", "any", "any"): Config({"BLOCK": 64}), ("bf16", "any", "sm_90"): Config({"BLOCK": 128})}
     monkeypatch.setitem(configs.TABLE, "trial", rows)
@@ -82,7 +82,7 @@ def test_tuning_keeps_what_is_faster_and_right(tmp_path, monkeypatch):
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_tuning_tries_descriptors_where_they_exist(architecture, monkeypatch):
     from benches import tune
-    from ov3fast.kernels import configs
+    from ov3fast.kernels.lib import config as configs
 
     monkeypatch.setattr(configs, "current_architecture", lambda: architecture)
     for dtype, size in (("bf16", "64"), ("fp16", "128"), ("fp32", "64"), ("bf16", "192")):

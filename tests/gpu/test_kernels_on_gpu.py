@@ -15,7 +15,7 @@ from kernel_tools.samples import SAMPLES, upstream_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ov3fast import ops, testing
-from ov3fast.kernels import configs
+from ov3fast.kernels.lib import config as configs
 from ov3fast.ops import triton
 from ov3fast.ops.flash_attention import reference
 
@@ -71,8 +71,8 @@ def test_attention_of_a_library(library, sample):
 @pytest.mark.parametrize("way", ["descriptors", "specialised"])
 def test_attention_through_descriptors(way, head_dim, causal, dtype):
     """What `ov3fast tune` may turn on: parity, the same bits every time, and in a captured graph."""
-    from ov3fast.kernels.attention_tiles import size_class
-    from ov3fast.kernels.common import TYPES
+    from ov3fast.kernels.attention.tiles import size_class
+    from ov3fast.kernels.lib.common import TYPES
 
     if configs.current_architecture() not in configs.WITH_DESCRIPTORS:
         pytest.skip("this GPU has no tensor descriptors")

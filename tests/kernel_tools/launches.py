@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from ov3fast import testing
-from ov3fast.kernels import configs
+from ov3fast.kernels.lib import config as configs
 
 TARGETS = ("sm_80", "sm_90")
 ORDERS = ("forward", "reversed", "shuffled")

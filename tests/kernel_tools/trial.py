@@ -5,8 +5,8 @@ from dataclasses import replace
 import triton
 import triton.language as tl
 
-from ov3fast.kernels.catalog import Entry, Work
-from ov3fast.kernels.common import dot
+from ov3fast.kernels.aot.catalog import Entry, Work
+from ov3fast.kernels.lib.common import dot
 
 
 @triton.jit

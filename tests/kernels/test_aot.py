@@ -11,16 +11,18 @@ import pytest
 from kernel_tools import trial
 
 from ov3fast import kernels, ops
-from ov3fast.kernels import aot, configs
-from ov3fast.kernels.chips import CHIPS
-from ov3fast.kernels.configs import Config
+from ov3fast.kernels.aot import compile, table
+from ov3fast.kernels.aot.chips import CHIPS
+from ov3fast.kernels.aot.compile import Job, entries, measure
+from ov3fast.kernels.lib import config as configs
+from ov3fast.kernels.lib.config import Config
 from ov3fast.ops import triton as backend
 
 TABLE = Path(__file__).parents[2] / "benches" / "results" / "kernels-aot.csv"
 
 pytestmark = pytest.mark.skipif(backend.INTERPRETED, reason="compiled kernels, not the interpreter")
 
-OPS = sorted({} if backend.INTERPRETED else {entry.op for module in aot.modules() for entry in aot.entries(module)})
+OPS = sorted({} if backend.INTERPRETED else {entry.op for module in compile.modules() for entry in entries(module)})
 GATED = ("sm_80", "sm_90")
 # float16 compiles to what bfloat16 does, but for names of instructions, and float32 takes minutes; `make aot` looks at all three.
 DTYPES = ("bf16",)
@@ -29,7 +31,7 @@ DTYPES = ("bf16",)
 @pytest.mark.parametrize("target", GATED)
 @pytest.mark.parametrize("op", OPS)
 def test_no_row_falls_short(op, target):
-    rows = aot.rows([target], [op], DTYPES)
+    rows = table.rows([target], [op], DTYPES)
     short = [f"{row['kernel']} {row['variant']} ({row['config']}) {row['dtype']}: {row['shortcomings']}" for row in rows]
     assert rows and not [text for text, row in zip(short, rows, strict=True) if row["shortcomings"]], "\n".join(short)
 
@@ -46,8 +48,10 @@ def jit_functions():
     """(module, function) of every @triton.jit function that a file of kernels/ defines."""
     from triton.runtime.jit import JITFunction
 
-    for info in pkgutil.iter_modules(kernels.__path__):
-        module = importlib.import_module(f"ov3fast.kernels.{info.name}")
+    for info in pkgutil.walk_packages(kernels.__path__, "ov3fast.kernels."):
+        if info.name.startswith("ov3fast.kernels.aot"):
+            continue
+        module = importlib.import_module(info.name)
         for value in vars(module).values():
             if isinstance(value, JITFunction) and value.__module__ == module.__name__:
                 yield info.name, value
@@ -69,7 +73,7 @@ def returns_a_value(function):
 def test_every_entry_point_is_described():
     """Entry points are launched: they return nothing, and no other function names them."""
     everything = dict.fromkeys(jit_functions())
-    described = [entry for module in aot.modules() for entry in aot.entries(module)]
+    described = [entry for module in compile.modules() for entry in entries(module)]
     helpers = {name for _, function in everything for name in mentioned(function) if name != id(function)}
     helpers |= {id(value) for entry in described for value in entry.constexprs.values()}
     launched = {id(entry.kernel) for entry in described}
@@ -80,7 +84,7 @@ def test_every_entry_point_is_described():
 
 
 def test_every_row_of_the_configurations_is_compiled():
-    described = [entry for module in aot.modules() for entry in aot.entries(module)]
+    described = [entry for module in compile.modules() for entry in entries(module)]
     used = set()
     for entry in described:
         for target in entry.targets:
@@ -94,8 +98,8 @@ def test_every_row_of_the_configurations_is_compiled():
 
 
 def test_entries_name_operators_and_count_work():
-    for module in aot.modules():
-        for entry in aot.entries(module):
+    for module in compile.modules():
+        for entry in entries(module):
             assert entry.op in (*ops.table(), module), "the operator, or the file where several share a kernel"
             for dtype in entry.dtypes:
                 work = entry.work(dtype)
@@ -106,7 +110,7 @@ def test_entries_name_operators_and_count_work():
 
 
 def row(entry, config, dtype, target):
-    return aot.describe(entry, aot.Job("trial", 0, config, "any", dtype, target), aot.measure(entry, config, dtype, target))
+    return table.describe(entry, Job("trial", 0, config, "any", dtype, target), measure(entry, config, dtype, target))
 
 
 COPY = Config({"BLOCK": 1024})
@@ -151,8 +155,8 @@ def test_exceptions_stand_in_the_row_with_their_reason():
 
 def test_a_kernel_that_does_not_compile_is_a_row_too():
     entry = trial.entries()[0]
-    made = aot.describe(
-        entry, aot.Job("trial", 0, COPY, "any", "bf16", "sm_80"), {"error": "CompilationError: at 1:1\nno such thing"}
+    made = table.describe(
+        entry, Job("trial", 0, COPY, "any", "bf16", "sm_80"), {"error": "CompilationError: at 1:1\nno such thing"}
     )
     assert made["shortcomings"] == "compiles: no such thing"
 
@@ -167,30 +171,30 @@ def test_estimates_take_the_bound_that_is_slower():
 def test_an_entry_that_does_not_fit_its_kernel_says_so():
     copy = trial.entries()[0]
     with pytest.raises(ValueError, match="neither the entry nor the config .* says what BLOCK is"):
-        aot.measure(copy, Config(), "bf16", "sm_80")
+        measure(copy, Config(), "bf16", "sm_80")
     with pytest.raises(ValueError, match="no parameter WARPS"):
-        aot.measure(copy, Config({"BLOCK": 128, "WARPS": 2}), "bf16", "sm_80")
+        measure(copy, Config({"BLOCK": 128, "WARPS": 2}), "bf16", "sm_80")
 
 
 def test_results_are_remembered_by_content(tmp_path, monkeypatch):
     monkeypatch.setenv("OV3FAST_AOT_CACHE", str(tmp_path))
-    monkeypatch.setattr(aot, "entries", lambda module: trial.entries())
-    job = aot.Job("trial", 0, COPY, "any", "bf16", "sm_80")
-    first = aot.run(job)
-    assert dict(aot._measure_all([job], 1)) == {0: first} and len(list(tmp_path.iterdir())) == 1
-    places = {aot._remembered(job) for job in (
-        job, aot.Job("trial", 1, PRODUCT, "any", "bf16", "sm_80"), aot.Job("trial", 0, COPY, "any", "fp32", "sm_80"),
-        aot.Job("trial", 0, COPY, "any", "bf16", "sm_90"), aot.Job("trial", 0, Config({"BLOCK": 512}), "any", "bf16", "sm_80"),
+    monkeypatch.setattr(compile, "entries", lambda module: trial.entries())
+    job = Job("trial", 0, COPY, "any", "bf16", "sm_80")
+    first = compile.run(job)
+    assert dict(compile.measure_all([job], 1)) == {0: first} and len(list(tmp_path.iterdir())) == 1
+    places = {compile._remembered(job) for job in (
+        job, Job("trial", 1, PRODUCT, "any", "bf16", "sm_80"), Job("trial", 0, COPY, "any", "fp32", "sm_80"),
+        Job("trial", 0, COPY, "any", "bf16", "sm_90"), Job("trial", 0, Config({"BLOCK": 512}), "any", "bf16", "sm_80"),
     )}  # fmt: skip
     assert len(places) == 5
 
 
 def test_tables(tmp_path):
     rows = [row(trial.entries()[1], PRODUCT, dtype, target) for dtype in ("fp32", "bf16") for target in ("sm_80", "sm_90")]
-    aot.write_csv(rows, tmp_path / "table.csv")
+    table.write_csv(rows, tmp_path / "table.csv")
     with (tmp_path / "table.csv").open() as file:
         read = list(csv.DictReader(file))
-    assert read == [aot.flat(made) for made in rows] and read[0]["mma"].endswith("HMMA.1688.F32.TF32")
-    lines = aot.markdown(read).splitlines()
+    assert read == [table.flat(made) for made in rows] and read[0]["mma"].endswith("HMMA.1688.F32.TF32")
+    lines = table.markdown(read).splitlines()
     assert len(lines) == 3 and "| product |  | 1024 x 1024 x 1024 | 2.15 GFLOP, 6.29 MB | " in lines[2]
     assert re.search(r"\| \d+ registers, \d+ KB, HMMA, 6.88 µs \(compute\) \| \d+ registers, \d+ KB, HGMMA, ", lines[2])

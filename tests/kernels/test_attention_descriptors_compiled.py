@@ -4,7 +4,9 @@ import re
 
 import pytest
 
-from ov3fast.kernels import aot, configs
+from ov3fast.kernels.aot import compile as aot
+from ov3fast.kernels.aot.cases import attention
+from ov3fast.kernels.lib import config as configs
 from ov3fast.ops import triton as backend
 
 pytestmark = pytest.mark.skipif(backend.INTERPRETED, reason="compiled kernels, not the interpreter")
@@ -15,7 +17,7 @@ CASES = [(way, head_dim) for way in ("descriptors", "specialised") for head_dim 
 def compiled(variant, target):
     import triton
 
-    [entry] = [entry for entry in aot.entries("attention_entries") if entry.variant == variant]
+    [entry] = [entry for entry in attention.entries() if entry.variant == variant]
     [config] = [config for dtype, _, config in aot.variants(entry, target) if dtype == "bf16"]
     with aot._private_cache():
         return triton.compile(

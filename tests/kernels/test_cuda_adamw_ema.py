@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ov3fast import ops, testing
-from ov3fast.kernels import cuda_aot
+from ov3fast.kernels.aot import cuda as cuda_aot
 from ov3fast.ops.adamw_ema import reference
 from ov3fast.ops.cuda import adamw_ema as glue
 

@@ -29,8 +29,8 @@ def build():
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_no_stack_and_no_spill(target):
     """And every kernel is in the table, once."""
-    pytest.importorskip("ov3fast.kernels.chips")
-    from ov3fast.kernels import cuda_aot
+    pytest.importorskip("ov3fast.kernels.aot.chips")
+    from ov3fast.kernels.aot import cuda as cuda_aot
 
     table = cuda_aot.rows([target])
     assert len({row["kernel"] for row in table}) == len(table) > 30

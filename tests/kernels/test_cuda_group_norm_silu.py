@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ov3fast import testing
-from ov3fast.kernels import cuda_aot
+from ov3fast.kernels.aot import cuda as cuda_aot
 from ov3fast.ops import _dispatch
 from ov3fast.ops.cuda.group_norm_silu import Plan
 from ov3fast.ops.group_norm_silu import reference

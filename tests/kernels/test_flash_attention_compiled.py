@@ -5,9 +5,10 @@ import torch
 from kernel_tools import launches
 
 from ov3fast import testing
-from ov3fast.kernels import attention_entries
-from ov3fast.kernels import flash_attention as kernels
-from ov3fast.kernels.common import TYPES
+from ov3fast.kernels.aot.cases.attention import traffic
+from ov3fast.kernels.attention.backward import backward
+from ov3fast.kernels.attention.forward import forward
+from ov3fast.kernels.lib.common import TYPES
 from ov3fast.ops.flash_attention import reference
 
 # queries, keys, heads, head_dim, causal, prefix_len: more than one block of queries and of keys, none of them full
@@ -32,8 +33,8 @@ def run(q, k, v, grad, causal, prefix_len, order="forward", target="sm_80"):
     """out, grad_q, grad_k, grad_v; kernel -> its launch's report. Fails on any finding."""
     options = causal, prefix_len, q.shape[-1] ** -0.5
     with launches.compiled(order, target) as reports:
-        out, lse = kernels.forward(q, k, v, *options)
-        grads = kernels.backward(grad, q, k, v, out, lse, *options)
+        out, lse = forward(q, k, v, *options)
+        grads = backward(grad, q, k, v, out, lse, *options)
     return [out, *grads], {name: report for name, (report,) in reports.items()}
 
 
@@ -61,7 +62,7 @@ def test_compiled_code(case, dtype):
     assert len(reports) == 3
     for name, report in reports.items():
         small = ("lse", "delta", "weight") if dtype == torch.float32 else ()
-        launches.assert_traffic(report, attention_entries.traffic(name, TYPES[dtype], 1, *sizes, causal, prefix_len), *small)
+        launches.assert_traffic(report, traffic(name, TYPES[dtype], 1, *sizes, causal, prefix_len), *small)
         assert report.mma_count and report.share16() > (0.7 if dtype == torch.float32 else 0.9), report
 
 

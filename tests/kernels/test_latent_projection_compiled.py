@@ -6,6 +6,7 @@ from kernel_tools import launches
 
 from ov3fast import testing
 from ov3fast.kernels import latent_projection as kernels
+from ov3fast.kernels.aot.cases import latent_projection as cases
 from ov3fast.ops import triton
 from ov3fast.ops.latent_projection import reference
 
@@ -67,13 +68,13 @@ def test_traffic():
     batch, grid, width, channels, patch = sizes = 4, (8, 8), 128, 16, 2
     _, reports = run(inputs(*sizes, torch.bfloat16), grid, patch)
     call = batch * grid[0] * grid[1], channels * patch**2
-    launches.assert_traffic(reports["latent_projection_forward"][0], kernels.forward_work(*call, width, "bf16").bytes, "bias")
+    launches.assert_traffic(reports["latent_projection_forward"][0], cases.forward_work(*call, width, "bf16").bytes, "bias")
     launches.assert_traffic(
-        reports["latent_projection_grad_tokens"][0], kernels.grad_tokens_work(*call, width, "bf16").bytes, "bias"
+        reports["latent_projection_grad_tokens"][0], cases.grad_tokens_work(*call, width, "bf16").bytes, "bias"
     )
     launches.assert_traffic(
-        reports["latent_projection_grad_weight"][0], kernels.grad_weight_work(*call, width, "bf16").bytes, "bias"
+        reports["latent_projection_grad_weight"][0], cases.grad_weight_work(*call, width, "bf16").bytes, "bias"
     )
-    launches.assert_traffic(reports["latent_projection_grad_bias"][0], kernels.grad_bias_work(*call, "bf16").bytes, "bias")
+    launches.assert_traffic(reports["latent_projection_grad_bias"][0], cases.grad_bias_work(*call, "bf16").bytes, "bias")
     for name in ("latent_projection_forward", "latent_projection_grad_tokens", "latent_projection_grad_weight"):
         assert reports[name][0].mma_count > 0

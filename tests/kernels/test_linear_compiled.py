@@ -5,8 +5,12 @@ import torch
 from kernel_tools.launches import in_any_order, on_ptx
 
 from ov3fast import testing
-from ov3fast.kernels import column_sums, configs, gemm, linear
-from ov3fast.kernels.rows import rows
+from ov3fast.kernels import linear
+from ov3fast.kernels.aot.cases.column_sums import merge_work, partials_work
+from ov3fast.kernels.aot.cases.linear import work as linear_work
+from ov3fast.kernels.lib import column_sums, gemm
+from ov3fast.kernels.lib import config as configs
+from ov3fast.kernels.lib.rows import rows
 from ov3fast.ops.linear import _backward_reference, _forward_reference
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -56,7 +60,7 @@ def test_traffic(dtype, mixed, transposed):
         linear._product(rows(x), weight if transposed else weight.t().contiguous(), None, columns, transposed)
     [(_, report), *_] = launched
     config = configs.pick("linear", "bf16", "small")
-    expected = linear.work(count, columns, depth, 2, weight.itemsize, config).bytes - count // 64 * columns * weight.itemsize
+    expected = linear_work(count, columns, depth, 2, weight.itemsize, config).bytes - count // 64 * columns * weight.itemsize
     assert report.bytes_read() + report.bytes_written() == pytest.approx(expected, rel=0.1)
     assert report.share16() > 0.95
 
@@ -70,8 +74,8 @@ def test_column_sums(dtype, width):
     testing.assert_within_budget(ours, x.sum(0, dtype=torch.float32), x.double().sum(0))
     if width % 16 == 0:
         for report, work in (
-            (partials, column_sums.partials_work(count, width, 2)),
-            (merge, column_sums.merge_work(1, column_sums.strips_of(count)[0], width, 4)),
+            (partials, partials_work(count, width, 2)),
+            (merge, merge_work(1, column_sums.strips_of(count)[0], width, 4)),
         ):
             assert report.bytes_read() + report.bytes_written() == pytest.approx(work.bytes, rel=0.1)
         assert partials.share16("ld") == merge.share16("ld") == 1

@@ -5,7 +5,10 @@ import torch
 from kernel_tools.launches import assert_traffic, in_any_order
 
 from ov3fast import testing
-from ov3fast.kernels import configs, gemm, mlp
+from ov3fast.kernels import mlp
+from ov3fast.kernels.aot.cases.mlp import work
+from ov3fast.kernels.lib import config as configs
+from ov3fast.kernels.lib import gemm
 from ov3fast.ops.mlp import _backward_reference, _forward_reference
 
 CASES = [
@@ -59,7 +62,7 @@ def test_forward(monkeypatch, dtype, size, activation, mixed, shape, target):
     if shape == WHOLE:
         batch, rows, width, hidden, _ = shape
         config = configs.pick("mlp_forward", "bf16", size)
-        check_traffic(reports[0], mlp.work(batch * rows, hidden, width, 2, w1.itemsize, config, False), target)
+        check_traffic(reports[0], work(batch * rows, hidden, width, 2, w1.itemsize, config, False), target)
 
 
 @cases
@@ -74,4 +77,4 @@ def test_backward(monkeypatch, dtype, size, activation, mixed, shape, target):
     if shape == WHOLE:
         batch, rows, _, hidden, features = shape
         config = configs.pick("mlp_backward", "bf16", size)
-        check_traffic(reports[0], mlp.work(batch * rows, hidden, features, 2, w2.itemsize, config, True), target)
+        check_traffic(reports[0], work(batch * rows, hidden, features, 2, w2.itemsize, config, True), target)

@@ -6,6 +6,7 @@ from kernel_tools import launches
 
 from ov3fast import testing
 from ov3fast.kernels import noise_projection as kernels
+from ov3fast.kernels.aot.cases.noise_projection import works
 from ov3fast.ops import random, triton
 from ov3fast.ops.noise_projection import reference
 
@@ -69,7 +70,7 @@ def test_traffic():
     batch, tokens, width, features = sizes = 2, 128, 144, 160
     _, reports = run(inputs(*sizes, torch.bfloat16))
     rows = batch * tokens
-    for name, work in kernels.works(batch, rows, width, features).items():
+    for name, work in works(batch, rows, width, features).items():
         (report,) = reports[name]
         launches.assert_traffic(report, work("bf16").bytes, "rng", "sigma", "bias")
     for name in ("noise_projection_forward", "noise_projection_grad_z", "noise_projection_grad_weight"):

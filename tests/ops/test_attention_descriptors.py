@@ -10,11 +10,11 @@ from ov3fast.ops.flash_attention import flash_attention, flash_attention_qkvpack
 if not triton.INTERPRETED:
     pytest.skip("runs in Triton's interpreter", allow_module_level=True)
 
-from ov3fast.kernels import attention_descriptors as descriptors
-from ov3fast.kernels import configs
-from ov3fast.kernels.attention_tiles import size_class
-from ov3fast.kernels.common import TYPES
-from ov3fast.kernels.configs import Config
+from ov3fast.kernels.attention import tma as descriptors
+from ov3fast.kernels.attention.tiles import size_class
+from ov3fast.kernels.lib import config as configs
+from ov3fast.kernels.lib.common import TYPES
+from ov3fast.kernels.lib.config import Config
 
 WAYS = {"descriptors": (1, 0), "specialised": (1, 1)}
 # queries, keys, heads, head_dim, causal, prefix_len
@@ -40,7 +40,7 @@ def launched(monkeypatch):
     """Fills with what each launch through descriptors reads."""
     calls = []
     before = descriptors.with_room
-    monkeypatch.setattr("ov3fast.kernels.flash_attention.with_room", lambda launch, q: (calls.append(q), before(launch, q)))
+    monkeypatch.setattr("ov3fast.kernels.attention.forward.with_room", lambda launch, q: (calls.append(q), before(launch, q)))
     return calls
 
 

@@ -1,0 +1,101 @@
+"""Attention: each kernel by head dimension, with and without a causal mask."""
+
+from __future__ import annotations
+
+import functools
+
+from ...attention.backward import flash_attention_grad_kv, flash_attention_grad_q
+from ...attention.forward import flash_attention_forward
+from ...attention.tiles import constexprs, size_class, step
+from ...lib import config as configs
+from ...lib.common import cdiv
+from ..catalog import SIZES, Entry, Work, argument_types
+
+
+def traffic(
+    kernel: str, dtype: str, batch: int, queries: int, keys: int, heads: int, head_dim: int, causal: bool, prefix_len: int
+) -> int:
+    """Bytes that a launch moves with the blocks of sm_80. What several programs read counts each time: most of that comes from the L2 cache."""
+    config = configs.pick(kernel, dtype, size_class(head_dim), "sm_80")
+    block_queries, block_keys = config.blocks["BLOCK_QUERIES"], config.blocks["BLOCK_KEYS"]
+    row = head_dim * SIZES[dtype]
+    numbers = 4 * (3 if dtype == "fp32" else 2)  # of a query in the backward: lse, delta and perhaps weight
+    # A product over columns that goes by steps loads both operands; the other products load theirs by themselves.
+    again = int(step(head_dim, dtype) > 0)
+
+    def visible(query: int) -> int:
+        return min(max(query + 1 + keys - queries, prefix_len, 0), keys) if causal else keys
+
+    total = 0
+    if kernel.endswith("grad_kv"):
+        for start in range(0, keys, block_keys):
+            block = min(block_keys, keys - start)
+            total += (4 - 2 * again) * row * block
+            for query in range(0, queries, block_queries):
+                end = min(query + block_queries, queries)
+                if visible(end - 1) > start:
+                    total += ((2 + 2 * again) * row + numbers) * (end - query) + 2 * again * row * block
+        return total * batch * heads
+    for query in range(0, queries, block_queries):
+        end = min(query + block_queries, queries)
+        blocks = cdiv(visible(end - 1), block_keys)
+        seen = min(blocks * block_keys, keys)
+        if kernel.endswith("grad_q"):
+            total += (2 + again) * row * seen + row * min(block_keys, keys)
+            total += ((4 - again + 2 * again * blocks) * row + numbers) * (end - query)
+        else:
+            total += 2 * row * seen + ((2 - again + again * blocks) * row + 4) * (end - query)
+    return total * batch * heads
+
+
+# Of the entries: products of head_dim columns for each pair of a query and a key that it sees.
+_PRODUCTS = {"flash_attention_forward": 2, "flash_attention_grad_q": 3, "flash_attention_grad_kv": 4}
+_BATCH, _LENGTH, _HEADS = 8, 1024, 16
+
+
+def _work(kernel: str, head_dim: int, causal: bool, dtype: str) -> Work:
+    pairs = _LENGTH * (_LENGTH + 1) // 2 if causal else _LENGTH**2
+    flops = 2 * _PRODUCTS[kernel] * head_dim * pairs * _BATCH * _HEADS
+    return Work(flops, traffic(kernel, dtype, _BATCH, _LENGTH, _LENGTH, _HEADS, head_dim, causal, 0))
+
+
+_OWN_DESCRIPTOR = "the exchange with which a program writes down a descriptor of its own"
+
+
+def _entry(kernel, head_dim: int, causal: bool, dtypes: tuple[str, ...], way: str = "") -> Entry:
+    """way: what stands behind the size class of the rows that it is compiled with."""
+    tensors = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
+    positive = {"POSITIVE": True} if kernel is flash_attention_forward else {}
+    return Entry(
+        kernel=kernel,
+        op="flash_attention",
+        arguments=argument_types(
+            kernel, **dict.fromkeys(tensors, "*{}"), lse="*fp32", delta="*fp32", weight="*fp32", scale="fp32", grad_scale="fp32"
+        ),
+        problem=f"{_BATCH} x {_LENGTH} queries and keys, {_HEADS} heads of {head_dim}",
+        work=functools.partial(_work, kernel.__name__, head_dim, causal),
+        constexprs=constexprs(head_dim, dtypes[0], causal, True) | positive,
+        variant=" ".join(filter(None, (f"D={head_dim}", "causal" if causal else "", way))),
+        dtypes=dtypes,
+        targets=configs.WITH_DESCRIPTORS if way else configs.ARCHITECTURES,
+        sizes=(f"{size_class(head_dim)} {way}".rstrip(),),
+        matrix=True,
+        exceptions={"atomics": _OWN_DESCRIPTOR} if way else {},
+    )
+
+
+def entries() -> list[Entry]:
+    """Each kernel for the head dimensions of the models, with and without a mask; and for those of the other size classes.
+
+    The forward also in the ways of attention/tma.py.
+    """
+    cases = [(head_dim, causal) for head_dim in (64, 72, 80, 128) for causal in (False, True)]
+    kernels = (flash_attention_forward, flash_attention_grad_q, flash_attention_grad_kv)
+    described = [
+        _entry(flash_attention_forward, *case, ("bf16", "fp16"), way)
+        for way in ("descriptors", "specialised")
+        for case in cases
+    ]
+    cases += [(head_dim, True) for head_dim in (96, 192, 256)]
+    plain = [_entry(kernel, *case, dtypes) for kernel in kernels for case in cases for dtypes in (("bf16", "fp16"), ("fp32",))]
+    return plain + described

@@ -1,0 +1,40 @@
+"""Sums over the rows of a matrix."""
+
+from __future__ import annotations
+
+from ...lib.column_sums import _column_merge, _column_partials, strips_of
+from ..catalog import SIZES, Entry, Work, row_alignment, row_constants, row_types
+
+
+def entries() -> list[Entry]:
+    count, width = 16384, 768
+    strips, _ = strips_of(count)
+    return [
+        Entry(
+            _column_partials,
+            "linear",
+            lambda t: row_types("x", t) | {"partials": "*fp32", "rows": "i32", "width": "i32", "rows_per_strip": "i32"},
+            f"{count} x {width}",
+            lambda t: partials_work(count, width, SIZES[t]),
+            row_constants("x"),
+            aligned=(*row_alignment("x"), "rows", "width", "rows_per_strip"),
+            streaming=True,
+        ),
+        Entry(
+            _column_merge,
+            "linear",
+            lambda t: {"partials": "*fp32", "first": f"*{t}", "second": f"*{t}", "parts": "i32", "width": "i32"},
+            f"2 x {strips} x {width}",
+            lambda t: merge_work(2, strips, width, SIZES[t]),
+            aligned=("parts", "width"),
+            streaming=True,
+        ),
+    ]
+
+
+def partials_work(count: int, width: int, size: int) -> Work:
+    return Work(count * width, count * width * size + strips_of(count)[0] * width * 4)
+
+
+def merge_work(results: int, parts: int, width: int, size: int) -> Work:
+    return Work(results * parts * width, results * width * (parts * 4 + size))

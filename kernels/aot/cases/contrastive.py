@@ -1,0 +1,193 @@
+"""contrastive_loss: each kernel, by kind of loss and by schedule."""
+
+from __future__ import annotations
+
+from ...contrastive.rows import contrastive_features, contrastive_merge, contrastive_project
+from ...contrastive.tiles import contrastive_gradients, contrastive_side, contrastive_statistics
+from ...lib.common import cdiv
+from ..catalog import SIZES, Entry, Work
+
+PAIRS, WIDTH, NARROW, CHUNK = 32768, 768, 256, 2048
+GAIN = {"fp32": 1.0, "bf16": 1.0, "fp16": 256.0}
+
+
+def statistics_bytes(n: int, N: int, width: int, size: int, block_m: int, segments: int, sigmoid: bool, library: bool) -> int:
+    """Distinct bytes: every row once (library: every product), the partial sums."""
+    read = 4 * n * N if library else (n + N) * width * size
+    parts = 4 * n * segments if sigmoid else 8 * (n * segments + cdiv(n, block_m) * N) + 4 * n
+    return read + 4 * (n + N) + parts
+
+
+def gradients_bytes(n: int, N: int, width: int, size: int, block_m: int, block_n: int, library: bool, store: bool) -> int:
+    """Distinct bytes: every row once (library: every product), the gradients, what rounding lost of them."""
+    read = 4 * n * N if library else (n + N) * width * size
+    statistics = 12 * (n + N)
+    lost = 4 * (cdiv(N, block_n) * n + cdiv(n, block_m) * N) + 4 * (n + N) if store and size == 2 else 0
+    return read + statistics + (size * n * N if store else 0) + lost
+
+
+def side_bytes(n: int, N: int, width: int, size: int) -> int:
+    """Distinct bytes: every row once, the gradient."""
+    return (n + N) * width * size + 4 * n * width + 12 * (n + N) + (4 * (n + N) if size == 2 else 0)
+
+
+def features_bytes(rows: int, width: int, size: int, block_r: int, units: bool) -> int:
+    """x twice (the second time from cache), and the unit rows or partial means."""
+    return 2 * rows * width * size + 8 * rows + 4 * width * (rows if units else cdiv(rows, block_r))
+
+
+def project_bytes(
+    rows: int, width: int, size: int, out_size: int, block_r: int, complete: bool, rounded: bool, through: bool
+) -> int:
+    """The gradient twice and x three times where norms vary (all but the first time from cache), else the gradient once."""
+    reads = (2 * 4 + 3 * size) if through else 4
+    means = (2 if through else 1) * cdiv(rows, block_r) * width * 4 if rounded else 0
+    return rows * width * (reads + out_size) + means + 4 * rows * (complete + rounded)
+
+
+def merge_bytes(count: int, size: int, first: bool) -> int:
+    return 8 * size * (count + (1 if first else 2))
+
+
+def entries() -> list[Entry]:
+    return [*_tile_entries(), *_row_entries()]
+
+
+def _pointers(dtype: str, narrow: str, wide: str) -> dict[str, str]:
+    return {**dict.fromkeys(narrow.split(), f"*{dtype}"), **dict.fromkeys(wide.split(), "*fp32")}
+
+
+def _tile_entries():
+    chunk = f"{CHUNK} x {PAIRS}, width {WIDTH}"
+    for kind in ("softmax", "sigmoid"):
+        sigmoid = kind == "sigmoid"
+        for library in (False, True):
+            variant = kind + (" of products" if library else "")
+            dtypes = ("bf16", "fp16") if library else ("fp32", "bf16", "fp16")
+            n = CHUNK if library else PAIRS
+            yield Entry(
+                kernel=contrastive_statistics,
+                op="contrastive_loss",
+                arguments=_arguments(
+                    "x y", "products x_inverse y_inverse scale bias row_parts column_parts own",
+                    "x_stride y_stride products_stride row_parts_stride n N width offset segment",
+                ),
+                problem=chunk if library else f"{PAIRS} x {PAIRS}, width {WIDTH}",
+                work=lambda dtype, n=n, sigmoid=sigmoid, library=library: Work(
+                    0 if library else 2.0 * n * PAIRS * WIDTH,
+                    statistics_bytes(n, PAIRS, WIDTH, SIZES[dtype], 128, 16 if library else 1, sigmoid, library),
+                ),
+                constexprs={"SIGMOID": sigmoid, "LIBRARY": library},
+                variant=variant,
+                dtypes=dtypes,
+                aligned=("x_stride", "y_stride", "products_stride", "row_parts_stride", "n", "N", "width"),
+                matrix=not library,
+                streaming=library,
+                exceptions={"wide": "inverse norms and partial statistics are 4 bytes each"} if library else {},
+                sizes=("library" if library else "any",),
+            )  # fmt: skip
+            for dtype in dtypes:
+                yield Entry(
+                    kernel=contrastive_gradients,
+                    op="contrastive_loss",
+                    arguments=_arguments(
+                        "x y", "products x_inverse y_inverse x_norm y_norm scale bias row_max row_factor column_max"
+                        " column_factor own_weight center",
+                        "x_stride y_stride products_stride gradients_stride n N width offset",
+                        "gradients", "row_error column_error", "sums",
+                    ),
+                    problem=chunk,
+                    work=lambda dtype, library=library: Work(
+                        0 if library else 2.0 * CHUNK * PAIRS * WIDTH,
+                        gradients_bytes(CHUNK, PAIRS, WIDTH, SIZES[dtype], 128, 128, library, True),
+                    ),
+                    constexprs={"SIGMOID": sigmoid, "TOTAL": sigmoid, "LIBRARY": library, "STORE": True, "GAIN": GAIN[dtype]},
+                    variant=variant,
+                    dtypes=(dtype,),
+                    aligned=("x_stride", "y_stride", "products_stride", "gradients_stride", "n", "N", "width"),
+                    matrix=not library,
+                    streaming=library,
+                    sizes=("library" if library else "any",),
+                )  # fmt: skip
+        for dtype in ("fp32", "bf16", "fp16"):
+            for swapped in (False, True):
+                yield Entry(
+                    kernel=contrastive_side,
+                    op="contrastive_loss",
+                    arguments=_arguments(
+                        "x y", "x_inverse y_inverse y_norm scale bias row_max row_factor column_max column_factor"
+" own_weight center grad row_error",
+                        "x_stride y_stride n N width offset", "", "", "sums",
+                    ),
+                    problem=f"{PAIRS} x {PAIRS}, width {NARROW}",
+                    work=lambda dtype: Work(4.0 * PAIRS * PAIRS * NARROW, side_bytes(PAIRS, PAIRS, NARROW, SIZES[dtype])),
+                    constexprs={
+                        "GAIN": GAIN[dtype], "SIGMOID": sigmoid, "TOTAL": sigmoid, "SWAPPED": swapped, "SCALARS": not swapped, "STORE": True,
+                        "BLOCK_D": NARROW,
+                    },
+                    variant=f"{kind} of {'text' if swapped else 'image'}",
+                    dtypes=(dtype,),
+                    aligned=("x_stride", "y_stride", "n", "N", "width"),
+                    matrix=True,
+                )  # fmt: skip
+
+
+def _arguments(narrow: str, wide: str, integers: str, more_narrow: str = "", more_wide: str = "", widest: str = ""):
+    """dtype -> types, in the kernel's order: pointers to the features' dtype, to float32, again both, to float64, integers."""
+
+    def arguments(dtype: str) -> dict[str, str]:
+        first, second = _pointers(dtype, narrow, wide), _pointers(dtype, more_narrow, more_wide)
+        return {**first, **second, **dict.fromkeys(widest.split(), "*fp64"), **dict.fromkeys(integers.split(), "i32")}
+
+    return arguments
+
+
+def _row_entries():
+    for units in (False, True):
+        yield Entry(
+            kernel=contrastive_features,
+            op="contrastive_loss",
+            arguments=_arguments("x", "units norms inverses mean_parts" if units else "", "row_stride rows width")
+            if units
+            else _arguments("x units", "norms inverses mean_parts", "row_stride rows width"),
+            problem=f"{PAIRS} x {WIDTH}",
+            work=lambda dtype, units=units: Work(0, features_bytes(PAIRS, WIDTH, SIZES[dtype], 16, units)),
+            constexprs={"UNITS": units},
+            variant="units" if units else "norms",
+            dtypes=("fp32", "bf16", "fp16") if units else ("bf16", "fp16"),
+            aligned=("row_stride", "rows", "width"),
+            streaming=True,
+        )
+    yield Entry(
+        kernel=contrastive_merge,
+        op="contrastive_loss",
+        arguments=lambda dtype: {"parts": "*fp32", "state": "*fp32", "count": "i32", "size": "i32"},
+        problem=f"256 x {PAIRS}",
+        work=lambda dtype: Work(0, merge_bytes(256, PAIRS, True)),
+        constexprs={"FIRST": True, "LOG": False},
+        dtypes=("fp32",),
+        aligned=("count", "size"),
+        streaming=True,
+    )
+    for variant, complete, through in (("image", True, True), ("text", True, False), ("text, norms", False, True)):
+        for dtype in ("fp32", "bf16", "fp16"):
+            rounded = complete and dtype != "fp32"
+            out = "*fp32" if variant == "text" else f"*{dtype}"
+            yield Entry(
+                kernel=contrastive_project,
+                op="contrastive_loss",
+                arguments=lambda dtype, out=out: {
+                    "grad": "*fp32", "x": f"*{dtype}", "error": "*fp32", "mean": "*fp32", "factor": "*fp32", "row_factor": "*fp32",
+                    "out": out, "row_stride": "i32", "rows": "i32", "width": "i32",
+                },
+                problem=f"{PAIRS} x {WIDTH}",
+                work=lambda dtype, out=out, complete=complete, rounded=rounded, through=through: Work(
+                    0, project_bytes(PAIRS, WIDTH, SIZES[dtype], SIZES[out[1:]], 16, complete, rounded, through)
+                ),
+                constexprs={"COMPLETE": complete, "ROUNDED": rounded, "PROJECT": through},
+                variant=variant,
+                dtypes=(dtype,),
+                aligned=("row_stride", "rows", "width"),
+                streaming=True,
+                exceptions={"wide": "rows' factors are 4 bytes each"},
+            )  # fmt: skip

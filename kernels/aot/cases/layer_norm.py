@@ -1,0 +1,57 @@
+"""layer_norm: both kernels, with and without a residual."""
+
+from __future__ import annotations
+
+from ...layer_norm import _layer_norm_backward, _layer_norm_forward, _size
+from ...lib import config as configs
+from ...lib.column_sums import strips_of
+from ...lib.common import cdiv
+from ..catalog import SIZES, Entry, Work, row_alignment, row_constants, row_types
+
+
+def forward_work(count: int, width: int, size: int, residual: bool, programs: int) -> Work:
+    """Each program reads weight and bias, of the storage's size, again."""
+    moved = count * width * size * (4 if residual else 2) + programs * 2 * width * size + 8 * count
+    return Work(8 * count * width, moved)
+
+
+def backward_work(count: int, width: int, size: int, residual: bool, strips: int) -> Work:
+    moved = count * width * size * (4 if residual else 3) + 8 * count + strips * width * (size + 2 * 4)
+    return Work(14 * count * width, moved)
+
+
+def entries() -> list[Entry]:
+    count, width = 16384, 768
+    programs = cdiv(count, configs.pick("layer_norm_forward", "bf16", _size(width), configs.ANY).blocks["BLOCK_ROWS"])
+    sizes = {"rows": "i32", "width": "i32"}
+    kernels = {
+        _layer_norm_forward: (
+            lambda t: row_types("x", t) | row_types("residual", t)
+            | {name: f"*{t}" for name in ("weight", "bias", "y", "h")} | {"mean": "*fp32", "rstd": "*fp32"} | sizes | {"eps": "fp32"},
+            ("residual", "h"), lambda size, fused: forward_work(count, width, size, fused, programs), ("x", "residual"),
+        ),
+        _layer_norm_backward: (
+            lambda t: row_types("grad_y", t) | row_types("grad_h", t) | row_types("h", t) | {"weight": f"*{t}", "mean": "*fp32"}
+            | {"rstd": "*fp32", "grad_x": f"*{t}", "weight_partials": "*fp32", "bias_partials": "*fp32"}
+            | sizes | {"rows_per_strip": "i32"},
+            ("grad_h",), lambda size, fused: backward_work(count, width, size, fused, strips_of(count)[0]), ("grad_y", "grad_h", "h"),
+        ),
+    }  # fmt: skip
+    return [
+        Entry(
+            kernel,
+            "layer_norm",
+            lambda t, types=types, absent=() if fused else optional: {
+                n: kind for n, kind in types(t).items() if n not in absent
+            },
+            f"{count} x {width}",
+            lambda t, work=work, fused=fused: work(SIZES[t], fused),
+            row_constants(*strided) | ({} if fused else dict.fromkeys(optional)),
+            variant="with a residual" if fused else "",
+            aligned=(*row_alignment(*strided), "rows", "width", "rows_per_strip"),
+            streaming=True,
+            exceptions={"wide": "mean and rstd of many narrow rows are read 4 bytes at a time"},
+        )
+        for kernel, (types, optional, work, strided) in kernels.items()
+        for fused in (False, True)
+    ]

@@ -1,0 +1,47 @@
+"""linear: the tiled product, both ways round."""
+
+from __future__ import annotations
+
+from ...lib import config as configs
+from ...lib import gemm
+from ...lib.common import cdiv
+from ...linear import _linear
+from ..catalog import SIZES, Entry, Work, product_bytes, row_alignment, row_constants, row_types
+
+
+def work(count: int, columns: int, depth: int, size: int, parameter_size: int, config: configs.Config) -> Work:
+    """One launch with a bias: both operands tile by tile, the bias once per row of tiles, y out."""
+    block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
+    operands = product_bytes(count, columns, depth, size, parameter_size, block_m, block_n)
+    return Work(
+        2 * count * columns * depth, operands + cdiv(count, block_m) * columns * parameter_size + count * columns * size
+    )
+
+
+def entries() -> list[Entry]:
+    count, columns, depth = 1024, 768, 3072
+
+    def entry_work(t: str, mixed: bool) -> Work:
+        config = configs.pick("linear", t, gemm.size_class(count, columns), "sm_80")
+        return work(count, columns, depth, SIZES[t], 4 if mixed else SIZES[t], config)
+
+    def types(t: str, parameters: str) -> dict[str, str]:
+        pointers = {"weight": f"*{parameters}", "weight_stride": "i32", "bias": f"*{parameters}", "y": f"*{t}"}
+        return row_types("x", t) | pointers | {"rows": "i32", "columns": "i32", "depth": "i32"}
+
+    return [
+        Entry(
+            _linear,
+            "linear",
+            lambda t, mixed=mixed: types(t, "fp32" if mixed else t),
+            f"{count} x {depth} -> {columns}",
+            lambda t, mixed=mixed: entry_work(t, mixed),
+            row_constants("x") | {"TRANSPOSED": transposed},
+            variant=("x W^T" if transposed else "dy W") + (", float32 parameters" if mixed else ""),
+            dtypes=("bf16", "fp16") if mixed else ("fp32", "bf16", "fp16"),
+            aligned=(*row_alignment("x"), "weight_stride", "rows", "columns", "depth"),
+            matrix=True,
+        )
+        for transposed in (True, False)
+        for mixed in (False, True)
+    ]

@@ -1,0 +1,34 @@
+"""linear_cross_entropy: the kernel over rows of logits, in its three modes."""
+
+from __future__ import annotations
+
+from ...linear_cross_entropy import cross_entropy_rows
+from ..catalog import SIZES, Entry, Work
+
+
+def entries() -> list[Entry]:
+    rows, classes = 1360, 49408
+    modes = {"statistics": (True, False, 1), "gradient": (False, True, 2), "both": (True, True, 3)}
+
+    def arguments(dtype):
+        pointers = {"logits": f"*{dtype}", "labels": "*i64", "upstream": "*fp32", "nll": "*fp32", "lse": "*fp32"}
+        sizes = ("logits_stride", "upstream_stride", "tokens", "classes", "ignore_index")
+        return pointers | dict.fromkeys(sizes, "i32")
+
+    def work(passes):
+        return lambda dtype: Work(flops=0, bytes=rows * (classes * passes * SIZES[dtype] + 20))
+
+    return [
+        Entry(
+            kernel=cross_entropy_rows,
+            op="linear_cross_entropy",
+            arguments=arguments,
+            problem=f"{rows} x {classes}",
+            work=work(passes),
+            constexprs={"STATISTICS": statistics, "GRADIENT": gradient},
+            variant=name,
+            aligned=("logits_stride", "classes"),
+            streaming=True,
+        )
+        for name, (statistics, gradient, passes) in modes.items()
+    ]

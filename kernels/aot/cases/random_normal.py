@@ -1,0 +1,34 @@
+"""random_normal: the normals, and the words that the tests compare."""
+
+from __future__ import annotations
+
+from ...random_normal import random_normal, random_words
+from ..catalog import SIZES, Entry, Work
+
+# Integer and float instructions of one block of four: ten rounds, two logarithms, two pairs of sine and cosine.
+FLOPS_OF_FOUR = 180
+
+
+def entries() -> list[Entry]:
+    n = 1 << 24
+    return [
+        Entry(
+            random_normal,
+            "random_normal",
+            lambda dtype: {"rng": "*i64", "out": f"*{dtype}", "n": "i32"},
+            f"{n}",
+            lambda dtype: Work(n / 4 * FLOPS_OF_FOUR, n * SIZES[dtype] + 16),
+            aligned=("n",),
+            streaming=True,
+            exceptions={"wide": "one store a thread; the two 8-byte loads of (seed, offset) stand beside it"},
+        ),
+        Entry(
+            random_words,
+            "random_normal",
+            lambda dtype: {"rng": "*i64", "out": "*i32", "n": "i32"},
+            f"{n}",
+            lambda dtype: Work(n / 4 * 60, n * 4 + 16),
+            dtypes=("fp32",),
+            aligned=("n",),
+        ),
+    ]

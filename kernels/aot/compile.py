@@ -1,0 +1,194 @@
+"""Compiles kernels for chips that are not there, in many processes, and remembers what came out by content.
+
+Results lie in the temporary directory; OV3FAST_AOT_CACHE names another.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import inspect
+import json
+import multiprocessing
+import os
+import pkgutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..lib import config as configs
+from ..lib.config import Config
+from . import binary, cases
+from .catalog import Entry
+from .chips import CHIPS
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row to be made: the entry's place (file of cases/, position in its list) and how to compile it."""
+
+    module: str
+    number: int
+    config: Config
+    size: str
+    dtype: str
+    target: str
+
+
+def modules() -> list[str]:
+    """Names of the files in cases/."""
+    return sorted(module.name for module in pkgutil.iter_modules(cases.__path__))
+
+
+@functools.cache
+def entries(module: str) -> tuple[Entry, ...]:
+    """What the file of cases/ describes."""
+    return tuple(importlib.import_module(f"{cases.__name__}.{module}").entries())
+
+
+def variants(entry: Entry, target: str) -> Iterator[tuple[str, str, Config]]:
+    """(dtype, size class, config) of every launch that the table knows for this target; configs that are the same come once."""
+    seen = set()
+    for dtype in entry.dtypes:
+        for size in entry.sizes or configs.sizes(entry.name):
+            config = configs.pick(entry.name, dtype, size, target)
+            key = dtype, tuple(sorted(config.options.items()))
+            if key not in seen:
+                seen.add(key)
+                yield dtype, size, config
+
+
+def measure(entry: Entry, config: Config, dtype: str, target: str) -> dict[str, Any]:
+    """Compiles for `target` and reads the machine code: registers, stack_bytes, spills, shared_bytes, mma, share16, atomics."""
+    import triton
+
+    chip = CHIPS[target]
+    with _private_cache(), _fp32_products(target), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = triton.compile(_source(entry, config, dtype, target), target=_gpu(target), options=_options(config))
+    found = binary.of_nvidia(compiled.asm["cubin"]) if chip.backend == "cuda" else binary.of_amd(compiled.asm["amdgcn"])
+    return {**found, "shared_bytes": compiled.metadata.shared}
+
+
+def _source(entry: Entry, config: Config, dtype: str, target: str) -> Any:
+    """The kernel with the specialisation that a launch finds: pointers divisible by 16, on AMD within 2 GB, and the entry's `aligned`."""
+    from triton.compiler import ASTSource
+
+    if not hasattr(entry.kernel, "cache_key"):
+        raise RuntimeError("ov3fast.kernels.aot compiles nothing under TRITON_INTERPRET=1")
+    arguments = dict(entry.arguments(dtype))
+    both = sorted(set(entry.constexprs) & set(config.blocks))
+    if both:
+        raise ValueError(f"{entry.name}: {', '.join(both)} are set by the entry and by its config")
+    constexprs = {**entry.constexprs, **config.blocks}
+    signature, attributes = {}, {}
+    for index, parameter in enumerate(entry.kernel.params):
+        name = parameter.name
+        if name in arguments:
+            signature[name] = arguments[name]
+            if signature[name].startswith("*"):
+                attributes[index,] = [["tt.divisibility", 16]] + [["tt.pointer_range", 32]] * (CHIPS[target].backend == "hip")
+            elif name in entry.aligned:
+                attributes[index,] = [["tt.divisibility", 16]]
+            continue
+        if name not in constexprs:
+            if not parameter.has_default:
+                raise ValueError(f"{entry.name}: neither the entry nor the config {config} says what {name} is")
+            constexprs[name] = parameter.default
+        signature[name] = "constexpr"
+    unknown = (set(arguments) | set(constexprs)) - set(signature)
+    if unknown:
+        raise ValueError(f"{entry.name} has no parameter {', '.join(sorted(unknown))}")
+    return ASTSource(fn=entry.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+
+
+def _gpu(target: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    chip = CHIPS[target]
+    return GPUTarget(chip.backend, chip.arch, chip.warp)
+
+
+def _options(config: Config) -> dict[str, Any]:
+    return {"num_warps": config.warps, "num_stages": config.stages}
+
+
+@contextmanager
+def _private_cache() -> Iterator[None]:
+    """Triton's own cache in a folder that goes at the end: what is worth keeping is the row."""
+    import triton
+
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        yield
+
+
+@contextmanager
+def _fp32_products(target: str) -> Iterator[None]:
+    """Float32 products as a PyTorch made for the target has them."""
+    import triton.language as tl
+
+    from ..lib import common
+
+    before, common.FP32_PRODUCTS = common.FP32_PRODUCTS, tl.constexpr("tf32x3" if CHIPS[target].backend == "cuda" else "ieee")
+    try:
+        yield
+    finally:
+        common.FP32_PRODUCTS = before
+
+
+# ---- in many processes, and remembered -------------------------------------------------------------------------------
+
+
+def measure_all(todo: Sequence[Job], jobs: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(position, result) of all jobs, those that are remembered first."""
+    missing = []
+    for index, job in enumerate(todo):
+        try:
+            path = _remembered(job)
+        except ValueError as reason:
+            yield index, {"error": str(reason)}
+            continue
+        if path.exists():
+            yield index, json.loads(path.read_text())
+        else:
+            missing.append(index)
+    if jobs <= 1 or len(missing) < 2:
+        yield from ((index, run(todo[index])) for index in missing)
+        return
+    # Fresh processes: a forked one would inherit locks of threads that it does not have.
+    with ProcessPoolExecutor(min(jobs, len(missing)), multiprocessing.get_context("spawn")) as pool:
+        yield from zip(missing, pool.map(run, [todo[index] for index in missing]), strict=True)
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Measures a job and remembers the result; of a kernel that does not compile, why."""
+    try:
+        # Asked for before anything is compiled: Triton hashes a kernel once, with the globals of that moment, and `measure` sets one.
+        path = _remembered(job)
+        found = measure(entries(job.module)[job.number], job.config, job.dtype, job.target)
+    except Exception as reason:
+        return {"error": f"{type(reason).__name__}: {reason}"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(found))
+    temporary.replace(path)
+    return found
+
+
+def _remembered(job: Job) -> Path:
+    """File of the job's result: named by the kernel's source with all that it calls, its arguments, the target and the tools."""
+    import triton
+
+    source = _source(entries(job.module)[job.number], job.config, job.dtype, job.target)
+    tools = triton.__version__, inspect.getsource(binary), inspect.getsource(measure)
+    what = source.hash(), list(source.signature), source.name, _options(job.config), job.target, tools
+    key = hashlib.sha256(repr(what).encode()).hexdigest()
+    folder = os.environ.get("OV3FAST_AOT_CACHE") or Path(tempfile.gettempdir(), f"ov3fast-aot-{os.getuid()}")
+    return Path(folder, f"{key}.json")

@@ -1,0 +1,1 @@
+"""flash_attention: forward, backward, the tiles that both are made of, and the forward through TMA."""

@@ -1,0 +1,280 @@
+"""Attention's backward on tiles (attention/tiles.py): one kernel over query blocks, then one over key blocks, no atomics.
+
+The kernel over query blocks gets delta_i = sum_d gout_id out_id from an out that was rounded, which shifts all gs_ij of a row: they no longer
+sum to 0, and keys with a common offset turn that into an error far over the budget. So it sums the gs_ij as it rounded them, takes
+that times the mean of the first keys from grad_q (an offset of all keys has no part in the exact gradient), and adds it to delta, for grad_k.
+In float32 lse's own rounding counts as well: weight_i = 1 / sum_j p_ij puts it right.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..lib import config as configs
+from ..lib.common import TYPES, cdiv, rounded
+from .tiles import (
+    INF,
+    LOG2_E,
+    constexprs,
+    held,
+    in_units,
+    layout,
+    load,
+    over_columns,
+    over_rows,
+    plain,
+    scaled,
+    size_class,
+    store_part,
+    unit_stride,
+    visible_keys,
+    whole,
+    zeros,
+)
+
+
+@triton.jit
+def _query_gradient(
+    state, q, grad_out, k, v, k_n, v_n, lse, delta, scale, visible, keys, first, last,
+    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, STEP: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    BORDER: tl.constexpr,
+):  # fmt: skip
+    """Adds keys [first, last) to (sum_j gs_ij k_j, sum_j gs_ij, sum_j p_ij)."""
+    grad_q, excess, mass = state
+    DTYPE: tl.constexpr = k.dtype.element_ty
+    EXACT: tl.constexpr = DTYPE == tl.float32
+    for start in tl.range(first, last, BLOCK_KEYS, disable_licm=STEP > 0):
+        k_rows = held(k, start, k_n, keys, 1.0, D, MAIN, REST, STEP, BLOCK_KEYS, BORDER)
+        v_rows = held(v, start, v_n, keys, 1.0, D, MAIN, REST, STEP, BLOCK_KEYS, BORDER)
+        scores = over_columns(q, k_rows, D, REST, STEP, visible.shape[0], BLOCK_KEYS)
+        if EXACT:
+            p = tl.exp(scores - lse[:, None])
+        else:
+            p = tl.exp2(tl.fma(scores, scale, -lse[:, None]))
+        if BORDER:
+            p = tl.where((start + tl.arange(0, BLOCK_KEYS))[None, :] < visible[:, None], p, 0.0)
+        if EXACT:
+            mass += tl.sum(p, 1)
+        grad_p = over_columns(grad_out, v_rows, D, REST, STEP, visible.shape[0], BLOCK_KEYS)
+        grad_s = rounded(p * (grad_p - delta[:, None]), DTYPE)
+        excess += tl.sum(grad_s.to(tl.float32), 1)
+        grad_q = over_rows(grad_s, whole(k_rows, D, MAIN, REST, STEP, BLOCK_KEYS, BORDER), grad_q, REST)
+    return grad_q, excess, mass
+
+
+@triton.jit
+def _row_sums(a, b, REST: tl.constexpr):
+    """sum_d a_id b_id."""
+    total = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
+    if REST > 0:
+        total += tl.sum(a[1].to(tl.float32) * b[1].to(tl.float32), 1)
+    return total
+
+
+@triton.jit(do_not_specialize=plain("grad_out", "q", "k", "v", "out", "grad_q"))
+def flash_attention_grad_q(
+    grad_out, q, k, v, out, lse, grad_q, delta, weight,
+    grad_out_b, grad_out_n, grad_out_h, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, out_b, out_n, out_h, grad_q_b, grad_q_n, grad_q_h,
+    heads, queries, keys, prefix_len, scale, grad_scale,
+    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, CAUSAL: tl.constexpr, STEP: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    """A program: grad_q and delta (and weight, for float32) of one block of queries of one head."""
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    UNIT: tl.constexpr = 128 // DTYPE.primitive_bitwidth if ALIGNED else 1
+    blocks = tl.cdiv(queries, BLOCK_QUERIES)
+    head = tl.program_id(0) // blocks
+    start = tl.program_id(0) % blocks
+    if CAUSAL:
+        start = blocks - 1 - start
+    start = start * BLOCK_QUERIES
+    b = (head // heads).to(tl.int64)
+    h = (head % heads).to(tl.int64)
+    grad_out += (b * grad_out_b + h * grad_out_h) * UNIT
+    q += (b * q_b + h * q_h) * UNIT
+    k += (b * k_b + h * k_h) * UNIT
+    v += (b * v_b + h * v_h) * UNIT
+    out += (b * out_b + h * out_h) * UNIT
+    grad_q += (b * grad_q_b + h * grad_q_h) * UNIT
+    lse += head.to(tl.int64) * queries
+    delta += head.to(tl.int64) * queries
+    weight += head.to(tl.int64) * queries
+
+    row = start + tl.arange(0, BLOCK_QUERIES)
+    visible = visible_keys(row, queries, keys, prefix_len, CAUSAL)
+    border = visible_keys(start, queries, keys, prefix_len, CAUSAL) // BLOCK_KEYS * BLOCK_KEYS
+    end = visible_keys(tl.minimum(start + BLOCK_QUERIES, queries) - 1, queries, keys, prefix_len, CAUSAL)
+
+    grad_rows = held(grad_out, start, grad_out_n * UNIT, queries, 1.0, D, MAIN, REST, STEP, BLOCK_QUERIES, True)
+    out_tile = load(out, start, out_n * UNIT, queries, D, MAIN, REST, BLOCK_QUERIES, True)
+    delta_row = _row_sums(whole(grad_rows, D, MAIN, REST, STEP, BLOCK_QUERIES, True), out_tile, REST)
+    q_rows = held(q, start, q_n * UNIT, queries, scale, D, MAIN, REST, STEP, BLOCK_QUERIES, True)
+    # Rows past the end get probabilities 0.
+    lse_row = tl.load(lse + row, mask=row < queries, other=INF)
+    if DTYPE != tl.float32:
+        lse_row = lse_row * LOG2_E
+    nothing = tl.zeros([BLOCK_QUERIES], tl.float32)
+    state = (zeros(BLOCK_QUERIES, MAIN, REST), nothing, nothing)
+    state = _query_gradient(
+        state, q_rows, grad_rows, k, v, k_n * UNIT, v_n * UNIT, lse_row, delta_row, scale, visible, keys, 0, border,
+        D, MAIN, REST, STEP, BLOCK_KEYS, False,
+    )  # fmt: skip
+    state = _query_gradient(
+        state, q_rows, grad_rows, k, v, k_n * UNIT, v_n * UNIT, lse_row, delta_row, scale, visible, keys, border, end,
+        D, MAIN, REST, STEP, BLOCK_KEYS, True,
+    )  # fmt: skip
+
+    grad_tile, excess, mass = state
+    if DTYPE == tl.float32:
+        inverse = tl.where(mass > 0, 1.0 / mass, 1.0)
+        tl.store(weight + row, inverse, mask=row < queries)
+        excess = excess * inverse
+        grad_tile = scaled(grad_tile, inverse[:, None], REST)
+    # An infinite gradient stays one.
+    excess = tl.where(tl.abs(excess) < INF, excess, 0.0)
+    tl.store(delta + row, delta_row + excess, mask=row < queries)
+    first_keys = load(k, start * 0, k_n * UNIT, keys, D, MAIN, REST, BLOCK_KEYS, True)
+    count = tl.maximum(tl.minimum(keys, BLOCK_KEYS), 1).to(tl.float32)
+    mean = tl.sum(first_keys[0].to(tl.float32), 0) / count
+    main = (grad_tile[0] - excess[:, None] * mean[None, :]) * grad_scale
+    store_part(main, grad_q, start, grad_q_n * UNIT, queries, 0, D)
+    if REST > 0:
+        mean = tl.sum(first_keys[1].to(tl.float32), 0) / count
+        rest = (grad_tile[1] - excess[:, None] * mean[None, :]) * grad_scale
+        store_part(rest, grad_q, start, grad_q_n * UNIT, queries, MAIN, D)
+
+
+@triton.jit
+def _key_gradients(
+    state, k, v, grad_out, q, grad_out_n, q_n, lse, delta, weight, scale, key, queries, keys, prefix_len, first, last,
+    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, STEP: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
+    BORDER: tl.constexpr,
+):  # fmt: skip
+    """Adds queries [first, last) to (grad_k, grad_v). Scores are keys by queries: nothing has to be transposed on the way to a product."""
+    grad_k, grad_v = state
+    EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
+    for start in tl.range(first, last, BLOCK_QUERIES, disable_licm=STEP > 0):
+        row = start + tl.arange(0, BLOCK_QUERIES)
+        q_rows = held(q, start, q_n, queries, scale, D, MAIN, REST, STEP, BLOCK_QUERIES, True)
+        grad_rows = held(grad_out, start, grad_out_n, queries, 1.0, D, MAIN, REST, STEP, BLOCK_QUERIES, True)
+        # Rows past the end get probabilities 0.
+        lse_row = tl.load(lse + row, mask=row < queries, other=INF)
+        delta_row = tl.load(delta + row, mask=row < queries, other=0.0)
+        scores = over_columns(k, q_rows, D, REST, STEP, key.shape[0], BLOCK_QUERIES)
+        if EXACT:
+            weight_row = tl.load(weight + row, mask=row < queries, other=1.0)
+            p = tl.exp(scores - lse_row[None, :]) * weight_row[None, :]
+        else:
+            lse_row = lse_row * LOG2_E
+            p = tl.exp2(tl.fma(scores, scale, -lse_row[None, :]))
+        if BORDER:
+            visible = visible_keys(row, queries, keys, prefix_len, True)
+            p = tl.where(key[:, None] < visible[None, :], p, 0.0)
+        grad_tile = whole(grad_rows, D, MAIN, REST, STEP, BLOCK_QUERIES, True)
+        grad_v = over_rows(rounded(p, q.dtype.element_ty), grad_tile, grad_v, REST)
+        grad_p = over_columns(v, grad_rows, D, REST, STEP, key.shape[0], BLOCK_QUERIES)
+        grad_s = rounded(p * (grad_p - delta_row[None, :]), q.dtype.element_ty)
+        grad_k = over_rows(grad_s, whole(q_rows, D, MAIN, REST, STEP, BLOCK_QUERIES, True), grad_k, REST)
+    return grad_k, grad_v
+
+
+@triton.jit(do_not_specialize=plain("grad_out", "q", "k", "v", "grad_k", "grad_v"))
+def flash_attention_grad_kv(
+    grad_out, q, k, v, lse, delta, weight, grad_k, grad_v,
+    grad_out_b, grad_out_n, grad_out_h, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h,
+    grad_k_b, grad_k_n, grad_k_h, grad_v_b, grad_v_n, grad_v_h,
+    heads, queries, keys, prefix_len, scale, grad_scale,
+    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, CAUSAL: tl.constexpr, STEP: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    """A program: grad_k and grad_v of one block of keys of one head."""
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    UNIT: tl.constexpr = 128 // DTYPE.primitive_bitwidth if ALIGNED else 1
+    blocks = tl.cdiv(keys, BLOCK_KEYS)
+    head = tl.program_id(0) // blocks
+    start = tl.program_id(0) % blocks * BLOCK_KEYS
+    b = (head // heads).to(tl.int64)
+    h = (head % heads).to(tl.int64)
+    grad_out += (b * grad_out_b + h * grad_out_h) * UNIT
+    q += (b * q_b + h * q_h) * UNIT
+    k += (b * k_b + h * k_h) * UNIT
+    v += (b * v_b + h * v_h) * UNIT
+    grad_k += (b * grad_k_b + h * grad_k_h) * UNIT
+    grad_v += (b * grad_v_b + h * grad_v_h) * UNIT
+    lse += head.to(tl.int64) * queries
+    delta += head.to(tl.int64) * queries
+    weight += head.to(tl.int64) * queries
+
+    key = start + tl.arange(0, BLOCK_KEYS)
+    k_rows = held(k, start, k_n * UNIT, keys, 1.0, D, MAIN, REST, STEP, BLOCK_KEYS, True)
+    v_rows = held(v, start, v_n * UNIT, keys, 1.0, D, MAIN, REST, STEP, BLOCK_KEYS, True)
+    state = (zeros(BLOCK_KEYS, MAIN, REST), zeros(BLOCK_KEYS, MAIN, REST))
+    border = start * 0
+    if CAUSAL:
+        # The first query that sees the block's first key, and the first that sees all of its keys; the prefix is seen by all.
+        last_key = tl.minimum(start + BLOCK_KEYS, keys) - 1
+        first = tl.where(start < prefix_len, 0, tl.maximum(start + queries - keys, 0)) // BLOCK_QUERIES * BLOCK_QUERIES
+        border = tl.where(last_key < prefix_len, 0, tl.maximum(last_key + queries - keys, 0))
+        border = tl.minimum(tl.cdiv(border, BLOCK_QUERIES) * BLOCK_QUERIES, queries)
+        state = _key_gradients(
+            state, k_rows, v_rows, grad_out, q, grad_out_n * UNIT, q_n * UNIT, lse, delta, weight, scale, key, queries, keys, prefix_len,
+            first, border, D, MAIN, REST, STEP, BLOCK_QUERIES, True,
+        )  # fmt: skip
+    state = _key_gradients(
+        state, k_rows, v_rows, grad_out, q, grad_out_n * UNIT, q_n * UNIT, lse, delta, weight, scale, key, queries, keys, prefix_len,
+        border, queries, D, MAIN, REST, STEP, BLOCK_QUERIES, False,
+    )  # fmt: skip
+    k_out, v_out = state
+    store_part(k_out[0] * grad_scale, grad_k, start, grad_k_n * UNIT, keys, 0, D)
+    store_part(v_out[0], grad_v, start, grad_v_n * UNIT, keys, 0, D)
+    if REST > 0:
+        store_part(k_out[1] * grad_scale, grad_k, start, grad_k_n * UNIT, keys, MAIN, D)
+        store_part(v_out[1], grad_v, start, grad_v_n * UNIT, keys, MAIN, D)
+
+
+def backward(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
+    """-> grad_q, grad_k, grad_v, each contiguous."""
+    grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    _gradients(grad_out, q, k, v, out, lse, causal, prefix_len, scale, grads)
+    return grads
+
+
+def backward_packed(grad_out, qkv, *rest):
+    """-> grad_qkv [B,N,3,H,D], into which the kernels write directly."""
+    grad = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    _gradients(grad_out, *qkv.unbind(2), *rest, grad.unbind(2))
+    return grad
+
+
+def _gradients(grad_out, q, k, v, out, lse, causal, prefix_len, scale, grads):
+    grad_out, q, k, v, out = map(unit_stride, (grad_out, q, k, v, out))
+    lse = lse.contiguous()
+    batch, queries, heads, head_dim = q.shape
+    keys = k.shape[1]
+    grad_q, grad_k, grad_v = grads
+    delta = torch.empty_like(lse)
+    weight = torch.empty_like(lse) if q.dtype == torch.float32 else delta
+    # The softmax of a single score is constant. In float32 grad_k is a sum over q * scale.
+    q_scale = scale if keys != 1 else 0.0
+    k_scale = q_scale if q.dtype != torch.float32 else float(keys != 1)
+    sizes = (heads, queries, keys, prefix_len, in_units(q.dtype, scale))
+
+    aligned, strides = layout(grad_out, q, k, v, out, grad_q)
+    config = configs.pick("flash_attention_grad_q", TYPES[q.dtype], size_class(head_dim))
+    grid = batch * heads * cdiv(queries, config.blocks["BLOCK_QUERIES"])
+    if grid:
+        flash_attention_grad_q[(grid,)](
+            grad_out, q, k, v, out, lse, grad_q, delta, weight, *strides, *sizes, q_scale,
+            **constexprs(head_dim, TYPES[q.dtype], causal, aligned), **config.options,
+        )  # fmt: skip
+
+    aligned, strides = layout(grad_out, q, k, v, grad_k, grad_v)
+    config = configs.pick("flash_attention_grad_kv", TYPES[q.dtype], size_class(head_dim))
+    grid = batch * heads * cdiv(keys, config.blocks["BLOCK_KEYS"])
+    if grid:
+        flash_attention_grad_kv[(grid,)](
+            grad_out, q, k, v, lse, delta, weight, grad_k, grad_v, *strides, *sizes, k_scale,
+            **constexprs(head_dim, TYPES[q.dtype], causal, aligned), **config.options,
+        )  # fmt: skip

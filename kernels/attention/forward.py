@@ -1,0 +1,155 @@
+"""Attention's forward on tiles (attention/tiles.py): softmax online, one program to a block of queries of one head.
+
+Blocks of keys that nobody in the block sees are skipped, and only those on the border of what is seen are masked. 16-bit scores are kept in
+units of log 2; float32 goes through q * scale and exp, as PyTorch does, so that the probability of a single key is 1 to the last bit.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from ..lib import config as configs
+from ..lib.common import TYPES, cdiv, rounded
+from .tiles import (
+    INF,
+    LN_2,
+    constexprs,
+    held,
+    in_units,
+    layout,
+    load,
+    over_columns,
+    over_rows,
+    plain,
+    scaled,
+    size_class,
+    softmax_step,
+    store_part,
+    unit_stride,
+    visible_keys,
+    zeros,
+)
+from .tma import attend_described, fit, with_room
+
+
+@triton.jit
+def _attend(
+    state, q, k, v, k_n, v_n, scale, visible, keys, first, last,
+    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, STEP: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    BORDER: tl.constexpr, POSITIVE: tl.constexpr,
+):  # fmt: skip
+    """Takes keys [first, last) into (out, largest score, sum of exponentials); the largest score is unscaled if POSITIVE."""
+    out, largest, total = state
+    DTYPE: tl.constexpr = v.dtype.element_ty
+    EXACT: tl.constexpr = DTYPE == tl.float32
+    for start in tl.range(first, last, BLOCK_KEYS, disable_licm=STEP > 0):
+        k_rows = held(k, start, k_n, keys, 1.0, D, MAIN, REST, STEP, BLOCK_KEYS, BORDER)
+        scores = over_columns(q, k_rows, D, REST, STEP, visible.shape[0], BLOCK_KEYS)
+        if not EXACT and not POSITIVE:
+            scores = scores * scale
+        if BORDER:
+            scores = tl.where((start + tl.arange(0, BLOCK_KEYS))[None, :] < visible[:, None], scores, -INF)
+        p, fade, largest, total = softmax_step(scores, largest, total, scale, EXACT, POSITIVE)
+        v_tile = load(v, start, v_n, keys, D, MAIN, REST, BLOCK_KEYS, BORDER)
+        out = over_rows(rounded(p, DTYPE), v_tile, scaled(out, fade[:, None], REST), REST)
+    return out, largest, total
+
+
+@triton.jit(do_not_specialize=plain("q", "k", "v", "out"))
+def flash_attention_forward(
+    q, k, v, out, lse,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, out_b, out_n, out_h,
+    heads, queries, keys, prefix_len, scale,
+    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, CAUSAL: tl.constexpr, STEP: tl.constexpr, ALIGNED: tl.constexpr,
+    POSITIVE: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, DESCRIPTORS: tl.constexpr, SPECIALIZED: tl.constexpr,
+):  # fmt: skip
+    """A program: one block of queries of one head. scale: in units of log 2 for 16 bits; POSITIVE says that it is over 0.
+
+    DESCRIPTORS, SPECIALIZED: attention/tma.py, 16 bits alone.
+    """
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    UNIT: tl.constexpr = 128 // DTYPE.primitive_bitwidth if ALIGNED else 1
+    blocks = tl.cdiv(queries, BLOCK_QUERIES)
+    head = tl.program_id(0) // blocks
+    start = tl.program_id(0) % blocks
+    if CAUSAL:  # the longest rows first
+        start = blocks - 1 - start
+    start = start * BLOCK_QUERIES
+    b = (head // heads).to(tl.int64)
+    h = (head % heads).to(tl.int64)
+    q += (b * q_b + h * q_h) * UNIT
+    k += (b * k_b + h * k_h) * UNIT
+    v += (b * v_b + h * v_h) * UNIT
+    out += (b * out_b + h * out_h) * UNIT
+
+    row = start + tl.arange(0, BLOCK_QUERIES)
+    visible = visible_keys(row, queries, keys, prefix_len, CAUSAL)
+    border = visible_keys(start, queries, keys, prefix_len, CAUSAL) // BLOCK_KEYS * BLOCK_KEYS
+    end = visible_keys(tl.minimum(start + BLOCK_QUERIES, queries) - 1, queries, keys, prefix_len, CAUSAL)
+
+    state = (
+        zeros(BLOCK_QUERIES, MAIN, REST),
+        tl.full([BLOCK_QUERIES], -INF, tl.float32),
+        tl.zeros([BLOCK_QUERIES], tl.float32),
+    )
+    if DESCRIPTORS:
+        state = attend_described(
+            state, q, k, v, q_n * UNIT, k_n * UNIT, v_n * UNIT, scale, visible, start, queries, keys, border, end,
+            D, MAIN, REST, BLOCK_QUERIES, BLOCK_KEYS, POSITIVE, SPECIALIZED,
+        )  # fmt: skip
+    else:
+        q_rows = held(q, start, q_n * UNIT, queries, scale, D, MAIN, REST, STEP, BLOCK_QUERIES, True)
+        state = _attend(
+            state, q_rows, k, v, k_n * UNIT, v_n * UNIT, scale, visible, keys, 0, border,
+            D, MAIN, REST, STEP, BLOCK_KEYS, False, POSITIVE,
+        )  # fmt: skip
+        state = _attend(
+            state, q_rows, k, v, k_n * UNIT, v_n * UNIT, scale, visible, keys, border, end,
+            D, MAIN, REST, STEP, BLOCK_KEYS, True, POSITIVE,
+        )  # fmt: skip
+
+    out_tile, largest, total = state
+    shift = tl.where(tl.abs(largest) == INF, 0.0, largest)
+    if DTYPE == tl.float32:
+        logarithm = shift + tl.log(total)
+    elif POSITIVE:
+        logarithm = (shift * scale + tl.log2(total)) * LN_2
+    else:
+        logarithm = (shift + tl.log2(total)) * LN_2
+    tl.store(lse + head.to(tl.int64) * queries + row, logarithm, mask=row < queries)
+    blind = (visible == 0)[:, None]
+    inverse = (1.0 / total)[:, None]
+    store_part(tl.where(blind, 0.0, out_tile[0] * inverse), out, start, out_n * UNIT, queries, 0, D)
+    if REST > 0:
+        store_part(tl.where(blind, 0.0, out_tile[1] * inverse), out, start, out_n * UNIT, queries, MAIN, D)
+
+
+def forward(q, k, v, causal, prefix_len, scale):
+    """q [B,Nq,H,D], k and v [B,Nk,H,D] -> out [B,Nq,H,D], lse [B,H,Nq] float32."""
+    q, k, v = map(unit_stride, (q, k, v))
+    batch, queries, heads, head_dim = q.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
+    aligned, strides = layout(q, k, v, out)
+    asked = "flash_attention_forward", TYPES[q.dtype], size_class(head_dim)
+    config = configs.pick(*asked)
+    if config.blocks["DESCRIPTORS"] and not fit(q, k, v):
+        config = configs.pick(*asked, configs.current_architecture())
+    grid = batch * heads * cdiv(queries, config.blocks["BLOCK_QUERIES"])
+    if grid:
+        launch = functools.partial(
+            flash_attention_forward[(grid,)],
+            q, k, v, out, lse, *strides, heads, queries, k.shape[1], prefix_len, in_units(q.dtype, scale),
+            **constexprs(head_dim, TYPES[q.dtype], causal, aligned), POSITIVE=scale > 0, **config.options,
+        )  # fmt: skip
+        with_room(launch, q) if config.blocks["DESCRIPTORS"] else launch()
+    return out, lse
+
+
+def forward_packed(qkv, *rest):
+    """`forward` of qkv [B,N,3,H,D], read where it lies."""
+    return forward(*qkv.unbind(2), *rest)

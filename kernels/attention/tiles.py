@@ -1,0 +1,256 @@
+"""Tiles of attention: rows of q, k, v and their gradients, what a query sees, and how a launch lays them out.
+
+A head dimension is tiled by two parts, MAIN + REST, each a power of two: 72 and 80 are 64 + 16, 96 is 64 + 32; tiles of such rows are tuples
+of one part or two.
+
+float32 products are three tf32 products, whose operands take two registers a value, and wide heads pass 255 registers by themselves. So there
+(STEP > 0) a product over columns loads both operands STEP columns at a time, and loops over blocks hoist nothing (disable_licm).
+
+Names: q, k, v, out, grad_out [B,N,H,D]; lse, delta and weight [B,H,Nq] float32; x_b, x_n, x_h are x's strides in units of 16 bytes if ALIGNED
+(so that the compiler knows it), else in elements.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ..lib.common import dot, rounded
+from ..lib.config import ATTENTION_WIDTHS
+
+LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
+LN_2: tl.constexpr = tl.constexpr(math.log(2))
+INF: tl.constexpr = tl.constexpr(math.inf)
+
+
+def plain(*views: str) -> list[str]:
+    """Integers whose values tell the compiler nothing that it could use: specialising on them only compiles more often."""
+    return ["heads", "queries", "keys", "prefix_len", *(f"{view}_{axis}" for view in views for axis in "bnh")]
+
+
+@triton.jit
+def _part(base, start, stride, rows, FIRST: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+    """Pointers to ROWS rows from `start` on, COLS columns from FIRST on; a mask of those below `rows` and below D."""
+    row = tl.arange(0, ROWS)
+    col = FIRST + tl.arange(0, COLS)
+    stride = stride.to(tl.int64)
+    pointers = base + stride * start + (row[:, None] * stride + col[None, :])
+    mask = (row < rows - start)[:, None]
+    if FIRST + COLS > D:
+        mask = mask & (col < D)[None, :]
+    return pointers, mask
+
+
+@triton.jit
+def _load_part(
+    base,
+    start,
+    stride,
+    rows,
+    FIRST: tl.constexpr,
+    COLS: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BOUNDED: tl.constexpr,
+):
+    pointers, mask = _part(base, start, stride, rows, FIRST, COLS, D, ROWS)
+    if BOUNDED:
+        return tl.load(pointers, mask=mask, other=0.0)
+    elif FIRST + COLS > D:
+        return tl.load(pointers, mask=((FIRST + tl.arange(0, COLS)) < D)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def load(
+    base,
+    start,
+    stride,
+    rows,
+    D: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    ROWS: tl.constexpr,
+    BOUNDED: tl.constexpr,
+):
+    """Rows [start, start + ROWS), 0 from row `rows` on if BOUNDED (else there must be no such row)."""
+    main = _load_part(base, start, stride, rows, 0, MAIN, D, ROWS, BOUNDED)
+    if REST > 0:
+        return main, _load_part(base, start, stride, rows, MAIN, REST, D, ROWS, BOUNDED)
+    else:
+        return (main,)
+
+
+@triton.jit
+def store_part(value, base, start, stride, rows, FIRST: tl.constexpr, D: tl.constexpr):
+    pointers, mask = _part(base, start, stride, rows, FIRST, value.shape[1], D, value.shape[0])
+    tl.store(pointers, rounded(value, base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr):
+    main = tl.zeros([ROWS, MAIN], tl.float32)
+    if REST > 0:
+        return main, tl.zeros([ROWS, REST], tl.float32)
+    else:
+        return (main,)
+
+
+@triton.jit
+def scaled(tile, factor, REST: tl.constexpr):
+    if REST > 0:
+        return tile[0] * factor, tile[1] * factor
+    else:
+        return (tile[0] * factor,)
+
+
+@triton.jit
+def held(
+    base, start, stride, rows, factor,
+    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """Rows as products take them: a tile or, if those go by STEP columns, the place of rows that count times `factor` in float32."""
+    if STEP > 0:
+        return base, start, stride, rows, factor
+    else:
+        return load(base, start, stride, rows, D, MAIN, REST, ROWS, BOUNDED)
+
+
+@triton.jit
+def whole(
+    x, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, BOUNDED: tl.constexpr
+):
+    """The tile of what `held` gave."""
+    if STEP > 0:
+        base, start, stride, rows, factor = x
+        tile = load(base, start, stride, rows, D, MAIN, REST, ROWS, BOUNDED)
+        if base.dtype.element_ty == tl.float32:
+            tile = scaled(tile, factor, REST)
+        return tile
+    else:
+        return x
+
+
+@triton.jit
+def _columns(x, first, D: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr):
+    """Columns [first, first + STEP) of a place."""
+    base, start, stride, rows, factor = x
+    row = tl.arange(0, ROWS)
+    col = first + tl.arange(0, STEP)
+    mask = (row < rows - start)[:, None]
+    if D % STEP != 0:
+        mask = mask & (col < D)[None, :]
+    stride = stride.to(tl.int64)
+    part = tl.load(base + stride * start + (row[:, None] * stride + col[None, :]), mask=mask, other=0.0)
+    if base.dtype.element_ty == tl.float32:
+        part = part * factor
+    return part
+
+
+@triton.jit
+def over_columns(a, b, D: tl.constexpr, REST: tl.constexpr, STEP: tl.constexpr, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr):
+    """a b^T of what `held` gave. Parts are summed by themselves where they are loaded by themselves: long chains lose digits of float32."""
+    nothing = tl.zeros([A_ROWS, B_ROWS], tl.float32)
+    if STEP > 0:
+        c = nothing
+        for first in tl.range(0, D, STEP):
+            c += dot(_columns(a, first, D, STEP, A_ROWS), tl.trans(_columns(b, first, D, STEP, B_ROWS)), nothing)
+    else:
+        c = dot(a[0], tl.trans(b[0]), nothing)
+        if REST > 0:
+            c = dot(a[1], tl.trans(b[1]), c)
+    return c
+
+
+@triton.jit
+def over_rows(a, b, c, REST: tl.constexpr):
+    """a b + c."""
+    main = dot(a, b[0], c[0])
+    if REST > 0:
+        return main, dot(a, b[1], c[1])
+    else:
+        return (main,)
+
+
+@triton.jit
+def visible_keys(row, queries, keys, prefix_len, CAUSAL: tl.constexpr):
+    """How many keys query `row` sees, the first ones: never negative, and never falling from row to row."""
+    if CAUSAL:
+        return tl.minimum(tl.maximum(tl.maximum(row + 1 + keys - queries, prefix_len), 0), keys)
+    else:
+        return row * 0 + keys
+
+
+@triton.jit
+def softmax_step(scores, largest, total, scale, EXACT: tl.constexpr, POSITIVE: tl.constexpr):
+    """Exponentials of the scores of further keys, the factor of all before them, and the largest score and sum with them.
+
+    EXACT: scores as they are, by exp; else by exp2 in units of log 2, where POSITIVE says that scores and the largest are unscaled, scale over 0.
+    """
+    before = largest
+    largest = tl.maximum(before, tl.max(scores, 1))
+    # inf - inf would make lse NaN where it has to be inf or -inf.
+    shift = tl.where(tl.abs(largest) == INF, 0.0, largest)
+    if EXACT:
+        p = tl.exp(scores - shift[:, None])
+        fade = tl.exp(before - shift)
+    elif POSITIVE:
+        shift = shift * scale
+        p = tl.exp2(tl.fma(scores, scale, -shift[:, None]))
+        fade = tl.exp2(tl.fma(before, scale, -shift))
+    else:
+        p = tl.exp2(scores - shift[:, None])
+        fade = tl.exp2(before - shift)
+    return p, fade, largest, total * fade + tl.sum(p, 1)
+
+
+def parts(head_dim: int, dtype: str) -> tuple[int, int]:
+    """MAIN and REST, powers of two of at least 16 (REST also 0), that cover the head dimension with the fewest columns.
+
+    In float32 a REST of 32 or 64 is too much beside MAIN for 255 registers.
+    """
+    if dtype == "fp32" and head_dim > 128:
+        return 128, 128
+    main = max(16, 1 << (max(head_dim, 1).bit_length() - 1))
+    if main >= head_dim:
+        return main, 0
+    rest = max(16, triton.next_power_of_2(head_dim - main))
+    return (2 * main, 0) if rest >= (main if dtype != "fp32" else 32) else (main, rest)
+
+
+def size_class(head_dim: int) -> str:
+    """Of configs.TABLE's rows: the narrowest that is as wide as the tiles."""
+    return next(name for name in ATTENTION_WIDTHS if sum(parts(head_dim, "bf16")) <= int(name))
+
+
+def step(head_dim: int, dtype: str) -> int:
+    """Columns that a product over columns takes at a time, 0 for all: two whole tiles of float32 or of a wide head pass 255 registers."""
+    columns = sum(parts(head_dim, dtype))
+    if dtype == "fp32":
+        return 16 if columns % 32 else 32
+    return 64 if columns > 128 else 0
+
+
+def constexprs(head_dim: int, dtype: str, causal: bool, aligned: bool) -> dict[str, int | bool]:
+    main, rest = parts(head_dim, dtype)
+    return {"D": head_dim, "MAIN": main, "REST": rest, "STEP": step(head_dim, dtype), "CAUSAL": causal, "ALIGNED": aligned}
+
+
+def layout(*views: torch.Tensor) -> tuple[bool, list[int]]:
+    """Whether all strides but the last axis's are whole units of 16 bytes, and these strides in those units."""
+    unit = 16 // views[0].element_size()
+    strides = [stride for view in views for stride in view.stride()[:3]]
+    aligned = all(stride % unit == 0 for stride in strides)
+    return aligned, [stride // unit for stride in strides] if aligned else strides
+
+
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
+
+
+def in_units(dtype: torch.dtype, scale: float) -> float:
+    return scale if dtype == torch.float32 else scale * math.log2(math.e)

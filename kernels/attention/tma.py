@@ -1,0 +1,102 @@
+"""Attention's forward with tiles of q, k and v loaded through tensor descriptors, for 16-bit tensors on sm_90 and sm_100.
+
+A descriptor gives 0 for rows and columns beyond a head's, so that no load is masked. Each program writes its own: in those that a host writes,
+which have axes for batch and head too, Triton 3.9 cannot divide q among groups of warps on sm_90.
+
+SPECIALIZED: Triton divides the loop over keys among groups of warps, of which one loads and the others multiply. All keys go through one loop,
+every tile masked, since sm_90 compiles no second loop beside a divided one. There the division takes 4 warps, to which Triton adds 8, and blocks
+of 128 queries, half to each group that multiplies: 8 warps stay undivided, and 64 queries would be computed twice.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+
+from ..lib import config as configs
+from ..lib.common import INTERPRETED, rounded
+from .tiles import INF, layout, over_columns, over_rows, scaled, softmax_step
+
+
+@triton.jit
+def _describe(base, rows, stride, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr):
+    """Descriptors of a head's rows, one to a part of their columns."""
+    stride = stride.to(tl.int64)
+    main = tl.make_tensor_descriptor(base, [rows, D], [stride, 1], [ROWS, MAIN])
+    if REST > 0:
+        return main, tl.make_tensor_descriptor(base, [rows, D], [stride, 1], [ROWS, REST])
+    else:
+        return (main,)
+
+
+@triton.jit
+def _load(described, start, MAIN: tl.constexpr, REST: tl.constexpr):
+    main = described[0].load([start, 0])
+    if REST > 0:
+        return main, described[1].load([start, MAIN])
+    else:
+        return (main,)
+
+
+@triton.jit
+def _take(
+    state, q, k, v, scale, visible, first, last,
+    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_KEYS: tl.constexpr, BORDER: tl.constexpr, POSITIVE: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
+):  # fmt: skip
+    """Takes keys [first, last) into the state."""
+    out, largest, total = state
+    for start in tl.range(first, last, BLOCK_KEYS, warp_specialize=SPECIALIZED):
+        scores = over_columns(q, _load(k, start, MAIN, REST), D, REST, 0, visible.shape[0], BLOCK_KEYS)
+        if not POSITIVE:
+            scores = scores * scale
+        if BORDER:
+            scores = tl.where((start + tl.arange(0, BLOCK_KEYS))[None, :] < visible[:, None], scores, -INF)
+        p, fade, largest, total = softmax_step(scores, largest, total, scale, False, POSITIVE)
+        v_tile = _load(v, start, MAIN, REST)
+        out = over_rows(rounded(p, q[0].dtype), v_tile, scaled(out, fade[:, None], REST), REST)
+    return out, largest, total
+
+
+@triton.jit
+def attend_described(
+    state, q, k, v, q_n, k_n, v_n, scale, visible, start, queries, keys, border, end,
+    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    POSITIVE: tl.constexpr, SPECIALIZED: tl.constexpr,
+):  # fmt: skip
+    """Takes keys [0, end), those from `border` on masked, into (out, largest score, sum of exponentials) of the queries from `start` on.
+
+    q, k, v: the head's first rows; q_n, k_n, v_n: elements from one to the next.
+    """
+    q_tile = _load(_describe(q, queries, q_n, D, MAIN, REST, BLOCK_QUERIES), start, MAIN, REST)
+    k = _describe(k, keys, k_n, D, MAIN, REST, BLOCK_KEYS)
+    v = _describe(v, keys, v_n, D, MAIN, REST, BLOCK_KEYS)
+    if SPECIALIZED:
+        return _take(state, q_tile, k, v, scale, visible, 0, end, D, MAIN, REST, BLOCK_KEYS, True, POSITIVE, True)
+    else:
+        state = _take(state, q_tile, k, v, scale, visible, 0, border, D, MAIN, REST, BLOCK_KEYS, False, POSITIVE, False)
+        return _take(state, q_tile, k, v, scale, visible, border, end, D, MAIN, REST, BLOCK_KEYS, True, POSITIVE, False)
+
+
+def fit(*views: torch.Tensor) -> bool:
+    """Whether descriptors can read the views [B,N,H,D] here: 16-bit rows that lie whole units of 16 bytes apart, from such an address on."""
+    return (
+        (INTERPRETED or configs.current_architecture() in configs.WITH_DESCRIPTORS)
+        and views[0].element_size() == 2
+        and layout(*views)[0]
+        and all(view.numel() and view.data_ptr() % 16 == 0 and view.stride(1) > 0 for view in views)
+    )
+
+
+def with_room(launch: Callable[[], object], like: torch.Tensor) -> None:
+    """Launches with room from PyTorch's allocator where programs keep their descriptors: given back in the stream's order, or a CUDA graph's.
+
+    In a context of its own, so that a caller's triton.set_allocator stands.
+    """
+    context = contextvars.copy_context()
+    context.run(triton.set_allocator, lambda size, alignment, stream: like.new_empty(size, dtype=torch.int8))
+    context.run(launch)

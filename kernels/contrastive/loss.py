@@ -1,0 +1,319 @@
+"""contrastive_loss: launchers of the kernels in rows.py and tiles.py, under the contract of its `_forward_rows`.
+
+Costs in units of 2 n N D flops (U) and of n N bytes of traffic (V), by schedule:
+
+    schedule   forward                     backward                                                          taken for widths D
+    sides      1 U                         2 U per side, its gradient [64, D] in registers: 4 U              up to 256
+    tiles      1 U                         tiles of gradients 1 U, library products 2 U: 3 U, 6 V in bf16    up to 2048, and float32
+    library    1 U (the library's), 8 V    3 U (the library's), 14 V in bf16                                 beyond
+
+For N = 32768 pairs on an H100 (2 D TFLOP/1000 and 1.1 GB per V; Triton's products taken as 550 TFLOP/s, the library's as 700, 3.3 TB/s; estimates, not
+measurements): D = 256: sides 5 ms, tiles 6; D = 768: tiles 11 ms, library 14, sides with D in blocks 27; D = 4096: library 57 ms, tiles 59.
+
+sides and tiles never write a logit. tiles and library take rows in chunks, whose gradients (in the features' dtype) and logits
+(library: float32, replaced by their gradients where those are float32 too) are all that exists of the N x N matrix: CHUNK_PAIRS numbers. In all three
+the columns' (max, sum) come from one sweep over tiles, one pair per strip of rows, merged in order.
+
+What 16-bit gradients lose by rounding is summed in float32 per row and column and put back along the mean of the unit rows they are
+multiplied by: where features are alike the products nearly cancel, and the errors would not. Up to FEW columns, where errors
+don't average out, 16-bit features become float32. float16 has no range for gradients by logits: its rows are
+scaled to norms in [1/2, 1) by powers of two, and the gradients to a weight of GAIN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from ..lib import config as configs
+from ..lib.common import TYPES, cdiv
+from ..lib.products import add_product, room_for_rows
+from .rows import contrastive_features, contrastive_merge, contrastive_project
+from .tiles import contrastive_gradients, contrastive_side, contrastive_statistics
+
+FEW = 512
+CHUNK_PAIRS = 2**26
+STRIPS = 256
+"""Most tiles of rows in one launch of the forward: so many (max, sum) are kept per column."""
+PROGRAMS = 512
+"""A launch of the forward with fewer tiles of rows splits the columns."""
+GAIN = 256.0
+
+
+def schedule(rows: int, width: int, dtype: str) -> str:
+    """Name of the schedule, from the table."""
+    size = "huge" if width > 2048 else "wide" if width > 256 or rows < 8192 else "narrow"
+    table = configs.CONTRASTIVE_SCHEDULES
+    return table.get((dtype, size)) or table["any", size]
+
+
+@dataclass
+class Features:
+    """Rows as the kernels multiply them, with what turns products into cosines and their gradients into those by the original rows."""
+
+    values: Tensor
+    norm: Tensor
+    inverse: Tensor
+    """1 / norm, or ones for unit rows."""
+    post: Tensor
+    """Factor of the gradients of rows, with norms held fixed."""
+    mean: Tensor | None
+    """Of the unit rows, where gradients are rounded."""
+
+
+def _features(x: Tensor, units: bool, for_gradients: bool = False) -> Features:
+    """x [rows, D]; units: as float32 rows of norm 1. Else x itself, or for gradients in float16 x times powers of two."""
+    rows, width = x.shape
+    x = x if x.stride(1) == 1 or width <= 1 else x.contiguous()
+    post = None
+    if for_gradients and x.dtype == torch.float16 and not units:
+        wide = x.float()
+        post = torch.exp2(-torch.frexp(torch.linalg.vector_norm(wide, dim=1)).exponent.float())
+        x = (wide * post[:, None]).half()
+    config = configs.pick("contrastive_features", TYPES[x.dtype])
+    programs = cdiv(rows, config.blocks["BLOCK_R"])
+    norm, inverse = x.new_empty((2, rows), dtype=torch.float32)
+    values = x.new_empty((rows, width), dtype=torch.float32) if units else x
+    parts = norm if units else norm.new_empty((programs, width))
+    if rows:
+        contrastive_features[(programs,)](
+            x, values, norm, inverse, parts, x.stride(0), rows, width, UNITS=units, **config.options
+        )
+    if units:
+        ones = torch.ones_like(norm)
+        return Features(values, ones, ones, inverse, None)
+    # A sum along an axis runs in an order that follows from the shape.
+    mean = parts.sum(0) / max(rows, 1) if for_gradients else None
+    return Features(values, norm, inverse, torch.ones_like(norm) if post is None else post, mean)
+
+
+def _as_units(image: Tensor, text: Tensor) -> bool:
+    return image.dtype == torch.float32 or len(text) <= FEW
+
+
+def forward_rows(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: str, offset: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """image [n,D], text [N,D] -> rows [2,n] (max, log-sum), columns [2,N] (max, sum), own [n]; sigmoid: rows [n], None, None."""
+    (n, width), N = image.shape, len(text)
+    sigmoid, units = kind == "sigmoid", _as_units(image, text)
+    x, y = _features(image, units), _features(text, units)
+    dtype = TYPES[x.values.dtype]
+    library = schedule(n, width, dtype) == "library"
+    config = configs.pick("contrastive_statistics", dtype, "library" if library else "any")
+    column_tiles = cdiv(N, config.blocks["BLOCK_N"])
+    size = min(STRIPS * config.blocks["BLOCK_M"], _chunk_rows(N) if library else n) or 1
+    segment = cdiv(max(column_tiles, 1), max(1, PROGRAMS // cdiv(size, config.blocks["BLOCK_M"])))
+    segments = cdiv(column_tiles, segment)
+    row_parts = scale.new_empty((segments, n) if sigmoid else (segments, 2, n))
+    columns = torch.stack([scale.new_full((N,), -torch.inf), scale.new_zeros(N)])
+    own = scale.new_empty(n)
+    bias = torch.zeros_like(scale) if bias is None else bias
+    products = room_for_rows(scale, min(size, n), N, torch.float32) if library else scale
+    for start in range(0, n, size):
+        chunk = slice(start, min(start + size, n))
+        strips = cdiv(chunk.stop - start, config.blocks["BLOCK_M"])
+        column_parts = scale.new_empty(0 if sigmoid else (strips, 2, N))
+        if library:
+            add_product(products[: chunk.stop - start], x.values[chunk], y.values.T, first=True)
+        contrastive_statistics[(strips, segments)](
+            x.values[chunk], y.values, products, x.inverse[chunk], y.inverse, scale, bias,
+            row_parts[..., chunk], column_parts, own[chunk], x.values.stride(0), y.values.stride(0),
+            products.stride(0) if library else 0, n, chunk.stop - start, N, width, offset + start, segment,
+            SIGMOID=sigmoid, LIBRARY=library, **config.options,
+        )  # fmt: skip
+        if not sigmoid:
+            _merge(column_parts, columns, first=start == 0, log=False)
+    if sigmoid:
+        return row_parts.sum(0), None, None
+    rows = scale.new_empty((2, n))
+    _merge(row_parts, rows, first=True, log=True)
+    return rows, columns, own
+
+
+def _merge(parts, state, *, first, log):
+    size = parts.shape[2]
+    if size:
+        config = configs.pick("contrastive_merge", "fp32")
+        grid = (cdiv(size, config.blocks["BLOCK"]),)
+        contrastive_merge[grid](parts, state, len(parts), size, FIRST=first, LOG=log, **config.options)
+
+
+def backward_rows(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    kind: str,
+    offset: int,
+    r: Tensor,
+    c: list[Tensor] | None,
+    row_weight: Tensor,
+    column_weight: Tensor | None,
+    need_image: bool,
+    need_text: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """Gradients by image [n,D]; by text over these rows with its norms held fixed [N,D], float32; by scale and by bias."""
+    n, width = image.shape
+    if n == 0:
+        zero = torch.zeros((), dtype=torch.float64, device=image.device)
+        by_text = torch.zeros(text.shape, dtype=torch.float32, device=text.device) if need_text else None
+        return torch.zeros_like(image) if need_image else None, by_text, zero, zero.clone()
+    units = _as_units(image, text)
+    problem = _Backward(
+        x=_features(image, units, True), y=_features(text, units, True), scale=scale,
+        bias=torch.zeros_like(scale) if bias is None else bias, sigmoid=kind == "sigmoid", offset=offset,
+        r=r, c=c, weights=_Weights.of(row_weight, column_weight), need_image=need_image, need_text=need_text,
+    )  # fmt: skip
+    name = schedule(n, width, TYPES[problem.dtype])
+    by_x, x_error, by_y, y_error, sums = problem.by_sides() if name == "sides" else problem.by_chunks(name == "library")
+    # In the order that follows from the shape.
+    sums = sums.sum(1) * problem.weights.unit
+    by_scale = sums[0] + problem.center * sums[1] if problem.total else sums[0]
+    factor = (scale * problem.weights.unit / problem.gain).reshape(1)
+    grad_image = _project(by_x, image, problem.x, x_error, problem.y.mean, factor, True, image.dtype) if need_image else None
+    grad_text = _project(by_y, text, problem.y, y_error, problem.x.mean, factor, False, torch.float32) if need_text else None
+    return grad_image, grad_text, by_scale, sums[1] if problem.sigmoid else torch.zeros_like(by_scale)
+
+
+def project(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient by x with its norms held fixed [N,D], float32 -> the gradient by x."""
+    return _project(grad.contiguous(), x, None, None, None, None, True, x.dtype)
+
+
+def _project(grad, original, features, error, mean, factor, through_norm, dtype):
+    rows, width = original.shape
+    original = original if original.stride(1) == 1 or width <= 1 else original.contiguous()
+    # A rank's part of a larger sum would keep all of it alive.
+    in_place = dtype == grad.dtype and grad.untyped_storage().nbytes() == grad.nbytes
+    out = grad if in_place else torch.empty_like(grad, dtype=dtype)
+    config = configs.pick("contrastive_project", TYPES[original.dtype])
+    if out.numel():
+        contrastive_project[(cdiv(rows, config.blocks["BLOCK_R"]),)](
+            grad, original, error, mean, factor, None if features is None else features.post, out, original.stride(0),
+            rows, width, COMPLETE=features is not None, ROUNDED=error is not None, PROJECT=through_norm, **config.options,
+        )  # fmt: skip
+    return out
+
+
+@dataclass
+class _Weights:
+    """The loss's weights of rows (one) and columns, as multiples of `unit`."""
+
+    unit: Tensor
+    row: Tensor
+    column: Tensor
+
+    @staticmethod
+    def of(row: Tensor, column: Tensor | None) -> _Weights:
+        column = row.reshape(1) if column is None else column
+        unit = torch.maximum(row.abs(), column.abs().amax())
+        unit = torch.where(unit > 0, unit, torch.ones_like(unit))
+        return _Weights(unit, row.reshape(1) / unit, (column / unit).contiguous())
+
+
+def _with_factor(largest: Tensor, log_sum: Tensor, weight: Tensor) -> list[Tensor]:
+    return [largest.contiguous(), torch.exp(-log_sum) * (0.5 * weight)]
+
+
+@dataclass
+class _Backward:
+    x: Features
+    y: Features
+    scale: Tensor
+    bias: Tensor
+    sigmoid: bool
+    offset: int
+    r: Tensor
+    c: list[Tensor] | None
+    weights: _Weights
+    need_image: bool
+    need_text: bool
+
+    def __post_init__(self):
+        self.rounds = self.dtype != torch.float32
+        self.gain = GAIN if self.dtype == torch.float16 else 1.0
+        # The softmax's gradients cancel, over all rows to 0. What rounding leaves of their sum would weigh a cosine, mostly of a row's best
+        # column: the mean of those is taken off first.
+        self.total = self.sigmoid or len(self.x.values) < len(self.y.values)
+        self.center = torch.zeros_like(self.scale)
+        if not self.sigmoid:
+            self.center = torch.where(self.scale == 0, self.center, self.r[0].mean() / self.scale)
+        unused = self.scale.reshape(1)
+        self.r = [unused, unused] if self.sigmoid else _with_factor(*self.r, self.weights.row)
+        self.c = [unused, unused] if self.sigmoid else _with_factor(*self.c, self.weights.column)
+
+    @property
+    def dtype(self):
+        return self.x.values.dtype
+
+    def by_sides(self):
+        """(grad of x's rows, their error, of y's rows, their error, sums): one kernel per side."""
+        by_x, x_error, sums = self._side(False, self.need_image)
+        by_y, y_error, _ = self._side(True, True) if self.need_text else (None, None, None)
+        return by_x, x_error, by_y, y_error, sums
+
+    def _side(self, swapped, store):
+        x, y, r, c = (self.y, self.x, self.c, self.r) if swapped else (self.x, self.y, self.r, self.c)
+        (n, width), N = x.values.shape, len(y.values)
+        config = configs.pick("contrastive_side", TYPES[self.dtype])
+        programs = cdiv(n, config.blocks["BLOCK_M"])
+        grad = self.scale.new_empty((n, width)) if store else self.scale
+        error = self.scale.new_empty(n) if store and self.rounds else None
+        sums = self.scale.new_empty((2 if self.total else 1, 0 if swapped else programs), dtype=torch.float64)
+        contrastive_side[(programs,)](
+            x.values, y.values, x.inverse, y.inverse, y.norm, self.scale, self.bias, *r, *c, self.weights.row, self.center,
+            grad, self.scale if error is None else error, sums, x.values.stride(0), y.values.stride(0), n, N, width,
+            -self.offset if swapped else self.offset, GAIN=self.gain, SIGMOID=self.sigmoid, TOTAL=self.total, SWAPPED=swapped,
+            SCALARS=not swapped, STORE=store, BLOCK_D=max(16, triton.next_power_of_2(width)), **config.options,
+        )  # fmt: skip
+        return grad if store else None, error, sums
+
+    def by_chunks(self, library):
+        """The same: gradients of a chunk of rows, which two library products take."""
+        (n, width), N = self.x.values.shape, len(self.y.values)
+        config = configs.pick("contrastive_gradients", TYPES[self.dtype], "library" if library else "any")
+        block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
+        size = min(cdiv(_chunk_rows(N), block_m) * block_m, n)
+        tiles = cdiv(N, block_n)
+        new = self.scale.new_empty
+        store = self.need_image or self.need_text
+        products = room_for_rows(self.scale, size, N, torch.float32) if library else self.scale.reshape(1, 1)
+        room = products if library and not self.rounds else room_for_rows(self.scale, size if store else 0, N, self.dtype)
+        by_x = new((n, width)) if self.need_image else None
+        by_y = new((N, width)) if self.need_text else None
+        row_error = new(n) if self.rounds else None
+        column_error = self.scale.new_zeros(N) if self.rounds else None
+        sums = self.scale.new_zeros((2 if self.total else 1, 1), dtype=torch.float64)
+        for start in range(0, n, size):
+            chunk = slice(start, min(start + size, n))
+            rows = chunk.stop - start
+            strips = cdiv(rows, block_m)
+            if library:
+                add_product(products[:rows], self.x.values[chunk], self.y.values.T, first=True)
+            part_sums = sums.new_empty((len(sums), strips * tiles))
+            row_part, column_part = (new((tiles, rows)), new((strips, N))) if self.rounds else (self.scale, self.scale)
+            r = self.r if self.sigmoid else [x[chunk] for x in self.r]
+            contrastive_gradients[(strips, tiles)](
+                self.x.values[chunk], self.y.values, products, self.x.inverse[chunk], self.y.inverse, self.x.norm[chunk], self.y.norm,
+                self.scale, self.bias, *r, *self.c, self.weights.row, self.center,
+                room, row_part, column_part, part_sums,
+                self.x.values.stride(0), self.y.values.stride(0), products.stride(0), room.stride(0), rows, N, width, self.offset + start,
+                GAIN=self.gain, SIGMOID=self.sigmoid, TOTAL=self.total, LIBRARY=library, STORE=store, **config.options,
+            )  # fmt: skip
+            sums += part_sums.sum(1, keepdim=True)
+            if self.rounds and store:
+                row_error[chunk] = row_part.sum(0)
+                column_error += column_part.sum(0)
+            if self.need_image:
+                add_product(by_x[chunk], room[:rows], self.y.values, first=True)
+            if self.need_text:
+                add_product(by_y, room[:rows].T, self.x.values[chunk], first=start == 0)
+        return by_x, row_error, by_y, column_error, sums
+
+
+def _chunk_rows(columns: int) -> int:
+    return max(1, CHUNK_PAIRS // max(columns, 1))

@@ -1,0 +1,96 @@
+"""Pieces of the tiled matrix product: the order of tiles, the loop over the depth, and the choice between it and the library's product.
+
+A kernel of linear.py or mlp.py is these plus its own epilogue.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import config as configs
+from .common import TYPES, cdiv, dot, rounded
+from .rows import Rows
+
+
+@triton.jit
+def tile_position(tiles_m, tiles_n, GROUP: tl.constexpr):
+    """(m, n) of this program's tile: GROUP tiles high columns of tiles follow one another, so that what runs at once shares operands in L2."""
+    tile = tl.program_id(0)
+    group = tile // (GROUP * tiles_n)
+    height = tl.minimum(tiles_m - group * GROUP, GROUP)
+    within = tile % (GROUP * tiles_n)
+    return group * GROUP + within % height, within // height
+
+
+@triton.jit
+def multiply(
+    a, a_at, b, b_stride, column, columns, depth,
+    TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Tile of a b, float32: rows of a begin at a_at [BLOCK_M]; b is [depth, columns], or with TRANSPOSED given as [columns, depth].
+
+    b is rounded to a's dtype on the way, so that float32 parameters need no copy. Rows of a, and of a transposed b, have to exist: the caller
+    repeats the last one in their place, which costs no mask.
+    """
+    k = tl.arange(0, BLOCK_K)
+    a_tile = a + a_at[:, None] + k[None, :]
+    if TRANSPOSED:
+        b_tile = b + (column.to(tl.int64) * b_stride)[None, :] + k[:, None]
+    else:
+        b_tile = b + (k.to(tl.int64) * b_stride)[:, None] + column[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, depth, BLOCK_K):
+        left = depth - start
+        x = tl.load(a_tile, mask=(k < left)[None, :], other=0)
+        if TRANSPOSED:
+            w = tl.load(b_tile, mask=(k < left)[:, None], other=0)
+            b_tile += BLOCK_K
+        else:
+            w = tl.load(b_tile, mask=(k < left)[:, None] & (column < columns)[None, :], other=0)
+            b_tile += tl.full((), BLOCK_K, tl.int64) * b_stride
+        a_tile += BLOCK_K
+        if w.dtype != x.dtype:
+            w = rounded(w, x.dtype)
+        total = dot(x, w, total)
+    return total
+
+
+@triton.jit
+def halves(total):
+    """Left and right half of a tile's columns: an epilogue that works on one after the other needs half the registers."""
+    parts = tl.reshape(total, (total.shape[0], 2, total.shape[1] // 2))
+    return tl.split(tl.permute(parts, (0, 2, 1)))
+
+
+def size_class(rows: int, columns: int) -> str:
+    """Of configs: "small" where tiles of 128 x 128 would leave most of a chip idle."""
+    return "small" if cdiv(rows, 128) * cdiv(columns, 128) < 128 else "large"
+
+
+def configure(kernel: str, dtype: torch.dtype, rows: int, columns: int) -> tuple[configs.Config, tuple[int]]:
+    """The kernel's row of the table for a result [rows, columns], and its grid."""
+    config = configs.pick(kernel, TYPES[dtype], size_class(rows, columns))
+    return config, (cdiv(rows, config.blocks["BLOCK_M"]) * cdiv(columns, config.blocks["BLOCK_N"]),)
+
+
+FEW_ROWS = 1024
+"""Up to so many rows, reading float32 parameters as they are costs less than rounding them in a pass of its own."""
+
+
+def library_is_better(x: Rows, weight: Tensor) -> bool:
+    """Whether a product without a fused epilogue goes to the library (cuBLAS, hipBLASLt), which is simply best at it.
+
+    Ours takes what it could only take after a copy: rows with two strides, and float32 parameters beside a few 16-bit rows. With many rows
+    rounding the parameters once is cheaper than converting their tiles in every program.
+    """
+    return x.has_one_stride and (weight.dtype == x.tensor.dtype or x.count > FEW_ROWS)
+
+
+def operand(weight: Tensor, x: Rows) -> Tensor:
+    """The weight as our kernels read it beside x: rows with one stride, and rounded to x's dtype first where that is cheaper."""
+    if weight.dtype != x.tensor.dtype and x.count > FEW_ROWS:
+        return weight.to(x.tensor.dtype, memory_format=torch.contiguous_format)
+    return weight if weight.stride(-1) == 1 else weight.contiguous()

@@ -1,0 +1,76 @@
+"""A tensor's leading axes as rows, whatever their strides: row r lies at (r // inner) * outer_stride + (r % inner) * inner_stride."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """[..., K] seen as [R, K] without a copy; K contiguous."""
+
+    tensor: Tensor
+    count: int
+    width: int
+    inner: int
+    outer_stride: int
+    inner_stride: int
+
+    @property
+    def arguments(self) -> tuple[Tensor, int, int, int]:
+        """What a kernel takes: pointer, inner, outer_stride, inner_stride."""
+        return self.tensor, self.inner, self.outer_stride, self.inner_stride
+
+    @property
+    def has_one_stride(self) -> bool:
+        return self.inner == 1
+
+    @property
+    def matrix(self) -> Tensor:
+        """[R, K]: a view where one stride leads from row to row, else a copy."""
+        if not self.has_one_stride:
+            return self.tensor.reshape(self.count, self.width)
+        return self.tensor.as_strided((self.count, self.width), (self.outer_stride, 1))
+
+
+def rows(x: Tensor) -> Rows:
+    """x [..., K] as rows. Copies only a last axis that is not contiguous, and leading axes that no two strides describe."""
+    if x.numel() and x.shape[-1] > 1 and x.stride(-1) != 1:
+        x = x.contiguous()
+    axes = _merged([(size, step) for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1])
+    if len(axes) > 2:
+        x = x.contiguous()
+        axes = [(x.shape[:-1].numel(), x.shape[-1])]
+    count, width = x.shape[:-1].numel(), x.shape[-1]
+    if len(axes) < 2:
+        # A lone row has no stride; its width keeps the alignment that the kernel is compiled for.
+        return Rows(x, count, width, 1, axes[0][1] if axes else width, 0)
+    (_, outer_stride), (inner, inner_stride) = axes
+    return Rows(x, count, width, inner, outer_stride, inner_stride)
+
+
+def _merged(axes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(size, stride) of neighbours that walk memory as one axis joined."""
+    joined: list[tuple[int, int]] = []
+    for size, step in axes:
+        if joined and joined[-1][1] == size * step:
+            joined[-1] = (joined[-1][0] * size, step)
+        else:
+            joined.append((size, step))
+    return joined
+
+
+@triton.jit
+def row_offsets(row, inner, outer_stride, inner_stride):
+    """Where rows begin, int64; `inner` is 1 where one stride does, and the division is compiled away."""
+    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+
+
+def empty(like: Tensor, shape, needed: bool = True, dtype: torch.dtype | None = None) -> Tensor:
+    """Room for a contiguous result, or an empty tensor where it is not asked for."""
+    return like.new_empty(shape if needed else 0, dtype=dtype or like.dtype)

@@ -13,7 +13,7 @@ CSRC := csrc/build.py $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 demo: .venv/demo
 	$(BIN)/ov3fast data demo
 	$(BIN)/ov3fast train --recipe demo --run-dir $(RUN) --resume
-	$(BIN)/ov3fast evaluate $(RUN)
+	$(BIN)/ov3fast evaluate $(RUN) --data demo
 
 # The suite, which compiles the GPU kernels and runs compiled ones on the CPU; then the operators' tests on the Triton kernels, in Triton's
 # interpreter, but for those of the registration, which all backends share. `pytest tools/ptxrun` tries what runs the compiled kernels.

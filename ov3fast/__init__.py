@@ -13,10 +13,11 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "OpenVision3": "ov3fast.models.openvision3",
     "load_vision_encoder": "ov3fast.models.vision_tower",
+    "preprocess": "ov3fast.data.preprocess",
 }
 _MODULES = ("ops", "models", "losses", "data", "recipes", "training", "evaluation", "inference", "testing")
 
-__all__ = ["OpenVision3", "__version__", "load_vision_encoder", "ops"]
+__all__ = ["OpenVision3", "__version__", "load_vision_encoder", "ops", "preprocess"]
 
 
 def __getattr__(name: str) -> Any:

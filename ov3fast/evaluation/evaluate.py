@@ -28,6 +28,8 @@ from ov3fast.evaluation.metrics import standard_metrics
 from ov3fast.evaluation.pictures import Pictures, embed_images, embed_texts, read_pictures, spread
 from ov3fast.evaluation.reconstruction import Reconstruction, reconstruct, to_model_range
 from ov3fast.evaluation.retrieval import retrieval, similarity, zero_shot
+from ov3fast.models.config import VAE_STRIDE
+from ov3fast.terminal import is_terminal
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,16 @@ def evaluate(
     name, caption or txt. limit: pictures read per set. The probe runs where there is a folder of Fashion-MNIST.
     FileNotFoundError or DataError where there is nothing to evaluate on; ValueError for a wrong size.
     """
-    from rich.console import Console
-
-    # Where the output is no terminal, rich leaves blank lines for its bars.
-    progress = progress and Console().is_terminal
+    progress = progress and is_terminal()
     sources = sources_of(data, fashion_mnist)
-    size = image_size or model.config.vision.image_size
+    size = model.config.vision.image_size if image_size is None else image_size
+    stride = VAE_STRIDE * model.config.vision.patch_size
+    if size < stride or size % stride:
+        raise ValueError(
+            f"evaluate: image_size must be a positive multiple of {stride} pixels, got {size}; the VAE and the patches take multiples of {stride}"
+        )
+    if sources.fashion_mnist is not None:
+        linear.check_folder(sources.fashion_mnist)
     training = model.training
     model.eval()
     run = _Run(model, lpips, size, batch_size, progress, by_style=sources.name == "demo")
@@ -207,9 +213,7 @@ class _Run:
         self.captioned = pictures
         self.tables["captions"] = [
             {"key": key, "set": name, "caption": text, "reference": reference}
-            for key, name, text, reference in zip(
-                pictures.keys, of_set, texts, pictures.texts(caption_key or "caption"), strict=True
-            )
+            for key, name, text, reference in zip(pictures.keys, of_set, texts, pictures.own_captions(caption_key), strict=True)
         ]
 
     def probe(self, folder: Path, train: int, test: int) -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ov3fast import terminal
+
 DEMO_TARGETS = {
     "style/image_to_text/R@1": 0.45,
     "style/image_to_text/R@10": 0.80,
@@ -98,11 +100,10 @@ def figure_text(value: float | None, unit: str) -> str:
 
 def print_tables(tables: dict[str, Any], console: Any = None) -> None:
     """The headline and the captions as rich tables."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = console or Console()
+    console = console or terminal.console()
     console.print(
         f"\n[bold]Held-out data: {escape(tables['data']['name'])}, {tables['data']['image_size']} px[/bold]", highlight=False
     )

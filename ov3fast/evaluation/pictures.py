@@ -15,7 +15,8 @@ from ov3fast.data.skips import DataError, SampleError, SkipCounter
 from ov3fast.data.transforms import center_boxes, crop_resize, premultiplied, to_tensor
 from ov3fast.evaluation.reconstruction import to_model_range
 
-TEXT_KEYS = ("name", "caption", "txt")
+NAME_KEYS = ("name", "caption", "txt")
+CAPTION_KEYS = ("caption", "txt", "name")
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,17 @@ class Pictures:
         return len(self.keys)
 
     def texts(self, key: str | None = None) -> list[str]:
-        """One caption per picture, "" where there is none: that under `key`, else the first of name, caption, txt, any."""
+        """The text of each picture for retrieval, "" where there is none: that under `key`, else the first of name, caption, txt, any."""
+        return self._first(key, NAME_KEYS)
+
+    def own_captions(self, key: str | None = None) -> list[str]:
+        """The caption of each picture, to stand beside a generated one: that under `key`, else the first of caption, txt, name, any."""
+        return self._first(key, CAPTION_KEYS)
+
+    def _first(self, key: str | None, keys: Sequence[str]) -> list[str]:
         if key is not None:
             return [captions.get(key, "") for captions in self.captions]
-        return [next((c[k] for k in (*TEXT_KEYS, *c) if c.get(k)), "") for c in self.captions]
+        return [next((c[k] for k in (*keys, *c) if c.get(k)), "") for c in self.captions]
 
     def column(self, name: str, default: str = "") -> list[str]:
         """One metadata field per picture."""

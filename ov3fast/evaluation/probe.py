@@ -53,10 +53,7 @@ def read_idx(path: str | Path) -> np.ndarray:
 
 def fashion_mnist(folder: str | Path, train: int = 3000, test: int = 1000) -> tuple[Labelled, Labelled]:
     """The first `train` and `test` pictures, stratified by class, of the four idx files in `folder`."""
-    folder = Path(folder)
-    for file in FASHION_MNIST_FILES.values():
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"fashion_mnist: {folder} has no {file}; `ov3fast data demo` fetches the set")
+    folder = check_folder(folder)
     parts = {name: torch.from_numpy(read_idx(folder / file).copy()) for name, file in FASHION_MNIST_FILES.items()}
     sets = []
     for part, count in (("train", train), ("test", test)):
@@ -64,6 +61,15 @@ def fashion_mnist(folder: str | Path, train: int = 3000, test: int = 1000) -> tu
         index = stratified(labels, count)
         sets.append(Labelled(images[index], labels[index]))
     return sets[0], sets[1]
+
+
+def check_folder(folder: str | Path) -> Path:
+    """The folder, if all four files of Fashion-MNIST are there; FileNotFoundError names a missing one."""
+    folder = Path(folder).expanduser()
+    for file in FASHION_MNIST_FILES.values():
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"fashion_mnist: {folder} has no {file}; `ov3fast data demo` fetches the set")
+    return folder
 
 
 def stratified(labels: Tensor, count: int) -> Tensor:

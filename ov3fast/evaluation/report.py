@@ -9,7 +9,6 @@ random ids.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -25,6 +24,7 @@ from ov3fast.evaluation.palette import ERROR_RANGE, error_map, png_data
 from ov3fast.evaluation.pictures import Pictures, spread
 from ov3fast.evaluation.reconstruction import Reconstruction
 from ov3fast.evaluation.retrieval import nearest, ranks
+from ov3fast.io import atomic_write
 
 LOG_FILE, SUMMARY_FILE = "log.jsonl", "summary.json"
 RECONSTRUCTIONS = 8
@@ -45,17 +45,12 @@ def write_report(
     run_dir: a training run, whose log.jsonl gives the curves and summary.json where the time went. config: what to show as the configuration, such as
     the recipe's or the model's to_dict().
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     rows = [] if run_dir is None else read_log(Path(run_dir) / LOG_FILE)
     summary = None if run_dir is None else _read_summary(Path(run_dir) / SUMMARY_FILE)
     html = report_html(result, rows, config, title, subtitle, summary)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    try:
+    with atomic_write(path) as temporary:
         temporary.write_text(html, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

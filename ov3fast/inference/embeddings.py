@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ov3fast.io import atomic_write, check_writable
 
 SUFFIXES = (".safetensors", ".npz", ".npy")
 
@@ -19,7 +20,7 @@ class Embeddings:
     """pooled float32 [N, E] and tokens float32 [N, n, D] (None if they were not kept) of the images `names` [N].
 
     skipped: name -> reason of the images that could not be read. about: how they were made: "latents" (the convention), "image_size",
-    "preprocess".
+    "preprocess". Names of files that are not UTF-8 hold surrogate escapes, as Python's own file names do (os.fsencode gives the bytes).
     """
 
     pooled: Tensor
@@ -29,44 +30,53 @@ class Embeddings:
     about: dict[str, str]
 
 
-def write_embeddings(path: str | Path, embeddings: Embeddings) -> Path:
-    """Writes the file whole or not at all, in the format of its suffix; folders are made. Returns the path.
+def check_output(path: str | Path) -> Path:
+    """`path` with ~ expanded, where write_embeddings could write it: to be asked before the work.
 
-    ValueError for another suffix.
+    ValueError for another suffix, FileExistsError where a .npy would need a .json that is there and not its own, OSError where
+    nothing can be written.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.suffix not in SUFFIXES:
         raise ValueError(f"write_embeddings: {path} must end in {', '.join(SUFFIXES)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    words = {
-        "names": json.dumps(embeddings.names, ensure_ascii=False),
-        "skipped": json.dumps(embeddings.skipped, ensure_ascii=False),
-        **embeddings.about,
-    }
+    check_writable(path)
+    if path.suffix == ".npy":
+        beside = check_writable(path.with_suffix(".json"))
+        if beside.exists() and not _is_ours(beside):
+            raise FileExistsError(
+                f"write_embeddings: {path} writes its names to {beside}, which holds something else; give another name"
+            )
+    return path
+
+
+def write_embeddings(path: str | Path, embeddings: Embeddings) -> Path:
+    """Writes the file whole or not at all, in the format of its suffix; folders are made. Returns the path, with ~ expanded.
+
+    All three formats hold the same JSON words, in ASCII: names, skipped and what `about` says. Errors as in `check_output`.
+    """
+    path = check_output(path)
+    words = {"names": json.dumps(embeddings.names), "skipped": json.dumps(embeddings.skipped), **embeddings.about}
     tensors = {"pooled": embeddings.pooled}
     if embeddings.tokens is not None and path.suffix != ".npy":
         tensors["tokens"] = embeddings.tokens
     if path.suffix == ".npy":
-        _replace(path.with_suffix(".json"), json.dumps(words, ensure_ascii=False, indent=1).encode())
-    temporary = path.with_name(f".{path.stem}.writing-{os.getpid()}{path.suffix}")
-    try:
+        with atomic_write(path) as temporary, atomic_write(path.with_suffix(".json")) as beside:
+            np.save(temporary, embeddings.pooled.numpy())
+            beside.write_text(json.dumps(words, indent=1), encoding="ascii")
+        return path
+    with atomic_write(path) as temporary:
         if path.suffix == ".safetensors":
             from safetensors.torch import save_file
 
             save_file({name: value.contiguous() for name, value in tensors.items()}, str(temporary), words)
-        elif path.suffix == ".npz":
-            np.savez(temporary, about=np.array(json.dumps(words)), **{name: value.numpy() for name, value in tensors.items()})
         else:
-            np.save(temporary, tensors["pooled"].numpy())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            np.savez(temporary, about=np.array(json.dumps(words)), **{name: value.numpy() for name, value in tensors.items()})
     return path
 
 
 def read_embeddings(path: str | Path) -> Embeddings:
     """What write_embeddings wrote. FileNotFoundError or ValueError names the file."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.suffix not in SUFFIXES:
         raise ValueError(f"read_embeddings: {path} must end in {', '.join(SUFFIXES)}")
     for needed in [path, path.with_suffix(".json")] if path.suffix == ".npy" else [path]:
@@ -92,10 +102,9 @@ def read_embeddings(path: str | Path) -> Embeddings:
     return Embeddings(arrays["pooled"], arrays.get("tokens"), json.loads(words["names"]), json.loads(words["skipped"]), about)
 
 
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
+def _is_ours(path: Path) -> bool:
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        words = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(words, dict) and {"names", "skipped", "latents"} <= set(words)

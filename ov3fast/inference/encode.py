@@ -1,29 +1,60 @@
-"""Image files -> pooled features and tokens."""
+"""Images -> pooled features and tokens."""
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ov3fast.data.images import ImageError
 from ov3fast.data.limits import MAX_IMAGE_PIXELS
+from ov3fast.data.preprocess import preprocess, read_image, square
 from ov3fast.data.skips import DataError, Skip, SkipCounter
-from ov3fast.inference.embeddings import Embeddings
-from ov3fast.inference.images import find_images, read_image, square
+from ov3fast.inference.embeddings import Embeddings, check_output, write_embeddings
+from ov3fast.inference.images import find_images
 from ov3fast.inference.load import VisionTower
 from ov3fast.models.config import VAE_STRIDE
 from ov3fast.models.openvision3 import OpenVision3
+from ov3fast.terminal import is_terminal
+
+if TYPE_CHECKING:
+    from ov3fast.data.preprocess import ImageLike
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Options:
+    """How images are prepared and encoded; see `encode`."""
+
+    image_size: int | None = None
+    batch_size: int = 32
+    workers: int = 2
+    interpolation: str = "bicubic"
+    tokens: bool = True
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    progress: bool = False
+
+
+class Written(NamedTuple):
+    """What encode_to_file wrote: the file, the names of the images in it, and name -> reason of those that could not be read."""
+
+    path: Path
+    names: list[str]
+    skipped: dict[str, str]
+
+
 def encode(
     model: OpenVision3 | VisionTower,
-    images: str | Path | Sequence[str | Path],
+    images: ImageLike | Sequence[ImageLike],
     *,
     image_size: int | None = None,
     batch_size: int = 32,
@@ -33,83 +64,213 @@ def encode(
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     progress: bool = False,
 ) -> Embeddings:
-    """Encodes image files and folders, batch by batch, while `workers` threads decode ahead.
+    """Encodes images, batch by batch, while `workers` threads decode ahead.
 
-    model: from load_model, in eval mode. image_size: pixels, default the model's; pictures are resized to it and centre-cropped. tokens:
-    False keeps the pooled features alone, which for a large folder is what fits into memory. Images that can't be read are warned of,
-    and named in `skipped`. FileNotFoundError or ValueError for wrong paths or a wrong size, DataError if no image is left.
+    model: from load_model, in eval mode. images: files and folders, and what `ov3fast.preprocess` takes otherwise (Pillow images,
+    arrays, tensors), which are named by their place in the list. image_size: pixels, default the model's; images are resized to it
+    and centre-cropped. tokens: False keeps the pooled features alone. Images that can't be read are warned of, and named in
+    `skipped`. FileNotFoundError or ValueError for wrong paths or a wrong size, DataError if no image is left.
     """
+    options = Options(image_size, batch_size, workers, interpolation, tokens, max_image_pixels, progress)
+    job = _Job(model, images, options, _Memory(), _Memory() if tokens else None)
+    job.run()
+    return job.embeddings()
+
+
+def encode_to_file(
+    model: OpenVision3 | VisionTower, images: ImageLike | Sequence[ImageLike], out: str | Path, **options: Any
+) -> Written:
+    """Encodes images into an embeddings file, in memory that does not grow with their number; options as for `encode`.
+
+    out: .safetensors, .npz or .npy, checked before the work. A job that ends early (Ctrl-C, an error) leaves the images that were done
+    in `<name>.partial<suffix>` beside it, says so in a warning, and leaves `out` as it was.
+    """
+    out = check_output(out)
+    options = Options(**{"tokens": out.suffix != ".npy", **options})
+    job = _Job(model, images, options, None, None)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.stem}.writing-", dir=out.parent) as folder:
+        with contextlib.ExitStack() as files:
+            job.pooled = files.enter_context(_MappedFile(Path(folder, "pooled")))
+            if options.tokens:
+                job.tokens = files.enter_context(_MappedFile(Path(folder, "tokens")))
+            try:
+                job.run()
+                write_embeddings(out, job.embeddings())
+            except BaseException:  # Ctrl-C too: hours of work are not thrown away
+                _keep_partial(job, out)
+                raise
+    return Written(out, job.names, job.skipped)
+
+
+def _keep_partial(job: _Job, out: Path) -> None:
+    if not job.names:
+        return
+    partial = out.with_name(f"{out.stem}.partial{out.suffix}")
+    with contextlib.suppress(OSError):  # the disk may be what ended the job
+        write_embeddings(partial, job.embeddings())
+        warnings.warn(f"stopped after {len(job.names)} of {len(job.sources)} images; they are in {partial}", stacklevel=3)
+
+
+class _Rows(Protocol):
+    def append(self, rows: Tensor) -> None: ...
+    def tensor(self, count: int) -> Tensor: ...
+
+
+class _Memory:
+    """Rows [n, ...] kept in memory."""
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+
+    def append(self, rows: Tensor) -> None:
+        self.parts.append(rows)
+
+    def tensor(self, count: int) -> Tensor:
+        return torch.cat(self.parts)[:count]
+
+
+class _MappedFile:
+    """Float32 rows [n, ...] written to a file, and seen as one tensor that the system pages in as it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.shape = path, ()
+
+    def __enter__(self) -> _MappedFile:
+        self.file = open(self.path, "wb")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def append(self, rows: Tensor) -> None:
+        self.shape = tuple(rows.shape[1:])
+        self.file.write(np.ascontiguousarray(rows.numpy()).data)
+
+    def tensor(self, count: int) -> Tensor:
+        self.file.flush()
+        return torch.from_numpy(np.memmap(self.path, np.float32, "r+", shape=(count, *self.shape)))
+
+
+@dataclass
+class _Job:
+    """One run over images: what was encoded so far is in `names`, `pooled` and `tokens`."""
+
+    model: OpenVision3 | VisionTower
+    images: Any
+    options: Options
+    pooled: _Rows
+    tokens: _Rows | None
+    names: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.size = image_side(self.model, self.options, "encode")
+        self.sources = find_sources(self.images)
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        skips = SkipCounter(len(self.sources), budget=1.0)
+        names: list[str] = []
+        batch: list[Tensor] = []
+        for number, (name, found) in enumerate(decoded(self.sources, self.size, self.options)):
+            if isinstance(found, ImageError):
+                self.skipped[name] = found.reason
+                skips.add(Skip(number, name, found.reason, str(found)))
+                continue
+            names.append(name)
+            batch.append(found)
+            if len(batch) == self.options.batch_size:
+                self._encode(names, batch)
+                names, batch = [], []
+        if batch:
+            self._encode(names, batch)
+        if not self.names:
+            raise DataError(f"encode: none of the {len(self.sources)} images could be read ({skips})")
+
+    def embeddings(self) -> Embeddings:
+        about = {
+            "latents": self.model.encoder.latents,
+            "image_size": str(self.size),
+            "preprocess": f"white background, shorter side resized ({self.options.interpolation}, antialias), centre crop, [-1, 1]",
+        }
+        count = len(self.names)
+        tokens = None if self.tokens is None else self.tokens.tensor(count)
+        return Embeddings(self.pooled.tensor(count), tokens, self.names, self.skipped, about)
+
+    def _encode(self, names: list[str], batch: list[Tensor]) -> None:
+        latents = self.model.latents(torch.stack(batch).to(self.model.device))
+        pooled, tokens = self.model.encode(latents.to(self.model.encoder.cls_token.dtype))
+        self.pooled.append(pooled.float().cpu())
+        if self.tokens is not None:
+            self.tokens.append(tokens.float().cpu())
+        self.names += names
+
+
+def image_side(model: OpenVision3 | VisionTower, options: Options, what: str) -> int:
+    """The side in pixels that images are brought to. ValueError for options that can't be."""
     vision = model.encoder.config
-    size, stride = image_size or vision.image_size, VAE_STRIDE * vision.patch_size
-    for name, value in (("batch_size", batch_size), ("workers", workers), ("image_size", size)):
+    size, stride = options.image_size, VAE_STRIDE * vision.patch_size
+    size = vision.image_size if size is None else size
+    for name, value in (("batch_size", options.batch_size), ("workers", options.workers), ("image_size", size)):
         if value < 1:
-            raise ValueError(f"encode: {name} must be at least 1, got {value}")
+            raise ValueError(f"{what}: {name} must be at least 1, got {value}")
     if size % stride:
-        raise ValueError(f"encode: image_size must be a multiple of {stride} pixels, got {size}")
-    files = find_images(images)
-    skips = SkipCounter(len(files), budget=1.0)
-    skipped: dict[str, str] = {}
-    names: list[str] = []
-    pooled: list[Tensor] = []
-    kept: list[Tensor] = []
-    dtype = model.encoder.cls_token.dtype
-
-    def run(batch: list[Tensor]) -> None:
-        latents = model.latents(torch.stack(batch).to(model.device))
-        features, patches = model.encode(latents.to(dtype))
-        pooled.append(features.float().cpu())
-        if tokens:
-            kept.append(patches.float().cpu())
-
-    batch: list[Tensor] = []
-    for number, (name, found) in enumerate(
-        _decoded(files, size, interpolation, max_image_pixels, batch_size, workers, progress)
-    ):
-        if isinstance(found, ImageError):
-            skipped[name] = found.reason
-            skips.add(Skip(number, name, found.reason, str(found)))
-            continue
-        names.append(name)
-        batch.append(found)
-        if len(batch) == batch_size:
-            run(batch)
-            batch = []
-    if batch:
-        run(batch)
-    if not names:
-        raise DataError(f"encode: none of the {len(files)} images could be read ({skips})")
-    about = {
-        "latents": model.encoder.latents,
-        "image_size": str(size),
-        "preprocess": f"white background, shorter side resized ({interpolation}, antialias), centre crop, [-1, 1]",
-    }
-    return Embeddings(torch.cat(pooled), torch.cat(kept) if tokens else None, names, skipped, about)
+        raise ValueError(f"{what}: image_size must be a multiple of {stride} pixels, got {size}")
+    return size
 
 
-def _decoded(
-    files: dict[str, Path], size: int, interpolation: str, max_pixels: int, batch_size: int, workers: int, progress: bool
-) -> Iterator[tuple[str, Tensor | ImageError]]:
-    """(name, picture or what is wrong with it) in order; two batches are in work at a time."""
-    from rich.console import Console
+def decoded(sources: Mapping[str, Any], size: int, options: Options) -> Iterator[tuple[str, Tensor | ImageError]]:
+    """(name, picture float32 [3, size, size] or what is wrong with it) in order; two batches are in work at a time."""
     from rich.progress import track
 
-    # Where the output is no terminal, rich leaves a blank line for its bar.
-    progress = progress and Console().is_terminal
-
-    def read(path: Path) -> Tensor | ImageError:
-        try:
-            return square(read_image(path, max_pixels), size, interpolation)
-        except ImageError as error:
-            return error
-        except OSError as error:
-            return ImageError("unreadable_file", str(error))
-
     waiting: deque[tuple[str, Future]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for name, path in track(files.items(), "encode", len(files), disable=not progress, transient=True):
-            waiting.append((name, pool.submit(read, path)))
-            if len(waiting) > 2 * batch_size:
+    progress = options.progress and is_terminal()
+    pool = ThreadPoolExecutor(options.workers)
+    try:
+        for name, source in track(sources.items(), "encode", len(sources), disable=not progress, transient=True):
+            waiting.append((name, pool.submit(_read, source, size, options)))
+            if len(waiting) > 2 * options.batch_size:
                 first, future = waiting.popleft()
                 yield first, future.result()
         for name, future in waiting:
             yield name, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _read(source: Any, size: int, options: Options) -> Tensor | ImageError:
+    if not isinstance(source, Path):
+        picture = preprocess(source, size, interpolation=options.interpolation)[0]
+        if picture.shape[1:] != (size, size):
+            raise ValueError(f"encode: float images are not resized; got {tuple(picture.shape)} for image_size {size}")
+        return picture
+    try:
+        return square(read_image(source, options.max_image_pixels), size, options.interpolation)
+    except ImageError as error:
+        return error
+    except OSError as error:
+        return ImageError("unreadable_file", str(error))
+    except Exception as error:  # one file never ends the work on the others
+        return ImageError("broken_image", f"{type(error).__name__}: {error}")
+
+
+def find_sources(images: ImageLike | Sequence[ImageLike]) -> dict[str, Any]:
+    """Name -> what preprocess takes: files found in paths and folders, or images in memory named 0, 1, ..."""
+    given = images if isinstance(images, list | tuple) else [images]
+    if all(isinstance(image, str | Path) for image in given):
+        found = find_images(given)
+        if found.left_out:
+            counts = ", ".join(f"{count} {suffix or 'without one'}" for suffix, count in sorted(found.left_out.items()))
+            message = f"left out {found.left_out.total()} files that are no images by their suffix ({counts})"
+            warnings.warn(message, stacklevel=4)
+        return found
+    found: dict[str, Any] = {}
+    for number, image in enumerate(given):
+        if isinstance(image, str | Path):
+            found |= find_images(image)
+        elif isinstance(image, Tensor | np.ndarray) and image.ndim == 4:
+            found |= {f"{number}/{row}" if len(given) > 1 else str(row): one for row, one in enumerate(image)}
+        else:
+            found[str(number)] = image
+    return found

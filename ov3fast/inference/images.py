@@ -1,7 +1,8 @@
-"""Image files: finding them, reading them upright, and bringing them to a size that the model takes."""
+"""Image files: finding them, and keeping their size where the model can take it."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,31 +11,41 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from ov3fast.data.images import decode_image
-from ov3fast.data.limits import MAX_IMAGE_PIXELS
-from ov3fast.data.transforms import center_boxes, crop_resize, premultiplied, to_tensor
+from ov3fast.data.transforms import premultiplied, to_tensor
 
 if TYPE_CHECKING:
     from PIL import Image
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 
 
-def find_images(paths: str | Path | Sequence[str | Path]) -> dict[str, Path]:
-    """Name -> file of the images in files and folders (with the folders within), in the order given, a folder's sorted by name.
+class FoundImages(dict[str, Path]):
+    """Name -> file. left_out: suffix -> count of the files in the given folders that are no image by their suffix."""
 
-    A name is the path below its folder, or the file's own name; the path as found where two would be the same. FileNotFoundError for
-    a missing path or a folder without images, ValueError for a file that is no image by its suffix.
+    def __init__(self) -> None:
+        super().__init__()
+        self.left_out: Counter[str] = Counter()
+
+
+def find_images(paths: str | Path | Sequence[str | Path]) -> FoundImages:
+    """Name -> file of the images in files and folders, in the order given, a folder's sorted by name.
+
+    Folders within a folder belong to it, symlinked ones too; what macOS adds (._*, .DS_Store, __MACOSX) does not. A name is the path
+    below its folder, or the file's own name; the path as found where two would be the same. FileNotFoundError for a missing path or
+    a folder without images, ValueError for a file that is no image by its suffix.
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     if not paths:
         raise ValueError("images: got no path; give image files or folders")
+    images = FoundImages()
     found: list[tuple[str, Path]] = []
-    for path in map(Path, paths):
+    for path in (Path(path).expanduser() for path in paths):
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+            files = _files_in(path)
+            inside = sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
             if not inside:
                 raise FileNotFoundError(f"images: the folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+            images.left_out.update(file.suffix.lower() for file in files if file.suffix.lower() not in IMAGE_SUFFIXES)
             found += [(file.relative_to(path).as_posix(), file) for file in inside]
         elif not path.is_file():
             raise FileNotFoundError(f"images: there is no file or folder {path}")
@@ -43,21 +54,24 @@ def find_images(paths: str | Path | Sequence[str | Path]) -> dict[str, Path]:
         else:
             found.append((path.name, path))
     uses = Counter(name for name, _ in found)
-    return {file.as_posix() if uses[name] > 1 else name: file for name, file in found}
+    images.update({file.as_posix() if uses[name] > 1 else name: file for name, file in found})
+    return images
 
 
-def read_image(path: str | Path, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """A Pillow image, RGB or RGBA, turned upright as its EXIF tag says. FileNotFoundError, or data.images.ImageError (a ValueError)
-    whose `reason` says what is wrong with it."""
-    from PIL import ImageOps
-
-    return ImageOps.exif_transpose(decode_image(Path(path).read_bytes(), max_image_pixels))
-
-
-def square(image: Image.Image, size: int, interpolation: str = "bicubic") -> Tensor:
-    """float32 [3, size, size] in [-1, 1]: on white, the shorter side resized to `size` (antialiased), the centre cropped."""
-    cropped = crop_resize(premultiplied(image), center_boxes([image.size])[0], size, interpolation)
-    return to_tensor(np.array(cropped)[None])[0]
+def _files_in(folder: Path, above: tuple[str, ...] = ()) -> list[Path]:
+    """All files below, through symlinks; one that leads back to a folder above it ends there."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return []
+    files = []
+    for entry in folder.iterdir():
+        if entry.name.startswith("._") or entry.name in (".DS_Store", "__MACOSX"):
+            continue
+        if entry.is_dir():
+            files += _files_in(entry, (*above, real))
+        elif entry.is_file() or not entry.exists():  # a dangling link is named when it is read
+            files.append(entry)
+    return files
 
 
 def cropped(image: Image.Image, multiple: int) -> Tensor:

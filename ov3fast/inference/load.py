@@ -50,9 +50,9 @@ def load_model(
     """
     what = f"load_model({str(path)!r})"
     tower_files = [vision_tower.CONFIG_FILE, *vision_tower.WEIGHT_FILES]
+    device = pretrained.check_device(device, what)
     folder = pretrained.resolve(path, what, ["config.json", WEIGHTS_FILE, FILE, CONFIG_FILE, *tower_files])
-    if folder.is_dir() and (folder / "model" / "config.json").is_file():
-        folder = folder / "model"
+    folder = pretrained.model_folder(folder, what)
     if not folder.is_dir():
         raise FileNotFoundError(f"{what}: it is a file; give the folder of a model, a training run or a hub id (owner/name)")
     if (folder / vision_tower.CONFIG_FILE).is_file():

@@ -1,23 +1,30 @@
-"""Image in, image out: VAE encoder -> ViT encoder -> tokens -> ViT decoder -> VAE decoder, without noise."""
+"""Image in, image out, a folder in, a folder out: VAE encoder -> ViT encoder -> tokens -> ViT decoder -> VAE decoder, without noise."""
 
 from __future__ import annotations
 
 import math
-import os
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ov3fast.inference.images import cropped, read_image, square
+from ov3fast.data.preprocess import read_image, square, to_pillow
+from ov3fast.data.skips import SkipWarning
+from ov3fast.inference.images import cropped, find_images
 from ov3fast.inference.load import VisionTower
+from ov3fast.io import atomic_write, check_writable, check_writable_folder
 from ov3fast.models.config import VAE_STRIDE
 from ov3fast.models.openvision3 import OpenVision3
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from ov3fast.data.preprocess import ImageLike
 
 ERROR_GAIN = 4
 """How much brighter than the error itself the error map is."""
@@ -45,22 +52,17 @@ class Reconstructed:
 
 @torch.inference_mode()
 def reconstruct_image(
-    model: OpenVision3, image: Image.Image, *, size: int | None = None, keep_size: bool = False, interpolation: str = "bicubic"
+    model: OpenVision3, image: ImageLike, *, size: int | None = None, keep_size: bool = False, interpolation: str = "bicubic"
 ) -> Reconstructed:
-    """Reconstructs one Pillow image (RGB or RGBA, laid on white).
+    """Reconstructs one image: a Pillow image, a path, a uint8 array [H, W, 3] or tensor [3, H, W] (laid on white).
 
     size: the shorter side is resized to it and the centre cropped to a square; default the model's image_size. keep_size: no
     resizing, only the centre cropped to sides that are multiples of the VAE's stride times the patch. ValueError for a wrong size.
     """
-    if isinstance(model, VisionTower):
-        raise ValueError("reconstruct: a released vision tower has no decoder; give an OpenVision3")
+    stride = _check(model, size, keep_size)
     vision = model.config.vision
-    stride = VAE_STRIDE * vision.patch_size
-    if keep_size and size is not None:
-        raise ValueError(f"reconstruct: give size or keep_size, not both; got size {size}")
-    if size is not None and (size < stride or size % stride):
-        raise ValueError(f"reconstruct: size must be a positive multiple of {stride} pixels, got {size}")
-    picture = cropped(image, stride) if keep_size else square(image, size or vision.image_size, interpolation)
+    image = to_pillow(image)
+    picture = cropped(image, stride) if keep_size else square(image, vision.image_size if size is None else size, interpolation)
     latents = model.latents(picture[None].to(model.device))
     _, tokens = model.encode(latents.to(model.encoder.cls_token.dtype))
     latents_hat = model.decode(tokens, (latents.shape[2] // vision.patch_size, latents.shape[3] // vision.patch_size))
@@ -83,9 +85,8 @@ def reconstruct_file(
     side_by_side: original, reconstruction and error map in one picture. FileNotFoundError for a missing image, ValueError for an
     unreadable one or an `out` that doesn't end in .png.
     """
-    image, out = Path(image), Path(out)
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"reconstruct: out must end in .png, got {out}")
+    out = check_out(out)
+    image = Path(image).expanduser()
     if not image.is_file():
         raise FileNotFoundError(f"reconstruct: there is no image file {image}")
     try:
@@ -93,14 +94,81 @@ def reconstruct_file(
     except ValueError as error:
         raise ValueError(f"reconstruct: can't read {image}: {error}") from None
     found = reconstruct_image(model, picture, size=size, keep_size=keep_size)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.writing-{os.getpid()}")
-    try:
-        (found.side_by_side() if side_by_side else found.image()).save(temporary, "PNG")
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(out) as file:
+        (found.side_by_side() if side_by_side else found.image()).save(file, "PNG")
     return found
+
+
+class FileResult(NamedTuple):
+    """One image of a folder: its name, the PNG that was written and what is in it; out and found are None for a skipped one."""
+
+    name: str
+    out: Path | None
+    found: Reconstructed | None
+    reason: str = ""
+
+
+def reconstruct_files(
+    model: OpenVision3,
+    images: str | Path,
+    out: str | Path,
+    *,
+    size: int | None = None,
+    keep_size: bool = False,
+    side_by_side: bool = False,
+) -> Iterator[FileResult]:
+    """Reconstructs a folder's images, those in its folders too, into PNG files of the same names in the folder `out`, one by one.
+
+    Each is written as soon as it is made. Images that can't be read are warned of and skipped. Errors as in `find_images` and
+    `reconstruct_file`, before the first image.
+    """
+    _check(model, size, keep_size)
+    out = check_writable_folder(out)
+    files = find_images(images)
+    names = _png_names(files)
+    return _reconstruct_each(
+        model, {name: (file, out / names[name]) for name, file in files.items()}, size, keep_size, side_by_side
+    )
+
+
+def _reconstruct_each(
+    model: OpenVision3, files: dict[str, tuple[Path, Path]], size: int | None, keep_size: bool, side_by_side: bool
+) -> Iterator[FileResult]:
+    for name, (file, target) in files.items():
+        try:
+            found = reconstruct_file(model, file, target, size=size, keep_size=keep_size, side_by_side=side_by_side)
+        except ValueError as error:
+            warnings.warn(f"skipped {name}: {error}", SkipWarning, stacklevel=2)
+            yield FileResult(name, None, None, str(error))
+        else:
+            yield FileResult(name, target, found)
+
+
+def _png_names(names: Iterable[str]) -> dict[str, str]:
+    """a/b.jpg -> a/b.png; a/b.jpg.png where two pictures would share that."""
+    uses = Counter(PurePosixPath(name).with_suffix(".png") for name in names)
+    plain = {name: PurePosixPath(name).with_suffix(".png") for name in names}
+    return {name: str(path) if uses[path] == 1 else f"{name}.png" for name, path in plain.items()}
+
+
+def check_out(out: str | Path) -> Path:
+    """The PNG file to write, with ~ expanded. ValueError for another suffix, OSError where it can't be written."""
+    out = Path(out).expanduser()
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"reconstruct: out must end in .png, got {out}")
+    return check_writable(out)
+
+
+def _check(model: OpenVision3, size: int | None, keep_size: bool) -> int:
+    """The stride that sides must be multiples of."""
+    if isinstance(model, VisionTower):
+        raise ValueError("reconstruct: a released vision tower has no decoder; give an OpenVision3")
+    stride = VAE_STRIDE * model.config.vision.patch_size
+    if keep_size and size is not None:
+        raise ValueError(f"reconstruct: give size or keep_size, not both; got size {size}")
+    if size is not None and (size < stride or size % stride):
+        raise ValueError(f"reconstruct: size must be a positive multiple of {stride} pixels, got {size}")
+    return stride
 
 
 def _to_uint8(picture: Tensor) -> Tensor:

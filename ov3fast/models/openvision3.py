@@ -271,12 +271,14 @@ class OpenVision3(nn.Module):
     def from_pretrained(
         cls, path: str | Path, vae: FrozenVAE | str | Path | None = None, device: torch.device | str | None = None
     ) -> OpenVision3:
-        """A folder or hub id that save_pretrained wrote; in eval mode. vae: a FrozenVAE, its folder or id, or None: config.vae.
+        """A folder or hub id that save_pretrained wrote, or a training run's folder; in eval mode. vae: a FrozenVAE, its folder or id, or
+        None: config.vae.
 
         FileNotFoundError or ValueError names what is missing, unexpected or misshapen.
         """
         what = f"OpenVision3.from_pretrained({str(path)!r})"
-        folder = pretrained.resolve(path, what, ["config.json", WEIGHTS_FILE, FILE, CONFIG_FILE])
+        device = pretrained.check_device(device, what)
+        folder = pretrained.model_folder(pretrained.resolve(path, what, ["config.json", WEIGHTS_FILE, FILE, CONFIG_FILE]), what)
         config = OpenVision3Config.from_dict(pretrained.read_json(folder / "config.json", what))
         tokenizer = load_tokenizer(folder) if (folder / CONFIG_FILE).is_file() else None
         state = pretrained.read_tensors(folder / WEIGHTS_FILE, what)

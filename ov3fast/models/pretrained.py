@@ -37,6 +37,33 @@ def resolve(path: str | Path, what: str, patterns: list[str]) -> Path:
         ) from error
 
 
+def model_folder(folder: Path, what: str) -> Path:
+    """The folder of the model within a training run's folder; any other folder as it is. FileNotFoundError for a run that has no
+    model yet."""
+    if (folder / "config.json").is_file() or not folder.is_dir():
+        return folder
+    if (folder / "model" / "config.json").is_file():
+        return folder / "model"
+    if (folder / "recipe.json").is_file():
+        raise FileNotFoundError(
+            f"{what}: the run has no model yet (no {folder / 'model'}); it is written when training ends or stops"
+        )
+    return folder
+
+
+def check_device(device: torch.device | str | None, what: str) -> torch.device | None:
+    """The device, where it exists here: ValueError says why not, in one line."""
+    if device is None:
+        return None
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{what}: device {str(device)!r} can't be used here: {reason}") from None
+    return device
+
+
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """A JSON object from a file; FileNotFoundError or ValueError names it."""
     if not path.is_file():

@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
+from ov3fast.data.preprocess import square
 from ov3fast.data.skips import DataError, SkipWarning
 from ov3fast.inference import Embeddings, encode, find_images, load_model, read_embeddings, read_image, write_embeddings
-from ov3fast.inference.images import cropped, square
+from ov3fast.inference.images import cropped
 from ov3fast.models import vision_tower
 from ov3fast.models.vae import FrozenVAE
 

@@ -63,6 +63,16 @@ def decode_image(data: bytes, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image
             raise error from None
 
 
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A loaded Pillow image of any mode -> what decode_image gives for its file. ImageError for a depth that can't be read."""
+    method = orientation(image)
+    decoded = _eight_bit(image)
+    if method is not None:
+        decoded = decoded.transpose(method)
+    decoded.info.clear()  # an orientation left there would be applied a second time
+    return decoded
+
+
 def _decode(data: bytes, max_image_pixels: int) -> Image.Image:
     from PIL import Image
 
@@ -76,12 +86,7 @@ def _decode(data: bytes, max_image_pixels: int) -> Image.Image:
             image.load()
             if not image.width or not image.height:
                 raise ImageError("broken_image", f"it has no pixels ({image.width}x{image.height})")
-            method = orientation(image)
-            decoded = _eight_bit(image)
-            if method is not None:
-                decoded = decoded.transpose(method)
-            decoded.info.clear()  # an orientation left there would be applied a second time
-            return decoded
+            return upright_rgb(image)
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", str(error)) from None
     except ImageError:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ov3fast.data.images import decode_image
+from ov3fast.data.images import decode_image, upright_rgb
 from ov3fast.data.limits import MAX_IMAGE_PIXELS
 from ov3fast.data.transforms import center_boxes, crop_resize, premultiplied, to_tensor
 
@@ -65,21 +65,19 @@ def square(image: Image.Image, size: int, interpolation: str = "bicubic") -> Ten
 
 
 def read_image(path: str | Path, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """A Pillow image, RGB or RGBA, turned upright as its EXIF tag says. FileNotFoundError, or data.images.ImageError (a ValueError)
-    whose `reason` says what is wrong with it."""
-    from PIL import ImageOps
-
-    return ImageOps.exif_transpose(decode_image(Path(path).expanduser().read_bytes(), max_image_pixels))
+    """An upright Pillow image, RGB or RGBA. FileNotFoundError, or data.images.ImageError (a ValueError) whose `reason` says what is
+    wrong with it."""
+    return decode_image(Path(path).expanduser().read_bytes(), max_image_pixels)
 
 
 def to_pillow(image: ImageLike) -> Image.Image:
     """One image that is not yet prepared -> a Pillow image, RGB or RGBA. Errors as in `preprocess`."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if isinstance(image, str | Path):
         return read_image(image)
     if isinstance(image, Image.Image):
-        return _as_rgb(ImageOps.exif_transpose(image))
+        return upright_rgb(image.copy())
     if isinstance(image, Tensor):
         if image.dtype != torch.uint8:
             raise TypeError(f"preprocess: an integer tensor must be uint8, got {image.dtype}")
@@ -98,7 +96,7 @@ def to_pillow(image: ImageLike) -> Image.Image:
         image = image[:, :, 0]
     if image.ndim != 2 and (image.ndim != 3 or image.shape[2] not in (3, 4)) or 0 in image.shape:
         raise ValueError(f"preprocess: a numpy image must be [H, W], [H, W, 3] or [H, W, 4], got {image.shape}")
-    return _as_rgb(Image.fromarray(np.ascontiguousarray(image)))
+    return upright_rgb(Image.fromarray(np.ascontiguousarray(image)))
 
 
 def _batch(image: Any, size: int, interpolation: str) -> Tensor:
@@ -120,8 +118,3 @@ def _prepared(images: Tensor) -> Tensor:
             f"preprocess: float images must lie in [-1, 1], got {low:g} to {high:g}; give uint8, or images / 127.5 - 1 for 0..255"
         )
     return images
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
-    return image.convert("RGBA" if transparent else "RGB")

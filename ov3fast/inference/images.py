@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from ov3fast.data.images import IMAGE_SUFFIXES
 from ov3fast.data.transforms import premultiplied, to_tensor
 
 if TYPE_CHECKING:
     from PIL import Image
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 
 
 class FoundImages(dict[str, Path]):

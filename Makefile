@@ -52,12 +52,20 @@ sanitize: .venv/dev
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OV3FAST_NATIVE=$(SANITIZED) OMP_NUM_THREADS=2 \
 	$(BIN)/python -m pytest -n $(JOBS) -p no:cacheprovider tests/ops -k "$(SANITIZED_TESTS)"
 
-.venv/demo: pyproject.toml setup.py constraints.txt $(CSRC) | .venv
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo]'
+# A torch built for GPUs depends on its own Triton; beside a CPU build, constraints-cpu.txt pins one.
+CONSTRAIN := --constraint constraints.txt
+NO_TRITON := $(BIN)/python -m pip show torch | grep -q '^Requires:.*triton' || echo --constraint constraints-cpu.txt
+
+.venv/torch: constraints.txt | .venv
+	$(PIP) install --quiet $(CONSTRAIN) torch
 	touch $@
 
-.venv/dev: pyproject.toml setup.py constraints.txt $(CSRC) | .venv
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+.venv/demo: pyproject.toml setup.py constraints-cpu.txt $(CSRC) .venv/torch
+	$(PIP) install --quiet $(CONSTRAIN) --editable '.[demo]'
+	touch $@
+
+.venv/dev: pyproject.toml setup.py constraints-cpu.txt $(CSRC) .venv/torch
+	$(PIP) install --quiet $(CONSTRAIN) $$($(NO_TRITON)) --editable '.[dev]'
 	touch $@
 
 .venv:

@@ -22,7 +22,7 @@ from build import NoCompiler, build, build_cuda  # noqa: E402
 
 
 class BuildKernels(build_ext):
-    """Puts the libraries into ov3fast/_native: of the source tree for an editable installation, of the build otherwise."""
+    """Builds the libraries into ov3fast/_native: of the source tree for an editable installation, of the build otherwise."""
 
     def run(self):
         root = HERE if self.inplace or self.editable_mode else Path(self.build_lib)

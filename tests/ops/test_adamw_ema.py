@@ -24,23 +24,21 @@ def tensors(dtype=torch.float32, grad_dtype=None, shapes=SHAPES, requires_grad=F
     return params, some(10, grad_dtype or dtype), some(20, wide), [v.square() for v in some(30, wide)], some(40, wide)
 
 
-def widened(lists):
-    return [[t.double() for t in values] for values in lists]
-
-
 def check(lists, arrange=torch.Tensor.contiguous, **how):
     """One step within the budget of the specification, and the same bits twice. Returns the norm."""
-    how = NUMBERS | how
-    exact, plain = widened(lists), copy.deepcopy(lists)
-    ours, again = ([[arrange(t) for t in values] for values in copy.deepcopy(lists)] for _ in range(2))
-    norms = [reference(*exact, **how), reference(*plain, **how), adamw_ema_(*ours, **how), adamw_ema_(*again, **how)]
-    testing.assert_within_budget(norms[2], norms[1], norms[0], "norm")
-    for name, e, p, o, a in zip(("p", "g", "m", "v", "ema"), exact, plain, ours, again, strict=False):
-        for i in range(len(e)):
-            testing.assert_within_budget(o[i], p[i], e[i], f"{name}[{i}]")
-        testing.assert_same_bits(o, a)
-    assert norms[2].dtype == torch.float32 and ours[0][0].dtype == lists[0][0].dtype
-    return norms[2]
+
+    def after_a_step(function, tensors, arrange=torch.Tensor.contiguous):
+        """The norm, then params, grads, exp_avgs, exp_avg_sqs and ema."""
+        tensors = [arrange(t.detach().clone()) for t in tensors]
+        starts = range(0, len(tensors), len(lists[0]))
+        return [function(*(tensors[start : start + len(lists[0])] for start in starts), **NUMBERS | how), *tensors]
+
+    before = [t for values in lists for t in values]
+    ours, again = (after_a_step(adamw_ema_, before, arrange) for _ in range(2))
+    testing.Budget(lambda tensors: after_a_step(reference, tensors), before).check(ours)
+    testing.assert_same_bits(ours, again)
+    assert ours[0].dtype == torch.float32 and ours[1].dtype == lists[0][0].dtype
+    return ours[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -168,6 +168,34 @@ def patch_embed(dtype: str) -> Iterator[Case]:
     )  # fmt: skip
 
 
+def moments_to_tokens(dtype: str) -> Iterator[Case]:
+    """The inference path from the VAE's moments to the tower's tokens, posterior mean: at once, and by way of latents."""
+    b, c, side, width, scale, shift = 64, 16, 32, 768, 0.3611, 0.1159
+    moments = randn(b, 2 * c, side, side, dtype=torch.float32)
+    weight, cls = randn(width, 4 * c, dtype=DTYPES[dtype], scale=0.1), randn(width, dtype=DTYPES[dtype])
+    position = randn(1 + side * side // 4, width, dtype=DTYPES[dtype])
+
+    def ours(moments, weight, position, cls):
+        return ops.patch_embed(moments, weight, None, position, cls, moments=True, scale=scale, shift=shift)
+
+    def latents_first(moments, weight, position, cls):
+        latents = (moments.chunk(2, 1)[0] - shift) * scale
+        return ops.patch_embed(latents, weight, None, position, cls)
+
+    def eager(moments, weight, position, cls):
+        latents = ((moments.chunk(2, 1)[0] - shift) * scale).to(weight.dtype)
+        tokens = F.conv2d(latents, weight.view(width, c, 2, 2), stride=2).flatten(2).transpose(1, 2)
+        return torch.cat([cls.expand(b, 1, -1), tokens], 1) + position
+
+    arguments = (moments, weight, position, cls)
+    functions = {OURS: ours, "latents first": latents_first, "eager": eager, "compile": compiled(eager)}
+    traffic = moments.nbytes / 2 + b * (1 + side * side // 4) * width * weight.element_size()
+    yield Case(
+        "moments to tokens", "forward", f"moments [{b},{2 * c},{side},{side}] -> {width}", dtype,
+        {n: forward(f, *arguments) for n, f in functions.items()}, flops=2.0 * b * side * side * c * width, bytes=traffic,
+    )  # fmt: skip
+
+
 def noise_projection(dtype: str, target: float) -> Iterator[Case]:
     b, n, k, d = 64, 256, 768, 768
     z, sigma = randn(b, n, k, dtype=DTYPES[dtype]), torch.rand(b)
@@ -339,6 +367,8 @@ def table(only: str = "", dtype: str = "") -> Iterator[Case]:
         ("linear_cross_entropy", "fp32", cross_entropy, (2.2,)),
         ("patch_embed", "bf16", patch_embed, ()),
         ("patch_embed", "fp32", patch_embed, ()),
+        ("moments to tokens", "bf16", moments_to_tokens, ()),
+        ("moments to tokens", "fp32", moments_to_tokens, ()),
         ("noise_projection", "bf16", noise_projection, (3.0,)),
         ("noise_projection", "fp32", noise_projection, (2.5,)),
         ("group_norm_silu", "bf16", group_norm, (1.5,)),

@@ -208,8 +208,7 @@ class _Run:
         of_set = [name for name, part in zip(sets, chosen, strict=True) for _ in range(len(part))]
         pictures = _join([part for part in chosen if len(part)])
         with self.timed("caption", len(pictures)), torch.inference_mode():
-            latents = self.model.latents(to_model_range(pictures.images).to(self.model.device))
-            texts = self.model.caption(latents.to(next(self.model.parameters()).dtype), beams=beams)
+            texts = self.model.caption(to_model_range(pictures.images), beams=beams)
         self.captioned = pictures
         self.tables["captions"] = [
             {"key": key, "set": name, "caption": text, "reference": reference}
@@ -230,12 +229,11 @@ class _Run:
         from rich.progress import track
 
         steps = track(range(0, len(images), self.batch_size), "probe", disable=not self.progress, transient=True)
-        dtype = next(self.model.parameters()).dtype
         parts = []
         with torch.inference_mode():
             for start in steps:
-                pictures = linear.grey_to_rgb(images[start : start + self.batch_size], self.size).to(self.model.device)
-                parts.append(self.model.encode_image(self.model.latents(pictures).to(dtype)).float().cpu())
+                pictures = linear.grey_to_rgb(images[start : start + self.batch_size], self.size)
+                parts.append(self.model.encode_image(pictures).float().cpu())
         return torch.cat(parts)
 
     def result(self, sources: Sources, sets: dict[str, Pictures], photos: Pictures | None) -> Evaluation:

@@ -113,11 +113,9 @@ def embed_images(model: Any, images: Tensor, batch_size: int = 64, progress: boo
     """uint8 [N, 3, H, W] -> the model's pooled features, float32 [N, E] on the CPU, not normalised."""
     from rich.progress import track
 
-    dtype = next(model.parameters()).dtype
     parts = []
     for start in track(range(0, len(images), batch_size), label, disable=not progress, transient=True):
-        latents = model.latents(to_model_range(images[start : start + batch_size]).to(model.device))
-        parts.append(model.encode_image(latents.to(dtype)).float().cpu())
+        parts.append(model.encode_image(to_model_range(images[start : start + batch_size])).float().cpu())
     return torch.cat(parts)
 
 

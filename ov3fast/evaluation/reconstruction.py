@@ -85,8 +85,9 @@ def reconstruct(model: Any, images: Tensor, metrics: Sequence[Metric] | None = N
 
 def latent_pair(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     """Images in [-1, 1] -> (their latents, the decoder's latents), float32, without noise."""
-    latents = model.latents(images)
-    _, tokens = model.encode(latents.to(next(model.parameters()).dtype))
+    moments = model.encode_to_moments(images)
+    latents = model.get_vae().from_moments(moments)
+    _, tokens = model.encode_moments(moments)
     patch = model.config.vision.patch_size
     return latents.float(), model.decode(tokens, (latents.shape[2] // patch, latents.shape[3] // patch)).float()
 

@@ -190,7 +190,7 @@ class _Job:
 
     def embeddings(self) -> Embeddings:
         about = {
-            "latents": self.model.encoder.latents,
+            "latents": self.model.encoder.latent_convention,
             "image_size": str(self.size),
             "preprocess": f"white background, shorter side resized ({self.options.interpolation}, antialias), centre crop, [-1, 1]",
         }
@@ -199,8 +199,7 @@ class _Job:
         return Embeddings(self.pooled.tensor(count), tokens, self.names, self.skipped, about)
 
     def _encode(self, names: list[str], batch: list[Tensor]) -> None:
-        latents = self.model.latents(torch.stack(batch).to(self.model.device))
-        pooled, tokens = self.model.encode(latents.to(self.model.encoder.cls_token.dtype))
+        pooled, tokens = self.model.encode(torch.stack(batch))
         self.pooled.append(pooled.float().cpu())
         if self.tokens is not None:
             self.tokens.append(tokens.float().cpu())

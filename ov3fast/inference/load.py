@@ -20,23 +20,20 @@ class VisionTower(nn.Module):
 
     def __init__(self, encoder: ViTEncoder, vae: FrozenVAE) -> None:
         super().__init__()
-        if vae.channels != encoder.config.in_channels:
-            raise ValueError(
-                f"VisionTower: the VAE has {vae.channels} latent channels, the tower takes {encoder.config.in_channels}"
-            )
-        self.encoder, self.vae = encoder, vae
+        encoder.set_vae(vae)
+        self.encoder = encoder
 
     @property
     def device(self) -> torch.device:
         return self.encoder.cls_token.device
 
-    def latents(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] -> latents in the tower's convention, the posterior's mean."""
-        return self.vae.encode(images, "mean", self.encoder.latents)
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W] in [-1, 1] -> (pooled [B, E], tokens [B, N, D])."""
+        return self.encoder.encode(images)
 
-    def encode(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_latents(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [B, C, h, w] -> (pooled [B, E], tokens [B, N, D])."""
-        return self.encoder(latents)
+        return self.encoder.encode_latents(latents)
 
 
 def load_model(

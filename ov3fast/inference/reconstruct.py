@@ -63,8 +63,9 @@ def reconstruct_image(
     vision = model.config.vision
     image = to_pillow(image)
     picture = cropped(image, stride) if keep_size else square(image, vision.image_size if size is None else size, interpolation)
-    latents = model.latents(picture[None].to(model.device))
-    _, tokens = model.encode(latents.to(model.encoder.cls_token.dtype))
+    moments = model.encode_to_moments(picture[None])
+    latents = model.get_vae().from_moments(moments)
+    _, tokens = model.encode_moments(moments)
     latents_hat = model.decode(tokens, (latents.shape[2] // vision.patch_size, latents.shape[3] // vision.patch_size))
     original = _to_uint8(picture)
     found, alone = (_to_uint8(model.decode_latents(z.float())[0].cpu()) for z in (latents_hat, latents))

@@ -27,6 +27,12 @@ VISION_SIZES: dict[str, tuple[int, int, int, int]] = {
 
 LatentConvention = Literal["openvision3", "flux"]
 
+DEFAULT_VAE = "Letian2003/black-forest-labs_FLUX.1-dev_vae"
+"""Hub id of FLUX.1-dev's VAE, the one that the paper's models and the released towers were trained on."""
+
+FORMER_FIELDS = {"OpenVision3Config": {"latents": "latent_convention"}}
+"""Class -> former name of a field -> its name today: configs and checkpoints that were written under the former one are read."""
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -148,7 +154,7 @@ class OpenVision3Config:
     caption: CaptionConfig = field(default_factory=CaptionConfig)
     tau: float = 0.8
     """sigma ~ U[0, tau] of the noise before the decoder (paper eq. 3); the paper gives no value, RAE uses 0.8."""
-    latents: LatentConvention = "openvision3"
+    latent_convention: LatentConvention = "openvision3"
     """"openvision3": z * scaling_factor, as the authors' test script; "flux": (z - shift_factor) * scaling_factor."""
     posterior: Literal["mean", "sample"] = "mean"
     tokens: Literal["pre_ln", "post_ln"] = "pre_ln"
@@ -158,12 +164,12 @@ class OpenVision3Config:
     logit_bias_init: float = -10.0
     """Only with contrastive="sigmoid"."""
     tokenizer: Literal["wordpiece", "clip_bpe"] = "wordpiece"
-    vae: str = "Letian2003/black-forest-labs_FLUX.1-dev_vae"
+    vae: str = DEFAULT_VAE
     """Folder or hub id of an AutoencoderKL, or "small" for the one in the package."""
     vae_subfolder: str | None = None
 
     def __post_init__(self) -> None:
-        _check_choice(self, "latents", ("openvision3", "flux"))
+        _check_choice(self, "latent_convention", ("openvision3", "flux"))
         _check_choice(self, "posterior", ("mean", "sample"))
         _check_choice(self, "tokens", ("pre_ln", "post_ln"))
         _check_choice(self, "contrastive", ("softmax", "sigmoid"))
@@ -179,7 +185,7 @@ class OpenVision3Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> OpenVision3Config:
-        """The inverse of to_dict. ValueError names an unknown key."""
+        """The inverse of to_dict; former names of fields are read too. ValueError names an unknown key."""
         return from_dict(cls, values)
 
     def for_tokenizer(self, tokenizer: Any) -> OpenVision3Config:
@@ -201,6 +207,12 @@ def vision_config(size: str, **overrides: Any) -> VisionConfig:
     return VisionConfig(**{"width": width, "depth": depth, "heads": heads, "mlp_dim": mlp_dim, **overrides})
 
 
+def renamed(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `cls` under today's names."""
+    former = FORMER_FIELDS.get(cls.__name__, {})
+    return {former.get(key, key): value for key, value in values.items()}
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A config dataclass as plain nested dicts."""
     return dataclasses.asdict(config)
@@ -213,6 +225,7 @@ def from_dict(cls: type, values: Any, where: str = "") -> Any:
         raise ValueError(f"{where}: takes a dict of fields, got {type(values).__name__}")
     types = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}
+    values = renamed(cls, values)
     for key in values:
         if key not in known:
             raise ValueError(f"{where}: unknown key {key!r}; it takes {', '.join(sorted(known))}")

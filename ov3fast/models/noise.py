@@ -17,7 +17,7 @@ KEEP = 0x1B873593CC9E2D51
 POSTERIOR = 0x165667B19E3779F9
 
 
-def stream(rng: Tensor, purpose: int) -> Tensor:
+def derive_rng(rng: Tensor, purpose: int) -> Tensor:
     """rng with its seed mixed with a constant: an independent stream for another purpose."""
     return torch.stack([rng[0] ^ purpose, rng[1]])
 
@@ -28,14 +28,14 @@ def normal(shape: tuple[int, ...], rng: Tensor, dtype: torch.dtype = torch.float
 
 
 def sample_sigma(batch: int, tau: float, rng: Tensor) -> Tensor:
-    """sigma [batch] float32 ~ U[0, tau], one per instance (paper eq. 3)."""
-    return tau * ops.random.uniform((batch,), stream(rng, SIGMA))
+    """sigma [batch] float32 ~ U[0, tau], one per instance (paper eq. 3), from a stream that serves nothing else."""
+    return tau * ops.random.uniform((batch,), rng)
 
 
 def keep_tokens(tokens: Tensor, keep: float, rng: Tensor) -> Tensor:
     """tokens [B, N, D] -> [B, int(N * keep), D]: a random choice of places per instance, in their order (at least one)."""
     batch, length, _ = tokens.shape
     kept = max(1, int(length * keep))
-    scores = ops.random.uniform((batch, length), stream(rng, KEEP))
+    scores = ops.random.uniform((batch, length), derive_rng(rng, KEEP))
     places = scores.topk(kept, dim=1).indices.sort(dim=1).values.to(tokens.device)
     return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[2]))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import noise, pretrained
-from .config import VAE_STRIDE, OpenVision3Config
+from .config import OpenVision3Config
 from .text import CaptionDecoder, TextEncoder
 from .tokenizer import CONFIG_FILE, FILE, Tokenizer, get_tokenizer, load_tokenizer
 from .vae import FrozenVAE, check_convention
@@ -53,7 +54,7 @@ class ModelOutput(NamedTuple):
 
 
 class OpenVision3(nn.Module):
-    """The whole model. The VAE hangs on it but is no part of its parameters or state dict: it is frozen and has its own file.
+    """The whole model. The VAE is attached to its encoder and no part of parameters or state dict: it is frozen and has its own file.
 
     vae: a FrozenVAE, or None: then config.vae is loaded when an image is first encoded or decoded. tokenizer: None takes
     config.tokenizer's (WordPiece only; CLIP's needs its vocabulary file).
@@ -63,7 +64,8 @@ class OpenVision3(nn.Module):
         super().__init__()
         self.config = config
         vision = config.vision
-        self.encoder = ViTEncoder(vision, latents=config.latents)
+        self.encoder = ViTEncoder(vision, config.latent_convention)
+        self.encoder.vae_source = (config.vae, config.vae_subfolder)
         self.decoder = ViTDecoder(config.decoder, vision.width, vision.in_channels, vision.patch_size)
         self.text = TextEncoder(config.text, vision.embed_dim)
         self.captioner = CaptionDecoder(config.caption, vision.width, config.text.width)
@@ -95,7 +97,7 @@ class OpenVision3(nn.Module):
         text_index: int64 [B], each image's row of text_ids, read only with the caption prefix of text; None is the same row.
         decode=False leaves the decoder out, text_ids=None the text encoder, caption_ids=None the captioner.
         """
-        pooled, tokens = self._encode_latents(latents)
+        pooled, tokens = self.encoder(latents, post_ln=self._post_ln)
         feature = text_tokens = latents_hat = hidden = labels = weight = None
         if text_ids is not None:
             feature, text_tokens = self.text(text_ids, return_tokens=True)
@@ -103,7 +105,8 @@ class OpenVision3(nn.Module):
             patch = self.config.vision.patch_size
             chosen = tokens if decode_index is None else tokens[decode_index]
             if sigma is None and rng is not None and self.config.tau > 0:
-                sigma = noise.sample_sigma(chosen.shape[0], self.config.tau, rng).to(chosen.device)
+                sigma = noise.sample_sigma(chosen.shape[0], self.config.tau, noise.derive_rng(rng, noise.SIGMA))
+                sigma = sigma.to(chosen.device)
             latents_hat = self.decoder(chosen, (latents.shape[2] // patch, latents.shape[3] // patch), sigma, rng)
         if caption_ids is not None:
             if caption_ids.shape[0] != tokens.shape[0]:
@@ -130,18 +133,26 @@ class OpenVision3(nn.Module):
 
     # Use
 
-    def encode(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, H, W] in [-1, 1], or latents [B, C, h, w] -> (pooled [B, E], tokens [B, N, D])."""
-        channels = self.config.vision.in_channels
-        if inputs.ndim != 4 or inputs.shape[1] not in (3, channels):
-            raise ValueError(
-                f"OpenVision3.encode: takes images [B, 3, H, W] or latents [B, {channels}, h, w], got {tuple(inputs.shape)}"
-            )
-        return self._encode_latents(inputs if inputs.shape[1] == channels else self.latents(inputs))
+    def encode(self, images: Tensor, *, rng: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W] in [-1, 1], on any device and of any floating dtype -> (pooled [B, E], tokens [B, N, D]).
+
+        The VAE's moments go straight into the encoder's patch embedding: no latents are made. They are sampled with rng =
+        (seed, offset) where config.posterior is "sample"; without rng their mean is taken. Sides are multiples of 8 * patch_size.
+        Latents in place of images are deprecated: give them to `encode_latents`.
+        """
+        return self._encode(images, "encode", rng)
+
+    def encode_latents(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [B, C, h, w] in the model's convention, on any device and of any floating dtype -> as `encode`."""
+        return self.encoder.encode_latents(latents, post_ln=self._post_ln)
+
+    def encode_moments(self, moments: Tensor, *, rng: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The VAE's moments [B, 2C, h, w] of `encode_to_moments` -> as `encode`; sampled with rng, else their mean."""
+        return self.encoder.encode_moments(moments, rng=rng, post_ln=self._post_ln)
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
-        """Images (or latents, as `encode`) -> pooled [B, E]."""
-        pooled, _ = self.encode(images)
+        """Images, as `encode` -> pooled [B, E]."""
+        pooled, _ = self._encode(images, "encode_image")
         return nn.functional.normalize(pooled.float(), dim=-1) if normalize else pooled
 
     def encode_text(self, texts: Tensor | Sequence[str], normalize: bool = False) -> Tensor:
@@ -166,38 +177,43 @@ class OpenVision3(nn.Module):
         convention, where the caller knows it, is checked against the model's: ValueError if they differ.
         """
         if convention is not None:
-            check_convention(convention, self.config.latents)
-        return self.get_vae().decode(latents, self.config.latents)
+            check_convention(convention, self.config.latent_convention)
+        return self.get_vae().decode(latents, self.config.latent_convention)
+
+    def encode_to_moments(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] -> the VAE's moments [B, 2C, h, w] (mean and log-variance), in its dtype."""
+        return self.encoder.encode_to_moments(images)
+
+    def encode_to_latents(self, images: Tensor, rng: Tensor | None = None) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w] in the model's convention and the VAE's dtype.
+
+        For what needs the latents themselves, such as the reconstruction loss; `encode` needs none. With rng and config.posterior
+        "sample" they are drawn from the posterior, else they are its mean.
+        """
+        posterior = self.config.posterior if rng is not None else "mean"
+        rng = None if rng is None else noise.derive_rng(rng, noise.POSTERIOR).to(self.device)
+        return self.get_vae().from_moments(self.encode_to_moments(images), posterior, self.config.latent_convention, rng)
 
     def latents(self, images: Tensor, rng: Tensor | None = None) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] -> latents in the model's convention.
-
-        With rng and config.posterior "sample" they are drawn from the posterior, else they are its mean.
-        """
-        stride = VAE_STRIDE * self.config.vision.patch_size
-        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % stride or images.shape[3] % stride:
-            raise ValueError(
-                f"OpenVision3: images must be [B, 3, H, W] with sides that are multiples of {stride}, got {tuple(images.shape)}"
-            )
-        posterior = self.config.posterior if rng is not None else "mean"
-        rng = None if rng is None else noise.stream(rng, noise.POSTERIOR)
-        return self.get_vae().encode(images, posterior, self.config.latents, rng)
+        """Deprecated name of `encode_to_latents`."""
+        warnings.warn("OpenVision3.latents is now named encode_to_latents", DeprecationWarning, stacklevel=2)
+        return self.encode_to_latents(images, rng)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] -> their reconstruction, same shape, clamped to [-1, 1]; no noise."""
-        latents = self.latents(images)
-        _, tokens = self._encode_latents(latents)
+        moments = self.encode_to_moments(images)
+        _, tokens = self.encode_moments(moments)
         patch = self.config.vision.patch_size
-        latents_hat = self.decoder(tokens, (latents.shape[2] // patch, latents.shape[3] // patch))
+        latents_hat = self.decoder(tokens, (moments.shape[2] // patch, moments.shape[3] // patch))
         return self.decode_latents(latents_hat).clamp(-1, 1)
 
     @torch.no_grad()
     def caption(
         self, images: Tensor, beams: int = 1, max_length: int | None = None, texts: Sequence[str] | None = None
     ) -> list[str]:
-        """Images (or latents, as `encode`) -> a caption each. texts: the known alt texts, for a text_prefix model ("" if none)."""
-        _, tokens = self.encode(images)
+        """Images, as `encode` -> a caption each. texts: the known alt texts, for a text_prefix model ("" if none)."""
+        _, tokens = self._encode(images, "caption")
         text_tokens = None
         if self.config.caption.text_prefix:
             _, text_tokens = self.text(self.text_ids(texts or [""] * len(images)), return_tokens=True)
@@ -233,28 +249,16 @@ class OpenVision3(nn.Module):
 
     @property
     def vae(self) -> FrozenVAE | None:
-        """The VAE, or None while none is given or loaded."""
-        return self.__dict__["_vae"]
+        """The attached VAE, or None while none is given or loaded."""
+        return self.encoder.vae
 
     def set_vae(self, vae: FrozenVAE | None) -> None:
-        """Hangs a VAE on the model and binds it to the model's latent convention. ValueError where it doesn't fit."""
-        if vae is not None:
-            if vae.channels != self.config.vision.in_channels:
-                raise ValueError(
-                    f"OpenVision3: the VAE has {vae.channels} latent channels, the encoder takes {self.config.vision.in_channels}"
-                )
-            if vae.stride != VAE_STRIDE:
-                raise ValueError(f"OpenVision3: the VAE must shrink by {VAE_STRIDE}, this one by {vae.stride}")
-            vae.latents = vae.convention(self.config.latents)
-            vae.to(self.device)
-        # Past nn.Module's own bookkeeping: a frozen part with its own file is no submodule.
-        self.__dict__["_vae"] = vae
+        """Attach a frozen VAE; raises ValueError if its channels, its stride or its latent convention differ."""
+        self.encoder.set_vae(vae)
 
     def get_vae(self) -> FrozenVAE:
-        """The VAE; config.vae is loaded on first need."""
-        if self.vae is None:
-            self.set_vae(FrozenVAE.from_pretrained(self.config.vae, self.config.vae_subfolder))
-        return self.vae
+        """The attached VAE; config.vae is loaded on first need."""
+        return self.encoder.get_vae()
 
     def parameter_counts(self) -> dict[str, int]:
         """Part -> number of values: encoder, decoder, text, captioner, other, total, and vae (frozen) where one is there."""
@@ -300,8 +304,18 @@ class OpenVision3(nn.Module):
 
         pretrained.write_folder(path, write)
 
-    def _encode_latents(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        return self.encoder(latents, post_ln=self.config.tokens == "post_ln")
+    @property
+    def _post_ln(self) -> bool:
+        return self.config.tokens == "post_ln"
+
+    def _encode(self, images: Tensor, method: str, rng: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        channels = self.config.vision.in_channels
+        if channels != 3 and images.ndim == 4 and images.shape[1] == channels:
+            message = f"OpenVision3.{method} takes images; latents are deprecated here, see encode_latents"
+            warnings.warn(message, DeprecationWarning, stacklevel=3)
+            return self.encode_latents(images)
+        rng = rng if self.config.posterior == "sample" else None
+        return self.encoder.encode(images, rng=rng, post_ln=self._post_ln)
 
     def _fitting(self, tokenizer: Tokenizer) -> Tokenizer:
         rows = min(self.config.text.vocab_size, self.config.caption.vocab_size)
@@ -324,10 +338,3 @@ class OpenVision3(nn.Module):
             self.set_vae(value)
         else:
             super().__setattr__(name, value)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> OpenVision3:
-        """Moves of the model take the VAE along; its dtype stays its own."""
-        super()._apply(fn, recurse)
-        if self.vae is not None and self.device.type != "meta":
-            self.vae.to(self.device)
-        return self

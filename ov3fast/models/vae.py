@@ -62,17 +62,17 @@ def scale_and_shift(convention: str, scaling_factor: float, shift_factor: float 
     if convention == "openvision3":
         return float(scaling_factor), 0.0
     if shift_factor is None:
-        raise ValueError('latents: convention "flux" needs a VAE with a shift_factor, and this one has none')
+        raise ValueError('latent_convention: "flux" needs a VAE with a shift_factor, and this one has none')
     return float(scaling_factor), float(shift_factor)
 
 
-def check_convention(name: str, expected: str | None = None, what: str = "latents") -> str:
+def check_convention(name: str, expected: str | None = None, what: str = "latent_convention") -> str:
     """The name, if it is known and the `expected` one. ValueError otherwise."""
     if name not in CONVENTIONS:
-        raise ValueError(f"{what}: convention must be one of {', '.join(CONVENTIONS)}; got {name!r}")
+        raise ValueError(f"{what}: must be one of {', '.join(CONVENTIONS)}; got {name!r}")
     if expected is not None and name != expected:
         raise ValueError(
-            f"{what}: convention {name!r} can't be mixed with {expected!r}, which this model or VAE uses; they differ by a shift"
+            f"{what}: {name!r} can't be mixed with {expected!r}, which this model or VAE uses; they differ by a shift"
         )
     return name
 
@@ -80,14 +80,14 @@ def check_convention(name: str, expected: str | None = None, what: str = "latent
 class FrozenVAE(nn.Module):
     """Images <-> latents with frozen weights: always in eval mode, in its weights' dtype whatever autocast says.
 
-    `latents` binds it to one convention (OpenVision3 does so); None leaves the choice to each call.
+    latent_convention binds it to one convention (a model that it is attached to does so); None leaves the choice to each call.
     """
 
-    def __init__(self, vae: nn.Module, latents: str | None = None) -> None:
+    def __init__(self, vae: nn.Module, latent_convention: str | None = None) -> None:
         super().__init__()
         self.vae = vae.requires_grad_(False).eval()
         fuse_group_norm_silu(self.vae)
-        self.latents = None if latents is None else check_convention(latents)
+        self.latent_convention = None if latent_convention is None else check_convention(latent_convention)
         config = vae.config
         self.scaling_factor: float = config.scaling_factor
         self.shift_factor: float | None = config.shift_factor
@@ -97,7 +97,12 @@ class FrozenVAE(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, subfolder: str | None = None, *, latents: str | None = None, dtype: torch.dtype = torch.float32
+        cls,
+        path: str | Path,
+        subfolder: str | None = None,
+        *,
+        latent_convention: str | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> FrozenVAE:
         """A folder or hub id in diffusers' layout, or "small" for the one in the package.
 
@@ -124,18 +129,21 @@ class FrozenVAE(nn.Module):
             vae = AutoencoderKL.from_pretrained(str(folder), torch_dtype=dtype, low_cpu_mem_usage=False)
         except Exception as error:  # diffusers and safetensors raise many kinds here
             raise ValueError(f"VAE: can't load {folder}: {str(error).strip().splitlines()[0]}") from error
-        return cls(vae, latents)
+        return cls(vae, latent_convention)
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], *, latents: str | None = None) -> FrozenVAE:
+    def from_config(cls, config: dict[str, Any], *, latent_convention: str | None = None) -> FrozenVAE:
         """Random weights in the given architecture (FLUX_VAE, say), for shapes and counts."""
         from diffusers import AutoencoderKL
 
-        return cls(AutoencoderKL.from_config(dict(config)), latents)
+        return cls(AutoencoderKL.from_config(dict(config)), latent_convention)
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] in [-1, 1] -> [B, 2C, H / stride, W / stride]: the posterior's mean and log-variance."""
+        """images [B, 3, H, W] in [-1, 1] -> [B, 2C, H / stride, W / stride]: the posterior's mean and log-variance.
+
+        What reads them clamps the log-variance to [-30, 20], as diffusers does (ops.patch_embed and from_moments).
+        """
         if not images.is_floating_point():
             raise TypeError(f"VAE: images must be floating point in [-1, 1], got {images.dtype}; use images / 127.5 - 1")
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % self.stride or images.shape[3] % self.stride:
@@ -143,28 +151,29 @@ class FrozenVAE(nn.Module):
                 f"VAE: images must be [B, 3, H, W] with sides that are multiples of {self.stride}, got {tuple(images.shape)}"
             )
         with torch.autocast(images.device.type, enabled=False):
-            posterior = self.vae.encode(images.to(self.dtype)).latent_dist
-        return torch.cat([posterior.mean, posterior.logvar], dim=1)
+            return self.vae.encode(images.to(self.dtype)).latent_dist.parameters
 
-    def encode(self, images: Tensor, posterior: str = "mean", latents: str | None = None, rng: Tensor | None = None) -> Tensor:
+    def encode(
+        self, images: Tensor, posterior: str = "mean", convention: str | None = None, rng: Tensor | None = None
+    ) -> Tensor:
         """images [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w] in the convention; no gradient.
 
         posterior "sample" draws with rng, element by element of the contiguous tensor (as ops.patch_embed does from moments).
         """
-        return self.from_moments(self.moments(images), posterior, latents, rng)
+        return self.from_moments(self.moments(images), posterior, convention, rng)
 
     def from_moments(
-        self, moments: Tensor, posterior: str = "mean", latents: str | None = None, rng: Tensor | None = None
+        self, moments: Tensor, posterior: str = "mean", convention: str | None = None, rng: Tensor | None = None
     ) -> Tensor:
-        """moments [B, 2C, h, w] -> latents [B, C, h, w]."""
+        """moments [B, 2C, h, w] -> latents [B, C, h, w], for what needs the latents themselves; ops.patch_embed takes moments."""
         mean, logvar = moments.chunk(2, dim=1)
         if posterior == "sample":
             if rng is None:
                 raise ValueError('VAE: posterior="sample" needs rng, the (seed, offset) tensor that it is drawn from')
-            mean = mean + (0.5 * logvar).exp() * noise.normal(mean.shape, rng, mean.dtype)
+            mean = mean + (0.5 * logvar.clamp(-30.0, 20.0)).exp() * noise.normal(mean.shape, rng, mean.dtype)
         elif posterior != "mean":
             raise ValueError(f"VAE: posterior must be 'mean' or 'sample', got {posterior!r}")
-        return to_latents(mean, self.convention(latents), self.scaling_factor, self.shift_factor)
+        return to_latents(mean, self.convention(convention), self.scaling_factor, self.shift_factor)
 
     def decode(self, latents: Tensor, convention: str | None = None) -> Tensor:
         """latents [B, C, h, w] -> images [B, 3, H, W], about [-1, 1]; differentiable with respect to the latents."""
@@ -176,9 +185,13 @@ class FrozenVAE(nn.Module):
 
     def convention(self, name: str | None = None) -> str:
         """The convention of a call: the bound one (ValueError where `name` differs), else `name`, else "openvision3"."""
-        if self.latents is None:
+        if self.latent_convention is None:
             return check_convention(name or "openvision3")
-        return check_convention(name or self.latents, self.latents)
+        return check_convention(name or self.latent_convention, self.latent_convention)
+
+    def scale_and_shift(self, convention: str | None = None) -> tuple[float, float]:
+        """(scale, shift) such that latents = (z - shift) * scale in the convention."""
+        return scale_and_shift(self.convention(convention), self.scaling_factor, self.shift_factor)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from . import pretrained
-from .config import VAE_STRIDE, VisionConfig
-from .vae import check_convention
+from .config import DEFAULT_VAE, VAE_STRIDE, VisionConfig
+from .vae import FrozenVAE, check_convention
 from .vit import ViTEncoder
 
 CONFIG_FILE = "open_clip_config.json"
@@ -63,35 +63,45 @@ _FIXED = {
 def load_vision_encoder(
     path: str | Path,
     *,
-    latents: str = "openvision3",
+    latent_convention: str = "openvision3",
     final_ln_after_pool: bool | None = None,
     output_tokens: bool = True,
     embed_dim: int | None = None,
+    vae: FrozenVAE | str | Path | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
+    latents: str | None = None,
 ) -> ViTEncoder:
-    """A released vision tower: latents [B, 16, H, W] -> (pooled [B, E], tokens [B, N, D]); in eval mode.
+    """A released vision tower in eval mode. Calling it, or `encode_latents`, takes latents [B, 16, H, W], `encode` takes images
+    [B, 3, H, W] in [-1, 1]; both return (pooled [B, E], tokens [B, N, D]).
 
     path: a folder with open_clip_config.json and the weights (.safetensors or .bin), the weights file itself, or a hub id. What the
     release leaves open is an option:
-        latents                the latents' convention: "openvision3", the authors' test script, or "flux"
+        latent_convention      "openvision3", the authors' test script, or "flux" (`latents`, its former name, is deprecated)
         final_ln_after_pool    None: the config's word, else True (the norm on the pooled vector, raw tokens)
         output_tokens          False: pooled alone comes back (the config's word is not asked)
         embed_dim              None: the config's word, else the width of the projection in the file
+        vae                    a FrozenVAE, its folder or hub id, or "small"; None: FLUX.1's, loaded when an image is first encoded
     FileNotFoundError or ValueError, in one line, names what is missing or wrong. Unknown vision_cfg fields are warned of.
     """
-    check_convention(latents)
+    if latents is not None:
+        warnings.warn("load_vision_encoder: latents is now named latent_convention", DeprecationWarning, stacklevel=2)
+        latent_convention = latents
+    check_convention(latent_convention)
     what = f"load_vision_encoder({str(path)!r})"
     found = pretrained.resolve(path, what, [CONFIG_FILE, *WEIGHT_FILES])
     weights = _weights_file(found, what)
     state = released_state(pretrained.read_tensors(weights, what), what)
     values = pretrained.read_json(weights.parent / CONFIG_FILE, what)
     config = vision_config_of(values, state, what, final_ln_after_pool, embed_dim)
-    return (
-        from_released_state_dict(state, config, latents=latents, output_tokens=output_tokens, what=what)
-        .to(device, dtype)
-        .eval()
+    encoder = from_released_state_dict(
+        state, config, latent_convention=latent_convention, output_tokens=output_tokens, what=what
     )
+    if isinstance(vae, FrozenVAE):
+        encoder.set_vae(vae)
+    else:
+        encoder.vae_source = (str(vae or DEFAULT_VAE), None)
+    return encoder.to(device, dtype).eval()
 
 
 def released_state(state: Mapping[str, Any], what: str = "state dict") -> dict[str, Tensor]:
@@ -154,12 +164,12 @@ def from_released_state_dict(
     state: Mapping[str, Tensor],
     config: VisionConfig,
     *,
-    latents: str = "openvision3",
+    latent_convention: str = "openvision3",
     output_tokens: bool = True,
     what: str = "state dict",
 ) -> ViTEncoder:
     """A ViTEncoder with the tensors of a released state dict, the position embedding among them. ValueError names a wrong key."""
-    encoder = ViTEncoder(config, latents=latents)
+    encoder = ViTEncoder(config, latent_convention)
     encoder.output_tokens = output_tokens
     hint = f" ({CONFIG_FILE} says width {config.width}, {config.depth} layers, image_size {config.image_size // VAE_STRIDE})"
     try:

@@ -1,4 +1,4 @@
-"""The two vision towers: VAE latents -> tokens (ViTEncoder), tokens -> VAE latents (ViTDecoder).
+"""The two vision towers: VAE latents or images -> tokens (ViTEncoder), tokens -> VAE latents (ViTDecoder).
 
 Architecture: official repository UCSC-VLAA/OpenVision, src/models/vit.py, and the OpenVision 3 paper (arXiv 2601.15369), section 3.2.
 Patch 2 on latents for the encoder, patch 1 (one token, one column) for the decoder; fixed 2-d sine-cosine positions; exact GELU;
@@ -9,13 +9,17 @@ Legend: B batch, C latent channels, N = h * w tokens, D width, E embedding width
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ov3fast import ops
 
-from .config import DecoderConfig, VisionConfig
+from . import noise
+from .config import DEFAULT_VAE, VAE_STRIDE, DecoderConfig, VisionConfig
 from .transformer import LayerNorm, Linear, Transformer, init_lecun, init_xavier
+from .vae import FrozenVAE
 
 
 def sincos2d(grid_h: int, grid_w: int, dim: int) -> Tensor:
@@ -60,14 +64,19 @@ class ViTEncoder(nn.Module):
     """Latents [B, C, H, W] -> (pooled [B, E], tokens [B, N, D]), N = H / patch * W / patch, without the CLS token.
 
     Any size whose sides are multiples of the patch runs. `pos_embed` is sincos2d unless a released checkpoint brings its own.
-    `latents` is the latent convention that the weights were trained on.
+    `latent_convention` is the one that the weights were trained on.
+
+    Images go through an attached VAE (`set_vae`), which is no part of the parameters or the state dict: it is frozen and has its own
+    file. Where none is attached, `vae_source`, (folder, hub id or "small"; subfolder), is loaded when an image is first encoded.
     """
 
-    def __init__(self, config: VisionConfig, latents: str = "openvision3") -> None:
+    def __init__(self, config: VisionConfig, latent_convention: str = "openvision3") -> None:
         super().__init__()
         self.config = config
-        self.latents = latents
+        self.latent_convention = latent_convention
         self.output_tokens = True
+        self.vae_source: tuple[str, str | None] = (DEFAULT_VAE, None)
+        self.set_vae(None)
         width = config.width
         self.patch_embed = nn.Linear(config.in_channels * config.patch_size**2, width, bias=False)
         self.cls_token = nn.Parameter(torch.zeros(width))
@@ -95,6 +104,7 @@ class ViTEncoder(nn.Module):
 
         Moments are sampled with rng, or their mean taken, and z becomes (z - shift) * scale on the way in. post_ln norms the tokens
         that come out. Returns pooled alone where `output_tokens` is False. ValueError for a wrong channel count or size.
+        The input must be on the weights' device, in their dtype or float32; `encode_latents` and `encode_moments` cast.
         """
         grid = self._grid(latents, moments)
         x = ops.patch_embed(
@@ -117,6 +127,62 @@ class ViTEncoder(nn.Module):
             tokens = self.transformer(x, self.norm)[:, 1:]
             pooled = self.head(tokens.mean(1))
         return (pooled, tokens) if self.output_tokens else pooled
+
+    def encode(self, images: Tensor, *, rng: Tensor | None = None, post_ln: bool = False) -> tuple[Tensor, Tensor] | Tensor:
+        """Images [B, 3, H, W] in [-1, 1], on any device and of any floating dtype -> what `forward` returns.
+
+        The VAE's moments go straight into the patch embedding, which samples them with rng = (seed, offset), or takes their mean.
+        ValueError for sides that are no multiples of 8 * patch_size, TypeError for integers.
+        """
+        return self.encode_moments(self.encode_to_moments(images), rng=rng, post_ln=post_ln)
+
+    def encode_latents(self, latents: Tensor, *, post_ln: bool = False) -> tuple[Tensor, Tensor] | Tensor:
+        """Latents [B, C, h, w] in the encoder's convention, on any device and of any floating dtype -> what `forward` returns."""
+        return self(self._cast(latents), post_ln=post_ln)
+
+    def encode_moments(
+        self, moments: Tensor, *, rng: Tensor | None = None, post_ln: bool = False
+    ) -> tuple[Tensor, Tensor] | Tensor:
+        """The VAE's moments [B, 2C, h, w] (mean and log-variance, before the latent convention) -> what `forward` returns."""
+        scale, shift = self.get_vae().scale_and_shift(self.latent_convention)
+        rng = None if rng is None else noise.derive_rng(rng, noise.POSTERIOR).to(self.device)
+        return self(self._cast(moments), moments=True, rng=rng, scale=scale, shift=shift, post_ln=post_ln)
+
+    def encode_to_moments(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] -> the VAE's moments [B, 2C, h, w], in its dtype; no gradient."""
+        stride = VAE_STRIDE * self.config.patch_size
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % stride or images.shape[3] % stride:
+            raise ValueError(
+                f"images: must be [B, 3, H, W] with sides that are multiples of {stride}, got {tuple(images.shape)}"
+            )
+        return self.get_vae().moments(images.to(self.device))
+
+    @property
+    def device(self) -> torch.device:
+        return self.cls_token.device
+
+    @property
+    def vae(self) -> FrozenVAE | None:
+        """The attached VAE, or None while there is none."""
+        return self.__dict__["_vae"]
+
+    def set_vae(self, vae: FrozenVAE | None) -> None:
+        """Attach a frozen VAE; raises ValueError if its channels, its stride or its latent convention differ."""
+        if vae is not None:
+            if vae.channels != self.config.in_channels:
+                raise ValueError(f"vae: has {vae.channels} latent channels, the encoder takes {self.config.in_channels}")
+            if vae.stride != VAE_STRIDE:
+                raise ValueError(f"vae: must shrink images by {VAE_STRIDE}, this one shrinks by {vae.stride}")
+            vae.latent_convention = vae.convention(self.latent_convention)
+            vae.to(self.device)
+        # Past nn.Module's own bookkeeping, which would make it a submodule.
+        self.__dict__["_vae"] = vae
+
+    def get_vae(self) -> FrozenVAE:
+        """The attached VAE; `vae_source` is loaded on first need."""
+        if self.vae is None:
+            self.set_vae(FrozenVAE.from_pretrained(*self.vae_source))
+        return self.vae
 
     def position_embedding(self, grid: tuple[int, int]) -> Tensor:
         """[1 + N, D] for a grid of tokens; the CLS row comes first and is zero. ValueError where only a checkpoint knows it."""
@@ -146,6 +212,27 @@ class ViTEncoder(nn.Module):
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute each block in the backward pass in place of keeping its activations."""
         self.transformer.activation_checkpointing = enabled
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module would take a VAE for a submodule.
+        if name == "vae":
+            self.set_vae(value)
+        else:
+            super().__setattr__(name, value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ViTEncoder:
+        """Moves of the encoder take the VAE along; its dtype stays its own."""
+        super()._apply(fn, recurse)
+        if self.vae is not None and self.device.type != "meta":
+            self.vae.to(self.device)
+        return self
+
+    def _cast(self, values: Tensor) -> Tensor:
+        """On the weights' device, in a dtype that the patch embedding takes: theirs, or float32, which it rounds itself."""
+        if not values.is_floating_point():
+            raise TypeError(f"latents: must be floating point, got {values.dtype}")
+        own = self.cls_token.dtype
+        return values.to(self.device, values.dtype if values.dtype in (own, torch.float32) else own)
 
     def _grid(self, latents: Tensor, moments: bool) -> tuple[int, int]:
         channels = self.config.in_channels * (2 if moments else 1)

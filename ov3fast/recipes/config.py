@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from ov3fast.data.config import DataConfig
 from ov3fast.losses import ObjectiveConfig
-from ov3fast.models.config import VAE_STRIDE, OpenVision3Config
+from ov3fast.models.config import VAE_STRIDE, OpenVision3Config, renamed
 
 IMAGENET = 1_281_167
 """Samples of an "ImageNet-equivalent" epoch, the paper's unit."""
@@ -277,12 +277,15 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
-        """The inverse of to_dict. ValueError names an unknown key."""
+        """The inverse of to_dict; former names of fields are read too. ValueError names an unknown key."""
         return _build(cls, values, cls.__name__)
 
     def difference(self, other: dict[str, Any]) -> str | None:
-        """The first field in which another recipe's to_dict differs, as "field: other -> own", FREE_TO_CHANGE aside; None: none."""
-        own, theirs = dict(leaves(self.to_dict())), dict(leaves(other))
+        """The first field in which another recipe's to_dict differs, as "field: other -> own", FREE_TO_CHANGE aside; None: none.
+
+        A field that the other was written without has its default. ValueError names a key that is unknown here.
+        """
+        own, theirs = dict(leaves(self.to_dict())), dict(leaves(Recipe.from_dict(other).to_dict()))
         for name in [*own, *(name for name in theirs if name not in own)]:
             a, b = theirs.get(name, "absent"), own.get(name, "absent")
             if a != b and name not in FREE_TO_CHANGE:
@@ -304,6 +307,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"{where}: takes a dict of fields, got {type(value).__name__}")
         types = typing.get_type_hints(kind)
+        value = renamed(kind, value)
         known = [f.name for f in dataclasses.fields(kind)]
         for key in value:
             if key not in known:

@@ -100,7 +100,7 @@ def latents_key(recipe: Recipe, stage: Stage, store: SampleStore, vae: FrozenVAE
         "shards": shards,
         "image_size": stage.image_size,
         "vae": weights_hash(vae),
-        "convention": recipe.model.latents,
+        "convention": recipe.model.latent_convention,
         "posterior": recipe.model.posterior,
         "dtype": recipe.latent_dtype,
         "torch": torch.__version__,

@@ -13,6 +13,7 @@ from ov3fast.data.loader import Batch, Loader
 from ov3fast.data.skips import SkipCounter
 from ov3fast.data.store import SampleStore
 from ov3fast.losses import ObjectiveConfig
+from ov3fast.models import noise
 from ov3fast.models.openvision3 import OpenVision3
 from ov3fast.recipes.config import Recipe
 from ov3fast.training import build, latents
@@ -74,7 +75,7 @@ class Inputs:
         with self.timer("latent cache"):
             self.cache = latents.fill(
                 loader.usable(), self.store.n, recipe.data.variants, loader.pixels,
-                vae.moments if config.posterior == "sample" else lambda images: vae.encode(images, "mean", config.latents),
+                vae.moments if config.posterior == "sample" else lambda images: vae.encode(images, "mean", config.latent_convention),
                 torch.float32 if recipe.latent_dtype == "fp32" else torch.bfloat16, self.ranks, progress,
             )  # fmt: skip
         if recipe.save_latents and self.ranks.first:
@@ -116,7 +117,7 @@ class Inputs:
         tokens = values.shape[2] * values.shape[3] // config.vision.patch_size**2
         sigma = None
         if config.tau > 0:
-            whole = config.tau * ops.random.uniform((self.stage.batch_size,), rng("sigma"))
+            whole = noise.sample_sigma(self.stage.batch_size, config.tau, rng("sigma"))
             sigma = whole[place * size : (place + 1) * size]
             sigma = sigma if latent_rows is None else sigma[latent_rows]
         decoded = size if latent_rows is None else len(latent_rows)
@@ -171,7 +172,11 @@ class Inputs:
         return rows, batch.images[chosen]
 
     def _latents(self, batch: Batch, rng: Tensor, first: int) -> Tensor:
-        """[m, C, h, w] float32 in the model's convention; `first` is the slice's first image in the global batch."""
+        """[m, C, h, w] float32 in the model's convention; `first` is the slice's first image in the global batch.
+
+        Training needs the latents themselves, as the target of the reconstruction loss, so they are made once, here, and the encoder
+        takes them too (inference gives it the VAE's moments).
+        """
         device, vae, config = self.ranks.device, self.model.get_vae(), self.recipe.model
         sample = config.posterior == "sample"
         with self.timer("vae encode"):
@@ -180,8 +185,8 @@ class Inputs:
             elif sample:
                 values = vae.moments(batch.images.to(device)).float()
             else:
-                values = vae.encode(batch.images.to(device), "mean", config.latents).float()
+                values = vae.encode(batch.images.to(device), "mean", config.latent_convention).float()
             if sample:
                 rng = ops.random.advance(rng, first * values[0].numel() // 2).to(device)
-                values = vae.from_moments(values, "sample", config.latents, rng)
+                values = vae.from_moments(values, "sample", config.latent_convention, rng)
             return values

@@ -175,7 +175,7 @@ class Step:
             return None
         model = self.model
         with torch.no_grad(), self.autocast(), self.timer("other forward"):
-            features = [(model.encode(piece.latents)[0], model.text(piece.text_ids)) for piece in slices]
+            features = [(model.encode_latents(piece.latents)[0], model.text(piece.text_ids)) for piece in slices]
         pooled, text = (torch.cat(side).requires_grad_() for side in zip(*features, strict=True))
         pairs, row = [], 0
         for piece in slices:

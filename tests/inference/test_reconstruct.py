@@ -15,7 +15,7 @@ def test_it_is_what_the_model_gives(model, folder):
     assert (found.reconstruction.float() - (expected + 1) * 127.5).abs().max() <= 0.51
     error = (found.reconstruction.double() - found.original.double()).square().mean().item()
     assert found.psnr == pytest.approx(10 * math.log10(255**2 / error))
-    alone = model.decode_latents(model.latents(found.original[None].float() / 127.5 - 1))[0].clamp(-1, 1)
+    alone = model.decode_latents(model.encode_to_latents(found.original[None].float() / 127.5 - 1))[0].clamp(-1, 1)
     assert (found.vae.float() - (alone + 1) * 127.5).abs().max() <= 0.51
 
 

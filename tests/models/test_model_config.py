@@ -35,7 +35,9 @@ def test_sizes_of_the_official_repository(size, numbers):
 
 
 def test_round_trip_through_json():
-    config = OpenVision3Config(vision=vision_config("S"), caption=CaptionConfig(style="queries"), tau=0.2, latents="flux")
+    config = OpenVision3Config(
+        vision=vision_config("S"), caption=CaptionConfig(style="queries"), tau=0.2, latent_convention="flux"
+    )
     assert OpenVision3Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert from_dict(VisionConfig, to_dict(vision_config("Ti"))) == vision_config("Ti")
 
@@ -61,7 +63,7 @@ def test_missing_fields_take_their_defaults():
         (lambda: CaptionConfig(text_prefix=True), 'text_prefix needs style="queries"'),
         (lambda: CaptionConfig(length=1), "length must be at least 2"),
         (lambda: OpenVision3Config(tau=-1.0), "tau must not be negative, got -1.0"),
-        (lambda: OpenVision3Config(latents="sd"), "latents must be one of openvision3, flux; got 'sd'"),
+        (lambda: OpenVision3Config(latent_convention="sd"), "latent_convention must be one of openvision3, flux; got 'sd'"),
     ],
 )
 def test_errors_name_the_field(make, message):

@@ -1,5 +1,6 @@
 """The whole model: forward and sub-batches, use from images, files, the VAE's place, errors."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -13,6 +14,7 @@ from ov3fast.models import noise, pretrained
 from ov3fast.models.openvision3 import OpenVision3
 from ov3fast.models.tokenizer import get_tokenizer
 from ov3fast.models.vae import FrozenVAE
+from ov3fast.testing import assert_within_budget
 
 TEXTS = ["a red apple", "a small dog on a table", "two blue birds"]
 
@@ -81,7 +83,8 @@ def test_text_prefix_takes_each_images_own_text(build, latents):
     torch.testing.assert_close(out.caption_hidden, expected)
     with pytest.raises(ValueError, match="captions with text_prefix need text_ids"):
         model(latents, None, ids)
-    assert len(model.caption(latents, texts=TEXTS)) == len(model.caption(latents)) == 3
+    with pytest.warns(DeprecationWarning):
+        assert len(model.caption(latents, texts=TEXTS)) == len(model.caption(latents)) == 3
 
 
 def test_noise_reaches_the_decoder_alone(build, latents):
@@ -91,7 +94,7 @@ def test_noise_reaches_the_decoder_alone(build, latents):
     assert torch.equal(quiet.tokens, noised.tokens) and torch.equal(quiet.pooled, noised.pooled)
     assert not torch.allclose(quiet.latents_hat, noised.latents_hat, atol=1e-3)
     assert torch.equal(noised.latents_hat, model(latents, rng=rng).latents_hat)
-    sigma = noise.sample_sigma(3, 0.5, rng)
+    sigma = noise.sample_sigma(3, 0.5, noise.derive_rng(rng, noise.SIGMA))
     assert torch.equal(noised.latents_hat, model.decode(noised.tokens, (4, 4), sigma, rng))
     assert torch.equal(noised.latents_hat, model(latents, sigma=sigma, rng=rng).latents_hat)
     assert torch.equal(build(tau=0.0)(latents, rng=rng).latents_hat, quiet.latents_hat)
@@ -120,11 +123,11 @@ def test_autocast_and_checkpointing(build, latents):
 
 
 def test_images_in_images_and_words_out(model, images):
-    latents = model.latents(images)
+    latents = model.encode_to_latents(images)
     torch.testing.assert_close(latents, model.vae.encode(images))
     pooled, tokens = model.encode(images)
     assert tokens.shape == (2, 8, 48)
-    assert torch.equal(pooled, model.encode(latents)[0])
+    assert torch.equal(pooled, model.encode_latents(latents)[0])
     assert torch.equal(model.encode_image(images), pooled)
     torch.testing.assert_close(model.encode_image(images, normalize=True).norm(dim=1), torch.ones(2))
     torch.testing.assert_close(model.encode_text(TEXTS, normalize=True).norm(dim=1), torch.ones(3))
@@ -141,13 +144,69 @@ def test_posterior_sampling(build, flux_vae, images):
     model = build(posterior="sample")
     model.vae = flux_vae
     rng = ops.random.make_rng(2)
-    mean, drawn = model.latents(images), model.latents(images, rng=rng)
+    mean, drawn = model.encode_to_latents(images), model.encode_to_latents(images, rng=rng)
     torch.testing.assert_close(mean, flux_vae.encode(images))
-    assert not torch.allclose(mean, drawn, atol=1e-3) and torch.equal(drawn, model.latents(images, rng=rng))
+    assert not torch.allclose(mean, drawn, atol=1e-3) and torch.equal(drawn, model.encode_to_latents(images, rng=rng))
+
+
+@pytest.mark.parametrize("convention", ["openvision3", "flux"])
+def test_images_are_encoded_from_moments_alone(build, flux_vae, images, convention, monkeypatch):
+    """One call of ops.patch_embed takes the moments: the same bits as through latents, which are never made."""
+    model = build(latent_convention=convention, posterior="sample", tokens="post_ln").eval()
+    model.vae = flux_vae
+    rng = ops.random.make_rng(2)
+    mean = model.encode_latents(model.encode_to_latents(images))
+    drawn = model.encode_latents(model.encode_to_latents(images, rng))
+    reconstruction = model.reconstruct(images)
+    exact = copy.deepcopy(model).double()
+    truth = exact.encode_latents(flux_vae.from_moments(flux_vae.moments(images).double(), "sample", convention, derived(rng)))
+    for method in ("from_moments", "encode"):
+        monkeypatch.setattr(FrozenVAE, method, lambda *_, **__: pytest.fail("latents were made"))
+    assert all(torch.equal(a, b) for a, b in zip(model.encode(images), mean, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(model.encode_moments(model.encode_to_moments(images)), mean, strict=True))
+    assert torch.equal(model.encode_image(images), mean[0]) and torch.equal(model.reconstruct(images), reconstruction)
+    for actual, former, reference in zip(model.encode(images, rng=rng), drawn, truth, strict=True):
+        assert_within_budget(actual, former, reference)
+
+
+def derived(rng):
+    return noise.derive_rng(rng, noise.POSTERIOR)
+
+
+def test_the_posterior_mean_is_taken_unless_the_config_samples(model, images):
+    mean = model.encode(images)
+    assert all(torch.equal(a, b) for a, b in zip(mean, model.encode(images, rng=ops.random.make_rng(2)), strict=True))
+
+
+def test_inputs_are_cast(model, images, latents):
+    pooled, _ = model.encode(images)
+    assert torch.equal(model.encode(images.double())[0], pooled)
+    wanted, _ = model.encode_latents(latents)
+    assert torch.equal(model.encode_latents(latents.double())[0], wanted)
+    half = copy.deepcopy(model).bfloat16()
+    assert half.encode(images)[0].dtype == half.encode_latents(latents.half())[0].dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="latents: must be floating point, got torch.int64"):
+        model.encode_latents(latents.long())
+
+
+def test_latents_in_place_of_images_are_deprecated(model, images, latents):
+    wanted = model.encode_latents(latents)
+    for method, call in (
+        ("encode", lambda: model.encode(latents)),
+        ("encode_image", lambda: (model.encode_image(latents), wanted[1])),
+    ):
+        with pytest.warns(DeprecationWarning, match=f"OpenVision3.{method} takes images; latents are deprecated") as caught:
+            found = call()
+        assert caught[0].filename == __file__
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    with pytest.warns(DeprecationWarning, match="caption takes images"):
+        model.caption(latents, max_length=3)
+    with pytest.warns(DeprecationWarning, match="now named encode_to_latents"):
+        assert torch.equal(model.latents(images), model.encode_to_latents(images))
 
 
 def test_pixel_losses_reach_the_encoder(model, images):
-    out = model(model.latents(images))
+    out = model(model.encode_to_latents(images))
     (model.decode_latents(out.latents_hat) - images).abs().mean().backward()
     assert model.encoder.patch_embed.weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in model.vae.parameters())
@@ -161,13 +220,13 @@ def test_the_vae_is_no_part_of_the_weights(model):
 
 
 def test_conventions_do_not_mix(build, make_vae, images):
-    openvision, flux = build(), build(latents="flux")
+    openvision, flux = build(), build(latent_convention="flux")
     openvision.vae, flux.vae = make_vae(), make_vae()
-    difference = (openvision.latents(images) - flux.latents(images)).flatten()
+    difference = (openvision.encode_to_latents(images) - flux.encode_to_latents(images)).flatten()
     torch.testing.assert_close(difference, torch.full_like(difference, 0.1159 * 0.3611))
     for mix in (
         lambda: flux.set_vae(openvision.vae),
-        lambda: openvision.vae.encode(images, latents="flux"),
+        lambda: openvision.vae.encode(images, convention="flux"),
         lambda: openvision.decode_latents(torch.zeros(1, 16, 4, 4), convention="flux"),
     ):
         with pytest.raises(ValueError, match="can't be mixed"):
@@ -190,7 +249,8 @@ def test_saved_and_loaded(build, flux_vae, latents, tmp_path, caption):
     assert loaded.config == model.config and not loaded.training and loaded.vae is flux_vae
     left, right = model(latents, model.text_ids(TEXTS)), loaded(latents, loaded.text_ids(TEXTS))
     assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True) if a is not None)
-    assert loaded.caption(latents) == model.caption(latents)
+    with pytest.warns(DeprecationWarning):
+        assert loaded.caption(latents) == model.caption(latents)
     model.save_pretrained(tmp_path / "m")
     assert [entry.name for entry in tmp_path.iterdir()] == ["m"]
 
@@ -289,8 +349,8 @@ def test_vae_is_loaded_on_first_need(build, flux_vae, images, tmp_path):
     flux_vae.vae.save_pretrained(tmp_path / "vae")
     model = build(vae=str(tmp_path / "vae"))
     assert model.vae is None
-    assert torch.equal(model.latents(images), flux_vae.encode(images))
-    assert isinstance(model.vae, FrozenVAE) and model.vae.latents == "openvision3"
+    assert torch.equal(model.encode_to_latents(images), flux_vae.encode(images))
+    assert isinstance(model.vae, FrozenVAE) and model.vae.latent_convention == "openvision3"
 
 
 def test_default_tokenizer(config):
@@ -302,10 +362,10 @@ def test_default_tokenizer(config):
     ("call", "message"),
     [
         (lambda m, v: m(torch.zeros(2, 16, 8, 8), None, torch.ones(3, 4, dtype=torch.int64)), "a row per image, got 3 rows for 2 images"),
-        (lambda m, v: m.encode(torch.zeros(1, 4, 8, 8)), r"images \[B, 3, H, W\] or latents \[B, 16, h, w\], got \(1, 4, 8, 8\)"),
+        (lambda m, v: m.encode(torch.zeros(1, 4, 8, 8)), r"images: must be \[B, 3, H, W\] .* got \(1, 4, 8, 8\)"),
         (lambda m, v: m.encode(torch.zeros(1, 3, 40, 64)), r"multiples of 16, got \(1, 3, 40, 64\)"),
         (lambda m, v: m.decode(torch.zeros(1, 8, 48)), r"8 tokens are no square; give grid \(h, w\)"),
-        (lambda m, v: m.set_vae(v(latent_channels=4)), "the VAE has 4 latent channels, the encoder takes 16"),
+        (lambda m, v: m.set_vae(v(latent_channels=4)), "vae: has 4 latent channels, the encoder takes 16"),
         (lambda m, v: setattr(m, "tokenizer", get_tokenizer()), "the tokenizer has 30522 ids, the embeddings"),
         (
             lambda m, v: OpenVision3(

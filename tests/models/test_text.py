@@ -138,10 +138,11 @@ def test_visual_tokens_are_kept_by_the_counter():
 
 def test_sigma_is_uniform_and_differs_from_the_noise():
     rng = ops.random.make_rng(11)
-    sigma = noise.sample_sigma(20000, 0.8, rng)
+    own = noise.derive_rng(rng, noise.SIGMA)
+    sigma = noise.sample_sigma(20000, 0.8, own)
     assert 0 <= float(sigma.min()) < 0.01 and 0.79 < float(sigma.max()) <= 0.8
     assert abs(float(sigma.mean()) - 0.4) < 0.005 and abs(float(sigma.var()) - 0.64 / 12) < 0.001
-    assert torch.equal(sigma[:100], noise.sample_sigma(100, 0.8, rng))
+    assert torch.equal(sigma[:100], noise.sample_sigma(100, 0.8, own))
     assert abs(float(torch.corrcoef(torch.stack([sigma, ops.random.normal((20000,), rng)]))[0, 1])) < 0.03
 
 

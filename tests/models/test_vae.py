@@ -33,7 +33,7 @@ def test_moments_and_latents(flux_vae, images):
     posterior = flux_vae.vae.encode(images).latent_dist
     torch.testing.assert_close(moments, torch.cat([posterior.mean, posterior.logvar], 1))
     torch.testing.assert_close(flux_vae.encode(images), posterior.mean * 0.3611)
-    torch.testing.assert_close(flux_vae.encode(images, latents="flux"), (posterior.mean - 0.1159) * 0.3611)
+    torch.testing.assert_close(flux_vae.encode(images, convention="flux"), (posterior.mean - 0.1159) * 0.3611)
 
 
 def test_sampling_follows_the_operators_stream(flux_vae, images):
@@ -72,10 +72,10 @@ def test_stays_frozen_and_in_its_own_precision(flux_vae, images):
 def test_bound_to_one_convention(make_vae, images):
     free = make_vae()
     assert free.convention("flux") == "flux" and free.convention() == "openvision3"
-    bound = FrozenVAE(free.vae, latents="flux")
-    assert torch.equal(bound.encode(images), free.encode(images, latents="flux"))
+    bound = FrozenVAE(free.vae, latent_convention="flux")
+    assert torch.equal(bound.encode(images), free.encode(images, convention="flux"))
     for call in (
-        lambda: bound.encode(images, latents="openvision3"),
+        lambda: bound.encode(images, convention="openvision3"),
         lambda: bound.decode(torch.zeros(1, 16, 2, 2), "openvision3"),
     ):
         with pytest.raises(ValueError, match="'openvision3' can't be mixed with 'flux'"):
@@ -84,7 +84,7 @@ def test_bound_to_one_convention(make_vae, images):
 
 def test_flux_convention_needs_a_shift(make_vae, images):
     with pytest.raises(ValueError, match="needs a VAE with a shift_factor"):
-        make_vae(shift_factor=None).encode(images, latents="flux")
+        make_vae(shift_factor=None).encode(images, convention="flux")
     assert make_vae(shift_factor=None).encode(images).shape == (2, 16, 4, 2)
 
 
@@ -93,7 +93,7 @@ def test_from_pretrained_folder_and_subfolder(flux_vae, images, tmp_path):
     for loaded in (
         FrozenVAE.from_pretrained(tmp_path / "model", subfolder="vae"),
         FrozenVAE.from_pretrained(tmp_path / "model"),
-        FrozenVAE.from_pretrained(str(tmp_path / "model" / "vae"), latents="openvision3"),
+        FrozenVAE.from_pretrained(str(tmp_path / "model" / "vae"), latent_convention="openvision3"),
     ):
         assert torch.equal(loaded.encode(images), flux_vae.encode(images))
     half = FrozenVAE.from_pretrained(tmp_path / "model", subfolder="vae", dtype=torch.bfloat16)
@@ -124,7 +124,7 @@ def test_the_packages_own(flux_vae, images, tmp_path, monkeypatch):
             "posterior must be 'mean' or 'sample', got 'mode'",
         ),
         (lambda v: v.encode(torch.zeros(1, 3, 32, 32), posterior="sample"), ValueError, 'posterior="sample" needs rng'),
-        (lambda v: v.encode(torch.zeros(1, 3, 32, 32), latents="sdxl"), ValueError, "one of openvision3, flux; got 'sdxl'"),
+        (lambda v: v.encode(torch.zeros(1, 3, 32, 32), convention="sdxl"), ValueError, "one of openvision3, flux; got 'sdxl'"),
         (lambda v: v.decode(torch.zeros(1, 4, 4, 4)), ValueError, r"latents must be \[B, 16, h, w\], got \(1, 4, 4, 4\)"),
         (lambda v: FrozenVAE.from_pretrained("/nowhere/vae"), FileNotFoundError, "no such folder or file /nowhere/vae"),
         (lambda v: check_convention("flux", "openvision3"), ValueError, "can't be mixed"),

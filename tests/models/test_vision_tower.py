@@ -234,9 +234,39 @@ def test_options(plain, latents, tmp_path):
     vision = {**OPEN_CLIP["vision_cfg"], "final_ln_after_pool": False}
     folder = write(tmp_path / "t", plain.state_dict(), {"model_cfg": {"vision_cfg": vision}})
     assert load_vision_encoder(folder).config.final_ln_after_pool is False
-    encoder = load_vision_encoder(folder, final_ln_after_pool=True, output_tokens=False, latents="flux", embed_dim=40)
+    encoder = load_vision_encoder(folder, final_ln_after_pool=True, output_tokens=False, latent_convention="flux", embed_dim=40)
     assert torch.equal(encoder(latents), load_vision_encoder(folder, final_ln_after_pool=True)(latents)[0])
-    assert encoder.latents == "flux" and load_vision_encoder(folder).latents == "openvision3"
+    assert encoder.latent_convention == "flux" and load_vision_encoder(folder).latent_convention == "openvision3"
+
+
+def test_images_go_through_an_attached_vae(plain, make_vae, tmp_path):
+    vae = make_vae()
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    folder = write(tmp_path / "t", plain.state_dict())
+    vae.vae.save_pretrained(tmp_path / "vae")
+    mean = vae.moments(images).chunk(2, 1)[0]
+    for convention, latents in (("openvision3", mean * 0.3611), ("flux", (mean - 0.1159) * 0.3611)):
+        encoder = load_vision_encoder(folder, latent_convention=convention, vae=tmp_path / "vae")
+        assert encoder.vae is None and not any("vae" in key for key in encoder.state_dict())
+        found = encoder.encode(images.double())
+        assert all(torch.equal(a, b) for a, b in zip(found, encoder.encode_latents(latents), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(found, encoder(latents), strict=True))
+        assert encoder.vae.latent_convention == convention and not list(encoder.children()).count(encoder.vae)
+    attached = make_vae()
+    encoder = load_vision_encoder(folder, vae=attached)
+    assert encoder.vae is attached and encoder.double().vae.dtype == torch.float32
+    with pytest.raises(ValueError, match="'flux' can't be mixed with 'openvision3'"):
+        load_vision_encoder(folder, latent_convention="flux", vae=attached)
+    with pytest.raises(ValueError, match="vae: has 4 latent channels, the encoder takes 16"):
+        encoder.set_vae(make_vae(latent_channels=4))
+    with pytest.raises(ValueError, match=r"sides that are multiples of 16, got \(1, 3, 40, 64\)"):
+        encoder.encode(torch.zeros(1, 3, 40, 64))
+
+
+def test_the_former_name_of_the_convention(plain, tmp_path):
+    folder = write(tmp_path / "t", plain.state_dict())
+    with pytest.warns(DeprecationWarning, match="now named latent_convention"):
+        assert load_vision_encoder(folder, latents="flux").latent_convention == "flux"
 
 
 def test_so400m_hidden_width():
@@ -294,8 +324,8 @@ def test_errors_of_files(plain, tmp_path):
     (folder / "open_clip_config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no open_clip_config\.json"):
         load_vision_encoder(folder)
-    with pytest.raises(ValueError, match="convention must be one of openvision3, flux; got 'sd'"):
-        load_vision_encoder(folder, latents="sd")
+    with pytest.raises(ValueError, match="latent_convention: must be one of openvision3, flux; got 'sd'"):
+        load_vision_encoder(folder, latent_convention="sd")
     with pytest.raises(ValueError, match="'epoch' is no tensor but int"):
         released_state({"epoch": 3})
 

@@ -58,7 +58,9 @@ def test_flux_latents_sampled_sigmoid_pairs_queries_and_workers(tiny, data, tmp_
     caption = dataclasses.replace(recipe.model.caption, style="queries", text_prefix=True, visual_keep=0.5)
     recipe = dataclasses.replace(
         recipe,
-        model=dataclasses.replace(recipe.model, latents="flux", posterior="sample", contrastive="sigmoid", caption=caption),
+        model=dataclasses.replace(
+            recipe.model, latent_convention="flux", posterior="sample", contrastive="sigmoid", caption=caption
+        ),
         objective=dataclasses.replace(recipe.objective, contrastive="sigmoid"),
         optimizer=dataclasses.replace(recipe.optimizer, ema_decay=None, clip_norm=None),
         data=dataclasses.replace(recipe.data, workers=1, variants=None, cache_images=False),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import os
 import platform
 import shutil
 from pathlib import Path
@@ -24,10 +23,10 @@ CLIENTS = {"pip": "demo data", "npm": "demo data (Fluent 3D, Twemoji)", "apt-get
 
 
 def report() -> dict[str, dict[str, Any]]:
-    """Sections of name -> finding: "machine", "packages", "tools", "files" and "operators" (op -> backend -> status)."""
+    """Sections of name -> finding: "machine", "environment", "packages", "tools", "files" and "operators" (op -> backend -> status)."""
     import torch
 
-    from ov3fast import __version__, ops
+    from ov3fast import __version__, environment, ops
     from ov3fast.data.assets import default_cache_dir
     from ov3fast.ops._attention_peers import rule as attention_rule
 
@@ -42,9 +41,8 @@ def report() -> dict[str, dict[str, Any]]:
             "CUDA kernels": _cuda_kernels(),
             "cuda": torch.version.cuda or "torch was built without it",
             "attention on CUDA": attention_rule(),
-            "OV3FAST_CPU_ISA": os.environ.get("OV3FAST_CPU_ISA", "not set: the CPU kernels use the widest instruction set"),
-            "OV3FAST_IMPL": os.environ.get("OV3FAST_IMPL", "not set: each operator picks its first backend that is ready"),
         },
+        "environment": environment.report(),
         "packages": {name: _version(name) or f"not installed ({use})" for name, use in OPTIONAL.items()},
         "tools": {
             "C++ compiler": _first_of("c++", "g++", "clang++")
@@ -67,29 +65,31 @@ def print_json() -> None:
 
 
 def show() -> None:
-    """Prints the report as tables."""
+    """Prints the report as tables that fit 80 columns."""
     from rich.markup import escape
     from rich.table import Table
 
-    from ov3fast import ops
-    from ov3fast.terminal import console as make_console
+    from ov3fast import ops, terminal
 
-    console = make_console()
+    console = terminal.console()
     found = report()
-    for section in ("machine", "packages", "tools", "files"):
-        table = Table(title=section, title_justify="left", show_header=False, box=None, padding=(0, 2))
+    layout = {"title_justify": "left", "box": None, "padding": (0, 2, 0, 0)}
+    for section in ("machine", "environment", "packages", "tools", "files"):
+        table = Table(title=section, show_header=False, **layout)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
         for name, value in found[section].items():
-            table.add_row(name, escape(str(value)))
+            table.add_row(f"  {name}", escape(str(value)))
         console.print(table, "")
-    operators = found["operators"]
-    backends = [name for name in ops.BACKENDS if any(name in status for status in operators.values())]
-    table = Table(title="operators", title_justify="left", padding=(0, 0))
-    table.add_column("operator", no_wrap=True)
-    for heading in ("on the CPU", *backends):
-        table.add_column(heading)
+    table = Table(title="operators, their backends in order of preference", **layout)
+    for heading in ("  operator", "on the CPU", "ready", "not here, why"):
+        table.add_column(heading, no_wrap=heading == "  operator")
     reasons: list[str] = []
-    for op, status in operators.items():
-        table.add_row(op, on_cpu(status), *(_short(status.get(name), reasons) for name in backends))
+    for op, status in found["operators"].items():
+        names = [name for name in ops.BACKENDS if name in status]
+        ready = ", ".join(name for name in names if status[name] == "ready")
+        rest = ", ".join(f"{name} ({_number(status[name], reasons)})" for name in names if status[name] != "ready")
+        table.add_row(f"  {op}", on_cpu(status), f"[green]{ready}[/green]", f"[yellow]{rest}[/yellow]")
     console.print(table)
     for number, reason in enumerate(reasons, 1):
         console.print(f"  ({number}) {escape(reason)}")
@@ -97,7 +97,7 @@ def show() -> None:
 
 def on_cpu(status: dict[str, str]) -> str:
     """The backend that runs an operator's float32 and bfloat16 calls on CPU tensors."""
-    return next(name for name in ("cpu", "sdpa", "reference") if status.get(name) == "ready")
+    return next(name for name in ("cpu", "sdpa", "eager", "reference") if status.get(name) == "ready")
 
 
 def _cpu_kernels() -> str:
@@ -106,7 +106,10 @@ def _cpu_kernels() -> str:
 
     if (reason := cpu.missing()) is not None:
         return reason
-    return f"{cpu.isa()} in use; {', '.join(cpu.available_isas())} run here"
+    try:
+        return f"{cpu.isa()} in use; {', '.join(cpu.available_isas())} run here"
+    except ValueError as error:  # OV3FAST_CPU_ISA names none: say so, and go on
+        return str(error)
 
 
 def _cuda_kernels() -> str:
@@ -120,13 +123,11 @@ def _cuda_kernels() -> str:
     return f"{chips}, by CUDA {'.'.join(map(str, build['toolkit']))}" + (f"; {reason}" if (reason := cuda.missing()) else "")
 
 
-def _short(status: str | None, reasons: list[str]) -> str:
-    """'ready', or the number of the reason why not."""
-    if status is None or status == "ready":
-        return "[green]ready[/green]" if status else ""
-    if status not in reasons:
-        reasons.append(status)
-    return f"[yellow]no ({reasons.index(status) + 1})[/yellow]"
+def _number(reason: str, reasons: list[str]) -> int:
+    """The reason's place, from 1, in the list of those met so far."""
+    if reason not in reasons:
+        reasons.append(reason)
+    return reasons.index(reason) + 1
 
 
 def _version(package: str) -> str | None:

@@ -65,15 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _run(arguments)
             sys.stdout.flush()
             return code
-    except BrokenPipeError:
-        if not terminal.output_is_closed():
-            raise
-        terminal.silence_output()
-        return terminal.BROKEN_PIPE
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, TypeError, OSError, RuntimeError, KeyError, ImportError) as error:
+        if isinstance(error, BrokenPipeError) and terminal.output_is_closed():
+            terminal.silence_output()
+            return terminal.BROKEN_PIPE
         if verbose or os.environ.get("OV3FAST_TRACEBACK"):
             raise
         message = " ".join(str(error).split()) or type(error).__name__

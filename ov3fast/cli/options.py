@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import shutil
+import textwrap
 import warnings
 from typing import Any
 
@@ -30,7 +31,7 @@ def parse(kind: Any, arguments: list[str], command: str, default: Any = None) ->
         return tyro.cli(kind, args=[expand_home(argument) for argument in arguments], prog=program, **options)
     except SystemExit as end:
         if end.code == 0:
-            print(COMMON)
+            print(textwrap.fill(COMMON, width))
         raise
 
 
@@ -61,5 +62,6 @@ def _narrow_help(kind: Any, program: str, width: int, options: dict[str, Any]) -
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         parser = tyro.extras.get_parser(kind, prog=program, **options)
+    parser.usage = "%(prog)s [options] ..."
     parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=4, width=max(width - 1, 24))
-    return f"{argparse.ArgumentParser.format_help(parser)}\n{COMMON}"
+    return f"{argparse.ArgumentParser.format_help(parser)}\n{textwrap.fill(COMMON, width)}"

@@ -1,0 +1,34 @@
+"""The environment's words that ov3fast reads: the one list of them. `ov3fast doctor` prints it, a test holds the code to it."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+
+class Word(NamedTuple):
+    meaning: str
+    default: str
+
+
+WORDS = {
+    "OV3FAST_IMPL": Word("the backend of every operator, as ops.use", "each operator picks its first backend that is ready"),
+    "OV3FAST_CPU_ISA": Word(
+        "instruction set of the CPU kernels: portable, avx2, avx512, avx512_bf16", "the widest that runs here"
+    ),
+    "OV3FAST_CACHE": Word("folder for the demo set, packages and tuned block sizes", "~/.cache/ov3fast"),
+    "OV3FAST_TRACEBACK": Word("any text: errors of the command line show where they came from", "one line, exit code 2"),
+    "OV3FAST_NATIVE": Word(
+        "folder of another build of the CPU and CUDA kernels, as `make sanitize` uses", "the installed build"
+    ),
+    "OV3FAST_CUDA": Word(
+        "when installing: 1 builds the CUDA kernels, 0 leaves them out", "built where there is an NVIDIA driver"
+    ),
+    "OV3FAST_AOT_CACHE": Word("folder for results of `python -m ov3fast.kernels.aot`", "in the temporary directory"),
+    "OV3FAST_INTERPRETER_EXAMPLES": Word("tests only: hypothesis' examples under Triton's interpreter", "4"),
+}
+
+
+def report() -> dict[str, str]:
+    """Word -> its value here, or "not set: " and what then holds."""
+    return {name: os.environ.get(name) or f"not set: {word.default}" for name, word in WORDS.items()}

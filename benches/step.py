@@ -11,12 +11,13 @@ from __future__ import annotations
 import csv
 import json
 import platform
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import tyro
+
+from . import timing
 
 RESULTS = Path(__file__).parent / "results" / "step.csv"
 NOT_IN_A_STEP = ("latent cache", "checkpoint", "measure")
@@ -38,14 +39,13 @@ def table(run: Path) -> list[dict[str, str]]:
     recipe = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
     parts = {part: seconds for part, seconds in summary["seconds_by_part"].items() if part not in NOT_IN_A_STEP}
     parts = {**dict(sorted(parts.items(), key=lambda item: -item[1])), "whole step": summary["seconds"]}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     machine = {
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "dtype": recipe["precision"],
         "batch": str(recipe["stages"][0]["batch_size"]),
-        "commit": commit.stdout.strip(),
+        "commit": timing.commit(),
     }
     return [
         {

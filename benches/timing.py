@@ -105,24 +105,33 @@ def copy_rate(size: int = 2**26) -> float:
     return 2 * 4 * size / statistics.median(interleaved({"copy": lambda: b.copy_(a)}, budget=2.0)["copy"])
 
 
+def commit() -> str:
+    """Of the source tree; "unknown" where there is no git, or no repository."""
+    try:
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
 def machine() -> dict[str, str]:
     """What every row of a table of results has to say."""
     from ov3fast.ops import cpu
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     if device() == "cuda":
         return {
             "gpu": torch.cuda.get_device_name(),
             "cuda": torch.version.cuda or f"ROCm {torch.version.hip}",
             "torch": torch.__version__,
-            "commit": commit.stdout.strip(),
+            "commit": commit(),
         }
     return {
         "cpu": _cpu_name(),
         "isa": cpu.isa() if cpu.missing() is None else "none",
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
     }
 
 

@@ -87,14 +87,25 @@ def assert_within_budget(
 
     same_dtype: what plain PyTorch gives in actual's dtype. a_priori: the bound of the sum, called only where twice PyTorch's error is not enough.
     """
-    finite = exact.detach()[exact.isfinite()]
-    largest = float(finite.abs().max()) if finite.numel() else 0.0
-    rounded = torch.finfo(actual.dtype).eps * largest
+    got, budget = error_and_budget(actual, same_dtype, exact, a_priori)
+    if not got <= budget:
+        raise AssertionError(f"{what}: error {got:.3e} is over the budget {budget:.3e} (largest value {_largest(exact):.3e})")
+
+
+def error_and_budget(
+    actual: Tensor, same_dtype: Tensor, exact: Tensor, a_priori: Callable[[], float] | None = None
+) -> tuple[float, float]:
+    """The two that `assert_within_budget` compares."""
+    rounded = torch.finfo(actual.dtype).eps * _largest(exact)
     got, budget = error(actual, exact), 2 * error(same_dtype, exact) + rounded
     if not got <= budget and a_priori:
         budget = max(budget, a_priori() + rounded)
-    if not got <= budget:
-        raise AssertionError(f"{what}: error {got:.3e} is over the budget {budget:.3e} (largest value {largest:.3e})")
+    return got, budget
+
+
+def _largest(exact: Tensor) -> float:
+    finite = exact.detach()[exact.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
 
 
 class Budget:
@@ -122,6 +133,14 @@ class Budget:
         names = names or [f"result {number}" for number in range(len(results))]
         for number, (r, p, e, name) in enumerate(zip(results, self.plain, self.exact, names, strict=True)):
             assert_within_budget(r, p, e, name, lambda number=number: self.a_priori[number])
+
+    def ratios(self, results: Sequence[Tensor]) -> list[float]:
+        """The error of each result over its budget: above 1 `check` raises. 0 for no error at all."""
+        found = []
+        for number, (r, p, e) in enumerate(zip(results, self.plain, self.exact, strict=True)):
+            got, budget = error_and_budget(r, p, e, lambda number=number: self.a_priori[number])
+            found.append(got / budget if got else 0.0)
+        return found
 
 
 def check(

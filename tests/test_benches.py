@@ -15,6 +15,13 @@ def test_step_table(tmp_path):
     assert rows == [("backward", "1.2500", "8"), ("text", "0.2500", "40"), ("whole step", "2.5000", "4")]
 
 
+def test_a_table_without_git(monkeypatch):
+    from benches import timing
+
+    monkeypatch.setenv("PATH", "")
+    assert timing.commit() == "unknown"
+
+
 def test_operator_rows_hold_ours_the_best_peer_and_the_floor():
     from benches import cases, operators
 

@@ -101,3 +101,14 @@ def test_a_result_of_the_wrong_shape_or_with_a_stray_nan_is_over_the_budget():
     wrong[0, 0] = torch.nan
     with pytest.raises(AssertionError, match="result 0: error inf"):
         budget.check([wrong])
+
+
+def test_ratio_to_the_budget():
+    """1 is where `check` begins to raise."""
+    x = testing.make(5, dtype=torch.float32)
+    budget = testing.Budget(lambda values: [values[0] + 1, values[0]], [x])
+    [ratio, exact] = budget.ratios([x + 1 + 1e-3, x])
+    assert exact == 0.0 and ratio > 1
+    with pytest.raises(AssertionError):
+        budget.check([x + 1 + 1e-3, x])
+    assert budget.ratios([x + 1, x])[0] <= 1

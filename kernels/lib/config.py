@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from . import cuda_driver
+
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 WITH_DESCRIPTORS = ("sm_90", "sm_100")
 """Those that load tiles through tensor descriptors."""
@@ -78,14 +80,16 @@ def _from_specific_to_any(dtype: str, size: str, arch: str) -> list[Key]:
     return sorted(keys, key=lambda key: (key[0] == ANY, key.count(ANY)))
 
 
-@functools.cache
 def current_architecture() -> str:
     """Of the table's architectures, the one whose rows fit the current device; sm_80 for the interpreter."""
-    if not torch.cuda.is_available():
-        return "sm_80"
+    return _architecture(torch.cuda.current_device()) if torch.cuda.is_available() else "sm_80"
+
+
+@functools.cache
+def _architecture(device: int) -> str:
     if torch.version.hip:
         return "gfx942"
-    major = torch.cuda.get_device_capability()[0]
+    major = torch.cuda.get_device_capability(device)[0]
     return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
 
 
@@ -112,16 +116,20 @@ def tuned_path() -> Path:
     source = hashlib.sha256(
         b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))
     ).hexdigest()[:16]
-    driver = torch.version.hip or torch._C._cuda_getDriverVersion()
+    driver = torch.version.hip or cuda_driver.version()
     folder = Path(os.environ.get("OV3FAST_CACHE") or "~/.cache/ov3fast").expanduser() / "tuned"
     return folder / f"{torch.cuda.get_device_name().replace(' ', '-')}-{driver}-{source}.json"
 
 
+def _tuned() -> Mapping[Key, Config]:
+    return _tuned_for(torch.cuda.current_device()) if torch.cuda.is_available() else {}
+
+
 @functools.cache
-def _tuned() -> dict[Key, Config]:
-    if not torch.cuda.is_available() or not tuned_path().exists():
-        return {}
-    return load(tuned_path())
+def _tuned_for(device: int) -> Mapping[Key, Config]:
+    """Of the current device, by whose number they are kept."""
+    path = tuned_path()
+    return load(path) if path.exists() else {}
 
 
 def load(path: Path) -> dict[Key, Config]:
@@ -131,7 +139,7 @@ def load(path: Path) -> dict[Key, Config]:
 def save(found: Mapping[Key, Config], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([{"key": key, **asdict(config)} for key, config in found.items()], indent=1))
-    _tuned.cache_clear()
+    _tuned_for.cache_clear()
 
 
 # --- flash_attention ---

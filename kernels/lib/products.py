@@ -24,5 +24,9 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def room_for_rows(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised [rows, columns] matrix whose rows begin at multiples of 16 elements."""
-    return like.new_empty((rows, -(-columns // 16) * 16), dtype=dtype)[:, :columns]
+    """An uninitialised [rows, columns] matrix, whose rows begin at multiples of 16 elements on a GPU.
+
+    Not on a CPU: with AMX, PyTorch's 16-bit products multiply what lies between rows by 0, and a NaN there shows.
+    """
+    stride = -(-columns // 16) * 16 if like.is_cuda else columns
+    return like.new_empty((rows, stride), dtype=dtype)[:, :columns]

@@ -222,7 +222,8 @@ def over_ranks(forward_rows, backward_rows, project=_project):
         scale, bias = scale.to(wide), None if bias is None else bias.to(wide)
         rows, columns, own = _over_blocks(forward_rows, shards, image, text, scale, bias, kind)
         share = shards.world / max(shards.total, 1)
-        sizes = torch.tensor(shards.sizes)
+        # A CPU tensor would keep Inductor from capturing CUDA graphs; alone, a rank knows its size.
+        sizes = torch.tensor(shards.sizes) if group else rows.new_empty(0, dtype=torch.int64)
         if kind == "sigmoid":
             return (rows.sum(dtype=torch.float64) * share).to(wide), rows.new_empty(2, 0), rows.new_empty(2, 0), sizes
         largest, total = (shards.own(x) for x in shards.merge(*columns))
@@ -233,7 +234,8 @@ def over_ranks(forward_rows, backward_rows, project=_project):
     def backward(grad_loss, image, text, scale, bias, r, c, sizes, kind, group, need_image, need_text):
         wide = _check.accumulate_dtype(image.dtype)
         resolved = _row_shards.resolve(group) if group else None
-        shards = _row_shards.RowShards(resolved, resolved.rank() if group else 0, tuple(sizes.tolist()))
+        rank, sizes = (resolved.rank(), sizes.tolist()) if group else (0, [len(image)])
+        shards = _row_shards.RowShards(resolved, rank, tuple(sizes))
         wide_scale, wide_bias = scale.to(wide), None if bias is None else bias.to(wide)
         weight = grad_loss.to(wide) * (shards.world / max(shards.total, 1))
         all_c = all_weights = None
@@ -256,13 +258,11 @@ def over_ranks(forward_rows, backward_rows, project=_project):
 def _fake(image, text, scale, bias, kind, group):
     wide = _check.accumulate_dtype(image.dtype)
     lse = image.new_empty((2, len(image) if kind == "softmax" else 0), dtype=wide)
-    world = _row_shards.resolve(group).size() if group else 1
-    return (
-        image.new_empty((), dtype=wide),
-        lse,
-        torch.empty_like(lse),
-        torch.empty(world, dtype=torch.int64, device="cpu"),
-    )
+    if group:
+        sizes = torch.empty(_row_shards.resolve(group).size(), dtype=torch.int64, device="cpu")
+    else:
+        sizes = image.new_empty(0, dtype=torch.int64)
+    return image.new_empty((), dtype=wide), lse, torch.empty_like(lse), sizes
 
 
 def _fake_backward(grad_loss, image, text, scale, bias, r, c, sizes, kind, group, need_image, need_text):

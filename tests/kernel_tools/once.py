@@ -13,12 +13,12 @@ from ov3fast import ops  # noqa: E402
 
 def main(backend: str, *names: str) -> None:
     with ops.use(backend):
-        for sample in with_backend(backend):
-            if sample.name in names or not names:
-                for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16):
+            for sample in with_backend(backend, dtype):
+                if sample.name in names or not names:
                     sample.results(sample.inputs("tiny", dtype, "cuda"))
                     torch.cuda.synchronize()
-                print(sample.name, flush=True)
+                    print(sample.name, dtype, flush=True)
 
 
 if __name__ == "__main__":

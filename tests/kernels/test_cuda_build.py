@@ -93,9 +93,10 @@ def test_struct_is_laid_out_as_in_c():
 
 def test_what_the_driver_gets(monkeypatch, tmp_path):
     """A stand-in for libcuda reads the arguments as the real one does."""
+    from ov3fast.kernels.lib import cuda_driver
     from ov3fast.ops.cuda import driver
 
-    calls = []
+    calls, contexts, devices = [], [0], []
 
     class Library:
         def __getattr__(self, name):
@@ -103,7 +104,16 @@ def test_what_the_driver_gets(monkeypatch, tmp_path):
                 calls.append(name)
                 if name == "cuDriverGetVersion":
                     arguments[0]._obj.value = 13020
+                if name == "cuDeviceGet":
+                    arguments[0]._obj.value = arguments[1].value
+                if name == "cuDevicePrimaryCtxRetain":
+                    arguments[0]._obj.value = 1000 + arguments[1].value
+                if name == "cuCtxPushCurrent_v2":
+                    contexts.append(arguments[0].value)
+                if name == "cuCtxPopCurrent_v2":
+                    contexts.pop()
                 if name == "cuLaunchKernel":
+                    devices.append(contexts[-1] - 1000)
                     assert [a.value for a in arguments[1:8]] == [5, 2, 1, cuda.THREADS, 1, 1, 0] and arguments[8].value == 99
                     pointer, number, real, pair, null = (ctypes.c_void_p(a) for a in arguments[9])
                     assert ctypes.cast(pointer, ctypes.POINTER(ctypes.c_void_p))[0] == tensor.data_ptr()
@@ -120,17 +130,21 @@ def test_what_the_driver_gets(monkeypatch, tmp_path):
     for name in ("_context", "_module", "_function"):
         getattr(driver, name).cache_clear()
     monkeypatch.setattr(driver, "FOLDER", tmp_path)
-    monkeypatch.setattr(driver, "_driver", Library)
+    monkeypatch.setattr(cuda_driver, "library", Library)
+    cuda_driver.version.cache_clear()
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": 99}))
     arguments = ("x", tensor), ("n", 12), ("f", 0.25), ("s", cuda.Struct(("i32", 3), ("i32", 4))), ("none", None)
     launch = cuda.Launch("some", "kernel", (5, 2), arguments)
-    assert driver.version() == 13
+    assert driver.version() == 13020
     driver.run([launch, launch], torch.device("cuda", 1))
     assert calls.count("cuModuleLoadData") == 1 and calls.count("cuLaunchKernel") == 2 and calls[-1] == "cuCtxPopCurrent_v2"
+    driver.run([launch], torch.device("cuda", 0))
+    assert devices == [1, 1, 0] and contexts == [0] and calls.count("cuModuleLoadData") == 2
     failing = "cuLaunchKernel"
     with pytest.raises(RuntimeError, match=r"cuLaunchKernel: unknown error \(700\)"):
         driver.run([launch], torch.device("cuda", 1))
     assert calls[-1] == "cuCtxPopCurrent_v2"
+    cuda_driver.version.cache_clear()
     for name in ("_context", "_module", "_function"):
         getattr(driver, name).cache_clear()

@@ -96,7 +96,7 @@ def _obstacle() -> str | None:
         return "there is no GPU" if not torch.version.hip else "it runs on NVIDIA GPUs alone"
     from . import driver
 
-    if (version := driver.version()) < build["toolkit"][0]:
+    if (version := driver.version() // 1000) < build["toolkit"][0]:
         return f"the CUDA kernels were built by CUDA {'.'.join(map(str, build['toolkit']))}, the driver is for CUDA {version}"
     oldest = min(build["architectures"])
     for device in range(torch.cuda.device_count()):

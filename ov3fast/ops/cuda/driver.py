@@ -8,43 +8,34 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ov3fast.kernels.lib.cuda_driver import call, version
+
 from . import FOLDER, THREADS, Launch, Struct
 
-
-@functools.cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-
-
-def version() -> int:
-    """The major version of CUDA that the driver is for."""
-    number = ctypes.c_int()
-    _call("cuDriverGetVersion", ctypes.byref(number))
-    return number.value // 1000
+__all__ = ["run", "version"]
 
 
 def run(launches: list[Launch], device: torch.device) -> None:
     """Launches one after the other on the current stream of `device`. RuntimeError with the driver's words where it refuses."""
     stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
     # The thread may have no context yet (autograd's threads), or another device's.
-    _call("cuCtxPushCurrent_v2", _context(device.index))
+    call("cuCtxPushCurrent_v2", _context(device.index))
     try:
         for launch in launches:
             _launch(launch, device.index, stream)
     finally:
-        _call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+        call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
 
 def _launch(launch: Launch, device: int, stream: ctypes.c_void_p) -> None:
     values = [_to_c(value) for _, value in launch.arguments]
     addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-    _call(
+    call(
         "cuLaunchKernel", _function(launch.binary, launch.kernel, device),
         *map(ctypes.c_uint, (*launch.grid, 1, THREADS, 1, 1, 0)), stream, addresses, None,
     )  # fmt: skip
@@ -65,8 +56,8 @@ def _context(device: int) -> ctypes.c_void_p:
     """The context that PyTorch uses, never released: PyTorch does not release it either."""
     torch.cuda.init()
     handle, context = ctypes.c_int(), ctypes.c_void_p()
-    _call("cuDeviceGet", ctypes.byref(handle), ctypes.c_int(device))
-    _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
+    call("cuDeviceGet", ctypes.byref(handle), ctypes.c_int(device))
+    call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
     return context
 
 
@@ -74,20 +65,12 @@ def _context(device: int) -> ctypes.c_void_p:
 def _module(binary: str, device: int) -> ctypes.c_void_p:
     """Needs the device's context to be current."""
     module = ctypes.c_void_p()
-    _call("cuModuleLoadData", ctypes.byref(module), (FOLDER / f"{binary}.fatbin").read_bytes())
+    call("cuModuleLoadData", ctypes.byref(module), (FOLDER / f"{binary}.fatbin").read_bytes())
     return module
 
 
 @functools.cache
 def _function(binary: str, kernel: str, device: int) -> ctypes.c_void_p:
     function = ctypes.c_void_p()
-    _call("cuModuleGetFunction", ctypes.byref(function), _module(binary, device), kernel.encode())
+    call("cuModuleGetFunction", ctypes.byref(function), _module(binary, device), kernel.encode())
     return function
-
-
-def _call(name: str, *arguments: Any) -> None:
-    error = getattr(_driver(), name)(*arguments)
-    if error:
-        words = ctypes.c_char_p()
-        _driver().cuGetErrorString(error, ctypes.byref(words))
-        raise RuntimeError(f"{name}: {(words.value or b'unknown error').decode()} ({error})")

@@ -47,10 +47,12 @@ def refuses(*tensors: Tensor | None) -> str | None:
 
 
 def launch(module: str, function: str) -> Callable[..., Any]:
-    """`function` of `ov3fast.kernels.<module>`, imported at the first call."""
+    """`function` of `ov3fast.kernels.<module>`, imported at the first call, on its first tensor's device: Triton launches on the current one."""
 
     def call(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"ov3fast.kernels.{module}"), function)(*args)
+        run = getattr(importlib.import_module(f"ov3fast.kernels.{module}"), function)
+        with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
+            return run(*args)
 
     return call
 

@@ -25,7 +25,12 @@ X86_FLAGS = {
     "avx2": "-mavx2 -mfma",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
     "avx512_bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma -mprefer-vector-width=512",
+    "amx_bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma -mprefer-vector-width=512 -DOV3_TILES",
 }
+
+# The kernels of amx_bf16 with a model of the tile unit, equal to the bit, for processors that have none. Slow: for tests.
+EMULATED = "amx_emulated"
+EMULATED_FLAGS = f"{X86_FLAGS['amx_bf16']} -DOV3_EMULATE_TILES"
 
 # GCC 12 takes the "undefined" halves of its own AVX-512 intrinsics for mistakes.
 FLAGS = (
@@ -46,12 +51,14 @@ class NoCompiler(RuntimeError):
     """There is no C++ compiler (or nvcc) or no ninja, or nobody who needs what they would make."""
 
 
-def isas() -> dict[str, str]:
+def isas(emulated: bool = False) -> dict[str, str]:
     """Instruction set -> compiler flags, for the machine that builds."""
-    return X86_FLAGS if platform.machine().lower() in ("x86_64", "amd64") else {"portable": ""}
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return {"portable": ""}
+    return X86_FLAGS | ({EMULATED: EMULATED_FLAGS} if emulated else {})
 
 
-def build(out: Path, *, sanitize: bool = False, only: tuple[str, ...] = ()) -> list[Path]:
+def build(out: Path, *, sanitize: bool = False, emulated: bool = False, only: tuple[str, ...] = ()) -> list[Path]:
     """Compiles what has changed and returns the libraries. NoCompiler, or CalledProcessError where compilation fails."""
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
@@ -71,7 +78,7 @@ def build(out: Path, *, sanitize: bool = False, only: tuple[str, ...] = ()) -> l
         "  description = link $out",
     ]
     libraries = []
-    for isa, isa_flags in isas().items():
+    for isa, isa_flags in isas(emulated or EMULATED in only).items():
         if only and isa not in only:
             continue
         objects = []
@@ -167,10 +174,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the libraries")
     parser.add_argument("--sanitize", action="store_true")
+    parser.add_argument("--emulated", action="store_true", help=f"{EMULATED} too")
     parser.add_argument("--only", nargs="*", default=(), help="instruction sets to build")
     options = parser.parse_args()
     try:
-        for library in build(options.out, sanitize=options.sanitize, only=tuple(options.only)):
+        for library in build(options.out, sanitize=options.sanitize, emulated=options.emulated, only=tuple(options.only)):
             print(library)
     except NoCompiler as reason:
         sys.exit(f"ov3fast: the CPU kernels were not built: {reason}")

@@ -88,6 +88,12 @@ void pack_units(const Matrix<T>& source, int64_t i0, int count, int64_t K, int w
         for (int64_t w = 0; w < words_of<T>(K); w++)
             for (int i = 0; i < count; i++) dst[w * width + i] /= norm[i];
 }
+// As a panel of A.
+template <class T>
+void pack_unit_rows(const Matrix<T>& source, int64_t i0, int count, int64_t K, const float* norm, word_t<T>* dst) {
+    if constexpr (IN_TILES<T>) pack_block<T>(source, i0, count, K, dst);
+    else pack_units<T>(source, i0, count, K, MR, norm, dst);
+}
 template <class T>
 void pack_units(const Matrix<T>& source, Packed<T>& b, const float* norm, int threads) {
     parallel(b.panels(), threads, [&](int64_t p, int) {
@@ -257,8 +263,8 @@ void contrastive_loss_forward(
         for (int64_t i = task * strip; i < std::min(n, (task + 1) * strip); i += block) {
             const int64_t count = std::min(block, std::min(n, (task + 1) * strip) - i);
             for (int64_t m = 0; m < count; m += MR)
-                pack_units<T>({x, x_stride, 1}, i + m, int(std::min<int64_t>(MR, count - m)), D, MR, x_norms.norm + i + m,
-                    packed + m * words);
+                pack_unit_rows<T>({x, x_stride, 1}, i + m, int(std::min<int64_t>(MR, count - m)), D, x_norms.norm + i + m,
+                                  packed + m * words);
             forward.block(i, count, packed, c + thread * block * NR, factor + thread * block, state + thread * block,
                           lse + thread * block, largest, total);
         }
@@ -451,8 +457,8 @@ struct Backward {
         parallel(groups + panels, threads, [&](int64_t task, int) {
             if (task < groups) {
                 const int64_t i = task * MR;
-                pack_units<T>({x, x_stride, 1}, i0 + i, int(std::min<int64_t>(MR, count - i)), D, MR, x_norms.norm + i0 + i,
-                    x_rows + i * words_d);
+                pack_unit_rows<T>({x, x_stride, 1}, i0 + i, int(std::min<int64_t>(MR, count - i)), D, x_norms.norm + i0 + i,
+                                  x_rows + i * words_d);
             } else {
                 const int64_t p = task - groups;
                 pack_unit_columns<T>({x + i0 * x_stride, 1, x_stride}, p * NR, columns_of(p), count, width(p), x_norms.norm + i0,
@@ -499,11 +505,11 @@ struct Backward {
 
     void add_to_columns(int64_t i0, int64_t count, int64_t j0, int64_t here, const T* g, word_t<T>* packed) {
         const int64_t words = words_of<T>(count);
-        for (int64_t j = 0; j < here; j += MR)
-            pack_panel<T>({g, 1, TILE}, j, int(std::min<int64_t>(MR, here - j)), 0, count, MR, packed + j * words);
+        constexpr int64_t ROWS = ROWS_AT_ONCE<T>;
+        pack_block<T>({g, 1, TILE}, 0, here, count, packed);
         for (int64_t p = 0; p < ceil_div(D, NR); p++)
-            for (int64_t j = 0; j < here; j += MR)
-                block_into<T>(words, packed + j * words, x_columns + p * NR * words_r, width(p), int(std::min<int64_t>(MR, here - j)),
+            for (int64_t j = 0; j < here; j += ROWS)
+                block_into<T>(words, packed + j * words, words, x_columns + p * NR * words_r, width(p), int(std::min(ROWS, here - j)),
                               columns_of(p), grad_y + (j0 + j) * D + p * NR, D, i0 > 0);
         if ((ROUNDS || PACKS_UNITS<T>) && i0 + count == n)
             for (int64_t j = j0; j < j0 + here; j++)
@@ -521,18 +527,17 @@ struct Backward {
 
     // grad_rows = G y, in pieces of columns whose words stay in the cache.
     void multiply_rows(int64_t count) {
-        constexpr int64_t PIECE = CHAIN<word_t<T>>;
+        constexpr int64_t PIECE = CHAIN<word_t<T>>, ROWS = ROWS_AT_ONCE<T>;
         const int64_t panels = ceil_div(D, NR), halves = threads > 1 ? 2 : 1, groups = std::min<int64_t>(panels,
             threads > 1 ? 2 * threads : 1);
         parallel(groups * halves, threads, [&](int64_t task, int) {
-            const int64_t group = task / halves, half = task % halves, rows = ceil_div(count, MR);
+            const int64_t group = task / halves, half = task % halves, rows = ceil_div(count, ROWS);
             for (int64_t k = 0; k == 0 || k < words_n; k += PIECE)
                 for (int64_t p = panels * group / groups; p < panels * (group + 1) / groups; p++)
                     for (int64_t m = rows * half / halves; m < rows * (half + 1) / halves; m++) {
-                        const int64_t i = m * MR;
-                        block_into<T>(std::min(PIECE, words_n - k), gradients + (i * words_n + k * MR), by_pair.panel(p) + k * width(p),
-                            width(p),
-                                      int(std::min<int64_t>(MR, count - i)), columns_of(p), grad_rows + (i * D + p * NR), D, k > 0);
+                        const int64_t i = m * ROWS;
+                        block_into<T>(std::min(PIECE, words_n - k), gradients + (i * words_n + k * MR), words_n,
+                                      by_pair.panel(p) + k * width(p), width(p), int(std::min(ROWS, count - i)), columns_of(p), grad_rows + (i * D + p * NR), D, k > 0);
                     }
         });
     }

@@ -111,7 +111,7 @@ inline void pack_few(const T* x, int64_t stride, int count, int64_t D, int lanes
 // x [n, D] as the first operand of a product over D: panels [words of D][MR rows], the last one filled up with zeros.
 template <class T>
 inline void pack_rows(const T* x, int64_t stride, int64_t n, int64_t D, word_t<T>* dst) {
-    const int64_t few = n % VL <= FEW ? n % VL : 0, most = n - few;
+    const int64_t few = !IN_TILES<T> && n % VL <= FEW ? n % VL : 0, most = n - few;
     ov3::pack_rows<T>([&](int64_t i) { return x + i * stride; }, 0, most, D, dst);
     if (few) pack_few(x + most * stride, stride, int(few), D, MR, MR, dst + most * words_of<T>(D));
 }
@@ -182,6 +182,16 @@ inline vf power(vf score, const Factor& factor, vf shift, vf low) {
     return scale_by_power((sizeof(T) == 2 ? polynomial(f, EXP2_SHORT) : polynomial(f, EXP2)) * f + 1.0f, n);
 }
 
+// VL lanes as the first operand of a product: their words, the first `words` of which are there, become tiles.
+template <class T>
+inline void turn_lanes(word_t<T>* lanes, int64_t words) {
+    if constexpr (IN_TILES<T>) {
+        const int64_t whole = round_up(words, Word<T>::whole);
+        std::memset(lanes + words * VL, 0, (whole - words) * VL * sizeof(word_t<T>));
+        turn_tiles<T>(lanes, whole);
+    }
+}
+
 inline vi visible(int64_t key, vi limits) { return (int32_t(key) - vi{}) < limits; }
 
 // --- forward -----------------------------------------------------------------------------------------------------------------------
@@ -238,6 +248,7 @@ struct Forward {
             const bool masked = k0 + nk > all_see || !(factor.value > 0);
             if (masked) mask<NV>(i0, n, k0, nk);
             softmax<NV>(nk, masked ? Factor(1) : factor, k0 > 0, n, top, total);
+            for (int j = 0; j < NV; j++) turn_lanes<T>(p + j * KEY_WORDS * VL, ceil_div(nk, KS));
             for_panels(D, [&](int64_t d0, int vectors) {
                 const W* values = v + d0 * words_of<T>(sizes.Nk) + k0 / KS * vectors * VL;
                 for (int64_t m = 0; m < n; m += MR)
@@ -625,6 +636,7 @@ struct Backward {
                 probabilities<BACK_VECTORS>(i, k0, nk);
             else
                 probabilities<1>(i, k0, nk);
+        if constexpr (IN_TILES<T>) fill_tiles(n, nk);
         for_panels(D, [&](int64_t d0, int vectors) {
             const int width = vectors * VL;
             const int64_t deep = words_of<T>(n), first = d0 * deep;
@@ -642,6 +654,16 @@ struct Backward {
                     vectors, words_of<T>(nk), ds_woven + m / VL * KEY_WORDS * VL + m % VL, keys, width, dq + m * ldc + d0, ldc, k0 > 0
                 );
         });
+    }
+
+    // Zeros behind the last query up to whole tiles of words; and ds_woven as tiles.
+    void fill_tiles(int64_t n, int64_t nk) {
+        const int64_t there = round_up(n, VL), words_there = there / KS, missing = words_of<T>(n) - words_there;
+        for (int64_t r = 0; missing && r < round_up(nk, MR); r++) {
+            std::memset(p + r * QUERY_WORDS + words_there, 0, missing * sizeof(W));
+            std::memset(ds + r * QUERY_WORDS + words_there, 0, missing * sizeof(W));
+        }
+        for (int64_t i = 0; i < there; i += VL) turn_lanes<T>(ds_woven + i * KEY_WORDS, round_up(nk, MR) / KS);
     }
 
     void write(const float* from, float times, int64_t n, T* to, int64_t stride) {

@@ -2,8 +2,11 @@
 //
 // Operands are packed into panels of words. A word is what one lane of a multiply-add takes: a float (one k), or with bfloat16 dot
 // products a pair of bfloat16 (two k). Panels: A [words][MR], B [words][<= NR]; rows, lanes and a last half word beyond the matrix are 0.
-// The micro-kernel keeps an MR x NR block of C in registers. The order of additions for an element of C depends on K alone, never on
+// The micro-kernel keeps a block of C in registers. The order of additions for an element of C depends on K alone, never on
 // tiles or threads, so results repeat to the bit.
+//
+// With OV3_TILES products of bfloat16 run on the tile unit (AMX, tiles.h). K is then filled up with zeros to whole tiles of 16 words, and a
+// panel of A is a row of tiles, [words / 16][MR][16]: word k (a multiple of 16) of a panel is at k * MR in both layouts. B lies as it did.
 //
 //   Packed<T> b(K, N);  b.pack(source, threads);                      // once per call: a weight, say
 //   gemm<T>(M, a_source, b, [&](int64_t m, int64_t n, int count, const float* values) { ... }, threads);
@@ -12,31 +15,47 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
+#include <utility>
 
 #include "parallel.h"
 #include "simd.h"
+#include "tiles.h"
 
 namespace ov3 {
 
 constexpr int VECTORS = 3;                // vectors in a full panel of B
 constexpr int NR = VECTORS * VL;          // lanes in a full panel of B
-constexpr int MR = VL == 16 ? 8 : 4;      // rows in a panel of A
+constexpr int VECTOR_ROWS = VL == 16 ? 8 : 4;  // rows of C that fit into vector registers
+#if defined(OV3_TILES)
+constexpr int MR = TILE_ROWS;             // rows in a panel of A
+#else
+constexpr int MR = VECTOR_ROWS;
+#endif
 constexpr int64_t A_BLOCK_WORDS = 1 << 17;  // of A, in the second-level cache
 
 template <class T>
 struct Word {
     typedef float type;
-    static constexpr int ks = 1;  // values of k in a word
+    static constexpr int ks = 1;     // values of k in a word
+    static constexpr int whole = 1;  // words that K is filled up to a multiple of
 };
 #if defined(__AVX512BF16__)
 template <>
 struct Word<bf16> {
     typedef uint32_t type;
     static constexpr int ks = 2;
+#if defined(OV3_TILES)
+    static constexpr int whole = TILE_BYTES / 4;
+#else
+    static constexpr int whole = 1;
+#endif
 };
 #endif
 template <class T>
 using word_t = typename Word<T>::type;
+template <class T>
+constexpr bool IN_TILES = Word<T>::whole > 1;
 
 // Words of K that are added up in one chain before they join C: few enough that rounding errors stay small, many enough that C's
 // block seldom leaves the registers.
@@ -46,7 +65,7 @@ template <>
 inline constexpr int64_t CHAIN<float> = 192;
 
 template <class T>
-inline int64_t words_of(int64_t k) { return ceil_div(k, Word<T>::ks); }
+inline int64_t words_of(int64_t k) { return round_up(ceil_div(k, Word<T>::ks), Word<T>::whole); }
 
 // A matrix where it lies: element (i, k) at data[i * stride + k * stride_k]; i counts rows of A or columns of B. Elements of type S become
 // words of T: float parameters join bfloat16 activations without a copy of their own.
@@ -69,27 +88,72 @@ inline void multiply_add(vf& c, const uint32_t* a, vf b) {
 }
 #endif
 
-// c[MR][NV * VL] = (accumulate ? c : 0) + (sum over `words` of a b[.][NV * VL]), rows of b being ldb words apart. Word k of A's row i is at
-// a[i * ROW + k * STEP]: a packed panel unless said otherwise.
+// c[VECTOR_ROWS][NV * VL] = (accumulate ? c : 0) + (sum over `words` of a b[.][NV * VL]), rows of b being ldb words apart. Word k of A's
+// row i is at a[i * ROW + k * STEP].
 template <int NV, int ROW, int STEP, class W>
-__attribute__((noinline)) void micro_block(int64_t words, const W* a, const W* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
-    vf acc[MR][NV];
-    for (int i = 0; i < MR; i++)
+__attribute__((noinline)) void vector_block(int64_t words, const W* a, const W* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+    vf acc[VECTOR_ROWS][NV];
+    for (int i = 0; i < VECTOR_ROWS; i++)
         for (int j = 0; j < NV; j++) acc[i][j] = vf{};
     for (int64_t k = 0; k < words; k++, a += STEP, b += ldb) {
         vf lanes[NV];
 #pragma GCC unroll 8
         for (int j = 0; j < NV; j++) lanes[j] = load_words(b + j * VL);
 #pragma GCC unroll 8
-        for (int i = 0; i < MR; i++)
+        for (int i = 0; i < VECTOR_ROWS; i++)
 #pragma GCC unroll 8
             for (int j = 0; j < NV; j++) multiply_add(acc[i][j], a + i * ROW, lanes[j]);
     }
-    for (int i = 0; i < MR; i++)
+    for (int i = 0; i < VECTOR_ROWS; i++)
         for (int j = 0; j < NV; j++) {
             float* out = c + i * ldc + j * VL;
             store(out, accumulate ? load(out) + acc[i][j] : acc[i][j]);
         }
+}
+
+#if defined(OV3_TILES)
+template <class Body, int... I>
+inline __attribute__((always_inline)) void unrolled(std::integer_sequence<int, I...>, const Body& body) {
+    (body(std::integral_constant<int, I>()), ...);
+}
+template <int N, class Body>
+inline __attribute__((always_inline)) void unroll(const Body& body) { unrolled(std::make_integer_sequence<int, N>(), body); }
+
+// MT x NT tiles of C. Rows of A's tiles are `row` words apart, the tiles of the next 16 words `step` and those of the next 16 rows `next`.
+// With 2 x 3 one register serves A and one B, whose tiles are taken to and fro.
+template <int MT, int NT>
+__attribute__((noinline)) void tile_block(
+    int64_t words, const uint32_t* a, int64_t row, int64_t step, int64_t next, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
+    bool accumulate
+) {
+    constexpr int A = MT * NT, B = A + 1, WORDS = TILE_BYTES / 4;
+    if (accumulate) unroll<MT * NT>([&](auto t) { Tiles::load<t>(c + t / NT * TILE_ROWS * ldc + t % NT * VL, ldc * 4); });
+    else unroll<MT * NT>([&](auto t) { Tiles::zero<t>(); });
+    for (int64_t k = 0; k < words; k += WORDS, a += step, b += WORDS * ldb)
+        unroll<MT>([&](auto i) {
+            Tiles::load<A>(a + i * next, row * 4);
+            unroll<NT>([&](auto turn) {
+                constexpr int j = i % 2 ? NT - 1 - turn : turn;
+                if (i == 0 || turn > 0) Tiles::load<B>(b + j * VL, ldb * 4);
+                Tiles::dot_bf16<i * NT + j, A, B>();
+            });
+        });
+    unroll<MT * NT>([&](auto t) { Tiles::store<t>(c + t / NT * TILE_ROWS * ldc + t % NT * VL, ldc * 4); });
+}
+#endif
+
+// A panel's MR rows of C, as vector_block; word k of A's row i is at a[i * ROW + k * STEP] unless the panel lies in tiles (STEP == MR).
+template <int NV, int ROW, int STEP, class W>
+inline void micro_block(int64_t words, const W* a, const W* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+#if defined(OV3_TILES)
+    if constexpr (sizeof(W) == 4 && !std::is_same<W, float>::value) {
+        static_assert(STEP == MR || STEP == 1, "A's tiles lie one after another, or its rows do");
+        constexpr int64_t row = STEP == 1 ? ROW : TILE_BYTES / 4, step = STEP == 1 ? TILE_BYTES / 4 : TILE_BYTES / 4 * MR;
+        return tile_block<1, NV>(words, a, row, step, 0, b, ldb, c, ldc, accumulate);
+    }
+#endif
+    for (int i = 0; i < MR; i += VECTOR_ROWS)
+        vector_block<NV, ROW, STEP>(words, a + i * ROW, b, ldb, c + i * ldc, ldc, accumulate);
 }
 
 template <int ROW = 1, int STEP = MR, class W>
@@ -100,6 +164,27 @@ inline void micro(int vectors, int64_t words, const W* a, const W* b, int64_t ld
         default: return micro_block<3, ROW, STEP>(words, a, b, ldb, c, ldc, accumulate);
     }
 }
+
+// The same for the panels of `rows` rows, which are `depth` words deep in all.
+template <class W>
+inline void micro_rows(
+    int vectors, int64_t rows, int64_t words, const W* a, int64_t depth, const W* b, int64_t ldb, float* c, int64_t ldc, bool accumulate
+) {
+    int64_t m = 0;
+#if defined(OV3_TILES)
+    if constexpr (!std::is_same<W, float>::value) {
+        constexpr int64_t row = TILE_BYTES / 4;
+        const auto pair = vectors == 1 ? tile_block<2, 1> : vectors == 2 ? tile_block<2, 2> : tile_block<2, 3>;
+        for (; m + MR < rows; m += 2 * MR)
+            pair(words, a + m * depth, row, row * MR, MR * depth, b, ldb, c + m * ldc, ldc, accumulate);
+    }
+#endif
+    for (; m < rows; m += MR) micro(vectors, words, a + m * depth, b, ldb, c + m * ldc, ldc, accumulate);
+}
+
+// Rows that are best multiplied at once by micro_rows.
+template <class T>
+constexpr int ROWS_AT_ONCE = IN_TILES<T> ? 2 * MR : MR;
 
 // --- packing -----------------------------------------------------------------------------------------------------------------------
 
@@ -207,7 +292,7 @@ inline void pack_panel(const Matrix<S>& source, int64_t i0, int count, int64_t k
             const S* next = KS > 1 && w * KS + 1 < ks ? row + source.stride_k : nullptr;
             float* out = reinterpret_cast<float*>(dst) + w * width;
             for (int group = 0; group < width; group += VL) {
-                const int here = std::min(VL, count - group), room = std::min(VL, width - group);
+                const int here = w * KS < ks ? std::min(VL, count - group) : 0, room = std::min(VL, width - group);
                 const vf x = here > 0 ? column_words<T>(row + group, next ? next + group : nullptr, here) : vf{};
                 store(out + group, x, room);
             }
@@ -216,7 +301,7 @@ inline void pack_panel(const Matrix<S>& source, int64_t i0, int count, int64_t k
         for (int64_t w = 0; w < words; w++)
             for (int i = 0; i < width; i++)
                 dst[w * width + i] =
-                    i < count ? one_word<T>(base + i * source.stride + w * KS * source.stride_k, source.stride_k,
+                    i < count && w * KS < ks ? one_word<T>(base + i * source.stride + w * KS * source.stride_k, source.stride_k,
                         ks - w * KS) : word_t<T>{};
     }
 }
@@ -282,11 +367,15 @@ inline void block_product(
         const int width = b.width(p), columns = b.columns(p);
         for (int64_t k = 0; k == 0 || k < b.words; k += CHAIN<word_t<T>>) {
             const int64_t deep = std::min(CHAIN<word_t<T>>, b.words - k);
-            for (int64_t m = 0; m < rows; m += MR)
-                micro(width / VL, deep, a + m * b.words + k * MR, b.panel(p) + k * width, width, c + m * NR, NR, k > 0);
+            micro_rows(width / VL, rows, deep, a + k * MR, b.words, b.panel(p) + k * width, width, c, NR, k > 0);
         }
         for (int64_t m = 0; m < rows; m++) store(m, p * NR, columns, c + m * NR);
     }
+}
+
+template <class T>
+inline void store_tile(word_t<T>* dst, const vf (&rows)[VL]) {
+    for (int i = 0; i < VL; i++) store(reinterpret_cast<float*>(dst) + i * VL, rows[i]);
 }
 
 // Values k0 .. k0 + ks of rows [m0, m0 + count) as panels of A that are `words` deep in all; k0 is a multiple of a word.
@@ -302,6 +391,10 @@ inline void pack_rows(const Row& row, int64_t m0, int64_t count, int64_t k0, int
             const int deep = int(std::min<int64_t>(VL, ceil_div(ks - k, KS)));
             vf values[VL];
             for (int i = 0; i < VL; i++) values[i] = i < here ? row_words<T>(p[i] + k, ks - k) : vf{};
+            if constexpr (IN_TILES<T>) {
+                store_tile<T>(dst + m * words + (k0 + k) / KS * MR, values);
+                continue;
+            }
             transpose(values);
             for (int h = 0; h < here; h += MR) {
                 word_t<T>* out = dst + (m + h) * words + (k0 + k) / KS * MR;
@@ -320,6 +413,21 @@ template <class T, class Row>
 inline void pack_columns(const Row& row, int64_t r0, int64_t rows, int64_t n0, int64_t count, word_t<T>* dst) {
     constexpr int KS = Word<T>::ks;
     const int64_t words = words_of<T>(rows), wide = round_up(count, MR);
+    if constexpr (IN_TILES<T>) {
+        for (int64_t n = 0; n < count; n += MR)
+            for (int64_t w = 0; w < words; w += VL) {
+                vf lanes[VL];
+                for (int i = 0; i < VL; i++) {
+                    const int64_t r = (w + i) * KS;
+                    const auto* p = r < rows ? row(r0 + r) + n0 + n : nullptr;
+                    const auto* next = r + 1 < rows ? row(r0 + r + 1) + n0 + n : nullptr;
+                    lanes[i] = p ? column_words<T>(p, next, int(std::min<int64_t>(VL, count - n))) : vf{};
+                }
+                transpose(lanes);
+                store_tile<T>(dst + n * words + w * MR, lanes);
+            }
+        return;
+    }
     for (int64_t w = 0; w < words; w++) {
         const auto* p = row(r0 + w * KS) + n0;
         const auto* next = KS > 1 && w * KS + 1 < rows ? row(r0 + w * KS + 1) + n0 : nullptr;
@@ -331,14 +439,27 @@ inline void pack_columns(const Row& row, int64_t r0, int64_t rows, int64_t n0, i
     }
 }
 
+// A panel [words][MR] -> tiles, in place.
+template <class T>
+inline void turn_tiles(word_t<T>* panel, int64_t words) {
+    for (int64_t w = 0; w < words; w += VL) {
+        vf lanes[VL];
+        for (int i = 0; i < VL; i++) lanes[i] = load_words(panel + (w + i) * VL);
+        transpose(lanes);
+        store_tile<T>(panel + w * VL, lanes);
+    }
+}
+
 // `rows` rows of A as panels of MR.
 template <class T, class S = T>
 inline void pack_block(const Matrix<S>& a, int64_t m0, int64_t rows, int64_t K, word_t<T>* dst) {
     if (a.stride_k == 1) return pack_rows<T>([&](int64_t m) { return a.data + m * a.stride; }, m0, rows, K, dst);
     if (a.stride == 1) return pack_columns<T>([&](int64_t k) { return a.data + k * a.stride_k; }, 0, K, m0, rows, dst);
     const int64_t words = words_of<T>(K);
-    for (int64_t m = 0; m < rows; m += MR)
+    for (int64_t m = 0; m < rows; m += MR) {
         pack_panel<T>(a, m0 + m, int(std::min<int64_t>(MR, rows - m)), 0, K, MR, dst + m * words);
+        if constexpr (IN_TILES<T>) turn_tiles<T>(dst + m * words, words);
+    }
 }
 
 // The whole product. fill(m0, rows, words) packs rows of A, or makes them.

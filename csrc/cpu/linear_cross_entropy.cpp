@@ -18,7 +18,7 @@ constexpr int64_t TILE = 192;                              // classes of a task
 
 template <class T>
 struct Head {
-    static constexpr int64_t R = CHUNK<T>;
+    static constexpr int64_t R = CHUNK<T>, ROWS = ROWS_AT_ONCE<T>;
     static constexpr bool NARROW = !std::is_same<T, float>::value;
 
     const T* h;
@@ -74,7 +74,7 @@ struct Head {
     }
 
     // Logits are exponentiated, so their errors count: short chains of additions where the width is small.
-    const int64_t chain = std::min<int64_t>(CHAIN<word_t<T>>, std::max<int64_t>(16, ceil_div(words_d, 4)));
+    const int64_t chain = std::min<int64_t>(CHAIN<word_t<T>>, std::max<int64_t>(16, round_up(ceil_div(words_d, 4), Word<T>::whole)));
 
     // Logits of one tile: take(first class in the tile, token, vectors, classes, c).
     template <class Take>
@@ -86,9 +86,8 @@ struct Head {
         for (int64_t t = 0; t < here; t += NR) {
             const int n = int(std::min<int64_t>(NR, round_up(here - t, VL)));
             for (int64_t k = 0; k == 0 || k < words_d; k += chain)
-                for (int64_t m = 0; m < classes; m += MR)
-                    micro(n / VL, std::min(chain, words_d - k), packed + m * words_d + k * MR, by_width + t * words_d + k * n, n,
-                          c + m * NR, NR, k > 0);
+                micro_rows(n / VL, classes, std::min(chain, words_d - k), packed + k * MR, words_d, by_width + t * words_d + k * n, n, c, NR,
+                           k > 0);
             for (int j = 0; j < n; j += VL) take(v0, classes, t + j, int(std::min<int64_t>(VL, here - t - j)), c + j);
         }
     }
@@ -167,13 +166,13 @@ struct Head {
         const int64_t v0 = tile * TILE, classes = std::min(TILE, V - v0), words = words_of<T>(here);
         word_t<T>* packed = a_tokens + thread * TILE * words_r;
         pack_block<T>({kept, room, 1}, v0, classes, here, packed);
-        for (int64_t v = 0; v < classes; v += MR)
+        for (int64_t v = 0; v < classes; v += ROWS)
             for (int64_t p = 0; p < panels_d; p++) {
-                const int n = int(std::min<int64_t>(MR, classes - v));
+                const int n = int(std::min(ROWS, classes - v));
                 const int64_t at = (v0 + v) * D + p * NR;
                 const word_t<T>*from = packed + v * words, *b = by_token + p * NR * words_r;
                 if constexpr (NARROW) add_narrow(words, from, b, width(p), n, columns_of(p), grad_w + at, lower + at, t0 > 0);
-                else block_into<T>(words, from, b, width(p), n, columns_of(p), grad_w + at, D, t0 > 0);
+                else block_into<T>(words, from, words, b, width(p), n, columns_of(p), grad_w + at, D, t0 > 0);
             }
         if constexpr (NARROW)
             if (t0 + here == count)
@@ -201,12 +200,12 @@ struct Head {
     void add_narrow(
         int64_t words, const word_t<T>* from, const word_t<T>* b, int width, int n, int columns, T* up, uint16_t* low, bool accumulate
     ) {
-        float c[MR * NR];
+        float c[ROWS * NR];
         if (accumulate)
             for (int i = 0; i < n; i++)
                 for (int j = 0; j < columns; j += 32) __builtin_prefetch(up + i * D + j, 1), __builtin_prefetch(low + i * D + j, 1);
         for (int64_t k = 0; k == 0 || k < words; k += CHAIN<word_t<T>>)
-            micro(width / VL, std::min(CHAIN<word_t<T>>, words - k), from + k * MR, b + k * width, width, c, NR, k > 0);
+            micro_rows(width / VL, n, std::min(CHAIN<word_t<T>>, words - k), from + k * MR, words, b + k * width, width, c, NR, k > 0);
         for (int i = 0; i < n; i++)
             for_vectors(columns, [&](int64_t j, int lanes) {
                 const int64_t at = i * D + j;
@@ -218,15 +217,14 @@ struct Head {
     // grad_rows = G^T w in pieces of classes, whose words all threads share.
     void multiply_rows(int64_t here) {
         constexpr int64_t CLASSES = PIECE * Word<T>::ks;
-        const int64_t groups = ceil_div(here, MR), halves = threads > 1 ? 2 : 1, parts = std::min<int64_t>(panels_d,
+        const int64_t groups = ceil_div(here, ROWS), halves = threads > 1 ? 2 : 1, parts = std::min<int64_t>(panels_d,
             2 * threads - (threads == 1));
         for (int64_t v = 0; v < V; v += CLASSES) {
             const int64_t classes = std::min(CLASSES, V - v), words = words_of<T>(classes);
             parallel(groups + panels_d, threads, [&](int64_t task, int) {
                 if (task < groups) {
-                    const int64_t t = task * MR;
-                    pack_panel<T>({kept + v * room, 1, room}, t, int(std::min<int64_t>(MR, here - t)), 0, classes, MR,
-                        a_classes + t * words);
+                    const int64_t t = task * ROWS;
+                    pack_block<T>({kept + v * room, 1, room}, t, std::min(ROWS, here - t), classes, a_classes + t * words);
                 } else {
                     const int64_t p = task - groups;
                     pack_panel<T>({w + v * w_stride, 1, w_stride}, p * NR, columns_of(p), 0, classes, width(p), b_classes + p * NR * words);
@@ -236,10 +234,9 @@ struct Head {
                 const int64_t part = task / halves, half = task % halves;
                 for (int64_t p = panels_d * part / parts; p < panels_d * (part + 1) / parts; p++)
                     for (int64_t m = groups * half / halves; m < groups * (half + 1) / halves; m++) {
-                        const int64_t t = m * MR;
-                        block_into<T>(words, a_classes + t * words, b_classes + p * NR * words, width(p), int(std::min<int64_t>(MR,
-                            here - t)),
-                                      columns_of(p), grad_rows + (t * D + p * NR), D, v > 0);
+                        const int64_t t = m * ROWS;
+                        block_into<T>(words, a_classes + t * words, words, b_classes + p * NR * words, width(p),
+                                      int(std::min(ROWS, here - t)), columns_of(p), grad_rows + (t * D + p * NR), D, v > 0);
                     }
             });
         }

@@ -46,9 +46,7 @@ class OuterSums {
                 float* c = c_.data() + block_ * NR * thread;
                 for (int64_t k = 0; k == 0 || k < words; k += CHAIN<word_t<T>>) {
                     const int64_t deep = std::min(CHAIN<word_t<T>>, words - k);
-                    for (int64_t m = 0; m < count; m += MR)
-                        micro(b_.width(p) / VL, deep, a + m * words + k * MR, b_.panel(p) + k * b_.width(p), b_.width(p), c + m * NR, NR,
-                            k > 0);
+                    micro_rows(b_.width(p) / VL, count, deep, a + k * MR, words, b_.panel(p) + k * b_.width(p), b_.width(p), c, NR, k > 0);
                 }
                 // Every block of C's sums lies by itself, row after row.
                 if (several_) add_to_sums(c, sums_.data() + (m0 * b_.panels() + p * count) * NR, count * NR, last);

@@ -11,19 +11,31 @@
 #include <new>
 
 #include "memory.h"
+#include "tiles.h"
 
 namespace ov3 {
+
+// Within it the thread may use tiles. The pool's threads are PyTorch's too, whose library configures and releases them as it likes.
+struct TileScope {
+#if defined(OV3_TILES)
+    TileScope() { Tiles::configure(TileConfig::full()); }
+    ~TileScope() { Tiles::release(); }
+    TileScope(const TileScope&) = delete;
+#endif
+};
 
 // body(task, thread), thread < threads.
 template <class Body>
 inline void parallel(int64_t tasks, int threads, const Body& body) {
     if (tasks < threads) threads = int(tasks);
     if (threads <= 1) {
+        [[maybe_unused]] const TileScope tiles;
         for (int64_t task = 0; task < tasks; task++) body(task, 0);
         return;
     }
 #pragma omp parallel num_threads(threads)
     {
+        [[maybe_unused]] const TileScope tiles;
         const int thread = omp_get_thread_num();
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < tasks; task++) body(task, thread);

@@ -87,21 +87,23 @@ struct Lse {
     }
 };
 
-// One MR x width block of a product: c[rows][columns] = (accumulate ? c : 0) + sum over `words` of a[.][MR] b[.][width].
+// A block of a product: c[rows][columns] = (accumulate ? c : 0) + sum over `words` of a b[.][width]; rows <= ROWS_AT_ONCE, the panels of a
+// being `depth` words deep in all.
 template <class T>
 inline void block_into(
-    int64_t words, const word_t<T>* a, const word_t<T>* b, int width, int rows, int columns, float* c, int64_t ldc, bool accumulate
+    int64_t words, const word_t<T>* a, int64_t depth, const word_t<T>* b, int width, int rows, int columns, float* c, int64_t ldc, bool accumulate
 ) {
     constexpr int64_t LONGEST = CHAIN<word_t<T>>;
-    const bool whole = rows == MR && columns == width;
-    float room[MR * NR];
+    const bool whole = rows % MR == 0 && columns == width;
+    float room[ROWS_AT_ONCE<T> * NR];
     float* out = whole ? c : room;
     const int64_t ldo = whole ? ldc : NR;
     if (accumulate)
         for (int i = 0; i < rows; i++)
             for (int j = 0; j < columns; j += VL) __builtin_prefetch(c + i * ldc + j, 1);
     for (int64_t k = 0; k == 0 || k < words; k += LONGEST)
-        micro(width / VL, std::min(LONGEST, words - k), a + k * MR, b + k * width, width, out, ldo, k > 0 || (whole && accumulate));
+        micro_rows(width / VL, rows, std::min(LONGEST, words - k), a + k * MR, depth, b + k * width, width, out, ldo,
+                   k > 0 || (whole && accumulate));
     if (whole) return;
     for (int i = 0; i < rows; i++)
         for_vectors(columns, [&](int64_t j, int lanes) {

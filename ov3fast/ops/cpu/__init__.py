@@ -22,8 +22,11 @@ from torch import Tensor
 FOLDER = Path(os.environ.get("OV3FAST_NATIVE") or Path(__file__).parents[2] / "_native")
 """Where the libraries lie; OV3FAST_NATIVE names another build of them, as `make sanitize` does."""
 
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 """From the narrowest to the widest."""
+
+EMULATED = "amx_emulated"
+"""The kernels of amx_bf16 on a model of the tile unit, equal to the bit and slow: for tests, never taken unless it is asked for."""
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _forced: str | None = os.environ.get("OV3FAST_CPU_ISA") or None
@@ -39,10 +42,13 @@ def best_isa() -> str:
 
 @functools.cache
 def available_isas() -> tuple[str, ...]:
-    """What was built and runs here, the narrowest first; none without the kernels."""
+    """What was built and runs here, the narrowest first, the emulation before the rest; none without the kernels."""
     if not (FOLDER / "ov3_portable.so").is_file():
         return ()
-    return tuple(isa for isa in ISAS[: ISAS.index(best_isa()) + 1] if (FOLDER / f"ov3_{isa}.so").is_file())
+    runs = ISAS[: ISAS.index(best_isa()) + 1]
+    if "avx512_bf16" in runs:
+        runs = (EMULATED, *runs)
+    return tuple(isa for isa in runs if (FOLDER / f"ov3_{isa}.so").is_file())
 
 
 def isa() -> str:

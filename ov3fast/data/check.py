@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ov3fast.data.captions import texts_under
 from ov3fast.data.limits import MAX_IMAGE_PIXELS
 from ov3fast.data.shards import Sample, ShardDataset
-from ov3fast.data.skips import SampleError, Skip
+from ov3fast.data.skips import SampleError, Skip, SkipWarning, Tally, printable
 from ov3fast.data.store import resolve
 
 SHOWN = 5  # skipped samples of each reason in the printed summary
@@ -39,6 +41,8 @@ class Summary:
     smallest: tuple[int, int] | None
     """Width and height of the picture with the fewest pixels (None: no picture is readable)."""
     largest: tuple[int, int] | None
+    left_out: Tally = field(default_factory=Tally)
+    """What belongs to no sample: foreign members, cut or empty archives, ..."""
 
     @property
     def samples(self) -> int:
@@ -65,6 +69,8 @@ class Summary:
             f"  captions: {_counts(self.captions)}",
             f"  skipped:  {_counts(self.reasons)}",
         ]
+        if self.left_out:
+            lines.append(f"  left out: {self.left_out}")
         for shard in self.shards:
             if shard.skips or shard.truncated:
                 cut = ", cut short" if shard.truncated else ""
@@ -72,7 +78,7 @@ class Summary:
         for reason in self.reasons:
             for skip in [skip for skip in self.skips if skip.reason == reason][:SHOWN]:
                 lines.append(f"    {reason}: {skip.key} ({skip.detail})")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def _size(size: tuple[int, int]) -> str:
@@ -95,8 +101,10 @@ def summarise(
     caption_keys: a sample without any of these counts as missing_caption; with none given, one without any caption does.
     Raises FileNotFoundError and DataError for a wrong folder.
     """
-    dataset = ShardDataset(resolve(str(shards)) if isinstance(shards, str) else shards, max_image_pixels)
-    truncated = dataset.truncated()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SkipWarning)  # the summary says it
+        dataset = ShardDataset(resolve(str(shards)) if isinstance(shards, str) else shards, max_image_pixels)
+        truncated = dataset.truncated()
     summaries = [ShardSummary(s.path, s.samples, truncated=s.path in truncated) for s in dataset.shards]
     captions: Counter = Counter()
     skips: list[Skip] = []
@@ -107,9 +115,13 @@ def summarise(
             sample = dataset[i]
         except SampleError as error:
             return error.skip
-        present = [key for key, caption in sample.captions.items() if caption.strip()]
+        present = [key for key in sample.captions if texts_under(sample.captions, key)]
         if not present or (caption_keys and not set(caption_keys) & set(present)):
-            return Skip(i, sample.key, "missing_caption", f"it has {', '.join(present) or 'none'}")
+            refused = ", ".join(
+                f"{key} is {kind}" for key, kind in sample.refused.items() if not caption_keys or key in caption_keys
+            )
+            detail = f"it has {', '.join(present) or 'none'}" + (f"; {refused}" if refused else "")
+            return Skip(i, sample.key, "missing_caption", detail)
         return sample._replace(image=None, meta={"size": sample.image.size})
 
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
@@ -120,7 +132,7 @@ def summarise(
                 skips.append(result)
             else:
                 summaries[number].readable += 1
-                captions.update(key for key, caption in result.captions.items() if caption.strip())
+                captions.update(key for key in result.captions if texts_under(result.captions, key))
                 sizes.append(result.meta["size"])
     area = sorted(sizes, key=lambda size: size[0] * size[1])
-    return Summary(summaries, captions, skips, area[0] if area else None, area[-1] if area else None)
+    return Summary(summaries, captions, skips, area[0] if area else None, area[-1] if area else None, dataset.left_out)

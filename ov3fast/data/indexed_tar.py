@@ -1,102 +1,104 @@
-"""One tar shard, memory-mapped: its samples by number, up to where it was cut short.
+"""One tar shard, memory-mapped, its files grouped into samples: random access to sample i, up to where it was cut short.
 
-This is wids' reader (MMIndexedTar) with another index. wids' own stops with a traceback at a tar that was cut short, and reads
-short ustar names only (no prefix, pax or GNU long names); this one keeps the samples before the cut and says where it was.
+A sample is what has one key: the path up to the first dot of the file name, as in webdataset. Its files need not be
+neighbours, since the whole tar is looked through when it is opened.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from functools import lru_cache
+import mmap
 from pathlib import Path
 
 from ov3fast.data.captions import sidecar
+from ov3fast.data.skips import DataError
+from ov3fast.data.tar_members import Contents, Member, read_contents
+
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstandard", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 
 
-@lru_cache
-def _tar_reader():
-    """wids' reader with an index that stops at a cut and knows long names (a function, to import wids late)."""
-    from wids.wids_mmtar import MMIndexedTar
-
-    class Tar(MMIndexedTar):
-        def _build_index(self):
-            self.by_index: list[tuple[str, int, int]] = []  # name, start of the content, size
-            self.cut: str | None = None  # where the tar was cut short: the member's name, or "" between members
-            data, end, offset, long_name = self.mmapped_file, len(self.mmapped_file), 0, None
-            while True:
-                header = data[offset : offset + 512]
-                if len(header) == 512 and not header.strip(b"\0"):
-                    return  # the end-of-archive block
-                try:
-                    if len(header) < 512:
-                        raise ValueError("cut inside a header")
-                    size, kind = int(header[124:136].strip(b"\0 ") or b"0", 8), header[156:157]
-                    name = header[:100].rstrip(b"\0").decode()
-                    if header[257:265] == b"ustar\x0000" and header[345]:
-                        name = header[345:500].rstrip(b"\0").decode() + "/" + name
-                    start = offset + 512
-                    if start + size > end:
-                        self.cut = long_name or name
-                        return
-                    if kind == b"L":  # GNU: the content is the next member's name
-                        long_name = data[start : start + size].rstrip(b"\0").decode()
-                    elif kind == b"x":  # pax: the content may hold the next member's name
-                        long_name = _pax_path(data[start : start + size])
-                    else:
-                        if kind in (b"0", b"\0"):
-                            self.by_index.append((long_name or name, start, size))
-                        long_name = None
-                except ValueError:
-                    self.cut = ""
-                    return
-                offset = start + (size + 511) // 512 * 512
-
-        def names(self):
-            return [name for name, _, _ in self.by_index]
-
-        def content(self, index: int) -> bytes:
-            _, start, size = self.by_index[index]
-            return self.mmapped_file[start : start + size]
-
-    return Tar
-
-
-def _pax_path(records: bytes) -> str | None:
-    """The path in a pax header: records "length key=value\\n"."""
-    while records:
-        length = int(records[: records.index(b" ")])
-        key, _, value = records[records.index(b" ") + 1 : length - 1].partition(b"=")
-        if key == b"path":
-            return value.decode()
-        records = records[length:]
-    return None
+def split_name(name: str) -> tuple[str, str] | None:
+    """(key, suffix in lower case) of a member: "a/b.seg.PNG" -> ("a/b", ".seg.png"). None where either would be empty."""
+    folder, slash, file = name.rpartition("/")
+    stem, dot, suffix = file.partition(".")
+    return (folder + slash + stem, dot + suffix.lower()) if stem and suffix else None
 
 
 class OpenShard:
-    """A memory-mapped tar, its files grouped into samples: (key, {suffix: member number})."""
+    """A memory-mapped tar; any file can be opened, and what is wrong with it is noted.
+
+    samples: (key, {suffix: member}) in the order of their first members.
+    cut: where the tar was cut short, None if it is whole; lost: samples known to be lost to the cut.
+    left_out: members that belong to no sample, by reason (see tar_members.Contents; name_without_suffix, duplicate_member).
+    problem: the reason's name and details where nothing can be read, else None.
+    captions: what `join_captions` left beside the tar, key -> {name: text}.
+    """
 
     def __init__(self, path: Path):
-        from wids.wids import group_by_key, splitname
-
-        self.samples: list[tuple[str, dict[str, int]]] = []
-        self.tar, self.cut = None, ""
+        self._data: mmap.mmap | bytes = b""
         if path.stat().st_size:
-            self.tar = _tar_reader()(str(path))
-            self.cut = self.tar.cut
-            names = self.tar.names()
-            numbers = [i for i, name in enumerate(names) if "." in os.path.basename(name)]
-            for group in group_by_key([names[i] for i in numbers]):
-                members = [numbers[i] for i in group]
-                key = splitname(names[members[0]])[0]
-                self.samples.append((key, {splitname(names[i])[1].lower(): i for i in members}))
-            if self.cut is not None and self.samples:
-                (_, first), (key, last) = self.samples[0], self.samples[-1]
-                if set(last) < set(first) or ("." in self.cut and key == splitname(self.cut)[0]):
-                    self.samples.pop()  # the cut went through this sample
-        joined = sidecar(path)
-        self.captions = json.loads(joined.read_text(encoding="utf-8")) if joined.exists() else {}
+            with open(path, "rb") as file:
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        contents = read_contents(self._data)
+        self.cut, self.left_out, self.lost = contents.cut, contents.left_out, 0
+        samples = self._group(contents)
+        self._drop_cut_sample(samples)
+        self.samples = list(samples.items())
+        self.captions = _joined(path)
+        self.problem = self._problem() if self.cut is not None and not self.samples else None
+
+    def content(self, member: Member) -> bytes:
+        return self._data[member.start : member.start + member.size]
 
     def close(self) -> None:
-        if self.tar is not None:
-            self.tar.close()
+        if isinstance(self._data, mmap.mmap):
+            self._data.close()
+
+    def _problem(self) -> str:
+        if not self._data:
+            return "empty_file: it has no bytes"
+        head = bytes(self._data[:6])
+        kind = next((kind for magic, kind in _COMPRESSED.items() if head.startswith(magic)), None)
+        if kind:
+            return f"compressed_tar: it is compressed by {kind}; unpack it, since samples are read at random"
+        return "no_tar: it is no tar file or was cut at its start"
+
+    def _group(self, contents: Contents) -> dict[str, dict[str, Member]]:
+        samples: dict[str, dict[str, Member]] = {}
+        for member in contents.members:
+            split = split_name(member.name)
+            if split is None:
+                self.left_out.add("name_without_suffix", member.name)
+                continue
+            files = samples.setdefault(split[0], {})
+            if split[1] in files:  # as tar extracts it: the last one stays
+                self.left_out.add("duplicate_member", member.name)
+            files[split[1]] = member
+        return samples
+
+    def _drop_cut_sample(self, samples: dict[str, dict[str, Member]]) -> None:
+        """A sample that the cut went through is lost, not one without a caption."""
+        if self.cut is None:
+            return
+        split = split_name(self.cut)
+        if split is not None:
+            samples.pop(split[0], None)
+        elif samples:
+            first, last = next(iter(samples)), next(reversed(samples))
+            if samples[last].keys() < samples[first].keys():
+                samples.pop(last)
+        self.lost = 1
+
+
+def _joined(path: Path) -> dict:
+    """Captions that `join_captions` left beside the shard: key -> {name: text}."""
+    file = sidecar(path)
+    if not file.exists():
+        return {}
+    try:
+        joined = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(joined, dict) or not all(isinstance(captions, dict) for captions in joined.values()):
+            raise ValueError("it is no object of objects")
+    except ValueError as error:
+        raise DataError(f"captions: {file} can't be read ({error}); join the captions again, or delete it") from None
+    return joined

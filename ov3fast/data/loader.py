@@ -91,6 +91,8 @@ class Loader:
             for k, source in enumerate(self.sources)
         ]
         self.skips = SkipCounter(self.store.n, self.config.skip_budget)
+        if self.store.uncounted:
+            self.skips.note("truncated_tar", self.store.uncounted)
         for skip in self.store.skipped():
             self.skips.add(skip)
 
@@ -231,7 +233,8 @@ class Loader:
         first, others = found[0][1].captions, [sample.captions for _, sample in found[1:]]
         shared = {key: text for key, text in first.items() if all(other.get(key) == text for other in others)}
         text = pick_caption(shared, source.config.captions, u) or pick_caption(first, source.config.captions, u)
-        captions = [sample.captions.get(source.config.caption_key, "").strip() or text for sample in samples]
+        described = [pick_caption(sample.captions, ((source.config.caption_key, 1.0),), u) for sample in samples]
+        captions = [(caption or "").strip() or text for caption in described]
         return _Drawn(index, variants, samples, text, captions)
 
     # ---- pixels ----

@@ -81,5 +81,5 @@ def order_hash(previous: str, keys: Iterable[str | int]) -> str:
     """Running sha256 over the keys of the batches: chain it from "" batch by batch; equal hashes mean equal sequences."""
     digest = hashlib.sha256(previous.encode())
     for key in keys:
-        digest.update(b"\0" + str(key).encode())
+        digest.update(b"\0" + str(key).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

@@ -1,47 +1,53 @@
 """webdataset tar shards with random access: write them, read sample i, survive what is broken in them.
 
 Shards are written by webdataset's TarWriter with a wids index (`index.json`), which gives the number of samples of each
-shard without opening it, and are read through wids' memory-mapped tar reader (see indexed_tar.py).
+shard without opening it.
 
-A sample is a group of files with one stem: an image (`key.jpg`, or another of images.IMAGE_SUFFIXES), `key.txt` (caption "txt") and
-`key.json`, whose text fields are captions by their names (img2dataset's layout), those under "captions" included; the
-other fields are its metadata. Captions from `join_captions` are added when they lie beside the shard.
+A sample is a group of files with one key: an image (`key.jpg`, or another of images.IMAGE_SUFFIXES), `key.txt` (caption
+"txt") and `key.json`, whose text fields are captions by their names (img2dataset's layout), those under "captions" included;
+the other fields are its metadata. Captions from `join_captions` are added when they lie beside the shard.
 """
 
 from __future__ import annotations
 
-import glob
 import json
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ov3fast.data.captions import sidecar
+from ov3fast.data.captions import read_captions, read_record, sidecar, text_of_bytes
 from ov3fast.data.images import IMAGE_SUFFIXES, ImageError, decode_image
 from ov3fast.data.indexed_tar import OpenShard
 from ov3fast.data.limits import MAX_IMAGE_PIXELS
-from ov3fast.data.skips import DataError, SampleError, Skip
+from ov3fast.data.shard_files import INDEX, Shard, find_shards, find_tars, tars_in, warn_left_out
+from ov3fast.data.skips import DataError, SampleError, Skip, SkipWarning, Tally, printable
+from ov3fast.data.tar_members import Member
 from ov3fast.io import atomic_folder, atomic_write
 
 if TYPE_CHECKING:
     from PIL import Image
 
-INDEX = "index.json"
+__all__ = ["INDEX", "Sample", "Shard", "ShardDataset", "find_shards", "write_index", "write_shards"]
+
 MAX_OPEN_SHARDS = 128
 
 
 class Sample(NamedTuple):
-    """One sample: image is a decoded Pillow image of mode RGB or RGBA (None if only the text was read)."""
+    """One sample."""
 
     key: str
     image: Image.Image | None
-    captions: dict[str, str]
+    """Decoded, of mode RGB or RGBA; None if only the text was read."""
+    captions: dict[str, str | tuple[str, ...]]
+    """By key: one text, or several of which one is picked."""
     meta: dict[str, Any]
+    refused: dict[str, str] = {}
+    """Fields that are no caption, with what they hold instead: {"name": "null"}."""
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -92,9 +98,19 @@ def _written_before(folder: Path) -> set[str]:
 
 
 def write_index(folder: str | Path) -> Path:
-    """Count the samples of a folder's tars once and write them as a wids index, so that later starts need not look."""
+    """Count the samples of a folder's tars and write them as a wids index, so that later starts need not look.
+
+    Warns of what is left out, as a start without an index does.
+    """
     folder = Path(folder)
-    shards = [{"url": shard.path.name, "nsamples": shard.samples} for shard in find_shards(sorted(folder.glob("*.tar")))]
+    left_out = Tally()
+    found = find_tars(tars_in(folder, left_out))
+    left_out.merge(found.left_out)
+    warn_left_out(folder, left_out)
+    shards = [{"url": shard.path.name, "nsamples": shard.samples} for shard in found.shards]
+    for entry, shard in zip(shards, found.shards, strict=True):
+        if shard.truncated:
+            entry["truncated"] = True  # else the next start would take what is left for all there was
     return _write_index(folder, shards, folder.name, {})
 
 
@@ -107,71 +123,21 @@ def _write_index(folder: Path, shards: list[dict[str, Any]], name: str, info: Ma
     return folder / INDEX
 
 
-# ---- reading a set ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A tar file and the number of samples that the index (or, without one, a look into the tar) gives it."""
-
-    path: Path
-    samples: int
-
-
-def find_shards(shards: str | Path | Sequence[str | Path]) -> list[Shard]:
-    """The tars of a folder (its `index.json` first), a glob pattern, a tar, a wids index file, or a list of these.
-
-    Raises FileNotFoundError when a path is missing and DataError when a folder or a pattern holds no tar.
-    """
-    if not isinstance(shards, str | Path):
-        found = [shard for item in shards for shard in find_shards(item)]
-        if not found:
-            raise DataError("shards: got an empty list; it takes tar files, folders or glob patterns")
-        return found
-    path = Path(shards)
-    if glob.has_magic(str(shards)) and not path.exists():
-        paths = sorted(glob.glob(str(shards)))
-        if not paths:
-            raise DataError(f"shards: no file matches {shards}")
-        return [Shard(Path(p), _count(Path(p))) for p in paths]
-    if not path.exists():
-        raise FileNotFoundError(f"shards: there is no file or folder {path}")
-    if path.is_dir() and (path / INDEX).exists():
-        path = path / INDEX
-    if path.suffix == ".json":
-        entries = json.loads(path.read_text()).get("shardlist", [])
-        found = [Shard(path.parent / entry["url"], int(entry["nsamples"])) for entry in entries]
-        for shard in found:
-            if not shard.path.exists():
-                raise FileNotFoundError(f"shards: {path} lists {shard.path.name}, which is not there")
-        if not found:
-            raise DataError(f"shards: the index {path} lists no shard")
-        return found
-    if path.is_dir():
-        paths = sorted(path.glob("*.tar"))
-        if not paths:
-            inside = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
-            raise DataError(f"shards: the folder {path} holds no .tar file (it holds {inside}); give a folder of tar shards")
-        return [Shard(p, _count(p)) for p in paths]
-    return [Shard(path, _count(path))]
-
-
-def _count(path: Path) -> int:
-    shard = OpenShard(path)
-    shard.close()
-    if shard.cut is not None and not shard.samples:
-        raise DataError(f"shards: {path} holds no whole sample; it is no tar file or was cut at its start")
-    return len(shard.samples)
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 class ShardDataset:
     """Random access to the samples of tar shards: `dataset[i] -> Sample`; it can be sent to worker processes.
 
-    Reading raises SampleError with a named reason for a sample that must be skipped; see ov3fast.data.skips.
+    What is left out of the set is warned of at once, and stays in `left_out`. Reading raises SampleError with a named reason
+    for a sample that must be skipped; see ov3fast.data.skips.
     """
 
     def __init__(self, shards: str | Path | Sequence[str | Path], max_image_pixels: int = MAX_IMAGE_PIXELS):
-        self.shards = find_shards(shards)
+        found = find_tars(shards)
+        self.shards, self.left_out, self._looked_into = found.shards, found.left_out, found.looked_into
+        self.uncounted = found.uncounted
+        """Samples known to be lost to cuts that no index counts: they have no number here."""
         self.max_image_pixels = max_image_pixels
         self.lengths = [shard.samples for shard in self.shards]
         self._starts = np.concatenate([[0], np.cumsum(self.lengths)])
@@ -179,6 +145,7 @@ class ShardDataset:
         self._lock = threading.Lock()
         if not len(self):
             raise DataError(f"shards: there is no sample in {', '.join(str(s.path) for s in self.shards[:3])}")
+        warn_left_out(shards, self.left_out)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -196,13 +163,13 @@ class ShardDataset:
                 yield shard, int(self._starts[shard]) + i
 
     def truncated(self) -> dict[Path, int]:
-        """The shards that were cut short, with the number of samples known to be lost (by the index, or at least one)."""
+        """The shards that were cut short, with the number of samples known to be lost (by the index, or at least one). Opens
+        every shard."""
         lost = {}
         for number, shard in enumerate(self.shards):
             opened = self._shard(number)
-            missing = shard.samples - len(opened.samples)
-            if missing > 0 or opened.cut is not None:
-                lost[shard.path] = max(missing, 1)
+            if opened.cut is not None:
+                lost[shard.path] = max(shard.samples - len(opened.samples), 1)
         return lost
 
     def text(self, i: int) -> Sample:
@@ -217,9 +184,22 @@ class ShardDataset:
             if number not in self._open:
                 if len(self._open) >= MAX_OPEN_SHARDS:
                     self._open.popitem(last=False)  # unmapped with its last reader
-                self._open[number] = OpenShard(self.shards[number].path)
+                self._open[number] = self._opened(number)
             self._open.move_to_end(number)
             return self._open[number]
+
+    def _opened(self, number: int) -> OpenShard:
+        path, listed = self.shards[number].path, self.shards[number].samples
+        shard = OpenShard(path)
+        if (
+            len(shard.samples) > listed and path not in self._looked_into
+        ):  # with fewer, each missing sample is counted when it is read
+            self.left_out.add("not_in_index", str(path), len(shard.samples) - listed)
+            text = (
+                f"{path} has {len(shard.samples)} samples, {INDEX} lists {listed}: the rest is left out; write the index again"
+            )
+            warnings.warn(printable(text), SkipWarning, stacklevel=2)
+        return shard
 
     def _read(self, i: int, decode: bool) -> Sample:
         if not 0 <= i < len(self):
@@ -228,34 +208,51 @@ class ShardDataset:
         place, shard = i - int(self._starts[number]), self._shard(number)
         path = self.shards[number].path
         if place >= len(shard.samples):
-            raise SampleError(Skip(i, f"{path.name}#{place}", "truncated_tar", f"{path} ends before it"))
+            raise SampleError(_missing(i, place, path, shard))
         key, members = shard.samples[place]
-        captions, meta = self._texts(i, key, members, shard)
+        captions, meta, refused = self._texts(i, key, members, shard)
         image = None
         if decode:
             suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in members), None)
             if suffix is None:
                 raise SampleError(Skip(i, key, "missing_image", f"the tar has only {', '.join(members)}"))
             try:
-                image = decode_image(shard.tar.content(members[suffix]), self.max_image_pixels)
+                image = decode_image(shard.content(members[suffix]), self.max_image_pixels)
             except ImageError as error:
                 raise SampleError(Skip(i, key, error.reason, str(error))) from None
-        return Sample(key, image, captions, meta)
+        return Sample(key, image, captions, meta, refused)
 
-    def _texts(self, i: int, key: str, members: dict[str, int], shard: OpenShard) -> tuple[dict, dict]:
-        captions: dict[str, str] = {}
+    def _texts(self, i: int, key: str, members: dict[str, Member], shard: OpenShard) -> tuple[dict, dict, dict]:
+        """(captions, metadata, what is no caption)."""
+        captions: dict[str, str | tuple[str, ...]] = {}
+        refused: dict[str, str] = {}
         meta: dict[str, Any] = {}
-        try:
-            if ".json" in members:
-                record = json.loads(shard.tar.content(members[".json"]))
-                if not isinstance(record, dict):
-                    raise ValueError("is no object")
-                captions.update({name: value for name, value in record.items() if isinstance(value, str)})
-                captions.update(record.get("captions") or {})
-                meta = {**{k: v for k, v in record.items() if k not in ("captions", "meta")}, **(record.get("meta") or {})}
-            if ".txt" in members:
-                captions["txt"] = shard.tar.content(members[".txt"]).decode().strip()
-        except (ValueError, TypeError) as error:
-            raise SampleError(Skip(i, key, "broken_json", str(error))) from None
-        captions.update(shard.captions.get(key, {}))
-        return captions, meta
+        if ".json" in members:
+            try:
+                record = json.loads(shard.content(members[".json"]))
+            except (ValueError, RecursionError) as error:
+                raise SampleError(Skip(i, key, "broken_json", str(error))) from None
+            if not isinstance(record, dict):
+                raise SampleError(Skip(i, key, "broken_json", f"it holds {type(record).__name__}, not an object"))
+            read_record(record, captions, refused)
+            meta = {name: value for name, value in record.items() if name not in ("captions", "meta")}
+            inner = record.get("meta")
+            if isinstance(inner, dict):
+                meta.update(inner)
+            elif inner is not None:
+                meta["meta"] = inner
+        if ".txt" in members:
+            read_captions({"txt": text_of_bytes(shard.content(members[".txt"])).strip()}, captions, refused)
+        read_captions(shard.captions.get(key, {}), captions, refused)
+        return captions, meta, refused
+
+
+def _missing(i: int, place: int, path: Path, shard: OpenShard) -> Skip:
+    """A sample that the index lists and the tar does not have."""
+    key = f"{path.name}#{place}"
+    if shard.cut is not None:
+        return Skip(i, key, "truncated_tar", f"{path} ends before it")
+    detail = (
+        f"{INDEX} lists more samples than the {len(shard.samples)} of {path}: the files of a sample were not neighbours when"
+    )
+    return Skip(i, key, "unsorted_tar", f"{detail} it was counted, or the tar was changed; sort the tar, or run write_index")

@@ -1,12 +1,15 @@
-"""Samples that can't be used: counted by name, warned about, and past a budget an error.
+"""Samples that can't be used: counted by name, warned about, and past a budget an error. See docs/skips.md.
 
-Reasons: broken_image, truncated_image, missing_image, too_large, missing_caption, broken_json, truncated_tar.
+Reasons for a sample: broken_image, truncated_image, too_large, unsupported_depth, unsupported_format, missing_image,
+missing_caption, broken_json, truncated_tar, unsorted_tar. What belongs to no sample (foreign members, cut archives without an
+index, ...) is kept in a `Tally` and named once, at the start.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
@@ -23,16 +26,48 @@ class Skip(NamedTuple):
     detail: str = ""
 
 
+@dataclass
+class Tally:
+    """Counts of what was left out, by reason, each with its first example."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.counts)
+
+    def add(self, reason: str, example: str, count: int = 1) -> None:
+        self.counts[reason] += count
+        self.examples.setdefault(reason, example)
+
+    def merge(self, other: Tally, place: str | None = None) -> None:
+        """Add another tally; `place` says where its examples lie, unless they do so themselves."""
+        for reason, count in other.counts.items():
+            example = other.examples[reason]
+            self.add(reason, example if place is None else f"{place}: {example}", count)
+
+    def __str__(self) -> str:
+        return printable(
+            "; ".join(f"{count} {reason} ({self.examples[reason]})" for reason, count in sorted(self.counts.items()))
+        )
+
+
+def printable(text: str) -> str:
+    """The text on one line and without lone surrogates (of names that are not UTF-8), which no stream writes."""
+    text = text.replace("\n", "\\n").replace("\r", "\\r")
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class SampleError(Exception):
     """Raised while reading a sample that must be skipped; carries the `Skip`."""
 
     def __init__(self, skip: Skip):
-        super().__init__(f"{skip.key}: {skip.reason} {skip.detail}".rstrip())
+        super().__init__(printable(f"{skip.key}: {skip.reason} {skip.detail}".rstrip()))
         self.skip = skip
 
 
 class SkipWarning(UserWarning):
-    """A sample was skipped."""
+    """A sample was skipped, or files of an archive were left out."""
 
 
 class SkipCounter:
@@ -58,12 +93,17 @@ class SkipCounter:
         if shown <= self.SHOWN:
             last = "; further ones are only counted" if shown == self.SHOWN else ""
             detail = f" ({skip.detail})" if skip.detail else ""
-            warnings.warn(f"skipped {skip.key}: {skip.reason}{detail}{last}", SkipWarning, stacklevel=2)
+            warnings.warn(printable(f"skipped {skip.key}: {skip.reason}{detail}{last}"), SkipWarning, stacklevel=2)
         if len(self._seen) > self.budget * self.total:
             raise DataError(
                 f"{len(self._seen)} of {self.total} samples were skipped ({self}), more than skip_budget = {self.budget:g} "
-                f"allows; the last was {skip.key}: {skip.reason}. Repair the data, or raise skip_budget."
+                f"allows; the last was {printable(skip.key)}: {skip.reason}. Repair the data, or raise skip_budget."
             )
+
+    def note(self, reason: str, count: int) -> None:
+        """Count samples that are lost but have no number, such as those behind the cut of a tar without an index. They are
+        outside the budget, since the set's size does not count them either."""
+        self.counts[reason] += count
 
     def __str__(self) -> str:
         return ", ".join(f"{count} {reason}" for reason, count in sorted(self.counts.items())) or "none"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ov3fast.data.assets import default_cache_dir
+from ov3fast.data.captions import texts_under
 from ov3fast.data.config import DataConfig, SourceConfig
 from ov3fast.data.shards import Sample, ShardDataset
 from ov3fast.data.skips import DataError, SampleError, Skip
@@ -106,6 +107,11 @@ class SampleStore:
         """What is known to be unusable: all of it with `cache_images`, else what the sources' indexes tell."""
         return [self._bad[index] for index in sorted(self._bad)]
 
+    @property
+    def uncounted(self) -> int:
+        """Samples known to be lost that have no number, since no index counts what a cut took."""
+        return sum(source.dataset.uncounted for source in self.sources)
+
     def usable(self) -> np.ndarray:
         """Global numbers of the samples that can be used, int64; needs `cache_images`."""
         if not self.config.cache_images:
@@ -119,8 +125,9 @@ class SampleStore:
         except SampleError as error:
             raise SampleError(error.skip._replace(index=index)) from None
         keys = [key for key, p in source.config.captions if p > 0]
-        if source.config.paired and not any(sample.captions.get(key, "").strip() for key in keys):
-            detail = f"none of {', '.join(keys)} among {', '.join(sorted(sample.captions)) or 'no captions'}"
+        if source.config.paired and not any(texts_under(sample.captions, key) for key in keys):
+            wanted = ", ".join(f"{key} ({sample.refused[key]})" if key in sample.refused else key for key in keys)
+            detail = f"none of {wanted} among {', '.join(sorted(sample.captions)) or 'no captions'}"
             raise SampleError(Skip(index, sample.key, "missing_caption", detail))
         return premultiplied(sample.image) if decode else None, sample._replace(image=None)
 
@@ -143,7 +150,7 @@ class SampleStore:
             return
         found: set[str] = set()
         for sample in _first(source.dataset, LOOKED_AT):
-            found.update(key for key, caption in sample.captions.items() if caption.strip())
+            found.update(key for key in sample.captions if texts_under(sample.captions, key))
         keys = [key for key, p in source.config.captions if p > 0]
         if found and not found & set(keys):
             raise DataError(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ov3fast.data.captions import texts_under
 from ov3fast.data.shards import ShardDataset
 from ov3fast.data.skips import DataError, SampleError, SkipCounter
 from ov3fast.data.transforms import center_boxes, crop_resize, premultiplied, to_tensor
@@ -43,7 +44,12 @@ class Pictures:
     def _first(self, key: str | None, keys: Sequence[str]) -> list[str]:
         if key is not None:
             return [captions.get(key, "") for captions in self.captions]
-        return [next((c[k] for k in (*keys, *c) if c.get(k)), "") for c in self.captions]
+        found = []
+        for captions, meta in zip(self.captions, self.meta, strict=True):
+            # A field of the record that is not under "captions" (a license, say) is a caption only where its name says so.
+            others = (k for k in captions if k not in meta or "caption" in k or "text" in k)
+            found.append(next((captions[k] for k in (*keys, *others) if captions.get(k)), ""))
+        return found
 
     def column(self, name: str, default: str = "") -> list[str]:
         """One metadata field per picture."""
@@ -75,6 +81,8 @@ def read_pictures(
     dataset = ShardDataset(shards)
     chosen = spread(len(dataset), limit)
     skips = SkipCounter(len(chosen), skip_budget)
+    if dataset.uncounted:
+        skips.note("truncated_tar", dataset.uncounted)
     images, samples = [], []
     for i in track(chosen, "read pictures", disable=not progress, transient=True):
         try:
@@ -89,7 +97,7 @@ def read_pictures(
     return Pictures(
         torch.stack(images),
         [sample.key for sample in samples],
-        [sample.captions for sample in samples],
+        [{key: texts_under(sample.captions, key)[0] for key in sample.captions} for sample in samples],
         [sample.meta for sample in samples],
         dict(skips.counts),
     )

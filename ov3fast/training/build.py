@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ov3fast.data.captions import texts_under
 from ov3fast.data.skips import SampleError
 from ov3fast.data.store import SampleStore
 from ov3fast.models.openvision3 import PARTS, OpenVision3
@@ -39,7 +40,7 @@ def training_texts(store: SampleStore) -> Iterator[str]:
                 sample = store.sample(source.offset + number, decode=False)[1]
             except SampleError:
                 continue
-            yield from (sample.captions[key] for key in sorted(keys) if sample.captions.get(key))
+            yield from (text for key in sorted(keys) for text in texts_under(sample.captions, key))
 
 
 def build_model(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> OpenVision3:

@@ -1,11 +1,23 @@
+import io
 import json
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-from ov3fast.data import ShardDataset, join_captions, write_shards
+from ov3fast.data import (
+    DataConfig,
+    Loader,
+    SampleError,
+    ShardDataset,
+    SkipWarning,
+    SourceConfig,
+    join_captions,
+    summarise,
+    write_shards,
+)
 from ov3fast.data.captions import check_choices, pick_caption
 
 
@@ -27,6 +39,121 @@ def test_missing_and_blank_captions_give_their_share_to_the_others():
 def test_impossible_choices_are_refused(choices):
     with pytest.raises(ValueError, match="captions: got"):
         check_choices(choices, "captions")
+
+
+# ---- what counts as a caption --------------------------------------------------------------------------------------------
+
+
+buffer = io.BytesIO()
+Image.new("RGB", (8, 8)).save(buffer, "PNG")
+PICTURE = buffer.getvalue()
+
+
+def read(tmp_path, record, txt: bytes | None = None):
+    """The sample of a shard whose JSON is this: an object, or text of JSON."""
+    data = record.encode("utf-8", "surrogatepass") if isinstance(record, str) else json.dumps(record).encode()
+    write_shards([("a", {"png": PICTURE, "json": data, **({} if txt is None else {"txt": txt})})], tmp_path / "shards")
+    return ShardDataset(tmp_path / "shards").text(0)
+
+
+@pytest.mark.parametrize(
+    "record, expected",
+    [
+        ({"caption": "ab"}, {"caption": "ab"}),
+        ({"captions": {"name": "ab", "caption": ["cd", "ef"]}}, {"name": "ab", "caption": ("cd", "ef")}),
+        ({"captions": ["ab", "cd"]}, {"captions": ("ab", "cd"), "caption": ("ab", "cd")}),
+        ({"captions": ["ab", "cd"], "caption": "own"}, {"captions": ("ab", "cd"), "caption": "own"}),
+        ({"captions": "ab"}, {"captions": "ab", "caption": "ab"}),
+        ({"captions": {"name": [" ", None, 7, "ab"]}}, {"name": "ab"}),
+        ({"caption": "ab", "url": "http://x", "key": "1", "sha256": "f", "status": "success"}, {"caption": "ab"}),
+    ],
+)
+def test_text_and_lists_of_text_are_captions(tmp_path, record, expected):
+    assert read(tmp_path, record).captions == expected
+
+
+@pytest.mark.parametrize(
+    "value, kind",
+    [
+        (None, "null"), (7, "no text but int"), (True, "no text but bool"), ([], "a list without text"), ([None, 3], "a list without text"),
+        ({"en": "x"}, "no text but dict"), ("  ", "blank"), ("", "blank"), ([" "], "a list without text"), ([["ab"]], "a list without text"),
+    ],
+)  # fmt: skip
+def test_all_else_is_no_caption_and_is_named(tmp_path, value, kind):
+    for record in ({"captions": {"name": value, "other": "x"}}, {"name": value, "other": "x"}):
+        sample = read(tmp_path, record)
+        assert sample.captions == {"other": "x"} and sample.refused == {"name": kind}
+        folder = tmp_path / "shards"
+        summary = summarise(folder, caption_keys=["name"])
+        assert summary.reasons == {"missing_caption": 1} and f"name is {kind}" in str(summary)
+        good, bad = ({"png": PICTURE, "json": json.dumps(r).encode()} for r in ({"name": "ab"}, record))
+        write_shards([("good", good), ("bad", bad)], folder)
+        config = DataConfig(sources=(SourceConfig(str(folder), captions=(("name", 1.0),)),), cache_images=True, skip_budget=0.5)
+        with pytest.warns(SkipWarning, match=rf"bad: missing_caption \(none of name \({kind}\) among other\)"):
+            data = Loader(config, image_size=8, batch_size=2)
+        assert data.batch(0).text == ["ab", "ab"]
+
+
+def test_a_null_caption_never_falls_to_the_url(tmp_path):
+    from ov3fast.evaluation.pictures import read_pictures
+
+    def texts(record, txt=None):
+        read(tmp_path, record, txt)
+        return read_pictures(tmp_path / "shards", 16).texts()
+
+    plain = {"url": "http://x", "license": "CC", "caption": None}
+    assert texts(plain) == [""]
+    assert texts({**plain, "re_caption": "ab"}) == ["ab"]
+    assert texts({**plain, "captions": {"de": "ein Hund"}}) == ["ein Hund"]
+    assert texts({**plain, "captions": {"name": None}}, b"words") == ["words"]
+    assert texts({**plain, "captions": ["ab", "cd"]}) == ["ab"]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ('{"name": "hi \\ud83d"}', "hi \ufffd"), ('{"name": "\\ude00 hi"}', "\ufffd hi"), ('{"name": "\\ud83d\\ude00"}', "\U0001f600"),
+        ('{"name": "\ud83d\ude00 é"}', "\U0001f600 é"), ('{"name": "\ude00\ud83d"}', "\ufffd\ufffd"),
+    ],
+)  # fmt: skip
+def test_ill_formed_text_is_mended(tmp_path, text, expected):
+    caption = read(tmp_path, text).captions["name"]
+    assert caption == expected and caption.encode()
+
+
+@pytest.mark.parametrize(
+    "data, expected",
+    [
+        (b"caf\xe9", "caf\ufffd"), ("\ufeffhi".encode(), "hi"), ("hi é".encode("utf-16"), "hi é"), (b" hi\n", "hi"),
+        (b"\xed\xa0\xbd", "\ufffd\ufffd\ufffd"), (b"\xff\xfeh\0i", "h\ufffd"),
+    ],
+)  # fmt: skip
+def test_text_files_of_any_bytes(tmp_path, data, expected):
+    assert read(tmp_path, {}, data).captions == {"txt": expected}
+
+
+def test_deep_or_wrong_json_is_named(tmp_path):
+    for text in ("[" * 100_000, "7", "null", '{"a": ' * 50_000):
+        with pytest.raises(SampleError, match="broken_json"):
+            read(tmp_path, text)
+    sample = read(tmp_path, {"meta": [1], "captions": {"name": "ab"}})
+    assert sample.meta == {"meta": [1]} and sample.captions == {"name": "ab"}
+
+
+def test_each_of_several_texts_is_picked(tmp_path):
+    captions = {"a": ("A", "B"), "c": "C"}
+    picked = [pick_caption(captions, (("a", 0.5), ("c", 0.5)), u) for u in (np.arange(400) + 0.5) / 400]
+    assert [picked.count(x) for x in "ABC"] == [100, 100, 200]
+    read(tmp_path, {"captions": ["ab", "cd"]})
+    data = Loader(
+        DataConfig(sources=(SourceConfig(str(tmp_path / "shards"), captions=(("captions", 1.0),), caption_key="captions"),)),
+        image_size=8, batch_size=1,
+    )  # fmt: skip
+    batches = [data.batch(step) for step in range(40)]
+    assert {batch.text[0] for batch in batches} == {batch.captions[0] for batch in batches} == {"ab", "cd"}
+
+
+# ---- the join ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,0 +1,196 @@
+"""From what a user names (a folder, a tar, a pattern, an index, a list of these) to tar files and their sample counts.
+
+Nothing in a folder is passed over in silence: archives that hold no whole sample, that macOS made, that are compressed, or that
+the folder's index does not list are counted by name.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ov3fast.data.indexed_tar import OpenShard
+from ov3fast.data.skips import DataError, SkipWarning, Tally, printable
+from ov3fast.data.tar_members import is_foreign
+
+INDEX = "index.json"
+_COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar file and the number of samples that the index (or, without one, a look into the tar) gives it."""
+
+    path: Path
+    samples: int
+    truncated: bool = False
+    """It is known to be cut short."""
+
+
+@dataclass
+class FoundShards:
+    """Tars in their order, and what was left out on the way."""
+
+    shards: list[Shard] = field(default_factory=list)
+    left_out: Tally = field(default_factory=Tally)
+    uncounted: int = 0
+    """Samples known to be lost to cuts that no index counts, so that they have no number in the set."""
+    looked_into: set[Path] = field(default_factory=set)
+    """Tars that were opened; for the others the index stands."""
+
+
+def find_shards(shards: str | Path | Sequence[str | Path]) -> list[Shard]:
+    """The tars of a folder (by its `index.json` where there is one), a tar, a glob pattern (`*.tar`), a brace pattern
+    (`{00000..00003}.tar`), a wids index file, or a list of these; "~" is the home folder.
+
+    Warns of what is left out. Raises FileNotFoundError when a path is missing and DataError when there is no tar with a sample.
+    """
+    found = find_tars(shards)
+    warn_left_out(shards, found.left_out)
+    return found.shards
+
+
+def warn_left_out(shards: Any, left_out: Tally) -> None:
+    """One warning for a whole set."""
+    if left_out:
+        named = [str(item) for item in ([shards] if isinstance(shards, str | Path) else shards)]
+        place = named[0] if len(named) == 1 else f"{named[0]} and {len(named) - 1} more"
+        warnings.warn(printable(f"left out of {place}: {left_out}"), SkipWarning, stacklevel=3)
+
+
+def find_tars(shards: str | Path | Sequence[str | Path]) -> FoundShards:
+    """As find_shards, with what was left out instead of a warning."""
+    found = FoundShards()
+    items = [shards] if isinstance(shards, str | Path) else list(shards)
+    if not items:
+        raise DataError("shards: got an empty list; it takes tar files, folders, glob or brace patterns")
+    for item in items:
+        for expanded in _expanded(item):
+            _find(expanded, found)
+    if not found.shards:
+        named = ", ".join(str(item) for item in items[:3])
+        if found.left_out:
+            raise DataError(printable(f"shards: {named} holds no whole sample: {found.left_out}"))
+        raise DataError(f"shards: there is no sample in {named}")
+    return found
+
+
+def _expanded(item: str | Path) -> list[Path]:
+    """The paths that a name stands for."""
+    path = Path(item).expanduser()
+    if path.exists():
+        return [path]
+    text = str(path)
+    if re.search(r"\{[^{}]*(,|\.\.)[^{}]*\}", text):
+        from braceexpand import UnbalancedBracesError, braceexpand
+
+        try:
+            return [match for part in braceexpand(text) for match in _expanded(part)]
+        except UnbalancedBracesError:
+            raise DataError(f"shards: the braces in {text} don't match") from None
+    if glob.has_magic(text):
+        paths = [Path(match) for match in sorted(glob.glob(text))]
+        if not paths:
+            raise DataError(f"shards: no file matches {text}")
+        return paths
+    raise FileNotFoundError(f"shards: there is no file or folder {path}")
+
+
+def _find(path: Path, found: FoundShards) -> None:
+    if path.is_dir() and (path / INDEX).exists():
+        path = path / INDEX
+    if path.suffix == ".json":
+        _from_index(path, found)
+    elif path.is_dir():
+        tars = tars_in(path, found.left_out)
+        if not tars and not found.left_out:
+            inside = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+            raise DataError(f"shards: the folder {path} holds no .tar file (it holds {inside}); give a folder of tar shards")
+        for tar in tars:
+            _look_into(tar, found)
+    elif is_foreign(path.name):
+        found.left_out.add("foreign_archive", str(path))
+    else:
+        _look_into(path, found)
+
+
+def tars_in(folder: Path, left_out: Tally) -> list[Path]:
+    """The tars of a folder, whatever its index says."""
+    tars = []
+    for path in sorted(folder.iterdir()):
+        if _COMPRESSED.search(path.name):
+            left_out.add("compressed_tar", str(path))
+        elif path.suffix.lower() == ".tar":
+            if is_foreign(path.name):
+                left_out.add("foreign_archive", str(path))
+            elif path.is_dir():
+                left_out.add("folder_named_tar", str(path))
+            elif not path.name.startswith("."):
+                tars.append(path)
+            else:
+                left_out.add("hidden_archive", str(path))
+    return tars
+
+
+def _look_into(path: Path, found: FoundShards, listed: int | None = None, cut_before: bool = False) -> None:
+    """Open a tar and add it, with the number of samples that it holds or that its index lists.
+
+    cut_before: the index was written when the tar was cut already, so it lists only what is left.
+    """
+    shard = OpenShard(path)
+    shard.close()
+    found.looked_into.add(path)
+    found.left_out.merge(shard.left_out, str(path))
+    whole = len(shard.samples)
+    if listed is None and shard.problem:
+        reason, _, detail = shard.problem.partition(": ")
+        found.left_out.add(reason, f"{path}: {detail}")
+        return
+    if shard.cut is not None:
+        lists = "" if listed is None else f"; {INDEX} lists {listed}"
+        found.left_out.add("truncated_tar", f"{path} ends after {whole} whole samples{lists}")
+        found.uncounted += shard.lost if listed is None or cut_before else 0
+    if listed is not None and whole > listed:
+        found.left_out.add("not_in_index", f"{path}; write the index again with write_index", whole - listed)
+    samples = whole if listed is None else listed
+    if samples:
+        found.shards.append(Shard(path, samples, shard.cut is not None))
+
+
+def _from_index(path: Path, found: FoundShards) -> None:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        entries = [(str(entry["url"]), int(entry["nsamples"]), entry) for entry in index.get("shardlist", [])]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"shards: the index {path} can't be read ({type(error).__name__}: {error}); write it again with write_index, or delete it"
+        ) from None
+    if not entries:
+        raise DataError(f"shards: the index {path} lists no shard")
+    for url, samples, entry in entries:
+        tar = path.parent / url
+        if not tar.exists():
+            raise FileNotFoundError(f"shards: {path} lists {url}, which is not there")
+        if is_foreign(tar.name):
+            found.left_out.add("foreign_archive", str(tar))
+        elif entry.get("filesize") == tar.stat().st_size and not entry.get("truncated"):
+            if samples:
+                found.shards.append(Shard(tar, samples))
+        else:
+            _look_into(tar, found, samples, bool(entry.get("truncated")))
+    if path.name == INDEX:
+        _unlisted(path.parent, {(path.parent / url).resolve() for url, _, _ in entries}, found.left_out)
+
+
+def _unlisted(folder: Path, listed: Iterable[Path], left_out: Tally) -> None:
+    """Tars of a folder that its index leaves out."""
+    listed = set(listed)
+    for tar in tars_in(folder, left_out):
+        if tar.resolve() not in listed:
+            left_out.add("not_in_index", f"{tar}; write the index again with write_index")

@@ -1,0 +1,188 @@
+"""What a tar holds: the files in it, where it was cut short, and what is left out.
+
+Only a wrong size, a broken header (checksum) or the end of the file is a cut. Anything else that this reader does not
+understand is left out and counted by name, and reading goes on. Understood: V7, ustar, GNU long names and base-256 sizes, pax paths
+and sizes, hard and symbolic links to files of the same archive, archives appended to each other. Names that are not UTF-8
+are decoded with surrogateescape.
+
+Python's tarfile ends at a damaged header without a word, and takes about ten times as long for a shard of 10,000 samples.
+"""
+
+from __future__ import annotations
+
+import mmap
+import posixpath
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ov3fast.data.skips import Tally
+
+BLOCK = 512
+_ZEROS = bytes(BLOCK)
+_FILES, _HARD_LINK, _SYMLINK, _FOLDER = b"0\x007", b"1", b"2", b"5"
+_WITHOUT_DATA = b"123456"
+_FOREIGN_NAMES = (".DS_Store", "Thumbs.db", "desktop.ini")
+
+
+class Member(NamedTuple):
+    """A file in the archive: its name, and where its content lies."""
+
+    name: str
+    start: int
+    size: int
+
+
+@dataclass
+class Contents:
+    """What `read_contents` found."""
+
+    members: list[Member] = field(default_factory=list)
+    cut: str | None = None
+    """Where the archive was cut short: the member's name, or "" between members; None: it is whole."""
+    left_out: Tally = field(default_factory=Tally)
+    """Members that can't be used: foreign_member, special_member (device, sparse file, ...), broken_link,
+    broken_pax_header, trailing_data."""
+
+
+class _Header(NamedTuple):
+    name: str
+    size: int
+    kind: bytes
+    link: str
+
+
+def read_contents(data: bytes | mmap.mmap) -> Contents:
+    """Walk the headers of a tar; its contents are not read."""
+    found = Contents()
+    files: dict[str, Member] = {}  # by name, for links
+    pending: dict[str, str] = {}  # what extended headers say of the next member
+    offset, ended = 0, False
+    while True:
+        block = data[offset : offset + BLOCK]
+        if block == _ZEROS:
+            offset, ended = _after_zeros(data, offset), True
+            if offset == len(data):
+                return found
+            continue
+        header = _parse(block)
+        if header is None:
+            if ended:  # after an end of the archive, what is no header is no cut
+                found.left_out.add("trailing_data", f"{len(data) - offset} bytes")
+            else:
+                found.cut = pending.get("path", "")
+            return found
+        ended = False
+        name, size = pending.get("path", header.name), header.size
+        if header.kind in _FILES and pending.get("size", "").isdecimal():
+            size = int(pending["size"])
+        start = offset + BLOCK
+        if header.kind == b"S":
+            start = _after_sparse_maps(data, offset)
+        if header.kind in _WITHOUT_DATA:
+            size = 0
+        if start + size > len(data):
+            found.cut = "" if header.kind in b"LKxXg" else name
+            return found
+        offset = start + (size + BLOCK - 1) // BLOCK * BLOCK
+        if header.kind in b"LK":
+            pending["path" if header.kind == b"L" else "linkpath"] = _text(data[start : start + size])
+        elif header.kind in b"xX":
+            try:
+                pending.update(_pax_records(data[start : start + size]))
+            except ValueError:
+                found.left_out.add("broken_pax_header", name)
+        elif header.kind != b"g":
+            member = _member(header, name, start, size, pending, files, found.left_out)
+            if member is not None:
+                files[name] = member
+                if is_foreign(name):
+                    found.left_out.add("foreign_member", name)
+                else:
+                    found.members.append(member)
+            pending = {}
+
+
+def is_foreign(name: str) -> bool:
+    """A file that an operating system put there: macOS' `._*`, `.DS_Store`, `__MACOSX/`, Windows' thumbnails."""
+    *folders, last = name.split("/")
+    return last.startswith("._") or last in _FOREIGN_NAMES or "__MACOSX" in folders
+
+
+def _member(
+    header: _Header, name: str, start: int, size: int, pending: dict[str, str], files: dict[str, Member], left_out: Tally
+) -> Member | None:
+    """The file that a header stands for; None for a folder, and for what is left out."""
+    sparse = header.kind == b"S" or any(key.startswith("GNU.sparse") for key in pending)
+    if header.kind in _FILES and not sparse:
+        return None if name.endswith("/") and not size else Member(name, start, size)  # V7 marks folders by the slash
+    if header.kind in (_HARD_LINK, _SYMLINK):
+        target = pending.get("linkpath", header.link)
+        if header.kind == _SYMLINK:
+            target = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+        source = files.get(target) or files.get(f"./{target}")
+        if source is not None:
+            return Member(name, source.start, source.size)
+        left_out.add("broken_link", f"{name} -> {target}")
+    elif header.kind != _FOLDER:
+        left_out.add("foreign_member" if is_foreign(name) else "special_member", name)
+    return None
+
+
+def _parse(block: bytes) -> _Header | None:
+    """A header's fields; None unless it is whole, its checksum is right and its size is a number."""
+    if len(block) < BLOCK:
+        return None
+    try:
+        checksum, size = _number(block[148:156]), _number(block[124:136])
+    except ValueError:
+        return None
+    if size < 0 or checksum != sum(block[:148]) + 256 + sum(block[156:]):
+        return None
+    name = _text(block[:100])
+    if block[257:263] == b"ustar\0" and block[345]:
+        name = f"{_text(block[345:500])}/{name}"
+    return _Header(name, size, block[156:157], _text(block[157:257]))
+
+
+def _number(digits: bytes) -> int:
+    """Octal text, or GNU's base 256 for sizes from 8 GiB."""
+    if digits[0] & 0x80:
+        return int.from_bytes(digits[1:], "big") if digits[0] == 0x80 else -1
+    return int(digits.replace(b"\0", b" ").strip() or b"0", 8)
+
+
+def _text(data: bytes) -> str:
+    return data.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def _pax_records(data: bytes) -> dict[str, str]:
+    """The records "length key=value\\n" of a pax header, in which a value may hold anything, newlines too."""
+    records = {}
+    while data.strip(b"\0"):
+        space = data.index(b" ")
+        length = int(data[:space])
+        key, equals, value = data[space + 1 : length - 1].partition(b"=")
+        if length <= space + 1 or length > len(data) or not equals or data[length - 1 : length] != b"\n":
+            raise ValueError("a record has the wrong length")
+        records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        data = data[length:]
+    return records
+
+
+def _after_zeros(data: bytes | mmap.mmap, offset: int) -> int:
+    """The first block from `offset` that is not all zeros, or the end."""
+    while offset < len(data):
+        chunk = data[offset : offset + (BLOCK << 11)]
+        rest = chunk.lstrip(b"\0")
+        if rest:
+            return offset + (len(chunk) - len(rest)) // BLOCK * BLOCK
+        offset += len(chunk)
+    return offset
+
+
+def _after_sparse_maps(data: bytes | mmap.mmap, offset: int) -> int:
+    """Where the content of a GNU sparse file starts: its header may go on in further blocks."""
+    more, offset = data[offset + 482], offset + BLOCK
+    while more and offset + BLOCK <= len(data):
+        more, offset = data[offset + 504], offset + BLOCK
+    return offset

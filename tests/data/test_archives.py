@@ -292,7 +292,7 @@ def test_a_broken_index_or_sidecar_is_named(tmp_path, png, text):
 
 def test_files_and_shards_show_the_same_image(tmp_path, png):
     """EXIF and 16 bits, by way of training, evaluation and `encode`."""
-    from ov3fast.inference.images import read_image
+    from ov3fast.data.preprocess import read_image
 
     exif = Image.Exif()
     exif[274] = 6

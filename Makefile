@@ -8,7 +8,7 @@ JOBS ?= 2
 
 CSRC := csrc/build.py $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
-.PHONY: demo test test-gpu aot lint bench step-table sanitize clean
+.PHONY: demo docs test test-gpu aot lint bench step-table sanitize clean
 
 demo: .venv/demo
 	$(BIN)/ov3fast data demo
@@ -35,6 +35,12 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+# The documentation site, build/site/index.html; without network. Dead links and unlisted pages end it.
+docs: .venv/dev
+	$(BIN)/python tools/doc_tables.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 # The operator table, benches/results/operators-cpu.csv; `make step-table` is that of a demo run's parts.
 bench: .venv/dev

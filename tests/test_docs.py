@@ -1,0 +1,92 @@
+"""The documentation: it builds without network, its links lead somewhere, and it lists what exists."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ov3fast import ops
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+LINK = re.compile(r"\[[^\]]*\]\((?!\w+:)([^)#\s]*)")
+
+
+def tracked(*patterns: str) -> list[Path]:
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *patterns]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0")
+    return [ROOT / name for name in names if name and (ROOT / name).is_file()]
+
+
+def doc_tables():
+    spec = importlib.util.spec_from_file_location("doc_tables", ROOT / "tools" / "doc_tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("site")
+    blocked = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(out)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **blocked}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def test_site_builds_and_loads_nothing_from_elsewhere(site):
+    pages = list(site.rglob("*.html"))
+    assert len(pages) >= len(list(DOCS.rglob("*.md")))
+    for page in pages:
+        html = page.read_text(encoding="utf-8")
+        assert not re.findall(r"<(?:script|img|iframe)[^>]+src=\"(?:https?:)?//[^\"]+", html), page
+        assert not re.findall(r"<link[^>]+rel=\"(?:stylesheet|preconnect)\"[^>]+href=\"(?:https?:)?//[^\"]+", html), page
+
+
+def test_operator_pages_carry_the_maths_and_the_signature(site):
+    page = (site / "operators" / "layer_norm.html").read_text(encoding="utf-8")
+    assert "biased variance" in page and "residual" in page
+
+
+@pytest.mark.parametrize("page", tracked("*.md"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_relative_links_lead_to_files(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in filter(None, LINK.findall(text)):
+        assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_tables_are_those_of_the_results():
+    tables = doc_tables()
+    assert any("<!-- table:" in page.read_text(encoding="utf-8") for page in tables.pages())
+    for page in tables.pages():
+        text = page.read_text(encoding="utf-8")
+        assert tables.render(text) == text, f"{page}: run python tools/doc_tables.py"
+
+
+def test_every_operator_has_a_page():
+    operators = {name for name in ops.__all__ if callable(getattr(ops, name)) and name not in ("table", "use")} | {"random"}
+    index = (DOCS / "operators" / "index.md").read_text(encoding="utf-8")
+    for name in operators:
+        if name == "flash_attention_qkvpacked":
+            continue  # on flash_attention's page
+        page = f"{name.rstrip('_')}.md"
+        assert (DOCS / "operators" / page).exists(), f"docs/operators/{page} is missing"
+        assert f"({page})" in index, f"docs/operators/index.md does not list {page}"
+
+
+def test_every_environment_variable_is_listed():
+    listed = set(re.findall(r"`(OV3FAST_\w+)`", (DOCS / "environment.md").read_text(encoding="utf-8")))
+    sources = tracked(
+        "ov3fast/*.py", "kernels/*.py", "csrc/*", "benches/*.py", "tests/*.py", "tools/*.py", "setup.py", "Makefile"
+    )
+    read = set()
+    for path in sources:
+        read |= set(
+            re.findall(r"(?:environ|getenv)[^\n]*?(OV3FAST_[A-Z_]+)", path.read_text(encoding="utf-8", errors="ignore"))
+        )
+    assert read - listed == set(), "docs/environment.md lacks these"

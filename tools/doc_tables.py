@@ -1,0 +1,80 @@
+"""Fills the measured tables of the documentation from benches/results, between `<!-- table: NAME -->` and `<!-- end -->`.
+
+    python tools/doc_tables.py        # after a CSV file in benches/results has changed; a test compares
+
+NAME is `step`, or `operators` for every row, or the name of one operator.
+"""
+
+import csv
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benches" / "results"
+BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+HEAD = ("", "size", "dtype", "ms", "rate", "of floor", "best peer", "ratio")
+
+
+def read(name: str) -> list[dict[str, str]]:
+    path = RESULTS / name
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(head), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def figures(row: dict[str, str]) -> list[str]:
+    ratio = row["ratio"] + " x" if row["ratio"] else ""
+    return [
+        row["direction"],
+        row["shape"],
+        row["dtype"],
+        f"{float(row['ms']):,.1f}",
+        row["rate"],
+        row["of_floor"],
+        row["best_peer"],
+        ratio,
+    ]
+
+
+def extra_memory(row: dict[str, str]) -> str:
+    return f"{row['extra_mb']} ({row['peer_extra_mb'] or '-'})" if row["extra_mb"] else ""
+
+
+def measured_on(row: dict[str, str]) -> str:
+    return f"Measured on {row['cpu']} ({row['isa']}), {row['threads']} threads, torch {row['torch']}, commit {row['commit']}."
+
+
+def render(page: str) -> str:
+    operators = read("operators-cpu.csv")
+
+    def fill(block: re.Match[str]) -> str:
+        name = block[2]
+        if name == "step":
+            head, *rest = read("step.csv")
+            made = table(head, [list(row.values()) for row in (head, *rest)])
+        elif name == "operators":
+            rows = [[row["operator"], *figures(row), row["target"], extra_memory(row)] for row in operators]
+            made = measured_on(operators[0]) + "\n\n" + table(("operator", *HEAD, "asked", "extra MB (peer)"), rows)
+        else:
+            rows = [row for row in operators if row["operator"].split()[0] == name]
+            made = measured_on(rows[0]) + "\n\n" + table(HEAD, map(figures, rows)) if rows else "No row yet."
+        return f"{block[1]}\n{made}\n\n{block[3]}"
+
+    return BLOCK.sub(fill, page)
+
+
+def pages() -> list[Path]:
+    return sorted((ROOT / "docs").rglob("*.md"))
+
+
+if __name__ == "__main__":
+    for path in pages():
+        path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from ov3fast import cli
+from ov3fast.data.skips import SkipWarning
 from ov3fast.models.config import CaptionConfig, DecoderConfig, OpenVision3Config, TextConfig, VisionConfig
 from ov3fast.models.openvision3 import OpenVision3
 from ov3fast.models.tokenizer import get_tokenizer
@@ -114,6 +115,104 @@ def test_encode_and_reconstruct(capsys, model, photo, tmp_path):
     assert Image.open(picture).size == (64, 64)
 
 
+def test_caption_prints_or_writes(capsys, model, photo, tmp_path):
+    (photo.parent / "broken.png").write_bytes(b"no image")
+    code, printed, _ = run(capsys, "caption", model, photo.parent, "--beams", "1")
+    lines = printed.splitlines()
+    assert code == 0 and lines[0].startswith("broken.png\t(skipped: broken_image") and lines[1].startswith("photo.png\t")
+    out = tmp_path / "new" / "captions.jsonl"
+    code, text, _ = run(capsys, "caption", model, photo.parent, "--beams", "1", "--out", out)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert code == 0 and "2 images" in text and rows[1] == {"image": "photo.png", "caption": lines[1].split("\t")[1]}
+    assert rows[0]["caption"] is None and rows[0]["skipped"].startswith("broken_image")
+    assert ".jsonl or .txt" in one_line(run(capsys, "caption", model, photo, "--out", tmp_path / "x.csv")[2])
+
+
+def test_a_folder_is_reconstructed(capsys, model, photo, tmp_path):
+    (photo.parent / "in").mkdir()
+    Image.open(photo).save(photo.parent / "in" / "photo.jpg")
+    Image.open(photo).save(photo.parent / "photo.bmp")
+    (photo.parent / "broken.png").write_bytes(b"no image")
+    with pytest.warns(SkipWarning, match="skipped broken.png"):
+        code, text, _ = run(capsys, "reconstruct", model, photo.parent, "--out", tmp_path / "out")
+    assert code == 0 and "3 images" in text
+    files = sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*"))
+    assert files == ["in/photo.png", "photo.bmp.png", "photo.png.png"]
+    run(capsys, "reconstruct", model, photo, "--out", tmp_path / "one.png")
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "out" / "photo.png.png").read_bytes()
+
+
+def test_files_have_the_umasks_mode(capsys, model, photo, tmp_path):
+    before = os.umask(0o027)
+    try:
+        run(capsys, "encode", model, photo, "--out", tmp_path / "e.safetensors")
+        run(capsys, "reconstruct", model, photo, "--out", tmp_path / "r.png")
+    finally:
+        os.umask(before)
+    assert {oct((tmp_path / name).stat().st_mode & 0o777) for name in ("e.safetensors", "r.png")} == {"0o640"}
+
+
+def test_a_runs_folder_stands_for_its_model(capsys, model, photo, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="the run has no model yet"):
+        OpenVision3.from_pretrained(tmp_path / "run")
+    (tmp_path / "run" / "model").symlink_to(model)
+    expected = OpenVision3.from_pretrained(model).state_dict()
+    found = OpenVision3.from_pretrained(tmp_path / "run").state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert run(capsys, "encode", tmp_path / "run", photo, "--out", tmp_path / "x.npz")[0] == 0
+
+
+def test_the_home_folder_in_every_form(capsys, model, photo, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(photo.parent)
+    assert run(capsys, "encode", model, "~/photos", "--out=~/x.npz")[0] == 0
+    assert run(capsys, "encode", model, "~/photos/photo.png", "--out", "~/y.npz")[0] == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"photos", "x.npz", "y.npz"} and os.listdir(photo.parent) == ["photo.png"]
+
+
+# ---- evaluate --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shards(tmp_path, photo):
+    from ov3fast.data import write_shards
+
+    write_shards([(f"{i}", {"png": photo.read_bytes(), "txt": f"picture {i}".encode()}) for i in range(3)], tmp_path / "shards")
+    return tmp_path / "shards"
+
+
+def test_evaluate_shards(capsys, model, shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("OV3FAST_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "report"
+    with pytest.warns(UserWarning, match="LPIPS-style is left out"):
+        code, text, _ = run(capsys, "evaluate", model, "--data", shards, "--out", out, "--pictures", "2", "--beams", "1")
+    assert code == 0 and "report: " in text
+    assert not (tmp_path / "cache").exists()  # nothing was downloaded
+    tables = json.loads((out / "evaluation.json").read_text())
+    assert [row["reference"] for row in tables["captions"]] == ["picture 0", "picture 1", "picture 2"]
+    assert sorted(p.name for p in out.iterdir()) == ["evaluation.json", "report.html"]
+
+
+def test_evaluate_refuses_before_the_work(capsys, model, shards, tmp_path, monkeypatch):
+    from ov3fast.data import demo
+
+    monkeypatch.setattr(demo, "build_demo", lambda *_: pytest.fail("packages were downloaded"))
+    assert "give --data, a folder" in one_line(run(capsys, "evaluate", model, "--out", tmp_path / "out")[2])
+    import ov3fast.inference
+
+    monkeypatch.setattr(ov3fast.inference, "load_model", lambda *_, **__: pytest.fail("work was begun"))
+    (tmp_path / "file").write_text("")
+    for arguments, words in (
+        (("--out", "/proc/out"), "nothing can be written in /proc"),
+        (("--out", tmp_path / "file"), "file is no folder"),
+        (("--image-size", "0"), "--image-size must be at least 1, got 0"),
+        (("--beams", "0"), "--beams must be at least 1, got 0"),
+    ):
+        assert words in one_line(run(capsys, "evaluate", model, "--data", shards, *arguments)[2])
+
+
 def one_line(err: str) -> str:
     [line] = err.strip().splitlines()
     assert line.startswith("ov3fast: error: ") and "Traceback" not in line
@@ -130,11 +229,20 @@ def one_line(err: str) -> str:
         (("train", "--recipe", "demo", "--data.sources.0.path", "/nowhere/at/all", "--vae", "small"), "/nowhere/at/all"),
         (("evaluate", "/nowhere/at/all"), "/nowhere/at/all"),
         (("encode", "/nowhere/at/all", "x.png", "--out", "x.npz"), "/nowhere/at/all"),
+        (("encode", "MODEL", "PHOTO", "--out", "x.npz", "--image-size", "0"), "image_size must be at least 1, got 0"),
+        (("encode", "MODEL", "PHOTO", "--out", "x.npz", "--device", "cuda"), "device 'cuda' can't be used here"),
+        (("encode", "MODEL", "PHOTO", "--out", "x.npz", "--device", "gpu"), "device 'gpu' can't be used here"),
         (("data", "nonsense"), "data takes demo or check; got 'nonsense'"),
         (("data", "check", "/nowhere/at/all"), "/nowhere/at/all"),
     ],
 )
-def test_mistakes(capsys, tmp_path, monkeypatch, arguments, words):
+def test_mistakes(capsys, model, tmp_path_factory, tmp_path, monkeypatch, arguments, words):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    if "PHOTO" in arguments:
+        photo = tmp_path_factory.mktemp("mistakes") / "photo.png"
+        Image.new("RGB", (64, 64)).save(photo)
+        arguments = [{"MODEL": model, "PHOTO": photo}.get(word, word) for word in arguments]
     monkeypatch.setenv("OV3FAST_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     code, _, err = run(capsys, *arguments)

@@ -30,6 +30,8 @@ TAKES = (
 )
 ROUNDING = 1e-3
 """How far beyond [-1, 1] a float image may lie: bicubic resizing in bfloat16, say."""
+OVERSHOOT = 16.0
+"""What `as_images` takes for 0..255."""
 
 
 def preprocess(
@@ -55,6 +57,23 @@ def preprocess(
     if len(sizes) > 1:
         raise ValueError(f"preprocess: float tensors are not resized; got sizes {sorted(sizes)} in one batch")
     return torch.cat(parts).to(device)
+
+
+def as_images(images: ImageLike | Sequence[ImageLike], image_size: int) -> Tensor:
+    """What a model's `encode` was given -> float images [B, 3, H, W]: a float tensor as it is, all else through `preprocess`.
+
+    ValueError for floats in 0..255. Only a tensor on the CPU is looked at (a GPU's would have to be waited for), and overshoot passes:
+    noise and resampling reach beyond [-1, 1], an 8-bit image far beyond.
+    """
+    if not isinstance(images, Tensor) or images.dtype == torch.uint8:
+        return preprocess(images, image_size)
+    if images.is_floating_point() and images.numel() and images.device.type == "cpu" and not torch.compiler.is_compiling():
+        high = images.detach().max().item()
+        if high > OVERSHOOT:
+            raise ValueError(
+                f"images: floats must lie in [-1, 1], got up to {high:g}; give uint8, or images / 127.5 - 1 for 0..255"
+            )
+    return images
 
 
 def square(image: Image.Image, size: int, interpolation: str = "bicubic") -> Tensor:

@@ -28,7 +28,7 @@ class VisionTower(nn.Module):
         return self.encoder.cls_token.device
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, H, W] in [-1, 1] -> (pooled [B, E], tokens [B, N, D])."""
+        """Images [B, 3, H, W] in [-1, 1], or what `ov3fast.preprocess` takes -> (pooled [B, E], tokens [B, N, D])."""
         return self.encoder.encode(images)
 
     def encode_latents(self, latents: Tensor) -> tuple[Tensor, Tensor]:

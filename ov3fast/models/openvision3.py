@@ -14,10 +14,12 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from ov3fast.data.preprocess import as_images
 
 from . import noise, pretrained
 from .config import OpenVision3Config
@@ -25,6 +27,9 @@ from .text import CaptionDecoder, TextEncoder
 from .tokenizer import CONFIG_FILE, FILE, Tokenizer, get_tokenizer, load_tokenizer
 from .vae import FrozenVAE, check_convention
 from .vit import ViTDecoder, ViTEncoder
+
+if TYPE_CHECKING:
+    from ov3fast.data.preprocess import ImageLike
 
 WEIGHTS_FILE = "model.safetensors"
 PARTS = ("encoder", "decoder", "text", "captioner")
@@ -133,8 +138,10 @@ class OpenVision3(nn.Module):
 
     # Use
 
-    def encode(self, images: Tensor, *, rng: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def encode(self, images: Tensor | ImageLike, *, rng: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Images [B, 3, H, W] in [-1, 1], on any device and of any floating dtype -> (pooled [B, E], tokens [B, N, D]).
+
+        What `ov3fast.preprocess` takes is taken too, at the model's image_size: Pillow images, paths, uint8 arrays and tensors, lists.
 
         The VAE's moments go straight into the encoder's patch embedding: no latents are made. They are sampled with rng =
         (seed, offset) where config.posterior is "sample"; without rng their mean is taken. Sides are multiples of 8 * patch_size.
@@ -150,7 +157,7 @@ class OpenVision3(nn.Module):
         """The VAE's moments [B, 2C, h, w] of `encode_to_moments` -> as `encode`; sampled with rng, else their mean."""
         return self.encoder.encode_moments(moments, rng=rng, post_ln=self._post_ln)
 
-    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+    def encode_image(self, images: Tensor | ImageLike, normalize: bool = False) -> Tensor:
         """Images, as `encode` -> pooled [B, E]."""
         pooled, _ = self._encode(images, "encode_image")
         return nn.functional.normalize(pooled.float(), dim=-1) if normalize else pooled
@@ -200,9 +207,9 @@ class OpenVision3(nn.Module):
         return self.encode_to_latents(images, rng)
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] -> their reconstruction, same shape, clamped to [-1, 1]; no noise."""
-        moments = self.encode_to_moments(images)
+    def reconstruct(self, images: Tensor | ImageLike) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1], or as `encode` -> their reconstruction, same shape, clamped to [-1, 1]; no noise."""
+        moments = self.encode_to_moments(as_images(images, self.config.vision.image_size))
         _, tokens = self.encode_moments(moments)
         patch = self.config.vision.patch_size
         latents_hat = self.decoder(tokens, (moments.shape[2] // patch, moments.shape[3] // patch))
@@ -210,13 +217,13 @@ class OpenVision3(nn.Module):
 
     @torch.no_grad()
     def caption(
-        self, images: Tensor, beams: int = 1, max_length: int | None = None, texts: Sequence[str] | None = None
+        self, images: Tensor | ImageLike, beams: int = 1, max_length: int | None = None, texts: Sequence[str] | None = None
     ) -> list[str]:
         """Images, as `encode` -> a caption each. texts: the known alt texts, for a text_prefix model ("" if none)."""
         _, tokens = self._encode(images, "caption")
         text_tokens = None
         if self.config.caption.text_prefix:
-            _, text_tokens = self.text(self.text_ids(texts or [""] * len(images)), return_tokens=True)
+            _, text_tokens = self.text(self.text_ids(texts or [""] * len(tokens)), return_tokens=True)
         ids = self.captioner.generate(tokens, max_length, beams, text_tokens)
         return [self.tokenizer.decode(row) for row in ids]
 
@@ -308,9 +315,9 @@ class OpenVision3(nn.Module):
     def _post_ln(self) -> bool:
         return self.config.tokens == "post_ln"
 
-    def _encode(self, images: Tensor, method: str, rng: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _encode(self, images: Tensor | ImageLike, method: str, rng: Tensor | None = None) -> tuple[Tensor, Tensor]:
         channels = self.config.vision.in_channels
-        if channels != 3 and images.ndim == 4 and images.shape[1] == channels:
+        if isinstance(images, Tensor) and channels != 3 and images.ndim == 4 and images.shape[1] == channels:
             message = f"OpenVision3.{method} takes images; latents are deprecated here, see encode_latents"
             warnings.warn(message, DeprecationWarning, stacklevel=3)
             return self.encode_latents(images)

@@ -9,17 +9,21 @@ Legend: B batch, C latent channels, N = h * w tokens, D width, E embedding width
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ov3fast import ops
+from ov3fast.data.preprocess import as_images
 
 from . import noise
 from .config import DEFAULT_VAE, VAE_STRIDE, DecoderConfig, VisionConfig
 from .transformer import LayerNorm, Linear, Transformer, init_lecun, init_xavier
 from .vae import FrozenVAE
+
+if TYPE_CHECKING:
+    from ov3fast.data.preprocess import ImageLike
 
 
 def sincos2d(grid_h: int, grid_w: int, dim: int) -> Tensor:
@@ -128,13 +132,16 @@ class ViTEncoder(nn.Module):
             pooled = self.head(tokens.mean(1))
         return (pooled, tokens) if self.output_tokens else pooled
 
-    def encode(self, images: Tensor, *, rng: Tensor | None = None, post_ln: bool = False) -> tuple[Tensor, Tensor] | Tensor:
-        """Images [B, 3, H, W] in [-1, 1], on any device and of any floating dtype -> what `forward` returns.
+    def encode(
+        self, images: Tensor | ImageLike, *, rng: Tensor | None = None, post_ln: bool = False
+    ) -> tuple[Tensor, Tensor] | Tensor:
+        """Images [B, 3, H, W] in [-1, 1], on any device and of any floating dtype, or what `ov3fast.preprocess` takes (Pillow images,
+        paths, uint8), at config.image_size -> what `forward` returns.
 
         The VAE's moments go straight into the patch embedding, which samples them with rng = (seed, offset), or takes their mean.
-        ValueError for sides that are no multiples of 8 * patch_size, TypeError for integers.
+        ValueError for sides that are no multiples of 8 * patch_size and for floats in 0..255, TypeError for wider integers.
         """
-        return self.encode_moments(self.encode_to_moments(images), rng=rng, post_ln=post_ln)
+        return self.encode_moments(self.encode_to_moments(as_images(images, self.config.image_size)), rng=rng, post_ln=post_ln)
 
     def encode_latents(self, latents: Tensor, *, post_ln: bool = False) -> tuple[Tensor, Tensor] | Tensor:
         """Latents [B, C, h, w] in the encoder's convention, on any device and of any floating dtype -> what `forward` returns."""

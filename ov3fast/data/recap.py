@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ov3fast.data.captions import read_captions, sidecar
+from ov3fast.data.captions import read_captions, sidecar, well_formed
 from ov3fast.data.shards import ShardDataset
 from ov3fast.data.skips import DataError, SampleError, printable
 from ov3fast.io import atomic_write
@@ -230,7 +230,7 @@ def _parts(file: Path, schema: pa.Schema, keys: _Keys, by: str, columns: list[st
     by_number = kind == "integer" or (kind == "text" and keys.integers)
     needed = list(dict.fromkeys([by, *(column for column in columns if column in schema.names)]))
     known = keys.of_number() if by_number else keys.of_text
-    wanted = pa.array(list(known), pa.string())
+    wanted = pa.array([key for key in known if well_formed(key) == key], pa.string())  # Arrow's text is UTF-8
     try:
         for batch in pq.ParquetFile(file).iter_batches(columns=needed):
             batch = _filterable(batch)

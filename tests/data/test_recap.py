@@ -163,10 +163,10 @@ def test_samples_without_a_key_are_counted(tmp_path, files, parquet):
 
 
 def test_many_rows_and_names_of_any_bytes(tmp_path, files, parquet):
-    keys = [b"caf\xe9".decode("utf-8", "surrogateescape"), *(f"{i:05d}" for i in range(50))]
+    keys = [b"caf\xe9".decode("utf-8", "surrogateescape"), "line\nbreak", *(f"{i:05d}" for i in range(50))]
     write_shards([(key, files(i)) for i, key in enumerate(keys)], tmp_path / "shards")
-    order = np.random.default_rng(0).permutation(50)
+    order = np.random.default_rng(0).permutation(51)
     report = join(tmp_path / "shards", parquet([keys[1 + i] for i in order], [f"text {i}" for i in order]))
-    assert report == (51, 50, 1) and captions(tmp_path / "shards")["00017"] == "text 17"
+    assert report == (52, 51, 1) and captions(tmp_path / "shards")["00017"] == "text 18"
     latin = parquet(pa.array([b"caf\xe9"]), ["ours"])
     assert join(tmp_path / "shards", latin, least_match=0).matched == 1 and captions(tmp_path / "shards")[keys[0]] == "ours"

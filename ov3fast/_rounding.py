@@ -30,7 +30,7 @@ DRAWS = 3
 
 
 def _variance_and_mean(
-    x: Tensor, dim: Sequence[int], unbiased: bool = True, keepdim: bool = False, correction: float | None = None
+    x: Tensor, dim: list[int], unbiased: bool = True, keepdim: bool = False, correction: float | None = None
 ):
     mean = x.mean(dim, keepdim=True)
     count = x.numel() // max(mean.numel(), 1) - (unbiased if correction is None else correction)

@@ -100,7 +100,7 @@ class Objective(nn.Module):
         if images is not None and images_hat is not None:
             if config.pixel_weight > 0:
                 parts["pixel"] = l1(images_hat, images, config.pixel_reduction)
-            if config.lpips_weight > 0:
+            if config.lpips_weight > 0 and self.lpips is not None:
                 parts["lpips"] = self.lpips(images_hat.float(), images.float()).mean()
         if latents is not None and outputs.latents_hat is not None and config.latent_weight > 0:
             parts["latent"] = l1(outputs.latents_hat, latents, config.latent_reduction)

@@ -128,17 +128,20 @@ class Budget:
         accumulated = torch.float64 if all(p.dtype == torch.float64 for p in self.plain) else torch.float32
         return _rounding.a_priori_error(lambda: self._formula(self._wide), torch.finfo(accumulated).eps)
 
+    def _bound_of(self, number: int) -> Callable[[], float]:
+        return lambda: self.a_priori[number]
+
     def check(self, results: Sequence[Tensor], names: Sequence[str] | None = None) -> None:
         """Raises AssertionError, naming the result, if one is over the budget."""
         names = names or [f"result {number}" for number in range(len(results))]
         for number, (r, p, e, name) in enumerate(zip(results, self.plain, self.exact, names, strict=True)):
-            assert_within_budget(r, p, e, name, lambda number=number: self.a_priori[number])
+            assert_within_budget(r, p, e, name, self._bound_of(number))
 
     def ratios(self, results: Sequence[Tensor]) -> list[float]:
         """The error of each result over its budget: above 1 `check` raises. 0 for no error at all."""
         found = []
         for number, (r, p, e) in enumerate(zip(results, self.plain, self.exact, strict=True)):
-            got, budget = error_and_budget(r, p, e, lambda number=number: self.a_priori[number])
+            got, budget = error_and_budget(r, p, e, self._bound_of(number))
             found.append(got / budget if got else 0.0)
         return found
 

@@ -1,14 +1,16 @@
-"""Fills the measured tables of the documentation from benches/results, between `<!-- table: NAME -->` and `<!-- end -->`.
+"""Fills the tables of the documentation from benches/results and from the code, between `<!-- table: NAME -->` and `<!-- end -->`.
 
     python tools/doc_tables.py        # after a CSV file in benches/results has changed; a test compares
 
-NAME is `step`, or `operators` for every row, or the name of one operator.
+NAME is `environment`, `step`, `operators` for every row, or the name of one operator.
 """
 
 import csv
 import re
 from collections.abc import Iterable
 from pathlib import Path
+
+from ov3fast import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benches" / "results"
@@ -57,7 +59,10 @@ def render(page: str) -> str:
 
     def fill(block: re.Match[str]) -> str:
         name = block[2]
-        if name == "step":
+        if name == "environment":
+            words = [(f"`{word}`", text.meaning, text.default) for word, text in environment.WORDS.items()]
+            made = table(("variable", "meaning", "where it is not set"), words)
+        elif name == "step":
             head, *rest = read("step.csv")
             made = table(head, [list(row.values()) for row in (head, *rest)])
         elif name == "operators":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,7 +71,8 @@ def write_embeddings(path: str | Path, embeddings: Embeddings) -> Path:
 
             save_file({name: value.contiguous() for name, value in tensors.items()}, str(temporary), words)
         else:
-            np.savez(temporary, about=np.array(json.dumps(words)), **{name: value.numpy() for name, value in tensors.items()})
+            arrays: dict[str, Any] = {name: value.numpy() for name, value in tensors.items()}
+            np.savez(temporary, about=np.array(json.dumps(words)), **arrays)
     return path
 
 

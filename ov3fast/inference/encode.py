@@ -86,13 +86,13 @@ def encode_to_file(
     in `<name>.partial<suffix>` beside it, says so in a warning, and leaves `out` as it was.
     """
     out = check_output(out)
-    options = Options(**{"tokens": out.suffix != ".npy", **options})
-    job = _Job(model, images, options, None, None)
+    chosen = Options(**{"tokens": out.suffix != ".npy", **options})
+    job = _Job(model, images, chosen, _Memory(), None)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.stem}.writing-", dir=out.parent) as folder:
         with contextlib.ExitStack() as files:
             job.pooled = files.enter_context(_MappedFile(Path(folder, "pooled")))
-            if options.tokens:
+            if chosen.tokens:
                 job.tokens = files.enter_context(_MappedFile(Path(folder, "tokens")))
             try:
                 job.run()
@@ -134,7 +134,8 @@ class _MappedFile:
     """Float32 rows [n, ...] written to a file, and seen as one tensor that the system pages in as it is read."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.shape = path, ()
+        self.path = path
+        self.shape: tuple[int, ...] = ()
 
     def __enter__(self) -> _MappedFile:
         self.file = open(self.path, "wb")
@@ -256,14 +257,14 @@ def _read(source: Any, size: int, options: Options) -> Tensor | ImageError:
 
 def find_sources(images: ImageLike | Sequence[ImageLike]) -> dict[str, Any]:
     """Name -> what preprocess takes: files found in paths and folders, or images in memory named 0, 1, ..."""
-    given = images if isinstance(images, list | tuple) else [images]
+    given: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
     if all(isinstance(image, str | Path) for image in given):
-        found = find_images(given)
-        if found.left_out:
-            counts = ", ".join(f"{count} {suffix or 'without one'}" for suffix, count in sorted(found.left_out.items()))
-            message = f"left out {found.left_out.total()} files that are no images by their suffix ({counts})"
+        files = find_images(given)
+        if files.left_out:
+            counts = ", ".join(f"{count} {suffix or 'without one'}" for suffix, count in sorted(files.left_out.items()))
+            message = f"left out {files.left_out.total()} files that are no images by their suffix ({counts})"
             warnings.warn(message, stacklevel=4)
-        return found
+        return files
     found: dict[str, Any] = {}
     for number, image in enumerate(given):
         if isinstance(image, str | Path):

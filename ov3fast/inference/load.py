@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +30,11 @@ class VisionTower(nn.Module):
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, 3, H, W] in [-1, 1], or what `ov3fast.preprocess` takes -> (pooled [B, E], tokens [B, N, D])."""
-        return self.encoder.encode(images)
+        return cast("tuple[Tensor, Tensor]", self.encoder.encode(images))
 
     def encode_latents(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [B, C, h, w] -> (pooled [B, E], tokens [B, N, D])."""
-        return self.encoder.encode_latents(latents)
+        return cast("tuple[Tensor, Tensor]", self.encoder.encode_latents(latents))
 
 
 def load_model(

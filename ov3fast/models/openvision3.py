@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -151,11 +151,11 @@ class OpenVision3(nn.Module):
 
     def encode_latents(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [B, C, h, w] in the model's convention, on any device and of any floating dtype -> as `encode`."""
-        return self.encoder.encode_latents(latents, post_ln=self._post_ln)
+        return cast("tuple[Tensor, Tensor]", self.encoder.encode_latents(latents, post_ln=self._post_ln))
 
     def encode_moments(self, moments: Tensor, *, rng: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The VAE's moments [B, 2C, h, w] of `encode_to_moments` -> as `encode`; sampled with rng, else their mean."""
-        return self.encoder.encode_moments(moments, rng=rng, post_ln=self._post_ln)
+        return cast("tuple[Tensor, Tensor]", self.encoder.encode_moments(moments, rng=rng, post_ln=self._post_ln))
 
     def encode_image(self, images: Tensor | ImageLike, normalize: bool = False) -> Tensor:
         """Images, as `encode` -> pooled [B, E]."""
@@ -322,7 +322,7 @@ class OpenVision3(nn.Module):
             warnings.warn(message, DeprecationWarning, stacklevel=3)
             return self.encode_latents(images)
         rng = rng if self.config.posterior == "sample" else None
-        return self.encoder.encode(images, rng=rng, post_ln=self._post_ln)
+        return cast("tuple[Tensor, Tensor]", self.encoder.encode(images, rng=rng, post_ln=self._post_ln))
 
     def _fitting(self, tokenizer: Tokenizer) -> Tokenizer:
         rows = min(self.config.text.vocab_size, self.config.caption.vocab_size)

@@ -51,7 +51,7 @@ _IGNORED = {
     "timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path",
 }  # fmt: skip
 # Fields whose other values mean another network under the same keys, with the values that mean this one.
-_FIXED = {
+_FIXED: dict[str, tuple[Any, ...]] = {
     "pool_type": ("avg",),
     "attentional_pool": (False, None),
     "ls_init_value": (None,),

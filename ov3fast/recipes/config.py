@@ -303,7 +303,7 @@ def _plain(value: Any) -> Any:
 
 def _build(kind: Any, value: Any, where: str) -> Any:
     """A value of the annotated type `kind` from JSON's plain values."""
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise ValueError(f"{where}: takes a dict of fields, got {type(value).__name__}")
         types = typing.get_type_hints(kind)

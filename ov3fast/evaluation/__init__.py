@@ -3,12 +3,12 @@
 metrics.py         PSNR, SSIM, LPIPS-style, each with its protocol
 reconstruction.py  the model beside its VAE alone;  retrieval.py: R@k both ways, zero-shot;  probe.py: linear probe
 pictures.py        held-out pictures in memory, and their embeddings
-evaluate.py        all of it as tables;  figures.py: the headline and its targets, tables on the terminal
-report.py          report.html, of page.py (HTML), curves.py (the training log), svg.py (charts), palette.py (pictures)
+evaluate.py        all of it as tables;  headline.py: the metrics with targets, tables on the terminal
+report.py          report.html, of assets/report (Jinja), curves.py (the training log), charts.py (matplotlib), palette.py (pictures)
 """
 
 from ov3fast.evaluation.evaluate import Evaluation, evaluate
-from ov3fast.evaluation.figures import DEMO_TARGETS, headline, print_tables
+from ov3fast.evaluation.headline import DEMO_TARGETS, headline, print_tables
 from ov3fast.evaluation.metrics import Metric, lpips_metric, psnr, ssim, standard_metrics
 from ov3fast.evaluation.probe import fashion_mnist, linear_probe
 from ov3fast.evaluation.reconstruction import reconstruct

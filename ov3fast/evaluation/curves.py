@@ -1,4 +1,4 @@
-"""The training log as charts and as a table of rates.
+"""The training log as charts and as rows of rates.
 
 A log row is a JSON object with "step", maybe "stage", and numbers: losses, learning rate, gradient norms, images per second. What a
 log lacks is left out.
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ov3fast.evaluation import page
-from ov3fast.evaluation.svg import Boundary, Series, line_chart
+from ov3fast.evaluation.charts import Boundary, Series, line_chart
 
 PANELS: tuple[tuple[str, tuple[tuple[str, str], ...], bool], ...] = (
     ("Total loss", (("loss", "loss"),), True),
@@ -48,17 +48,17 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def curves(rows: Sequence[dict[str, Any]]) -> str:
-    """One small chart per panel that the log has numbers for."""
+def curves(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """One small SVG chart per panel that the log has numbers for."""
     if not rows:
-        return ""
+        return []
     stages, steps = boundaries(rows), (rows[0]["step"], rows[-1]["step"])
     charts = []
     for title, lines, logarithmic in PANELS:
         series = [_series(rows, key, name) for key, name in lines]
         smoothing = 0.0 if title == "Learning rate" else SMOOTHING
         charts.append(line_chart(title, series, boundaries=stages, x_range=steps, log_y=logarithmic, smoothing=smoothing))
-    return page.grid("charts", [chart for chart in charts if chart])
+    return [chart for chart in charts if chart]
 
 
 def boundaries(rows: Sequence[dict[str, Any]]) -> list[Boundary]:
@@ -70,8 +70,9 @@ def boundaries(rows: Sequence[dict[str, Any]]) -> list[Boundary]:
     return [Boundary(step, name) for name, step in starts.items()] if len(starts) > 1 else []
 
 
-def throughput(rows: Sequence[dict[str, Any]], tables: dict[str, Any], summary: dict[str, Any]) -> str:
-    """Images per second in training, by stage; where a run's time went; and the rate of each part of the evaluation."""
+def throughput(rows: Sequence[dict[str, Any]], tables: dict[str, Any], summary: dict[str, Any]) -> list[list[str]]:
+    """Rows of a table, a heading being a row of one: images per second in training, by stage; where a run's time went; the rate of each
+    part of the evaluation."""
     cells: list[list[str]] = []
     rates: dict[str, list[float]] = {}
     for row in rows:
@@ -79,7 +80,7 @@ def throughput(rows: Sequence[dict[str, Any]], tables: dict[str, Any], summary: 
             rates.setdefault(str(row.get("stage", "training")), []).append(row["images_per_s"])
     if rates:
         cells.append(["Training, images/s: median of the log's rows"])
-        cells += [[stage, f"{_median(values):,.1f}", f"{len(values)} rows"] for stage, values in rates.items()]
+        cells += [[stage, f"{statistics.median(values):,.1f}", f"{len(values)} rows"] for stage, values in rates.items()]
     if comparison := summary.get("comparison"):
         other, ratio = comparison["other"], comparison["ratio"]
         cells.append([f"Whole steps in turn, images/s: medians of {comparison['rounds']}"])
@@ -95,7 +96,7 @@ def throughput(rows: Sequence[dict[str, Any]], tables: dict[str, Any], summary: 
     if tables["images_per_s"]:
         cells.append(["Evaluation, items/s"])
         cells += [[part, f"{rate:,.1f}", f"{tables['seconds'][part]:.1f} s"] for part, rate in tables["images_per_s"].items()]
-    return page.table(("", "rate or share", "of"), cells, numbers=(1, 2)) if cells else ""
+    return cells
 
 
 def _series(rows: Sequence[dict[str, Any]], key: str, name: str) -> Series:
@@ -105,9 +106,3 @@ def _series(rows: Sequence[dict[str, Any]], key: str, name: str) -> Series:
 
 def _number(value: Any) -> float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

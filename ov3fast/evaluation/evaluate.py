@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ov3fast.data.demo import DemoSet
 from ov3fast.evaluation import probe as linear
-from ov3fast.evaluation.figures import headline
+from ov3fast.evaluation.headline import headline
 from ov3fast.evaluation.metrics import standard_metrics
 from ov3fast.evaluation.pictures import Pictures, embed_images, embed_texts, read_pictures, spread
 from ov3fast.evaluation.reconstruction import Reconstruction, reconstruct, to_model_range
@@ -54,7 +54,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """tables: JSON-able figures. The rest are the pictures behind them, by set, for the report."""
+    """tables: JSON-able metrics. The rest are the pictures behind them, by set, for the report."""
 
     tables: dict[str, Any]
     reconstructions: dict[str, tuple[Pictures, Reconstruction]] = field(default_factory=dict)
@@ -251,7 +251,8 @@ class _Run:
             "seconds": {part: round(seconds, 3) for part, seconds in self.seconds.items()},
             "images_per_s": {p: round(self.counts[p] / s, 1) for p, s in self.seconds.items() if self.counts[p] and s > 0},
         }
-        tables["figures"] = [figure.to_dict() for figure in headline(tables)]
+        tables["metrics"] = [metric.to_dict() for metric in headline(tables)]
+        tables["figures"] = tables["metrics"]  # the older name, for what reads evaluation.json
         return Evaluation(tables, self.reconstructions, self.rankings, self.captioned)
 
 

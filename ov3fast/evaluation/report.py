@@ -2,30 +2,29 @@
 
     write_report("runs/demo/report.html", result, run_dir="runs/demo")
 
-Nothing is asked of a network: style, charts and pictures are in the file. The same input gives the same bytes: no clock, no
-random ids.
+Nothing is loaded from a network: style, charts and pictures are in the file. The same input gives the same bytes: no clock, no
+random ids. The page's layout is assets/report/report.html; what is here gathers its contents.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ov3fast.evaluation import page
 from ov3fast.evaluation.curves import curves, read_log, throughput
 from ov3fast.evaluation.evaluate import Evaluation, Ranking
-from ov3fast.evaluation.figures import SET_LABELS, WAYS, figure_text
-from ov3fast.evaluation.palette import ERROR_RANGE, error_map, png_data
+from ov3fast.evaluation.headline import DIRECTIONS, SET_LABELS, format_value
+from ov3fast.evaluation.palette import ERROR_RANGE, error_map, png_data, scale_css
 from ov3fast.evaluation.pictures import Pictures, spread
 from ov3fast.evaluation.reconstruction import Reconstruction
 from ov3fast.evaluation.retrieval import nearest, ranks
 from ov3fast.io import atomic_write
 
+TEMPLATES = Path(__file__).parents[1] / "assets" / "report"
 LOG_FILE, SUMMARY_FILE = "log.jsonl", "summary.json"
 RECONSTRUCTIONS = 8
 QUERIES = 6
@@ -63,58 +62,53 @@ def report_html(
     summary: dict[str, Any] | None = None,
 ) -> str:
     """The page as text. rows: the training log's; summary: the run's, with its length and seconds_by_part."""
+    import jinja2
+    import markupsafe
+
     tables = result.tables
     sets = ", ".join(f"{count} {name}" for name, count in tables["data"]["pictures"].items())
     about = f"Held-out data: {tables['data']['name']} ({sets}) at {tables['data']['image_size']} px"
-    sections = [
-        page.section(
-            "Figures",
-            figures(tables["figures"]),
-            "All on held-out data. A figure is met or missed where the recipe asks for one.",
-        ),
-        *(reconstruction_section(name, *found) for name, found in result.reconstructions.items()),
-        page.section("Training", curves(rows), f"{_length(summary or {})}Faint: the log's rows. Strong: their moving average."),
-        *(retrieval_section(name, ranking, tables["retrieval"][name]) for name, ranking in result.rankings.items()),
-        captions_section(result),
-        page.section("Throughput", throughput(rows, tables, summary or {})),
-        page.section(
-            "Configuration", "" if not config else page.details("All fields", json.dumps(config, indent=2, ensure_ascii=False))
-        ),
-        page.section("Protocols", protocols(tables), "Two figures compare only where these agree."),
-    ]
-    return page.page(title, f"{subtitle} {about}".strip(), sections)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )  # fmt: skip
+    return environment.get_template("report.html").render(
+        title=title,
+        subtitle=f"{subtitle} {about}".strip(),
+        error_scale=scale_css(),
+        error_range=f"{ERROR_RANGE:.0%}",
+        metrics=metric_rows(tables["metrics"]),
+        reconstructions=[reconstruction(name, *found) for name, found in result.reconstructions.items()],
+        charts=[markupsafe.Markup(chart) for chart in curves(rows)],
+        run_length=_length(summary or {}),
+        retrievals=[retrieval(name, ranking, tables["retrieval"][name]) for name, ranking in result.rankings.items()],
+        captions=captions(result),
+        throughput=throughput(rows, tables, summary or {}),
+        config=json.dumps(config, indent=2, ensure_ascii=False) if config else "",
+        protocols=protocols(tables),
+    )
 
 
-def figures(rows: Sequence[dict[str, Any]]) -> str:
-    """The headline table."""
-    cells: list[list[str]] = []
+def metric_rows(metrics: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The headline's table; a row of one cell is a group's heading."""
+    rows: list[list[str]] = []
     group = None
-    for row in rows:
-        if row["group"] != group:
-            group = row["group"]
-            cells.append([group])
-        target, chance = (figure_text(row[n], row["unit"]) if row[n] is not None else "" for n in ("target", "chance"))
-        verdict = {True: "met", False: "missed", None: ""}[row["passed"]]
-        cells.append(
-            [
-                row["label"],
-                figure_text(row["value"], row["unit"]),
-                f"≥ {target}" if target else "",
-                verdict,
-                chance,
-                row["beside"],
-            ]
+    for metric in metrics:
+        if metric["group"] != group:
+            group = metric["group"]
+            rows.append([group])
+        target, chance = (
+            format_value(metric[n], metric["unit"]) if metric[n] is not None else "" for n in ("target", "chance")
         )
-    html = page.table(("", "value", "asked", "", "chance", "beside it"), cells, numbers=(1, 2, 4))
-    for verdict in ("met", "missed"):
-        html = html.replace(f"<td>{verdict}</td>", f'<td class="{verdict}">{verdict}</td>')
-    return html
+        verdict = {True: "met", False: "missed", None: ""}[metric["passed"]]
+        value = format_value(metric["value"], metric["unit"])
+        rows.append([metric["label"], value, f"≥ {target}" if target else "", verdict, chance, metric["baseline"]])
+    return rows
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
-def reconstruction_section(name: str, pictures: Pictures, found: Reconstruction) -> str:
+def reconstruction(name: str, pictures: Pictures, found: Reconstruction) -> dict[str, Any]:
     """Originals beside both reconstructions and their error maps: from the best PSNR over the median to the worst."""
     psnr = found.values["model"]["psnr"]
     order = psnr.argsort(descending=True, stable=True).tolist()
@@ -122,43 +116,29 @@ def reconstruction_section(name: str, pictures: Pictures, found: Reconstruction)
     # An odd number of places, so that the middle one is the median, and the second worst.
     places = sorted({round(i * last / (RECONSTRUCTIONS - 2)) for i in range(RECONSTRUCTIONS - 1)} | {max(0, last - 1)})
     words = {round(last / 2): "median", last: "worst", 0: "best"}
-    items = []
+    rows = []
     for place in places:
         i = order[place]
         alone = found.values["vae"]["psnr"][i].item()
-        items.append(
-            page.grid(
-                "triple",
-                [
-                    page.picture(png_data(found.originals[i]), f"original {words.get(place, '')}".strip(), pictures.keys[i]),
-                    page.picture(png_data(found.model[i]), f"model {_db(psnr[i].item())}"),
-                    page.picture(png_data(error_map(found.model[i], found.originals[i])), "its error"),
-                    page.picture(png_data(found.vae[i]), f"VAE {_db(alone)}"),
-                    page.picture(png_data(error_map(found.vae[i], found.originals[i])), "its error"),
-                ],
-            )
-        )
-    scale = f'<p class="note">Error, mean over the channels: 0<span class="scale"></span>{ERROR_RANGE:.0%} of the range and more.</p>'
-    rows = [
+        rows.append([
+            (png_data(found.originals[i]), f"original {words.get(place, '')}".strip(), pictures.keys[i]),
+            (png_data(found.model[i]), f"model {_db(psnr[i].item())}", ""),
+            (png_data(error_map(found.model[i], found.originals[i])), "its error", ""),
+            (png_data(found.vae[i]), f"VAE {_db(alone)}", ""),
+            (png_data(error_map(found.vae[i], found.originals[i])), "its error", ""),
+        ])  # fmt: skip
+    summary = [
         [label, *(_spread(found, by, metric, unit) for by in ("model", "vae"))]
         for metric, label, unit in (
-            ("psnr", "PSNR", "dB"),
-            ("ssim", "SSIM", ""),
-            ("ssim_uniform", "SSIM, uniform window", ""),
-            ("lpips_style", "LPIPS-style", ""),
+            ("psnr", "PSNR", "dB"), ("ssim", "SSIM", ""), ("ssim_uniform", "SSIM, uniform window", ""), ("lpips_style", "LPIPS-style", "")
         )
         if metric in found.values["vae"]
-    ]
-    summary = page.table((f"mean (lowest … highest) of {len(order)}", "model", "VAE alone"), rows, numbers=(1, 2))
-    return page.section(
-        f"Reconstruction of {name}",
-        summary + scale + page.grid("triples", items),
-        "Sorted by PSNR, best first; chosen evenly over the ranks.",
-    )
+    ]  # fmt: skip
+    return {"name": name, "count": len(order), "summary": summary, "rows": rows}
 
 
-def retrieval_section(name: str, ranking: Ranking, found: dict[str, Any]) -> str:
-    """Queries both ways with their five nearest answers; the right one is framed. Half of them found, half missed, where there are.
+def retrieval(name: str, ranking: Ranking, found: dict[str, Any]) -> dict[str, Any]:
+    """Queries in both directions with their five nearest answers; half of them found, half missed, where there are.
 
     found: the set's retrieval table; where it has several styles, each gets a row.
     """
@@ -172,60 +152,51 @@ def retrieval_section(name: str, ranking: Ranking, found: dict[str, Any]) -> str
     for row in _mixed(to_picture):
         text = int(asked[row])
         answers = [
-            page.picture(
-                png_data(ranking.pictures.images[i]),
-                ranking.texts[int(ranking.answer[i])],
-                right=int(ranking.answer[i]) == text,
-            )
+            {
+                "data": png_data(ranking.pictures.images[i]),
+                "text": ranking.texts[int(ranking.answer[i])],
+                "right": int(ranking.answer[i]) == text,
+            }
             for i in pictures_of_texts[text].tolist()
         ]
-        query = f'<p><b>“{escape(ranking.texts[text])}”</b><br><span class="note">rank {int(to_picture[row]) + 1}</span></p>'
-        by_text.append(f'<div class="query">{query}{page.grid("five", answers)}</div>')
+        by_text.append({"text": ranking.texts[text], "rank": int(to_picture[row]) + 1, "answers": answers})
     by_picture = []
     for i in _mixed(to_text):
         own = int(ranking.answer[i])
-        answers = "".join(
-            f"<li{' class=right' if j == own else ''}>{escape(ranking.texts[j])}</li>" for j in texts_of_pictures[i].tolist()
-        )
-        query = page.picture(png_data(ranking.pictures.images[i]), f"rank {int(to_text[i]) + 1}", ranking.texts[own])
-        truth = f'<p class="note">It is: {escape(ranking.texts[own])}</p>'
-        by_picture.append(f'<div class="query">{query}<div><ol class="answers">{answers}</ol>{truth}</div></div>')
-    styles = sorted(set(ranking.pictures.column("style")) - {""})
-    style = f" ({', '.join(styles)})" if styles else ""
-    recalls = [(way, k) for way in WAYS for k in ("R@1", "R@10")]
+        answers = [{"text": ranking.texts[j], "right": j == own} for j in texts_of_pictures[i].tolist()]
+        data = png_data(ranking.pictures.images[i])
+        by_picture.append({"data": data, "text": ranking.texts[own], "rank": int(to_text[i]) + 1, "answers": answers})
+    recalls = [(direction, k) for direction in DIRECTIONS for k in ("R@1", "R@10")]
     by_style = [
         [
-            name,
-            *(figure_text(table[way][k], "%") for way, k in recalls),
+            style,
+            *(format_value(table[direction][k], "%") for direction, k in recalls),
             f"{table['image_to_text']['median_rank']:g} / {table['text_to_image']['median_rank']:g}",
         ]
-        for name, table in found["styles"].items()
+        for style, table in found["styles"].items()
     ]
-    columns = ("style", *(f"{WAYS[way]}, {k}" for way, k in recalls), "median ranks")
-    body = (
-        (page.table(columns, by_style, range(1, len(columns))) if len(by_style) > 1 else "")
-        + "<h3>Text to picture: the five nearest pictures</h3>" + page.grid("queries", by_text)
-        + "<h3>Picture to text: the five nearest texts</h3>" + page.grid("queries", by_picture)
-    )  # fmt: skip
-    note = f"{len(ranking.pictures)} pictures{style} and {len(ranking.texts)} texts. Queries are chosen evenly, found ones and missed ones."
-    return page.section(f"Retrieval: {SET_LABELS.get(name, name).lower()}", body, note)
+    styles = ", ".join(sorted(set(ranking.pictures.column("style")) - {""}))
+    pictures = f"{len(ranking.pictures)} pictures" + (f" ({styles})" if styles else "")
+    return {
+        "name": SET_LABELS.get(name, name).lower(),
+        "note": f"{pictures} and {len(ranking.texts)} texts. Queries are chosen evenly, found ones and missed ones.",
+        "columns": ["style", *(f"{DIRECTIONS[direction]}, {k}" for direction, k in recalls), "median ranks"],
+        "styles": by_style if len(by_style) > 1 else [],
+        "by_text": by_text,
+        "by_picture": by_picture,
+    }
 
 
-def captions_section(result: Evaluation) -> str:
+def captions(result: Evaluation) -> list[dict[str, Any]]:
     """Pictures with the caption that the model wrote and their own."""
     if result.captioned is None:
-        return ""
-    items = []
-    for image, row in zip(result.captioned.images, result.tables["captions"], strict=True):
-        words = f"<figcaption><b>{escape(row['caption'] or '(nothing)')}</b><br>its own: {escape(row['reference'] or '-')}</figcaption>"
-        items.append(page.picture(png_data(image), alt=row["key"]).replace("</figure>", words + "</figure>"))
-    return page.section(
-        "Captions of held-out pictures", page.grid("captions", items), "Written by the model from the picture alone."
-    )
+        return []
+    rows = zip(result.captioned.images, result.tables["captions"], strict=True)
+    return [{"data": png_data(image), **row} for image, row in rows]
 
 
-def protocols(tables: dict[str, Any]) -> str:
-    """What each figure was taken by."""
+def protocols(tables: dict[str, Any]) -> list[list[str]]:
+    """What each metric was taken by."""
     rows = [["preparation", f"{tables['data']['preprocess']}, {tables['data']['image_size']} px"]]
     rows += [[name, protocol] for name, protocol in tables["protocols"].items()]
     for task in ("retrieval", "zero_shot"):
@@ -247,7 +218,7 @@ def protocols(tables: dict[str, Any]) -> str:
         )
     for name, skipped in tables["data"]["skipped"].items():
         rows.append([f"skipped in {name}", ", ".join(f"{count} {reason}" for reason, count in skipped.items())])
-    return page.table(("", "protocol"), rows)
+    return rows
 
 
 def _read_summary(path: Path) -> dict[str, Any] | None:
@@ -274,5 +245,5 @@ def _db(value: float) -> str:
 
 def _spread(found: Reconstruction, by: str, metric: str, unit: str) -> str:
     values = found.values[by][metric]
-    mean, low, high = (figure_text(v.item(), unit) for v in (values.mean(), values.min(), values.max()))
+    mean, low, high = (format_value(v.item(), unit) for v in (values.mean(), values.min(), values.max()))
     return f"{mean} ({low} … {high})"

@@ -31,7 +31,7 @@ def result(model, demo):
 def test_the_tables_are_json(result):
     assert json.loads(json.dumps(result.tables, allow_nan=False)) == result.tables
     assert set(result.tables) == {
-        "data", "reconstruction", "retrieval", "zero_shot", "captions", "probe", "protocols", "seconds", "images_per_s", "figures",
+        "data", "reconstruction", "retrieval", "zero_shot", "captions", "probe", "protocols", "seconds", "images_per_s", "metrics", "figures",
     }  # fmt: skip
     assert result.tables["data"]["pictures"] == {"style": 6, "unseen": 10, "photos": 4}
 
@@ -85,12 +85,12 @@ def test_the_probe_runs(result):
 
 
 def test_the_headline_holds_every_target(result):
-    found = {row["id"]: row for row in result.tables["figures"]}
+    found = {row["id"]: row for row in result.tables["metrics"]}
     assert set(DEMO_TARGETS) <= set(found)
     for id, target in DEMO_TARGETS.items():
         assert found[id]["target"] == target and found[id]["passed"] == (found[id]["value"] >= target)
     assert found["style/image_to_text/R@5"]["passed"] is None
-    assert found["photos/psnr"]["beside"].startswith("VAE alone ")
+    assert found["photos/psnr"]["baseline"].startswith("VAE alone ")
 
 
 def test_twice_the_same(result, model, demo):
@@ -141,7 +141,7 @@ def test_any_folder_of_shards(model, demo, fashion_folder):
     # Not a demo set: styles are not told apart, and both pictures of a name answer it.
     assert list(table["styles"]) == [""] and table["texts"] == 5 and table["images"] == 10
     assert table["chance"]["image_to_text"]["R@1"] == pytest.approx(1 / 5) == table["chance"]["text_to_image"]["R@1"]
-    assert all(row["target"] is None for row in found.tables["figures"])
+    assert all(row["target"] is None for row in found.tables["metrics"])
     assert found.tables["probe"]["test"] == 20 and "photos" not in found.tables["reconstruction"]
 
 

@@ -1,5 +1,5 @@
-"""The headline: the few figures that say whether a run went well, with what is asked of them and what chance gives; and the tables
-on the terminal."""
+"""The headline: the few metrics that say whether a run went well, with their targets and what chance gives; and the tables on the
+terminal."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ DEMO_TARGETS = {
 
 SET_LABELS = {"style": "Known concepts in an unseen style", "unseen": "Unseen concepts", "data": "Retrieval"}
 SHORT_LABELS = {"style": "unseen style", "unseen": "unseen concepts", "data": "pictures"}
-WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
+DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 
 
 @dataclass(frozen=True)
-class Figure:
+class HeadlineMetric:
     """One number: shares are in [0, 1] with unit "%", PSNR has unit "dB". target and chance are None where there is none."""
 
     id: str
@@ -36,8 +36,8 @@ class Figure:
     unit: str = "%"
     target: float | None = None
     chance: float | None = None
-    beside: str = ""
-    """What it is to be read beside, such as the VAE alone."""
+    baseline: str = ""
+    """What it is to be compared with, such as the VAE alone."""
 
     @property
     def passed(self) -> bool | None:
@@ -48,27 +48,31 @@ class Figure:
         return {**asdict(self), "passed": self.passed}
 
 
-def headline(tables: dict[str, Any]) -> list[Figure]:
-    """The figures of an evaluation's tables; targets only for the demo set."""
+def headline(tables: dict[str, Any]) -> list[HeadlineMetric]:
+    """The headline metrics of an evaluation's tables; targets only for the demo set."""
     targets = DEMO_TARGETS if tables["data"]["name"] == "demo" else {}
-    figures = []
+    metrics = []
     for name, table in tables["retrieval"].items():
         group = f"{SET_LABELS.get(name, name)}, {table['texts']} texts"
-        for way, words in WAYS.items():
+        for direction, words in DIRECTIONS.items():
             for k in ("R@1", "R@5", "R@10"):
-                id = f"{name}/{way}/{k}"
-                figures.append(Figure(id, group, f"{words}, {k}", table[way][k], "%", targets.get(id), table["chance"][way][k]))
+                id = f"{name}/{direction}/{k}"
+                metrics.append(
+                    HeadlineMetric(
+                        id, group, f"{words}, {k}", table[direction][k], "%", targets.get(id), table["chance"][direction][k]
+                    )
+                )
     for name, table in tables["zero_shot"].items():
         group = f"Zero-shot over {table['classes']} names"
         for k in ("top1", "top5"):
             label = f"{SHORT_LABELS.get(name, name)}, top-{k[3:]}"
-            figures.append(Figure(f"{name}/zero_shot/{k}", group, label, table[k], "%", None, table["chance"][k]))
+            metrics.append(HeadlineMetric(f"{name}/zero_shot/{k}", group, label, table[k], "%", None, table["chance"][k]))
     for name, table in tables["reconstruction"].items():
         group = f"Reconstruction, {tables['data']['image_size']} px"
-        alone = _text(table["vae"]["psnr"]["mean"], "dB")
+        alone = format_value(table["vae"]["psnr"]["mean"], "dB")
         id = f"{name}/psnr"
-        figures.append(
-            Figure(
+        metrics.append(
+            HeadlineMetric(
                 id,
                 group,
                 f"{name} ({table['count']}), PSNR",
@@ -81,21 +85,20 @@ def headline(tables: dict[str, Any]) -> list[Figure]:
         )
         for metric, label in (("ssim", "SSIM"), ("lpips_style", "LPIPS-style")):
             if metric in table["model"]:
-                beside = f"VAE alone {_text(table['vae'][metric]['mean'], '')}"
-                figures.append(
-                    Figure(f"{name}/{metric}", group, f"{name}, {label}", table["model"][metric]["mean"], "", beside=beside)
+                baseline = f"VAE alone {format_value(table['vae'][metric]['mean'], '')}"
+                metrics.append(
+                    HeadlineMetric(
+                        f"{name}/{metric}", group, f"{name}, {label}", table["model"][metric]["mean"], "", baseline=baseline
+                    )
                 )
     if tables["probe"]:
         table = tables["probe"]
         group = f"Linear probe, {table['dataset']}, {table['train']} / {table['test']}"
-        beside = f"raw pixels {_text(table['pixels'], '%')}"
-        figures.append(Figure("probe/accuracy", group, "accuracy", table["accuracy"], "%", None, table["chance"], beside))
-    return figures
-
-
-def figure_text(value: float | None, unit: str) -> str:
-    """A value as it is printed: 45.5 %, 22.31 dB, 0.812."""
-    return _text(value, unit)
+        baseline = f"raw pixels {format_value(table['pixels'], '%')}"
+        metrics.append(
+            HeadlineMetric("probe/accuracy", group, "accuracy", table["accuracy"], "%", None, table["chance"], baseline)
+        )
+    return metrics
 
 
 def print_tables(tables: dict[str, Any], console: Any = None) -> None:
@@ -107,7 +110,7 @@ def print_tables(tables: dict[str, Any], console: Any = None) -> None:
     console.print(
         f"\n[bold]Held-out data: {escape(tables['data']['name'])}, {tables['data']['image_size']} px[/bold]", highlight=False
     )
-    groups = dict.fromkeys(figure["group"] for figure in tables["figures"])
+    groups = dict.fromkeys(metric["group"] for metric in tables["metrics"])
     for group in groups:
         # One table per group with the same widths: rich has no cell that spans columns.
         layout = {"box": None, "show_header": False, "padding": (0, 1, 0, 0)}
@@ -116,13 +119,15 @@ def print_tables(tables: dict[str, Any], console: Any = None) -> None:
         table.add_column(width=9, justify="right", no_wrap=True)
         table.add_column(width=19, no_wrap=True)
         table.add_column()
-        for figure in (row for row in tables["figures"] if row["group"] == group):
-            unit = figure["unit"]
-            verdict = {True: "[green]met[/green]", False: "[red]missed[/red]", None: ""}[figure["passed"]]
-            target = "" if figure["target"] is None else f">= {_text(figure['target'], unit)}"
-            chance = [] if figure["chance"] is None else [f"chance {_text(figure['chance'], unit)}"]
-            beside = "; ".join([*chance, *filter(None, [figure["beside"]])])
-            table.add_row(f"  {escape(figure['label'])}", _text(figure["value"], unit), f"{target} {verdict}", beside)
+        for metric in (row for row in tables["metrics"] if row["group"] == group):
+            unit = metric["unit"]
+            verdict = {True: "[green]met[/green]", False: "[red]missed[/red]", None: ""}[metric["passed"]]
+            target = "" if metric["target"] is None else f">= {format_value(metric['target'], unit)}"
+            chance = [] if metric["chance"] is None else [f"chance {format_value(metric['chance'], unit)}"]
+            comparison = "; ".join([*chance, *filter(None, [metric["baseline"]])])
+            table.add_row(
+                f"  {escape(metric['label'])}", format_value(metric["value"], unit), f"{target} {verdict}", comparison
+            )
         console.print(table)
     if tables["captions"]:
         captions = Table(title="Captions of held-out pictures", title_justify="left")
@@ -133,7 +138,8 @@ def print_tables(tables: dict[str, Any], console: Any = None) -> None:
         console.print(captions)
 
 
-def _text(value: float | None, unit: str) -> str:
+def format_value(value: float | None, unit: str) -> str:
+    """A value as it is printed: 45.5 %, 22.31 dB, 0.812; "infinite" for None."""
     if value is None:
         return "infinite"
     if unit == "%":

@@ -84,8 +84,8 @@ def line_chart(
             )
             axes.yaxis.set_minor_formatter(NullFormatter())
         else:
-            axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.set_xlabel(x_label, loc="right", labelpad=1)
@@ -106,7 +106,7 @@ def line_chart(
                 axes.annotate(boundary.name, (boundary.x, 1), (2, -6), xycoords=("data", "axes fraction"), textcoords="offset points",
                               color=_SOFT, fontsize=6.5)  # fmt: skip
         if len(series) > 1:
-            legend = axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=len(series), borderpad=0, handlelength=1.2)
+            legend = figure.legend(loc="outside lower left", ncols=len(series), borderpad=0, handlelength=1.2)
             for handle in legend.get_lines():
                 handle.set_alpha(1)
         buffer = io.StringIO()

@@ -8,7 +8,7 @@ JOBS ?= 2
 
 CSRC := csrc/build.py $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
-.PHONY: demo docs test test-gpu aot lint bench step-table sanitize clean
+.PHONY: demo docs test test-gpu gpu aot lint bench step-table sanitize clean
 
 demo: .venv/demo
 	$(BIN)/ov3fast data demo
@@ -25,6 +25,12 @@ test: .venv/dev lint
 # What only a GPU can tell: real sizes, graph capture, determinism, compute-sanitizer.
 test-gpu: .venv/dev
 	$(BIN)/python -m pytest tests/gpu -rs
+
+# The same and times, in half an hour and with nothing to install: see docs/gpu.md.
+GPU_OUT ?= runs/gpu
+gpu:
+	test -f ov3fast/_native/cuda.json || OV3FAST_CUDA=1 $(PYTHON) csrc/build.py ov3fast/_native
+	for plan in correct time diagnose; do $(PYTHON) tools/gpu_run.py $$plan --out $(GPU_OUT) || failed=1; done; test -z "$$failed"
 
 # Compiles every GPU kernel for every chip, without one; the table of the README's kernel page.
 aot: .venv/dev

@@ -113,8 +113,8 @@ def contrastive(dtype: str, n: int, d: int, target: float | None, peers: bool = 
     )
 
 
-def cross_entropy(dtype: str, target: float) -> Iterator[Case]:
-    t, d, v = 2048, 768, 32000
+def cross_entropy(dtype: str, target: float | None, shape: tuple[int, int, int] = (2048, 768, 32000)) -> Iterator[Case]:
+    t, d, v = shape
     hidden, weight = randn(t, d, dtype=DTYPES[dtype], grad=True), randn(v, d, dtype=DTYPES[dtype], grad=True, scale=d**-0.5)
     labels = torch.randint(0, v, (t,))
 
@@ -140,8 +140,8 @@ def cross_entropy(dtype: str, target: float) -> Iterator[Case]:
     )  # fmt: skip
 
 
-def patch_embed(dtype: str) -> Iterator[Case]:
-    b, c, side, width = 64, 16, 32, 768
+def patch_embed(dtype: str, shape: tuple[int, int, int, int] = (64, 16, 32, 768)) -> Iterator[Case]:
+    b, c, side, width = shape
     moments = randn(b, 2 * c, side, side, dtype=torch.float32)
     weight, bias = randn(width, 4 * c, dtype=DTYPES[dtype], scale=0.1), randn(width, dtype=DTYPES[dtype])
     position, cls = randn(1 + side * side // 4, width, dtype=DTYPES[dtype]), randn(width, dtype=DTYPES[dtype])
@@ -168,9 +168,9 @@ def patch_embed(dtype: str) -> Iterator[Case]:
     )  # fmt: skip
 
 
-def moments_to_tokens(dtype: str) -> Iterator[Case]:
+def moments_to_tokens(dtype: str, shape: tuple[int, int, int, int] = (64, 16, 32, 768)) -> Iterator[Case]:
     """The inference path from the VAE's moments to the tower's tokens, posterior mean: at once, and by way of latents."""
-    b, c, side, width, scale, shift = 64, 16, 32, 768, 0.3611, 0.1159
+    (b, c, side, width), scale, shift = shape, 0.3611, 0.1159
     moments = randn(b, 2 * c, side, side, dtype=torch.float32)
     weight, cls = randn(width, 4 * c, dtype=DTYPES[dtype], scale=0.1), randn(width, dtype=DTYPES[dtype])
     position = randn(1 + side * side // 4, width, dtype=DTYPES[dtype])
@@ -196,8 +196,10 @@ def moments_to_tokens(dtype: str) -> Iterator[Case]:
     )  # fmt: skip
 
 
-def noise_projection(dtype: str, target: float) -> Iterator[Case]:
-    b, n, k, d = 64, 256, 768, 768
+def noise_projection(
+    dtype: str, target: float | None, shape: tuple[int, int, int, int] = (64, 256, 768, 768)
+) -> Iterator[Case]:
+    b, n, k, d = shape
     z, sigma = randn(b, n, k, dtype=DTYPES[dtype]), torch.rand(b)
     weight, bias = randn(d, k, dtype=DTYPES[dtype], scale=k**-0.5), randn(d, dtype=DTYPES[dtype])
     rng = ops.random.make_rng(1, device=torch.get_default_device())
@@ -215,9 +217,9 @@ def noise_projection(dtype: str, target: float) -> Iterator[Case]:
     yield Case("noise_projection", "forward", f"[{b},{n},{k}] -> {d}", dtype, variants, 2.0 * b * n * k * d, target=target)
 
 
-def group_norm(dtype: str, target: float) -> Iterator[Case]:
-    x = randn(1, 128, 256, 256, dtype=DTYPES[dtype]).to(memory_format=torch.channels_last).requires_grad_()
-    weight, bias = (randn(128, dtype=DTYPES[dtype], grad=True) for _ in range(2))
+def group_norm(dtype: str, target: float | None, shape: tuple[int, int, int, int] = (1, 128, 256, 256)) -> Iterator[Case]:
+    x = randn(*shape, dtype=DTYPES[dtype]).to(memory_format=torch.channels_last).requires_grad_()
+    weight, bias = (randn(shape[1], dtype=DTYPES[dtype], grad=True) for _ in range(2))
 
     def peer(x, weight, bias):
         return F.silu(F.group_norm(x, 32, weight, bias, 1e-6))
@@ -227,7 +229,7 @@ def group_norm(dtype: str, target: float) -> Iterator[Case]:
 
     arguments = (x, weight, bias)
     functions = {OURS: ours, "eager": peer, "compile": compiled(peer)}
-    name = "[1,128,256,256] channels_last"
+    name = f"[{','.join(map(str, shape))}] channels_last"
     yield Case(
         "group_norm_silu", "forward", name, dtype, {n: forward(f, *arguments) for n, f in functions.items()},
         bytes=2.0 * x.nbytes, target=target,
@@ -244,8 +246,8 @@ def _backward(function: Callable[..., Tensor], *leaves: Tensor) -> Callable[[], 
     return lambda: torch.autograd.grad(out, leaves, upstream, retain_graph=True)
 
 
-def mlp(dtype: str, target: float) -> Iterator[Case]:
-    rows, width, hidden = 2048, 768, 3072
+def mlp(dtype: str, target: float | None, shape: tuple[int, int, int] = (2048, 768, 3072)) -> Iterator[Case]:
+    rows, width, hidden = shape
     leaves = (
         randn(rows, width, dtype=DTYPES[dtype], grad=True),
         randn(hidden, width, dtype=DTYPES[dtype], grad=True, scale=width**-0.5), randn(hidden, dtype=DTYPES[dtype], grad=True),
@@ -262,8 +264,8 @@ def mlp(dtype: str, target: float) -> Iterator[Case]:
         yield Case("mlp", direction, name, dtype, variants, units * flops, target=target)
 
 
-def layer_norm(dtype: str) -> Iterator[Case]:
-    rows, width = 2048, 768
+def layer_norm(dtype: str, shape: tuple[int, int] = (2048, 768)) -> Iterator[Case]:
+    rows, width = shape
     leaves = (
         randn(rows, width, dtype=DTYPES[dtype], grad=True), randn(rows, width, dtype=DTYPES[dtype], grad=True),
         randn(width, dtype=DTYPES[dtype], grad=True), randn(width, dtype=DTYPES[dtype], grad=True),
@@ -326,22 +328,22 @@ class PlainEncoder(nn.Module):
         return self.head(self.norm(x[:, 1:].mean(1)))
 
 
-def encoder(dtype: str, targets: tuple[float, float]) -> Iterator[Case]:
+def encoder(dtype: str, targets: tuple[float | None, float | None], batch: int = 8, depth: int = 12) -> Iterator[Case]:
     from ov3fast.models.config import VisionConfig
     from ov3fast.models.flops import encoder_flops
     from ov3fast.models.vit import ViTEncoder
 
-    config = VisionConfig(width=768, depth=12, heads=12, mlp_dim=3072, image_size=256, embed_dim=768)
+    config = VisionConfig(width=768, depth=depth, heads=12, mlp_dim=3072, image_size=256, embed_dim=768)
     ours = ViTEncoder(config).to(DTYPES[dtype])
     ours.output_tokens = False
-    peer = PlainEncoder(768, 12, 12, 3072, 256, 768).to(DTYPES[dtype])
-    latents = randn(8, 16, 32, 32, dtype=DTYPES[dtype])
+    peer = PlainEncoder(768, depth, 12, 3072, 256, 768).to(DTYPES[dtype])
+    latents = randn(batch, 16, 32, 32, dtype=DTYPES[dtype])
     modules = {OURS: ours, "eager": peer, "compile": torch.compile(peer, dynamic=False)}
-    flops = 8 * encoder_flops(config, 256)
+    flops = batch * encoder_flops(config, 256)
 
     def step(module: nn.Module) -> Callable[[], object]:
         parameters = [p for p in (module._orig_mod if hasattr(module, "_orig_mod") else module).parameters()]
-        upstream = torch.randn(8, 768).to(DTYPES[dtype])
+        upstream = torch.randn(batch, 768).to(DTYPES[dtype])
         return lambda: torch.autograd.grad(module(latents), parameters, upstream)
 
     for direction, make, units, target in (
@@ -349,14 +351,31 @@ def encoder(dtype: str, targets: tuple[float, float]) -> Iterator[Case]:
         ("both", step, 3, targets[1]),
     ):
         variants = {n: make(m) for n, m in modules.items()}
-        yield Case("ViT-B/2 encoder", direction, "8 x [16,32,32]", dtype, variants, units * flops, target=target)
+        yield Case("ViT-B/2 encoder", direction, f"{batch} x [16,32,32]", dtype, variants, units * flops, target=target)
 
 
-def table(only: str = "", dtype: str = "") -> Iterator[Case]:
-    """The cases whose operator contains `only`, in `dtype` or both; each is made when it is asked for."""
+Makers = list[tuple[str, str, Callable[..., Iterator[Case]], tuple]]
+
+
+def tiny() -> Makers:
+    """Every case at a size for Triton's interpreter, to rehearse with."""
+    none = (None, None)
+    return [
+        ("flash_attention", "bf16", attention, ((2, 20, 2, 16), none)),
+        ("contrastive_loss", "bf16", contrastive, (30, 24, None)),
+        ("linear_cross_entropy", "bf16", cross_entropy, (None, (20, 24, 100))),
+        ("patch_embed", "bf16", patch_embed, ((2, 4, 8, 32),)),
+        ("moments to tokens", "bf16", moments_to_tokens, ((2, 4, 8, 32),)),
+        ("noise_projection", "bf16", noise_projection, (None, (2, 10, 24, 32))),
+        ("group_norm_silu", "bf16", group_norm, (None, (1, 32, 8, 8))),
+        ("mlp", "bf16", mlp, (None, (20, 24, 40))),
+        ("layer_norm + residual", "bf16", layer_norm, ((20, 24),)),
+    ]
+
+
+def full(on_gpu: bool) -> Makers:
     attention_bf16, attention_fp32 = (3.5, 2.8), (1.7, 1.8)
-    on_gpu = torch.get_default_device().type == "cuda"
-    makers: list[tuple[str, str, Callable[..., Iterator[Case]], tuple]] = [
+    makers: Makers = [
         ("flash_attention", "bf16", attention, ((8, 256, 12, 64), attention_bf16)),
         ("flash_attention", "bf16", attention, ((2, 1024, 16, 64), attention_bf16)),
         ("flash_attention", "fp32", attention, ((8, 256, 12, 64), attention_fp32)),
@@ -384,6 +403,12 @@ def table(only: str = "", dtype: str = "") -> Iterator[Case]:
     if on_gpu:
         large = ((64, 257, 12, 64), (16, 1024, 16, 64), (4, 4096, 16, 128), (32, 729, 16, 72))
         makers += [("flash_attention", "bf16", attention, (shape, (None, None))) for shape in large]
-    for operator, kind, make, arguments in makers:
+        makers += [("ViT-B/2 encoder", "bf16", encoder, ((None, None), batch)) for batch in (64, 256)]
+    return makers
+
+
+def table(only: str = "", dtype: str = "", makers: Makers | None = None) -> Iterator[Case]:
+    """The cases whose operator contains `only`, in `dtype` or both; each is made when it is asked for."""
+    for operator, kind, make, arguments in full(torch.get_default_device().type == "cuda") if makers is None else makers:
         if only in operator and dtype in kind:
             yield from make(kind, *arguments)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def attention(dtype: str) -> dict[str, Callable[..., Tensor]]:
     """name -> function of q, k, v [B,N,H,D]."""
     found = {}
+    if dtype != "fp32" and torch.get_default_device().type == "cuda":
+        backends = {"sdpa cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa flash": SDPBackend.FLASH_ATTENTION}
+        found |= {name: functools.partial(_sdpa, backend) for name, backend in backends.items()}
     if flash := _module("flash_attn") if dtype != "fp32" else None:
         found["flash_attn"] = flash.flash_attn_func
     if hopper := _module("flash_attn_interface") if dtype != "fp32" else None:
@@ -19,6 +25,11 @@ def attention(dtype: str) -> dict[str, Callable[..., Tensor]]:
     if xformers := _module("xformers.ops"):
         found["xformers"] = xformers.memory_efficient_attention
     return found
+
+
+def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
 
 
 def linear_cross_entropy() -> dict[str, Callable[..., Tensor]]:

@@ -195,8 +195,8 @@ def test_compute_sanitizer(backend, tool):
     program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if program is None:
         pytest.skip("compute-sanitizer is not installed")
-    script = Path(__file__).parents[1] / "kernel_tools" / "once.py"
-    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, script, backend]
+    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "tools.gpu.once", backend]
     # The caching allocator would hide reads beyond a tensor and of memory that nobody wrote.
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=environment)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

@@ -1,31 +1,37 @@
 """Compiles what a plan will launch into Triton's cache, on all cores, before the GPU is asked for anything.
 
-    python -m tools.gpu.precompile CACHE [--plan correct] [--only layer_norm]
+    python -m tools.gpu.precompile ROWS PLAN --cache FOLDER [--only layer_norm]
 
-Needs no GPU: the launchers run on a pretended one.
+Needs no GPU: the launchers run on a pretended one. A launcher that fails there would fail on a GPU too: it gets a row, as does a kernel that
+does not compile.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import torch
 import triton
 from triton.runtime.jit import JITFunction
 
-from . import pretend
+from ov3fast import ops
 
-Row = dict[str, str]
+from . import pretend, setting
+from .rows import Rows
+
+Compiled = dict[str, str]
 """kernel, seconds, error ("" where it compiled)."""
 
 
 def compile_all(
     specialisations: Mapping[str, JITFunction], cache: Path, target: str = "sm_90", processes: int | None = None
-) -> list[Row]:
+) -> list[Compiled]:
     """One row per specialisation, as pretend.Record has them; the code lies in `cache` afterwards."""
     jobs = list(specialisations.items())
     # Forked, so that kernels need not travel; nothing here has touched a GPU, or run threads.
@@ -33,7 +39,7 @@ def compile_all(
         return list(pool.map(_compile, range(len(jobs))))
 
 
-def failures(rows: Iterable[Row]) -> list[str]:
+def failures(rows: Iterable[Compiled]) -> list[str]:
     return [f"{row['kernel']}: {row['error']}" for row in rows if row["error"]]
 
 
@@ -43,7 +49,7 @@ def _begin(jobs: list[tuple[str, JITFunction]], cache: str, target: str) -> None
     triton.knobs.cache.dir = cache
 
 
-def _compile(number: int) -> Row:
+def _compile(number: int) -> Compiled:
     data, kernel = _jobs[number]
     began, error = time.perf_counter(), ""
     with pretend.driver(_target):
@@ -52,3 +58,58 @@ def _compile(number: int) -> Row:
         except Exception as reason:
             error = f"{type(reason).__name__}: {str(reason)[:300]}"
     return {"kernel": kernel.__name__, "seconds": f"{time.perf_counter() - began:.2f}", "error": error}
+
+
+def collect(plan: str, only: str, target: str, rows: Rows, sizes: Iterable[str]) -> pretend.Record:
+    """What the plan launches: the samples in all dtypes, or the cases of the operator table."""
+    with pretend.gpu(target) as record, ops.use("triton"):
+        for name, call in _timed(only, sizes) if plan == "time" else _tried(only, sizes):
+            try:
+                call()
+            except Exception as reason:
+                rows.write(name, "launcher on a pretended GPU", "failed", detail=f"{type(reason).__name__}: {reason}")
+    return record
+
+
+def _tried(only: str, sizes: Iterable[str]) -> Iterator[tuple[str, Callable[[], object]]]:
+    module = setting.samples()
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        for size in sizes:
+            for sample in module.with_backend("triton", dtype):
+                if only in sample.op:
+                    yield sample.name, lambda sample=sample, size=size, dtype=dtype: sample.results(sample.inputs(size, dtype))
+    for sample in module.ACROSS_CHUNKS:
+        if only in sample.op and "real" in sizes:
+            yield sample.name, lambda sample=sample: sample.results(sample.inputs("real", torch.bfloat16))
+
+
+def _timed(only: str, sizes: Iterable[str]) -> Iterator[tuple[str, Callable[[], object]]]:
+    from benches import cases
+
+    # Parameters that are cast in place are not fake ones.
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    for case in cases.table(only, makers=cases.full(on_gpu=True) if "real" in sizes else cases.tiny()):
+        yield case.operator, case.variants[cases.OURS]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("plan")
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "real"])
+    parser.add_argument("--target", default="sm_90")
+    options = parser.parse_args()
+    rows, began = Rows(options.rows), time.monotonic()
+    record = collect(options.plan, options.only, options.target, rows, options.sizes)
+    compiled = compile_all(record.specialisations, options.cache, options.target)
+    for row in compiled:
+        if row["error"]:
+            rows.write(row["kernel"], "compile", "failed", detail=row["error"])
+    seconds = round(time.monotonic() - began, 1)
+    rows.write("all", "precompile", kernels=len(compiled), seconds=seconds, launches=len(record.launches))
+
+
+if __name__ == "__main__":
+    main()

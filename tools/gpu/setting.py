@@ -1,0 +1,62 @@
+"""Where a worker's checks run: on a GPU at real sizes, or in a rehearsal, in Triton's interpreter at tiny ones."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+REHEARSAL = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if REHEARSAL else "cuda"
+BACKENDS = ("triton",) if REHEARSAL else ("triton", "cuda")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32} | ({} if REHEARSAL else {"fp16": torch.float16})
+SIZES = ("tiny",) if REHEARSAL else ("tiny", "real")
+
+
+def samples() -> Any:
+    """The module tests/kernel_tools/samples.py; tests/ itself must not come onto the path, where its folders would pass for packages."""
+    if "kernel_tools" not in sys.modules:
+        folder = ROOT / "tests" / "kernel_tools"
+        spec = importlib.util.spec_from_file_location(
+            "kernel_tools", folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        sys.modules["kernel_tools"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["kernel_tools"])
+    return importlib.import_module("kernel_tools.samples")
+
+
+def doing(**what: str) -> None:
+    """Says what begins: the last line of a process that was killed is what it hung in."""
+    print(json.dumps(what), flush=True)
+
+
+def name_launches() -> None:
+    """From here on each launch of a Triton kernel says its name, so that the one that hangs is known."""
+    from triton import knobs
+
+    knobs.runtime.launch_enter_hook.add(lambda metadata: os.write(1, f"launch {metadata.get()['name']}\n".encode()))
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def capture(run: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of `run` and its results, after some calls on a side stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    return graph, results

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..ops.group_norm_silu import memory_format
+from .._contracts import memory_format
 from .lib.common import TYPES, cdiv, rounded, sum_over_rows
 from .lib.config import pick
 

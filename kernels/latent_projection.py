@@ -14,11 +14,8 @@ import triton.language as tl
 from ..ops.latent_projection import _backward_reference, _forward_reference
 from .lib.common import TYPES, cdiv, dot, rounded
 from .lib.config import pick
-from .lib.patches import patch_offsets
-from .lib.sums import STRIPS, merged, splits_of, sum_of_few
-
-# Programs that walking over all features with one tile of patches should leave; fewer, and the features are dealt out.
-PROGRAMS = 512
+from .lib.patches import patch_offsets, shares_of
+from .lib.reduce import merge, splits_of, strips_of, sum_splits
 
 
 @triton.jit
@@ -180,26 +177,15 @@ def backward(grad_x, tokens, weight, patch_size, need_tokens, need_weight, need_
             patch_size, **config.options,
         )  # fmt: skip
         if splits > 1:
-            merged(partials, grad_weight)
+            sum_splits(partials, grad_weight)
     if need_bias:
         config = pick("latent_projection_grad_bias", dtype)
-        strips, strip_rows = bias_strips(rows, config.blocks["BLOCK_M"])
+        strips, strip_rows = strips_of(rows, config.blocks["BLOCK_M"])
         tiles = cdiv(values, config.blocks["BLOCK_K"])
         partials = torch.empty(strips, values, dtype=torch.float32, device=grad_x.device)
         latent_projection_grad_bias[(strips * tiles,)](
             *picture, partials, rows, count, grid_w, values, strip_rows, tiles, patch_size, **config.options
         )
-        grad_bias = sum_of_few(partials, grad_x.new_empty(values))
+        grad_bias = grad_x.new_empty(values)
+        merge(partials[None], grad_bias)
     return grad_tokens, grad_weight, grad_bias
-
-
-def shares_of(features, patch_tiles, block) -> tuple[int, int]:
-    """How many programs divide the features of one tile of patches, and tiles of features of each."""
-    tiles = cdiv(features, block)
-    share_tiles = cdiv(tiles, min(tiles, cdiv(PROGRAMS, patch_tiles)))
-    return cdiv(tiles, share_tiles), share_tiles
-
-
-def bias_strips(rows, block) -> tuple[int, int]:
-    strip_rows = cdiv(cdiv(rows, STRIPS), block) * block
-    return cdiv(rows, strip_rows), strip_rows

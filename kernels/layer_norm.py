@@ -1,7 +1,7 @@
 """Layer normalisation of rows held in registers, with the residual addition before it and the residual's gradient after it.
 
 Forward: one pass; the sum is rounded first, as the reference does, and normalised as rounded. Backward: one pass as well; a program owns a
-strip of rows, keeps the weight in registers and leaves one partial sum of each parameter's gradient, which column_sums merges.
+strip of rows, keeps the weight in registers and leaves one partial sum of each parameter's gradient, which `merge` adds up.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from .lib import config as configs
-from .lib.column_sums import merge, strips_of
 from .lib.common import TYPES, cdiv, rounded
+from .lib.reduce import merge, strips_of
 from .lib.rows import empty, row_offsets, rows
 
 

@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .lib import gemm
-from .lib.column_sums import column_sums
 from .lib.common import rounded
 from .lib.gemm import multiply, tile_position
+from .lib.reduce import column_sums
 from .lib.rows import Rows, empty, row_offsets, rows
 
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.linear_cross_entropy import check_labels
+from .._contracts import check_labels
 from .lib import config as configs
 from .lib.common import TYPES
 from .lib.products import add_product, room_for_rows

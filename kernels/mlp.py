@@ -14,10 +14,10 @@ import triton.language as tl
 
 from . import linear
 from .lib import gemm
-from .lib.column_sums import column_sums, merge
 from .lib.common import cdiv, rounded
 from .lib.gelu import gelu, gelu_and_slope
 from .lib.gemm import halves, multiply, tile_position
+from .lib.reduce import column_sums, merge
 from .lib.rows import empty, row_offsets, rows
 
 

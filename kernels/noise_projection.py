@@ -17,7 +17,8 @@ from ..ops.noise_projection import _backward_reference, _forward_reference
 from .lib import philox
 from .lib.common import TYPES, cdiv, dot, rounded
 from .lib.config import pick
-from .lib.sums import merged, splits_of, sum_rows
+from .lib.reduce import column_sums, splits_of, sum_splits
+from .lib.rows import rows as as_rows
 
 
 @triton.jit
@@ -203,7 +204,7 @@ def backward(grad_y, z, sigma, weight, rng, need_z, need_sigma, need_weight, nee
             tokens, rows, width, features, split_rows, tiles_d, tiles_k, in_order, **config.options,
         )  # fmt: skip
         if splits > 1:
-            merged(partials, grad_weight)
+            sum_splits(partials, grad_weight)
     if need_bias:
-        grad_bias = sum_rows(grad_BND, torch.empty(features, dtype=z.dtype, device=z.device))
+        grad_bias = column_sums(as_rows(grad_BND), z.dtype)
     return grad_z if need_z else none, grad_sigma, grad_weight, grad_bias

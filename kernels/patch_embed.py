@@ -17,11 +17,8 @@ from ..ops.patch_embed import _backward_reference, _forward_reference
 from .lib import philox
 from .lib.common import TYPES, cdiv, dot, rounded
 from .lib.config import pick
-from .lib.patches import patch_offsets
-from .lib.sums import merged, splits_of, sum_batches, sum_of_few
-
-# Programs that walking over all features with one tile of patches should leave; fewer, and the features are dealt out.
-PROGRAMS = 512
+from .lib.patches import patch_offsets, shares_of
+from .lib.reduce import merge, splits_of, sum_batches, sum_splits
 
 
 @triton.jit
@@ -215,13 +212,6 @@ class _Sizes:
         return self.latents.stride()[:3]
 
 
-def shares_of(features, patch_tiles, block) -> tuple[int, int]:
-    """How many programs divide the features of one tile of patches, and tiles of features of each."""
-    tiles = cdiv(features, block)
-    share_tiles = cdiv(tiles, min(tiles, cdiv(PROGRAMS, patch_tiles)))
-    return cdiv(tiles, share_tiles), share_tiles
-
-
 def forward(latents, weight, bias, pos_embed, cls_token, rng, patch_size, scale, shift, moments):
     """y [B, (1+)N, D]."""
     s = _Sizes(latents, weight, rng, patch_size, moments)
@@ -274,7 +264,7 @@ def backward(
             patch_size, sample, s.in_order, **config.options,
         )  # fmt: skip
         if splits > 1:
-            merged(partials, grad_weight)
+            sum_splits(partials, grad_weight)
     return grad_latents, grad_weight, *_vector_gradients(grad_y, patches, need_bias, need_pos, need_cls and cls == 1)
 
 
@@ -285,10 +275,13 @@ def _vector_gradients(grad_y, patches, need_bias, need_pos, need_cls):
         return tuple(grad_y.new_empty(0) for _ in range(3))
     cls = grad_y.shape[1] - patches.shape[1]
     summed = grad_y if need_bias or need_pos else grad_y[:, :cls]
-    sums = sum_batches(summed, torch.empty(summed.shape[1:], dtype=torch.float32, device=grad_y.device))
+    sums = sum_batches(summed)
+    grad_bias = grad_y.new_empty(width if need_bias else 0)
+    if need_bias:
+        merge(sums[None, cls:], grad_bias)
     # An operator's outputs may not share memory.
     return (
-        sum_of_few(sums[cls:], grad_y.new_empty(width)) if need_bias else grad_y.new_empty(0),
+        grad_bias,
         sums.to(grad_y.dtype) if need_pos else grad_y.new_empty(0),
         sums[0].to(grad_y.dtype, copy=True) if need_cls else grad_y.new_empty(0),
     )

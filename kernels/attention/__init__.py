@@ -1,1 +1,1 @@
-"""flash_attention: forward, backward, the tiles that both are made of, and the forward through TMA."""
+"""flash_attention: launch.py launches the kernels of forward.py and backward.py; tiles.py is what both are made of, tma.py the loads through TMA."""

@@ -8,27 +8,20 @@ In float32 lse's own rounding counts as well: weight_i = 1 / sum_j p_ij puts it 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from ..lib import config as configs
-from ..lib.common import TYPES, cdiv, rounded
+from ..lib.common import rounded
 from .tiles import (
     INF,
     LOG2_E,
-    constexprs,
     held,
-    in_units,
-    layout,
     load,
     over_columns,
     over_rows,
     plain,
     scaled,
-    size_class,
     store_part,
-    unit_stride,
     visible_keys,
     whole,
     zeros,
@@ -232,49 +225,3 @@ def flash_attention_grad_kv(
     if REST > 0:
         store_part(k_out[1] * grad_scale, grad_k, start, grad_k_n * UNIT, keys, MAIN, D)
         store_part(v_out[1], grad_v, start, grad_v_n * UNIT, keys, MAIN, D)
-
-
-def backward(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
-    """-> grad_q, grad_k, grad_v, each contiguous."""
-    grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    _gradients(grad_out, q, k, v, out, lse, causal, prefix_len, scale, grads)
-    return grads
-
-
-def backward_packed(grad_out, qkv, *rest):
-    """-> grad_qkv [B,N,3,H,D], into which the kernels write directly."""
-    grad = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    _gradients(grad_out, *qkv.unbind(2), *rest, grad.unbind(2))
-    return grad
-
-
-def _gradients(grad_out, q, k, v, out, lse, causal, prefix_len, scale, grads):
-    grad_out, q, k, v, out = map(unit_stride, (grad_out, q, k, v, out))
-    lse = lse.contiguous()
-    batch, queries, heads, head_dim = q.shape
-    keys = k.shape[1]
-    grad_q, grad_k, grad_v = grads
-    delta = torch.empty_like(lse)
-    weight = torch.empty_like(lse) if q.dtype == torch.float32 else delta
-    # The softmax of a single score is constant. In float32 grad_k is a sum over q * scale.
-    q_scale = scale if keys != 1 else 0.0
-    k_scale = q_scale if q.dtype != torch.float32 else float(keys != 1)
-    sizes = (heads, queries, keys, prefix_len, in_units(q.dtype, scale))
-
-    aligned, strides = layout(grad_out, q, k, v, out, grad_q)
-    config = configs.pick("flash_attention_grad_q", TYPES[q.dtype], size_class(head_dim))
-    grid = batch * heads * cdiv(queries, config.blocks["BLOCK_QUERIES"])
-    if grid:
-        flash_attention_grad_q[(grid,)](
-            grad_out, q, k, v, out, lse, grad_q, delta, weight, *strides, *sizes, q_scale,
-            **constexprs(head_dim, TYPES[q.dtype], causal, aligned), **config.options,
-        )  # fmt: skip
-
-    aligned, strides = layout(grad_out, q, k, v, grad_k, grad_v)
-    config = configs.pick("flash_attention_grad_kv", TYPES[q.dtype], size_class(head_dim))
-    grid = batch * heads * cdiv(keys, config.blocks["BLOCK_KEYS"])
-    if grid:
-        flash_attention_grad_kv[(grid,)](
-            grad_out, q, k, v, lse, delta, weight, grad_k, grad_v, *strides, *sizes, k_scale,
-            **constexprs(head_dim, TYPES[q.dtype], causal, aligned), **config.options,
-        )  # fmt: skip

@@ -6,34 +6,25 @@ units of log 2; float32 goes through q * scale and exp, as PyTorch does, so that
 
 from __future__ import annotations
 
-import functools
-
-import torch
 import triton
 import triton.language as tl
 
-from ..lib import config as configs
-from ..lib.common import TYPES, cdiv, rounded
+from ..lib.common import rounded
 from .tiles import (
     INF,
     LN_2,
-    constexprs,
     held,
-    in_units,
-    layout,
     load,
     over_columns,
     over_rows,
     plain,
     scaled,
-    size_class,
     softmax_step,
     store_part,
-    unit_stride,
     visible_keys,
     zeros,
 )
-from .tma import attend_described, fit, with_room
+from .tma import attend_described
 
 
 @triton.jit
@@ -126,30 +117,3 @@ def flash_attention_forward(
     store_part(tl.where(blind, 0.0, out_tile[0] * inverse), out, start, out_n * UNIT, queries, 0, D)
     if REST > 0:
         store_part(tl.where(blind, 0.0, out_tile[1] * inverse), out, start, out_n * UNIT, queries, MAIN, D)
-
-
-def forward(q, k, v, causal, prefix_len, scale):
-    """q [B,Nq,H,D], k and v [B,Nk,H,D] -> out [B,Nq,H,D], lse [B,H,Nq] float32."""
-    q, k, v = map(unit_stride, (q, k, v))
-    batch, queries, heads, head_dim = q.shape
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
-    aligned, strides = layout(q, k, v, out)
-    asked = "flash_attention_forward", TYPES[q.dtype], size_class(head_dim)
-    config = configs.pick(*asked)
-    if config.blocks["DESCRIPTORS"] and not fit(q, k, v):
-        config = configs.pick(*asked, configs.current_architecture())
-    grid = batch * heads * cdiv(queries, config.blocks["BLOCK_QUERIES"])
-    if grid:
-        launch = functools.partial(
-            flash_attention_forward[(grid,)],
-            q, k, v, out, lse, *strides, heads, queries, k.shape[1], prefix_len, in_units(q.dtype, scale),
-            **constexprs(head_dim, TYPES[q.dtype], causal, aligned), POSITIVE=scale > 0, **config.options,
-        )  # fmt: skip
-        with_room(launch, q) if config.blocks["DESCRIPTORS"] else launch()
-    return out, lse
-
-
-def forward_packed(qkv, *rest):
-    """`forward` of qkv [B,N,3,H,D], read where it lies."""
-    return forward(*qkv.unbind(2), *rest)

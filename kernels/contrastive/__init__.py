@@ -1,1 +1,1 @@
-"""contrastive_loss: launchers and schedules (loss.py), kernels over tiles of pairs (tiles.py) and over rows of features (rows.py)."""
+"""contrastive_loss: launch.py chooses a schedule and launches; tiles.py holds the kernels over tiles of pairs, rows.py those over rows of features."""

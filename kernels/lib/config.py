@@ -315,8 +315,11 @@ TABLE["mlp_backward"] = _products(_square(32, HALVES=1), _square(64, HALVES=1), 
 # --- linear ---
 # Size classes: those of mlp.
 TABLE["linear"] = _products(_square(32), _square(64), _square(64))
+
+# --- reduce ---
 TABLE["column_partials"] = {(ANY, ANY, ANY): Config({"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 256}, warps=4, stages=1)}
 TABLE["column_merge"] = {(ANY, ANY, ANY): Config({"BLOCK_PARTS": 128, "BLOCK_COLUMNS": 32}, warps=8, stages=1)}
+TABLE["merge_splits"] = {("any", "any", "any"): Config({"BLOCK": 1024}, warps=4, stages=1)}
 
 # --- layer_norm ---
 # Size classes: the smallest of these that holds a row; a program holds whole rows.
@@ -369,10 +372,6 @@ TABLE["latent_projection_grad_weight"] = {
     ("any", "any", "any"): Config({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32}, warps=8, stages=3)
 }
 TABLE["latent_projection_grad_bias"] = {("any", "any", "any"): Config({"BLOCK_M": 64, "BLOCK_K": 64}, warps=4, stages=1)}
-
-# --- sums (of the three above) ---
-TABLE["column_sums"] = {("any", "any", "any"): Config({"BLOCK_R": 16, "BLOCK_D": 128}, warps=4, stages=1)}
-TABLE["merge_splits"] = {("any", "any", "any"): Config({"BLOCK": 1024}, warps=4, stages=1)}
 
 # --- random ---
 # Size classes: none.

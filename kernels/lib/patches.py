@@ -5,6 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .common import cdiv
+
+PROGRAMS = 512
+"""That walking over all features with one tile of patches should leave; where it would leave fewer, the features are dealt out."""
+
 
 @triton.jit
 def patch_offsets(m, k, tokens, grid_w, stride_b, stride_c, stride_h, PATCH: tl.constexpr):
@@ -13,3 +18,10 @@ def patch_offsets(m, k, tokens, grid_w, stride_b, stride_c, stride_h, PATCH: tl.
     corner = (m // tokens).to(tl.int64) * stride_b + (n // grid_w * PATCH).to(tl.int64) * stride_h + n % grid_w * PATCH
     inside = (k // (PATCH * PATCH)).to(tl.int64) * stride_c + (k // PATCH % PATCH).to(tl.int64) * stride_h + k % PATCH
     return corner[:, None] + inside[None, :]
+
+
+def shares_of(features, patch_tiles, block) -> tuple[int, int]:
+    """How many programs divide the features of one tile of patches, and tiles of features of each."""
+    tiles = cdiv(features, block)
+    share_tiles = cdiv(tiles, min(tiles, cdiv(PROGRAMS, patch_tiles)))
+    return cdiv(tiles, share_tiles), share_tiles

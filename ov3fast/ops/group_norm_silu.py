@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._contracts import memory_format
 from . import _check, _dispatch
 
 
@@ -52,14 +53,6 @@ def group_norm_silu(
         raise TypeError(f"{op}: bias must be of weight's dtype {weight.dtype}, got {bias.dtype}")
     y, _, _ = torch.ops.ov3fast.group_norm_silu(x, num_groups, weight, bias, eps, _dispatch.request(op, impl))
     return y
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """The format of y and dx; where x is contiguous both ways, plain."""
-    for dimensions, candidate in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if x.ndim == dimensions and x.is_contiguous(memory_format=candidate) and not x.is_contiguous():
-            return candidate
-    return torch.contiguous_format
 
 
 def _forward_reference(x, num_groups, weight, bias, eps):

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._contracts import check_labels
 from . import _check, _dispatch
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -87,18 +88,6 @@ def _reduce(nll: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> T
 def mean_factor(counted: int) -> float:
     """What the sum over rows is multiplied by for the mean over `counted` of them."""
     return 1.0 / max(counted, 1)
-
-
-def check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
-    """Every backend's first step. On a GPU it queues an assertion, for the host does not wait there."""
-    good = ((labels >= 0) & (labels < classes)) | (labels == ignore_index)
-    if labels.device.type != "cpu":
-        torch._assert_async(good.all(), "linear_cross_entropy: labels out of range")
-    elif not good.all():
-        worst = labels[~good][0].item()
-        raise ValueError(
-            f"linear_cross_entropy: labels must lie in [0, {classes}) or be ignore_index={ignore_index}, got {worst}"
-        )
 
 
 def _counted(hidden: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -5,7 +5,7 @@ import torch
 from kernel_tools.launches import in_any_order, on_ptx
 
 from ov3fast import testing
-from ov3fast.kernels.contrastive import loss as contrastive_loss
+from ov3fast.kernels.contrastive import launch as contrastive_loss
 from ov3fast.ops.contrastive_loss import over_ranks, reference
 
 FORWARD, BACKWARD = over_ranks(contrastive_loss.forward_rows, contrastive_loss.backward_rows, contrastive_loss.project)

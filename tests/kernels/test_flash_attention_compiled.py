@@ -6,8 +6,7 @@ from kernel_tools import launches
 
 from ov3fast import testing
 from ov3fast.kernels.aot.cases.attention import traffic
-from ov3fast.kernels.attention.backward import backward
-from ov3fast.kernels.attention.forward import forward
+from ov3fast.kernels.attention.launch import backward, forward
 from ov3fast.kernels.lib.common import TYPES
 from ov3fast.ops.flash_attention import reference
 

@@ -6,10 +6,11 @@ from kernel_tools.launches import in_any_order, on_ptx
 
 from ov3fast import testing
 from ov3fast.kernels import linear
-from ov3fast.kernels.aot.cases.column_sums import merge_work, partials_work
 from ov3fast.kernels.aot.cases.linear import work as linear_work
-from ov3fast.kernels.lib import column_sums, gemm
+from ov3fast.kernels.aot.cases.reduce import merge_work, partials_work
 from ov3fast.kernels.lib import config as configs
+from ov3fast.kernels.lib import gemm
+from ov3fast.kernels.lib.reduce import column_sums, strips_of
 from ov3fast.kernels.lib.rows import rows
 from ov3fast.ops.linear import _backward_reference, _forward_reference
 
@@ -70,12 +71,12 @@ def test_traffic(dtype, mixed, transposed):
 def test_column_sums(dtype, width):
     count = 35
     x = testing.make(count, width).to(dtype)
-    [ours], [partials, merge] = in_any_order(lambda: [column_sums.column_sums(rows(x), torch.float32)])
+    [ours], [partials, merge] = in_any_order(lambda: [column_sums(rows(x), torch.float32)])
     testing.assert_within_budget(ours, x.sum(0, dtype=torch.float32), x.double().sum(0))
     if width % 16 == 0:
         for report, work in (
             (partials, partials_work(count, width, 2)),
-            (merge, merge_work(1, column_sums.strips_of(count)[0], width, 4)),
+            (merge, merge_work(1, strips_of(count)[0], width, 4)),
         ):
             assert report.bytes_read() + report.bytes_written() == pytest.approx(work.bytes, rel=0.1)
         assert partials.share16("ld") == merge.share16("ld") == 1

@@ -40,7 +40,7 @@ def launched(monkeypatch):
     """Fills with what each launch through descriptors reads."""
     calls = []
     before = descriptors.with_room
-    monkeypatch.setattr("ov3fast.kernels.attention.forward.with_room", lambda launch, q: (calls.append(q), before(launch, q)))
+    monkeypatch.setattr("ov3fast.kernels.attention.launch.with_room", lambda launch, q: (calls.append(q), before(launch, q)))
     return calls
 
 

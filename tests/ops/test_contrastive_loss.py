@@ -34,7 +34,7 @@ def small_chunks(monkeypatch):
     """Two rows at a time for 7 columns."""
     monkeypatch.setattr(module, "CHUNK_LOGITS", 14)
     if triton.INTERPRETED:
-        monkeypatch.setattr(importlib.import_module("ov3fast.kernels.contrastive.loss"), "CHUNK_PAIRS", 14)
+        monkeypatch.setattr(importlib.import_module("ov3fast.kernels.contrastive.launch"), "CHUNK_PAIRS", 14)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -183,7 +183,7 @@ EDGES = [1, 7, 8, 9, 47, 48, 49, 63, 64, 65, 193]
 @pytest.fixture
 def rounded_gradients(monkeypatch):
     """Gradients by logits in the features' dtype however few the columns."""
-    file = "ov3fast.kernels.contrastive.loss" if triton.INTERPRETED else "ov3fast.ops.cpu.contrastive_loss"
+    file = "ov3fast.kernels.contrastive.launch" if triton.INTERPRETED else "ov3fast.ops.cpu.contrastive_loss"
     monkeypatch.setattr(importlib.import_module(file), "FEW", 0)
 
 
@@ -221,7 +221,7 @@ def test_features_that_are_alike(rounded_gradients, spread):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("schedule", ["sides", "tiles", "library"])
 def test_schedules(rounded_gradients, monkeypatch, schedule, kind):
-    kernels = importlib.import_module("ov3fast.kernels.contrastive.loss")
+    kernels = importlib.import_module("ov3fast.kernels.contrastive.launch")
     monkeypatch.setattr(kernels, "schedule", lambda *_: schedule)
     monkeypatch.setattr(kernels, "CHUNK_PAIRS", 128 * 201)
     for dtype in (torch.float32, torch.bfloat16):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from ...latent_projection import (
-    bias_strips,
     latent_projection_forward,
     latent_projection_grad_bias,
     latent_projection_grad_tokens,
     latent_projection_grad_weight,
-    shares_of,
 )
 from ...lib.common import cdiv
 from ...lib.config import pick
-from ...lib.sums import splits_of
+from ...lib.patches import shares_of
+from ...lib.reduce import splits_of, strips_of
 from ..catalog import SIZES, Entry, Work, argument_types
 
 POINTERS = {
@@ -48,7 +47,7 @@ def grad_weight_work(rows, values, width, dtype):
 
 
 def grad_bias_work(rows, values, dtype):
-    strips, _ = bias_strips(rows, pick("latent_projection_grad_bias", dtype).blocks["BLOCK_M"])
+    strips, _ = strips_of(rows, pick("latent_projection_grad_bias", dtype).blocks["BLOCK_M"])
     return Work(rows * values, rows * values * SIZES[dtype] + strips * values * 4)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ...layer_norm import _layer_norm_backward, _layer_norm_forward, _size
 from ...lib import config as configs
-from ...lib.column_sums import strips_of
 from ...lib.common import cdiv
+from ...lib.reduce import strips_of
 from ..catalog import SIZES, Entry, Work, row_alignment, row_constants, row_types
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...lib.common import cdiv
 from ...lib.config import pick
-from ...lib.sums import splits_of
+from ...lib.reduce import splits_of
 from ...noise_projection import (
     noise_projection_forward,
     noise_projection_grad_sigma,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from ...lib.common import cdiv
 from ...lib.config import pick
-from ...lib.sums import splits_of
-from ...patch_embed import patch_embed_forward, patch_embed_grad_latents, patch_embed_grad_weight, shares_of
+from ...lib.patches import shares_of
+from ...lib.reduce import splits_of
+from ...patch_embed import patch_embed_forward, patch_embed_grad_latents, patch_embed_grad_weight
 from ..catalog import SIZES, Entry, Work, argument_types
 
 POINTERS = {

@@ -13,13 +13,13 @@ def _refuses(q, k, v, *_):
 
 
 _dispatch.register(
-    "flash_attention", "triton", launch("attention.forward", "forward"), launch("attention.backward", "backward"),
+    "flash_attention", "triton", launch("attention.launch", "forward"), launch("attention.launch", "backward"),
     missing=missing, refuses=_refuses, refuses_backward=lambda grad_out, q, k, v, *_: _refuses(q, k, v),
     slower_than=_attention_peers.faster_than_triton,
     slower_than_backward=_attention_peers.faster_than_triton,
 )  # fmt: skip
 _dispatch.register(
-    "flash_attention_qkvpacked", "triton", launch("attention.forward", "forward_packed"), launch("attention.backward", "backward_packed"),
+    "flash_attention_qkvpacked", "triton", launch("attention.launch", "forward_packed"), launch("attention.launch", "backward_packed"),
     missing=missing, refuses=lambda qkv, *_: _refuses(qkv, qkv, qkv),
     refuses_backward=lambda grad_out, qkv, *_: _refuses(qkv, qkv, qkv),
     slower_than=_attention_peers.faster_than_triton,

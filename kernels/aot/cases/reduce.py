@@ -1,18 +1,19 @@
-"""Sums over the rows of a matrix."""
+"""Sums over the rows of a matrix, and over the splits of a product."""
 
 from __future__ import annotations
 
-from ...lib.column_sums import _column_merge, _column_partials, strips_of
+from ...lib.reduce import _column_merge, _column_partials, merge_splits, strips_of
 from ..catalog import SIZES, Entry, Work, row_alignment, row_constants, row_types
 
 
 def entries() -> list[Entry]:
     count, width = 16384, 768
     strips, _ = strips_of(count)
+    splits, n = 8, 768 * 768
     return [
         Entry(
             _column_partials,
-            "linear",
+            "reduce",
             lambda t: row_types("x", t) | {"partials": "*fp32", "rows": "i32", "width": "i32", "rows_per_strip": "i32"},
             f"{count} x {width}",
             lambda t: partials_work(count, width, SIZES[t]),
@@ -22,11 +23,20 @@ def entries() -> list[Entry]:
         ),
         Entry(
             _column_merge,
-            "linear",
+            "reduce",
             lambda t: {"partials": "*fp32", "first": f"*{t}", "second": f"*{t}", "parts": "i32", "width": "i32"},
             f"2 x {strips} x {width}",
             lambda t: merge_work(2, strips, width, SIZES[t]),
             aligned=("parts", "width"),
+            streaming=True,
+        ),
+        Entry(
+            merge_splits,
+            "reduce",
+            lambda t: {"partials": "*fp32", "out": f"*{t}", "n": "i32", "splits": "i32"},
+            f"{splits} x {n}",
+            lambda t: Work(splits * n, splits * n * 4 + n * SIZES[t]),
+            aligned=("n",),
             streaming=True,
         ),
     ]

@@ -1,0 +1,131 @@
+"""Sums over many rows in an order that sizes alone decide: gradients of biases and scales, and partial products of a split axis.
+
+A strip of rows becomes one row of float32 partial sums, and the strips are added up in a fixed tree, so the bits depend neither on the chip nor on
+the order in which programs run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import config as configs
+from .common import TYPES, cdiv, rounded
+from .rows import Rows, row_offsets, rows
+
+STRIPS = 512
+"""At most so many programs share the rows: enough to fill a chip, few enough that the partial sums stay small traffic. Not read from the device."""
+ROWS_PER_STRIP = 16
+"""At least so many rows belong to a strip; a multiple of every block of rows."""
+
+
+def strips_of(count: int, multiple: int = ROWS_PER_STRIP) -> tuple[int, int]:
+    """(strips, rows per strip) for `count` rows; all strips but the last have a `multiple` of rows."""
+    length = multiple * max(1, cdiv(count, STRIPS * multiple))
+    return cdiv(count, length), length
+
+
+@triton.jit
+def _column_partials(
+    x, x_inner, x_outer_stride, x_inner_stride, partials, rows, width, rows_per_strip,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One sum [width] per strip of rows: partials [strips, width]. Blocks of columns of one strip are neighbours in the grid."""
+    blocks = tl.cdiv(width, BLOCK_COLUMNS)
+    strip = tl.program_id(0) // blocks
+    columns = tl.program_id(0) % blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    first = strip * rows_per_strip
+    last = tl.minimum(first + rows_per_strip, rows)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for start in range(first, last, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        at = row_offsets(row, x_inner, x_outer_stride, x_inner_stride)
+        mask = (row < last)[:, None] & (columns < width)[None, :]
+        total += tl.load(x + at[:, None] + columns[None, :], mask=mask, other=0).to(tl.float32)
+    at_strip = strip.to(tl.int64) * width + columns
+    tl.store(partials + at_strip, rounded(tl.sum(total, 0), partials.dtype.element_ty), mask=columns < width)
+
+
+@triton.jit
+def _column_merge(partials, first, second, parts, width, BLOCK_PARTS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Adds up partials [1 or 2, parts, width]; the second grid axis chooses between the results."""
+    which = tl.program_id(1)
+    columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    inside = columns < width
+    total = tl.zeros((BLOCK_PARTS, BLOCK_COLUMNS), tl.float32)
+    for start in range(0, parts, BLOCK_PARTS):
+        part = start + tl.arange(0, BLOCK_PARTS)
+        at = (which * parts + part).to(tl.int64) * width
+        total += tl.load(partials + at[:, None] + columns[None, :], mask=(part < parts)[:, None] & inside[None, :], other=0)
+    result = tl.sum(total, 0)
+    if second is None:
+        tl.store(first + columns, rounded(result, first.dtype.element_ty), mask=inside)
+    elif which == 0:
+        tl.store(first + columns, rounded(result, first.dtype.element_ty), mask=inside)
+    else:
+        tl.store(second + columns, rounded(result, second.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def merge_splits(partials, out, n, splits, BLOCK: tl.constexpr):
+    """out [n] = sum over splits of partials [splits, n]: few summands, many sums."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(splits):
+        total += tl.load(partials + i, mask=i < n, other=0.0)
+        partials += n
+    tl.store(out + i, rounded(total, out.dtype.element_ty), mask=i < n)
+
+
+def column_sums(x: Rows, dtype: torch.dtype) -> Tensor:
+    """Sum over the rows of x [R, width] with float32 sums, as [width] of `dtype`."""
+    result = x.tensor.new_empty(x.width, dtype=dtype)
+    if x.count == 0 or x.width == 0:
+        return result.zero_()
+    strips, length = strips_of(x.count)
+    partials = result if strips == 1 else x.tensor.new_empty((strips, x.width), dtype=torch.float32)
+    _sum_strips(x, partials, strips, length)
+    if strips > 1:
+        merge(partials[None], result)
+    return result
+
+
+def sum_batches(x_BND: Tensor) -> Tensor:
+    """[N, D] in float32: the sum over the first axis."""
+    batch, tokens, width = x_BND.shape
+    result = x_BND.new_empty((tokens, width), dtype=torch.float32)
+    _sum_strips(rows(x_BND.transpose(0, 1)), result, tokens, batch)
+    return result
+
+
+def _sum_strips(x: Rows, partials: Tensor, strips: int, length: int) -> None:
+    config = configs.pick("column_partials", TYPES[x.tensor.dtype])
+    grid = (strips * cdiv(x.width, config.blocks["BLOCK_COLUMNS"]),)
+    _column_partials[grid](*x.arguments, partials, x.count, x.width, length, **config.options)
+
+
+def merge(partials: Tensor, first: Tensor, second: Tensor | None = None) -> None:
+    """Writes the sums over the parts of partials [1 or 2, P, width], float32, to first [width] and second [width]."""
+    _, parts, width = partials.shape
+    if width == 0:
+        return
+    config = configs.pick("column_merge", "fp32")
+    grid = cdiv(width, config.blocks["BLOCK_COLUMNS"]), 1 if second is None else 2
+    _column_merge[grid](partials, first, second, parts, width, **config.options)
+
+
+def splits_of(rows: int, block: int, tiles: int, programs: int = 256) -> tuple[int, int]:
+    """How a sum over `rows` in each of `tiles` output tiles is split to keep `programs` busy: splits, and rows of each."""
+    steps = cdiv(rows, block)
+    wanted = max(1, min(cdiv(programs, tiles), steps // 4))
+    split_steps = cdiv(steps, wanted)
+    return cdiv(steps, split_steps), split_steps * block
+
+
+def sum_splits(partials: Tensor, out: Tensor) -> None:
+    """out = sum of partials [splits, *out.shape], float32, over splits."""
+    config = configs.pick("merge_splits", TYPES[out.dtype])
+    grid = (cdiv(out.numel(), config.blocks["BLOCK"]),)
+    merge_splits[grid](partials, out, out.numel(), partials.shape[0], **config.options)

@@ -4,7 +4,7 @@
     ov3fast tune --only attention     # some; what was found for the others stays
 
 For every row that a case of the operator table picks, the blocks that the table has for its size class (on any chip, for any dtype) are tried with 4 and
-8 warps and 1 to 4 stages, and this chip's rows of that size class with a word behind ("64 descriptors") as they stand. The file lies in $OV3FAST_CACHE or
+8 warps and 1 to 4 stages, and this chip's rows of that size class with a word behind ("64 tma") as they stand. The file lies in $OV3FAST_CACHE or
 ~/.cache/ov3fast, named by device, driver and the kernels' source: after an update of either, the static table holds again.
 """
 

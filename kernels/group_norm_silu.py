@@ -1,9 +1,9 @@
 """Group normalisation and SiLU: ov3fast/ops/group_norm_silu.py.
 
-x is [B, C, S]; a tile is [places, channels], whichever of the two is contiguous. Forward: (mean, sum of squared differences) of every
-channel in a strip of places, exact at any mean since each tile is centred on its own; merged in order to a group's mean and rstd; then one
-elementwise pass. Backward: sums of dn and dn x_hat of every channel in a strip; merged to groups and to channels; then dx in one pass.
-So x is read twice in each direction, and large pictures keep every multiprocessor busy whatever the number of groups.
+x is viewed as [B, S, C] (NHWC) or [B, C, S] (NCHW), S the flattened spatial axes; a tile is [spatial, channels] in either. Forward: (mean, sum of
+squared differences) of every channel in a strip of S, exact at any mean since each tile is centred on its own; merged in order to a group's mean and
+rstd; then one elementwise pass. Backward: sums of dn and dn x_hat of every channel in a strip; merged to groups and to channels; then dx in one
+pass. So x is read twice in each direction, and large images keep every multiprocessor busy whatever the number of groups.
 """
 
 from __future__ import annotations
@@ -14,17 +14,36 @@ import triton.language as tl
 
 from .._contracts import memory_format
 from .lib.common import TYPES, cdiv, rounded, sum_over_rows
-from .lib.config import pick
+from .lib.config import ANY, TABLE, Config, pick
 
-# Programs that a reduction is spread over, where there are enough places: a few waves of the largest chips. Not read from the device, so
-# that results are the same on all.
+# Size classes: "channels_last"; otherwise "plain", or "small" below 256 places.
+for _name in ("group_norm_silu_forward", "group_norm_silu_backward"):
+    TABLE[_name] = {
+        (ANY, "channels_last", ANY): Config({"BLOCK_S": 64, "BLOCK_C": 64}, warps=4, stages=1),
+        (ANY, "plain", ANY): Config({"BLOCK_S": 512, "BLOCK_C": 4}, warps=4, stages=1),
+        (ANY, "small", ANY): Config({"BLOCK_S": 64, "BLOCK_C": 32}, warps=4, stages=1),
+    }
+    TABLE[_name + "_partials"] = {
+        (ANY, "channels_last", ANY): Config({"BLOCK_S": 64, "BLOCK_C": 64}, warps=4, stages=1),
+        ("fp32", "channels_last", ANY): Config({"BLOCK_S": 64, "BLOCK_C": 64}, warps=8, stages=1),
+        (ANY, "plain", ANY): Config({"BLOCK_S": 1024, "BLOCK_C": 4}, warps=4, stages=1),
+        (ANY, "small", ANY): Config({"BLOCK_S": 64, "BLOCK_C": 64}, warps=4, stages=1),
+        ("fp32", "small", ANY): Config({"BLOCK_S": 64, "BLOCK_C": 64}, warps=8, stages=1),
+    }
+TABLE["group_norm_silu_statistics"] = {(ANY, ANY, ANY): Config({"BLOCK": 256}, warps=4, stages=1)}
+TABLE["group_norm_silu_backward_groups"] = {(ANY, ANY, ANY): Config({"BLOCK": 256}, warps=4, stages=1)}
+TABLE["group_norm_silu_backward_channels"] = {(ANY, ANY, ANY): Config({"BLOCK_R": 64, "BLOCK_C": 32}, warps=4, stages=1)}
+
+
+# Programs that a reduction over a large image is spread over: a few waves of the largest chips. Not read from the device, so that results are the
+# same on all.
 PROGRAMS = 1024
 
 
 @triton.jit
-def _tile(pointer, stride_row, s, c, places, channels, CHANNELS_LAST: tl.constexpr):
+def _tile(pointer, stride_row, s, c, spatial, channels, CHANNELS_LAST: tl.constexpr):
     """x[s, c] in float32, 0 outside."""
-    mask = (s < places)[:, None] & (c < channels)[None, :]
+    mask = (s < spatial)[:, None] & (c < channels)[None, :]
     if CHANNELS_LAST:
         offsets = s.to(tl.int64)[:, None] * stride_row + c[None, :]
     else:
@@ -33,13 +52,13 @@ def _tile(pointer, stride_row, s, c, places, channels, CHANNELS_LAST: tl.constex
 
 
 @triton.jit
-def _store_tile(pointer, value, s, c, places, channels, CHANNELS_LAST: tl.constexpr):
-    """Into a contiguous picture [S, C] or [C, S]."""
-    mask = (s < places)[:, None] & (c < channels)[None, :]
+def _store_tile(pointer, value, s, c, spatial, channels, CHANNELS_LAST: tl.constexpr):
+    """Into a contiguous [S, C] or [C, S]."""
+    mask = (s < spatial)[:, None] & (c < channels)[None, :]
     if CHANNELS_LAST:
         offsets = s.to(tl.int64)[:, None] * channels + c[None, :]
     else:
-        offsets = s[:, None] + c.to(tl.int64)[None, :] * places
+        offsets = s[:, None] + c.to(tl.int64)[None, :] * spatial
     tl.store(pointer + offsets, rounded(value, pointer.dtype.element_ty), mask=mask)
 
 
@@ -64,28 +83,28 @@ def _silu_gradient(grad_y, n):
 
 @triton.jit
 def group_norm_silu_forward_partials(
-    x, stride_b, stride_row, partials, channels, places, strips, strip_places, channel_blocks,
+    x, stride_b, stride_row, partials, channels, spatial, strips, strip_spatial, channel_blocks,
     CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared differences from it of each channel in a strip of places: partials [B, strips, 2, C]."""
+    """Mean and sum of squared differences from it of each channel in a strip of S: partials [B, strips, 2, C]."""
     program = tl.program_id(0)
     strip_of_all = program // channel_blocks
     b, strip = strip_of_all // strips, strip_of_all % strips
     c = (program % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     x += b.to(tl.int64) * stride_b
-    first = strip * strip_places
-    last = tl.minimum(first + strip_places, places)
+    first = strip * strip_spatial
+    last = tl.minimum(first + strip_spatial, spatial)
 
     count = 0.0
     mean, squares = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     for start in range(first, last, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
-        value = _tile(x, stride_row, s, c, places, channels, CHANNELS_LAST)
+        value = _tile(x, stride_row, s, c, spatial, channels, CHANNELS_LAST)
         size = tl.minimum(last - start, BLOCK_S).to(tl.float32)
-        inside = (s < places)[:, None]
+        inside = (s < spatial)[:, None]
         tile_mean = sum_over_rows(value) / size
         centred = tl.where(inside, value - tile_mean[None, :], 0.0)
-        # What rounding left of the mean: far from zero it would show.
+        # What rounding left of the mean, which would show far from zero.
         rest = sum_over_rows(centred) / size
         # The select keeps the product out of the sum's first addition: fused, lanes that add each other's squares would round differently
         # and then store their own result to one place.
@@ -103,7 +122,7 @@ def group_norm_silu_forward_partials(
 
 @triton.jit
 def group_norm_silu_statistics(
-    partials, mean, rstd, channels, groups, places, strips, strip_places, eps, BLOCK: tl.constexpr
+    partials, mean, rstd, channels, groups, spatial, strips, strip_spatial, eps, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Merges a group's partials: mean and rstd [B, G]. In float64, so that means far from zero lose no digits."""
     program = tl.program_id(0)
@@ -115,17 +134,17 @@ def group_norm_silu_statistics(
     for start in range(0, n, BLOCK):
         i = start + tl.arange(0, BLOCK)
         strip = i // per_group
-        size = tl.minimum(places - strip * strip_places, strip_places).to(tl.float64)
+        size = tl.minimum(spatial - strip * strip_spatial, strip_spatial).to(tl.float64)
         value = tl.load(partials + strip.to(tl.int64) * 2 * channels + i % per_group, mask=i < n, other=0.0)
         total += tl.where(i < n, value.to(tl.float64) * size, 0.0)
-    values = (per_group * 1.0 * places).to(tl.float64)
+    values = (per_group * 1.0 * spatial).to(tl.float64)
     group_mean = tl.sum(total, 0) / values
 
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, n, BLOCK):
         i = start + tl.arange(0, BLOCK)
         strip = i // per_group
-        size = tl.minimum(places - strip * strip_places, strip_places).to(tl.float64)
+        size = tl.minimum(spatial - strip * strip_spatial, strip_spatial).to(tl.float64)
         at = partials + strip.to(tl.int64) * 2 * channels + i % per_group
         delta = tl.load(at, mask=i < n, other=0.0).to(tl.float64) - group_mean
         squares = tl.load(at + channels, mask=i < n, other=0.0).to(tl.float64)
@@ -137,37 +156,39 @@ def group_norm_silu_statistics(
 
 @triton.jit
 def group_norm_silu_forward(
-    x, stride_b, stride_row, weight, bias, mean, rstd, y, channels, places, groups, channel_blocks, place_blocks,
+    x, stride_b, stride_row, weight, bias, mean, rstd, y, channels, spatial, groups, channel_blocks, spatial_blocks,
     CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    s, c, b = _place(program, channel_blocks, place_blocks, CHANNELS_LAST, BLOCK_S, BLOCK_C)
+    s, c, b = _tile_of(program, channel_blocks, spatial_blocks, CHANNELS_LAST, BLOCK_S, BLOCK_C)
     w, shift, group_mean, group_rstd = _affine(weight, bias, mean, rstd, b, c, channels, groups)
-    value = _tile(x + b.to(tl.int64) * stride_b, stride_row, s, c, places, channels, CHANNELS_LAST)
+    value = _tile(x + b.to(tl.int64) * stride_b, stride_row, s, c, spatial, channels, CHANNELS_LAST)
     n = (value - group_mean[None, :]) * (group_rstd * w)[None, :] + shift[None, :]
     result = n / (1.0 + tl.exp(-n))
-    _store_tile(y + b.to(tl.int64) * places * channels, result, s, c, places, channels, CHANNELS_LAST)
+    _store_tile(y + b.to(tl.int64) * spatial * channels, result, s, c, spatial, channels, CHANNELS_LAST)
 
 
 @triton.jit
-def _place(program, channel_blocks, place_blocks, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Places, channels and batch of an elementwise program; neighbours in memory come next to each other."""
+def _tile_of(
+    program, channel_blocks, spatial_blocks, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Spatial and channel indices and the batch of an elementwise program; neighbours in memory are neighbours in the grid."""
     if CHANNELS_LAST:
-        c_block, s_block = program % channel_blocks, program // channel_blocks % place_blocks
+        c_block, s_block = program % channel_blocks, program // channel_blocks % spatial_blocks
     else:
-        s_block, c_block = program % place_blocks, program // place_blocks % channel_blocks
+        s_block, c_block = program % spatial_blocks, program // spatial_blocks % channel_blocks
     s = s_block * BLOCK_S + tl.arange(0, BLOCK_S)
     c = c_block * BLOCK_C + tl.arange(0, BLOCK_C)
-    return s, c, program // (channel_blocks * place_blocks)
+    return s, c, program // (channel_blocks * spatial_blocks)
 
 
 @triton.jit
 def group_norm_silu_backward_partials(
     grad_y, grad_stride_b, grad_stride_row, x, stride_b, stride_row, weight, bias, mean, rstd, partials,
-    channels, places, groups, strips, strip_places, channel_blocks,
+    channels, spatial, groups, strips, strip_spatial, channel_blocks,
     CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dn and of dn x_hat of each channel in a strip of places: partials [B, strips, 2, C]."""
+    """Sums of dn and of dn x_hat of each channel in a strip of S: partials [B, strips, 2, C]."""
     program = tl.program_id(0)
     strip_of_all = program // channel_blocks
     b, strip = strip_of_all // strips, strip_of_all % strips
@@ -175,17 +196,17 @@ def group_norm_silu_backward_partials(
     w, shift, group_mean, group_rstd = _affine(weight, bias, mean, rstd, b, c, channels, groups)
     x += b.to(tl.int64) * stride_b
     grad_y += b.to(tl.int64) * grad_stride_b
-    first = strip * strip_places
-    last = tl.minimum(first + strip_places, places)
+    first = strip * strip_spatial
+    last = tl.minimum(first + strip_spatial, spatial)
 
     sums, dots = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     for start in range(first, last, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
-        x_hat = (_tile(x, stride_row, s, c, places, channels, CHANNELS_LAST) - group_mean[None, :]) * group_rstd[None, :]
-        upstream = _tile(grad_y, grad_stride_row, s, c, places, channels, CHANNELS_LAST)
+        x_hat = (_tile(x, stride_row, s, c, spatial, channels, CHANNELS_LAST) - group_mean[None, :]) * group_rstd[None, :]
+        upstream = _tile(grad_y, grad_stride_row, s, c, spatial, channels, CHANNELS_LAST)
         grad_n = _silu_gradient(upstream, x_hat * w[None, :] + shift[None, :])
         # grad_y is 0 outside, but 0 times an infinite slope is not.
-        inside = (s < places)[:, None]
+        inside = (s < spatial)[:, None]
         sums += sum_over_rows(tl.where(inside, grad_n, 0.0))
         dots += sum_over_rows(tl.where(inside, grad_n * x_hat, 0.0))
 
@@ -195,7 +216,7 @@ def group_norm_silu_backward_partials(
 
 
 @triton.jit
-def group_norm_silu_backward_groups(partials, weight, means, channels, groups, places, strips, BLOCK: tl.constexpr):
+def group_norm_silu_backward_groups(partials, weight, means, channels, groups, spatial, strips, BLOCK: tl.constexpr):
     """Means over a group of w dn and of w dn x_hat: means [B, G, 2]."""
     program = tl.program_id(0)
     per_group = channels // groups
@@ -210,7 +231,7 @@ def group_norm_silu_backward_groups(partials, weight, means, channels, groups, p
         w = tl.load(weight + c, mask=i < n, other=0.0).to(tl.float32)
         sums += w * tl.load(at, mask=i < n, other=0.0)
         dots += w * tl.load(at + channels, mask=i < n, other=0.0)
-    values = per_group * 1.0 * places
+    values = per_group * 1.0 * spatial
     tl.store(means + 2 * program, tl.sum(sums, 0) / values)
     tl.store(means + 2 * program + 1, tl.sum(dots, 0) / values)
 
@@ -236,59 +257,56 @@ def group_norm_silu_backward_channels(
 @triton.jit
 def group_norm_silu_backward(
     grad_y, grad_stride_b, grad_stride_row, x, stride_b, stride_row, weight, bias, mean, rstd, means, grad_x,
-    channels, places, groups, channel_blocks, place_blocks,
+    channels, spatial, groups, channel_blocks, spatial_blocks,
     CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd (w dn - mean_g(w dn) - x_hat mean_g(w dn x_hat))."""
     program = tl.program_id(0)
-    s, c, b = _place(program, channel_blocks, place_blocks, CHANNELS_LAST, BLOCK_S, BLOCK_C)
+    s, c, b = _tile_of(program, channel_blocks, spatial_blocks, CHANNELS_LAST, BLOCK_S, BLOCK_C)
     w, shift, group_mean, group_rstd = _affine(weight, bias, mean, rstd, b, c, channels, groups)
     at = means + 2 * (b * groups + c // (channels // groups))
     mean_sum, mean_dot = tl.load(at, mask=c < channels, other=0.0), tl.load(at + 1, mask=c < channels, other=0.0)
-    value = _tile(x + b.to(tl.int64) * stride_b, stride_row, s, c, places, channels, CHANNELS_LAST)
-    upstream = _tile(grad_y + b.to(tl.int64) * grad_stride_b, grad_stride_row, s, c, places, channels, CHANNELS_LAST)
+    value = _tile(x + b.to(tl.int64) * stride_b, stride_row, s, c, spatial, channels, CHANNELS_LAST)
+    upstream = _tile(grad_y + b.to(tl.int64) * grad_stride_b, grad_stride_row, s, c, spatial, channels, CHANNELS_LAST)
     x_hat = (value - group_mean[None, :]) * group_rstd[None, :]
     grad_n = _silu_gradient(upstream, x_hat * w[None, :] + shift[None, :])
     result = (grad_n * w[None, :] - mean_sum[None, :] - x_hat * mean_dot[None, :]) * group_rstd[None, :]
-    _store_tile(grad_x + b.to(tl.int64) * places * channels, result, s, c, places, channels, CHANNELS_LAST)
+    _store_tile(grad_x + b.to(tl.int64) * spatial * channels, result, s, c, spatial, channels, CHANNELS_LAST)
 
 
-class _Picture:
-    """How x is cut: its sizes, whether channels come last, strips of places, tiles."""
+class _View:
+    """x as NHWC or NCHW: its sizes, and how they are cut into strips and tiles."""
 
     def __init__(self, x, groups: int, pass_name: str):
-        self.batch, self.channels, self.groups, self.places = *x.shape[:2], groups, x.shape[2:].numel()
-        self.channels_last = memory_format(x) != torch.contiguous_format or (self.places == 1 and x.is_contiguous())
+        self.batch, self.channels, self.groups, self.spatial = *x.shape[:2], groups, x.shape[2:].numel()
+        self.channels_last = memory_format(x) != torch.contiguous_format or (self.spatial == 1 and x.is_contiguous())
         self.dtype = TYPES[x.dtype]
-        self._cut(pass_name)
-
-    def _cut(self, pass_name):
-        size = size_class(self.channels_last, self.places)
+        size = size_class(self.channels_last, self.spatial)
         self.config = pick(pass_name, self.dtype, size)
         self.reduce_config = pick(pass_name + "_partials", self.dtype, size)
-        self.strips, self.strip_places = strips(self.batch, self.channels, self.places, self.reduce_config.blocks)
+        self.strips, self.strip_spatial = strips(self.batch, self.channels, self.spatial, self.reduce_config.blocks)
 
     @property
     def empty(self) -> bool:
-        return self.batch * self.channels * self.places == 0
+        return self.batch * self.channels * self.spatial == 0
 
     def layout(self, x):
-        """x, its stride over batches, and that over channels, or over places where channels come last; copied where it must be."""
+        """x, its stride over the batch, and that over channels (NCHW) or over S (NHWC); a copy where the other axis is not contiguous."""
         if self.channels_last:
-            x = x.reshape(self.batch, self.channels, self.places)
+            x = x.reshape(self.batch, self.channels, self.spatial)
             x = x if x.stride(1) == 1 or self.channels == 1 else x.transpose(1, 2).contiguous().transpose(1, 2)
             return x, x.stride(0), x.stride(2)
-        x = x.reshape(self.batch, self.channels, self.places)
-        x = x if x.stride(2) == 1 or self.places == 1 else x.contiguous()
+        x = x.reshape(self.batch, self.channels, self.spatial)
+        x = x if x.stride(2) == 1 or self.spatial == 1 else x.contiguous()
         return x, x.stride(0), x.stride(1)
 
     def elementwise(self):
         """Grid, and the arguments that end an elementwise pass."""
-        channel_blocks, place_blocks = (
-            cdiv(self.channels, self.config.blocks["BLOCK_C"]), cdiv(self.places, self.config.blocks["BLOCK_S"])
+        channel_blocks, spatial_blocks = (
+            cdiv(self.channels, self.config.blocks["BLOCK_C"]), cdiv(self.spatial, self.config.blocks["BLOCK_S"])
         )  # fmt: skip
-        grid = (self.batch * channel_blocks * place_blocks,)
-        return grid, (self.channels, self.places, self.groups, channel_blocks, place_blocks, self.channels_last)
+        grid = (self.batch * channel_blocks * spatial_blocks,)
+        return grid, (self.channels, self.spatial, self.groups, channel_blocks, spatial_blocks, self.channels_last)
 
     def reduction(self):
         """Grid of the partial sums, and the number of blocks of channels."""
@@ -296,13 +314,13 @@ class _Picture:
         return (self.batch * self.strips * channel_blocks,), channel_blocks
 
 
-def size_class(channels_last: bool, places: int) -> str:
-    return "channels_last" if channels_last else "plain" if places >= 256 else "small"
+def size_class(channels_last: bool, spatial: int) -> str:
+    return "channels_last" if channels_last else "plain" if spatial >= 256 else "small"
 
 
-def strips(batch: int, channels: int, places: int, blocks) -> tuple[int, int]:
-    """Strips that a reduction is spread over, and places in each."""
-    tiles = cdiv(places, blocks["BLOCK_S"])
+def strips(batch: int, channels: int, spatial: int, blocks) -> tuple[int, int]:
+    """Strips that a reduction is spread over, and their length along S."""
+    tiles = cdiv(spatial, blocks["BLOCK_S"])
     wanted = min(tiles, cdiv(PROGRAMS, max(1, batch * cdiv(channels, blocks["BLOCK_C"]))))
     strip_tiles = cdiv(tiles, max(1, wanted))
     return cdiv(tiles, max(1, strip_tiles)), strip_tiles * blocks["BLOCK_S"]
@@ -310,56 +328,56 @@ def strips(batch: int, channels: int, places: int, blocks) -> tuple[int, int]:
 
 def forward(x, num_groups, weight, bias, eps):
     """y, mean, rstd."""
-    p = _Picture(x, num_groups, "group_norm_silu_forward")
+    view = _View(x, num_groups, "group_norm_silu_forward")
     y = torch.empty_like(x, memory_format=memory_format(x))
-    mean = torch.empty(p.batch, num_groups, dtype=torch.float32, device=x.device)
+    mean = torch.empty(view.batch, num_groups, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    if p.empty:
+    if view.empty:
         return y, mean.fill_(torch.nan), rstd.fill_(torch.nan)
-    x, *strides = p.layout(x)
+    x, *strides = view.layout(x)
     weight, bias = weight.contiguous(), bias.contiguous()
-    grid, channel_blocks = p.reduction()
-    partials = torch.empty(p.batch, p.strips, 2, p.channels, dtype=torch.float32, device=x.device)
+    grid, channel_blocks = view.reduction()
+    partials = torch.empty(view.batch, view.strips, 2, view.channels, dtype=torch.float32, device=x.device)
     group_norm_silu_forward_partials[grid](
-        x, *strides, partials, p.channels, p.places, p.strips, p.strip_places, channel_blocks, p.channels_last,
-        **p.reduce_config.options,
+        x, *strides, partials, view.channels, view.spatial, view.strips, view.strip_spatial, channel_blocks, view.channels_last,
+        **view.reduce_config.options,
     )  # fmt: skip
-    group_norm_silu_statistics[(p.batch * num_groups,)](
-        partials, mean, rstd, p.channels, num_groups, p.places, p.strips, p.strip_places, eps,
+    group_norm_silu_statistics[(view.batch * num_groups,)](
+        partials, mean, rstd, view.channels, num_groups, view.spatial, view.strips, view.strip_spatial, eps,
         **pick("group_norm_silu_statistics", "fp32").options,
     )  # fmt: skip
-    grid, rest = p.elementwise()
-    group_norm_silu_forward[grid](x, *strides, weight, bias, mean, rstd, y, *rest, **p.config.options)
+    grid, rest = view.elementwise()
+    group_norm_silu_forward[grid](x, *strides, weight, bias, mean, rstd, y, *rest, **view.config.options)
     return y, mean, rstd
 
 
 def backward(grad_y, x, weight, bias, mean, rstd, need_x, need_weight, need_bias):
     """Gradients of x, weight and bias; empty ones where they are not asked for."""
-    p = _Picture(x, mean.shape[1], "group_norm_silu_backward")
+    view = _View(x, mean.shape[1], "group_norm_silu_backward")
     none = x.new_empty(0)
     grad_x = torch.empty_like(x, memory_format=memory_format(x)) if need_x else none
     grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-    if not p.empty:
-        (x, *strides), (grad_y, *grad_strides) = p.layout(x), p.layout(grad_y)
+    if not view.empty:
+        (x, *strides), (grad_y, *grad_strides) = view.layout(x), view.layout(grad_y)
         weight, bias, mean, rstd = weight.contiguous(), bias.contiguous(), mean.contiguous(), rstd.contiguous()
         inputs = grad_y, *grad_strides, x, *strides, weight, bias, mean, rstd
-        grid, channel_blocks = p.reduction()
-        partials = torch.empty(p.batch, p.strips, 2, p.channels, dtype=torch.float32, device=x.device)
+        grid, channel_blocks = view.reduction()
+        partials = torch.empty(view.batch, view.strips, 2, view.channels, dtype=torch.float32, device=x.device)
         group_norm_silu_backward_partials[grid](
-            *inputs, partials, p.channels, p.places, p.groups, p.strips, p.strip_places, channel_blocks, p.channels_last,
-            **p.reduce_config.options,
+            *inputs, partials, view.channels, view.spatial, view.groups, view.strips, view.strip_spatial, channel_blocks, view.channels_last,
+            **view.reduce_config.options,
         )  # fmt: skip
         if need_weight or need_bias:
             config = pick("group_norm_silu_backward_channels", "fp32")
-            group_norm_silu_backward_channels[(cdiv(p.channels, config.blocks["BLOCK_C"]),)](
-                partials, grad_weight, grad_bias, p.channels, p.batch * p.strips, **config.options
+            group_norm_silu_backward_channels[(cdiv(view.channels, config.blocks["BLOCK_C"]),)](
+                partials, grad_weight, grad_bias, view.channels, view.batch * view.strips, **config.options
             )
         if need_x:
-            means = torch.empty(p.batch, p.groups, 2, dtype=torch.float32, device=x.device)
-            group_norm_silu_backward_groups[(p.batch * p.groups,)](
-                partials, weight, means, p.channels, p.groups, p.places, p.strips,
+            means = torch.empty(view.batch, view.groups, 2, dtype=torch.float32, device=x.device)
+            group_norm_silu_backward_groups[(view.batch * view.groups,)](
+                partials, weight, means, view.channels, view.groups, view.spatial, view.strips,
                 **pick("group_norm_silu_backward_groups", "fp32").options,
             )  # fmt: skip
-            grid, rest = p.elementwise()
-            group_norm_silu_backward[grid](*inputs, means, grad_x, *rest, **p.config.options)
+            grid, rest = view.elementwise()
+            group_norm_silu_backward[grid](*inputs, means, grad_x, *rest, **view.config.options)
     return grad_x, grad_weight if need_weight else none, grad_bias if need_bias else none

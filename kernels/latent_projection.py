@@ -1,6 +1,6 @@
 """Tokens to latents: ov3fast/ops/latent_projection.py.
 
-The forward's sums are stored where their values lie in the picture; the backward gathers patches of the picture's gradient on its way into
+The forward's sums are stored where their values lie in the image; the backward gathers patches of the image's gradient on its way into
 the products, so neither direction has a pass of rearrangement. The C p p values of a patch are few: where they fit one tile, the gradient
 of the tokens gathers a patch once and walks over the features. A row m is token (b, n).
 """
@@ -13,9 +13,21 @@ import triton.language as tl
 
 from ..ops.latent_projection import _backward_reference, _forward_reference
 from .lib.common import TYPES, cdiv, dot, rounded
-from .lib.config import pick
+from .lib.config import ANY, TABLE, Config, pick
 from .lib.patches import patch_offsets, shares_of
 from .lib.reduce import merge, splits_of, strips_of, sum_splits
+
+# Size classes: none. BLOCK_K of grad_tokens holds a whole patch of 64 values.
+TABLE["latent_projection_forward"] = {(ANY, ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, warps=4, stages=3)}
+TABLE["latent_projection_grad_tokens"] = {
+    (ANY, ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64}, warps=4, stages=1),
+    ("bf16", ANY, ANY): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=2),
+    ("fp16", ANY, ANY): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=2),
+}
+TABLE["latent_projection_grad_weight"] = {
+    (ANY, ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32}, warps=8, stages=3)
+}
+TABLE["latent_projection_grad_bias"] = {(ANY, ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_K": 64}, warps=4, stages=1)}
 
 
 @triton.jit
@@ -155,7 +167,7 @@ def backward(grad_x, tokens, weight, patch_size, need_tokens, need_weight, need_
     grad_x, tokens, weight = _last_contiguous(grad_x), _last_contiguous(tokens), _last_contiguous(weight)
     (batch, count, width), values = tokens.shape, weight.shape[0]
     rows, grid_w, dtype = batch * count, grad_x.shape[3] // patch_size, TYPES[tokens.dtype]
-    picture = grad_x, *grad_x.stride()[:3]
+    image = grad_x, *grad_x.stride()[:3]
     grad_tokens = grad_weight = grad_bias = grad_x.new_empty(0)
     if need_tokens:
         grad_tokens = grad_x.new_empty(tokens.shape)
@@ -163,7 +175,7 @@ def backward(grad_x, tokens, weight, patch_size, need_tokens, need_weight, need_
         patch_tiles = cdiv(rows, config.blocks["BLOCK_M"])
         shares, share_tiles = shares_of(width, patch_tiles, config.blocks["BLOCK_N"])
         latent_projection_grad_tokens[(patch_tiles * shares,)](
-            *picture, weight, weight.stride(0), grad_tokens, rows, count, grid_w, values, width, shares, share_tiles,
+            *image, weight, weight.stride(0), grad_tokens, rows, count, grid_w, values, width, shares, share_tiles,
             patch_size, values <= config.blocks["BLOCK_K"], **config.options,
         )  # fmt: skip
     if need_weight:
@@ -173,7 +185,7 @@ def backward(grad_x, tokens, weight, patch_size, need_tokens, need_weight, need_
         grad_weight = grad_x.new_empty(weight.shape)
         partials = grad_weight if splits == 1 else grad_weight.new_empty((splits, *weight.shape), dtype=torch.float32)
         latent_projection_grad_weight[(splits * tiles_k * tiles_d,)](
-            *picture, tokens, *tokens.stride()[:2], partials, rows, count, grid_w, values, width, split_rows, tiles_k, tiles_d,
+            *image, tokens, *tokens.stride()[:2], partials, rows, count, grid_w, values, width, split_rows, tiles_k, tiles_d,
             patch_size, **config.options,
         )  # fmt: skip
         if splits > 1:
@@ -184,7 +196,7 @@ def backward(grad_x, tokens, weight, patch_size, need_tokens, need_weight, need_
         tiles = cdiv(values, config.blocks["BLOCK_K"])
         partials = torch.empty(strips, values, dtype=torch.float32, device=grad_x.device)
         latent_projection_grad_bias[(strips * tiles,)](
-            *picture, partials, rows, count, grid_w, values, strip_rows, tiles, patch_size, **config.options
+            *image, partials, rows, count, grid_w, values, strip_rows, tiles, patch_size, **config.options
         )
         grad_bias = grad_x.new_empty(values)
         merge(partials[None], grad_bias)

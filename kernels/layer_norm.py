@@ -10,10 +10,22 @@ import torch
 import triton
 import triton.language as tl
 
-from .lib import config as configs
 from .lib.common import TYPES, cdiv, rounded
+from .lib.config import ANY, TABLE, Config, pick
 from .lib.reduce import merge, strips_of
 from .lib.rows import empty, row_offsets, rows
+
+# Size classes: the smallest of these that holds a row; a program holds whole rows.
+WIDTHS = (256, 512, 1024, 2048, 4096, 8192)
+TABLE["layer_norm_forward"] = {
+    (ANY, str(d), ANY): Config({"BLOCK_ROWS": max(1, 4096 // d), "BLOCK_D": d}, warps=max(4, d // 1024), stages=1)
+    for d in WIDTHS
+}
+# 16 elements a thread: five of each live in registers.
+TABLE["layer_norm_backward"] = {
+    (ANY, str(d), ANY): Config({"BLOCK_ROWS": max(1, 2048 // d), "BLOCK_D": d}, warps=max(4, d // 512), stages=1)
+    for d in WIDTHS
+}
 
 
 @triton.jit
@@ -92,12 +104,12 @@ def _layer_norm_backward(
         tl.store(bias_partials + at_strip, tl.sum(bias_sum, 0), mask=inside)
 
 
-MAX_WIDTH = configs.LAYER_NORM_WIDTHS[-1]
+MAX_WIDTH = WIDTHS[-1]
 NO_ROWS = None, 1, 0, 0
 
 
 def _size(width: int) -> str:
-    return str(next(block for block in configs.LAYER_NORM_WIDTHS if block >= width))
+    return str(next(block for block in WIDTHS if block >= width))
 
 
 def forward(x, weight, bias, residual, eps):
@@ -108,7 +120,7 @@ def forward(x, weight, bias, residual, eps):
     rstd = torch.empty_like(mean)
     if x.numel():
         x_rows, more = rows(x), None if residual is None else rows(residual)
-        config = configs.pick("layer_norm_forward", TYPES[x.dtype], _size(x_rows.width))
+        config = pick("layer_norm_forward", TYPES[x.dtype], _size(x_rows.width))
         _layer_norm_forward[cdiv(x_rows.count, config.blocks["BLOCK_ROWS"]),](
             *x_rows.arguments, *(NO_ROWS if more is None else more.arguments),
             weight.contiguous(), None if bias is None else bias.contiguous(), y, None if more is None else h, mean, rstd,
@@ -126,7 +138,7 @@ def backward(grad_y, grad_h, h, weight, mean, rstd, need_x, need_weight, need_bi
     h_rows, upstream, more = rows(h), rows(grad_y), None if grad_h is None else rows(grad_h)
     strips, length = strips_of(h_rows.count)
     partials = h.new_empty((need_weight + need_bias, strips, h_rows.width), dtype=torch.float32)
-    config = configs.pick("layer_norm_backward", TYPES[h.dtype], _size(h_rows.width))
+    config = pick("layer_norm_backward", TYPES[h.dtype], _size(h_rows.width))
     _layer_norm_backward[strips,](
         *upstream.arguments, *(NO_ROWS if more is None else more.arguments), *h_rows.arguments, weight.contiguous(), mean, rstd,
         grad_x if need_x else None, partials[0] if need_weight else None, partials[-1] if need_bias else None,

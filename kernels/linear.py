@@ -14,9 +14,13 @@ from torch import Tensor
 
 from .lib import gemm
 from .lib.common import rounded
-from .lib.gemm import multiply, tile_position
+from .lib.config import TABLE
+from .lib.gemm import multiply, product_rows, square, tile_position
 from .lib.reduce import column_sums
 from .lib.rows import Rows, empty, row_offsets, rows
+
+# Size classes: those of mlp.
+TABLE["linear"] = product_rows(square(32), square(64), square(64))
 
 
 @triton.jit

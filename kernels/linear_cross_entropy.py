@@ -21,9 +21,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .._contracts import check_labels
-from .lib import config as configs
 from .lib.common import TYPES
+from .lib.config import ANY, TABLE, Config, pick
 from .lib.products import add_product, room_for_rows
+
+# Size classes: none.
+TABLE["cross_entropy_rows"] = {
+    (ANY, ANY, ANY): Config({"BLOCK_V": 8192}, warps=8, stages=1),
+    ("fp32", ANY, ANY): Config({"BLOCK_V": 4096}, warps=8, stages=1),
+}
+
 
 CHUNK_BYTES = 2**27
 
@@ -158,7 +165,7 @@ def _products(hidden, weight, labels, ignore_index, need_hidden, need_weight, gr
 
 
 def _launch(z, labels, upstream, nll, lse, ignore_index, *, statistics, gradient):
-    config = configs.pick("cross_entropy_rows", TYPES[z.dtype])
+    config = pick("cross_entropy_rows", TYPES[z.dtype])
     cross_entropy_rows[(len(z),)](
         z, labels.contiguous(), upstream, nll, lse, z.stride(0), upstream.stride(0), lse.stride(0), z.shape[1], ignore_index,
         STATISTICS=statistics, GRADIENT=gradient, **config.options,

@@ -15,10 +15,16 @@ import triton.language as tl
 from . import linear
 from .lib import gemm
 from .lib.common import cdiv, rounded
+from .lib.config import TABLE
 from .lib.gelu import gelu, gelu_and_slope
-from .lib.gemm import halves, multiply, tile_position
+from .lib.gemm import halves, multiply, product_rows, square, tile_position
 from .lib.reduce import column_sums, merge
 from .lib.rows import empty, row_offsets, rows
+
+# Size classes: those of gemm.size_class.
+TABLE["mlp_forward"] = product_rows(square(32, HALVES=0), square(64, HALVES=0), square(64, HALVES=0), HALVES=0)
+# Its epilogue has to hold h, both results and the tile, which for a whole tile of 128 x 128 spills.
+TABLE["mlp_backward"] = product_rows(square(32, HALVES=1), square(64, HALVES=1), square(64, HALVES=1), HALVES=0)
 
 
 @triton.jit

@@ -16,9 +16,18 @@ import triton.language as tl
 from ..ops.noise_projection import _backward_reference, _forward_reference
 from .lib import philox
 from .lib.common import TYPES, cdiv, dot, rounded
-from .lib.config import pick
+from .lib.config import ANY, TABLE, Config, pick
 from .lib.reduce import column_sums, splits_of, sum_splits
 from .lib.rows import rows as as_rows
+
+# Size classes: none. The noise of a row is drawn once per tile of features, hence the wide tiles.
+for _name in ("noise_projection_forward", "noise_projection_grad_z", "noise_projection_grad_weight"):
+    TABLE[_name] = {
+        (ANY, ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, warps=4, stages=2),
+        ("bf16", ANY, ANY): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}, warps=8, stages=3),
+        ("fp16", ANY, ANY): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}, warps=8, stages=3),
+    }
+TABLE["noise_projection_grad_sigma"] = {(ANY, ANY, ANY): Config({"BLOCK": 256}, warps=4, stages=1)}
 
 
 @triton.jit

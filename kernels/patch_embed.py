@@ -16,9 +16,18 @@ import triton.language as tl
 from ..ops.patch_embed import _backward_reference, _forward_reference
 from .lib import philox
 from .lib.common import TYPES, cdiv, dot, rounded
-from .lib.config import pick
+from .lib.config import ANY, TABLE, Config, pick
 from .lib.patches import patch_offsets, shares_of
 from .lib.reduce import merge, splits_of, sum_batches, sum_splits
+
+# Size classes: none. BLOCK_K of the forward holds a whole patch of 64 values.
+TABLE["patch_embed_forward"] = {
+    (ANY, ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64}, warps=4, stages=1),
+    ("bf16", ANY, ANY): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=2),
+    ("fp16", ANY, ANY): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=2),
+}
+TABLE["patch_embed_grad_latents"] = {(ANY, ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, warps=4, stages=3)}
+TABLE["patch_embed_grad_weight"] = {(ANY, ANY, ANY): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}, warps=8, stages=3)}
 
 
 @triton.jit

@@ -8,7 +8,11 @@ import triton.language as tl
 
 from .lib import philox
 from .lib.common import TYPES, cdiv, rounded
-from .lib.config import pick
+from .lib.config import ANY, TABLE, Config, pick
+
+# Size classes: none.
+TABLE["random_normal"] = {(ANY, ANY, ANY): Config({"BLOCK": 1024}, warps=4, stages=1)}
+TABLE["random_words"] = {(ANY, ANY, ANY): Config({"BLOCK": 1024}, warps=4, stages=1)}
 
 
 @triton.jit
@@ -17,12 +21,12 @@ def random_normal(rng, out, n, BLOCK: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     position = start // 4 + tl.arange(0, BLOCK // 4)[None, :] + offset
     values = rounded(tl.reshape(philox.normals_in_order(seed, position), (BLOCK,)), out.dtype.element_ty)
-    places = tl.arange(0, BLOCK)
+    element = tl.arange(0, BLOCK)
     # The mask of a ragged end would make every store a narrow one.
     if start + BLOCK <= n:
-        tl.store(out + start + places, values)
+        tl.store(out + start + element, values)
     else:
-        tl.store(out + start + places, values, mask=start + places < n)
+        tl.store(out + start + element, values, mask=start + element < n)
 
 
 @triton.jit
@@ -32,8 +36,8 @@ def random_words(rng, out, n, BLOCK: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     w0, w1, w2, w3 = philox.words(seed, start // 4 + tl.arange(0, BLOCK // 4) + offset)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape((BLOCK,)).to(tl.int32, bitcast=True)
-    places = start + tl.arange(0, BLOCK)
-    tl.store(out + places, words, mask=places < n)
+    element = start + tl.arange(0, BLOCK)
+    tl.store(out + element, words, mask=element < n)
 
 
 def forward(shape, rng, dtype):

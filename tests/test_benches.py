@@ -94,7 +94,7 @@ def test_tuning_tries_descriptors_where_they_exist(architecture, monkeypatch):
     monkeypatch.setattr(configs, "current_architecture", lambda: architecture)
     for dtype, size in (("bf16", "64"), ("fp16", "128"), ("fp32", "64"), ("bf16", "192")):
         tried = list(tune.candidates(("flash_attention_forward", dtype, size)))
-        described = [(row.blocks["DESCRIPTORS"], row.blocks["SPECIALIZED"]) for row in tried if row.blocks["DESCRIPTORS"]]
+        described = [(row.blocks["TMA"], row.blocks["WARP_SPECIALIZED"]) for row in tried if row.blocks["TMA"]]
         exist = architecture != "sm_80" and dtype != "fp32" and size != "192"
         assert described == [(1, 0), (1, 1)] * exist and len(tried) > len(described)
 

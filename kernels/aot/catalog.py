@@ -48,7 +48,7 @@ class Entry:
     streaming: bool = False
     """Whether memory bounds it: its global accesses must be 16 bytes wide."""
     sizes: tuple[str, ...] = ()
-    """Size classes of configs.TABLE that it is launched with; all that the kernel's rows name, if empty."""
+    """Size classes of TABLE that it is launched with; all that the kernel's rows name, if empty."""
     exceptions: Mapping[str, str] = field(default_factory=dict)
     """What aot's gate lets pass -> why, which the table shows. Keys: stack, spills, shared, wide, tensor cores, atomics; for some rows only
     with the target, the dtype or both behind: "spills@sm_80", "wide@bf16", "spills@sm_80/fp32"."""
@@ -60,7 +60,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """Name in configs.TABLE: the function's, without underscores in front."""
+        """Name in TABLE: the function's, without underscores in front."""
         return self.kernel.__name__.lstrip("_")
 
 

@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..lib import config as configs
-from ..lib.config import Config
+from ..lib.config import Config, pick, sizes
 from . import binary, cases
 from .catalog import Entry
 from .chips import CHIPS
@@ -56,8 +55,8 @@ def variants(entry: Entry, target: str) -> Iterator[tuple[str, str, Config]]:
     """(dtype, size class, config) of every launch that the table knows for this target; configs that are the same come once."""
     seen = set()
     for dtype in entry.dtypes:
-        for size in entry.sizes or configs.sizes(entry.name):
-            config = configs.pick(entry.name, dtype, size, target)
+        for size in entry.sizes or sizes(entry.name):
+            config = pick(entry.name, dtype, size, target)
             key = dtype, tuple(sorted(config.options.items()))
             if key not in seen:
                 seen.add(key)

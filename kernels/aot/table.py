@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..lib import config as configs
+from ..lib.config import ANY
 from . import cuda
 from .catalog import Entry
 from .chips import CHIPS
@@ -142,7 +142,7 @@ def markdown(table: Sequence[dict[str, str]]) -> str:
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for row in table:
         if row["dtype"] == "bf16" or row["kernel"] not in narrow:
-            how = " ".join(filter(None, (row["variant"], "" if row["size"] == configs.ANY else row["size"])))
+            how = " ".join(filter(None, (row["variant"], "" if row["size"] == ANY else row["size"])))
             work = f"{_short(row['flops'])}FLOP, {_short(row['bytes'])}B"
             lines.setdefault((row["kernel"], how, row["problem"], work), {})[row["target"]] = _cell(row)
     head = ["kernel", "variant", "size", "work", *(f"{chip.name} ({target})" for target, chip in CHIPS.items())]

@@ -13,10 +13,10 @@ from ..lib.common import rounded
 from .tiles import (
     INF,
     LN_2,
-    held,
+    dot_pv,
+    dot_qk,
     load,
-    over_columns,
-    over_rows,
+    operand,
     plain,
     scaled,
     softmax_step,
@@ -24,30 +24,30 @@ from .tiles import (
     visible_keys,
     zeros,
 )
-from .tma import attend_described
+from .tma import attend_tma
 
 
 @triton.jit
 def _attend(
     state, q, k, v, k_n, v_n, scale, visible, keys, first, last,
-    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, STEP: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, STEP: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     BORDER: tl.constexpr, POSITIVE: tl.constexpr,
 ):  # fmt: skip
-    """Takes keys [first, last) into (out, largest score, sum of exponentials); the largest score is unscaled if POSITIVE."""
-    out, largest, total = state
+    """Takes keys [first, last) into (out, m_i score, sum of exponentials); the m_i score is unscaled if POSITIVE."""
+    out, m_i, l_i = state
     DTYPE: tl.constexpr = v.dtype.element_ty
     EXACT: tl.constexpr = DTYPE == tl.float32
     for start in tl.range(first, last, BLOCK_KEYS, disable_licm=STEP > 0):
-        k_rows = held(k, start, k_n, keys, 1.0, D, MAIN, REST, STEP, BLOCK_KEYS, BORDER)
-        scores = over_columns(q, k_rows, D, REST, STEP, visible.shape[0], BLOCK_KEYS)
+        k_rows = operand(k, start, k_n, keys, 1.0, D, D0, D1, STEP, BLOCK_KEYS, BORDER)
+        scores = dot_qk(q, k_rows, D, D1, STEP, visible.shape[0], BLOCK_KEYS)
         if not EXACT and not POSITIVE:
             scores = scores * scale
         if BORDER:
             scores = tl.where((start + tl.arange(0, BLOCK_KEYS))[None, :] < visible[:, None], scores, -INF)
-        p, fade, largest, total = softmax_step(scores, largest, total, scale, EXACT, POSITIVE)
-        v_tile = load(v, start, v_n, keys, D, MAIN, REST, BLOCK_KEYS, BORDER)
-        out = over_rows(rounded(p, DTYPE), v_tile, scaled(out, fade[:, None], REST), REST)
-    return out, largest, total
+        p, alpha, m_i, l_i = softmax_step(scores, m_i, l_i, scale, EXACT, POSITIVE)
+        v_tile = load(v, start, v_n, keys, D, D0, D1, BLOCK_KEYS, BORDER)
+        out = dot_pv(rounded(p, DTYPE), v_tile, scaled(out, alpha[:, None], D1), D1)
+    return out, m_i, l_i
 
 
 @triton.jit(do_not_specialize=plain("q", "k", "v", "out"))
@@ -55,12 +55,12 @@ def flash_attention_forward(
     q, k, v, out, lse,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, out_b, out_n, out_h,
     heads, queries, keys, prefix_len, scale,
-    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, CAUSAL: tl.constexpr, STEP: tl.constexpr, ALIGNED: tl.constexpr,
-    POSITIVE: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, DESCRIPTORS: tl.constexpr, SPECIALIZED: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, CAUSAL: tl.constexpr, STEP: tl.constexpr, ALIGNED: tl.constexpr,
+    POSITIVE: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, TMA: tl.constexpr, WARP_SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
     """A program: one block of queries of one head. scale: in units of log 2 for 16 bits; POSITIVE says that it is over 0.
 
-    DESCRIPTORS, SPECIALIZED: attention/tma.py, 16 bits alone.
+    TMA, WARP_SPECIALIZED: attention/tma.py, 16 bits alone.
     """
     DTYPE: tl.constexpr = q.dtype.element_ty
     UNIT: tl.constexpr = 128 // DTYPE.primitive_bitwidth if ALIGNED else 1
@@ -83,37 +83,37 @@ def flash_attention_forward(
     end = visible_keys(tl.minimum(start + BLOCK_QUERIES, queries) - 1, queries, keys, prefix_len, CAUSAL)
 
     state = (
-        zeros(BLOCK_QUERIES, MAIN, REST),
+        zeros(BLOCK_QUERIES, D0, D1),
         tl.full([BLOCK_QUERIES], -INF, tl.float32),
         tl.zeros([BLOCK_QUERIES], tl.float32),
     )
-    if DESCRIPTORS:
-        state = attend_described(
+    if TMA:
+        state = attend_tma(
             state, q, k, v, q_n * UNIT, k_n * UNIT, v_n * UNIT, scale, visible, start, queries, keys, border, end,
-            D, MAIN, REST, BLOCK_QUERIES, BLOCK_KEYS, POSITIVE, SPECIALIZED,
+            D, D0, D1, BLOCK_QUERIES, BLOCK_KEYS, POSITIVE, WARP_SPECIALIZED,
         )  # fmt: skip
     else:
-        q_rows = held(q, start, q_n * UNIT, queries, scale, D, MAIN, REST, STEP, BLOCK_QUERIES, True)
+        q_rows = operand(q, start, q_n * UNIT, queries, scale, D, D0, D1, STEP, BLOCK_QUERIES, True)
         state = _attend(
             state, q_rows, k, v, k_n * UNIT, v_n * UNIT, scale, visible, keys, 0, border,
-            D, MAIN, REST, STEP, BLOCK_KEYS, False, POSITIVE,
+            D, D0, D1, STEP, BLOCK_KEYS, False, POSITIVE,
         )  # fmt: skip
         state = _attend(
             state, q_rows, k, v, k_n * UNIT, v_n * UNIT, scale, visible, keys, border, end,
-            D, MAIN, REST, STEP, BLOCK_KEYS, True, POSITIVE,
+            D, D0, D1, STEP, BLOCK_KEYS, True, POSITIVE,
         )  # fmt: skip
 
-    out_tile, largest, total = state
-    shift = tl.where(tl.abs(largest) == INF, 0.0, largest)
+    out_tile, m_i, l_i = state
+    shift = tl.where(tl.abs(m_i) == INF, 0.0, m_i)
     if DTYPE == tl.float32:
-        logarithm = shift + tl.log(total)
+        logarithm = shift + tl.log(l_i)
     elif POSITIVE:
-        logarithm = (shift * scale + tl.log2(total)) * LN_2
+        logarithm = (shift * scale + tl.log2(l_i)) * LN_2
     else:
-        logarithm = (shift + tl.log2(total)) * LN_2
+        logarithm = (shift + tl.log2(l_i)) * LN_2
     tl.store(lse + head.to(tl.int64) * queries + row, logarithm, mask=row < queries)
     blind = (visible == 0)[:, None]
-    inverse = (1.0 / total)[:, None]
+    inverse = (1.0 / l_i)[:, None]
     store_part(tl.where(blind, 0.0, out_tile[0] * inverse), out, start, out_n * UNIT, queries, 0, D)
-    if REST > 0:
-        store_part(tl.where(blind, 0.0, out_tile[1] * inverse), out, start, out_n * UNIT, queries, MAIN, D)
+    if D1 > 0:
+        store_part(tl.where(blind, 0.0, out_tile[1] * inverse), out, start, out_n * UNIT, queries, D0, D)

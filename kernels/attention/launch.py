@@ -6,12 +6,12 @@ import functools
 
 import torch
 
-from ..lib import config as configs
 from ..lib.common import TYPES, cdiv
+from ..lib.config import pick
 from .backward import flash_attention_grad_kv, flash_attention_grad_q
 from .forward import flash_attention_forward
 from .tiles import constexprs, in_units, layout, size_class, unit_stride
-from .tma import fit, with_room
+from .tma import fits, with_workspace
 
 
 def forward(q, k, v, causal, prefix_len, scale):
@@ -22,9 +22,9 @@ def forward(q, k, v, causal, prefix_len, scale):
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
     aligned, strides = layout(q, k, v, out)
     asked = "flash_attention_forward", TYPES[q.dtype], size_class(head_dim)
-    config = configs.pick(*asked)
-    if config.blocks["DESCRIPTORS"] and not fit(q, k, v):
-        config = configs.pick(*asked, configs.current_architecture())
+    config = pick(*asked)
+    if config.blocks["TMA"] and not fits(q, k, v):
+        config = pick(*asked, tuned=False)
     grid = batch * heads * cdiv(queries, config.blocks["BLOCK_QUERIES"])
     if grid:
         launch = functools.partial(
@@ -32,7 +32,7 @@ def forward(q, k, v, causal, prefix_len, scale):
             q, k, v, out, lse, *strides, heads, queries, k.shape[1], prefix_len, in_units(q.dtype, scale),
             **constexprs(head_dim, TYPES[q.dtype], causal, aligned), POSITIVE=scale > 0, **config.options,
         )  # fmt: skip
-        with_room(launch, q) if config.blocks["DESCRIPTORS"] else launch()
+        with_workspace(launch, q) if config.blocks["TMA"] else launch()
     return out, lse
 
 
@@ -69,7 +69,7 @@ def _gradients(grad_out, q, k, v, out, lse, causal, prefix_len, scale, grads):
     sizes = (heads, queries, keys, prefix_len, in_units(q.dtype, scale))
 
     aligned, strides = layout(grad_out, q, k, v, out, grad_q)
-    config = configs.pick("flash_attention_grad_q", TYPES[q.dtype], size_class(head_dim))
+    config = pick("flash_attention_grad_q", TYPES[q.dtype], size_class(head_dim))
     grid = batch * heads * cdiv(queries, config.blocks["BLOCK_QUERIES"])
     if grid:
         flash_attention_grad_q[(grid,)](
@@ -78,7 +78,7 @@ def _gradients(grad_out, q, k, v, out, lse, causal, prefix_len, scale, grads):
         )  # fmt: skip
 
     aligned, strides = layout(grad_out, q, k, v, grad_k, grad_v)
-    config = configs.pick("flash_attention_grad_kv", TYPES[q.dtype], size_class(head_dim))
+    config = pick("flash_attention_grad_kv", TYPES[q.dtype], size_class(head_dim))
     grid = batch * heads * cdiv(keys, config.blocks["BLOCK_KEYS"])
     if grid:
         flash_attention_grad_kv[(grid,)](

@@ -1,6 +1,6 @@
 """Tiles of attention: rows of q, k, v and their gradients, what a query sees, and how a launch lays them out.
 
-A head dimension is tiled by two parts, MAIN + REST, each a power of two: 72 and 80 are 64 + 16, 96 is 64 + 32; tiles of such rows are tuples
+A head dimension is tiled by two parts, D0 + D1, each a power of two: 72 and 80 are 64 + 16, 96 is 64 + 32; tiles of such rows are tuples
 of one part or two.
 
 float32 products are three tf32 products, whose operands take two registers a value, and wide heads pass 255 registers by themselves. So there
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from ..lib.common import dot, rounded
-from ..lib.config import ATTENTION_WIDTHS
+from .config import WIDTHS
 
 LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 LN_2: tl.constexpr = tl.constexpr(math.log(2))
@@ -72,15 +72,15 @@ def load(
     stride,
     rows,
     D: tl.constexpr,
-    MAIN: tl.constexpr,
-    REST: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
     ROWS: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):
     """Rows [start, start + ROWS), 0 from row `rows` on if BOUNDED (else there must be no such row)."""
-    main = _load_part(base, start, stride, rows, 0, MAIN, D, ROWS, BOUNDED)
-    if REST > 0:
-        return main, _load_part(base, start, stride, rows, MAIN, REST, D, ROWS, BOUNDED)
+    main = _load_part(base, start, stride, rows, 0, D0, D, ROWS, BOUNDED)
+    if D1 > 0:
+        return main, _load_part(base, start, stride, rows, D0, D1, D, ROWS, BOUNDED)
     else:
         return (main,)
 
@@ -92,44 +92,44 @@ def store_part(value, base, start, stride, rows, FIRST: tl.constexpr, D: tl.cons
 
 
 @triton.jit
-def zeros(ROWS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr):
-    main = tl.zeros([ROWS, MAIN], tl.float32)
-    if REST > 0:
-        return main, tl.zeros([ROWS, REST], tl.float32)
+def zeros(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    main = tl.zeros([ROWS, D0], tl.float32)
+    if D1 > 0:
+        return main, tl.zeros([ROWS, D1], tl.float32)
     else:
         return (main,)
 
 
 @triton.jit
-def scaled(tile, factor, REST: tl.constexpr):
-    if REST > 0:
+def scaled(tile, factor, D1: tl.constexpr):
+    if D1 > 0:
         return tile[0] * factor, tile[1] * factor
     else:
         return (tile[0] * factor,)
 
 
 @triton.jit
-def held(
+def operand(
     base, start, stride, rows, factor,
-    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, BOUNDED: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """Rows as products take them: a tile or, if those go by STEP columns, the place of rows that count times `factor` in float32."""
     if STEP > 0:
         return base, start, stride, rows, factor
     else:
-        return load(base, start, stride, rows, D, MAIN, REST, ROWS, BOUNDED)
+        return load(base, start, stride, rows, D, D0, D1, ROWS, BOUNDED)
 
 
 @triton.jit
-def whole(
-    x, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, BOUNDED: tl.constexpr
+def load_tile(
+    x, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, BOUNDED: tl.constexpr
 ):
-    """The tile of what `held` gave."""
+    """The tile of what `operand` gave."""
     if STEP > 0:
         base, start, stride, rows, factor = x
-        tile = load(base, start, stride, rows, D, MAIN, REST, ROWS, BOUNDED)
+        tile = load(base, start, stride, rows, D, D0, D1, ROWS, BOUNDED)
         if base.dtype.element_ty == tl.float32:
-            tile = scaled(tile, factor, REST)
+            tile = scaled(tile, factor, D1)
         return tile
     else:
         return x
@@ -152,8 +152,8 @@ def _columns(x, first, D: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def over_columns(a, b, D: tl.constexpr, REST: tl.constexpr, STEP: tl.constexpr, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr):
-    """a b^T of what `held` gave. Parts are summed by themselves where they are loaded by themselves: long chains lose digits of float32."""
+def dot_qk(a, b, D: tl.constexpr, D1: tl.constexpr, STEP: tl.constexpr, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr):
+    """a b^T of what `operand` gave. Parts are summed by themselves where they are loaded by themselves: long chains lose digits of float32."""
     nothing = tl.zeros([A_ROWS, B_ROWS], tl.float32)
     if STEP > 0:
         c = nothing
@@ -161,16 +161,16 @@ def over_columns(a, b, D: tl.constexpr, REST: tl.constexpr, STEP: tl.constexpr, 
             c += dot(_columns(a, first, D, STEP, A_ROWS), tl.trans(_columns(b, first, D, STEP, B_ROWS)), nothing)
     else:
         c = dot(a[0], tl.trans(b[0]), nothing)
-        if REST > 0:
+        if D1 > 0:
             c = dot(a[1], tl.trans(b[1]), c)
     return c
 
 
 @triton.jit
-def over_rows(a, b, c, REST: tl.constexpr):
+def dot_pv(a, b, c, D1: tl.constexpr):
     """a b + c."""
     main = dot(a, b[0], c[0])
-    if REST > 0:
+    if D1 > 0:
         return main, dot(a, b[1], c[1])
     else:
         return (main,)
@@ -186,49 +186,49 @@ def visible_keys(row, queries, keys, prefix_len, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(scores, largest, total, scale, EXACT: tl.constexpr, POSITIVE: tl.constexpr):
-    """Exponentials of the scores of further keys, the factor of all before them, and the largest score and sum with them.
+def softmax_step(scores, m_i, l_i, scale, EXACT: tl.constexpr, POSITIVE: tl.constexpr):
+    """Exponentials of the scores of further keys, the factor of all before them, and the m_i score and sum with them.
 
-    EXACT: scores as they are, by exp; else by exp2 in units of log 2, where POSITIVE says that scores and the largest are unscaled, scale over 0.
+    EXACT: scores as they are, by exp; else by exp2 in units of log 2, where POSITIVE says that scores and the m_i are unscaled, scale over 0.
     """
-    before = largest
-    largest = tl.maximum(before, tl.max(scores, 1))
+    before = m_i
+    m_i = tl.maximum(before, tl.max(scores, 1))
     # inf - inf would make lse NaN where it has to be inf or -inf.
-    shift = tl.where(tl.abs(largest) == INF, 0.0, largest)
+    shift = tl.where(tl.abs(m_i) == INF, 0.0, m_i)
     if EXACT:
         p = tl.exp(scores - shift[:, None])
-        fade = tl.exp(before - shift)
+        alpha = tl.exp(before - shift)
     elif POSITIVE:
         shift = shift * scale
         p = tl.exp2(tl.fma(scores, scale, -shift[:, None]))
-        fade = tl.exp2(tl.fma(before, scale, -shift))
+        alpha = tl.exp2(tl.fma(before, scale, -shift))
     else:
         p = tl.exp2(scores - shift[:, None])
-        fade = tl.exp2(before - shift)
-    return p, fade, largest, total * fade + tl.sum(p, 1)
+        alpha = tl.exp2(before - shift)
+    return p, alpha, m_i, l_i * alpha + tl.sum(p, 1)
 
 
 def parts(head_dim: int, dtype: str) -> tuple[int, int]:
-    """MAIN and REST, powers of two of at least 16 (REST also 0), that cover the head dimension with the fewest columns.
+    """D0 and D1, powers of two of at least 16 (D1 also 0), that cover the head dimension with the fewest columns.
 
-    In float32 a REST of 32 or 64 is too much beside MAIN for 255 registers.
+    In float32 a D1 of 32 or 64 is too much beside D0 for 255 registers.
     """
     if dtype == "fp32" and head_dim > 128:
         return 128, 128
-    main = max(16, 1 << (max(head_dim, 1).bit_length() - 1))
-    if main >= head_dim:
-        return main, 0
-    rest = max(16, triton.next_power_of_2(head_dim - main))
-    return (2 * main, 0) if rest >= (main if dtype != "fp32" else 32) else (main, rest)
+    d0 = max(16, 1 << (max(head_dim, 1).bit_length() - 1))
+    if d0 >= head_dim:
+        return d0, 0
+    d1 = max(16, triton.next_power_of_2(head_dim - d0))
+    return (2 * d0, 0) if d1 >= (d0 if dtype != "fp32" else 32) else (d0, d1)
 
 
 def size_class(head_dim: int) -> str:
-    """Of configs.TABLE's rows: the narrowest that is as wide as the tiles."""
-    return next(name for name in ATTENTION_WIDTHS if sum(parts(head_dim, "bf16")) <= int(name))
+    """Of TABLE's rows: the narrowest that is as wide as the tiles."""
+    return next(name for name in WIDTHS if sum(parts(head_dim, "bf16")) <= int(name))
 
 
 def step(head_dim: int, dtype: str) -> int:
-    """Columns that a product over columns takes at a time, 0 for all: two whole tiles of float32 or of a wide head pass 255 registers."""
+    """Columns that a product over columns takes at a time, 0 for all: two load_tile tiles of float32 or of a wide head pass 255 registers."""
     columns = sum(parts(head_dim, dtype))
     if dtype == "fp32":
         return 16 if columns % 32 else 32
@@ -236,12 +236,12 @@ def step(head_dim: int, dtype: str) -> int:
 
 
 def constexprs(head_dim: int, dtype: str, causal: bool, aligned: bool) -> dict[str, int | bool]:
-    main, rest = parts(head_dim, dtype)
-    return {"D": head_dim, "MAIN": main, "REST": rest, "STEP": step(head_dim, dtype), "CAUSAL": causal, "ALIGNED": aligned}
+    d0, d1 = parts(head_dim, dtype)
+    return {"D": head_dim, "D0": d0, "D1": d1, "STEP": step(head_dim, dtype), "CAUSAL": causal, "ALIGNED": aligned}
 
 
 def layout(*views: torch.Tensor) -> tuple[bool, list[int]]:
-    """Whether all strides but the last axis's are whole units of 16 bytes, and these strides in those units."""
+    """Whether all strides but the last axis's are load_tile units of 16 bytes, and these strides in those units."""
     unit = 16 // views[0].element_size()
     strides = [stride for view in views for stride in view.stride()[:3]]
     aligned = all(stride % unit == 0 for stride in strides)

@@ -3,7 +3,7 @@
 A descriptor gives 0 for rows and columns beyond a head's, so that no load is masked. Each program writes its own: in those that a host writes,
 which have axes for batch and head too, Triton 3.9 cannot divide q among groups of warps on sm_90.
 
-SPECIALIZED: Triton divides the loop over keys among groups of warps, of which one loads and the others multiply. All keys go through one loop,
+WARP_SPECIALIZED: Triton divides the loop over keys among groups of warps, of which one loads and the others multiply. All keys go through one loop,
 every tile masked, since sm_90 compiles no second loop beside a divided one. There the division takes 4 warps, to which Triton adds 8, and blocks
 of 128 queries, half to each group that multiplies: 8 warps stay undivided, and 64 queries would be computed twice.
 """
@@ -17,82 +17,82 @@ import torch
 import triton
 import triton.language as tl
 
-from ..lib import config as configs
 from ..lib.common import INTERPRETED, rounded
-from .tiles import INF, layout, over_columns, over_rows, scaled, softmax_step
+from ..lib.config import has_tma
+from .tiles import INF, dot_pv, dot_qk, layout, scaled, softmax_step
 
 
 @triton.jit
-def _describe(base, rows, stride, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr):
+def _descriptors(base, rows, stride, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr):
     """Descriptors of a head's rows, one to a part of their columns."""
     stride = stride.to(tl.int64)
-    main = tl.make_tensor_descriptor(base, [rows, D], [stride, 1], [ROWS, MAIN])
-    if REST > 0:
-        return main, tl.make_tensor_descriptor(base, [rows, D], [stride, 1], [ROWS, REST])
+    main = tl.make_tensor_descriptor(base, [rows, D], [stride, 1], [ROWS, D0])
+    if D1 > 0:
+        return main, tl.make_tensor_descriptor(base, [rows, D], [stride, 1], [ROWS, D1])
     else:
         return (main,)
 
 
 @triton.jit
-def _load(described, start, MAIN: tl.constexpr, REST: tl.constexpr):
-    main = described[0].load([start, 0])
-    if REST > 0:
-        return main, described[1].load([start, MAIN])
+def _load(descriptors, start, D0: tl.constexpr, D1: tl.constexpr):
+    main = descriptors[0].load([start, 0])
+    if D1 > 0:
+        return main, descriptors[1].load([start, D0])
     else:
         return (main,)
 
 
 @triton.jit
-def _take(
+def _attend(
     state, q, k, v, scale, visible, first, last,
-    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_KEYS: tl.constexpr, BORDER: tl.constexpr, POSITIVE: tl.constexpr,
-    SPECIALIZED: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_KEYS: tl.constexpr, BORDER: tl.constexpr, POSITIVE: tl.constexpr,
+    WARP_SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
     """Takes keys [first, last) into the state."""
-    out, largest, total = state
-    for start in tl.range(first, last, BLOCK_KEYS, warp_specialize=SPECIALIZED):
-        scores = over_columns(q, _load(k, start, MAIN, REST), D, REST, 0, visible.shape[0], BLOCK_KEYS)
+    out, m_i, l_i = state
+    for start in tl.range(first, last, BLOCK_KEYS, warp_specialize=WARP_SPECIALIZED):
+        scores = dot_qk(q, _load(k, start, D0, D1), D, D1, 0, visible.shape[0], BLOCK_KEYS)
         if not POSITIVE:
             scores = scores * scale
         if BORDER:
             scores = tl.where((start + tl.arange(0, BLOCK_KEYS))[None, :] < visible[:, None], scores, -INF)
-        p, fade, largest, total = softmax_step(scores, largest, total, scale, False, POSITIVE)
-        v_tile = _load(v, start, MAIN, REST)
-        out = over_rows(rounded(p, q[0].dtype), v_tile, scaled(out, fade[:, None], REST), REST)
-    return out, largest, total
+        p, alpha, m_i, l_i = softmax_step(scores, m_i, l_i, scale, False, POSITIVE)
+        v_tile = _load(v, start, D0, D1)
+        out = dot_pv(rounded(p, q[0].dtype), v_tile, scaled(out, alpha[:, None], D1), D1)
+    return out, m_i, l_i
 
 
 @triton.jit
-def attend_described(
+def attend_tma(
     state, q, k, v, q_n, k_n, v_n, scale, visible, start, queries, keys, border, end,
-    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-    POSITIVE: tl.constexpr, SPECIALIZED: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    POSITIVE: tl.constexpr, WARP_SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
-    """Takes keys [0, end), those from `border` on masked, into (out, largest score, sum of exponentials) of the queries from `start` on.
+    """Takes keys [0, end), those from `border` on masked, into (out, m_i score, sum of exponentials) of the queries from `start` on.
 
     q, k, v: the head's first rows; q_n, k_n, v_n: elements from one to the next.
     """
-    q_tile = _load(_describe(q, queries, q_n, D, MAIN, REST, BLOCK_QUERIES), start, MAIN, REST)
-    k = _describe(k, keys, k_n, D, MAIN, REST, BLOCK_KEYS)
-    v = _describe(v, keys, v_n, D, MAIN, REST, BLOCK_KEYS)
-    if SPECIALIZED:
-        return _take(state, q_tile, k, v, scale, visible, 0, end, D, MAIN, REST, BLOCK_KEYS, True, POSITIVE, True)
+    q_tile = _load(_descriptors(q, queries, q_n, D, D0, D1, BLOCK_QUERIES), start, D0, D1)
+    k = _descriptors(k, keys, k_n, D, D0, D1, BLOCK_KEYS)
+    v = _descriptors(v, keys, v_n, D, D0, D1, BLOCK_KEYS)
+    if WARP_SPECIALIZED:
+        return _attend(state, q_tile, k, v, scale, visible, 0, end, D, D0, D1, BLOCK_KEYS, True, POSITIVE, True)
     else:
-        state = _take(state, q_tile, k, v, scale, visible, 0, border, D, MAIN, REST, BLOCK_KEYS, False, POSITIVE, False)
-        return _take(state, q_tile, k, v, scale, visible, border, end, D, MAIN, REST, BLOCK_KEYS, True, POSITIVE, False)
+        state = _attend(state, q_tile, k, v, scale, visible, 0, border, D, D0, D1, BLOCK_KEYS, False, POSITIVE, False)
+        return _attend(state, q_tile, k, v, scale, visible, border, end, D, D0, D1, BLOCK_KEYS, True, POSITIVE, False)
 
 
-def fit(*views: torch.Tensor) -> bool:
-    """Whether descriptors can read the views [B,N,H,D] here: 16-bit rows that lie whole units of 16 bytes apart, from such an address on."""
+def fits(*views: torch.Tensor) -> bool:
+    """Whether descriptors can read the views [B,N,H,D] here: 16-bit rows that lie load_tile units of 16 bytes apart, from such an address on."""
     return (
-        (INTERPRETED or configs.current_architecture() in configs.WITH_DESCRIPTORS)
+        (INTERPRETED or has_tma())
         and views[0].element_size() == 2
         and layout(*views)[0]
         and all(view.numel() and view.data_ptr() % 16 == 0 and view.stride(1) > 0 for view in views)
     )
 
 
-def with_room(launch: Callable[[], object], like: torch.Tensor) -> None:
+def with_workspace(launch: Callable[[], object], like: torch.Tensor) -> None:
     """Launches with room from PyTorch's allocator where programs keep their descriptors: given back in the stream's order, or a CUDA graph's.
 
     In a context of its own, so that a caller's triton.set_allocator stands.

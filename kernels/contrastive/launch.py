@@ -1,23 +1,24 @@
-"""contrastive_loss: launchers of the kernels in rows.py and tiles.py, under the contract of its `_forward_rows`.
+"""contrastive_loss: schedules, and the launches of the kernels in tiles.py and rows.py, under the contract of the operator's `_forward_rows`.
 
-Costs in units of 2 n N D flops (U) and of n N bytes of traffic (V), by schedule:
+Cost in units of 2 n N D flops (U) and of n N bytes of traffic (V), by schedule:
 
-    schedule   forward                     backward                                                          taken for widths D
-    sides      1 U                         2 U per side, its gradient [64, D] in registers: 4 U              up to 256
-    tiles      1 U                         tiles of gradients 1 U, library products 2 U: 3 U, 6 V in bf16    up to 2048, and float32
-    library    1 U (the library's), 8 V    3 U (the library's), 14 V in bf16                                 beyond
+    schedule   forward                backward                                                          taken for widths D
+    fused      1 U                    2 U per side, whose gradient [64, D] stays in registers: 4 U      up to 256
+    chunked    1 U                    tiles of gradients 1 U, cuBLAS products 2 U: 3 U, 6 V in bf16     up to 2048, and float32
+    cublas     1 U (cuBLAS), 8 V      3 U (cuBLAS), 14 V in bf16                                        beyond
 
-For N = 32768 pairs on an H100 (2 D TFLOP/1000 and 1.1 GB per V; Triton's products taken as 550 TFLOP/s, the library's as 700, 3.3 TB/s; estimates, not
-measurements): D = 256: sides 5 ms, tiles 6; D = 768: tiles 11 ms, library 14, sides with D in blocks 27; D = 4096: library 57 ms, tiles 59.
+For N = 32768 pairs on an H100 (2 D TFLOP/1000 and 1.1 GB per V; Triton's products taken as 550 TFLOP/s, cuBLAS's as 700, 3.3 TB/s; estimates, not
+measurements): D = 256: fused 5 ms, chunked 6; D = 768: chunked 11 ms, cublas 14, fused with D in blocks 27; D = 4096: cublas 57 ms, chunked 59.
+On ROCm "cuBLAS" is hipBLASLt.
 
-sides and tiles never write a logit. tiles and library take rows in chunks, whose gradients (in the features' dtype) and logits
-(library: float32, replaced by their gradients where those are float32 too) are all that exists of the N x N matrix: CHUNK_PAIRS numbers. In all three
-the columns' (max, sum) come from one sweep over tiles, one pair per strip of rows, merged in order.
+fused and chunked never write a logit. chunked and cublas work on chunks of rows: the gradients of a chunk, in the features' dtype, and its logits
+(cublas: float32, overwritten by their gradients where those are float32 too) are all that exists of the N x N matrix, CHUNK_PAIRS numbers at most.
+In all three the columns' (max, sum) come from one sweep over tiles, one pair per strip of rows, merged in order.
 
-What 16-bit gradients lose by rounding is summed in float32 per row and column and put back along the mean of the unit rows they are
-multiplied by: where features are alike the products nearly cancel, and the errors would not. Up to FEW columns, where errors
-don't average out, 16-bit features become float32. float16 has no range for gradients by logits: its rows are
-scaled to norms in [1/2, 1) by powers of two, and the gradients to a weight of GAIN.
+What 16-bit gradients lose to rounding is summed in float32 per row and column and restored along the mean of the unit rows by which they are
+multiplied: where features are alike the products nearly cancel, and rounding errors would not. Up to FEW columns errors do not average out, so 16-bit
+features become float32. float16 has no range for gradients by logits: its rows are scaled to norms in [1/2, 1) by powers of two, and the gradients
+by GAIN.
 """
 
 from __future__ import annotations
@@ -28,26 +29,24 @@ import torch
 import triton
 from torch import Tensor
 
-from ..lib import config as configs
 from ..lib.common import TYPES, cdiv
+from ..lib.config import pick
 from ..lib.products import add_product, room_for_rows
+from .config import FEW, GAIN, SCHEDULES
 from .rows import contrastive_features, contrastive_merge, contrastive_project
 from .tiles import contrastive_gradients, contrastive_side, contrastive_statistics
 
-FEW = 512
 CHUNK_PAIRS = 2**26
 STRIPS = 256
 """Most tiles of rows in one launch of the forward: so many (max, sum) are kept per column."""
 PROGRAMS = 512
 """A launch of the forward with fewer tiles of rows splits the columns."""
-GAIN = 256.0
 
 
 def schedule(rows: int, width: int, dtype: str) -> str:
     """Name of the schedule, from the table."""
     size = "huge" if width > 2048 else "wide" if width > 256 or rows < 8192 else "narrow"
-    table = configs.CONTRASTIVE_SCHEDULES
-    return table.get((dtype, size)) or table["any", size]
+    return SCHEDULES.get((dtype, size)) or SCHEDULES["any", size]
 
 
 @dataclass
@@ -73,7 +72,7 @@ def _features(x: Tensor, units: bool, for_gradients: bool = False) -> Features:
         wide = x.float()
         post = torch.exp2(-torch.frexp(torch.linalg.vector_norm(wide, dim=1)).exponent.float())
         x = (wide * post[:, None]).half()
-    config = configs.pick("contrastive_features", TYPES[x.dtype])
+    config = pick("contrastive_features", TYPES[x.dtype])
     programs = cdiv(rows, config.blocks["BLOCK_R"])
     norm, inverse = x.new_empty((2, rows), dtype=torch.float32)
     values = x.new_empty((rows, width), dtype=torch.float32) if units else x
@@ -85,7 +84,7 @@ def _features(x: Tensor, units: bool, for_gradients: bool = False) -> Features:
     if units:
         ones = torch.ones_like(norm)
         return Features(values, ones, ones, inverse, None)
-    # A sum along an axis runs in an order that follows from the shape.
+    # PyTorch sums along an axis in an order that depends on the shape alone.
     mean = parts.sum(0) / max(rows, 1) if for_gradients else None
     return Features(values, norm, inverse, torch.ones_like(norm) if post is None else post, mean)
 
@@ -102,28 +101,28 @@ def forward_rows(
     sigmoid, units = kind == "sigmoid", _as_units(image, text)
     x, y = _features(image, units), _features(text, units)
     dtype = TYPES[x.values.dtype]
-    library = schedule(n, width, dtype) == "library"
-    config = configs.pick("contrastive_statistics", dtype, "library" if library else "any")
+    cublas = schedule(n, width, dtype) == "cublas"
+    config = pick("contrastive_statistics", dtype, "cublas" if cublas else "any")
     column_tiles = cdiv(N, config.blocks["BLOCK_N"])
-    size = min(STRIPS * config.blocks["BLOCK_M"], _chunk_rows(N) if library else n) or 1
+    size = min(STRIPS * config.blocks["BLOCK_M"], _chunk_rows(N) if cublas else n) or 1
     segment = cdiv(max(column_tiles, 1), max(1, PROGRAMS // cdiv(size, config.blocks["BLOCK_M"])))
     segments = cdiv(column_tiles, segment)
     row_parts = scale.new_empty((segments, n) if sigmoid else (segments, 2, n))
     columns = torch.stack([scale.new_full((N,), -torch.inf), scale.new_zeros(N)])
     own = scale.new_empty(n)
     bias = torch.zeros_like(scale) if bias is None else bias
-    products = room_for_rows(scale, min(size, n), N, torch.float32) if library else scale
+    products = room_for_rows(scale, min(size, n), N, torch.float32) if cublas else scale
     for start in range(0, n, size):
         chunk = slice(start, min(start + size, n))
         strips = cdiv(chunk.stop - start, config.blocks["BLOCK_M"])
         column_parts = scale.new_empty(0 if sigmoid else (strips, 2, N))
-        if library:
+        if cublas:
             add_product(products[: chunk.stop - start], x.values[chunk], y.values.T, first=True)
         contrastive_statistics[(strips, segments)](
             x.values[chunk], y.values, products, x.inverse[chunk], y.inverse, scale, bias,
             row_parts[..., chunk], column_parts, own[chunk], x.values.stride(0), y.values.stride(0),
-            products.stride(0) if library else 0, n, chunk.stop - start, N, width, offset + start, segment,
-            SIGMOID=sigmoid, LIBRARY=library, **config.options,
+            products.stride(0) if cublas else 0, n, chunk.stop - start, N, width, offset + start, segment,
+            SIGMOID=sigmoid, CUBLAS=cublas, **config.options,
         )  # fmt: skip
         if not sigmoid:
             _merge(column_parts, columns, first=start == 0, log=False)
@@ -137,7 +136,7 @@ def forward_rows(
 def _merge(parts, state, *, first, log):
     size = parts.shape[2]
     if size:
-        config = configs.pick("contrastive_merge", "fp32")
+        config = pick("contrastive_merge", "fp32")
         grid = (cdiv(size, config.blocks["BLOCK"]),)
         contrastive_merge[grid](parts, state, len(parts), size, FIRST=first, LOG=log, **config.options)
 
@@ -169,8 +168,8 @@ def backward_rows(
         r=r, c=c, weights=_Weights.of(row_weight, column_weight), need_image=need_image, need_text=need_text,
     )  # fmt: skip
     name = schedule(n, width, TYPES[problem.dtype])
-    by_x, x_error, by_y, y_error, sums = problem.by_sides() if name == "sides" else problem.by_chunks(name == "library")
-    # In the order that follows from the shape.
+    by_x, x_error, by_y, y_error, sums = problem.fused() if name == "fused" else problem.chunked(name == "cublas")
+    # PyTorch sums along an axis in an order that depends on the shape alone.
     sums = sums.sum(1) * problem.weights.unit
     by_scale = sums[0] + problem.center * sums[1] if problem.total else sums[0]
     factor = (scale * problem.weights.unit / problem.gain).reshape(1)
@@ -190,7 +189,7 @@ def _project(grad, original, features, error, mean, factor, through_norm, dtype)
     # A rank's part of a larger sum would keep all of it alive.
     in_place = dtype == grad.dtype and grad.untyped_storage().nbytes() == grad.nbytes
     out = grad if in_place else torch.empty_like(grad, dtype=dtype)
-    config = configs.pick("contrastive_project", TYPES[original.dtype])
+    config = pick("contrastive_project", TYPES[original.dtype])
     if out.numel():
         contrastive_project[(cdiv(rows, config.blocks["BLOCK_R"]),)](
             grad, original, error, mean, factor, None if features is None else features.post, out, original.stride(0),
@@ -250,8 +249,8 @@ class _Backward:
     def dtype(self):
         return self.x.values.dtype
 
-    def by_sides(self):
-        """(grad of x's rows, their error, of y's rows, their error, sums): one kernel per side."""
+    def fused(self):
+        """(grad of x's rows, their rounding error, of y's rows, theirs, sums): one kernel per side."""
         by_x, x_error, sums = self._side(False, self.need_image)
         by_y, y_error, _ = self._side(True, True) if self.need_text else (None, None, None)
         return by_x, x_error, by_y, y_error, sums
@@ -259,7 +258,7 @@ class _Backward:
     def _side(self, swapped, store):
         x, y, r, c = (self.y, self.x, self.c, self.r) if swapped else (self.x, self.y, self.r, self.c)
         (n, width), N = x.values.shape, len(y.values)
-        config = configs.pick("contrastive_side", TYPES[self.dtype])
+        config = pick("contrastive_side", TYPES[self.dtype])
         programs = cdiv(n, config.blocks["BLOCK_M"])
         grad = self.scale.new_empty((n, width)) if store else self.scale
         error = self.scale.new_empty(n) if store and self.rounds else None
@@ -272,17 +271,17 @@ class _Backward:
         )  # fmt: skip
         return grad if store else None, error, sums
 
-    def by_chunks(self, library):
-        """The same: gradients of a chunk of rows, which two library products take."""
+    def chunked(self, cublas):
+        """The same: the gradients of a chunk of rows at a time, as operands of two cuBLAS products."""
         (n, width), N = self.x.values.shape, len(self.y.values)
-        config = configs.pick("contrastive_gradients", TYPES[self.dtype], "library" if library else "any")
+        config = pick("contrastive_gradients", TYPES[self.dtype], "cublas" if cublas else "any")
         block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
         size = min(cdiv(_chunk_rows(N), block_m) * block_m, n)
         tiles = cdiv(N, block_n)
         new = self.scale.new_empty
         store = self.need_image or self.need_text
-        products = room_for_rows(self.scale, size, N, torch.float32) if library else self.scale.reshape(1, 1)
-        room = products if library and not self.rounds else room_for_rows(self.scale, size if store else 0, N, self.dtype)
+        products = room_for_rows(self.scale, size, N, torch.float32) if cublas else self.scale.reshape(1, 1)
+        room = products if cublas and not self.rounds else room_for_rows(self.scale, size if store else 0, N, self.dtype)
         by_x = new((n, width)) if self.need_image else None
         by_y = new((N, width)) if self.need_text else None
         row_error = new(n) if self.rounds else None
@@ -292,7 +291,7 @@ class _Backward:
             chunk = slice(start, min(start + size, n))
             rows = chunk.stop - start
             strips = cdiv(rows, block_m)
-            if library:
+            if cublas:
                 add_product(products[:rows], self.x.values[chunk], self.y.values.T, first=True)
             part_sums = sums.new_empty((len(sums), strips * tiles))
             row_part, column_part = (new((tiles, rows)), new((strips, N))) if self.rounds else (self.scale, self.scale)
@@ -302,7 +301,7 @@ class _Backward:
                 self.scale, self.bias, *r, *self.c, self.weights.row, self.center,
                 room, row_part, column_part, part_sums,
                 self.x.values.stride(0), self.y.values.stride(0), products.stride(0), room.stride(0), rows, N, width, self.offset + start,
-                GAIN=self.gain, SIGMOID=self.sigmoid, TOTAL=self.total, LIBRARY=library, STORE=store, **config.options,
+                GAIN=self.gain, SIGMOID=self.sigmoid, TOTAL=self.total, CUBLAS=cublas, STORE=store, **config.options,
             )  # fmt: skip
             sums += part_sums.sum(1, keepdim=True)
             if self.rounds and store:

@@ -65,21 +65,21 @@ def contrastive_merge(parts, state, count, size, FIRST: tl.constexpr, LOG: tl.co
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = j < size
     if FIRST:
-        largest = tl.full((BLOCK,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK,), tl.float32)
+        m_i = tl.full((BLOCK,), float("-inf"), tl.float32)
+        l_i = tl.zeros((BLOCK,), tl.float32)
     else:
-        largest = tl.load(state + j, mask=inside, other=0.0)
-        total = tl.load(state + size + j, mask=inside, other=0.0)
+        m_i = tl.load(state + j, mask=inside, other=0.0)
+        l_i = tl.load(state + size + j, mask=inside, other=0.0)
     part = parts + j
     for _ in range(0, count):
-        part_largest = tl.load(part, mask=inside, other=0.0)
-        part_total = tl.load(part + size, mask=inside, other=0.0)
-        before = largest
-        largest = tl.maximum(before, part_largest)
-        total = total * tl.exp(before - largest) + part_total * tl.exp(part_largest - largest)
+        part_m = tl.load(part, mask=inside, other=0.0)
+        part_l = tl.load(part + size, mask=inside, other=0.0)
+        before = m_i
+        m_i = tl.maximum(before, part_m)
+        l_i = l_i * tl.exp(before - m_i) + part_l * tl.exp(part_m - m_i)
         part += 2 * size
-    tl.store(state + j, largest, mask=inside)
-    tl.store(state + size + j, tl.log(total) if LOG else total, mask=inside)
+    tl.store(state + j, m_i, mask=inside)
+    tl.store(state + size + j, tl.log(l_i) if LOG else l_i, mask=inside)
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 Rows i < n of x meet rows j < N of y; the pair of row i is j = i + offset. What lies outside has a logit of -inf: adding 0 or -inf
 to s <a_i, b_j> masks it, and rounds the product, fused or not, before anything is subtracted from it. A tile's cosines are x_i y_j times 1/|x_i| and 1/|y_j| in
-float32 (or ones, for unit rows), or come from a buffer of products that the library made (LIBRARY). All kernels take them in
+float32 (or ones, for unit rows), or come from a buffer of cuBLAS products (CUBLAS). All kernels take them in
 the same steps of BLOCK_K and multiply in the same order, so that the backward meets the forward's logits to the bit.
 """
 
@@ -15,12 +15,12 @@ from ..lib.common import dot
 @triton.jit
 def _cosines(
     x, y, products, x_inverse, y_inverse, i, j, x_stride, y_stride, products_stride, n, N, width,
-    LIBRARY: tl.constexpr, SWAPPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    CUBLAS: tl.constexpr, SWAPPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_M, BLOCK_N] of rows i and j; 0 outside. SWAPPED: x is the text."""
     by_row = tl.load(x_inverse + i, mask=i < n, other=0.0)[:, None]
     by_column = tl.load(y_inverse + j, mask=j < N, other=0.0)[None, :]
-    if LIBRARY:
+    if CUBLAS:
         pointers = products + i[:, None].to(tl.int64) * products_stride + j[None, :]
         tile = tl.load(pointers, mask=(i < n)[:, None] & (j < N)[None, :], other=0.0)
     else:
@@ -72,7 +72,7 @@ def contrastive_statistics(
     offset,
     segment,
     SIGMOID: tl.constexpr,
-    LIBRARY: tl.constexpr,
+    CUBLAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -87,8 +87,8 @@ def contrastive_statistics(
     end = tl.minimum(first + segment * BLOCK_N, N)
     s = tl.load(scale)
     t = tl.load(bias)
-    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
     own_logit = tl.zeros((BLOCK_M,), tl.float32)
     first_own = tl.program_id(0) * BLOCK_M + offset
     own_column = tl.where(i < n, i + offset, -1)
@@ -96,32 +96,32 @@ def contrastive_statistics(
         j = start + tl.arange(0, BLOCK_N)
         cosines = _cosines(
             x, y, products, x_inverse, y_inverse, i, j, x_stride, y_stride, products_stride, n, N, width,
-            LIBRARY, False, BLOCK_M, BLOCK_N, BLOCK_K,
+            CUBLAS, False, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         has_own = (start < first_own + BLOCK_M) & (start + BLOCK_N > first_own)
         if SIGMOID:
             z = (s * cosines + t) + _outside(j, N)[None, :]
             if has_own:
                 z = tl.where(own_column[:, None] == j[None, :], -z, z)
-            total += tl.sum(_softplus(z), 1)
+            l_i += tl.sum(_softplus(z), 1)
         else:
             z = (s * cosines + _outside(i, n)[:, None]) + _outside(j, N)[None, :]
             if has_own:
                 own_logit += tl.sum(tl.where(own_column[:, None] == j[None, :], z, 0.0), 1)
-            before = largest
-            largest = tl.maximum(before, tl.max(z, 1))
-            total = total * tl.exp(before - largest) + tl.sum(tl.exp(z - largest[:, None]), 1)
-            column_largest = tl.max(z, 0)
-            column_total = tl.sum(tl.exp(z - column_largest[None, :]), 0)
+            before = m_i
+            m_i = tl.maximum(before, tl.max(z, 1))
+            l_i = l_i * tl.exp(before - m_i) + tl.sum(tl.exp(z - m_i[:, None]), 1)
+            m_j = tl.max(z, 0)
+            l_j = tl.sum(tl.exp(z - m_j[None, :]), 0)
             column = column_parts + tl.program_id(0).to(tl.int64) * 2 * N + j
-            tl.store(column, column_largest, mask=j < N)
-            tl.store(column + N, column_total, mask=j < N)
+            tl.store(column, m_j, mask=j < N)
+            tl.store(column + N, l_j, mask=j < N)
     if SIGMOID:
-        tl.store(row_parts + tl.program_id(1).to(tl.int64) * row_parts_stride + i, total, mask=i < n)
+        tl.store(row_parts + tl.program_id(1).to(tl.int64) * row_parts_stride + i, l_i, mask=i < n)
     else:
         row = row_parts + tl.program_id(1).to(tl.int64) * 2 * row_parts_stride + i
-        tl.store(row, largest, mask=i < n)
-        tl.store(row + row_parts_stride, total, mask=i < n)
+        tl.store(row, m_i, mask=i < n)
+        tl.store(row + row_parts_stride, l_i, mask=i < n)
         tl.store(own + i, own_logit, mask=(own_column >= first) & (own_column < end))
 
 
@@ -186,7 +186,7 @@ def contrastive_gradients(
     GAIN: tl.constexpr,
     SIGMOID: tl.constexpr,
     TOTAL: tl.constexpr,
-    LIBRARY: tl.constexpr,
+    CUBLAS: tl.constexpr,
     STORE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -203,14 +203,14 @@ def contrastive_gradients(
     j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     cosines = _cosines(
         x, y, products, x_inverse, y_inverse, i, j, x_stride, y_stride, products_stride, n, N, width,
-        LIBRARY, False, BLOCK_M, BLOCK_N, BLOCK_K,
+        CUBLAS, False, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     g = _by_logit(
         cosines, tl.load(scale), tl.load(bias), row_max, row_factor, column_max, column_factor, tl.load(own_weight), i, j, n, N,
         offset, tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N, SIGMOID, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    # Terms cancel.
+    # Accumulate in float64: terms cancel.
     tl.store(sums + tile, tl.sum(tl.sum(g * (cosines - tl.load(center)), 1).to(tl.float64), 0))
     if TOTAL:
         tl.store(sums + tl.num_programs(0) * tl.num_programs(1) + tile, tl.sum(tl.sum(g, 1).to(tl.float64), 0))
@@ -219,7 +219,7 @@ def contrastive_gradients(
         by_column = tl.load(y_inverse + j, mask=j < N, other=0.0)[None, :]
         g = g * by_row * by_column * GAIN
         rounded = g.to(gradients.dtype.element_ty)
-        if LIBRARY:
+        if CUBLAS:
             tl.debug_barrier()  # products may be the same buffer
         pointers = gradients + i[:, None].to(tl.int64) * gradients_stride + j[None, :]
         tl.store(pointers, rounded, mask=(i < n)[:, None] & (j < N)[None, :])
@@ -278,7 +278,7 @@ def contrastive_side(
     middle = tl.load(center)
     d = tl.arange(0, BLOCK_D)
     by_row = tl.load(x_inverse + i, mask=i < n, other=0.0)[:, None]
-    total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     error = tl.zeros((BLOCK_M,), tl.float32)
     by_scale = tl.zeros((BLOCK_M,), tl.float64)
     total_gradient = tl.zeros((BLOCK_M,), tl.float64)
@@ -304,10 +304,10 @@ def contrastive_side(
                 error += tl.sum((g - rounded.to(tl.float32)) * by_column, 1)
             pointers = y + j[:, None].to(tl.int64) * y_stride + d[None, :]
             b = tl.load(pointers, mask=(j < N)[:, None] & (d < width)[None, :], other=0.0)
-            total = dot(rounded, b, total)
+            acc = dot(rounded, b, acc)
     if STORE:
         pointers = grad + i[:, None].to(tl.int64) * width + d[None, :]
-        tl.store(pointers, total, mask=(i < n)[:, None] & (d < width)[None, :])
+        tl.store(pointers, acc, mask=(i < n)[:, None] & (d < width)[None, :])
         if y.dtype.element_ty != tl.float32:
             tl.store(row_error + i, error, mask=i < n)
     if SCALARS:

@@ -5,13 +5,15 @@ A kernel of linear.py or mlp.py is these plus its own epilogue.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import config as configs
 from .common import TYPES, cdiv, dot, rounded
+from .config import ANY, ARCHITECTURES, Config, Key, pick
 from .rows import Rows
 
 
@@ -70,9 +72,30 @@ def size_class(rows: int, columns: int) -> str:
     return "small" if cdiv(rows, 128) * cdiv(columns, 128) < 128 else "large"
 
 
-def configure(kernel: str, dtype: torch.dtype, rows: int, columns: int) -> tuple[configs.Config, tuple[int]]:
+def product_rows(large: Config, hopper: Config, blackwell: Config, **more: int) -> dict[Key, Config]:
+    """Rows of a tiled product. float32 multiplies in three tf32 products, which fill the registers of small tiles; MI300 has 64 KiB to share."""
+    narrow = {"BLOCK_M": 64, "BLOCK_N": 64, "GROUP": 8, **more}
+    return {
+        (ANY, "large", ANY): large,
+        (ANY, "large", "sm_90"): hopper,
+        (ANY, "large", "sm_100"): blackwell,
+        (ANY, "large", "gfx942"): replace(large, stages=2),
+        (ANY, "small", ANY): Config({**narrow, "BLOCK_K": 64}, warps=4, stages=3),
+        **{
+            ("fp32", size, a): Config({**narrow, "BLOCK_K": 32}, warps=4, stages=3)
+            for size in ("large", "small")
+            for a in ARCHITECTURES
+        },
+    }
+
+
+def square(depth: int, **more: int) -> Config:
+    return Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": depth, "GROUP": 8, **more}, warps=8, stages=4)
+
+
+def configure(kernel: str, dtype: torch.dtype, rows: int, columns: int) -> tuple[Config, tuple[int]]:
     """The kernel's row of the table for a result [rows, columns], and its grid."""
-    config = configs.pick(kernel, TYPES[dtype], size_class(rows, columns))
+    config = pick(kernel, TYPES[dtype], size_class(rows, columns))
     return config, (cdiv(rows, config.blocks["BLOCK_M"]) * cdiv(columns, config.blocks["BLOCK_N"]),)
 
 

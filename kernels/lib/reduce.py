@@ -11,9 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import config as configs
 from .common import TYPES, cdiv, rounded
+from .config import ANY, TABLE, Config, pick
 from .rows import Rows, row_offsets, rows
+
+TABLE["column_partials"] = {(ANY, ANY, ANY): Config({"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 256}, warps=4, stages=1)}
+TABLE["column_merge"] = {(ANY, ANY, ANY): Config({"BLOCK_PARTS": 128, "BLOCK_COLUMNS": 32}, warps=8, stages=1)}
+TABLE["merge_splits"] = {(ANY, ANY, ANY): Config({"BLOCK": 1024}, warps=4, stages=1)}
+
 
 STRIPS = 512
 """At most so many programs share the rows: enough to fill a chip, few enough that the partial sums stay small traffic. Not read from the device."""
@@ -101,7 +106,7 @@ def sum_batches(x_BND: Tensor) -> Tensor:
 
 
 def _sum_strips(x: Rows, partials: Tensor, strips: int, length: int) -> None:
-    config = configs.pick("column_partials", TYPES[x.tensor.dtype])
+    config = pick("column_partials", TYPES[x.tensor.dtype])
     grid = (strips * cdiv(x.width, config.blocks["BLOCK_COLUMNS"]),)
     _column_partials[grid](*x.arguments, partials, x.count, x.width, length, **config.options)
 
@@ -111,7 +116,7 @@ def merge(partials: Tensor, first: Tensor, second: Tensor | None = None) -> None
     _, parts, width = partials.shape
     if width == 0:
         return
-    config = configs.pick("column_merge", "fp32")
+    config = pick("column_merge", "fp32")
     grid = cdiv(width, config.blocks["BLOCK_COLUMNS"]), 1 if second is None else 2
     _column_merge[grid](partials, first, second, parts, width, **config.options)
 
@@ -126,6 +131,6 @@ def splits_of(rows: int, block: int, tiles: int, programs: int = 256) -> tuple[i
 
 def sum_splits(partials: Tensor, out: Tensor) -> None:
     """out = sum of partials [splits, *out.shape], float32, over splits."""
-    config = configs.pick("merge_splits", TYPES[out.dtype])
+    config = pick("merge_splits", TYPES[out.dtype])
     grid = (cdiv(out.numel(), config.blocks["BLOCK"]),)
     merge_splits[grid](partials, out, out.numel(), partials.shape[0], **config.options)

@@ -91,13 +91,13 @@ def test_attention_of_a_library(library, sample):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 72, 128])
-@pytest.mark.parametrize("way", ["descriptors", "specialised"])
+@pytest.mark.parametrize("way", ["tma", "warp-specialized"])
 def test_attention_through_descriptors(way, head_dim, causal, dtype):
     """What `ov3fast tune` may turn on: parity, the same bits every time, and in a captured graph."""
     from ov3fast.kernels.attention.tiles import size_class
     from ov3fast.kernels.lib.common import TYPES
 
-    if configs.current_architecture() not in configs.WITH_DESCRIPTORS:
+    if configs.current_architecture() not in configs.WITH_TMA:
         pytest.skip("this GPU has no tensor descriptors")
     name, size = "flash_attention_forward", size_class(head_dim)
     row = configs.pick(name, TYPES[dtype], f"{size} {way}", configs.current_architecture())

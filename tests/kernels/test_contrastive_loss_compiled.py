@@ -12,9 +12,9 @@ FORWARD, BACKWARD = over_ranks(contrastive_loss.forward_rows, contrastive_loss.b
 PAIRS, WIDTH = 139, 72
 
 
-@pytest.fixture(params=["sides", "tiles", "library"])
+@pytest.fixture(params=["fused", "chunked", "cublas"])
 def schedule(request, monkeypatch):
-    """Each schedule at a small size; tiles and library in two chunks of rows."""
+    """Each schedule at a small size; chunked and cublas in two chunks of rows."""
     monkeypatch.setattr(contrastive_loss, "schedule", lambda *_: request.param)
     monkeypatch.setattr(contrastive_loss, "FEW", 0)
     monkeypatch.setattr(contrastive_loss, "CHUNK_PAIRS", 128 * PAIRS)
@@ -55,7 +55,7 @@ def test_both_ways(schedule, kind, dtype, target):
     ours, reports = in_any_order(both_ways, *arguments, target=target)
     check(ours, arguments)
     products = [report for report in reports if report.mma]
-    assert len(products) == {"sides": 3, "tiles": 3, "library": 0}[schedule]
+    assert len(products) == {"fused": 3, "chunked": 3, "cublas": 0}[schedule]
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
@@ -69,7 +69,7 @@ def test_float32(schedule, kind):
 def test_one_pair_has_no_gradient(monkeypatch, dtype):
     """The backward meets the forward's logit to the bit."""
     monkeypatch.setattr(contrastive_loss, "FEW", 0)
-    for name in ("sides", "tiles"):
+    for name in ("fused", "chunked"):
         monkeypatch.setattr(contrastive_loss, "schedule", lambda *_, name=name: name)
         with on_ptx():
             loss, by_image, by_text, by_scale = both_ways(*inputs("softmax", dtype, 1, 37), "softmax")

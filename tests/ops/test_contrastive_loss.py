@@ -219,7 +219,7 @@ def test_features_that_are_alike(rounded_gradients, spread):
 
 @pytest.mark.skipif(not triton.INTERPRETED, reason="the Triton kernels have schedules")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("schedule", ["sides", "tiles", "library"])
+@pytest.mark.parametrize("schedule", ["fused", "chunked", "cublas"])
 def test_schedules(rounded_gradients, monkeypatch, schedule, kind):
     kernels = importlib.import_module("ov3fast.kernels.contrastive.launch")
     monkeypatch.setattr(kernels, "schedule", lambda *_: schedule)

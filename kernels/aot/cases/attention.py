@@ -7,8 +7,8 @@ import functools
 from ...attention.backward import flash_attention_grad_kv, flash_attention_grad_q
 from ...attention.forward import flash_attention_forward
 from ...attention.tiles import constexprs, size_class, step
-from ...lib import config as configs
 from ...lib.common import cdiv
+from ...lib.config import ARCHITECTURES, WITH_TMA, pick
 from ..catalog import SIZES, Entry, Work, argument_types
 
 
@@ -16,7 +16,7 @@ def traffic(
     kernel: str, dtype: str, batch: int, queries: int, keys: int, heads: int, head_dim: int, causal: bool, prefix_len: int
 ) -> int:
     """Bytes that a launch moves with the blocks of sm_80. What several programs read counts each time: most of that comes from the L2 cache."""
-    config = configs.pick(kernel, dtype, size_class(head_dim), "sm_80")
+    config = pick(kernel, dtype, size_class(head_dim), "sm_80")
     block_queries, block_keys = config.blocks["BLOCK_QUERIES"], config.blocks["BLOCK_KEYS"]
     row = head_dim * SIZES[dtype]
     numbers = 4 * (3 if dtype == "fp32" else 2)  # of a query in the backward: lse, delta and perhaps weight
@@ -59,7 +59,7 @@ def _work(kernel: str, head_dim: int, causal: bool, dtype: str) -> Work:
     return Work(flops, traffic(kernel, dtype, _BATCH, _LENGTH, _LENGTH, _HEADS, head_dim, causal, 0))
 
 
-_OWN_DESCRIPTOR = "the exchange with which a program writes down a descriptor of its own"
+_SETUP = "TMA descriptor setup"
 
 
 def _entry(kernel, head_dim: int, causal: bool, dtypes: tuple[str, ...], way: str = "") -> Entry:
@@ -77,10 +77,10 @@ def _entry(kernel, head_dim: int, causal: bool, dtypes: tuple[str, ...], way: st
         constexprs=constexprs(head_dim, dtypes[0], causal, True) | positive,
         variant=" ".join(filter(None, (f"D={head_dim}", "causal" if causal else "", way))),
         dtypes=dtypes,
-        targets=configs.WITH_DESCRIPTORS if way else configs.ARCHITECTURES,
+        targets=WITH_TMA if way else ARCHITECTURES,
         sizes=(f"{size_class(head_dim)} {way}".rstrip(),),
         matrix=True,
-        exceptions={"atomics": _OWN_DESCRIPTOR} if way else {},
+        exceptions={"atomics": _SETUP} if way else {},
     )
 
 
@@ -92,9 +92,7 @@ def entries() -> list[Entry]:
     cases = [(head_dim, causal) for head_dim in (64, 72, 80, 128) for causal in (False, True)]
     kernels = (flash_attention_forward, flash_attention_grad_q, flash_attention_grad_kv)
     described = [
-        _entry(flash_attention_forward, *case, ("bf16", "fp16"), way)
-        for way in ("descriptors", "specialised")
-        for case in cases
+        _entry(flash_attention_forward, *case, ("bf16", "fp16"), way) for way in ("tma", "warp-specialized") for case in cases
     ]
     cases += [(head_dim, True) for head_dim in (96, 192, 256)]
     plain = [_entry(kernel, *case, dtypes) for kernel in kernels for case in cases for dtypes in (("bf16", "fp16"), ("fp32",))]

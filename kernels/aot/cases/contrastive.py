@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from ...contrastive.config import GAIN
 from ...contrastive.rows import contrastive_features, contrastive_merge, contrastive_project
 from ...contrastive.tiles import contrastive_gradients, contrastive_side, contrastive_statistics
 from ...lib.common import cdiv
 from ..catalog import SIZES, Entry, Work
 
 PAIRS, WIDTH, NARROW, CHUNK = 32768, 768, 256, 2048
-GAIN = {"fp32": 1.0, "bf16": 1.0, "fp16": 256.0}
 
 
-def statistics_bytes(n: int, N: int, width: int, size: int, block_m: int, segments: int, sigmoid: bool, library: bool) -> int:
-    """Distinct bytes: every row once (library: every product), the partial sums."""
-    read = 4 * n * N if library else (n + N) * width * size
+def statistics_bytes(n: int, N: int, width: int, size: int, block_m: int, segments: int, sigmoid: bool, cublas: bool) -> int:
+    """Distinct bytes: every row once (cublas: every product once), the partial sums."""
+    read = 4 * n * N if cublas else (n + N) * width * size
     parts = 4 * n * segments if sigmoid else 8 * (n * segments + cdiv(n, block_m) * N) + 4 * n
     return read + 4 * (n + N) + parts
 
 
-def gradients_bytes(n: int, N: int, width: int, size: int, block_m: int, block_n: int, library: bool, store: bool) -> int:
-    """Distinct bytes: every row once (library: every product), the gradients, what rounding lost of them."""
-    read = 4 * n * N if library else (n + N) * width * size
+def gradients_bytes(n: int, N: int, width: int, size: int, block_m: int, block_n: int, cublas: bool, store: bool) -> int:
+    """Distinct bytes: every row once (cublas: every product once), the gradients, what rounding lost of them."""
+    read = 4 * n * N if cublas else (n + N) * width * size
     statistics = 12 * (n + N)
     lost = 4 * (cdiv(N, block_n) * n + cdiv(n, block_m) * N) + 4 * (n + N) if store and size == 2 else 0
     return read + statistics + (size * n * N if store else 0) + lost
@@ -61,10 +61,10 @@ def _tile_entries():
     chunk = f"{CHUNK} x {PAIRS}, width {WIDTH}"
     for kind in ("softmax", "sigmoid"):
         sigmoid = kind == "sigmoid"
-        for library in (False, True):
-            variant = kind + (" of products" if library else "")
-            dtypes = ("bf16", "fp16") if library else ("fp32", "bf16", "fp16")
-            n = CHUNK if library else PAIRS
+        for cublas in (False, True):
+            variant = kind + (" of products" if cublas else "")
+            dtypes = ("bf16", "fp16") if cublas else ("fp32", "bf16", "fp16")
+            n = CHUNK if cublas else PAIRS
             yield Entry(
                 kernel=contrastive_statistics,
                 op="contrastive_loss",
@@ -72,19 +72,19 @@ def _tile_entries():
                     "x y", "products x_inverse y_inverse scale bias row_parts column_parts own",
                     "x_stride y_stride products_stride row_parts_stride n N width offset segment",
                 ),
-                problem=chunk if library else f"{PAIRS} x {PAIRS}, width {WIDTH}",
-                work=lambda dtype, n=n, sigmoid=sigmoid, library=library: Work(
-                    0 if library else 2.0 * n * PAIRS * WIDTH,
-                    statistics_bytes(n, PAIRS, WIDTH, SIZES[dtype], 128, 16 if library else 1, sigmoid, library),
+                problem=chunk if cublas else f"{PAIRS} x {PAIRS}, width {WIDTH}",
+                work=lambda dtype, n=n, sigmoid=sigmoid, cublas=cublas: Work(
+                    0 if cublas else 2.0 * n * PAIRS * WIDTH,
+                    statistics_bytes(n, PAIRS, WIDTH, SIZES[dtype], 128, 16 if cublas else 1, sigmoid, cublas),
                 ),
-                constexprs={"SIGMOID": sigmoid, "LIBRARY": library},
+                constexprs={"SIGMOID": sigmoid, "CUBLAS": cublas},
                 variant=variant,
                 dtypes=dtypes,
                 aligned=("x_stride", "y_stride", "products_stride", "row_parts_stride", "n", "N", "width"),
-                matrix=not library,
-                streaming=library,
-                exceptions={"wide": "inverse norms and partial statistics are 4 bytes each"} if library else {},
-                sizes=("library" if library else "any",),
+                matrix=not cublas,
+                streaming=cublas,
+                exceptions={"wide": "inverse norms and partial statistics are 4 bytes each"} if cublas else {},
+                sizes=("cublas" if cublas else "any",),
             )  # fmt: skip
             for dtype in dtypes:
                 yield Entry(
@@ -97,17 +97,17 @@ def _tile_entries():
                         "gradients", "row_error column_error", "sums",
                     ),
                     problem=chunk,
-                    work=lambda dtype, library=library: Work(
-                        0 if library else 2.0 * CHUNK * PAIRS * WIDTH,
-                        gradients_bytes(CHUNK, PAIRS, WIDTH, SIZES[dtype], 128, 128, library, True),
+                    work=lambda dtype, cublas=cublas: Work(
+                        0 if cublas else 2.0 * CHUNK * PAIRS * WIDTH,
+                        gradients_bytes(CHUNK, PAIRS, WIDTH, SIZES[dtype], 128, 128, cublas, True),
                     ),
-                    constexprs={"SIGMOID": sigmoid, "TOTAL": sigmoid, "LIBRARY": library, "STORE": True, "GAIN": GAIN[dtype]},
+                    constexprs={"SIGMOID": sigmoid, "TOTAL": sigmoid, "CUBLAS": cublas, "STORE": True, "GAIN": GAIN if dtype == "fp16" else 1.0},
                     variant=variant,
                     dtypes=(dtype,),
                     aligned=("x_stride", "y_stride", "products_stride", "gradients_stride", "n", "N", "width"),
-                    matrix=not library,
-                    streaming=library,
-                    sizes=("library" if library else "any",),
+                    matrix=not cublas,
+                    streaming=cublas,
+                    sizes=("cublas" if cublas else "any",),
                 )  # fmt: skip
         for dtype in ("fp32", "bf16", "fp16"):
             for swapped in (False, True):
@@ -122,7 +122,7 @@ def _tile_entries():
                     problem=f"{PAIRS} x {PAIRS}, width {NARROW}",
                     work=lambda dtype: Work(4.0 * PAIRS * PAIRS * NARROW, side_bytes(PAIRS, PAIRS, NARROW, SIZES[dtype])),
                     constexprs={
-                        "GAIN": GAIN[dtype], "SIGMOID": sigmoid, "TOTAL": sigmoid, "SWAPPED": swapped, "SCALARS": not swapped, "STORE": True,
+                        "GAIN": GAIN if dtype == "fp16" else 1.0, "SIGMOID": sigmoid, "TOTAL": sigmoid, "SWAPPED": swapped, "SCALARS": not swapped, "STORE": True,
                         "BLOCK_D": NARROW,
                     },
                     variant=f"{kind} of {'text' if swapped else 'image'}",

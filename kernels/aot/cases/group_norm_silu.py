@@ -22,7 +22,7 @@ TYPES_OF_ARGUMENTS = {
     **dict.fromkeys(("mean", "rstd", "partials", "means"), "*fp32"),
     "eps": "fp32",
 }
-ALIGNED = ("grad_stride_b", "grad_stride_row", "stride_b", "stride_row", "channels", "places", "strip_places")
+ALIGNED = ("grad_stride_b", "grad_stride_row", "stride_b", "stride_row", "channels", "spatial", "strip_spatial")
 
 
 def partials_work(b, c, s, layout, backward, dtype):
@@ -64,7 +64,7 @@ def entries() -> list[Entry]:
                     kernel, "group_norm_silu", argument_types(kernel, **TYPES_OF_ARGUMENTS), problem,
                     functools.partial(work, b, c, s, layout, backward_pass),
                     constexprs={"CHANNELS_LAST": layout == "channels_last"}, variant=layout, aligned=ALIGNED, streaming=True,
-                    exceptions={"wide": "statistics are 4 bytes each; where a place's channels are no multiple of 16 bytes, rows are not aligned"},
+                    exceptions={"wide": "statistics are 4 bytes each; where a pixel's channels are no multiple of 16 bytes, rows are not aligned"},
                 )
             )  # fmt: skip
     for kernel in (group_norm_silu_statistics, group_norm_silu_backward_groups, group_norm_silu_backward_channels):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ...layer_norm import _layer_norm_backward, _layer_norm_forward, _size
-from ...lib import config as configs
 from ...lib.common import cdiv
+from ...lib.config import ANY, pick
 from ...lib.reduce import strips_of
 from ..catalog import SIZES, Entry, Work, row_alignment, row_constants, row_types
 
@@ -22,7 +22,7 @@ def backward_work(count: int, width: int, size: int, residual: bool, strips: int
 
 def entries() -> list[Entry]:
     count, width = 16384, 768
-    programs = cdiv(count, configs.pick("layer_norm_forward", "bf16", _size(width), configs.ANY).blocks["BLOCK_ROWS"])
+    programs = cdiv(count, pick("layer_norm_forward", "bf16", _size(width), ANY).blocks["BLOCK_ROWS"])
     sizes = {"rows": "i32", "width": "i32"}
     kernels = {
         _layer_norm_forward: (

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from ...lib import config as configs
 from ...lib import gemm
 from ...lib.common import cdiv
+from ...lib.config import Config, pick
 from ...linear import _linear
 from ..catalog import SIZES, Entry, Work, product_bytes, row_alignment, row_constants, row_types
 
 
-def work(count: int, columns: int, depth: int, size: int, parameter_size: int, config: configs.Config) -> Work:
+def work(count: int, columns: int, depth: int, size: int, parameter_size: int, config: Config) -> Work:
     """One launch with a bias: both operands tile by tile, the bias once per row of tiles, y out."""
     block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
     operands = product_bytes(count, columns, depth, size, parameter_size, block_m, block_n)
@@ -22,7 +22,7 @@ def entries() -> list[Entry]:
     count, columns, depth = 1024, 768, 3072
 
     def entry_work(t: str, mixed: bool) -> Work:
-        config = configs.pick("linear", t, gemm.size_class(count, columns), "sm_80")
+        config = pick("linear", t, gemm.size_class(count, columns), "sm_80")
         return work(count, columns, depth, SIZES[t], 4 if mixed else SIZES[t], config)
 
     def types(t: str, parameters: str) -> dict[str, str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ...lib import config as configs
 from ...lib.common import cdiv
+from ...lib.config import Config, pick
 from ...mlp import _mlp_backward, _mlp_forward
 from ..catalog import SIZES, Entry, Work, product_bytes, row_alignment, row_constants, row_types
 
 
-def work(count: int, hidden: int, width: int, size: int, parameter_size: int, config: configs.Config, backward: bool) -> Work:
+def work(count: int, hidden: int, width: int, size: int, parameter_size: int, config: Config, backward: bool) -> Work:
     """One launch: both operands tile by tile, then h and a out; or h in, grad_h and a out, and a partial sum of db1 per row of tiles."""
     block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
     operands = product_bytes(count, hidden, width, size, parameter_size, block_m, block_n)
@@ -21,7 +21,7 @@ def entries() -> list[Entry]:
     dimensions = {"rows": "i32", "hidden": "i32"}
 
     def entry_work(name: str, t: str, mixed: bool) -> Work:
-        config = configs.pick(name, t, "large", "sm_80")
+        config = pick(name, t, "large", "sm_80")
         return work(count, hidden, width, SIZES[t], 4 if mixed else SIZES[t], config, name == "mlp_backward")
 
     def forward_types(t: str, parameters: str) -> dict[str, str]:

@@ -2,12 +2,10 @@
 
 import torch
 
+from ...kernels.contrastive.config import FEW
 from .. import _dispatch
 from ..contrastive_loss import over_ranks
 from . import missing, pointer, refuses, rows, run, wide
-
-# Gradients by logits are rounded to bfloat16, and over so few columns the errors don't average out: then all is float32.
-FEW = 512
 
 
 def _operands(image, text):

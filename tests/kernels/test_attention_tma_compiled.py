@@ -11,7 +11,7 @@ from ov3fast.ops import triton as backend
 
 pytestmark = pytest.mark.skipif(backend.INTERPRETED, reason="compiled kernels, not the interpreter")
 
-CASES = [(way, head_dim) for way in ("descriptors", "specialised") for head_dim in (64, 72, 128)]
+CASES = [(way, head_dim) for way in ("tma", "warp-specialized") for head_dim in (64, 72, 128)]
 
 
 def compiled(variant, target):
@@ -25,7 +25,7 @@ def compiled(variant, target):
         ), config
 
 
-@pytest.mark.parametrize("target", configs.WITH_DESCRIPTORS)
+@pytest.mark.parametrize("target", configs.WITH_TMA)
 @pytest.mark.parametrize(("way", "head_dim"), CASES)
 def test_code_loads_through_descriptors(way, head_dim, target):
     code, config = compiled(f"D={head_dim} causal {way}", target)
@@ -34,7 +34,7 @@ def test_code_loads_through_descriptors(way, head_dim, target):
     assert ptx.count("cp.async.bulk.tensor.2d") >= descriptors and "cp.async.cg" not in ptx and "ld.global.v" not in ptx
     assert not re.search(r"\b(atom|red)\.", ptx)
     groups = re.findall(r"^ +(?:default \{|partition\d+\()", code.asm["ttgir"], re.MULTILINE)
-    if config.blocks["SPECIALIZED"]:
+    if config.blocks["WARP_SPECIALIZED"]:
         assert len(groups) >= 3 and "setmaxnreg" in ptx and code.metadata.num_warps > config.warps
     else:
         assert not groups and "setmaxnreg" not in ptx and code.metadata.num_warps == config.warps
@@ -42,7 +42,7 @@ def test_code_loads_through_descriptors(way, head_dim, target):
 
 def test_groups_of_warps_share_the_queries_on_hopper():
     """Each multiplies 64 rows of the 128: no product is computed twice."""
-    code, config = compiled("D=64 specialised", "sm_90")
+    code, config = compiled("D=64 warp-specialized", "sm_90")
     assert config.blocks["BLOCK_QUERIES"] == 128
     products = re.findall(r"ttng\.warp_group_dot .* -> tensor<(\d+)x", code.asm["ttgir"])
     assert products == ["64"] * 4
@@ -52,5 +52,5 @@ def test_groups_of_warps_share_the_queries_on_hopper():
 
 def test_plain_rows_have_no_descriptors():
     for (dtype, size, _), row in configs.TABLE["flash_attention_forward"].items():
-        assert row.blocks["DESCRIPTORS"] == int(" " in size) and (dtype != "fp32" or not row.blocks["DESCRIPTORS"])
-        assert row.blocks["SPECIALIZED"] == int(size.endswith("specialised"))
+        assert row.blocks["TMA"] == int(" " in size) and (dtype != "fp32" or not row.blocks["TMA"])
+        assert row.blocks["WARP_SPECIALIZED"] == int(size.endswith("warp-specialized"))

@@ -10,13 +10,13 @@ from ov3fast.ops.flash_attention import flash_attention, flash_attention_qkvpack
 if not triton.INTERPRETED:
     pytest.skip("runs in Triton's interpreter", allow_module_level=True)
 
-from ov3fast.kernels.attention import tma as descriptors
+from ov3fast.kernels.attention import tma
 from ov3fast.kernels.attention.tiles import size_class
 from ov3fast.kernels.lib import config as configs
 from ov3fast.kernels.lib.common import TYPES
 from ov3fast.kernels.lib.config import Config
 
-WAYS = {"descriptors": (1, 0), "specialised": (1, 1)}
+WAYS = {"tma": (1, 0), "warp-specialized": (1, 1)}
 # queries, keys, heads, head_dim, causal, prefix_len
 CASES = {
     "one": (1, 1, 1, 8, False, 0),
@@ -31,7 +31,7 @@ CASES = {
 def within(q, way):
     """The row of `way` for q's kind of head, in small blocks."""
     described, specialized = way
-    blocks = {"BLOCK_QUERIES": 32, "BLOCK_KEYS": 32, "DESCRIPTORS": described, "SPECIALIZED": specialized}
+    blocks = {"BLOCK_QUERIES": 32, "BLOCK_KEYS": 32, "TMA": described, "WARP_SPECIALIZED": specialized}
     return configs.trying({("flash_attention_forward", TYPES[q.dtype], size_class(q.shape[-1])): Config(blocks)})
 
 
@@ -39,8 +39,10 @@ def within(q, way):
 def launched(monkeypatch):
     """Fills with what each launch through descriptors reads."""
     calls = []
-    before = descriptors.with_room
-    monkeypatch.setattr("ov3fast.kernels.attention.launch.with_room", lambda launch, q: (calls.append(q), before(launch, q)))
+    before = tma.with_workspace
+    monkeypatch.setattr(
+        "ov3fast.kernels.attention.launch.with_workspace", lambda launch, q: (calls.append(q), before(launch, q))
+    )
     return calls
 
 
@@ -80,7 +82,7 @@ def test_parity_and_the_same_bits(case, way, dtype, launched):
 @pytest.mark.parametrize("scale", [-0.2, 0.0, 0.3])
 def test_scale(scale, launched):
     q, k, v = inputs(40, 40, 1, 64, torch.bfloat16)
-    with within(q, WAYS["specialised"]):
+    with within(q, WAYS["warp-specialized"]):
         check(flash_attention(q, k, v, scale=scale), q, k, v, {"scale": scale})
     assert launched
 
@@ -89,7 +91,7 @@ def test_packed_and_heads_in_front(launched):
     """Views of qkv, and of tensors [B,H,N,D]."""
     qkv = testing.make(2, 37, 3, 2, 64).bfloat16()
     q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in qkv.unbind(2))
-    with within(qkv, WAYS["descriptors"]):
+    with within(qkv, WAYS["tma"]):
         packed, apart = flash_attention_qkvpacked(qkv, causal=True), flash_attention(q, k, v, causal=True)
     assert len(launched) == 2
     check(packed, *qkv.unbind(2), {"causal": True})
@@ -104,8 +106,8 @@ def test_what_does_not_fit_is_loaded_without(launched):
     calls["one row for all"] = q, k[:, :1].expand(-1, 11, -1, -1), v
     calls["no keys"] = q, k[:, :0], v[:, :0]
     for name, (q, k, v) in calls.items():
-        assert not descriptors.fit(q, k, v), name
-        with within(q, WAYS["descriptors"]):
+        assert not tma.fits(q, k, v), name
+        with within(q, WAYS["tma"]):
             check(flash_attention(q, k, v), q, k, v, {})
     assert not launched
 
@@ -115,7 +117,5 @@ def test_launches_leave_the_callers_allocator():
     from triton.runtime import _allocation
 
     before, seen = _allocation._allocator.get(), []
-    descriptors.with_room(
-        lambda: seen.append(_allocation._allocator.get()(384, 128, None)), torch.zeros(3, dtype=torch.bfloat16)
-    )
+    tma.with_workspace(lambda: seen.append(_allocation._allocator.get()(384, 128, None)), torch.zeros(3, dtype=torch.bfloat16))
     assert seen[0].dtype == torch.int8 and seen[0].numel() == 384 and _allocation._allocator.get() is before

@@ -1,8 +1,8 @@
 """Tokens to latents: ov3fast/ops/latent_projection.py.
 
-The forward's sums are stored where their values lie in the image; the backward gathers patches of the image's gradient on its way into
-the products, so neither direction has a pass of rearrangement. The C p p values of a patch are few: where they fit one tile, the gradient
-of the tokens gathers a patch once and walks over the features. A row m is token (b, n).
+The forward's epilogue scatters into the image; the backward gathers patches of the image's gradient as operands of the products: neither needs a
+pass that rearranges. The C p p values of a patch are few: where they fit one tile, grad_tokens gathers a patch once and loops over the features.
+A row m is token (b, n).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Layer normalisation of rows held in registers, with the residual addition before it and the residual's gradient after it.
 
-Forward: one pass; the sum is rounded first, as the reference does, and normalised as rounded. Backward: one pass as well; a program owns a
-strip of rows, keeps the weight in registers and leaves one partial sum of each parameter's gradient, which `merge` adds up.
+Forward: one pass; x + residual is rounded first, as in the reference, then normalised. Backward: one pass as well; each program owns a strip of rows,
+keeps the weight in registers and writes one partial sum of each parameter's gradient, which `merge` adds up.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _layer_norm_backward(
     column = tl.arange(0, BLOCK_D)
     inside = column < width
     scale = tl.load(weight + column, mask=inside, other=0).to(tl.float32)[None, :]
-    # A row of the block adds to its own sums, so that no thread waits for another within the loop.
+    # One accumulator per row of the block: no reduction across threads within the loop.
     weight_sum = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
     bias_sum = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
     first = strip * rows_per_strip

@@ -1,7 +1,7 @@
-"""The linear layer: library products where they are simply best, a tiled product with the bias in its epilogue where they would need a copy.
+"""The linear layer: cuBLAS (hipBLASLt) where it is best, a tiled product with the bias in its epilogue where cuBLAS would need a copy.
 
-dW sums over all rows and yields a small matrix, which the library splits along the sum; y and dx are plain products of large matrices. cuBLAS
-repeats its bits from run to run on one stream. db is ours (column_sums), since a product with ones would be another pass over dy.
+dW sums over all rows into a small matrix, for which cuBLAS splits K; y and dx are plain products of large matrices. cuBLAS is deterministic on one
+stream. db comes from column_sums: a product with ones would be another pass over dy.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def input_gradient(grad_y: Rows, weight: Tensor) -> Tensor:
 
 
 def weight_gradient(grad_y: Rows, x: Rows, dtype: torch.dtype) -> Tensor:
-    """dy^T x, [N, K], of `dtype`: straight from the float32 sums where the library offers it."""
+    """dy^T x, [N, K], of `dtype`: straight from the float32 accumulators where cuBLAS offers it."""
     left, right = grad_y.matrix.t(), x.matrix
     if dtype == right.dtype or not right.is_cuda or torch.version.hip or left.numel() == 0 or right.numel() == 0:
         return (left @ right).to(dtype)

@@ -1,16 +1,16 @@
-"""linear_cross_entropy: chunks of rows of logits by the library's product, and one kernel that walks each row of them.
+"""linear_cross_entropy: cuBLAS computes the logits of a chunk of rows, and one kernel walks each row.
 
-A chunk's logits lie in one buffer of CHUNK_BYTES, in the dtype of the operands, and become their own gradients in place:
+A chunk's logits lie in one buffer of CHUNK_BYTES, in the operands' dtype, and are overwritten by their gradients:
 
     statistics (forward):          z -> max, log of the sum below it, loss                            reads z once
     gradient (backward):           z -> g = u (exp(z - max - log sum) - [v = y])                      reads and writes z once
     both (gradients in forward):   the same in one launch, one program per row                        reads z twice, the second time from cache
 
-The one-hot comes off in float32. Ignored rows stay in the products, as the host can't know how many there are without waiting for
-the device; their gradients are zero, and so are their rows in the product that sums over rows.
+The one-hot is subtracted in float32. Ignored rows stay in the products, since the host cannot count them without a synchronisation; their gradients
+are zero, and so are their rows of hidden in the product that sums over rows.
 
-Per chunk the gradient by weight [V,D] is read and written in float32, so chunks must not be small: 128 MB are 1360 rows at V = 49408,
-for which that traffic (300 MB at D = 768) takes less time than the chunk's three products.
+Each chunk reads and writes the weight's gradient [V,D] in float32, so chunks must not be small: 128 MB are 1360 rows at V = 49408, for which that
+traffic (300 MB at D = 768) takes less time than the chunk's three products.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def backward(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients by hidden [T,D] and weight [V,D], from logits that are computed again."""
+    """Gradients by hidden [T,D] and weight [V,D], from recomputed logits."""
 
     def gradients(chunk, z):
         own = lse[:, chunk]
@@ -129,7 +129,7 @@ def total(
         _launch(z, labels[chunk], upstream, nll[chunk], nll[chunk], ignore_index, statistics=True, gradient=True)
 
     grads = _products(hidden, weight, labels, ignore_index, need_hidden, need_weight, gradients)
-    # Alone in one tensor's fixed order of sums: PyTorch's full sum depends on the shape only.
+    # PyTorch's full sum runs in an order that depends on the shape alone.
     return nll.sum() * factor, *grads
 
 
@@ -145,7 +145,7 @@ def _logits(hidden: Tensor, weight: Tensor):
 
 
 def _products(hidden, weight, labels, ignore_index, need_hidden, need_weight, gradients):
-    """gradients(chunk, z) turns a chunk's logits into gradients; what comes of them for hidden and weight."""
+    """Gradients by hidden and weight; gradients(chunk, z) overwrites a chunk's logits with theirs."""
     grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
     grad_weight = None
     for chunk, z in _logits(hidden, weight):

@@ -1,9 +1,9 @@
-"""The two-layer perceptron: each product next to the activation carries it in its epilogue.
+"""The two-layer perceptron, with the activation in the epilogues of the products next to it.
 
-Forward: h = x W1^T + b1 is kept for backward, rounded, and a = gelu(h) is written beside it. Reading h and activating it in the second
-product's prologue would save one write of a, 2 bytes an element, but evaluate the error function once for every tile of D columns, some 150
-operations an element outside the tensor cores at D = 768, which costs more than twice the product itself. Backward: dh = (dy W2) gelu'(h) and
-a = gelu(h) leave one epilogue, with the partial sums of db1. The products without an activation are linear.py's.
+Forward: h = x W1^T + b1 is saved for backward, rounded, and a = gelu(h) is written beside it. Activating h in the second product's prologue would save
+one write of a, 2 bytes per element, but evaluate erf once per tile of D columns: some 150 operations per element outside the tensor cores at
+D = 768, more than twice the cost of the product itself. Backward: dh = (dy W2) gelu'(h), a = gelu(h) and partial sums of db1 come from one epilogue. The
+products without an activation are linear.py's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .lib.rows import empty, row_offsets, rows
 
 # Size classes: those of gemm.size_class.
 TABLE["mlp_forward"] = product_rows(square(32, HALVES=0), square(64, HALVES=0), square(64, HALVES=0), HALVES=0)
-# Its epilogue has to hold h, both results and the tile, which for a whole tile of 128 x 128 spills.
+# The epilogue holds h, both results and the tile: all of a 128 x 128 tile at once spills.
 TABLE["mlp_backward"] = product_rows(square(32, HALVES=1), square(64, HALVES=1), square(64, HALVES=1), HALVES=0)
 
 
@@ -35,7 +35,7 @@ def _forward_epilogue(total, row, column, b1, h, a, rows, hidden, EXACT: tl.cons
     mask = (row < rows)[:, None] & (column < hidden)[None, :]
     kept = rounded(total, h.dtype.element_ty)
     tl.store(h + at, kept, mask=mask)
-    # Backward activates the rounded h again and has to find the same.
+    # Backward recomputes a from the rounded h and must get the same bits.
     tl.store(a + at, rounded(gelu(kept.to(tl.float32), EXACT), a.dtype.element_ty), mask=mask)
 
 

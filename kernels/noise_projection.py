@@ -1,9 +1,9 @@
 """Noise injection and projection: ov3fast/ops/noise_projection.py.
 
-The left factor x = z + sigma_b eps is made in registers, rounded to z's dtype, and goes straight into the product: no noise is stored or
-read. Its price: each tile of features draws the noise of its rows again, ceil(D / BLOCK_N) times in the forward and ceil(D / BLOCK_D) times
-in the weight's gradient, about 45 integer and float instructions per element (a quarter of a block of four). Against D multiply-adds of
-the product per element this matters for small D only, where few tiles draw.
+The left operand x = z + sigma_b eps is formed in registers, rounded to z's dtype and multiplied at once: no noise is stored or read. The price: each tile
+of features draws its rows' noise again, ceil(D / BLOCK_N) times in the forward and ceil(D / BLOCK_M) times in the weight's gradient, about 45 integer
+and float instructions per element (a quarter of a block of four). Beside the product's D multiply-adds per element that matters for small D
+only, where few tiles draw.
 z is [B, N, K] with any strides over B and N; a row m is (b, n).
 """
 
@@ -64,7 +64,7 @@ def noise_projection_forward(
     IN_ORDER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     seed, offset = tl.load(rng), tl.load(rng + 1)
-    # Tiles of one strip of rows come one after the other, so that they read z while it is in the cache; the weight stays there.
+    # Tiles of one strip of rows are neighbours in the grid, so that z is read from cache; the weight stays there.
     program = tl.program_id(0)
     m = program // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     d = program % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -87,7 +87,7 @@ def noise_projection_grad_z(
     NEED_Z: tl.constexpr, NEED_SIGMA: tl.constexpr, IN_ORDER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dz = dy W, and sums of dz eps over the tile's columns of each row: sigma_partials [tiles, rows]. Each element's noise is drawn once."""
+    """dz = dy W, and sums of dz eps over the tile's columns of each row: sigma_partials [tiles, rows]. Noise is drawn once per element."""
     program = tl.program_id(0)
     m = program // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     tile = program % tiles

@@ -1,9 +1,9 @@
 """Patch embedding: ov3fast/ops/patch_embed.py.
 
-A tile of patches is gathered, sampled, scaled and rounded in registers and goes straight into the product; bias, position embedding and CLS
-token are added to the sums, so the forward reads latents and writes tokens, nothing else. The K = C p p values of a patch are few (64 for 16
-channels): where they fit one tile, a program makes it once and walks over the features, so each number of the stream is drawn once.
-The weight's gradient draws it again for each tile of features, ceil(D / BLOCK_M) times.
+A tile of patches is gathered, sampled, scaled and rounded in registers and multiplied at once; bias, position embedding and CLS token are added in the
+epilogue, so the forward reads latents and writes tokens, nothing else. The K = C p p values of a patch are few (64 for 16 channels): where they fit one
+tile, a program forms it once and loops over the features, so each number of the random stream is drawn once. The weight's gradient draws it again for
+each tile of features, ceil(D / BLOCK_M) times.
 A row m of the products is patch (b, n); z is [B, C, H, W].
 """
 

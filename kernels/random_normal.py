@@ -22,7 +22,7 @@ def random_normal(rng, out, n, BLOCK: tl.constexpr):
     position = start // 4 + tl.arange(0, BLOCK // 4)[None, :] + offset
     values = rounded(tl.reshape(philox.normals_in_order(seed, position), (BLOCK,)), out.dtype.element_ty)
     element = tl.arange(0, BLOCK)
-    # The mask of a ragged end would make every store a narrow one.
+    # A masked tail would make every store narrow.
     if start + BLOCK <= n:
         tl.store(out + start + element, values)
     else:

@@ -1,4 +1,4 @@
-"""Descriptions of kernels: what compile.py needs to compile one for any chip without a GPU, and to count its work."""
+"""What compile.py and table.py need to know of a kernel: how to compile it without a GPU, and how much work a launch is."""
 
 from __future__ import annotations
 

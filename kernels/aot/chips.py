@@ -1,4 +1,4 @@
-"""The chips that the kernels are compiled for: limits, and the rates that estimates are made with.
+"""The chips that kernels are compiled for: their limits, and the peak rates behind the estimates.
 
 Rates are the vendors' peaks for dense operands: NVIDIA A100 datasheet (80 GB SXM, 2021), NVIDIA H100 datasheet (SXM5, 2023), NVIDIA HGX B200
 datasheet (per GPU, sparse figures halved, 2024), AMD Instinct MI300X datasheet (2023). No kernel reaches them; an estimate is a lower bound of

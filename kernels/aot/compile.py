@@ -1,4 +1,4 @@
-"""Compiles kernels for chips that are not there, in many processes, and remembers what came out by content.
+"""Compiles kernels for chips that are absent, in several processes, and caches results by content.
 
 Results lie in the temporary directory; OV3FAST_AOT_CACHE names another.
 """

@@ -1,9 +1,9 @@
-"""Attention's backward on tiles (attention/tiles.py): one kernel over query blocks, then one over key blocks, no atomics.
+"""Attention's backward: one kernel over query blocks, then one over key blocks; no atomics.
 
-The kernel over query blocks gets delta_i = sum_d gout_id out_id from an out that was rounded, which shifts all gs_ij of a row: they no longer
-sum to 0, and keys with a common offset turn that into an error far over the budget. So it sums the gs_ij as it rounded them, takes
-that times the mean of the first keys from grad_q (an offset of all keys has no part in the exact gradient), and adds it to delta, for grad_k.
-In float32 lse's own rounding counts as well: weight_i = 1 / sum_j p_ij puts it right.
+The kernel over query blocks computes delta_i = sum_d gout_id out_id from a rounded out, which shifts every gs_ij of a row: they no longer sum to 0,
+and keys with a common offset turn that into an error far beyond the budget. So it sums the rounded gs_ij, subtracts that sum times the mean of the
+first keys from grad_q (a common offset of the keys has no part in the exact gradient), and adds it to delta, for grad_k. In float32 the rounding of
+lse counts as well: weight_i = 1 / sum_j p_ij corrects it.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def flash_attention_grad_q(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, CAUSAL: tl.constexpr, STEP: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """A program: grad_q and delta (and weight, for float32) of one block of queries of one head."""
+    """grad_q and delta (and weight, for float32) of one block of queries of one head per program."""
     DTYPE: tl.constexpr = q.dtype.element_ty
     UNIT: tl.constexpr = 128 // DTYPE.primitive_bitwidth if ALIGNED else 1
     blocks = tl.cdiv(queries, BLOCK_QUERIES)
@@ -125,7 +125,7 @@ def flash_attention_grad_q(
         tl.store(weight + row, inverse, mask=row < queries)
         excess = excess * inverse
         grad_tile = scaled(grad_tile, inverse[:, None], D1)
-    # An infinite gradient stays one.
+    # Keep an infinite gradient infinite.
     excess = tl.where(tl.abs(excess) < INF, excess, 0.0)
     tl.store(delta + row, delta_row + excess, mask=row < queries)
     first_keys = load(k, start * 0, k_n * UNIT, keys, D, D0, D1, BLOCK_KEYS, True)
@@ -145,7 +145,7 @@ def _key_gradients(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, STEP: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
     BORDER: tl.constexpr,
 ):  # fmt: skip
-    """Adds queries [first, last) to (grad_k, grad_v). Scores are keys by queries: nothing has to be transposed on the way to a product."""
+    """Adds queries [first, last) to (grad_k, grad_v). Scores are keys by queries, so that no product needs a transpose."""
     grad_k, grad_v = state
     EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
     for start in tl.range(first, last, BLOCK_QUERIES, disable_licm=STEP > 0):
@@ -182,7 +182,7 @@ def flash_attention_grad_kv(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, CAUSAL: tl.constexpr, STEP: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """A program: grad_k and grad_v of one block of keys of one head."""
+    """grad_k and grad_v of one block of keys of one head per program."""
     DTYPE: tl.constexpr = q.dtype.element_ty
     UNIT: tl.constexpr = 128 // DTYPE.primitive_bitwidth if ALIGNED else 1
     blocks = tl.cdiv(keys, BLOCK_KEYS)

@@ -1,10 +1,9 @@
-"""Tiles of attention: rows of q, k, v and their gradients, what a query sees, and how a launch lays them out.
+"""Tiles of attention: rows of q, k, v and their gradients, the mask, the online softmax, and the arguments of a launch.
 
-A head dimension is tiled by two parts, D0 + D1, each a power of two: 72 and 80 are 64 + 16, 96 is 64 + 32; tiles of such rows are tuples
-of one part or two.
+A head dimension is covered by one or two powers of two, D0 + D1: 72 and 80 are 64 + 16, 96 is 64 + 32; tiles are tuples of one part or two.
 
-float32 products are three tf32 products, whose operands take two registers a value, and wide heads pass 255 registers by themselves. So there
-(STEP > 0) a product over columns loads both operands STEP columns at a time, and loops over blocks hoist nothing (disable_licm).
+A float32 product is three TF32 products, whose operands take two registers a value, and wide heads pass 255 registers by themselves. There
+(STEP > 0) dot_qk loads both operands STEP columns at a time, and loops over blocks hoist nothing (disable_licm).
 
 Names: q, k, v, out, grad_out [B,N,H,D]; lse, delta and weight [B,H,Nq] float32; x_b, x_n, x_h are x's strides in units of 16 bytes if ALIGNED
 (so that the compiler knows it), else in elements.
@@ -27,7 +26,7 @@ INF: tl.constexpr = tl.constexpr(math.inf)
 
 
 def plain(*views: str) -> list[str]:
-    """Integers whose values tell the compiler nothing that it could use: specialising on them only compiles more often."""
+    """Integer arguments on whose values specialisation would gain nothing and only compile more variants."""
     return ["heads", "queries", "keys", "prefix_len", *(f"{view}_{axis}" for view in views for axis in "bnh")]
 
 
@@ -113,7 +112,7 @@ def operand(
     base, start, stride, rows, factor,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Rows as products take them: a tile or, if those go by STEP columns, the place of rows that count times `factor` in float32."""
+    """An operand of dot_qk: a tile or, with STEP > 0, where its rows lie; float32 rows count times `factor`."""
     if STEP > 0:
         return base, start, stride, rows, factor
     else:
@@ -124,7 +123,7 @@ def operand(
 def load_tile(
     x, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, BOUNDED: tl.constexpr
 ):
-    """The tile of what `operand` gave."""
+    """The whole tile of an `operand`."""
     if STEP > 0:
         base, start, stride, rows, factor = x
         tile = load(base, start, stride, rows, D, D0, D1, ROWS, BOUNDED)
@@ -137,7 +136,7 @@ def load_tile(
 
 @triton.jit
 def _columns(x, first, D: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr):
-    """Columns [first, first + STEP) of a place."""
+    """Columns [first, first + STEP) of an operand that is not loaded yet."""
     base, start, stride, rows, factor = x
     row = tl.arange(0, ROWS)
     col = first + tl.arange(0, STEP)
@@ -153,7 +152,7 @@ def _columns(x, first, D: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def dot_qk(a, b, D: tl.constexpr, D1: tl.constexpr, STEP: tl.constexpr, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr):
-    """a b^T of what `operand` gave. Parts are summed by themselves where they are loaded by themselves: long chains lose digits of float32."""
+    """a b^T of two operands. With STEP > 0 each step has a sum of its own: one long chain loses digits of float32."""
     nothing = tl.zeros([A_ROWS, B_ROWS], tl.float32)
     if STEP > 0:
         c = nothing
@@ -178,7 +177,7 @@ def dot_pv(a, b, c, D1: tl.constexpr):
 
 @triton.jit
 def visible_keys(row, queries, keys, prefix_len, CAUSAL: tl.constexpr):
-    """How many keys query `row` sees, the first ones: never negative, and never falling from row to row."""
+    """Query `row` sees this many keys, the first ones; not negative and non-decreasing in `row`."""
     if CAUSAL:
         return tl.minimum(tl.maximum(tl.maximum(row + 1 + keys - queries, prefix_len), 0), keys)
     else:
@@ -187,9 +186,9 @@ def visible_keys(row, queries, keys, prefix_len, CAUSAL: tl.constexpr):
 
 @triton.jit
 def softmax_step(scores, m_i, l_i, scale, EXACT: tl.constexpr, POSITIVE: tl.constexpr):
-    """Exponentials of the scores of further keys, the factor of all before them, and the m_i score and sum with them.
+    """One step of the online softmax: p, the factor alpha of everything before, the running maximum m_i and sum l_i.
 
-    EXACT: scores as they are, by exp; else by exp2 in units of log 2, where POSITIVE says that scores and the m_i are unscaled, scale over 0.
+    EXACT: exp of the scores as they are; else exp2 in units of log 2. POSITIVE: scale > 0, and scores and m_i are not multiplied by it yet.
     """
     before = m_i
     m_i = tl.maximum(before, tl.max(scores, 1))
@@ -209,9 +208,9 @@ def softmax_step(scores, m_i, l_i, scale, EXACT: tl.constexpr, POSITIVE: tl.cons
 
 
 def parts(head_dim: int, dtype: str) -> tuple[int, int]:
-    """D0 and D1, powers of two of at least 16 (D1 also 0), that cover the head dimension with the fewest columns.
+    """D0 and D1, powers of two of at least 16 (D1 may be 0), that cover the head dimension with the fewest columns.
 
-    In float32 a D1 of 32 or 64 is too much beside D0 for 255 registers.
+    In float32 a D1 of 32 or 64 beside D0 does not fit 255 registers.
     """
     if dtype == "fp32" and head_dim > 128:
         return 128, 128
@@ -223,12 +222,12 @@ def parts(head_dim: int, dtype: str) -> tuple[int, int]:
 
 
 def size_class(head_dim: int) -> str:
-    """Of TABLE's rows: the narrowest that is as wide as the tiles."""
+    """The narrowest size class of config.py that is as wide as the tiles."""
     return next(name for name in WIDTHS if sum(parts(head_dim, "bf16")) <= int(name))
 
 
 def step(head_dim: int, dtype: str) -> int:
-    """Columns that a product over columns takes at a time, 0 for all: two load_tile tiles of float32 or of a wide head pass 255 registers."""
+    """Columns that dot_qk loads at a time, 0 for all: two whole tiles of float32 or of a wide head pass 255 registers."""
     columns = sum(parts(head_dim, dtype))
     if dtype == "fp32":
         return 16 if columns % 32 else 32
@@ -241,7 +240,7 @@ def constexprs(head_dim: int, dtype: str, causal: bool, aligned: bool) -> dict[s
 
 
 def layout(*views: torch.Tensor) -> tuple[bool, list[int]]:
-    """Whether all strides but the last axis's are load_tile units of 16 bytes, and these strides in those units."""
+    """(whether all strides but the last are multiples of 16 bytes, these strides in units of 16 bytes if so, else in elements)."""
     unit = 16 // views[0].element_size()
     strides = [stride for view in views for stride in view.stride()[:3]]
     aligned = all(stride % unit == 0 for stride in strides)

@@ -1,11 +1,11 @@
-"""Attention's forward with tiles of q, k and v loaded through tensor descriptors, for 16-bit tensors on sm_90 and sm_100.
+"""Attention's forward with tiles of q, k and v loaded through TMA, for 16-bit tensors on sm_90 and sm_100.
 
-A descriptor gives 0 for rows and columns beyond a head's, so that no load is masked. Each program writes its own: in those that a host writes,
-which have axes for batch and head too, Triton 3.9 cannot divide q among groups of warps on sm_90.
+TMA returns 0 for rows and columns beyond a head's, so no load is masked. Each program sets up its own descriptors: with host-side descriptors, which have
+axes for batch and head too, Triton 3.9 cannot partition q among warp groups on sm_90.
 
-WARP_SPECIALIZED: Triton divides the loop over keys among groups of warps, of which one loads and the others multiply. All keys go through one loop,
-every tile masked, since sm_90 compiles no second loop beside a divided one. There the division takes 4 warps, to which Triton adds 8, and blocks
-of 128 queries, half to each group that multiplies: 8 warps stay undivided, and 64 queries would be computed twice.
+WARP_SPECIALIZED: Triton partitions the loop over keys into a producer warp group, which loads, and consumers, which multiply. All keys go through one
+loop, every tile masked, since sm_90 compiles no second loop beside a warp-specialized one. There it takes 4 warps, to which Triton adds 8, and blocks of
+128 queries, half to each consumer: with 8 warps the loop stays whole, and 64 queries would be computed twice.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .tiles import INF, dot_pv, dot_qk, layout, scaled, softmax_step
 
 @triton.jit
 def _descriptors(base, rows, stride, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ROWS: tl.constexpr):
-    """Descriptors of a head's rows, one to a part of their columns."""
+    """TMA descriptors of a head's rows, one per part of the columns."""
     stride = stride.to(tl.int64)
     main = tl.make_tensor_descriptor(base, [rows, D], [stride, 1], [ROWS, D0])
     if D1 > 0:
@@ -48,7 +48,7 @@ def _attend(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_KEYS: tl.constexpr, BORDER: tl.constexpr, POSITIVE: tl.constexpr,
     WARP_SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
-    """Takes keys [first, last) into the state."""
+    """Folds keys [first, last) into the state."""
     out, m_i, l_i = state
     for start in tl.range(first, last, BLOCK_KEYS, warp_specialize=WARP_SPECIALIZED):
         scores = dot_qk(q, _load(k, start, D0, D1), D, D1, 0, visible.shape[0], BLOCK_KEYS)
@@ -68,9 +68,9 @@ def attend_tma(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     POSITIVE: tl.constexpr, WARP_SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
-    """Takes keys [0, end), those from `border` on masked, into (out, m_i score, sum of exponentials) of the queries from `start` on.
+    """Folds keys [0, end), those from `border` on masked, into (out, m_i, l_i) of the queries from `start` on.
 
-    q, k, v: the head's first rows; q_n, k_n, v_n: elements from one to the next.
+    q, k, v: the head's first rows; q_n, k_n, v_n: elements from one row to the next.
     """
     q_tile = _load(_descriptors(q, queries, q_n, D, D0, D1, BLOCK_QUERIES), start, D0, D1)
     k = _descriptors(k, keys, k_n, D, D0, D1, BLOCK_KEYS)
@@ -83,7 +83,7 @@ def attend_tma(
 
 
 def fits(*views: torch.Tensor) -> bool:
-    """Whether descriptors can read the views [B,N,H,D] here: 16-bit rows that lie load_tile units of 16 bytes apart, from such an address on."""
+    """Whether TMA can read the views [B,N,H,D] on this device: 16-bit elements, strides and addresses in whole units of 16 bytes."""
     return (
         (INTERPRETED or has_tma())
         and views[0].element_size() == 2
@@ -93,7 +93,7 @@ def fits(*views: torch.Tensor) -> bool:
 
 
 def with_workspace(launch: Callable[[], object], like: torch.Tensor) -> None:
-    """Launches with room from PyTorch's allocator where programs keep their descriptors: given back in the stream's order, or a CUDA graph's.
+    """Launches with PyTorch's allocator for the workspace that holds the descriptors: freed in stream order, or with a CUDA graph's pool.
 
     In a context of its own, so that a caller's triton.set_allocator stands.
     """

@@ -1,4 +1,4 @@
-"""Contrastive loss, what runs over rows of features: norms and unit rows, merges of partial sums, the gradient's last step."""
+"""contrastive_loss, over rows of features: norms and unit rows, merges of partial sums, the last step of the gradient."""
 
 import triton
 import triton.language as tl

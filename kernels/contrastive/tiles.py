@@ -1,7 +1,7 @@
-"""Contrastive loss, what runs over tiles of pairs: statistics of logits, gradients by logits, the gradient of one side.
+"""contrastive_loss, over tiles of pairs: statistics of logits, gradients by logits, the gradient of one side.
 
-Rows i < n of x meet rows j < N of y; the pair of row i is j = i + offset. What lies outside has a logit of -inf: adding 0 or -inf
-to s <a_i, b_j> masks it, and rounds the product, fused or not, before anything is subtracted from it. A tile's cosines are x_i y_j times 1/|x_i| and 1/|y_j| in
+Rows i < n of x meet rows j < N of y; the pair of row i is j = i + offset. Out of bounds a logit is -inf: adding 0 or -inf to s <a_i, b_j> masks
+it, and rounds the product, fused or not, before anything is subtracted from it. A tile's cosines are x_i y_j times 1/|x_i| and 1/|y_j| in
 float32 (or ones, for unit rows), or come from a buffer of cuBLAS products (CUBLAS). All kernels take them in
 the same steps of BLOCK_K and multiply in the same order, so that the backward meets the forward's logits to the bit.
 """

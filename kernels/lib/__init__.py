@@ -1,1 +1,1 @@
-"""What several kernels share: the table of configurations, tiled products, sums over rows, the random stream, GELU."""
+"""What several kernels share: tiled products, strided rows, sums over rows, patches, the random stream, GELU, and picking a row of configuration."""

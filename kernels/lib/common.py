@@ -1,4 +1,4 @@
-"""What all kernels share: rounding and products that are exact in the interpreter as well, and integer helpers of the launchers."""
+"""What all kernels share: products and rounding that are right in the interpreter too, names of dtypes, integer helpers."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# The interpreter multiplies bfloat16 wrongly, so there operands are widened first; compiled code never sees that branch.
+# The interpreter multiplies bfloat16 wrongly: there operands are widened first. Compiled code has no such branch.
 UPCAST: tl.constexpr = tl.constexpr(INTERPRETED)
 
 # Float32 products in full precision: three TF32 products on NVIDIA; AMD's compiler takes them as they are. aot/compile.py sets it for its target.
 FP32_PRODUCTS: tl.constexpr = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-"""Triton's names of the dtypes that the kernels take."""
+"""Triton's names of the dtypes."""
 
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a b with float32 sums; float32 operands are multiplied in full precision."""
+    """acc + a b, accumulated in float32; float32 operands in full precision."""
     if UPCAST:
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     elif a.dtype == tl.float32:
@@ -33,7 +33,7 @@ def dot(a, b, acc):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """float32 x in `dtype`, to nearest even. Casts to bfloat16 by .to, and those that tl.store makes, truncate in the interpreter."""
+    """float32 x in `dtype`, to nearest even. In the interpreter, .to and tl.store truncate to bfloat16."""
     if UPCAST and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
@@ -43,7 +43,7 @@ def rounded(x, dtype: tl.constexpr):
 
 @triton.jit
 def sum_over_rows(x):
-    """tl.sum(x, 0). The interpreter adds up columns in one long chain, which loses digits that a tree keeps; so in two steps there."""
+    """tl.sum(x, 0). The interpreter adds rows in one long chain, which loses digits that a tree keeps: two steps there."""
     if UPCAST and x.shape[0] >= 64:
         return tl.sum(tl.sum(x.reshape((x.shape[0] // 32, 32, x.shape[1])), 1), 0)
     return tl.sum(x, 0)

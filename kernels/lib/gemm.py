@@ -1,6 +1,6 @@
-"""Pieces of the tiled matrix product: the order of tiles, the loop over the depth, and the choice between it and the library's product.
+"""The tiled matrix product: the order of tiles, the loop over K, its rows of configuration, and when cuBLAS (hipBLASLt) is better.
 
-A kernel of linear.py or mlp.py is these plus its own epilogue.
+A kernel of linear.py or mlp.py is these plus its epilogue.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .rows import Rows
 
 @triton.jit
 def tile_position(tiles_m, tiles_n, GROUP: tl.constexpr):
-    """(m, n) of this program's tile: GROUP tiles high columns of tiles follow one another, so that what runs at once shares operands in L2."""
+    """(m, n) of this program's tile, in columns of GROUP tiles, so that programs that run together share operands in L2."""
     tile = tl.program_id(0)
     group = tile // (GROUP * tiles_n)
     height = tl.minimum(tiles_m - group * GROUP, GROUP)
@@ -62,13 +62,13 @@ def multiply(
 
 @triton.jit
 def halves(total):
-    """Left and right half of a tile's columns: an epilogue that works on one after the other needs half the registers."""
+    """Left and right half of a tile's columns: an epilogue that handles one after the other needs half the registers."""
     parts = tl.reshape(total, (total.shape[0], 2, total.shape[1] // 2))
     return tl.split(tl.permute(parts, (0, 2, 1)))
 
 
 def size_class(rows: int, columns: int) -> str:
-    """Of configs: "small" where tiles of 128 x 128 would leave most of a chip idle."""
+    """Size class: "small" where tiles of 128 x 128 would leave most of a chip idle, else "large"."""
     return "small" if cdiv(rows, 128) * cdiv(columns, 128) < 128 else "large"
 
 
@@ -104,7 +104,7 @@ FEW_ROWS = 1024
 
 
 def library_is_better(x: Rows, weight: Tensor) -> bool:
-    """Whether a product without a fused epilogue goes to the library (cuBLAS, hipBLASLt), which is simply best at it.
+    """Whether a product without a fused epilogue goes to cuBLAS (hipBLASLt).
 
     Ours takes what it could only take after a copy: rows with two strides, and float32 parameters beside a few 16-bit rows. With many rows
     rounding the parameters once is cheaper than converting their tiles in every program.
@@ -113,7 +113,7 @@ def library_is_better(x: Rows, weight: Tensor) -> bool:
 
 
 def operand(weight: Tensor, x: Rows) -> Tensor:
-    """The weight as our kernels read it beside x: rows with one stride, and rounded to x's dtype first where that is cheaper."""
+    """The weight as our kernels read it: rows with one stride, rounded to x's dtype first where that is cheaper."""
     if weight.dtype != x.tensor.dtype and x.count > FEW_ROWS:
         return weight.to(x.tensor.dtype, memory_format=torch.contiguous_format)
     return weight if weight.stride(-1) == 1 else weight.contiguous()

@@ -8,7 +8,7 @@ import triton.language as tl
 from .common import cdiv
 
 PROGRAMS = 512
-"""That walking over all features with one tile of patches should leave; where it would leave fewer, the features are dealt out."""
+"""Aim for this many: where looping over all features per tile of patches would launch fewer, several programs share the features of a tile."""
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def patch_offsets(m, k, tokens, grid_w, stride_b, stride_c, stride_h, PATCH: tl.
 
 
 def shares_of(features, patch_tiles, block) -> tuple[int, int]:
-    """How many programs divide the features of one tile of patches, and tiles of features of each."""
+    """(programs that share the features of one tile of patches, tiles of features for each)."""
     tiles = cdiv(features, block)
     share_tiles = cdiv(tiles, min(tiles, cdiv(PROGRAMS, patch_tiles)))
     return cdiv(tiles, share_tiles), share_tiles

@@ -1,4 +1,4 @@
-"""Matrix products that PyTorch's library does, with float32 sums that stay float32."""
+"""cuBLAS products through PyTorch, with results that stay float32."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
             else:
                 torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
             return
-        # Elsewhere PyTorch has no product of 16-bit numbers that it does not round to 16 bits.
+        # Elsewhere PyTorch rounds every product of 16-bit operands to 16 bits.
         a, b = a.to(total.dtype), b.to(total.dtype)
     if first:
         torch.mm(a, b, out=total)

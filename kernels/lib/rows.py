@@ -39,7 +39,7 @@ class Rows:
 
 
 def rows(x: Tensor) -> Rows:
-    """x [..., K] as rows. Copies only a last axis that is not contiguous, and leading axes that no two strides describe."""
+    """x [..., K] as rows. Copies only if the last axis is not contiguous or two strides cannot describe the leading axes."""
     if x.numel() and x.shape[-1] > 1 and x.stride(-1) != 1:
         x = x.contiguous()
     axes = _merged([(size, step) for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1])
@@ -55,7 +55,7 @@ def rows(x: Tensor) -> Rows:
 
 
 def _merged(axes: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(size, stride) of neighbours that walk memory as one axis joined."""
+    """(size, stride) of the axes, neighbours that are contiguous with each other merged."""
     joined: list[tuple[int, int]] = []
     for size, step in axes:
         if joined and joined[-1][1] == size * step:
@@ -67,10 +67,10 @@ def _merged(axes: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 @triton.jit
 def row_offsets(row, inner, outer_stride, inner_stride):
-    """Where rows begin, int64; `inner` is 1 where one stride does, and the division is compiled away."""
+    """Offsets of rows, int64. With one stride `inner` is 1, and the division is compiled away."""
     return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
 
 
 def empty(like: Tensor, shape, needed: bool = True, dtype: torch.dtype | None = None) -> Tensor:
-    """Room for a contiguous result, or an empty tensor where it is not asked for."""
+    """An uninitialised contiguous result, or an empty tensor if it is not needed."""
     return like.new_empty(shape if needed else 0, dtype=dtype or like.dtype)

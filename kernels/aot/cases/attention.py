@@ -63,7 +63,7 @@ _SETUP = "TMA descriptor setup"
 
 
 def _entry(kernel, head_dim: int, causal: bool, dtypes: tuple[str, ...], way: str = "") -> Entry:
-    """way: what stands behind the size class of the rows that it is compiled with."""
+    """way: the suffix of the size class whose rows it is compiled with, "tma" or "warp-specialized"."""
     tensors = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
     positive = {"POSITIVE": True} if kernel is flash_attention_forward else {}
     return Entry(
@@ -85,15 +85,12 @@ def _entry(kernel, head_dim: int, causal: bool, dtypes: tuple[str, ...], way: st
 
 
 def entries() -> list[Entry]:
-    """Each kernel for the head dimensions of the models, with and without a mask; and for those of the other size classes.
-
-    The forward also in the ways of attention/tma.py.
-    """
+    """Each kernel at the models' head dimensions, causal and not, and at one per remaining size class; the forward also through TMA."""
     cases = [(head_dim, causal) for head_dim in (64, 72, 80, 128) for causal in (False, True)]
     kernels = (flash_attention_forward, flash_attention_grad_q, flash_attention_grad_kv)
-    described = [
+    through_tma = [
         _entry(flash_attention_forward, *case, ("bf16", "fp16"), way) for way in ("tma", "warp-specialized") for case in cases
     ]
     cases += [(head_dim, True) for head_dim in (96, 192, 256)]
     plain = [_entry(kernel, *case, dtypes) for kernel in kernels for case in cases for dtypes in (("bf16", "fp16"), ("fp32",))]
-    return plain + described
+    return plain + through_tma

@@ -11,7 +11,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..ops.latent_projection import _backward_reference, _forward_reference
 from .lib.common import TYPES, cdiv, dot, rounded
 from .lib.config import ANY, TABLE, Config, pick
 from .lib.patches import patch_offsets, shares_of
@@ -144,8 +143,6 @@ def _last_contiguous(x):
 
 def forward(tokens, weight, bias, patch_size, grid_h, grid_w):
     """x [B, C, h p, w p]."""
-    if tokens.numel() * weight.shape[0] == 0:
-        return _forward_reference(tokens, weight, bias, patch_size, grid_h, grid_w)
     tokens, weight = _last_contiguous(tokens), _last_contiguous(weight)
     (batch, count, width), values = tokens.shape, weight.shape[0]
     x = torch.empty(
@@ -162,8 +159,6 @@ def forward(tokens, weight, bias, patch_size, grid_h, grid_w):
 
 def backward(grad_x, tokens, weight, patch_size, need_tokens, need_weight, need_bias):
     """Gradients of tokens, weight and bias; empty ones where they are not asked for."""
-    if tokens.numel() * weight.shape[0] == 0:
-        return _backward_reference(grad_x, tokens, weight, patch_size, need_tokens, need_weight, need_bias)
     grad_x, tokens, weight = _last_contiguous(grad_x), _last_contiguous(tokens), _last_contiguous(weight)
     (batch, count, width), values = tokens.shape, weight.shape[0]
     rows, grid_w, dtype = batch * count, grad_x.shape[3] // patch_size, TYPES[tokens.dtype]

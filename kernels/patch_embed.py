@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..ops.patch_embed import _backward_reference, _forward_reference
 from .lib import philox
 from .lib.common import TYPES, cdiv, dot, rounded
 from .lib.config import ANY, TABLE, Config, pick
@@ -213,10 +212,6 @@ class _Sizes:
         self.dtype = TYPES[weight.dtype]
 
     @property
-    def empty(self):
-        return self.rows * self.features * self.values == 0
-
-    @property
     def strides(self):
         return self.latents.stride()[:3]
 
@@ -224,8 +219,6 @@ class _Sizes:
 def forward(latents, weight, bias, pos_embed, cls_token, rng, patch_size, scale, shift, moments):
     """y [B, (1+)N, D]."""
     s = _Sizes(latents, weight, rng, patch_size, moments)
-    if s.empty:
-        return _forward_reference(latents, weight, bias, pos_embed, cls_token, rng, patch_size, scale, shift, moments)
     bias, pos_embed, cls_token = (None if v is None else v.contiguous() for v in (bias, pos_embed, cls_token))
     cls = int(cls_token is not None)
     y = torch.empty(s.batch, cls + s.tokens, s.features, dtype=weight.dtype, device=weight.device)
@@ -245,9 +238,6 @@ def backward(
 ):
     """Gradients of latents, weight, bias, pos_embed and cls_token; empty ones where they are not asked for."""
     s = _Sizes(latents, weight, rng, patch_size, moments)
-    if s.empty:
-        needs = need_latents, need_weight, need_bias, need_pos, need_cls
-        return _backward_reference(grad_y, latents, weight, rng, patch_size, scale, shift, moments, *needs)
     grad_y = grad_y if grad_y.stride(2) == 1 else grad_y.contiguous()
     cls = grad_y.shape[1] - s.tokens
     patches = grad_y[:, cls:]

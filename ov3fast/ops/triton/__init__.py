@@ -57,5 +57,15 @@ def launch(module: str, function: str) -> Callable[..., Any]:
     return call
 
 
+def unless_empty(kernels: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernels`, but `eager` for a call with an empty tensor: no kernel has code for one."""
+
+    def call(*args: Any) -> Any:
+        empty = any(isinstance(arg, Tensor) and arg.numel() == 0 for arg in args)
+        return (eager if empty else kernels)(*args)
+
+    return call
+
+
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,13 +1,14 @@
 """Registers patch_embed's Triton kernels."""
 
 from .. import _dispatch
-from . import launch, missing, refuses
+from ..patch_embed import _backward_reference, _forward_reference
+from . import launch, missing, refuses, unless_empty
 
 _dispatch.register(
     "patch_embed",
     "triton",
-    launch("patch_embed", "forward"),
-    launch("patch_embed", "backward"),
+    unless_empty(launch("patch_embed", "forward"), _forward_reference),
+    unless_empty(launch("patch_embed", "backward"), _backward_reference),
     missing=missing,
     refuses=lambda latents, weight, bias, pos_embed, cls_token, rng, *_: refuses(
         latents, weight, bias, pos_embed, cls_token, rng

@@ -8,19 +8,26 @@ JOBS ?= 2
 
 CSRC := csrc/build.py $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
-.PHONY: demo docs test test-gpu gpu aot lint bench step-table sanitize clean
+.PHONY: demo docs test test-all test-gpu gpu aot lint bench step-table sanitize clean
 
 demo: .venv/demo
 	$(BIN)/ov3fast data demo
 	$(BIN)/ov3fast train --recipe demo --run-dir $(RUN) --resume
 	$(BIN)/ov3fast evaluate $(RUN) --data demo
 
-# The suite, which compiles the GPU kernels and runs compiled ones on the CPU; then the operators' tests on the Triton kernels, in Triton's
-# interpreter, but for those of the registration, which all backends share. `pytest tools/ptxrun` tries what runs the compiled kernels.
-SHARED := opcheck or compile or errors or gradcheck or import
+# The working loop, in minutes: the widest instruction set, each Triton kernel once in the interpreter, a compiled one. What it leaves out
+# is marked `full` (the markers in pyproject.toml say which tests are).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 test: .venv/dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/ops tests/kernels -k "not ($(SHARED))"
+	$(PYTEST) -m "not full"
+	TRITON_INTERPRET=1 $(PYTEST) -m "not full" tests/ops tests/kernels
+
+# Everything: besides, all instruction sets, the operators' tests in the interpreter, compiled GPU code and its gate, packaging, and the
+# tests of what executes the compiled code.
+test-all: test
+	$(PYTEST) -m full
+	TRITON_INTERPRET=1 $(PYTEST) -m full tests/ops tests/kernels
+	$(PYTEST) tools/ptxrun
 
 # What only a GPU can tell: real sizes, graph capture, determinism, compute-sanitizer.
 test-gpu: .venv/dev
@@ -57,12 +64,12 @@ step-table: demo
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on two threads; any finding ends the run.
 SANITIZED := build/sanitized
-SANITIZED_TESTS := (portable or avx512_bf16) and not opcheck and not gradcheck and not compile and not ranks and not errors and not to_the_31
 sanitize: .venv/dev
 	$(BIN)/python csrc/build.py --sanitize $(SANITIZED)
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OV3FAST_NATIVE=$(SANITIZED) OMP_NUM_THREADS=2 \
-	$(BIN)/python -m pytest -n $(JOBS) -p no:cacheprovider tests/ops -k "$(SANITIZED_TESTS)"
+	$(BIN)/python -m pytest -n $(JOBS) -p no:cacheprovider tests/ops --implementations portable,avx512_bf16 \
+	-m "not backend_independent and not large"
 
 # A torch built for GPUs depends on its own Triton; beside a CPU build, constraints-cpu.txt pins one.
 CONSTRAIN := --constraint constraints.txt

@@ -18,3 +18,11 @@ if "kernel_tools" not in sys.modules:
 
 # Compiled kernels are tried without the interpreter.
 collect_ignore_glob = ["kernels/*_compiled.py", "kernels/test_cuda_*.py"] if os.environ.get("TRITON_INTERPRET") == "1" else []
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--implementations",
+        metavar="NAME,...",
+        help="run the operators' tests on these alone: eager, or instruction sets such as portable (tests/ops)",
+    )

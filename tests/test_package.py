@@ -37,6 +37,7 @@ def built(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_wheel_carries_the_kernels_and_assets(built, tmp_path):
     [wheel] = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -57,6 +58,7 @@ def test_wheel_carries_the_kernels_and_assets(built, tmp_path):
     assert run(code, tmp_path, PYTHONPATH=str(tmp_path / "site")).startswith(str(tmp_path / "site"))
 
 
+@pytest.mark.full
 def test_sdist_builds_the_same_wheel(built, tmp_path):
     [sdist], [wheel] = built.glob("*.tar.gz"), built.glob("*.whl")
     with tarfile.open(sdist) as archive:
@@ -80,10 +82,10 @@ def test_editable_install_carries_the_kernels(tmp_path):
 def test_import_is_light(tmp_path):
     code = """
 import time, torch
-start = time.perf_counter()
+start = time.process_time()
 import ov3fast, ov3fast.ops, ov3fast.kernels
 from ov3fast import OpenVision3
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 import sys
 heavy = [m for m in ("diffusers", "transformers", "tensorboard", "pyarrow", "triton") if m in sys.modules]
 assert not heavy, heavy

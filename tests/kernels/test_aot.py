@@ -28,6 +28,7 @@ GATED = ("sm_80", "sm_90")
 DTYPES = ("bf16",)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("target", GATED)
 @pytest.mark.parametrize("op", OPS)
 def test_no_row_falls_short(op, target):

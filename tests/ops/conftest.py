@@ -1,12 +1,15 @@
-"""Every operator's test runs on the plain reference and on the CPU kernels of each instruction set that this machine has.
+"""Every operator's test runs on eager PyTorch and on the CPU kernels of each instruction set that this machine has.
 
-With TRITON_INTERPRET=1 it runs on the Triton kernels instead, in Triton's interpreter, with fewer examples, since each takes long.
+Instruction sets but the widest are left to the full suite. Tests marked `backend_independent`, and those in float64, which no kernel
+takes, run once, with what is chosen by itself: the widest. With TRITON_INTERPRET=1 the rest runs on the Triton kernels instead, in Triton's
+interpreter, with fewer examples, since each takes long: part of the full suite too.
 """
 
 import os
 from contextlib import nullcontext
 
 import pytest
+import torch
 from hypothesis import HealthCheck, is_hypothesis_test, settings
 
 from ov3fast import ops
@@ -29,9 +32,32 @@ def implementation(request):
         yield request.param
 
 
-def pytest_collection_modifyitems(items):
-    """Fewer examples in the interpreter, also where a test asks for a number of its own."""
-    for item in items if triton.INTERPRETED else ():
-        if is_hypothesis_test(getattr(item, "obj", None)):
-            asked = getattr(item.obj, "_hypothesis_internal_use_settings", settings())
-            item.obj._hypothesis_internal_use_settings = settings(asked, max_examples=min(EXAMPLES, asked.max_examples))
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(config, items):
+    only = config.getoption("--implementations")
+    once, quick = VARIANTS[-1], () if triton.INTERPRETED else {VARIANTS[0], VARIANTS[-1]}
+    dropped = []
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        variant = params.get("implementation")
+        if variant is None:
+            continue
+        if torch.float64 in params.values():
+            item.add_marker(pytest.mark.backend_independent)
+        again = item.get_closest_marker("backend_independent") and (triton.INTERPRETED or variant != once)
+        if again or (only and variant not in only.split(",")):
+            dropped.append(item)
+        elif variant not in quick:
+            item.add_marker(pytest.mark.full)
+        if triton.INTERPRETED:
+            fewer_examples(item)
+    config.hook.pytest_deselected(items=dropped)
+    gone = set(dropped)
+    items[:] = [item for item in items if item not in gone]
+
+
+def fewer_examples(item):
+    """Also where a test asks for a number of its own."""
+    if is_hypothesis_test(getattr(item, "obj", None)):
+        asked = getattr(item.obj, "_hypothesis_internal_use_settings", settings())
+        item.obj._hypothesis_internal_use_settings = settings(asked, max_examples=min(EXAMPLES, asked.max_examples))

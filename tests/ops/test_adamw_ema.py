@@ -188,6 +188,7 @@ def test_nonfinite_gradient_shows_in_the_norm(value, max_norm):
     assert norm.isnan() if value != value else norm.isinf()
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
 def test_opcheck(layout):
     arrange = testing.LAYOUTS[layout]
@@ -196,6 +197,7 @@ def test_opcheck(layout):
     torch.library.opcheck(torch.ops.ov3fast.adamw_ema_, (*lists[:4], [], 1, 0.1, 0.9, 0.95, 1e-8, [0.1, 0.0], None, None, ""))
 
 
+@pytest.mark.backend_independent
 def test_compile():
     lists, other = tensors(), tensors()
 
@@ -208,6 +210,7 @@ def test_compile():
         testing.assert_same_bits(values, others)
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
@@ -233,6 +236,7 @@ def test_errors(change, error, words):
         ops.adamw_ema_(**{**arguments, **change})
 
 
+@pytest.mark.backend_independent
 def test_mixed_parameters_are_refused():
     both = [torch.ones(3), torch.ones(3).bfloat16()]
     wide = [torch.ones(3)] * 2

@@ -52,6 +52,7 @@ def test_chunks_and_layouts(small_chunks, size, layout, kind):
         testing.check(*pair(kind), inputs(*size, kind), dtype=dtype, layout=testing.LAYOUTS[layout], keep=(2, 3))
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize("kind", KINDS)
 def test_scalars_are_differentiated(small_chunks, kind):
     """Each subset of all four arguments, scalars too."""
@@ -77,12 +78,14 @@ def test_converged_gradients_keep_their_digits():
     testing.check(*pair("softmax"), values, dtype=torch.bfloat16, keep=(2,))
 
 
+@pytest.mark.backend_independent
 def test_zero_features_follow_the_clamp():
     image, text, scale = inputs(4, 3)
     image[1] = 0
     testing.check(*pair("softmax"), (image, text, scale), dtype=torch.float64)
 
 
+@pytest.mark.backend_independent
 def test_known_values():
     """One pair: no other to confuse it with; orthogonal pairs: log(1 + (N - 1) e^-s)."""
     scale = torch.tensor(3.0)
@@ -93,6 +96,7 @@ def test_known_values():
     torch.testing.assert_close(signed, torch.log1p(torch.exp(torch.tensor(-4.0))))
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(small_chunks, kind):
     leaves = [value.requires_grad_() for value in inputs(5, 3, kind, scale=2.0)]
@@ -100,6 +104,7 @@ def test_gradcheck(small_chunks, kind):
         assert torch.autograd.gradcheck(function, leaves)
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
 def test_opcheck(layout):
     for kind in KINDS:
@@ -109,6 +114,7 @@ def test_opcheck(layout):
         torch.library.opcheck(torch.ops.ov3fast.contrastive_loss, (image, text, scale, bias, kind, "", ""))
 
 
+@pytest.mark.backend_independent
 def test_compile_keeps_one_node():
     image, text, scale = (v.float().requires_grad_() for v in inputs(6, 8))
     graphs = []
@@ -126,6 +132,7 @@ def test_compile_keeps_one_node():
     torch.testing.assert_close(got, image.grad)
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_bytes_are_linear(kind):
     def saved(pairs):
@@ -145,6 +152,7 @@ def test_saved_bytes_are_linear(kind):
     assert saved(640) - saved(64) == 576 * per_pair
 
 
+@pytest.mark.backend_independent
 def test_autocast_changes_nothing():
     image, text, scale = (v.float() for v in inputs(9, 16))
     plain = contrastive_loss(image, text, scale)
@@ -153,6 +161,7 @@ def test_autocast_changes_nothing():
         assert contrastive_loss(image.bfloat16(), text.bfloat16(), scale).dtype == torch.float32
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

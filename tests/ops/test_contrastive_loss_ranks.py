@@ -11,6 +11,8 @@ from ov3fast import testing
 from ov3fast.ops import _row_shards
 from ov3fast.ops.contrastive_loss import contrastive_loss, reference
 
+pytestmark = pytest.mark.backend_independent
+
 WIDTH = 6
 SPLITS = {1: [(4,), (0,)], 2: [(3, 3), (5, 1), (4, 0)], 3: [(2, 2, 2), (1, 4, 2), (0, 0, 0)]}
 CHECKS = ["shares", "ddp", "low_precision", "exchange", "reduce_scatter", "disagreement", "compiled", "outsider"]

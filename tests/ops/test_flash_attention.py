@@ -13,7 +13,8 @@ from ov3fast.ops import _attention_peers as peers
 from ov3fast.ops import _dispatch, cpu, triton
 from ov3fast.ops.flash_attention import flash_attention, flash_attention_qkvpacked, reference
 
-IMPLS = ["reference", "sdpa", None]
+NAMED = [pytest.param(name, marks=pytest.mark.backend_independent) for name in ("reference", "sdpa")]
+IMPLS = [*NAMED, None]
 KERNELS = "triton" if triton.INTERPRETED else "cpu"
 needs_kernels = pytest.mark.skipif(KERNELS == "cpu" and bool(cpu.missing()), reason="the CPU kernels were not built")
 # queries, keys, heads, head_dim, causal, prefix_len
@@ -36,14 +37,6 @@ BORDERS = {
     "blind_tiles": (200, 70, 1, 16, True, 0),
 }
 BLIND = {"blind_rows": (7, 3, 2, 8, True, 0), "no_keys": (3, 0, 2, 8, False, 0), "no_queries": (0, 3, 2, 8, True, 0)}
-
-
-@pytest.fixture(autouse=True)
-def once(request, implementation):
-    """What names PyTorch's backends does not run again for every instruction set."""
-    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    if implementation != "reference" and params.get("impl") in ("reference", "sdpa"):
-        pytest.skip("has nothing to do with the instruction set")
 
 
 def inputs(queries, keys, heads, head_dim, batch=2):
@@ -163,6 +156,7 @@ def test_qkvpacked(layout, impl, dtype):
     testing.check(ours, plain, (testing.make(3, 17, 3, 2, 16),), dtype=dtype, layout=testing.LAYOUTS[layout])
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize("impl", ["reference", "sdpa"])
 def test_gradcheck(impl):
     for causal, prefix_len in [(False, 0), (True, 0), (True, 2)]:
@@ -172,16 +166,18 @@ def test_gradcheck(impl):
         assert torch.autograd.gradcheck(plain, leaves)
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
-def test_opcheck(layout, implementation):
+def test_opcheck(layout):
     arrange = testing.LAYOUTS[layout]
     q, k, v = (arrange(t.float()).requires_grad_() for t in inputs(4, 5, 2, 8))
-    for word in ("reference", "sdpa") if implementation == "reference" else ("",):
+    for word in ("reference", "sdpa", ""):
         torch.library.opcheck(torch.ops.ov3fast.flash_attention, (q, k, v, True, 0, 0.5, word))
         qkv = arrange(testing.make(2, 4, 3, 2, 8).float()).requires_grad_()
         torch.library.opcheck(torch.ops.ov3fast.flash_attention_qkvpacked, (qkv, True, 1, 0.5, word))
 
 
+@pytest.mark.backend_independent
 def test_compile_keeps_one_node():
     qkv = testing.make(2, 5, 3, 2, 8).float().requires_grad_()
     graphs = []
@@ -202,7 +198,8 @@ def test_compile_keeps_one_node():
     torch.testing.assert_close(got, qkv.grad)
 
 
-@pytest.mark.parametrize("impl", ["reference", "sdpa", None])
+@pytest.mark.backend_independent
+@pytest.mark.parametrize("impl", IMPLS)
 def test_saved_bytes_are_linear(impl):
     def saved(length):
         qkv = torch.zeros(1, length, 3, 2, 8, requires_grad=True)
@@ -232,6 +229,7 @@ def test_thread_count_does_not_change_bits(dtype, length, heads):
     testing.assert_same_bits_on_threads(run, (1, 2))
 
 
+@pytest.mark.backend_independent
 def test_autocast():
     q, k, v = (t.float() for t in inputs(5, 5, 2, 8))
     with torch.autocast("cpu", torch.bfloat16):
@@ -240,7 +238,8 @@ def test_autocast():
     assert flash_attention(q, k, v).dtype == torch.float32
 
 
-@pytest.mark.parametrize("impl", ["reference", "sdpa", None])
+@pytest.mark.backend_independent
+@pytest.mark.parametrize("impl", IMPLS)
 def test_autocast_does_not_reach_inside(impl):
     """The same bits as on inputs cast by hand: the float32 scores of a backend stay float32."""
     values = [t.bfloat16().requires_grad_() for t in inputs(9, 9, 2, 40)]
@@ -345,6 +344,7 @@ def test_choice_of_the_kernels():
         assert _dispatch.chosen("flash_attention_qkvpacked", "", qkv, True, 0, 1.0) == KERNELS
 
 
+@pytest.mark.backend_independent
 def test_choice_among_the_others():
     q, k, v = inputs(5, 3, 2, 8)
     assert _dispatch.chosen("flash_attention", "", q, k, v, False, 0, 1.0) == "sdpa"
@@ -352,6 +352,7 @@ def test_choice_among_the_others():
     assert _dispatch.chosen("flash_attention", "", q, k, v, True, 1, 1.0) == "sdpa"
 
 
+@pytest.mark.backend_independent
 def test_cuda_kernels_take_our_arguments():
     """PyTorch's CUDA kernels on shapes alone: what we pass fits what they take, and what they give fits our contract."""
     q, k, v = (torch.empty(2, n, 2, 8, dtype=torch.bfloat16, device="meta") for n in (5, 7, 7))
@@ -362,12 +363,14 @@ def test_cuda_kernels_take_our_arguments():
     assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
 
 
+@pytest.mark.backend_independent
 def test_cudnn_takes_our_arguments():
     q, k, v = (torch.empty(2, n, 3, 8, dtype=torch.bfloat16, device="meta") for n in (5, 7, 7))
     out, lse = peers.cudnn_forward(q, k, v, False, 0, 0.5)
     assert out.shape == q.shape and out.is_contiguous() and lse.shape == (2, 3, 5) and lse.dtype == torch.float32
 
 
+@pytest.mark.backend_independent
 def test_flash_attention_3_is_called_by_its_names(monkeypatch):
     """Against a stand-in that has the arguments of that package that we give, and its results."""
     plain = torch.ops.ov3fast
@@ -390,6 +393,7 @@ def test_flash_attention_3_is_called_by_its_names(monkeypatch):
     testing.assert_same_bits(peers.flash_attn_3_backward(q, q, k, v, *expected, True, 0, 0.3), expected_grads)
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize(("capability", "order"), peers.FASTER.items())
 def test_choice_on_a_gpu(monkeypatch, capability, order):
     """The rule, as if each generation of GPUs were here and everything installed; then with nothing but Triton; then what no library takes."""
@@ -407,6 +411,7 @@ def test_choice_on_a_gpu(monkeypatch, capability, order):
         assert _dispatch.chosen("flash_attention", "", q, q, q, True, 5, 1.0) == "triton"
 
 
+@pytest.mark.backend_independent
 def test_peers_say_why_not():
     q, k, v = (t.float() for t in inputs(4, 4, 1, 8))
     table = ops.table()["flash_attention"]
@@ -420,6 +425,7 @@ def test_peers_say_why_not():
     assert "CUDA" in peers.cudnn_refuses(q, k, v, False, 0, 1.0)
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
@@ -439,6 +445,7 @@ def test_errors(change, error, words):
         flash_attention(**{"q": one, "k": one, "v": one, **change})
 
 
+@pytest.mark.backend_independent
 def test_packed_errors():
     with pytest.raises(ValueError, match=r"qkv must have shape \[B,N,3,H,D\], got \(2, 4, 2, 2, 8\)"):
         flash_attention_qkvpacked(torch.ones(2, 4, 2, 2, 8))

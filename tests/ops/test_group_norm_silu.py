@@ -132,6 +132,7 @@ def test_eps():
     testing.check(*both(2, eps=0.5), inputs(2, 4, 3, 3), dtype=torch.float32)
 
 
+@pytest.mark.backend_independent
 def test_is_group_norm_then_silu():
     x, weight, bias = inputs(2, 6, 4, 3)
     groups = x.view(2, 2, -1)
@@ -160,12 +161,14 @@ def test_float32_parameters_with_bfloat16_input():
     testing.assert_within_budget(y, exact.bfloat16(), exact)
 
 
+@pytest.mark.backend_independent
 def test_gradcheck():
     leaves = [v.requires_grad_() for v in inputs(2, 4, 2, 3)]
     for function in both(2):
         assert torch.autograd.gradcheck(function, leaves)
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "channels_last"])
 def test_opcheck(layout):
     x, *rest = (v.float() for v in inputs(4, 6, 3, 2))
@@ -173,6 +176,7 @@ def test_opcheck(layout):
     torch.library.opcheck(torch.ops.ov3fast.group_norm_silu, (x, 2, weight, bias, 1e-6, ""))
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_compile_keeps_one_node(layout):
     x, *rest = (v.float() for v in inputs(2, 6, 3, 2))
@@ -183,6 +187,7 @@ def test_compile_keeps_one_node(layout):
     torch.testing.assert_close([leaf.grad for leaf in leaves], list(expected))
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

@@ -119,6 +119,7 @@ def test_without_bias():
     testing.check(*both(), inputs()[:2], dtype=torch.float32)
 
 
+@pytest.mark.backend_independent
 def test_is_a_transposed_convolution():
     tokens, weight, bias = inputs()
     kernel = weight.t().reshape(7, 4, 2, 2)
@@ -128,6 +129,7 @@ def test_is_a_transposed_convolution():
     torch.testing.assert_close(values[1, :, 2:4, 0:2].reshape(-1), bias)
 
 
+@pytest.mark.backend_independent
 def test_inverts_the_layout_of_patch_embed():
     picture, identity = testing.make(2, 4, 6, 4), torch.eye(16, dtype=torch.float64)
     tokens = ops.patch_embed(picture, identity)
@@ -139,6 +141,7 @@ def test_output_is_contiguous():
         assert latent_projection(*inputs(patch=patch), patch_size=patch, grid=(3, 2)).is_contiguous()
 
 
+@pytest.mark.backend_independent
 def test_autocast():
     tokens, weight, bias = (v.float().requires_grad_() for v in inputs())
     with torch.autocast("cpu", torch.bfloat16):
@@ -148,12 +151,14 @@ def test_autocast():
     assert all(v.grad.dtype == torch.float32 for v in (tokens, weight, bias))
 
 
+@pytest.mark.backend_independent
 def test_gradcheck():
     leaves = [v.requires_grad_() for v in inputs(width=3, channels=1)]
     for function in both():
         assert torch.autograd.gradcheck(function, leaves)
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
 def test_opcheck(layout):
     tokens, *rest = (v.float() for v in inputs())
@@ -161,6 +166,7 @@ def test_opcheck(layout):
     torch.library.opcheck(torch.ops.ov3fast.latent_projection, (*leaves, 2, 3, 2, ""))
 
 
+@pytest.mark.backend_independent
 def test_compile_keeps_one_node():
     leaves = [v.float().requires_grad_() for v in inputs()]
     ours, _ = both()
@@ -169,6 +175,7 @@ def test_compile_keeps_one_node():
     torch.testing.assert_close([leaf.grad for leaf in leaves], list(expected))
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ov3fast import ops, testing
-from ov3fast.ops import _dispatch, cpu
+from ov3fast.ops import _dispatch
 from ov3fast.ops.layer_norm import layer_norm, reference
 
 
@@ -97,6 +97,7 @@ def test_backend(implementation):
     assert _dispatch.chosen("layer_norm", "", x.double(), weight.double(), bias.double(), None, 1e-6) == "reference"
 
 
+@pytest.mark.backend_independent
 def test_gradcheck():
     leaves = [value.requires_grad_() for value in inputs(2, 5)]
     residual = testing.make(2, 3, 5, seed=3).requires_grad_()
@@ -104,6 +105,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x, w, b, r: reference(x, w, b, residual=r), (*leaves, residual))
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
 def test_opcheck(layout):
     x, weight, bias = (v.float() for v in inputs(4, 8))
@@ -113,6 +115,7 @@ def test_opcheck(layout):
         torch.library.opcheck(torch.ops.ov3fast.layer_norm, (x, weight.requires_grad_(), bias.requires_grad_(), rest, 1e-6, ""))
 
 
+@pytest.mark.backend_independent
 def test_compile_keeps_one_node():
     x, weight, bias = (v.float().requires_grad_() for v in inputs(2, 8))
     compiled = torch.compile(lambda x, w, b: layer_norm(x, w, b).square().sum(), fullgraph=True, backend="aot_eager")
@@ -131,6 +134,7 @@ def test_float32_parameters_with_bfloat16_input():
     testing.assert_within_budget(y, exact.bfloat16(), exact)
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
@@ -149,9 +153,10 @@ def test_errors(change, error, words):
         ops.layer_norm(**arguments)
 
 
-def test_more_than_two_to_the_31_elements(implementation):
-    if implementation in ("reference", "triton") or implementation != cpu.available_isas()[-1]:
-        pytest.skip("once is enough")
+@pytest.mark.full
+@pytest.mark.large
+@pytest.mark.backend_independent
+def test_more_than_two_to_the_31_elements():
     if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 8e9:
         pytest.skip("needs 8 GB of free memory")
     x = testing.make(64).bfloat16()

@@ -41,6 +41,7 @@ def test_float32_parameters_beside_bfloat16(rows, k, n):
         testing.assert_within_budget(ours, plain, exact)
 
 
+@pytest.mark.backend_independent
 def test_autocast_casts_x_alone():
     x, weight, bias = (v.float().requires_grad_() for v in inputs(4, 6, 3))
     with torch.autocast("cpu", torch.bfloat16):
@@ -96,11 +97,13 @@ def test_kernel_is_chosen_where_it_was_built(implementation):
     assert _dispatch.chosen("linear", "", x.double(), weight.double(), bias.double()) == "reference"
 
 
+@pytest.mark.backend_independent
 def test_gradcheck():
     leaves = [value.requires_grad_() for value in inputs(3, 4, 2)]
     assert torch.autograd.gradcheck(linear, leaves)
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
 def test_opcheck(layout):
     x, weight, bias = (testing.LAYOUTS[layout](v.float()).requires_grad_() for v in inputs(4, 6, 3))
@@ -108,6 +111,7 @@ def test_opcheck(layout):
         torch.library.opcheck(torch.ops.ov3fast.linear, (x, weight, rest, ""))
 
 
+@pytest.mark.backend_independent
 def test_compile_keeps_one_node():
     x, weight, bias = (v.float().requires_grad_() for v in inputs(4, 6, 3))
     compiled = torch.compile(lambda x, w, b: linear(x, w, b).square().sum(), fullgraph=True, backend="aot_eager")
@@ -117,6 +121,7 @@ def test_compile_keeps_one_node():
     torch.testing.assert_close(got, weight.grad)
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

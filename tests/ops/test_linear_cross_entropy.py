@@ -64,6 +64,7 @@ def test_batch_axes():
     assert linear_cross_entropy(*values, labels, reduction="none").shape == (2, 3)
 
 
+@pytest.mark.backend_independent
 def test_matches_torch():
     hidden, weight, labels = inputs(9, 6, 11)
     labels[4] = 7
@@ -91,6 +92,7 @@ def test_confident_rows_keep_their_digits(scale):
         testing.check(*pair(torch.arange(8), reduction="none"), (hidden, weight), dtype=dtype)
 
 
+@pytest.mark.backend_independent
 def test_gradcheck(small_chunks):
     hidden, weight, labels = inputs(4, 3, 33)
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
@@ -98,6 +100,7 @@ def test_gradcheck(small_chunks):
         assert torch.autograd.gradcheck(function, leaves)
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
 def test_opcheck(layout):
     hidden, weight, labels = inputs(4, 8, 5)
@@ -107,6 +110,7 @@ def test_opcheck(layout):
     torch.library.opcheck(torch.ops.ov3fast.linear_cross_entropy_total, total)
 
 
+@pytest.mark.backend_independent
 def test_compile_keeps_one_node():
     hidden, weight, labels = inputs(6, 8, 5)
     leaves = [hidden.float().requires_grad_(), weight.float().requires_grad_()]
@@ -123,6 +127,7 @@ def test_compile_keeps_one_node():
     torch.testing.assert_close(got, torch.autograd.grad(ours(*leaves), leaves))
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.skipif(triton.INTERPRETED, reason="one contract for all backends, and each row is a program")
 def test_saved_bytes_are_linear(reduction):
@@ -144,6 +149,7 @@ def test_saved_bytes_are_linear(reduction):
     assert saved(640, 1000) == 10 * saved(64, 100)
 
 
+@pytest.mark.backend_independent
 def test_autocast():
     hidden, weight, labels = inputs(5, 16, 9)
     plain = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), labels)
@@ -152,6 +158,7 @@ def test_autocast():
     assert loss.dtype == torch.float32 and torch.equal(loss, plain)
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

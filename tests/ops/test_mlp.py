@@ -130,6 +130,7 @@ def test_float32_parameters_beside_bfloat16(activation, rows, width, hidden, fea
         testing.assert_within_budget(a, p, exact)
 
 
+@pytest.mark.backend_independent
 def test_activations():
     x, w1, b1, w2, b2 = inputs(4)
     h = x @ w1.t() + b1
@@ -139,6 +140,7 @@ def test_activations():
     torch.testing.assert_close(mlp(x, w1, b1, w2, b2, activation="gelu_tanh"), tanh @ w2.t() + b2)
 
 
+@pytest.mark.backend_independent
 def test_autocast():
     leaves = [v.float().requires_grad_() for v in inputs(2, 3)]
     with torch.autocast("cpu", torch.bfloat16):
@@ -148,6 +150,7 @@ def test_autocast():
     assert all(v.grad.dtype == torch.float32 for v in leaves)
 
 
+@pytest.mark.backend_independent
 def test_autocast_in_a_compiled_function():
     leaves = [v.float().requires_grad_() for v in inputs(2, 3)]
 
@@ -159,6 +162,7 @@ def test_autocast_in_a_compiled_function():
     assert torch.equal(y, run(*leaves))
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 def test_gradcheck(activation):
     leaves = [v.requires_grad_() for v in inputs(2, 2, width=3, hidden=4, features=2)]
@@ -166,6 +170,7 @@ def test_gradcheck(activation):
         assert torch.autograd.gradcheck(function, leaves)
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
 def test_opcheck(layout):
     x, *rest = (v.float() for v in inputs(4, 3))
@@ -173,6 +178,7 @@ def test_opcheck(layout):
     torch.library.opcheck(torch.ops.ov3fast.mlp, (*leaves, "gelu", ""))
 
 
+@pytest.mark.backend_independent
 def test_compile_keeps_one_node():
     leaves = [v.float().requires_grad_() for v in inputs(2, 3)]
     torch.compile(lambda *v: mlp(*v).square().sum(), fullgraph=True, backend="aot_eager")(*leaves).backward()
@@ -180,6 +186,7 @@ def test_compile_keeps_one_node():
     torch.testing.assert_close([leaf.grad for leaf in leaves], list(expected))
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

@@ -116,6 +116,7 @@ def test_float32_sigma_with_bfloat16_input():
     torch.testing.assert_close(grad.double(), exact_grad, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.backend_independent
 def test_autocast():
     z, sigma, weight, bias = (v.float().requires_grad_() for v in inputs(2, 3))
     with torch.autocast("cpu", torch.bfloat16):
@@ -125,12 +126,14 @@ def test_autocast():
     assert all(v.grad.dtype == torch.float32 for v in (z, sigma, weight, bias))
 
 
+@pytest.mark.backend_independent
 def test_gradcheck():
     leaves = [v.requires_grad_() for v in inputs(2, 3, width=4, features=3)]
     assert torch.autograd.gradcheck(ours, leaves)
     assert torch.autograd.gradcheck(plain, leaves)
 
 
+@pytest.mark.backend_independent
 def test_noise_is_not_saved():
     z, *rest = inputs(2, 3)
     saved = []
@@ -140,6 +143,7 @@ def test_noise_is_not_saved():
     assert not any(t.shape == z.shape and (torch.equal(t, noise) or not torch.equal(t, z)) for t in saved)
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
 def test_opcheck(layout):
     z, *rest = (v.float().requires_grad_() for v in inputs(4, 3))
@@ -147,6 +151,7 @@ def test_opcheck(layout):
     torch.library.opcheck(torch.ops.ov3fast.noise_projection, (z, *rest, RNG, ""))
 
 
+@pytest.mark.backend_independent
 def test_compile_keeps_one_node():
     leaves = [v.float().requires_grad_() for v in inputs(2, 3)]
     torch.compile(lambda *v: ours(*v).square().sum(), fullgraph=True, backend="aot_eager")(*leaves).backward()
@@ -154,6 +159,7 @@ def test_compile_keeps_one_node():
     torch.testing.assert_close([leaf.grad for leaf in leaves], list(expected))
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

@@ -136,6 +136,7 @@ def test_optional_arguments():
         testing.check(*both(), (latents, weight, *rest), dtype=torch.float32)
 
 
+@pytest.mark.backend_independent
 def test_is_a_convolution():
     latents, weight, bias, pos_embed, _ = inputs(cls=False)
     expected = F.conv2d(latents, weight.view(5, 3, 2, 2), bias, stride=2).flatten(2).transpose(1, 2) + pos_embed
@@ -168,6 +169,7 @@ def test_float32_latents_with_bfloat16_weights_are_mapped_in_float32():
     testing.assert_within_budget(y, reference(latents, weight, shift=7.0, scale=1000.0), exact)
 
 
+@pytest.mark.backend_independent
 def test_autocast():
     latents, weight, bias, pos_embed, cls_token = (v.float().requires_grad_() for v in inputs())
     with torch.autocast("cpu", torch.bfloat16):
@@ -177,12 +179,14 @@ def test_autocast():
     assert all(v.grad is not None and v.grad.dtype == torch.float32 for v in (latents, weight, bias, pos_embed, cls_token))
 
 
+@pytest.mark.backend_independent
 def test_gradcheck():
     leaves = [v.requires_grad_() for v in inputs(batch=1, height=2, features=3, moments=True)]
     for function in both(moments=True, rng=RNG, scale=0.7, shift=0.1):
         assert torch.autograd.gradcheck(function, leaves)
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
 def test_opcheck(layout):
     latents, *rest = (v.float() for v in inputs(moments=True))
@@ -190,6 +194,7 @@ def test_opcheck(layout):
     torch.library.opcheck(torch.ops.ov3fast.patch_embed, (*leaves, RNG, 2, 0.5, 0.1, True, ""))
 
 
+@pytest.mark.backend_independent
 def test_compile_keeps_one_node():
     leaves = [v.float().requires_grad_() for v in inputs(moments=True)]
     ours, _ = both(moments=True, rng=RNG)
@@ -199,6 +204,7 @@ def test_compile_keeps_one_node():
     torch.testing.assert_close(got, list(expected))
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

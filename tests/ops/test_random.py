@@ -16,6 +16,7 @@ def parse(text: str) -> list[torch.Tensor]:
     return [torch.tensor([int(word, 16)]) for word in text.split()]
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
 def test_known_answers(counter, key, expected):
     assert [int(word) for word in random.philox(parse(counter), parse(key))] == [int(word) for word in parse(expected)]
@@ -31,6 +32,7 @@ def plain_philox(counter: list[int], key: list[int]) -> list[int]:
     return [c0, c1, c2, c3]
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize("seed", [0, -7, 2**32 + 1, 2**64 - 1])
 @pytest.mark.parametrize("offset", [0, 2**32 - 2, 2**40 + 5, 2**64 - 3])
 def test_words_are_indexed_by_element(seed, offset):
@@ -42,6 +44,7 @@ def test_words_are_indexed_by_element(seed, offset):
     assert random.words(18, random.make_rng(seed, offset)).tolist() == expected[:18]
 
 
+@pytest.mark.backend_independent
 def test_normal_is_box_muller_on_word_pairs():
     rng = random.make_rng(11, 2**33)
     words = random.words(4096, rng).double().view(-1, 2)
@@ -65,6 +68,7 @@ def test_statistics():
         assert abs((x * other).mean()) < 5 / n**0.5, (seed, offset)
 
 
+@pytest.mark.backend_independent
 def test_uniform_statistics():
     n = 1 << 18
     u = random.uniform((n // 4, 4), random.make_rng(3))
@@ -136,20 +140,24 @@ def test_threads_do_not_change_the_stream():
     testing.assert_same_bits_on_threads(lambda: [random.normal((20_001 if triton.INTERPRETED else 200_001,), rng)])
 
 
+@pytest.mark.backend_independent
 def test_make_rng():
     assert random.make_rng(3).tolist() == [3, 0]
     assert random.make_rng(2**64 - 1, 2**63).tolist() == [-1, -(2**63)]
 
 
+@pytest.mark.backend_independent
 def test_opcheck():
     torch.library.opcheck(torch.ops.ov3fast.random_normal, ([3, 5], random.make_rng(1, 2), torch.bfloat16, ""))
 
 
+@pytest.mark.backend_independent
 def test_compile_keeps_one_node():
     compiled = torch.compile(lambda rng: random.normal((6, 7), rng) + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(random.make_rng(8)), random.normal((6, 7), random.make_rng(8)) + 1)
 
 
+@pytest.mark.backend_independent
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -169,5 +177,6 @@ def test_errors(call, error, words):
         call()
 
 
+@pytest.mark.backend_independent
 def test_listed():
     assert ops.table()["random_normal"]["reference"] == "ready"

@@ -77,3 +77,43 @@ def test_every_operator_has_a_page():
         page = f"{name.rstrip('_')}.md"
         assert (DOCS / "operators" / page).exists(), f"docs/operators/{page} is missing"
         assert f"({page})" in index, f"docs/operators/index.md does not list {page}"
+
+
+def test_the_newcomers_walk_takes_at_most_eight_files():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.split("## From an image to the kernels")[1].split("\n## ")[0]
+    files = re.findall(r"^\d+\. `([^`]+)`", section, flags=re.MULTILINE)
+    assert 0 < len(files) <= 8
+    for name in files:
+        assert (ROOT / name).is_file(), name
+    assert any(name.startswith("csrc/") for name in files) and any(name.startswith("kernels/") for name in files)
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "README.md"])
+def test_the_paths_that_a_page_names_exist(page):
+    folders = "ov3fast|kernels|csrc|tests|benches|docs|tools|examples"
+    named = re.findall(rf"(?<![\w/])((?:{folders})(?:/[\w.-]+)+)", (ROOT / page).read_text(encoding="utf-8"))
+    for name in {name.rstrip(".") for name in named}:
+        if "NAME" not in name:
+            assert (ROOT / name).exists(), name
+
+
+def test_an_operators_files_are_where_contributing_says():
+    for name in ("layer_norm", "patch_embed", "mlp"):
+        for place in (
+            "ov3fast/ops/NAME.py",
+            "csrc/cpu/NAME.cpp",
+            "kernels/NAME.py",
+            "tests/ops/test_NAME.py",
+            "docs/operators/NAME.md",
+        ):
+            assert (ROOT / place.replace("NAME", name)).exists()
+
+
+def test_the_citation_names_the_version():
+    import yaml
+
+    import ov3fast
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == ov3fast.__version__ and citation["license"] == "Apache-2.0"

@@ -138,5 +138,21 @@ def test_the_list_of_environment_words_is_whole():
     assert set(tracked.stdout.split()) - {"OV3FAST_"} == set(environment.WORDS)
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["encode", "--help"], ["evaluate", "--help"]])
+def test_help_costs_no_torch(arguments):
+    code = f"""
+import sys
+from ov3fast import cli
+try:
+    cli.main({arguments})
+except SystemExit:
+    pass
+heavy = {{"torch", "numpy", "diffusers", "matplotlib", "PIL"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = in_process(code)
+    assert done.returncode == 0, done.stderr
+
+
 def test_output_is_open_here():
     assert not terminal.output_is_closed()

@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from ov3fast.data.images import IMAGE_SUFFIXES
+from ov3fast.data.tar_members import is_foreign
 from ov3fast.data.transforms import premultiplied, to_tensor
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class FoundImages(dict[str, Path]):
 def find_images(paths: str | Path | Sequence[str | Path]) -> FoundImages:
     """Name -> file of the images in files and folders, in the order given, a folder's sorted by name.
 
-    Folders within a folder belong to it, symlinked ones too; what macOS adds (._*, .DS_Store, __MACOSX) does not. A name is the path
+    Folders within a folder belong to it, symlinked ones too; what an operating system adds (._*, .DS_Store, __MACOSX/) does not. A name is the path
     below its folder, or the file's own name; the path as found where two would be the same. FileNotFoundError for a missing path or
     a folder without images, ValueError for a file that is no image by its suffix.
     """
@@ -64,7 +65,7 @@ def _files_in(folder: Path, above: tuple[str, ...] = ()) -> list[Path]:
         return []
     files = []
     for entry in folder.iterdir():
-        if entry.name.startswith("._") or entry.name in (".DS_Store", "__MACOSX"):
+        if is_foreign(entry.name) or entry.name == "__MACOSX":
             continue
         if entry.is_dir():
             files += _files_in(entry, (*above, real))

@@ -104,7 +104,6 @@ def _layer_norm_backward(
         tl.store(bias_partials + at_strip, tl.sum(bias_sum, 0), mask=inside)
 
 
-MAX_WIDTH = WIDTHS[-1]
 NO_ROWS = None, 1, 0, 0
 
 

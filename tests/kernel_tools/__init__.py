@@ -1,1 +1,1 @@
-"""What the tests of kernels share: small kernels to try the tools on, program orders, one sample call per operator."""
+"""Shared by the tests of kernels: small kernels to try the tools on, program orders, sample calls of every operator."""

@@ -1,4 +1,4 @@
-"""Runs a kernel file's own launchers on CPU tensors: kernel[grid](...) executes the kernel's PTX by ptxrun, checked access by access."""
+"""Runs the kernels' own launchers on CPU tensors: kernel[grid](...) executes the kernel's PTX in ptxrun, which checks every access."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Report = ptxrun.report.Report
 
 @contextmanager
 def on_ptx(order: str = "forward", target: str = "sm_80", **options: Any) -> Iterator[list[tuple[str, Report]]]:
-    """Gives (kernel, report) of each launch within the block, with the target's rows of the table; a finding of any kind fails at once."""
+    """Yields (kernel, report) of each launch in the block, with the target's rows of configuration; any finding fails at once."""
     launched = []
 
     def run(kernel, *args, grid, warmup=False, num_warps=4, num_stages=2, **kwargs):
@@ -37,7 +37,7 @@ def on_ptx(order: str = "forward", target: str = "sm_80", **options: Any) -> Ite
 
 @contextmanager
 def compiled(order: str = "forward", target: str = "sm_80", **options: Any) -> Iterator[dict[str, list[Report]]]:
-    """The same by kernel, filled in at the block's end."""
+    """The same, by kernel; filled in when the block ends."""
     reports: dict[str, list[Report]] = {}
     with on_ptx(order, target, **options) as launched:
         yield reports
@@ -48,7 +48,7 @@ def compiled(order: str = "forward", target: str = "sm_80", **options: Any) -> I
 def in_any_order(
     function: Callable[..., Sequence[Tensor]], *args: Any, target: str = "sm_80"
 ) -> tuple[Sequence[Tensor], list[Report]]:
-    """The function's tensors, for sm_80 the same bits in three orders of programs, and the reports of the first."""
+    """The function's tensors and the reports of its launches; on sm_80, asserts the same bits in three orders of programs."""
     first, *others = ORDERS if target == "sm_80" else ORDERS[:1]
     with on_ptx(first, target) as launched:
         expected = function(*args)
@@ -59,7 +59,7 @@ def in_any_order(
 
 
 def assert_traffic(report: Report, expected: float, *small: str) -> None:
-    """Bytes read and written are within 10 % of the formula; `small` are vectors that many threads read again, from the cache."""
+    """Bytes read and written are within 10 % of the formula; `small` names vectors that many threads reread from cache."""
     moved = sum(sum(kinds.values()) for name, kinds in report.per_tensor.items() if name not in small)
     assert abs(moved - expected) <= 0.1 * expected, (
         f"{moved} bytes moved, formula {expected:.0f}\n{report}\n{report.per_tensor}"

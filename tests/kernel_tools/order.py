@@ -1,4 +1,4 @@
-"""The order in which Triton's interpreter runs the programs of a launch, which on a GPU is anyone's guess."""
+"""Sets the order in which Triton's interpreter runs the programs of a launch; on a GPU it is undefined."""
 
 import random
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ class Launches:
 
 @contextmanager
 def program_order(name: str, seed: int = 0) -> Iterator[Launches]:
-    """Within the block, programs run "forward", "reversed" or "shuffled"; needs TRITON_INTERPRET=1."""
+    """In the block, programs run "forward", "reversed" or "shuffled"; needs TRITON_INTERPRET=1."""
     from triton.runtime.interpreter import interpreter_builder as builder
 
     if name not in ORDERS:

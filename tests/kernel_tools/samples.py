@@ -1,4 +1,4 @@
-"""One sample call or more per operator: at a tiny size for the interpreter (a few programs per launch), and at one that training meets."""
+"""Sample calls of every operator: at a tiny size for the interpreter (a few programs per launch), and at a size of real training."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Sample:
     tiny: tuple[int, ...]
     real: tuple[int, ...]
     single: tuple[int, ...] = ()
-    """Arguments that stay in float32 where the others are narrower."""
+    """Positions of arguments that stay float32 when the others are narrower."""
     differentiable: bool = True
-    """Without gradients, the outputs alone are looked at."""
+    """If not, only the outputs are compared."""
     refused: Mapping[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
     """Backend -> dtypes of this call that it does not take, by its contract."""
 

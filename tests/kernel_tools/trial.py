@@ -1,4 +1,4 @@
-"""Small kernels for the tests of the tools that examine kernels: a copy that scales, a matrix product, and some that do what none should."""
+"""Small kernels to test the tools with: a scaled copy, a matrix product, and some that do what no kernel should."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Kernels compiled for each chip without a GPU: the gate that every row of the table passes, and that the gate sees what it should."""
+"""Kernels compiled for each chip without a GPU: every row of the table passes the gate, and the gate catches what it should."""
 
 import ast
 import csv
@@ -38,7 +38,7 @@ def test_no_row_falls_short(op, target):
 
 
 def test_the_committed_table_has_no_shortcomings_on_nvidia():
-    """All chips and dtypes, as `make aot` found them."""
+    """For all chips and dtypes, as `make aot` wrote it."""
     with TABLE.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert {row["op"] for row in rows} >= set(OPS) and {row["target"] for row in rows} == set(CHIPS)
@@ -59,7 +59,7 @@ def jit_functions():
 
 
 def mentioned(function):
-    """Ids of the functions that this one's text names."""
+    """Ids of the functions that this one refers to."""
     for node in ast.walk(function.parse()):
         if isinstance(node, ast.Name):
             yield id(function.__globals__.get(node.id))

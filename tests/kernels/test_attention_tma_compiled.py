@@ -1,4 +1,4 @@
-"""Attention's forward through tensor descriptors, as compiled: that it has what its rows of the table say. Nothing here executes it."""
+"""Attention's forward through TMA, as compiled: its code matches its rows of configuration. Nothing here executes it."""
 
 import re
 
@@ -27,7 +27,7 @@ def compiled(variant, target):
 
 @pytest.mark.parametrize("target", configs.WITH_TMA)
 @pytest.mark.parametrize(("way", "head_dim"), CASES)
-def test_code_loads_through_descriptors(way, head_dim, target):
+def test_code_loads_through_tma(way, head_dim, target):
     code, config = compiled(f"D={head_dim} causal {way}", target)
     ptx, descriptors = code.asm["ptx"], 6 if head_dim == 72 else 3
     assert ptx.count("tensormap.cp_fenceproxy") == descriptors and code.metadata.global_scratch_size == 128 * descriptors
@@ -41,7 +41,7 @@ def test_code_loads_through_descriptors(way, head_dim, target):
 
 
 def test_groups_of_warps_share_the_queries_on_hopper():
-    """Each multiplies 64 rows of the 128: no product is computed twice."""
+    """Each consumer multiplies 64 of the 128 rows: no product is computed twice."""
     code, config = compiled("D=64 warp-specialized", "sm_90")
     assert config.blocks["BLOCK_QUERIES"] == 128
     products = re.findall(r"ttng\.warp_group_dot .* -> tensor<(\d+)x", code.asm["ttgir"])
@@ -50,7 +50,7 @@ def test_groups_of_warps_share_the_queries_on_hopper():
     assert len(first_rows) == 4 and len(set(first_rows)) == 3, "two halves of q, a tile of k and v"
 
 
-def test_plain_rows_have_no_descriptors():
+def test_plain_rows_use_no_tma():
     for (dtype, size, _), row in configs.TABLE["flash_attention_forward"].items():
         assert row.blocks["TMA"] == int(" " in size) and (dtype != "fp32" or not row.blocks["TMA"])
         assert row.blocks["WARP_SPECIALIZED"] == int(size.endswith("warp-specialized"))

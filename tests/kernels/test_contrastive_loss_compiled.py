@@ -67,7 +67,7 @@ def test_float32(schedule, kind):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_one_pair_has_no_gradient(monkeypatch, dtype):
-    """The backward meets the forward's logit to the bit."""
+    """The backward recomputes the forward's logits to the bit."""
     monkeypatch.setattr(contrastive_loss, "FEW", 0)
     for name in ("fused", "chunked"):
         monkeypatch.setattr(contrastive_loss, "schedule", lambda *_, name=name: name)

@@ -1,4 +1,4 @@
-"""The sm_80 and sm_90 code of flash_attention's kernels, executed on the CPU with every access checked; the launchers are the real ones."""
+"""flash_attention's sm_80 and sm_90 code, executed on the CPU through the real launchers, every access checked."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ CASES = {
 
 
 def make(queries, keys, heads, head_dim, dtype):
-    """q, k, v and an upstream gradient. k and v lie in one packed tensor; beside q's heads lies one of NaN."""
+    """q, k, v and an upstream gradient. k and v are views of one packed tensor; a head of NaN lies beside q's."""
     room = torch.full((1, queries + 1, heads + 1, head_dim), torch.nan, dtype=dtype)
     q = room[:, :-1, :-1]
     q.copy_(testing.make(1, queries, heads, head_dim))
@@ -44,7 +44,7 @@ def expected(dtype, q, k, v, grad, causal, prefix_len):
 
 
 def check(values, causal, prefix_len, target="sm_80"):
-    """Holds the results against the budget; returns the reports."""
+    """Asserts that the results are within budget; returns the reports."""
     results, reports = run(*values, causal, prefix_len, target=target)
     exact, plain = (expected(kind, *values, causal, prefix_len) for kind in (torch.float64, values[0].dtype))
     for got, same, best, what in zip(results, plain, exact, ("out", "grad_q", "grad_k", "grad_v"), strict=True):
@@ -55,7 +55,7 @@ def check(values, causal, prefix_len, target="sm_80"):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("case", CASES)
 def test_compiled_code(case, dtype):
-    """In float32 three TF32 products a product; its narrower tiles leave some threads less than 16 bytes to load."""
+    """A float32 product is three TF32 products; its narrower tiles leave some threads less than 16 bytes to load."""
     *sizes, causal, prefix_len = CASES[case]
     reports = check(make(*sizes, dtype), causal, prefix_len)
     assert len(reports) == 3

@@ -1,4 +1,4 @@
-"""The compiled kernels of group_norm_silu, run on the CPU."""
+"""group_norm_silu's compiled kernels, executed: results, findings, order of programs, traffic."""
 
 import pytest
 import torch

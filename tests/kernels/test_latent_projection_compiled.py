@@ -1,4 +1,4 @@
-"""The compiled kernels of latent_projection, run on the CPU."""
+"""latent_projection's compiled kernels, executed: results, findings, order of programs, traffic."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""linear's compiled kernels, executed: results, findings, order of programs, traffic; and the sums over rows that yield gradients of biases."""
+"""linear's compiled kernels, executed: results, findings, order of programs, traffic; and sums over rows."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The compiled kernels of noise_projection, run on the CPU."""
+"""noise_projection's compiled kernels, executed: results, findings, order of programs, traffic."""
 
 import pytest
 import torch

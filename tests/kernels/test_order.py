@@ -1,4 +1,4 @@
-"""Programs of a launch in any order give the same bits: none reads or writes what another writes. In Triton's interpreter."""
+"""The bits do not depend on the order of programs, since none reads or writes what another writes; in Triton's interpreter."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_any_order_gives_the_same_bits(sample, dtype):
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
 def test_nothing_is_read_before_it_is_written(sample):
-    """New memory holds NaN here, wherever a launcher takes it."""
+    """Fills everything that a launcher allocates with NaN."""
     require_kernels(sample.op)
     inputs = sample.inputs("tiny", torch.float32)
     expected = sample.results(inputs)

@@ -1,4 +1,4 @@
-"""One stream in all languages: words of the compiled Triton kernel are the reference's and the C++ kernels', bit for bit."""
+"""One random stream in all languages: the compiled Triton kernel's words equal the reference's and the C++ kernels', bit for bit."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The samples that the tests of kernels call: every operator has one, and the backend that runs here gives their results within the budget."""
+"""Every operator has a sample, and the backend that runs here computes them within the error budget."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Attention's forward through tensor descriptors, in Triton's interpreter; tests/kernels looks at the compiled code."""
+"""Attention's forward through TMA descriptors, in Triton's interpreter; tests/kernels inspects the compiled code."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def within(q, way):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Fills with what each launch through descriptors reads."""
+    """Records what each launch through TMA reads."""
     calls = []
     before = tma.with_workspace
     monkeypatch.setattr(

@@ -44,14 +44,14 @@ def forward(x, weight, bias):
     """x [..., K], weight [N, K], bias [N] or None -> [..., N]; parameters of x's dtype or float32."""
     x_rows, columns = rows(x), weight.shape[0]
     shape = (*x.shape[:-1], columns)
-    if gemm.library_is_better(x_rows, weight):
+    if gemm.cublas_is_better(x_rows, weight):
         return F.linear(x_rows.matrix, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)).view(shape)
     return _product(x_rows, weight, bias, columns, True).view(shape)
 
 
 def input_gradient(grad_y: Rows, weight: Tensor) -> Tensor:
     """dy W, [R, K]."""
-    if gemm.library_is_better(grad_y, weight):
+    if gemm.cublas_is_better(grad_y, weight):
         return grad_y.matrix @ weight.to(grad_y.tensor.dtype)
     return _product(grad_y, weight, None, weight.shape[1], False)
 

@@ -103,7 +103,7 @@ FEW_ROWS = 1024
 """Up to so many rows, reading float32 parameters as they are costs less than rounding them in a pass of its own."""
 
 
-def library_is_better(x: Rows, weight: Tensor) -> bool:
+def cublas_is_better(x: Rows, weight: Tensor) -> bool:
     """Whether a product without a fused epilogue goes to cuBLAS (hipBLASLt).
 
     Ours takes what it could only take after a copy: rows with two strides, and float32 parameters beside a few 16-bit rows. With many rows

@@ -31,7 +31,7 @@ class DataCheck:
     """Read every sample of a set of shards and count what is broken."""
 
     path: tyro.conf.Positional[str]
-    """Folder, tar or glob pattern."""
+    """Folder, tar, glob pattern or brace pattern ({00000..00003}.tar)."""
 
 
 def run(arguments: list[str]) -> int:
@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> int:
 
         summary = summarise(given.path)
         print(summary)
-        return 1 if summary.skipped else 0
+        return 0 if summary.complete else 1
     if kind in ("-h", "--help"):
         print(f"usage: {PROGRAM} data demo [options]\n       {PROGRAM} data check PATH")
         return 0

@@ -13,7 +13,7 @@ from pathlib import Path
 from ov3fast.data.captions import texts_under
 from ov3fast.data.limits import MAX_IMAGE_PIXELS
 from ov3fast.data.shards import Sample, ShardDataset
-from ov3fast.data.skips import SampleError, Skip, SkipWarning, Tally, printable
+from ov3fast.data.skips import HARMLESS, SampleError, Skip, SkipWarning, Tally, printable
 from ov3fast.data.store import resolve
 
 SHOWN = 5  # skipped samples of each reason in the printed summary
@@ -60,6 +60,11 @@ class Summary:
     def reasons(self) -> Counter:
         return sum((shard.skips for shard in self.shards), Counter())
 
+    @property
+    def complete(self) -> bool:
+        """Nothing is lost: every sample can be used, and what was left out holds none."""
+        return not self.skips and self.left_out.counts.keys() <= HARMLESS
+
     def __str__(self) -> str:
         """Totals, the shards with something to report, and the first few skipped samples of each reason."""
         sizes = f"{_size(self.smallest)} to {_size(self.largest)}" if self.smallest else "none readable"
@@ -74,7 +79,8 @@ class Summary:
         for shard in self.shards:
             if shard.skips or shard.truncated:
                 cut = ", cut short" if shard.truncated else ""
-                lines.append(f"  {shard.path}: {shard.readable} of {shard.samples}{cut}: {_counts(shard.skips)}")
+                skips = f": {_counts(shard.skips)}" if shard.skips else ""
+                lines.append(f"  {shard.path}: {shard.readable} of {shard.samples}{cut}{skips}")
         for reason in self.reasons:
             for skip in [skip for skip in self.skips if skip.reason == reason][:SHOWN]:
                 lines.append(f"    {reason}: {skip.key} ({skip.detail})")

@@ -12,6 +12,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+HARMLESS = frozenset(("foreign_member", "foreign_archive", "name_without_suffix"))
+"""Reasons to leave a file out that lose no sample."""
+
 
 class DataError(RuntimeError):
     """The data cannot be used as asked: the message says what is wrong and what to do."""

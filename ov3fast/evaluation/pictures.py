@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ov3fast.data.captions import texts_under
 from ov3fast.data.shards import ShardDataset
-from ov3fast.data.skips import DataError, SampleError, SkipCounter
+from ov3fast.data.skips import DataError, SampleError, SkipCounter, printable
 from ov3fast.data.transforms import center_boxes, crop_resize, premultiplied, to_tensor
 from ov3fast.evaluation.reconstruction import to_model_range
 
@@ -53,7 +53,7 @@ class Pictures:
 
     def column(self, name: str, default: str = "") -> list[str]:
         """One metadata field per picture."""
-        return [str(meta.get(name, default)) for meta in self.meta]
+        return [printable(str(meta.get(name, default))) for meta in self.meta]
 
     def rows(self, index: Sequence[int]) -> Pictures:
         chosen = list(index)
@@ -96,7 +96,7 @@ def read_pictures(
         raise DataError(f"shards: no picture of {shards} could be read ({skips})")
     return Pictures(
         torch.stack(images),
-        [sample.key for sample in samples],
+        [printable(sample.key) for sample in samples],
         [{key: texts_under(sample.captions, key)[0] for key in sample.captions} for sample in samples],
         [sample.meta for sample in samples],
         dict(skips.counts),

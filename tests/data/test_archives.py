@@ -86,6 +86,7 @@ def test_training_and_evaluation_notice_a_cut_at_the_start(tmp_path, png, indexe
         assert data.skips.counts == pictures.skipped == {"truncated_tar": 1}
         assert len(data.batch(0).keys) == 2  # what no index counts is outside the budget
         assert "truncated_tar" in str(summarise(tmp_path))
+    assert not summarise(tmp_path).complete
 
 
 def test_an_index_of_a_cut_tar_does_not_hide_the_cut(tmp_path, png):
@@ -111,6 +112,7 @@ def test_files_that_systems_leave_are_dropped_and_counted(tmp_path, png):
     with pytest.warns(SkipWarning):
         write_index(tmp_path)
     assert json.loads((tmp_path / "index.json").read_text())["shardlist"][0]["nsamples"] == 12
+    assert summarise(tmp_path).complete
 
 
 @pytest.mark.parametrize(
@@ -194,6 +196,7 @@ def test_names_of_any_bytes(tmp_path, png, kind):
     assert usable(dataset) == keys and not dataset.left_out
     assert "\n" not in str(summarise(tmp_path, caption_keys=["x"])).split("missing_caption: line")[1].splitlines()[0]
     str(summarise(tmp_path, caption_keys=["x"])).encode()
+    assert "".join(read_pictures(tmp_path, 8).keys).encode()  # for the report
     batch = loader(tmp_path).batch(0)
     assert len(order_hash("", keys)) == 64 and set(batch.keys) <= set(keys)
 

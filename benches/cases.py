@@ -328,6 +328,73 @@ class PlainEncoder(nn.Module):
         return self.head(self.norm(x[:, 1:].mean(1)))
 
 
+def linear(dtype: str) -> Iterator[Case]:
+    rows, k, n = 2048, 768, 2304
+    x, bias = (randn(*shape, dtype=DTYPES[dtype], grad=True) for shape in ((rows, k), (n,)))
+    weight = randn(n, k, dtype=DTYPES[dtype], grad=True, scale=k**-0.5)
+    functions = {OURS: ops.linear, "eager": F.linear, "compile": compiled(F.linear)}
+    for direction, wrap, units in (("forward", forward, 2), ("both", both, 6)):
+        variants = {name: wrap(function, x, weight, bias) for name, function in functions.items()}
+        yield Case("linear", direction, f"[{rows},{k}] -> {n}", dtype, variants, units * float(rows) * k * n)
+
+
+def latent_projection(dtype: str) -> Iterator[Case]:
+    b, side, width, channels = 64, 16, 768, 16
+    tokens = randn(b, side * side, width, dtype=DTYPES[dtype], grad=True)
+    weight = randn(4 * channels, width, dtype=DTYPES[dtype], grad=True, scale=width**-0.5)
+    bias = randn(4 * channels, dtype=DTYPES[dtype], grad=True)
+
+    def ours(tokens, weight, bias):
+        return ops.latent_projection(tokens, weight, bias, grid=(side, side))
+
+    def peer(tokens, weight, bias):
+        patches = F.linear(tokens, weight, bias).view(b, side, side, channels, 2, 2)
+        return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, channels, 2 * side, 2 * side)
+
+    functions = {OURS: ours, "eager": peer, "compile": compiled(peer)}
+    size = tokens.nbytes + weight.nbytes + tokens.nbytes * 4 * channels / width
+    for direction, wrap, units in (("forward", forward, 1), ("both", both, 3)):
+        variants = {name: wrap(function, tokens, weight, bias) for name, function in functions.items()}
+        yield Case("latent_projection", direction, f"[{b},{side * side},{width}]", dtype, variants, bytes=units * size)
+
+
+def random_normal(dtype: str) -> Iterator[Case]:
+    shape, rng = (64, 256, 768), ops.random.make_rng(1, device=torch.get_default_device())
+    kind = DTYPES[dtype]
+    variants = {OURS: lambda: ops.random.normal(shape, rng, kind), "eager": lambda: torch.randn(shape, dtype=kind)}
+    yield Case("random_normal", "forward", "[64,256,768]", dtype, variants, bytes=64.0 * 256 * 768 * kind.itemsize)
+
+
+def adamw_ema(dtype: str) -> Iterator[Case]:
+    """A step of a tower's blocks against torch's fused AdamW, clipping and averaging."""
+    sizes = [(3072, 768), (768, 3072), (2304, 768), (768, 768), (3072,), (768,)] * 4
+    numbers = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+    def state():
+        params, grads = ([randn(*size, dtype=DTYPES[dtype]) for size in sizes] for _ in range(2))
+        return params, grads, *([torch.zeros(*size) for size in sizes] for _ in range(3))
+
+    params, grads, m, v, ema = state()
+    theirs, their_grads, *_, their_ema = state()
+    for p, g in zip(theirs, their_grads, strict=True):
+        p.requires_grad_().grad = g
+    optimizer = torch.optim.AdamW(theirs, fused=True, **numbers)
+
+    def peer():
+        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        optimizer.step()
+        torch._foreach_lerp_(their_ema, [p.detach().float() for p in theirs], 0.01)
+
+    def ours():
+        return ops.adamw_ema_(params, grads, m, v, ema, step=2, max_norm=1.0, ema_decay=0.99, **numbers)
+
+    elements = float(sum(p.numel() for p in params))
+    moved = elements * (
+        4 * params[0].itemsize + 6 * 4
+    )  # parameters and gradients twice each, moments and average read and written
+    yield Case("adamw_ema_", "forward", f"{elements / 1e6:.0f} M parameters", dtype, {OURS: ours, "eager": peer}, bytes=moved)
+
+
 def encoder(dtype: str, targets: tuple[float | None, float | None], batch: int = 8, depth: int = 12) -> Iterator[Case]:
     from ov3fast.models.config import VisionConfig
     from ov3fast.models.flops import encoder_flops
@@ -396,6 +463,8 @@ def full(on_gpu: bool) -> Makers:
         ("mlp", "fp32", mlp, (2.0,)),
         ("layer_norm + residual", "bf16", layer_norm, ()),
         ("layer_norm + residual", "fp32", layer_norm, ()),
+        *((maker.__name__, kind, maker, ()) for maker in (linear, latent_projection, random_normal) for kind in DTYPES),
+        *(("adamw_ema_", kind, adamw_ema, ()) for kind in DTYPES),
         ("ViT-B/2 encoder", "bf16", encoder, ((1.3, 1.3),)),
         ("ViT-B/2 encoder", "fp32", encoder, ((2.1, 2.0),)),
         ("contrastive_loss", "bf16", contrastive, (65536, 512, None, False)),

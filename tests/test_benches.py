@@ -1,4 +1,6 @@
+import inspect
 import json
+import re
 
 import pytest
 
@@ -31,6 +33,15 @@ def test_operator_rows_hold_ours_the_best_peer_and_the_floor():
     assert row["best_peer"] == "eager" and row["rate"].endswith("GB/s")
     assert float(row["ratio"]) == pytest.approx(float(row["peer_ms"]) / float(row["ms"]), rel=0.02)
     assert float(row["of_floor"]) == pytest.approx(case.bytes / 1e10 / (float(row["ms"]) / 1e3), rel=0.05, abs=0.01)
+
+
+def test_every_operator_has_a_row():
+    from benches import cases
+    from ov3fast import ops
+
+    rows = set(re.findall(r'Case\(\s*"(\w+)', inspect.getsource(cases)))
+    shared = {"flash_attention_qkvpacked": "flash_attention", "linear_cross_entropy_total": "linear_cross_entropy"}
+    assert {shared.get(name, name) for name in ops.table()} <= rows
 
 
 def test_extra_memory_sees_an_allocation():

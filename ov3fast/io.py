@@ -25,6 +25,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     the disk is full, also when the writer reports that with an error class of its own (safetensors does).
     """
     path = Path(path)
+    if path.is_symlink():  # what it leads to is written, the link stays
+        path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.writing-{os.getpid()}{path.suffix}")
     try:

@@ -142,6 +142,30 @@ def test_a_folder_is_reconstructed(capsys, model, photo, tmp_path):
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "out" / "photo.png.png").read_bytes()
 
 
+def test_originals_are_not_overwritten(capsys, model, photo, tmp_path):
+    before = photo.read_bytes()
+    assert "out is the image itself" in one_line(run(capsys, "reconstruct", model, photo, "--out", photo)[2])
+    (tmp_path / "link").symlink_to(photo.parent)
+    for out in (photo.parent, tmp_path / "link"):
+        assert "is one of the originals; give another folder" in one_line(
+            run(capsys, "reconstruct", model, photo.parent, "--out", out)[2]
+        )
+    assert photo.read_bytes() == before
+
+
+def test_names_do_not_break_the_lines(capsys, model, photo):
+    photo.rename(photo.parent / "a\nb\tc.png")
+    lines = run(capsys, "caption", model, photo.parent, "--beams", "1")[1].splitlines()
+    assert len(lines) == 1 and lines[0].startswith("a\\nb\\tc.png\t")
+
+
+def test_what_a_link_leads_to_is_written(capsys, model, photo, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "e.npz").symlink_to(tmp_path / "disk" / "e.npz")
+    assert run(capsys, "encode", model, photo, "--out", tmp_path / "e.npz")[0] == 0
+    assert (tmp_path / "e.npz").is_symlink() and [p.name for p in (tmp_path / "disk").iterdir()] == ["e.npz"]
+
+
 def test_files_have_the_umasks_mode(capsys, model, photo, tmp_path):
     before = os.umask(0o027)
     try:

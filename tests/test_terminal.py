@@ -92,6 +92,17 @@ def test_ctrl_c_is_130_and_one_line():
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"ov3fast: interrupted\n")
 
 
+def test_sigterm_unwinds(tmp_path):
+    body = """
+    import tempfile
+    with tempfile.TemporaryDirectory(dir=sys.argv[1]):
+        signal.raise_signal(signal.SIGTERM)"""
+    done = in_process(
+        with_command(body).replace("cli.main(", f"sys.argv.append({str(tmp_path)!r}) or cli.main(").replace("*sys.argv[1:]", "")
+    )
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, b"") and list(tmp_path.iterdir()) == []
+
+
 def test_quiet_and_verbose():
     body = '    print("words"); warnings.warn("careful"); raise ValueError("wrong")'
     plain, quiet, verbose = (

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -91,7 +92,28 @@ def _run(arguments: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise ValueError(f"no command {name!r}; it takes {', '.join(COMMANDS)}")
-    return import_module(f"ov3fast.cli.{COMMANDS[name].module}").run(rest)
+    if name == "train":  # it saves on SIGTERM by itself
+        return import_module("ov3fast.cli.train").run(rest)
+    with _sigterm_unwinds():
+        return import_module(f"ov3fast.cli.{COMMANDS[name].module}").run(rest)
+
+
+@contextlib.contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does, so that what was written aside goes and partial results stay; exit code 143."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

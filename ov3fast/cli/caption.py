@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from ov3fast.cli.options import parse
 from ov3fast.io import atomic_write, check_writable
+
+if TYPE_CHECKING:
+    from ov3fast.inference import Captioned
 
 
 @dataclass
@@ -60,8 +63,11 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _line(one, suffix: str) -> str:
+def _line(one: Captioned, suffix: str) -> str:
     if suffix == "jsonl":
         reason = {"skipped": one.reason} if one.caption is None else {}
         return json.dumps({"image": one.name, "caption": one.caption, **reason})
-    return f"{one.name}\t{one.caption if one.caption is not None else f'(skipped: {one.reason})'}"
+    from ov3fast.data.skips import printable
+
+    caption = one.caption if one.caption is not None else f"(skipped: {one.reason})"
+    return printable(one.name).replace("\t", "\\t") + "\t" + printable(caption)

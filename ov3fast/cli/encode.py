@@ -33,6 +33,7 @@ class Encode:
 
 def run(arguments: list[str]) -> int:
     given = parse(Encode, arguments, "encode")
+    from ov3fast.data.skips import printable
     from ov3fast.inference import check_output, encode_to_file, load_model
 
     check_output(given.out)
@@ -41,6 +42,6 @@ def run(arguments: list[str]) -> int:
         model, given.images, given.out, image_size=given.image_size, batch_size=given.batch_size, workers=given.workers, progress=True
     )  # fmt: skip
     for name, reason in written.skipped.items():
-        print(f"skipped {name}: {reason}")
+        print(f"skipped {printable(name)}: {reason}")
     print(f"{len(written.names)} images -> {written.path}")
     return 0

@@ -118,7 +118,7 @@ ASSETS: dict[str, Asset] = {
 
 def default_cache_dir() -> Path:
     """$OV3FAST_CACHE, else ~/.cache/ov3fast."""
-    return Path(os.environ.get("OV3FAST_CACHE") or Path.home() / ".cache" / "ov3fast")
+    return Path(os.environ.get("OV3FAST_CACHE") or "~/.cache/ov3fast").expanduser()
 
 
 def fetch(name: str, cache_dir: str | Path | None = None) -> Path:

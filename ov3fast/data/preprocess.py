@@ -122,6 +122,8 @@ def _batch(image: Any, size: int, interpolation: str) -> Tensor:
     if isinstance(image, Tensor) and image.is_floating_point():
         return _prepared(image)
     if isinstance(image, Tensor | np.ndarray) and image.ndim == 4:
+        if not len(image):
+            raise ValueError(f"preprocess: got a batch without images, {tuple(image.shape)}")
         return torch.cat([_batch(one, size, interpolation) for one in image])
     return square(to_pillow(image), size, interpolation)[None]
 

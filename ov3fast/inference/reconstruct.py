@@ -90,6 +90,8 @@ def reconstruct_file(
     image = Path(image).expanduser()
     if not image.is_file():
         raise FileNotFoundError(f"reconstruct: there is no image file {image}")
+    if out.resolve() == image.resolve():
+        raise ValueError(f"reconstruct: out is the image itself, {image}; give another file")
     try:
         picture = read_image(image)
     except ValueError as error:
@@ -127,6 +129,9 @@ def reconstruct_files(
     out = check_writable_folder(out)
     files = find_images(images)
     names = _png_names(files)
+    originals = {file.resolve() for file in files.values()}
+    if clash := next((name for name in names.values() if (out / name).resolve() in originals), None):
+        raise ValueError(f"reconstruct: {out / clash} is one of the originals; give another folder")
     return _reconstruct_each(
         model, {name: (file, out / names[name]) for name, file in files.items()}, size, keep_size, side_by_side
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -51,9 +50,9 @@ class NoCompiler(RuntimeError):
     """There is no C++ compiler (or nvcc) or no ninja, or nobody who needs what they would make."""
 
 
-def isas(emulated: bool = False) -> dict[str, str]:
-    """Instruction set -> compiler flags, for the machine that builds."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
+def isas(compiler: str, emulated: bool = False) -> dict[str, str]:
+    """Instruction set -> compiler flags, for the machine that the compiler compiles for."""
+    if not _output(compiler, "-dumpmachine").lower().startswith(("x86_64", "amd64")):
         return {"portable": ""}
     return X86_FLAGS | ({EMULATED: EMULATED_FLAGS} if emulated else {})
 
@@ -78,7 +77,7 @@ def build(out: Path, *, sanitize: bool = False, emulated: bool = False, only: tu
         "  description = link $out",
     ]
     libraries = []
-    for isa, isa_flags in isas(emulated or EMULATED in only).items():
+    for isa, isa_flags in isas(compiler, emulated or EMULATED in only).items():
         if only and isa not in only:
             continue
         objects = []

@@ -128,7 +128,7 @@ def machine() -> dict[str, str]:
         }
     return {
         "cpu": _cpu_name(),
-        "isa": cpu.isa() if cpu.missing() is None else "none",
+        "isa": cpu.isa() if cpu.unavailable_reason() is None else "none",
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "commit": commit(),

@@ -65,7 +65,7 @@ def improve(
 def main(options: TuneOptions) -> None:
     from ov3fast.ops import triton
 
-    reason = triton.missing()
+    reason = triton.unavailable_reason()
     if reason is not None or not torch.cuda.is_available():
         raise RuntimeError(f"nothing to tune: {reason or 'there is no GPU'}")
     path = configs.tuned_path()

@@ -97,14 +97,14 @@ def show() -> None:
 
 def on_cpu(status: dict[str, str]) -> str:
     """The backend that runs an operator's float32 and bfloat16 calls on CPU tensors."""
-    return next(name for name in ("cpu", "sdpa", "eager", "reference") if status.get(name) == "ready")
+    return next(name for name in ("cpu", "sdpa", "eager") if status.get(name) == "ready")
 
 
 def _cpu_kernels() -> str:
     """The instruction set in use and those that were built and run here."""
     from ov3fast.ops import cpu
 
-    if (reason := cpu.missing()) is not None:
+    if (reason := cpu.unavailable_reason()) is not None:
         return reason
     try:
         return f"{cpu.isa()} in use; {', '.join(cpu.available_isas())} run here"
@@ -120,7 +120,9 @@ def _cuda_kernels() -> str:
     if build is None:
         return "not built: pip install needs nvcc and an NVIDIA driver, or OV3FAST_CUDA=1"
     chips = ", ".join(f"sm_{number}" for number in build["architectures"])
-    return f"{chips}, by CUDA {'.'.join(map(str, build['toolkit']))}" + (f"; {reason}" if (reason := cuda.missing()) else "")
+    return f"{chips}, by CUDA {'.'.join(map(str, build['toolkit']))}" + (
+        f"; {reason}" if (reason := cuda.unavailable_reason()) else ""
+    )
 
 
 def _number(reason: str, reasons: list[str]) -> int:

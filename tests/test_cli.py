@@ -67,7 +67,7 @@ def test_doctor(capsys, monkeypatch):
         "contrastive_loss",
         "flash_attention",
         "adamw_ema_",
-        "reference",
+        "eager",
         "ready",
         "C++ compiler",
         "small VAE",

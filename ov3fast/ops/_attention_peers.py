@@ -1,7 +1,7 @@
 """Attention by libraries that others wrote: PyTorch's own kernels (`sdpa`), cuDNN's, FlashAttention-2 and -3, and xformers.
 
 Each is a forward and a backward under flash_attention's contract: q, k, v [B,N,H,D] with any strides -> out [B,N,H,D]
-contiguous and lse [B,H,N] (natural logarithm, of the scaled scores); backward -> (grad_q, grad_k, grad_v). `*_refuses` says
+contiguous and lse [B,H,N] (natural logarithm, of the scaled scores); backward -> (grad_q, grad_k, grad_v). `*_unsupported_reason` says
 what a library can't do. Causal masks of flash-attn and of PyTorch's CUDA kernel are aligned bottom-right, as ours are.
 Whether a CUDA peer repeats its bits is its own affair: PyTorch's asks for torch.use_deterministic_algorithms. The ones that an
 automatic choice takes do: FlashAttention's backward runs in its deterministic mode, and of cuDNN's only the forward is used.
@@ -43,14 +43,16 @@ def has_blind_rows(q: Tensor, k: Tensor, causal: bool, prefix_len: int) -> bool:
 # PyTorch's kernels, in [B,H,N,D] on the CPU and [B,N,H,D] on CUDA.
 
 
-def sdpa_refuses(q, k, v, causal, prefix_len, scale) -> str | None:
+def sdpa_unsupported_reason(q, k, v, causal, prefix_len, scale) -> str | None:
     if q.numel() == 0 or k.numel() == 0:
         return "it takes no empty tensor"
     if has_blind_rows(q, k, causal, prefix_len):
         return "some queries see no key"
     if q.device.type == "cpu":
         return None
-    return _cuda_refuses(q, k, causal, prefix_len) if q.device.type == "cuda" else f"it does not run on {q.device.type}"
+    return (
+        _cuda_unsupported_reason(q, k, causal, prefix_len) if q.device.type == "cuda" else f"it does not run on {q.device.type}"
+    )
 
 
 def sdpa_forward(q, k, v, causal, prefix_len, scale):
@@ -97,12 +99,12 @@ def _cpu_mask(q: Tensor, k: Tensor, causal: bool, prefix_len: int, dtype: torch.
 # The flash-attn package, version 2.7 or later.
 
 
-def flash_attn_missing() -> str | None:
-    return _package_missing("flash_attn", "flash-attn")
+def flash_attn_unavailable_reason() -> str | None:
+    return _package_unavailable_reason("flash_attn", "flash-attn")
 
 
-def flash_attn_refuses(q, k, v, causal, prefix_len, scale) -> str | None:
-    return _cuda_refuses(q, k, causal, prefix_len)
+def flash_attn_unsupported_reason(q, k, v, causal, prefix_len, scale) -> str | None:
+    return _cuda_unsupported_reason(q, k, causal, prefix_len)
 
 
 def flash_attn_forward(q, k, v, causal, prefix_len, scale):
@@ -125,14 +127,16 @@ def flash_attn_backward(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
 # FlashAttention-3: the module flash_attn_interface, which its repository's folder `hopper` installs.
 
 
-def flash_attn_3_missing() -> str | None:
-    return _package_missing("flash_attn_interface", "flash-attn 3", "from the folder hopper of FlashAttention's repository")
+def flash_attn_3_unavailable_reason() -> str | None:
+    return _package_unavailable_reason(
+        "flash_attn_interface", "flash-attn 3", "from the folder hopper of FlashAttention's repository"
+    )
 
 
-def flash_attn_3_refuses(q, k, v, causal, prefix_len, scale) -> str | None:
+def flash_attn_3_unsupported_reason(q, k, v, causal, prefix_len, scale) -> str | None:
     if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device)[0] != 9:
         return "it needs a GPU of compute capability 9"
-    return _cuda_refuses(q, k, causal, prefix_len)
+    return _cuda_unsupported_reason(q, k, causal, prefix_len)
 
 
 def flash_attn_3_forward(q, k, v, causal, prefix_len, scale):
@@ -157,21 +161,21 @@ def flash_attn_3_backward(grad_out, q, k, v, out, lse, causal, prefix_len, scale
 # cuDNN, as PyTorch calls it: [B,H,N,D], and a causal mask aligned top-left.
 
 
-def cudnn_missing() -> str | None:
+def cudnn_unavailable_reason() -> str | None:
     if not torch.cuda.is_available() or torch.version.cuda is None:
         return "it needs a CUDA device"
     version = torch.backends.cudnn.version() or 0
     return None if version >= 90000 else f"it needs cuDNN 9, found {version}"
 
 
-def cudnn_refuses(q, k, v, causal, prefix_len, scale) -> str | None:
+def cudnn_unsupported_reason(q, k, v, causal, prefix_len, scale) -> str | None:
     if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device)[0] < 9:
         return "it needs a GPU of compute capability 9 or later"
     if causal and q.shape[1] != k.shape[1]:
         return "its causal mask is for as many queries as keys"
     if q.shape[-1] > 128:
         return f"head_dim must be at most 128, got {q.shape[-1]}"
-    return _cuda_refuses(q, k, causal, prefix_len)
+    return _cuda_unsupported_reason(q, k, causal, prefix_len)
 
 
 def cudnn_forward(q, k, v, causal, prefix_len, scale):
@@ -185,12 +189,12 @@ def cudnn_forward(q, k, v, causal, prefix_len, scale):
 # The xformers package.
 
 
-def xformers_missing() -> str | None:
-    return _package_missing("xformers", "xformers")
+def xformers_unavailable_reason() -> str | None:
+    return _package_unavailable_reason("xformers", "xformers")
 
 
-def xformers_refuses(q, k, v, causal, prefix_len, scale) -> str | None:
-    return _cuda_refuses(q, k, causal, prefix_len, dtypes=(*HALVES, torch.float32))
+def xformers_unsupported_reason(q, k, v, causal, prefix_len, scale) -> str | None:
+    return _cuda_unsupported_reason(q, k, causal, prefix_len, dtypes=(*HALVES, torch.float32))
 
 
 def xformers_forward(q, k, v, causal, prefix_len, scale):
@@ -229,13 +233,15 @@ def faster_than_triton(q: Tensor, *_) -> tuple[str, ...]:
 
 
 @functools.cache
-def _package_missing(module: str, package: str, how: str = "pip install ov3fast[gpu]") -> str | None:
+def _package_unavailable_reason(module: str, package: str, how: str = "pip install ov3fast[gpu]") -> str | None:
     if importlib.util.find_spec(module) is None:
         return f"the package {package} is not installed ({how})"
     return None if torch.cuda.is_available() else "it needs a CUDA device"
 
 
-def _cuda_refuses(q: Tensor, k: Tensor, causal: bool, prefix_len: int, dtypes: tuple[torch.dtype, ...] = HALVES) -> str | None:
+def _cuda_unsupported_reason(
+    q: Tensor, k: Tensor, causal: bool, prefix_len: int, dtypes: tuple[torch.dtype, ...] = HALVES
+) -> str | None:
     if q.device.type != "cuda":
         return "it needs CUDA tensors"
     if q.dtype not in dtypes:

@@ -1,26 +1,31 @@
 """Which backend runs an operator: registration, choice, and the table that `ov3fast doctor` prints.
 
-A backend supplies plain functions on tensors, a forward and a backward, that share one contract per operator: the same
-inputs, the same outputs and the same saved tensors as the reference. Autograd, fake tensors and validation are written
-once, in the operator's own file, so a backend can be swapped (or mixed between forward and backward) freely.
+A backend supplies plain functions on tensors, a forward and a backward, under one contract per operator: the same inputs, outputs and saved
+tensors as the `eager` backend, which is PyTorch. Autograd, fake tensors and validation are written once (`_operator.py` and the operator's own
+file), so backends can be swapped, or mixed between forward and backward.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 # Tried in this order when nobody asks for one by name.
-PREFERENCE = ("cuda", "triton", "flash_attn_3", "flash_attn", "cudnn", "xformers", "cpu", "sdpa", "reference")
+PREFERENCE = ("cuda", "triton", "flash_attn_3", "flash_attn", "cudnn", "xformers", "cpu", "sdpa", "eager")
 
-# Every operator of the package runs through one of these, so `define` needs one library object only.
-LIBRARY = torch.library.Library("ov3fast", "DEF")
+# Accepted wherever a backend is named.
+ALIASES = {"reference": "eager"}
+
+Request: TypeAlias = str
+"""The backend that a call asks for, by its name in PREFERENCE, or AUTOMATIC. It travels through an operator's schema as a str; `decode` reads it."""
+
+AUTOMATIC: Request = ""
 
 
 @dataclass(frozen=True)
@@ -29,27 +34,29 @@ class Backend:
 
     forward: Callable[..., Any]
     backward: Callable[..., Any] | None
-    missing: Callable[[], str | None]
+    operands: tuple[str, ...]
+    """The arguments, as the schemas name them, that the functions below are called with, for forward and backward calls alike."""
+    unavailable_reason: Callable[[], str | None]
     """Why it can't run in this environment at all (no compiler, no such package), or None."""
-    refuses: Callable[..., str | None]
-    """Why it can't take these forward arguments (dtype, device, size), or None."""
-    refuses_backward: Callable[..., str | None]
-    """The same for the backward's arguments."""
+    unsupported_reason: Callable[..., str | None]
+    """Why it can't take these operands, or None. It may look at devices, dtypes, shapes, strides, ints, bools and strs, but not at values or
+    floats: the answer is remembered."""
     slower_than: Callable[..., Sequence[str]]
-    """Backends that are faster on these forward arguments, the best first: one that can takes them over, unless this one is asked for."""
+    """Backends that are faster on these operands, the best first: one that can takes the call over, unless this one is asked for."""
     slower_than_backward: Callable[..., Sequence[str]]
-    """The same for the backward's arguments."""
+    """The same for backward calls."""
 
 
 _backends: dict[str, dict[str, Backend]] = {}
+_selectors: list[Selector] = []
 _override: str | None = os.environ.get("OV3FAST_IMPL") or None
 
 
-def _never(*_: Any) -> None:
+def _no_reason(*_: Any) -> None:
     return None
 
 
-def _none(*_: Any) -> Sequence[str]:
+def _no_backends(*_: Any) -> Sequence[str]:
     return ()
 
 
@@ -59,18 +66,19 @@ def register(
     forward: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     *,
-    missing: Callable[[], str | None] = _never,
-    refuses: Callable[..., str | None] = _never,
-    refuses_backward: Callable[..., str | None] = _never,
-    slower_than: Callable[..., Sequence[str]] = _none,
-    slower_than_backward: Callable[..., Sequence[str]] = _none,
+    operands: tuple[str, ...] = (),
+    unavailable_reason: Callable[[], str | None] = _no_reason,
+    unsupported_reason: Callable[..., str | None] = _no_reason,
+    slower_than: Callable[..., Sequence[str]] = _no_backends,
+    slower_than_backward: Callable[..., Sequence[str]] | None = None,
 ) -> None:
-    """Makes `name` a backend of `op`. The functions take the registered operator's arguments, without `impl`."""
+    """Make `name` a backend of `op`; see Backend. forward and backward take the registered operator's arguments, without `impl`."""
     if name not in PREFERENCE:
         raise ValueError(f"{op}: backend name must be one of {', '.join(PREFERENCE)}, got {name!r}")
     _backends.setdefault(op, {})[name] = Backend(
-        forward, backward, missing, refuses, refuses_backward, slower_than, slower_than_backward
-    )  # fmt: skip
+        forward, backward, operands, unavailable_reason, unsupported_reason, slower_than, slower_than_backward or slower_than
+    )
+    forget_choices()
 
 
 @contextmanager
@@ -80,8 +88,7 @@ def use(name: str) -> Iterator[None]:
     Raises ValueError for a name that no operator has.
     """
     global _override
-    _check_name(name)
-    before, _override = _override, name
+    before, _override = _override, _known(name)
     try:
         yield
     finally:
@@ -91,127 +98,128 @@ def use(name: str) -> Iterator[None]:
 def table() -> dict[str, dict[str, str]]:
     """op -> backend -> 'ready', or the reason why it can't run here."""
     return {
-        op: {name: backends[name].missing() or "ready" for name in PREFERENCE if name in backends}
+        op: {name: backends[name].unavailable_reason() or "ready" for name in PREFERENCE if name in backends}
         for op, backends in sorted(_backends.items())
     }
 
 
-def request(op: str, impl: str | None) -> str:
-    """The word that travels into the registered operator: '' for any, 'x' for x or an error, '~x' for x where it exists."""
-    if impl is not None:
-        if impl not in _backends.get(op, {}):
-            known = ", ".join(name for name in PREFERENCE if name in _backends.get(op, {}))
-            raise ValueError(f"{op}: impl must be one of {known}; got {impl!r}")
-        return impl
-    if _override is None:
-        return ""
-    _check_name(_override)
-    return "~" + _override
+def request(op: str, impl: str | None) -> Request:
+    """What a call asks for: `impl`, else what `use` or OV3FAST_IMPL name where `op` has it. ValueError for an `impl` that `op` lacks."""
+    if impl is None:
+        if _override is None:
+            return AUTOMATIC
+        name = _known(_override)
+        return name if name in _backends[op] else AUTOMATIC
+    name = decode(impl)
+    if name not in _backends[op]:
+        known = ", ".join(name for name in PREFERENCE if name in _backends[op])
+        raise ValueError(f"{op}: impl must be one of {known}; got {impl!r}")
+    return name
 
 
-def choose(op: str, word: str, args: tuple[Any, ...]) -> Backend:
-    """The backend that `request`'s word means for these forward arguments. RuntimeError, with the reason, where none can."""
-    return _first(
-        op, word, lambda backend: backend.missing() or backend.refuses(*args), lambda backend: backend.slower_than(*args)
-    )
+def decode(word: str) -> Request:
+    """The request that travelled through a schema as `word`."""
+    return ALIASES.get(word, word)
 
 
-def _choose_backward(op: str, word: str, args: tuple[Any, ...]) -> Backend:
-    """Like `choose`; a forward-only backend leaves the backward to the next one that can, since both keep one contract."""
-    if _backends[op].get(word.removeprefix("~")) is None or _backends[op][word.removeprefix("~")].backward is None:
-        word = ""
+class Selector:
+    """Chooses the backend for the forward or for the backward calls of one operator, and remembers its choices.
 
-    def obstacle(backend: Backend) -> str | None:
-        if backend.backward is None:
+    A choice depends on the request and on what `Backend.unsupported_reason` may look at, which is the key under which it is kept. An empty
+    call goes to `eager` where that can take it, so no kernel needs code for one.
+    """
+
+    def __init__(self, op: str, schema: str, *, backward: bool, inputs: Sequence[str], alignment_matters: bool = False):
+        """`inputs` are the names of the tensors that make a call empty when one of them is."""
+        parameters = parse_schema(schema)
+        self.op, self.backward = op, backward
+        self._position = {name: i for i, (_, name) in enumerate(parameters)}
+        self._inputs = [self._position[name] for name in inputs if name in self._position]
+        self._remembers = not any("[]" in kind for kind, _ in parameters)
+        self._alignment_matters = alignment_matters
+        self._choices: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        _selectors.append(self)
+
+    def __call__(self, request: Request, args: Sequence[Any]) -> Callable[..., Any]:
+        """The function to run. RuntimeError, with the reason, where none can."""
+        if not self._remembers:
+            return self._function(self.select_backend(request, args))
+        key = [request]
+        for arg in args:
+            if isinstance(arg, Tensor):
+                key += arg.dtype, arg.device, arg.shape, arg.stride()
+                if self._alignment_matters:
+                    key.append(arg.data_ptr() % 16)
+            elif type(arg) is not float:
+                key.append(arg)
+        found = self._choices.get(choice := tuple(key))
+        if found is None:
+            if len(self._choices) >= 4096:
+                self._choices.clear()
+            found = self._choices[choice] = self._function(self.select_backend(request, args))
+        return found
+
+    def forget(self) -> None:
+        self._choices.clear()
+
+    def select_backend(self, request: Request, args: Sequence[Any]) -> str:
+        """The name of the backend for this call, worked out anew."""
+        backends = _backends[self.op]
+        request = decode(request)
+        if self.backward and request and (request not in backends or backends[request].backward is None):
+            request = AUTOMATIC  # a forward-only backend leaves the backward to the next one, since both keep one contract
+        eager_takes_empty = any(args[i].numel() == 0 for i in self._inputs if isinstance(args[i], Tensor))
+        eager_takes_empty = eager_takes_empty and "eager" in backends and self._obstacle(backends["eager"], args) is None
+        if request in backends:
+            reason = self._obstacle(backends[request], args)
+            if reason is not None:
+                raise RuntimeError(f"{self.op}: impl={request!r} can't run this call: {reason}")
+            return "eager" if eager_takes_empty else request
+        if eager_takes_empty:
+            return "eager"
+        for name in PREFERENCE:
+            if name in backends and self._obstacle(backends[name], args) is None:
+                backend = backends[name]
+                slower_than = backend.slower_than_backward if self.backward else backend.slower_than
+                faster = slower_than(*self._operands(backend, args))
+                return next((n for n in faster if n in backends and self._obstacle(backends[n], args) is None), name)
+        raise RuntimeError(f"{self.op}: no backend takes this call; see `ov3fast doctor`")
+
+    def _function(self, name: str) -> Callable[..., Any]:
+        backend = _backends[self.op][name]
+        function = backend.backward if self.backward else backend.forward
+        assert function is not None
+        return function
+
+    def _obstacle(self, backend: Backend, args: Sequence[Any]) -> str | None:
+        if self.backward and backend.backward is None:
             return "it has no backward"
-        return backend.missing() or backend.refuses_backward(*args)
+        return backend.unavailable_reason() or backend.unsupported_reason(*self._operands(backend, args))
 
-    return _first(op, word, obstacle, lambda backend: backend.slower_than_backward(*args))
+    def _operands(self, backend: Backend, args: Sequence[Any]) -> list[Any]:
+        return [args[self._position[name]] for name in backend.operands]
 
 
-def _first(
-    op: str, word: str, obstacle: Callable[[Backend], str | None], slower_than: Callable[[Backend], Sequence[str]]
-) -> Backend:
-    backends = _backends[op]
-    wanted = word.removeprefix("~")
-    if wanted in backends:
-        reason = obstacle(backends[wanted])
-        if reason is not None:
-            raise RuntimeError(f"{op}: impl={wanted!r} can't run this call: {reason}")
-        return backends[wanted]
-    for name in PREFERENCE:
-        if name in backends and obstacle(backends[name]) is None:
-            faster = (other for other in slower_than(backends[name]) if other in backends and obstacle(backends[other]) is None)
-            return backends[next(faster, name)]
-    raise RuntimeError(f"{op}: no backend takes this call; see `ov3fast doctor`")
+def forget_choices() -> None:
+    """Choose anew at the next calls: something changed that keys don't hold, such as the backends themselves."""
+    for selector in _selectors:
+        selector.forget()
 
 
 def chosen(op: str, word: str, *args: Any) -> str:
-    """Name of the backend that would run this call (for reports and tests)."""
-    backend = choose(op, word, args)
-    return next(name for name, candidate in _backends[op].items() if candidate is backend)
+    """Name of the backend that would run this forward call (for reports and tests), worked out anew."""
+    selector = next(s for s in _selectors if s.op == op and not s.backward)
+    return selector.select_backend(decode(word), args)
 
 
-def define(
-    op: str,
-    schema: str,
-    *,
-    fake: Callable[..., Any],
-    backward_schema: str | None = None,
-    backward_fake: Callable[..., Any] | None = None,
-    setup_context: Callable[..., None] | None = None,
-    backward: Callable[..., Any] | None = None,
-) -> None:
-    """Registers `ov3fast::op` (and `ov3fast::op_backward`), each with a trailing `str impl`, over the backends of `op`.
-
-    `schema` is the part behind the name, e.g. "(Tensor x, float eps) -> (Tensor y, Tensor rstd)". `fake` gives the outputs'
-    shapes. `setup_context` and `backward` are autograd's; the latter calls `torch.ops.ov3fast.<op>_backward`. The fakes take the
-    arguments without `impl`.
-    """
-
-    def forward_impl(*args: Any) -> Any:
-        *inputs, word = args
-        return choose(op, word, tuple(inputs)).forward(*inputs)
-
-    _define(op, schema, forward_impl, fake)
-    if backward_schema is None:
-        return
-
-    def backward_impl(*args: Any) -> Any:
-        *inputs, word = args
-        return _choose_backward(op, word, tuple(inputs)).backward(*inputs)
-
-    _define(f"{op}_backward", backward_schema, backward_impl, backward_fake)
-    torch.library.register_autograd(f"ov3fast::{op}", backward, setup_context=setup_context, lib=LIBRARY)
+def parse_schema(schema: str) -> list[tuple[str, str]]:
+    """(type, name) of every argument: "(Tensor x, float eps) -> Tensor" gives [("Tensor", "x"), ("float", "eps")]."""
+    arguments = re.sub(r"\(\w+!\)", "", schema.split("->")[0]).strip().removeprefix("(").removesuffix(")")
+    return [(kind, name) for kind, name in (argument.split() for argument in arguments.split(","))]
 
 
-def _define(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    arguments, returns = schema.split("->")
-    arguments = arguments.strip().removesuffix(")") + ", str impl)"
-    LIBRARY.define(f"{name}{arguments} ->{returns}")
-    LIBRARY.impl(name, _without_autocast(implementation), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ov3fast::{name}", lambda *args: fake(*args[:-1]), lib=LIBRARY)
-
-
-def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """The public functions cast under torch.autocast; inside an operator it would narrow what the backend keeps in float32."""
-
-    def run(*args: Any) -> Any:
-        device = _device_type(args)
-        if not torch.is_autocast_enabled(device):
-            return implementation(*args)
-        with torch.autocast(device, enabled=False):
-            return implementation(*args)
-
-    return run
-
-
-def _device_type(args: tuple[Any, ...]) -> str:
-    """Of the first tensor among the arguments, lists included."""
-    flat = (value for arg in args for value in (arg if isinstance(arg, (list, tuple)) else (arg,)))
-    return next((value.device.type for value in flat if isinstance(value, Tensor)), "cpu")
-
-
-def _check_name(name: str) -> None:
+def _known(name: str) -> str:
+    name = decode(name)
     if name not in PREFERENCE:
         raise ValueError(f"impl must be one of {', '.join(PREFERENCE)}; got {name!r} (argument, ops.use or OV3FAST_IMPL)")
+    return name

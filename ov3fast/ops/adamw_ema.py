@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _check, _dispatch
+from . import _check, _dispatch, _operator
 
 # The update runs over consecutive tensors of about this many elements at a time, so that they stay in the cache.
 BUCKET = 2**18
@@ -82,9 +82,9 @@ def adamw_ema_(
     if not params:
         return torch.zeros(())
     with torch.no_grad():
-        return torch.ops.ov3fast.adamw_ema_(
-            *(list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs, ema or [])),
-            step, lr, *betas, eps, decays, max_norm, ema_decay, _dispatch.request("adamw_ema_", impl),
+        return _adamw_ema_(
+            impl, *(list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs, ema or [])),
+            step, lr, *betas, eps, decays, max_norm, ema_decay,
         )  # fmt: skip
 
 
@@ -122,9 +122,7 @@ def _check_numbers(op, step, lr, betas, eps, max_norm, ema_decay) -> None:
         raise ValueError(f"{op}: ema_decay must be in [0, 1], got {ema_decay!r}")
 
 
-def _forward_reference(
-    params, grads, exp_avgs, exp_avg_sqs, ema, step, lr, beta1, beta2, eps, weight_decay, max_norm, ema_decay
-):
+def _forward_eager(params, grads, exp_avgs, exp_avg_sqs, ema, step, lr, beta1, beta2, eps, weight_decay, max_norm, ema_decay):
     wide = exp_avgs[0].dtype
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=wide)))
     clip = None if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -166,8 +164,8 @@ def _fake(params, grads, exp_avgs, *_):
     return params[0].new_empty((), dtype=exp_avgs[0].dtype)
 
 
-_dispatch.register("adamw_ema_", "reference", _forward_reference)
-_dispatch.define(
+_dispatch.register("adamw_ema_", "eager", _forward_eager)
+_adamw_ema_ = _operator.define(
     "adamw_ema_",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] ema, int step,"
     " float lr, float beta1, float beta2, float eps, float[] weight_decay, float? max_norm, float? ema_decay) -> Tensor",

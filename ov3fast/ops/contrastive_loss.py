@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _check, _dispatch, _row_shards
+from . import _check, _dispatch, _operator, _row_shards
 
 KINDS = ("softmax", "sigmoid")
 SMALLEST_NORM = 1e-12
@@ -82,9 +82,7 @@ def contrastive_loss(
     logit_scale = _scalar(op, "logit_scale", logit_scale, image)
     if logit_bias is not None:
         logit_bias = _scalar(op, "logit_bias", logit_bias, image)
-    return torch.ops.ov3fast.contrastive_loss(
-        image, text, logit_scale, logit_bias, kind, _row_shards.name_of(op, group), _dispatch.request(op, impl)
-    )[0]
+    return _contrastive_loss(impl, image, text, logit_scale, logit_bias, kind, _row_shards.name_of(op, group))[0]
 
 
 def _scalar(op: str, name: str, value: Any, like: Tensor) -> Tensor:
@@ -274,31 +272,38 @@ def _fake_backward(grad_loss, image, text, scale, bias, r, c, sizes, kind, group
     )
 
 
-def _setup_context(ctx, inputs, output):
-    image, text, scale, bias, kind, group, word = inputs
-    _, r, c, sizes = output
-    ctx.mark_non_differentiable(r, c, sizes)
-    ctx.save_for_backward(image, text, scale, bias, r, c, sizes)
-    ctx.rest = (kind, group, word)
+def _specification(image, text, scale, bias, kind, group):
+    if group:
+        raise NotImplementedError(
+            "contrastive_loss: with a group there is no forward-mode, batched, nested or second derivative; take it over one rank's pairs"
+        )
+    return (reference(image, text, scale, kind=kind, logit_bias=bias),)
 
 
-def _backward(ctx, grad_loss, *_):
-    kind, group, word = ctx.rest
-    need = ctx.needs_input_grad[:4]
-    grads = torch.ops.ov3fast.contrastive_loss_backward(grad_loss, *ctx.saved_tensors, kind, group, need[0], need[1], word)
-    return *(grad if needed else None for grad, needed in zip(grads, need, strict=True)), None, None, None
+def _differentiable_backward(grad_loss, image, text, scale, bias, r, c, sizes, kind, group, *needs):
+    no_bias = torch.zeros_like(scale) if bias is None else bias
+    return _operator.gradients(
+        lambda *inputs: _specification(*inputs, kind, group)[0], (image, text, scale, no_bias), grad_loss
+    )
 
 
-_dispatch.register("contrastive_loss", "reference", *over_ranks(_forward_rows, _backward_rows))
-_dispatch.define(
+def _save(inputs, output):
+    image, text, scale, bias, kind, group = inputs
+    return _operator.Saved((image, text, scale, bias, *output[1:]), (kind, group), constants=output[1:])
+
+
+_dispatch.register("contrastive_loss", "eager", *over_ranks(_forward_rows, _backward_rows))
+_contrastive_loss = _operator.define(
     "contrastive_loss",
     "(Tensor image, Tensor text, Tensor logit_scale, Tensor? logit_bias, str kind, str group)"
     " -> (Tensor loss, Tensor row_lse, Tensor column_lse, Tensor sizes)",
     fake=_fake,
+    specification=_specification,
+    save=_save,
+    gradients={"image": 0, "text": 1, "logit_scale": 2, "logit_bias": 3},
     backward_schema="(Tensor grad_loss, Tensor image, Tensor text, Tensor logit_scale, Tensor? logit_bias, Tensor row_lse,"
     " Tensor column_lse, Tensor sizes, str kind, str group, bool need_image, bool need_text)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     backward_fake=_fake_backward,
-    setup_context=_setup_context,
-    backward=_backward,
+    differentiable_backward=_differentiable_backward,
 )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _attention_peers as peers
-from . import _check, _dispatch
+from . import _check, _dispatch, _operator
 
 
 def reference(
@@ -63,8 +63,7 @@ def flash_attention(
     _check.parameter(op, "k", k, keys, q, "[B,Nk,H,D]")
     _check.parameter(op, "v", v, keys, q, "like k")
     _check_mask(op, k.shape[1], causal, prefix_len)
-    word = _dispatch.request(op, impl)
-    return torch.ops.ov3fast.flash_attention(q, k, v, bool(causal), prefix_len, _scale(q, scale), word)[0]
+    return _flash_attention(impl, q, k, v, bool(causal), prefix_len, _scale(q, scale))[0]
 
 
 def flash_attention_qkvpacked(
@@ -80,8 +79,7 @@ def flash_attention_qkvpacked(
         raise ValueError(f"{op}: qkv must have shape [B,N,3,H,D], got {tuple(qkv.shape)}")
     (qkv,) = _check.autocast(qkv)
     _check_mask(op, qkv.shape[1], causal, prefix_len)
-    word = _dispatch.request(op, impl)
-    return torch.ops.ov3fast.flash_attention_qkvpacked(qkv, bool(causal), prefix_len, _scale(qkv, scale), word)[0]
+    return _flash_attention_qkvpacked(impl, qkv, bool(causal), prefix_len, _scale(qkv, scale))[0]
 
 
 def _check_mask(op: str, keys: int, causal: bool, prefix_len: int) -> None:
@@ -111,7 +109,7 @@ def _probabilities(scores, unseen, lse):
     return probabilities if unseen is None else probabilities.masked_fill_(unseen, 0.0)
 
 
-def _forward_reference(q, k, v, causal, prefix_len, scale):
+def _forward_eager(q, k, v, causal, prefix_len, scale):
     wide = _check.accumulate_dtype(q.dtype)
     q_BHND, k_BHND, v_BHND = (t.transpose(1, 2).to(wide) for t in (q, k, v))
     scores, unseen = _scores(q_BHND, k_BHND, scale, causal, prefix_len)
@@ -120,7 +118,7 @@ def _forward_reference(q, k, v, causal, prefix_len, scale):
     return out.transpose(1, 2).to(q.dtype).contiguous(), lse
 
 
-def _backward_reference(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
+def _backward_eager(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
     wide = _check.accumulate_dtype(q.dtype)
     grad_BHND, q_BHND, k_BHND, v_BHND = (t.transpose(1, 2).to(wide) for t in (grad_out, q, k, v))
     p = _probabilities(*_scores(q_BHND, k_BHND, scale, causal, prefix_len), lse)
@@ -132,11 +130,8 @@ def _backward_reference(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
     return tuple(grad.transpose(1, 2).to(q.dtype).contiguous() for grad in grads)
 
 
-def register_backend(name, forward, backward, *, missing=lambda: None, refuses=lambda *_: None) -> None:
-    """Makes a backend of `flash_attention` one of `flash_attention_qkvpacked` too: it reads the three views of qkv."""
-
-    def refuses_backward(grad_out, q, k, v, out, lse, *rest):
-        return refuses(q, k, v, *rest)
+def register_backend(name, forward, backward, *, unavailable_reason=lambda: None, unsupported_reason=lambda *_: None) -> None:
+    """Make a backend of `flash_attention` one of `flash_attention_qkvpacked` too: it reads the three views of qkv."""
 
     def forward_packed(qkv, *rest):
         return forward(*qkv.unbind(2), *rest)
@@ -144,18 +139,17 @@ def register_backend(name, forward, backward, *, missing=lambda: None, refuses=l
     def backward_packed(grad_out, qkv, out, lse, *rest):
         return torch.stack(backward(grad_out, *qkv.unbind(2), out, lse, *rest), dim=2)
 
-    def refuses_packed(qkv, *rest):
-        return refuses(*qkv.unbind(2), *rest)
+    def unsupported_reason_packed(qkv, *rest):
+        return unsupported_reason(*qkv.unbind(2), *rest)
 
-    def refuses_backward_packed(grad_out, qkv, out, lse, *rest):
-        return refuses(*qkv.unbind(2), *rest)
-
+    mask = ("causal", "prefix_len", "scale")
     _dispatch.register(
-        "flash_attention", name, forward, backward, missing=missing, refuses=refuses, refuses_backward=refuses_backward
-    )
+        "flash_attention", name, forward, backward, operands=("q", "k", "v", *mask),
+        unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason,
+    )  # fmt: skip
     _dispatch.register(
         "flash_attention_qkvpacked", name, forward_packed, None if backward is None else backward_packed,
-        missing=missing, refuses=refuses_packed, refuses_backward=refuses_backward_packed,
+        operands=("qkv", *mask), unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason_packed,
     )  # fmt: skip
 
 
@@ -176,57 +170,66 @@ def _fake_backward_packed(grad_out, qkv, out, lse, causal, prefix_len, scale):
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, causal, prefix_len, scale, word = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(*tensors, out, lse)
-    ctx.rest = (causal, prefix_len, scale, word)
+def _specification(q, k, v, causal, prefix_len, scale):
+    return (reference(q, k, v, causal=causal, prefix_len=prefix_len, scale=scale),)
 
 
-def _backward(ctx, grad_out, _):
-    grads = torch.ops.ov3fast.flash_attention_backward(grad_out, *ctx.saved_tensors, *ctx.rest)
-    needed = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[:3], strict=True))
-    return *needed, None, None, None, None
+def _specification_packed(qkv, *rest):
+    return _specification(*qkv.unbind(2), *rest)
 
 
-def _backward_packed(ctx, grad_out, _):
-    grad = torch.ops.ov3fast.flash_attention_qkvpacked_backward(grad_out, *ctx.saved_tensors, *ctx.rest)
-    return grad, None, None, None, None
+def _differentiable_backward(grad_out, q, k, v, out, lse, *rest):
+    return _operator.gradients(lambda *qkv: _specification(*qkv, *rest)[0], (q, k, v), grad_out)
 
 
-register_backend("reference", _forward_reference, _backward_reference)
-register_backend("sdpa", peers.sdpa_forward, peers.sdpa_backward, refuses=peers.sdpa_refuses)
+def _differentiable_backward_packed(grad_out, qkv, out, lse, *rest):
+    return _operator.gradients(lambda qkv: _specification_packed(qkv, *rest)[0], (qkv,), grad_out)[0]
+
+
+def _save(inputs, output):
+    *tensors, causal, prefix_len, scale = inputs
+    return _operator.Saved((*tensors, *output), (causal, prefix_len, scale), constants=output[1:])
+
+
+register_backend("eager", _forward_eager, _backward_eager)
+register_backend("sdpa", peers.sdpa_forward, peers.sdpa_backward, unsupported_reason=peers.sdpa_unsupported_reason)
 register_backend(
     "flash_attn", peers.flash_attn_forward, peers.flash_attn_backward,
-    missing=peers.flash_attn_missing, refuses=peers.flash_attn_refuses,
+    unavailable_reason=peers.flash_attn_unavailable_reason, unsupported_reason=peers.flash_attn_unsupported_reason,
 )  # fmt: skip
 register_backend(
     "flash_attn_3", peers.flash_attn_3_forward, peers.flash_attn_3_backward,
-    missing=peers.flash_attn_3_missing, refuses=peers.flash_attn_3_refuses,
+    unavailable_reason=peers.flash_attn_3_unavailable_reason, unsupported_reason=peers.flash_attn_3_unsupported_reason,
 )  # fmt: skip
-register_backend("cudnn", peers.cudnn_forward, None, missing=peers.cudnn_missing, refuses=peers.cudnn_refuses)
+register_backend(
+    "cudnn", peers.cudnn_forward, None,
+    unavailable_reason=peers.cudnn_unavailable_reason, unsupported_reason=peers.cudnn_unsupported_reason,
+)  # fmt: skip
 register_backend(
     "xformers", peers.xformers_forward, peers.xformers_backward,
-    missing=peers.xformers_missing, refuses=peers.xformers_refuses,
+    unavailable_reason=peers.xformers_unavailable_reason, unsupported_reason=peers.xformers_unsupported_reason,
 )  # fmt: skip
-_dispatch.define(
+_flash_attention = _operator.define(
     "flash_attention",
     "(Tensor q, Tensor k, Tensor v, bool causal, SymInt prefix_len, float scale) -> (Tensor out, Tensor lse)",
     fake=_fake,
+    specification=_specification,
+    save=_save,
+    gradients={"q": 0, "k": 1, "v": 2},
     backward_schema="(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
     " bool causal, SymInt prefix_len, float scale) -> (Tensor, Tensor, Tensor)",
     backward_fake=_fake_backward,
-    setup_context=_setup_context,
-    backward=_backward,
+    differentiable_backward=_differentiable_backward,
 )
-_dispatch.define(
+_flash_attention_qkvpacked = _operator.define(
     "flash_attention_qkvpacked",
     "(Tensor qkv, bool causal, SymInt prefix_len, float scale) -> (Tensor out, Tensor lse)",
     fake=_fake_packed,
+    specification=_specification_packed,
+    save=_save,
+    gradients={"qkv": 0},
     backward_schema="(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, bool causal, SymInt prefix_len, float scale)"
     " -> Tensor",
     backward_fake=_fake_backward_packed,
-    setup_context=_setup_context,
-    backward=_backward_packed,
+    differentiable_backward=_differentiable_backward_packed,
 )

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._contracts import memory_format
-from . import _check, _dispatch
+from . import _check, _dispatch, _operator
 
 
 def reference(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
@@ -51,11 +51,10 @@ def group_norm_silu(
     _check.parameter(op, "bias", bias, (channels,), x, "[C]", mixed=True)
     if bias.dtype != weight.dtype:
         raise TypeError(f"{op}: bias must be of weight's dtype {weight.dtype}, got {bias.dtype}")
-    y, _, _ = torch.ops.ov3fast.group_norm_silu(x, num_groups, weight, bias, eps, _dispatch.request(op, impl))
-    return y
+    return _group_norm_silu(impl, x, num_groups, weight, bias, eps)[0]
 
 
-def _forward_reference(x, num_groups, weight, bias, eps):
+def _forward_eager(x, num_groups, weight, bias, eps):
     # Not aten's native_group_norm, which takes the variance of a channels_last tensor as E[x^2] - E[x]^2 and loses digits by it.
     x_BGcS, weight_GcS, bias_GcS, wide = _grouped(x, num_groups, weight, bias)
     mean = _group_mean(x_BGcS, wide)
@@ -66,7 +65,7 @@ def _forward_reference(x, num_groups, weight, bias, eps):
     return _like(x, y), mean.view(stats), rstd.view(stats)
 
 
-def _backward_reference(grad_y, x, weight, bias, mean, rstd, need_x, need_weight, need_bias):
+def _backward_eager(grad_y, x, weight, bias, mean, rstd, need_x, need_weight, need_bias):
     # Nor its backward, which crashes on channels_last when no gradient of x is asked for.
     groups = mean.shape[1]
     x_BGcS, weight_GcS, bias_GcS, wide = _grouped(x, groups, weight, bias)
@@ -125,32 +124,42 @@ def _fake_backward(grad_y, x, weight, bias, mean, rstd, need_x, need_weight, nee
     )
 
 
-def _setup_context(ctx, inputs, output):
-    x, _, weight, bias, _, word = inputs
-    _, mean, rstd = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x, weight, bias, mean, rstd)
-    ctx.word = word
+def _specification(x, num_groups, weight, bias, eps):
+    return (reference(x, num_groups, weight, bias, eps),)
 
 
-def _backward(ctx, grad_y, *_):
-    if grad_y is None:
-        return (None,) * 6
-    needs = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
-    grads = torch.ops.ov3fast.group_norm_silu_backward(grad_y, *ctx.saved_tensors, *needs, ctx.word)
-    grad_x, grad_weight, grad_bias = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return grad_x, None, grad_weight, grad_bias, None, None
+def _differentiable_backward(grad_y, x, weight, bias, mean, rstd, *needs):
+    # eps, which the backward does not get, is 1 / rstd^2 less the variance: with it the specification's rstd has the value at hand.
+    wide, shape = mean.dtype, x.shape
+
+    def forward(x, weight, bias):
+        x_BGn = x.to(wide).reshape(*mean.shape, -1)
+        centred = x_BGn - x_BGn.mean(-1, keepdim=True)
+        variance = centred.square().mean(-1, keepdim=True)
+        eps = rstd[..., None].detach() ** -2 - variance.detach()
+        x_hat = (centred * torch.rsqrt(variance + eps)).view(shape)
+        per_channel = (-1, *[1] * (x.ndim - 2))
+        return F.silu(x_hat * weight.to(wide).reshape(per_channel) + bias.to(wide).reshape(per_channel)).to(x.dtype)
+
+    return _operator.gradients(forward, (x, weight, bias), grad_y)
 
 
-_dispatch.register("group_norm_silu", "reference", _forward_reference, _backward_reference)
-_dispatch.define(
+def _save(inputs, output):
+    x, _, weight, bias, _ = inputs
+    return _operator.Saved((x, weight, bias, *output[1:]), constants=output[1:])
+
+
+_dispatch.register("group_norm_silu", "eager", _forward_eager, _backward_eager)
+_group_norm_silu = _operator.define(
     "group_norm_silu",
     "(Tensor x, int num_groups, Tensor weight, Tensor bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
     fake=_fake,
+    specification=_specification,
+    save=_save,
+    gradients={"x": 0, "weight": 1, "bias": 2},
     backward_schema="(Tensor grad_y, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd,"
     " bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     backward_fake=_fake_backward,
-    setup_context=_setup_context,
-    backward=_backward,
+    differentiable_backward=_differentiable_backward,
+    alignment_matters=True,
 )

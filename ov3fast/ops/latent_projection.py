@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _check, _dispatch
+from . import _check, _dispatch, _operator
 from ._patches import from_patches, to_patches
 
 
@@ -53,14 +52,14 @@ def latent_projection(
         raise ValueError(f"{op}: weight must have a multiple of {patch_size}^2 rows, C*p*p, got {weight.shape[0]}")
     _check.parameter(op, "weight", weight, (weight.shape[0], tokens.shape[-1]), tokens, "[C*p*p, D]")
     _check.parameter(op, "bias", bias, (weight.shape[0],), tokens, "[C*p*p]")
-    return torch.ops.ov3fast.latent_projection(tokens, weight, bias, patch_size, grid[0], grid[1], _dispatch.request(op, impl))
+    return _latent_projection(impl, tokens, weight, bias, patch_size, grid[0], grid[1])
 
 
-def _forward_reference(tokens, weight, bias, patch_size, grid_h, grid_w):
-    return from_patches(F.linear(tokens.contiguous(), weight, bias), patch_size, (grid_h, grid_w))
+def _forward_eager(tokens, weight, bias, patch_size, grid_h, grid_w):
+    return reference(tokens.contiguous(), weight, bias, patch_size=patch_size, grid=(grid_h, grid_w))
 
 
-def _backward_reference(grad_x, tokens, weight, patch_size, need_tokens, need_weight, need_bias):
+def _backward_eager(grad_x, tokens, weight, patch_size, need_tokens, need_weight, need_bias):
     b, n, d = tokens.shape
     grad_rows = to_patches(grad_x, patch_size).view(b * n, weight.shape[0])
     none = grad_x.new_empty(0)
@@ -83,26 +82,25 @@ def _fake_backward(grad_x, tokens, weight, patch_size, need_tokens, need_weight,
     )
 
 
-def _setup_context(ctx, inputs, output):
-    tokens, weight, _, patch_size, _, _, word = inputs
-    ctx.save_for_backward(tokens, weight)
-    ctx.patch_size, ctx.word = patch_size, word
+def _specification(tokens, weight, bias, patch_size, grid_h, grid_w):
+    return reference(tokens, weight, bias, patch_size=patch_size, grid=(grid_h, grid_w))
 
 
-def _backward(ctx, grad_x):
-    needs = ctx.needs_input_grad[:3]
-    grads = torch.ops.ov3fast.latent_projection_backward(grad_x, *ctx.saved_tensors, ctx.patch_size, *needs, ctx.word)
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None, None
+def _save(inputs, output):
+    tokens, weight, _, patch_size, _, _ = inputs
+    return _operator.Saved((tokens, weight), (patch_size,))
 
 
-_dispatch.register("latent_projection", "reference", _forward_reference, _backward_reference)
-_dispatch.define(
+_dispatch.register("latent_projection", "eager", _forward_eager, _backward_eager)
+_latent_projection = _operator.define(
     "latent_projection",
     "(Tensor tokens, Tensor weight, Tensor? bias, int patch_size, SymInt grid_h, SymInt grid_w) -> Tensor",
     fake=_fake,
+    specification=_specification,
+    save=_save,
+    gradients={"tokens": 0, "weight": 1, "bias": 2},
     backward_schema="(Tensor grad_x, Tensor tokens, Tensor weight, int patch_size,"
     " bool need_tokens, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     backward_fake=_fake_backward,
-    setup_context=_setup_context,
-    backward=_backward,
+    differentiable_backward=_backward_eager,
 )

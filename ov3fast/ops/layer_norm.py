@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _check, _dispatch
+from . import _check, _dispatch, _operator
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-6, *, residual: Tensor | None = None):
@@ -49,11 +49,11 @@ def layer_norm(
     if bias is not None and bias.dtype != weight.dtype:
         raise TypeError(f"{op}: bias must be of weight's dtype {weight.dtype}, got {bias.dtype}")
     _check.parameter(op, "residual", residual, tuple(x.shape), x, "like x")
-    y, h, _, _ = torch.ops.ov3fast.layer_norm(x, weight, bias, residual, eps, _dispatch.request(op, impl))
+    y, h, *_ = _layer_norm(impl, x, weight, bias, residual, eps)
     return y if residual is None else (y, h)
 
 
-def _forward_reference(x, weight, bias, residual, eps):
+def _forward_eager(x, weight, bias, residual, eps):
     h = x if residual is None else (x + residual).contiguous()
     wide = _check.accumulate_dtype(x.dtype)
     y, mean, rstd = torch.native_layer_norm(
@@ -63,7 +63,7 @@ def _forward_reference(x, weight, bias, residual, eps):
     return y.to(x.dtype), x.new_empty(0) if residual is None else h, mean[..., 0], rstd[..., 0]
 
 
-def _backward_reference(grad_y, grad_h, h, weight, mean, rstd, need_x, need_weight, need_bias):
+def _backward_eager(grad_y, grad_h, h, weight, mean, rstd, need_x, need_weight, need_bias):
     wide = _check.accumulate_dtype(h.dtype)
     grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
         grad_y.to(wide), h.to(wide), h.shape[-1:], mean[..., None], rstd[..., None], weight.to(wide),
@@ -93,42 +93,30 @@ def _fake_backward(grad_y, grad_h, h, weight, mean, rstd, need_x, need_weight, n
     )
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, bias, residual, _, word = inputs
+def _specification(x, weight, bias, residual, eps):
+    found = reference(x, weight, bias, eps, residual=residual)
+    return (found, None) if residual is None else found
+
+
+def _save(inputs, output):
+    x, weight, _, residual, _ = inputs
     _, h, mean, rstd = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(mean, rstd, *([h] if residual is None else []))
-    ctx.save_for_backward(x if residual is None else h, weight, mean, rstd)
-    ctx.has_residual, ctx.word = residual is not None, word
+    if residual is None:
+        return _operator.Saved((x, weight, mean, rstd), constants=(h, mean, rstd))
+    return _operator.Saved((h, weight, mean, rstd), constants=(mean, rstd))
 
 
-def _backward(ctx, grad_y, grad_h, *_):
-    h, weight, mean, rstd = ctx.saved_tensors
-    need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
-    grad_h = grad_h if ctx.has_residual else None
-    if grad_y is None:
-        return grad_h if need_x else None, None, None, grad_h if need_residual else None, None, None
-    grad_x, grad_weight, grad_bias = torch.ops.ov3fast.layer_norm_backward(
-        grad_y, grad_h, h, weight, mean, rstd, need_x or need_residual, need_weight, need_bias, ctx.word
-    )
-    return (
-        grad_x if need_x else None,
-        grad_weight if need_weight else None,
-        grad_bias if need_bias else None,
-        grad_x if need_residual else None,
-        None,
-        None,
-    )
-
-
-_dispatch.register("layer_norm", "reference", _forward_reference, _backward_reference)
-_dispatch.define(
+_dispatch.register("layer_norm", "eager", _forward_eager, _backward_eager)
+_layer_norm = _operator.define(
     "layer_norm",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float eps) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
     fake=_fake,
-    backward_schema="(Tensor grad_y, Tensor? grad_h, Tensor h, Tensor weight, Tensor mean, Tensor rstd,"
+    specification=_specification,
+    save=_save,
+    gradients={"x": 0, "weight": 1, "bias": 2, "residual": 0},
+    upstream=2,
+    backward_schema="(Tensor grad_y, Tensor? grad_h, Tensor x, Tensor weight, Tensor mean, Tensor rstd,"
     " bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     backward_fake=_fake_backward,
-    setup_context=_setup_context,
-    backward=_backward,
+    differentiable_backward=_backward_eager,  # aten's layer norm, whose formulas hold to any order
 )

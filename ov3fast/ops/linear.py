@@ -10,11 +10,10 @@ x, weight.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _check, _dispatch
+from . import _check, _dispatch, _operator
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -38,19 +37,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str |
     _check.parameter(op, "bias", bias, (weight.shape[0],), x, "[N]", mixed=True)
     if bias is not None and bias.dtype != weight.dtype:
         raise TypeError(f"{op}: bias must be of weight's dtype {weight.dtype}, got {bias.dtype}")
-    return torch.ops.ov3fast.linear(x, weight, bias, _dispatch.request(op, impl))
+    return _linear(impl, x, weight, bias)
 
 
 def _rows(x):
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def _forward_reference(x, weight, bias):
+def _forward_eager(x, weight, bias):
     # An operator's output has to be contiguous as the fake says; F.linear follows its input's layout.
     return reference(_rows(x).contiguous(), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
-def _backward_reference(grad_y, x, weight, need_x, need_weight, need_bias):
+def _backward_eager(grad_y, x, weight, need_x, need_weight, need_bias):
     grad_y, none = _rows(grad_y), grad_y.new_empty(0)
     return (
         (grad_y @ weight.to(x.dtype)).view(x.shape) if need_x else none,
@@ -71,26 +70,16 @@ def _fake_backward(grad_y, x, weight, need_x, need_weight, need_bias):
     )
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, _, word = inputs
-    ctx.save_for_backward(x, weight)
-    ctx.word = word
-
-
-def _backward(ctx, grad_y):
-    needs = ctx.needs_input_grad[:3]
-    grads = torch.ops.ov3fast.linear_backward(grad_y, *ctx.saved_tensors, *needs, ctx.word)
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None
-
-
-_dispatch.register("linear", "reference", _forward_reference, _backward_reference)
-_dispatch.define(
+_dispatch.register("linear", "eager", _forward_eager, _backward_eager)
+_linear = _operator.define(
     "linear",
     "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     fake=_fake,
+    specification=reference,
+    save=lambda inputs, output: _operator.Saved((inputs[0], inputs[1])),
+    gradients={"x": 0, "weight": 1, "bias": 2},
     backward_schema="(Tensor grad_y, Tensor x, Tensor weight, bool need_x, bool need_weight, bool need_bias)"
     " -> (Tensor, Tensor, Tensor)",
     backward_fake=_fake_backward,
-    setup_context=_setup_context,
-    backward=_backward,
+    differentiable_backward=_backward_eager,
 )

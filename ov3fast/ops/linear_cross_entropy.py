@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._contracts import check_labels
-from . import _check, _dispatch
+from . import _check, _dispatch, _operator
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -64,16 +64,13 @@ def linear_cross_entropy(
     _check.same_device(op, "labels", labels, hidden)
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
-    word = _dispatch.request(op, impl)
     hidden_TD, labels_T = hidden.flatten(0, -2), labels.flatten()
     need_hidden, need_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
     # In float16 gradients for an upstream gradient of 1, which no loss scale has raised yet, would underflow.
     at_once = hidden.dtype in (torch.float32, torch.bfloat16)
     if reduction != "none" and at_once and (need_hidden or need_weight):
-        return torch.ops.ov3fast.linear_cross_entropy_total(
-            hidden_TD, weight, labels_T, ignore_index, reduction == "mean", need_hidden, need_weight, word
-        )[0]
-    nll, _ = torch.ops.ov3fast.linear_cross_entropy(hidden_TD, weight, labels_T, ignore_index, word)
+        return _total(impl, hidden_TD, weight, labels_T, ignore_index, reduction == "mean", need_hidden, need_weight)[0]
+    nll = _linear_cross_entropy(impl, hidden_TD, weight, labels_T, ignore_index)[0]
     return _reduce(nll.view(labels.shape), labels, ignore_index, reduction)
 
 
@@ -109,7 +106,7 @@ def _chunks(rows: int, classes: int) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def _forward_reference(hidden, weight, labels, ignore_index):
+def _forward_eager(hidden, weight, labels, ignore_index):
     check_labels(labels, len(weight), ignore_index)
     wide = _check.accumulate_dtype(hidden.dtype)
     h, y, rows = _counted(hidden, labels, ignore_index)
@@ -123,7 +120,7 @@ def _forward_reference(hidden, weight, labels, ignore_index):
     return _spread(nll, rows, len(hidden)), _spread(lse, rows, len(hidden))
 
 
-def _backward_reference(grad_nll, hidden, weight, labels, lse, ignore_index, need_hidden, need_weight):
+def _backward_eager(grad_nll, hidden, weight, labels, lse, ignore_index, need_hidden, need_weight):
     h, y, rows = _counted(hidden, labels, ignore_index)
     if rows is not None:
         grad_nll, lse = grad_nll[rows], lse[:, rows]
@@ -161,50 +158,51 @@ def _fake_backward(grad_nll, hidden, weight, labels, lse, ignore_index, need_hid
     )
 
 
-def _setup_context(ctx, inputs, output):
-    hidden, weight, labels, ignore_index, word = inputs
-    _, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(hidden, weight, labels, lse)
-    ctx.rest = (ignore_index, word)
+def _specification(hidden, weight, labels, ignore_index):
+    return (reference(hidden, weight, labels, ignore_index=ignore_index, reduction="none"),)
 
 
-def _backward(ctx, grad_nll, _):
-    ignore_index, word = ctx.rest
-    need_hidden, need_weight = ctx.needs_input_grad[:2]
-    grad_hidden, grad_weight = torch.ops.ov3fast.linear_cross_entropy_backward(
-        grad_nll, *ctx.saved_tensors, ignore_index, need_hidden, need_weight, word
-    )
-    return grad_hidden if need_hidden else None, grad_weight if need_weight else None, None, None, None
+def _differentiable_backward(grad_nll, hidden, weight, labels, lse, ignore_index, *needs):
+    return _operator.gradients(lambda *inputs: _specification(*inputs, labels, ignore_index)[0], (hidden, weight), grad_nll)
 
 
-_dispatch.register("linear_cross_entropy", "reference", _forward_reference, _backward_reference)
-_dispatch.define(
+def _save(inputs, output):
+    hidden, weight, labels, ignore_index = inputs
+    return _operator.Saved((hidden, weight, labels, output[1]), (ignore_index,), constants=(output[1],))
+
+
+_dispatch.register("linear_cross_entropy", "eager", _forward_eager, _backward_eager)
+_linear_cross_entropy = _operator.define(
     "linear_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor labels, int ignore_index) -> (Tensor nll, Tensor lse)",
     fake=_fake,
+    specification=_specification,
+    save=_save,
+    gradients={"hidden": 0, "weight": 1},
     backward_schema="(Tensor grad_nll, Tensor hidden, Tensor weight, Tensor labels, Tensor lse, int ignore_index,"
     " bool need_hidden, bool need_weight) -> (Tensor, Tensor)",
     backward_fake=_fake_backward,
-    setup_context=_setup_context,
-    backward=_backward,
+    differentiable_backward=_differentiable_backward,
 )
 
 
 # The sum or mean over rows together with its gradients, which are computed for an upstream gradient of 1.
 
 
-def _total_reference(hidden, weight, labels, ignore_index, mean, need_hidden, need_weight):
-    nll, lse = _forward_reference(hidden, weight, labels, ignore_index)
+def _total_eager(hidden, weight, labels, ignore_index, mean, need_hidden, need_weight):
+    nll, lse = _forward_eager(hidden, weight, labels, ignore_index)
     factor = mean_factor(int((labels != ignore_index).sum())) if mean else 1.0
-    grads = _backward_reference(
-        torch.full_like(nll, factor), hidden, weight, labels, lse, ignore_index, need_hidden, need_weight
-    )
+    grads = _backward_eager(torch.full_like(nll, factor), hidden, weight, labels, lse, ignore_index, need_hidden, need_weight)
     return nll.sum() * factor, *grads
 
 
-def _scale_reference(grad_loss, grad_hidden, grad_weight):
+def _scale_eager(grad_loss, grad_hidden, grad_weight, hidden, weight, labels, ignore_index, mean):
     return grad_hidden * grad_loss, grad_weight * grad_loss
+
+
+def _unscaled(grad_loss, grad_hidden, grad_weight, *_):
+    """The gradients as they are where the loss is the end of the graph; on a GPU looking would wait for the device."""
+    return (grad_hidden, grad_weight) if grad_loss.device.type == "cpu" and grad_loss == 1 else None
 
 
 def _fake_total(hidden, weight, labels, ignore_index, mean, need_hidden, need_weight):
@@ -215,30 +213,39 @@ def _fake_total(hidden, weight, labels, ignore_index, mean, need_hidden, need_we
     )
 
 
-def _setup_total(ctx, inputs, output):
+def _specification_total(hidden, weight, labels, ignore_index, mean, *needs):
+    return (reference(hidden, weight, labels, ignore_index=ignore_index, reduction="mean" if mean else "sum"),)
+
+
+def _differentiable_scale(grad_loss, grad_hidden, grad_weight, hidden, weight, labels, ignore_index, mean):
+    return _operator.gradients(
+        lambda *inputs: _specification_total(*inputs, labels, ignore_index, mean)[0], (hidden, weight), grad_loss
+    )
+
+
+def _save_total(inputs, output):
+    hidden, weight, labels, ignore_index, mean, *_ = inputs
     _, grad_hidden, grad_weight = output
-    ctx.mark_non_differentiable(grad_hidden, grad_weight)
-    ctx.set_materialize_grads(False)  # or zeros of their size would be made
-    ctx.save_for_backward(grad_hidden, grad_weight)
-    ctx.word = inputs[-1]
+    # The inputs are for the gradient of a gradient.
+    tensors = (grad_hidden, grad_weight, hidden, weight, labels)
+    return _operator.Saved(tensors, (ignore_index, mean), constants=(grad_hidden, grad_weight))
 
 
-def _backward_total(ctx, grad_loss, *_):
-    grads = ctx.saved_tensors
-    # A plain number may be looked at; what a compiler traces may not.
-    if type(grad_loss) is not Tensor or grad_loss.device.type != "cpu" or grad_loss != 1:
-        grads = torch.ops.ov3fast.linear_cross_entropy_total_backward(grad_loss, *grads, ctx.word)
-    return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:2], strict=True)), *[None] * 6
-
-
-_dispatch.register("linear_cross_entropy_total", "reference", _total_reference, _scale_reference)
-_dispatch.define(
+_dispatch.register("linear_cross_entropy_total", "eager", _total_eager, _scale_eager)
+_total = _operator.define(
     "linear_cross_entropy_total",
     "(Tensor hidden, Tensor weight, Tensor labels, int ignore_index, bool mean, bool need_hidden, bool need_weight)"
     " -> (Tensor loss, Tensor grad_hidden, Tensor grad_weight)",
     fake=_fake_total,
-    backward_schema="(Tensor grad_loss, Tensor grad_hidden, Tensor grad_weight) -> (Tensor, Tensor)",
-    backward_fake=lambda grad_loss, grad_hidden, grad_weight: (torch.empty_like(grad_hidden), torch.empty_like(grad_weight)),
-    setup_context=_setup_total,
-    backward=_backward_total,
+    specification=_specification_total,
+    save=_save_total,
+    gradients={"hidden": 0, "weight": 1},
+    backward_schema="(Tensor grad_loss, Tensor grad_hidden, Tensor grad_weight, Tensor hidden, Tensor weight, Tensor labels,"
+    " int ignore_index, bool mean) -> (Tensor, Tensor)",
+    backward_fake=lambda grad_loss, grad_hidden, grad_weight, *_: (
+        torch.empty_like(grad_hidden),
+        torch.empty_like(grad_weight),
+    ),
+    differentiable_backward=_differentiable_scale,
+    backward_shortcut=_unscaled,
 )

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _check, _dispatch
+from . import _check, _dispatch, _operator
 
 # The public name -> PyTorch's.
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}
@@ -59,8 +59,7 @@ def mlp(
     _check.parameter(op, "b1", b1, (hidden,), w1, "[H]")
     _check.parameter(op, "w2", w2, (w2.shape[0], hidden), w1, "[D, H]")
     _check.parameter(op, "b2", b2, (w2.shape[0],), w1, "[D]")
-    y, _ = torch.ops.ov3fast.mlp(x, w1, b1, w2, b2, activation, _dispatch.request(op, impl))
-    return y
+    return _mlp(impl, x, w1, b1, w2, b2, activation)[0]
 
 
 def _rows(x):
@@ -68,14 +67,14 @@ def _rows(x):
     return x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
 
 
-def _forward_reference(x, w1, b1, w2, b2, activation):
+def _forward_eager(x, w1, b1, w2, b2, activation):
     w1, b1, w2, b2 = (None if p is None else p.to(x.dtype) for p in (w1, b1, w2, b2))
     h = F.linear(_rows(x), w1, b1)
     y = F.linear(F.gelu(h, approximate=ACTIVATIONS[activation]), w2, b2)
     return y.view(*x.shape[:-1], w2.shape[0]), h.view(*x.shape[:-1], w1.shape[0])
 
 
-def _backward_reference(grad_y, x, h, w1, w2, activation, need_x, need_w1, need_b1, need_w2, need_b2):
+def _backward_eager(grad_y, x, h, w1, b1, w2, activation, need_x, need_w1, need_b1, need_w2, need_b2):
     approximate = ACTIVATIONS[activation]
     kept, w1, w2 = w1.dtype, w1.to(x.dtype), w2.to(x.dtype)
     grad_y, h_rows = _rows(grad_y), _rows(h)
@@ -95,7 +94,7 @@ def _fake(x, w1, b1, w2, b2, activation):
     return x.new_empty(*x.shape[:-1], w2.shape[0]), x.new_empty(*x.shape[:-1], w1.shape[0])
 
 
-def _fake_backward(grad_y, x, h, w1, w2, activation, need_x, need_w1, need_b1, need_w2, need_b2):
+def _fake_backward(grad_y, x, h, w1, b1, w2, activation, need_x, need_w1, need_b1, need_w2, need_b2):
     return (
         grad_y.new_empty(x.shape if need_x else 0),
         w1.new_empty(w1.shape if need_w1 else 0),
@@ -105,31 +104,33 @@ def _fake_backward(grad_y, x, h, w1, w2, activation, need_x, need_w1, need_b1, n
     )
 
 
-def _setup_context(ctx, inputs, output):
-    x, w1, _, w2, _, activation, word = inputs
-    _, h = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(h)
-    ctx.save_for_backward(x, h, w1, w2)
-    ctx.activation, ctx.word = activation, word
+def _specification(x, w1, b1, w2, b2, activation):
+    return (reference(x, w1, b1, w2, b2, activation=activation),)
 
 
-def _backward(ctx, grad_y, _):
-    if grad_y is None:
-        return (None,) * 7
-    needs = ctx.needs_input_grad[:5]
-    grads = torch.ops.ov3fast.mlp_backward(grad_y, *ctx.saved_tensors, ctx.activation, *needs, ctx.word)
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
+def _differentiable_backward(grad_y, x, h, w1, b1, w2, activation, *needs):
+    no_bias = w1.new_zeros(w1.shape[0]) if b1 is None else b1
+    return _operator.gradients(
+        lambda *inputs: reference(*inputs, activation=activation), (x, w1, no_bias, w2, w2.new_zeros(w2.shape[0])), grad_y
+    )
 
 
-_dispatch.register("mlp", "reference", _forward_reference, _backward_reference)
-_dispatch.define(
+def _save(inputs, output):
+    x, w1, b1, w2, _, activation = inputs
+    return _operator.Saved((x, output[1], w1, b1, w2), (activation,), constants=(output[1],))
+
+
+_dispatch.register("mlp", "eager", _forward_eager, _backward_eager)
+_mlp = _operator.define(
     "mlp",
     "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation) -> (Tensor y, Tensor h)",
     fake=_fake,
-    backward_schema="(Tensor grad_y, Tensor x, Tensor h, Tensor w1, Tensor w2, str activation,"
+    specification=_specification,
+    save=_save,
+    gradients={"x": 0, "w1": 1, "b1": 2, "w2": 3, "b2": 4},
+    # b1 is for the gradient of a gradient: backends have it in h.
+    backward_schema="(Tensor grad_y, Tensor x, Tensor h, Tensor w1, Tensor? b1, Tensor w2, str activation,"
     " bool need_x, bool need_w1, bool need_b1, bool need_w2, bool need_b2) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     backward_fake=_fake_backward,
-    setup_context=_setup_context,
-    backward=_backward,
+    differentiable_backward=_differentiable_backward,
 )

@@ -13,11 +13,10 @@ Source: OpenVision 3, eq. 3 (x~ = x + sigma eps, one sigma per instance).
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _check, _dispatch, random
+from . import _check, _dispatch, _operator, random
 
 
 def reference(z: Tensor, sigma: Tensor, weight: Tensor, bias: Tensor | None = None, *, rng: Tensor) -> Tensor:
@@ -51,7 +50,7 @@ def noise_projection(
     _check.parameter(op, "bias", bias, (weight.shape[0],), z, "[D]")
     _check.rng(op, rng)
     _check.same_device(op, "rng", rng, z)
-    return torch.ops.ov3fast.noise_projection(z, sigma, weight, bias, rng, _dispatch.request(op, impl))
+    return _noise_projection(impl, z, sigma, weight, bias, rng)
 
 
 def _per_instance(sigma, z):
@@ -63,12 +62,12 @@ def _noisy(z, sigma, noise):
     return (noise * _per_instance(sigma, z)).add_(z).to(z.dtype)
 
 
-def _forward_reference(z, sigma, weight, bias, rng):
+def _forward_eager(z, sigma, weight, bias, rng):
     noise = random.reference(z.shape, rng, _check.accumulate_dtype(z.dtype))
     return F.linear(_noisy(z, sigma, noise), weight, bias)
 
 
-def _backward_reference(grad_y, z, sigma, weight, rng, need_z, need_sigma, need_weight, need_bias):
+def _backward_eager(grad_y, z, sigma, weight, rng, need_z, need_sigma, need_weight, need_bias):
     grad_rows = grad_y.reshape(z[..., 0].numel(), weight.shape[0])
     grad_z = grad_sigma = grad_weight = none = grad_y.new_empty(0)
     if need_sigma or need_weight:
@@ -96,26 +95,31 @@ def _fake_backward(grad_y, z, sigma, weight, rng, need_z, need_sigma, need_weigh
     )
 
 
-def _setup_context(ctx, inputs, output):
-    z, sigma, weight, _, rng, word = inputs
-    ctx.save_for_backward(z, sigma, weight, rng)
-    ctx.word = word
+def _specification(z, sigma, weight, bias, rng):
+    return reference(z, sigma, weight, bias, rng=rng)
 
 
-def _backward(ctx, grad_y):
-    needs = ctx.needs_input_grad[:4]
-    grads = torch.ops.ov3fast.noise_projection_backward(grad_y, *ctx.saved_tensors, *needs, ctx.word)
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
+def _differentiable_backward(grad_y, z, sigma, weight, rng, *needs):
+    return _operator.gradients(
+        lambda *inputs: reference(*inputs, rng=rng), (z, sigma, weight, weight.new_zeros(weight.shape[0])), grad_y
+    )
 
 
-_dispatch.register("noise_projection", "reference", _forward_reference, _backward_reference)
-_dispatch.define(
+def _save(inputs, output):
+    z, sigma, weight, _, rng = inputs
+    return _operator.Saved((z, sigma, weight, rng))
+
+
+_dispatch.register("noise_projection", "eager", _forward_eager, _backward_eager)
+_noise_projection = _operator.define(
     "noise_projection",
     "(Tensor z, Tensor sigma, Tensor weight, Tensor? bias, Tensor rng) -> Tensor",
     fake=_fake,
+    specification=_specification,
+    save=_save,
+    gradients={"z": 0, "sigma": 1, "weight": 2, "bias": 3},
     backward_schema="(Tensor grad_y, Tensor z, Tensor sigma, Tensor weight, Tensor rng,"
     " bool need_z, bool need_sigma, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)",
     backward_fake=_fake_backward,
-    setup_context=_setup_context,
-    backward=_backward,
+    differentiable_backward=_differentiable_backward,
 )

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _check, _dispatch, random
+from . import _check, _dispatch, _operator, random
 from ._patches import from_patches, to_patches
 
 
@@ -95,9 +95,7 @@ def patch_embed(
         _check.same_device(op, "rng", rng, latents)
         if not moments:
             raise ValueError(f"{op}: rng samples from moments, but moments is False; drop rng, or pass moments=True")
-    return torch.ops.ov3fast.patch_embed(
-        latents, weight, bias, pos_embed, cls_token, rng, patch_size, scale, shift, moments, _dispatch.request(op, impl)
-    )
+    return _patch_embed(impl, latents, weight, bias, pos_embed, cls_token, rng, patch_size, float(scale), float(shift), moments)
 
 
 def _check_sizes(op: str, latents: Tensor, patch_size: int, moments: bool) -> tuple[int, int]:
@@ -114,7 +112,7 @@ def _check_sizes(op: str, latents: Tensor, patch_size: int, moments: bool) -> tu
     return channels // 2 if moments else channels, (height // patch_size) * (width // patch_size)
 
 
-def _forward_reference(latents, weight, bias, pos_embed, cls_token, rng, patch_size, scale, shift, moments):
+def _forward_eager(latents, weight, bias, pos_embed, cls_token, rng, patch_size, scale, shift, moments):
     y = F.linear(_patches(latents, weight, rng, patch_size, scale, shift, moments), weight, bias)
     if cls_token is None:
         return y if pos_embed is None else y.add_(pos_embed)
@@ -128,7 +126,7 @@ def _forward_reference(latents, weight, bias, pos_embed, cls_token, rng, patch_s
     return out
 
 
-def _backward_reference(
+def _backward_eager(
     grad_y, latents, weight, rng, patch_size, scale, shift, moments, need_latents, need_weight, need_bias, need_pos, need_cls
 ):
     b, _, height, width = latents.shape
@@ -197,29 +195,44 @@ def _fake_backward(
     )
 
 
-def _setup_context(ctx, inputs, output):
-    latents, weight, _, _, _, rng, *options, word = inputs
-    ctx.save_for_backward(latents, weight, rng)
-    ctx.options, ctx.word = options, word
+def _specification(latents, weight, bias, pos_embed, cls_token, rng, patch_size, scale, shift, moments):
+    return reference(
+        latents, weight, bias, pos_embed, cls_token,
+        patch_size=patch_size, scale=scale, shift=shift, moments=moments, rng=rng,
+    )  # fmt: skip
 
 
-def _backward(ctx, grad_y):
-    latents, weight, rng = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:5]
-    grads = torch.ops.ov3fast.patch_embed_backward(grad_y, latents, weight, rng, *ctx.options, *needs, ctx.word)
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 6
+def _differentiable_backward(grad_y, latents, weight, rng, patch_size, scale, shift, moments, *needs):
+    tokens = (latents.shape[2] // patch_size) * (latents.shape[3] // patch_size)
+    with_cls, rest = grad_y.shape[1] > tokens, (rng, patch_size, scale, shift, moments)
+    width = grad_y.shape[2:]
+    zeros = grad_y.new_zeros(width), grad_y.new_zeros(grad_y.shape[1:]), *([grad_y.new_zeros(width)] if with_cls else [])
+    grads = _operator.gradients(
+        lambda latents, weight, bias, pos_embed, cls_token=None: _specification(
+            latents, weight, bias, pos_embed, cls_token, *rest
+        ),
+        (latents, weight, *zeros), grad_y,
+    )  # fmt: skip
+    return grads if with_cls else (*grads, grad_y.new_empty(0))
 
 
-_dispatch.register("patch_embed", "reference", _forward_reference, _backward_reference)
-_dispatch.define(
+def _save(inputs, output):
+    latents, weight, _, _, _, rng, *options = inputs
+    return _operator.Saved((latents, weight, rng), tuple(options))
+
+
+_dispatch.register("patch_embed", "eager", _forward_eager, _backward_eager)
+_patch_embed = _operator.define(
     "patch_embed",
     "(Tensor latents, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? cls_token, Tensor? rng,"
     " int patch_size, float scale, float shift, bool moments) -> Tensor",
     fake=_fake,
+    specification=_specification,
+    save=_save,
+    gradients={"latents": 0, "weight": 1, "bias": 2, "pos_embed": 3, "cls_token": 4},
     backward_schema="(Tensor grad_y, Tensor latents, Tensor weight, Tensor? rng, int patch_size, float scale, float shift,"
     " bool moments, bool need_latents, bool need_weight, bool need_bias, bool need_pos_embed, bool need_cls_token)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     backward_fake=_fake_backward,
-    setup_context=_setup_context,
-    backward=_backward,
+    differentiable_backward=_differentiable_backward,
 )

@@ -33,7 +33,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _check, _dispatch
+from . import _check, _dispatch, _operator
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIER_A, _MULTIPLIER_B = 0xD2511F53, 0xCD9E8D57
@@ -98,7 +98,7 @@ def normal(shape: Sequence[int], rng: Tensor, dtype: torch.dtype = torch.float32
     _check.rng(op, rng)
     if dtype not in _check.FLOATS:
         raise TypeError(f"{op}: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
-    return torch.ops.ov3fast.random_normal(list(shape), rng, dtype, _dispatch.request(op, impl))
+    return _random_normal(impl, list(shape), rng, dtype)
 
 
 def _blocks(n: int, rng: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -131,5 +131,5 @@ def _fake(shape, rng, dtype):
     return rng.new_empty(shape, dtype=dtype)
 
 
-_dispatch.register("random_normal", "reference", reference)
-_dispatch.define("random_normal", "(SymInt[] shape, Tensor rng, ScalarType dtype) -> Tensor", fake=_fake)
+_dispatch.register("random_normal", "eager", reference)
+_random_normal = _operator.define("random_normal", "(SymInt[] shape, Tensor rng, ScalarType dtype) -> Tensor", fake=_fake)

@@ -1,5 +1,6 @@
 """The CUDA kernels of group_norm_silu, as nvcc compiles them for sm_80, executed on the CPU."""
 
+import dataclasses
 import importlib.util
 import os
 import shutil
@@ -133,7 +134,7 @@ def test_other_layouts_are_refused():
 
 def test_choice_by_table(monkeypatch):
     """Against a stand-in for Triton: packs of channels go to the CUDA kernels, odd channels to it, unless it can't or we are asked for."""
-    ready = _dispatch.Backend(None, None, *[lambda *_: None] * 5)
+    ready = dataclasses.replace(_dispatch._backends["group_norm_silu"]["eager"])
     backends = dict(_dispatch._backends["group_norm_silu"])
     monkeypatch.setitem(_dispatch._backends, "group_norm_silu", {**backends, "triton": ready})
     for channels, chosen in ((16, "cuda"), (6, "triton")):
@@ -141,7 +142,7 @@ def test_choice_by_table(monkeypatch):
         with emulation.emulated():
             assert _dispatch.chosen("group_norm_silu", "", x, 2, weight, bias, 1e-6) == chosen
             assert _dispatch.chosen("group_norm_silu", "cuda", x, 2, weight, bias, 1e-6) == "cuda"
-    missing = _dispatch.Backend(None, None, lambda: "not installed", *[lambda *_: None] * 4)
+    missing = dataclasses.replace(ready, unavailable_reason=lambda: "not installed")
     monkeypatch.setitem(_dispatch._backends, "group_norm_silu", {**backends, "triton": missing})
     with emulation.emulated():
         assert _dispatch.chosen("group_norm_silu", "", x, 2, weight, bias, 1e-6) == "cuda"

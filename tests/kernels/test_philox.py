@@ -19,7 +19,7 @@ def test_words(seed, offset):
     assert torch.equal(words.long() & (2**32 - 1), random.words(n, rng))
     if cpu.available_isas():
         native = torch.empty(n, dtype=torch.int32)
-        cpu.run("random_words", torch.float32, rng, native, n)
+        cpu.KERNELS["random_words"](torch.float32, rng, native, n)
         assert torch.equal(words, native)
 
 

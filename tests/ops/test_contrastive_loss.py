@@ -174,7 +174,7 @@ def test_autocast_changes_nothing():
         ({"kind": "clip"}, ValueError, "kind must be one of softmax, sigmoid; got 'clip'"),
         ({"logit_bias": torch.tensor(1.0)}, ValueError, "logit_bias is for kind='sigmoid'"),
         ({"group": "world"}, TypeError, "group must be a torch.distributed process group or None, got str"),
-        ({"impl": "cudnn"}, ValueError, "impl must be one of triton, cpu, reference; got 'cudnn'"),
+        ({"impl": "cudnn"}, ValueError, "impl must be one of triton, cpu, eager; got 'cudnn'"),
     ],
 )
 def test_errors(change, error, words):
@@ -269,6 +269,6 @@ def test_backend(implementation):
     if implementation == "reference":
         pytest.skip("chosen by name")
     ours = "triton" if implementation == "triton" else "cpu"
-    for dtype, name in ((torch.float32, ours), (torch.bfloat16, ours), (torch.float64, "reference")):
+    for dtype, name in ((torch.float32, ours), (torch.bfloat16, ours), (torch.float64, "eager")):
         x = torch.ones(2, 3, dtype=dtype)
         assert _dispatch.chosen("contrastive_loss", "", x, x, torch.tensor(1.0), None, "softmax", "") == name

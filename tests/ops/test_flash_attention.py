@@ -16,7 +16,7 @@ from ov3fast.ops.flash_attention import flash_attention, flash_attention_qkvpack
 NAMED = [pytest.param(name, marks=pytest.mark.backend_independent) for name in ("reference", "sdpa")]
 IMPLS = [*NAMED, None]
 KERNELS = "triton" if triton.INTERPRETED else "cpu"
-needs_kernels = pytest.mark.skipif(KERNELS == "cpu" and bool(cpu.missing()), reason="the CPU kernels were not built")
+needs_kernels = pytest.mark.skipif(KERNELS == "cpu" and bool(cpu.unavailable_reason()), reason="the CPU kernels were not built")
 # queries, keys, heads, head_dim, causal, prefix_len
 CASES = {
     "one": (1, 1, 1, 1, False, 0),
@@ -348,7 +348,7 @@ def test_choice_of_the_kernels():
 def test_choice_among_the_others():
     q, k, v = inputs(5, 3, 2, 8)
     assert _dispatch.chosen("flash_attention", "", q, k, v, False, 0, 1.0) == "sdpa"
-    assert _dispatch.chosen("flash_attention", "", q, k, v, True, 0, 1.0) == "reference"
+    assert _dispatch.chosen("flash_attention", "", q, k, v, True, 0, 1.0) == "eager"
     assert _dispatch.chosen("flash_attention", "", q, k, v, True, 1, 1.0) == "sdpa"
 
 
@@ -398,13 +398,15 @@ def test_flash_attention_3_is_called_by_its_names(monkeypatch):
 def test_choice_on_a_gpu(monkeypatch, capability, order):
     """The rule, as if each generation of GPUs were here and everything installed; then with nothing but Triton; then what no library takes."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
-    monkeypatch.setattr(peers, "_cuda_refuses", lambda q, k, causal, prefix_len, dtypes=(): "no prefix" if prefix_len else None)
+    monkeypatch.setattr(
+        peers, "_cuda_unsupported_reason", lambda q, k, causal, prefix_len, dtypes=(): "no prefix" if prefix_len else None
+    )
     device = types.SimpleNamespace(type="cuda")
     q = types.SimpleNamespace(device=device, shape=(2, 64, 4, 64))
     backends = _dispatch._backends["flash_attention"]
-    absent = {name: dataclasses.replace(backend, missing=lambda: "not here") for name, backend in backends.items()}
-    ready = {name: dataclasses.replace(backend, missing=lambda: None) for name, backend in backends.items()}
-    triton_alone = dataclasses.replace(ready["triton"], refuses=lambda *_: None, refuses_backward=lambda *_: None)
+    absent = {name: dataclasses.replace(backend, unavailable_reason=lambda: "not here") for name, backend in backends.items()}
+    ready = {name: dataclasses.replace(backend, unavailable_reason=lambda: None) for name, backend in backends.items()}
+    triton_alone = dataclasses.replace(ready["triton"], unsupported_reason=lambda *_: None)
     for others, expected in ((ready, order[0]), (absent, "triton")):
         monkeypatch.setitem(_dispatch._backends, "flash_attention", {**others, "triton": triton_alone})
         assert _dispatch.chosen("flash_attention", "", q, q, q, True, 0, 1.0) == expected
@@ -415,14 +417,14 @@ def test_choice_on_a_gpu(monkeypatch, capability, order):
 def test_peers_say_why_not():
     q, k, v = (t.float() for t in inputs(4, 4, 1, 8))
     table = ops.table()["flash_attention"]
-    assert table["reference"] == table["sdpa"] == "ready"
+    assert table["eager"] == table["sdpa"] == "ready"
     for peer in ("flash_attn", "flash_attn_3", "cudnn", "xformers"):
         if table[peer] != "ready":
             with pytest.raises(RuntimeError, match=f"impl='{peer}' can't run this call: .*(not installed|CUDA)"):
                 flash_attention(q, k, v, impl=peer)
-    assert "CUDA" in peers.flash_attn_refuses(q, k, v, False, 0, 1.0)
-    assert "CUDA" in peers.xformers_refuses(q, k, v, False, 0, 1.0)
-    assert "CUDA" in peers.cudnn_refuses(q, k, v, False, 0, 1.0)
+    assert "CUDA" in peers.flash_attn_unsupported_reason(q, k, v, False, 0, 1.0)
+    assert "CUDA" in peers.xformers_unsupported_reason(q, k, v, False, 0, 1.0)
+    assert "CUDA" in peers.cudnn_unsupported_reason(q, k, v, False, 0, 1.0)
 
 
 @pytest.mark.backend_independent

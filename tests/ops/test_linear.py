@@ -92,9 +92,9 @@ def test_odd_values_stay_in_their_row(value, dtype):
 
 def test_kernel_is_chosen_where_it_was_built(implementation):
     x, weight, bias = (v.float() for v in inputs(3, 4, 5))
-    ours = "triton" if implementation == "triton" else "cpu" if cpu.available_isas() else "reference"
+    ours = "triton" if implementation == "triton" else "cpu" if cpu.available_isas() else "eager"
     assert _dispatch.chosen("linear", "", x, weight, bias) == ours
-    assert _dispatch.chosen("linear", "", x.double(), weight.double(), bias.double()) == "reference"
+    assert _dispatch.chosen("linear", "", x.double(), weight.double(), bias.double()) == "eager"
 
 
 @pytest.mark.backend_independent
@@ -132,7 +132,7 @@ def test_compile_keeps_one_node():
         ({"bias": torch.ones(3)}, ValueError, "bias must have shape"),
         ({"bias": torch.ones(4).bfloat16()}, TypeError, "bias must be of dtype float32"),
         ({"weight": torch.ones(4, 3).bfloat16()}, TypeError, "weight must be of dtype float32"),
-        ({"impl": "mkl"}, ValueError, "impl must be one of triton, cpu, reference; got 'mkl'"),
+        ({"impl": "mkl"}, ValueError, "impl must be one of triton, cpu, eager; got 'mkl'"),
     ],
 )
 def test_errors(change, error, words):

@@ -1,7 +1,8 @@
 """The CPU backend: C++ kernels of csrc/cpu, called through ctypes.
 
 One library per instruction set was built at installation; the widest that this processor runs is loaded at the first call, or the one
-that OV3FAST_CPU_ISA names (a narrower one, for tests). Each operator's file here lays out its arguments and registers itself.
+that OV3FAST_CPU_ISA names (a narrower one, for tests). Each operator's file here declares its kernels, lays out their arguments and
+registers itself.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 EMULATED = "amx_emulated"
 """The kernels of amx_bf16 on a model of the tile unit, equal to the bit and slow: for tests, never taken unless it is asked for."""
 
+_C_TYPES = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _forced: str | None = os.environ.get("OV3FAST_CPU_ISA") or None
 
@@ -37,7 +39,7 @@ def best_isa() -> str:
     """The widest instruction set that this processor runs."""
     ask = ctypes.CDLL(str(FOLDER / "ov3_portable.so")).ov3_best_isa
     ask.restype = ctypes.c_char_p
-    return ask().decode()
+    return str(ask().decode())
 
 
 @functools.cache
@@ -73,53 +75,62 @@ def use_isa(name: str) -> Iterator[None]:
         _forced = before
 
 
-def missing() -> str | None:
+def unavailable_reason() -> str | None:
     """Why the backend can't run at all, or None."""
     if not available_isas():
         return "the CPU kernels were not built (pip install needs a C++ compiler)"
     return None
 
 
-def refuses(*tensors: Tensor | None) -> str | None:
-    """Why the kernels can't take these tensors, or None: they take float32 and bfloat16 on the CPU."""
-    for tensor in tensors:
-        if tensor is None:
+def unsupported_reason(*operands: Tensor | torch.dtype | None) -> str | None:
+    """Why the kernels can't take these operands, or None: they take float32 and bfloat16 (and int64) on the CPU."""
+    for operand in operands:
+        if operand is None:
             continue
-        if tensor.device.type != "cpu":
-            return f"it does not run on {tensor.device.type}"
-        if tensor.dtype not in _SUFFIX and tensor.dtype != torch.int64:
-            return f"it does not take {tensor.dtype}"
+        if isinstance(operand, Tensor) and operand.device.type != "cpu":
+            return f"it does not run on {operand.device.type}"
+        dtype = operand.dtype if isinstance(operand, Tensor) else operand
+        if dtype not in _SUFFIX and dtype != torch.int64:
+            return f"it does not take {dtype}"
     return None
+
+
+class Kernel:
+    """A kernel of csrc/cpu as Python declares it: its name and its parameters, in C++'s words.
+
+    "T* x, int64_t x_stride, double eps": T is the dtype of a call, P that of its parameters; bool and int travel as int64_t, and the number
+    of threads, which comes last, is not in the list. T and P are float or bf16, P being T's or float (`mixed`).
+    """
+
+    def __init__(self, name: str, parameters: str, *, mixed: bool = False, dtypes: tuple[torch.dtype, ...] = tuple(_SUFFIX)):
+        self.name = name
+        self._types = [parameter.split()[0] for parameter in parameters.split(",")] + ["int64_t"]
+        self._argtypes = [_C_TYPES.get(kind, ctypes.c_void_p) for kind in self._types]
+        pairs = [(dtype, dtype) for dtype in dtypes]
+        self.variants = [*pairs, (torch.bfloat16, torch.float32)] if mixed else pairs
+        self._functions: dict[tuple[torch.dtype, torch.dtype, str | None], Any] = {}
+        KERNELS[name] = self
+
+    def __call__(self, dtype: torch.dtype, *arguments: Any, parameters: torch.dtype | None = None) -> None:
+        """Run for elements of `dtype`, and parameters of the same or of the dtype given. Tensors go as pointers, None as null."""
+        key = (dtype, parameters or dtype, _forced)
+        function = self._functions.get(key)
+        if function is None:
+            suffix = _SUFFIX[dtype] if key[1] == dtype else f"{_SUFFIX[dtype]}_{_SUFFIX[key[1]]}"
+            function = self._functions[key] = _library(isa())[f"ov3_{self.name}_{suffix}"]
+            function.argtypes = self._argtypes
+        values = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
+        if function(*values, torch.get_num_threads()):
+            raise MemoryError(f"{self.name}: no memory for its work space")
+
+
+KERNELS: dict[str, Kernel] = {}
+"""Every declaration, by the kernel's name."""
 
 
 @functools.cache
 def _library(name: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(FOLDER / f"ov3_{name}.so"))
-
-
-@functools.cache
-def _function(name: str, dtype: torch.dtype, parameters: torch.dtype, isa: str) -> Any:
-    suffix = _SUFFIX[dtype] if parameters == dtype else f"{_SUFFIX[dtype]}_{_SUFFIX[parameters]}"
-    return getattr(_library(isa), f"ov3_{name}_{suffix}")
-
-
-def run(name: str, dtype: torch.dtype, *arguments: Any, parameters: torch.dtype | None = None) -> None:
-    """Calls the kernel `name` for elements of `dtype`, and parameters of the same or of the one given.
-
-    Tensors go as pointers (None as null), bool and int as int64, float as double.
-    """
-    function = _function(name, dtype, parameters or dtype, isa())
-    if function.argtypes is None:
-        function.argtypes = [*map(_c_type, arguments), ctypes.c_int64]
-    values = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
-    if function(*values, torch.get_num_threads()):
-        raise MemoryError(f"{name}: no memory for its work space")
-
-
-def _c_type(value: Any) -> Any:
-    if value is None or isinstance(value, Tensor):
-        return ctypes.c_void_p
-    return ctypes.c_double if isinstance(value, float) else ctypes.c_int64
 
 
 def unit_stride(x: Tensor) -> Tensor:

@@ -5,7 +5,23 @@ import torch
 from ...kernels.contrastive.config import FEW
 from .. import _dispatch
 from ..contrastive_loss import over_ranks
-from . import missing, pointer, refuses, rows, run, wide
+from . import Kernel, pointer, rows, unavailable_reason, unsupported_reason, wide
+
+FORWARD = Kernel(
+    "contrastive_loss_forward",
+    "T* x, int64_t x_stride, T* y, int64_t y_stride, float* scale, float* bias, int64_t sigmoid, int64_t offset, "
+    "float* rows, float* columns, float* own, int64_t n, int64_t N, int64_t D",
+)
+BACKWARD = Kernel(
+    "contrastive_loss_backward",
+    "T* x, int64_t x_stride, T* y, int64_t y_stride, float* scale, float* bias, int64_t sigmoid, int64_t offset, float* r, "
+    "float* c_max, float* c_log, float* row_weight, float* column_weight, T* grad_x, float* grad_y, double* grad_scale, "
+    "double* grad_bias, int64_t n, int64_t N, int64_t D",
+)
+PROJECT = Kernel(
+    "contrastive_loss_project",
+    "float* grad, T* x, int64_t x_stride, T* out, int64_t R, int64_t D",
+)
 
 
 def _operands(image, text):
@@ -20,8 +36,8 @@ def _forward_rows(image, text, scale, bias, kind, offset):
     softmax = kind == "softmax"
     lse = scale.new_empty((2, len(image)) if softmax else len(image))
     columns, own = (scale.new_empty(2, len(text)), scale.new_empty(len(image))) if softmax else (None, None)
-    run(
-        "contrastive_loss_forward", image.dtype, image, image.stride(0), text, text.stride(0), scale, bias,
+    FORWARD(
+        image.dtype, image, image.stride(0), text, text.stride(0), scale, bias,
         not softmax, offset, lse, columns, own, len(image), *text.shape,
     )  # fmt: skip
     return lse, columns, own
@@ -37,8 +53,8 @@ def _backward_rows(image, text, scale, bias, kind, offset, r, c, row_weight, col
         # The first rows write it, so there have to be some.
         grad_text = (torch.empty if len(image) else torch.zeros)(text.shape, dtype=torch.float32)
     grad_scale, grad_bias = (torch.empty((), dtype=torch.float64) for _ in range(2))
-    run(
-        "contrastive_loss_backward", image.dtype, image, image.stride(0), text, text.stride(0), scale, bias,
+    BACKWARD(
+        image.dtype, image, image.stride(0), text, text.stride(0), scale, bias,
         kind == "sigmoid", offset, wide(r), c_max, c_log, row_weight, wide(column_weight),
         pointer(grad_image, need_image), pointer(grad_text, need_text), grad_scale, grad_bias, len(image), *text.shape,
     )  # fmt: skip
@@ -50,12 +66,11 @@ def _project(grad, x):
     # A rank's part of a larger sum would keep all of it alive.
     in_place = x.dtype == grad.dtype and grad.untyped_storage().nbytes() == grad.nbytes
     out = grad if in_place else torch.empty_like(x, memory_format=torch.contiguous_format)
-    run("contrastive_loss_project", x.dtype, grad, x_ND, x_ND.stride(0), out, *x.shape)
+    PROJECT(x.dtype, grad, x_ND, x_ND.stride(0), out, *x.shape)
     return out
 
 
 _dispatch.register(
-    "contrastive_loss", "cpu", *over_ranks(_forward_rows, _backward_rows, _project), missing=missing,
-    refuses=lambda image, text, *_: refuses(image, text),
-    refuses_backward=lambda grad_loss, image, text, *_: refuses(image, text),
+    "contrastive_loss", "cpu", *over_ranks(_forward_rows, _backward_rows, _project), operands=("image", "text"),
+    unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason,
 )  # fmt: skip

@@ -3,7 +3,21 @@
 import torch
 
 from .. import _dispatch
-from . import missing, refuses, run, unit_stride
+from . import Kernel, unavailable_reason, unit_stride, unsupported_reason
+
+FORWARD = Kernel(
+    "flash_attention_forward",
+    "T* q, int64_t q_batch, int64_t q_row, int64_t q_head, T* k, int64_t k_batch, int64_t k_row, int64_t k_head, T* v, "
+    "int64_t v_batch, int64_t v_row, int64_t v_head, T* out, float* lse, int64_t B, int64_t H, int64_t Nq, int64_t Nk, "
+    "int64_t D, int64_t causal, int64_t prefix, double scale",
+)
+BACKWARD = Kernel(
+    "flash_attention_backward",
+    "T* grad_out, int64_t grad_batch, int64_t grad_row, int64_t grad_head, T* q, int64_t q_batch, int64_t q_row, "
+    "int64_t q_head, T* k, int64_t k_batch, int64_t k_row, int64_t k_head, T* v, int64_t v_batch, int64_t v_row, "
+    "int64_t v_head, T* out, float* lse, T* grad_q, T* grad_k, T* grad_v, int64_t apart, int64_t B, int64_t H, int64_t Nq, "
+    "int64_t Nk, int64_t D, int64_t causal, int64_t prefix, double scale",
+)
 
 LARGEST_HEAD = 256
 
@@ -17,8 +31,8 @@ def _forward(q, k, v, causal, prefix_len, scale):
     q, k, v = map(unit_stride, (q, k, v))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-    run(
-        "flash_attention_forward", q.dtype, q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], out, lse,
+    FORWARD(
+        q.dtype, q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], out, lse,
         *_sizes(q, k), causal, prefix_len, float(scale),
     )  # fmt: skip
     return out, lse
@@ -45,24 +59,23 @@ def _gradients(grad_out, q, k, v, out, lse, causal, prefix_len, scale, grads, ro
     """Writes dq, dk, dv; their rows are `row` elements apart."""
     tensors = [unit_stride(t) for t in (grad_out, q, k, v)]
     views = [part for t in tensors for part in (t, *t.stride()[:3])]
-    run(
-        "flash_attention_backward", q.dtype, *views, out.contiguous(), lse.contiguous(), *grads, row,
+    BACKWARD(
+        q.dtype, *views, out.contiguous(), lse.contiguous(), *grads, row,
         *_sizes(q, k), causal, prefix_len, float(scale),
     )  # fmt: skip
 
 
-def _refuses(q, k, v, *_):
+def _unsupported_reason(q):
     if q.shape[-1] > LARGEST_HEAD:
         return f"head_dim must be at most {LARGEST_HEAD}, got {q.shape[-1]}"
-    return refuses(q, k, v)
+    return unsupported_reason(q)
 
 
 _dispatch.register(
-    "flash_attention", "cpu", _forward, _backward, missing=missing, refuses=_refuses,
-    refuses_backward=lambda grad_out, q, k, v, *_: _refuses(q, k, v),
+    "flash_attention", "cpu", _forward, _backward, operands=("q",),
+    unavailable_reason=unavailable_reason, unsupported_reason=_unsupported_reason,
 )  # fmt: skip
 _dispatch.register(
-    "flash_attention_qkvpacked", "cpu", _forward_packed, _backward_packed, missing=missing,
-    refuses=lambda qkv, *_: _refuses(qkv, qkv, qkv),
-    refuses_backward=lambda grad_out, qkv, *_: _refuses(qkv, qkv, qkv),
+    "flash_attention_qkvpacked", "cpu", _forward_packed, _backward_packed, operands=("qkv",),
+    unavailable_reason=unavailable_reason, unsupported_reason=_unsupported_reason,
 )  # fmt: skip

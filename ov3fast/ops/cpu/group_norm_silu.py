@@ -4,7 +4,19 @@ import torch
 
 from .. import _dispatch
 from ..group_norm_silu import memory_format
-from . import missing, pointer, refuses, run, wide
+from . import Kernel, pointer, unavailable_reason, unsupported_reason, wide
+
+FORWARD = Kernel(
+    "group_norm_silu_forward",
+    "T* x, int64_t x_batch, int64_t x_channel, float* weight, float* bias, double eps, T* y, float* mean, float* rstd, "
+    "int64_t channels_last, int64_t B, int64_t C, int64_t S, int64_t G",
+)
+BACKWARD = Kernel(
+    "group_norm_silu_backward",
+    "T* grad_y, int64_t grad_y_batch, int64_t grad_y_channel, T* x, int64_t x_batch, int64_t x_channel, float* weight, "
+    "float* bias, float* mean, float* rstd, T* grad_x, float* grad_weight, float* grad_bias, int64_t channels_last, "
+    "int64_t B, int64_t C, int64_t S, int64_t G",
+)
 
 
 def _places(x):
@@ -32,8 +44,8 @@ def _forward(x, num_groups, weight, bias, eps):
     rstd = torch.empty_like(mean)
     if x.shape[1] == 0:
         return y, mean.fill_(torch.nan), rstd.fill_(torch.nan)
-    run(
-        "group_norm_silu_forward", x.dtype, *_layout(x, channels_last, sizes, x), wide(weight), wide(bias), float(eps),
+    FORWARD(
+        x.dtype, *_layout(x, channels_last, sizes, x), wide(weight), wide(bias), float(eps),
         y, mean, rstd, channels_last, *sizes, num_groups,
     )  # fmt: skip
     return y, mean, rstd
@@ -45,8 +57,8 @@ def _backward(grad_y, x, weight, bias, mean, rstd, need_x, need_weight, need_bia
     grad_x = torch.empty_like(x, memory_format=memory_format(x)) if need_x else none
     grad_weight, grad_bias = (wide(torch.empty_like(weight, dtype=torch.float32)) for _ in range(2))
     if x.shape[1] > 0:
-        run(
-            "group_norm_silu_backward", x.dtype, *_layout(grad_y, channels_last, sizes, x), *_layout(x, channels_last, sizes, x),
+        BACKWARD(
+        x.dtype, *_layout(grad_y, channels_last, sizes, x), *_layout(x, channels_last, sizes, x),
             wide(weight), wide(bias), wide(mean), wide(rstd), pointer(grad_x, need_x), grad_weight, grad_bias,
             channels_last, *sizes, mean.shape[1],
         )  # fmt: skip
@@ -55,7 +67,6 @@ def _backward(grad_y, x, weight, bias, mean, rstd, need_x, need_weight, need_bia
 
 
 _dispatch.register(
-    "group_norm_silu", "cpu", _forward, _backward, missing=missing,
-    refuses=lambda x, num_groups, weight, bias, eps: refuses(x, weight),
-    refuses_backward=lambda grad_y, x, weight, *_: refuses(grad_y, x, weight),
+    "group_norm_silu", "cpu", _forward, _backward, operands=("x", "weight"),
+    unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason,
 )  # fmt: skip

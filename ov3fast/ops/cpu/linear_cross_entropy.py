@@ -4,7 +4,23 @@ import torch
 
 from .. import _dispatch
 from ..linear_cross_entropy import check_labels, mean_factor
-from . import empty, missing, pointer, refuses, rows, run, wide
+from . import Kernel, empty, pointer, rows, unavailable_reason, unsupported_reason, wide
+
+FORWARD = Kernel(
+    "linear_cross_entropy_forward",
+    "T* h, int64_t h_stride, T* w, int64_t w_stride, int64_t* labels, int64_t* tokens, float* nll, float* lse, "
+    "int64_t count, int64_t rows, int64_t V, int64_t D",
+)
+BACKWARD = Kernel(
+    "linear_cross_entropy_backward",
+    "T* h, int64_t h_stride, T* w, int64_t w_stride, int64_t* labels, int64_t* tokens, float* grad_nll, float* lse, "
+    "T* grad_h, T* grad_w, int64_t count, int64_t rows, int64_t V, int64_t D",
+)
+TOTAL = Kernel(
+    "linear_cross_entropy_total",
+    "T* h, int64_t h_stride, T* w, int64_t w_stride, int64_t* labels, int64_t* tokens, double factor, float* nll, T* grad_h, "
+    "T* grad_w, int64_t count, int64_t V, int64_t D",
+)
 
 
 def _operands(hidden, weight, labels, ignore_index):
@@ -28,7 +44,7 @@ def _forward(hidden, weight, labels, ignore_index):
     operands, tokens = _operands(hidden, weight, labels, ignore_index)
     room = torch.empty if len(tokens) == len(labels) else torch.zeros
     nll, lse = room(labels.shape, dtype=torch.float32), room((2, len(labels)), dtype=torch.float32)
-    run("linear_cross_entropy_forward", hidden.dtype, *operands, tokens, nll, lse, len(tokens), len(labels), *weight.shape)
+    FORWARD(hidden.dtype, *operands, tokens, nll, lse, len(tokens), len(labels), *weight.shape)
     return nll, lse
 
 
@@ -36,8 +52,8 @@ def _backward(grad_nll, hidden, weight, labels, lse, ignore_index, need_hidden, 
     operands, tokens = _operands(hidden, weight, labels, ignore_index)
     grad_hidden, grad_weight = _gradients(hidden, weight, tokens, need_hidden, need_weight)
     if len(tokens) and (need_hidden or need_weight):
-        run(
-            "linear_cross_entropy_backward", hidden.dtype, *operands, tokens, wide(grad_nll), wide(lse),
+        BACKWARD(
+        hidden.dtype, *operands, tokens, wide(grad_nll), wide(lse),
             pointer(grad_hidden, need_hidden), pointer(grad_weight, need_weight), len(tokens), len(labels), *weight.shape,
         )  # fmt: skip
     return grad_hidden, grad_weight
@@ -50,19 +66,15 @@ def _total(hidden, weight, labels, ignore_index, mean, need_hidden, need_weight)
     nll = torch.zeros(labels.shape, dtype=torch.float32)
     grad_hidden, grad_weight = _gradients(hidden, weight, tokens, need_hidden, need_weight)
     if len(tokens):
-        run(
-            "linear_cross_entropy_total", hidden.dtype, *operands, tokens, factor, nll,
+        TOTAL(
+        hidden.dtype, *operands, tokens, factor, nll,
             pointer(grad_hidden, need_hidden), pointer(grad_weight, need_weight), len(tokens), *weight.shape,
         )  # fmt: skip
     return (nll.sum(dtype=torch.float64) * factor).float(), grad_hidden, grad_weight
 
 
-_dispatch.register(
-    "linear_cross_entropy", "cpu", _forward, _backward, missing=missing,
-    refuses=lambda hidden, weight, *_: refuses(hidden, weight),
-    refuses_backward=lambda grad_nll, hidden, weight, *_: refuses(hidden, weight),
-)  # fmt: skip
-_dispatch.register(
-    "linear_cross_entropy_total", "cpu", _total, missing=missing,
-    refuses=lambda hidden, weight, *_: refuses(hidden, weight),
-)  # fmt: skip
+for _op, _functions in (("linear_cross_entropy", (_forward, _backward)), ("linear_cross_entropy_total", (_total,))):
+    _dispatch.register(
+        _op, "cpu", *_functions, operands=("hidden", "weight"),
+        unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason,
+    )  # fmt: skip

@@ -1,7 +1,18 @@
 """Lays out noise_projection's arguments for csrc/cpu/noise_projection.cpp."""
 
 from .. import _dispatch
-from . import dense, empty, missing, pointer, refuses, rows, run, unit_stride, wide
+from . import Kernel, dense, empty, pointer, rows, unavailable_reason, unit_stride, unsupported_reason, wide
+
+FORWARD = Kernel(
+    "noise_projection_forward",
+    "T* z, int64_t batch_stride, int64_t row_stride, float* sigma, T* w, int64_t w_stride, T* bias, int64_t* rng, T* y, "
+    "int64_t B, int64_t N, int64_t K, int64_t D",
+)
+BACKWARD = Kernel(
+    "noise_projection_backward",
+    "T* grad_y, int64_t grad_stride, T* z, int64_t batch_stride, int64_t row_stride, float* sigma, T* w, int64_t w_stride, "
+    "int64_t* rng, T* grad_z, float* grad_sigma, T* grad_w, T* grad_bias, int64_t B, int64_t N, int64_t K, int64_t D",
+)
 
 
 def _instances(z):
@@ -12,8 +23,8 @@ def _instances(z):
 def _forward(z, sigma, weight, bias, rng):
     z_BNK, weight = _instances(z), rows(weight)
     y = empty(z, (*z.shape[:-1], weight.shape[0]))
-    run(
-        "noise_projection_forward", z.dtype, z_BNK, z_BNK.stride(0), z_BNK.stride(1), wide(sigma), weight, weight.stride(0),
+    FORWARD(
+        z.dtype, z_BNK, z_BNK.stride(0), z_BNK.stride(1), wide(sigma), weight, weight.stride(0),
         dense(bias), rng.contiguous(), y, *z_BNK.shape, weight.shape[0],
     )  # fmt: skip
     return y
@@ -25,8 +36,8 @@ def _backward(grad_y, z, sigma, weight, rng, need_z, need_sigma, need_weight, ne
     grad_bias = empty(z, weight.shape[0], need_bias)
     wide_sigma = wide(sigma)
     grad_sigma = empty(wide_sigma, sigma.shape, need_sigma)
-    run(
-        "noise_projection_backward", z.dtype, grad_RD, grad_RD.stride(0), z_BNK, z_BNK.stride(0), z_BNK.stride(1), wide_sigma,
+    BACKWARD(
+        z.dtype, grad_RD, grad_RD.stride(0), z_BNK, z_BNK.stride(0), z_BNK.stride(1), wide_sigma,
         weight, weight.stride(0), rng.contiguous(), pointer(grad_z, need_z), pointer(grad_sigma, need_sigma),
         pointer(grad_weight, need_weight), pointer(grad_bias, need_bias), *z_BNK.shape, weight.shape[0],
     )  # fmt: skip
@@ -34,7 +45,6 @@ def _backward(grad_y, z, sigma, weight, rng, need_z, need_sigma, need_weight, ne
 
 
 _dispatch.register(
-    "noise_projection", "cpu", _forward, _backward, missing=missing,
-    refuses=lambda z, *_: refuses(z),
-    refuses_backward=lambda grad_y, z, *_: refuses(z),
+    "noise_projection", "cpu", _forward, _backward, operands=("z",),
+    unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason,
 )  # fmt: skip

@@ -3,17 +3,26 @@
 import torch
 
 from .. import _dispatch
-from . import missing, refuses, run
+from . import Kernel, unavailable_reason, unsupported_reason
+
+NORMAL = Kernel(
+    "random_normal",
+    "int64_t* rng, T* out, int64_t n",
+)
+WORDS = Kernel(
+    "random_words",
+    "int64_t* rng, uint32_t* out, int64_t n",
+    dtypes=(torch.float32,),
+)
 
 
 def _forward(shape, rng, dtype):
     out = torch.empty(shape, dtype=dtype)
-    run("random_normal", dtype, rng.contiguous(), out, out.numel())
+    NORMAL(dtype, rng.contiguous(), out, out.numel())
     return out
 
 
-def _refuses(shape, rng, dtype):
-    return refuses(rng) or (None if dtype in (torch.float32, torch.bfloat16) else f"it does not take {dtype}")
-
-
-_dispatch.register("random_normal", "cpu", _forward, missing=missing, refuses=_refuses)
+_dispatch.register(
+    "random_normal", "cpu", _forward, operands=("rng", "dtype"),
+    unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason,
+)  # fmt: skip

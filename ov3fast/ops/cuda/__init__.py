@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _dispatch
+
 FOLDER = Path(os.environ.get("OV3FAST_NATIVE") or Path(__file__).parents[2] / "_native")
 """Where the fat binaries lie, beside the CPU kernels' libraries."""
 
@@ -76,13 +78,15 @@ def executed_by(execute: Callable[[Launch], Any]) -> Iterator[None]:
     """Within the block the backend takes CPU tensors, and `execute` gets its launches."""
     global _execute
     before, _execute = _execute, execute
+    _dispatch.forget_choices()
     try:
         yield
     finally:
         _execute = before
+        _dispatch.forget_choices()
 
 
-def missing() -> str | None:
+def unavailable_reason() -> str | None:
     """Why the backend can't run at all, or None."""
     return None if _execute is not None else _obstacle()
 
@@ -112,7 +116,7 @@ def build_notes() -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.is_file() else None
 
 
-def refuses(*tensors: Tensor | None) -> str | None:
+def unsupported_reason(*tensors: Tensor | None) -> str | None:
     """Why the kernels can't take these tensors, or None: they take float32, bfloat16 and float16 on NVIDIA GPUs."""
     device = "cuda" if _execute is None else "cpu"
     for tensor in tensors:

@@ -5,7 +5,7 @@ import math
 import torch
 
 from .. import _dispatch, _flat_lists
-from . import SUFFIX, Launch, Struct, missing, refuses, run
+from . import SUFFIX, Launch, Struct, run, unavailable_reason, unsupported_reason
 
 # As in the CUDA source.
 CAPACITY = 512
@@ -87,11 +87,14 @@ def _twofold(x):
     return ("f32", high), ("f32", x - high)
 
 
-def _refuses(params, grads, exp_avgs, exp_avg_sqs, ema, *_):
+def _unsupported_reason(params, grads, exp_avgs, exp_avg_sqs, ema):
     states = *exp_avgs, *exp_avg_sqs, *ema
     if params[0].dtype == torch.float16:
         return "it does not take torch.float16"
-    return refuses(*params, *grads, *states) or _flat_lists.dtype_obstacle(params, grads, states)
+    return unsupported_reason(*params, *grads, *states) or _flat_lists.dtype_obstacle(params, grads, states)
 
 
-_dispatch.register("adamw_ema_", "cuda", _forward, missing=missing, refuses=_refuses)
+_dispatch.register(
+    "adamw_ema_", "cuda", _forward, operands=("params", "grads", "exp_avgs", "exp_avg_sqs", "ema"),
+    unavailable_reason=unavailable_reason, unsupported_reason=_unsupported_reason,
+)  # fmt: skip

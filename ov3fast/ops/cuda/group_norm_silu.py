@@ -4,7 +4,7 @@ import torch
 
 from .. import _dispatch
 from ..group_norm_silu import memory_format
-from . import SUFFIX, THREADS, Launch, Struct, missing, refuses, run
+from . import SUFFIX, THREADS, Launch, Struct, run, unavailable_reason, unsupported_reason
 
 # Of a strip: places of large maps, and how many strips small maps are cut into to keep a GPU busy. Neither depends on the GPU, so no result does.
 PLACES = 256
@@ -101,12 +101,8 @@ def _backward(grad_y, x, weight, bias, mean, rstd, need_x, need_weight, need_bia
     return grad_x, grad_weight, grad_bias
 
 
-def _refuses(x, num_groups, weight, bias, eps):
-    return refuses(x, weight, bias) or _layout_obstacle(x)
-
-
-def _refuses_backward(grad_y, x, weight, bias, *_):
-    return refuses(grad_y, x, weight, bias) or _layout_obstacle(x)
+def _unsupported_reason(x, weight, bias):
+    return unsupported_reason(x, weight, bias) or _layout_obstacle(x)
 
 
 def _layout_obstacle(x):
@@ -123,11 +119,11 @@ def _in_packs(x, tensor):
     return x.shape[1] % (16 // x.element_size()) == 0 and tensor.data_ptr() % 16 == 0
 
 
-def _slower_than(x):
+def _slower_than(x, *_):
     return (FASTER["packs" if _in_packs(x, x) else "single elements"],)
 
 
 _dispatch.register(
-    "group_norm_silu", "cuda", _forward, _backward, missing=missing, refuses=_refuses, refuses_backward=_refuses_backward,
-    slower_than=lambda x, *_: _slower_than(x), slower_than_backward=lambda grad_y, x, *_: _slower_than(x),
+    "group_norm_silu", "cuda", _forward, _backward, operands=("x", "weight", "bias"),
+    unavailable_reason=unavailable_reason, unsupported_reason=_unsupported_reason, slower_than=_slower_than,
 )  # fmt: skip

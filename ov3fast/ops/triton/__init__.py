@@ -1,7 +1,7 @@
 """The Triton backend: kernels of `ov3fast.kernels`, imported at an operator's first call, so that `import ov3fast` stays light.
 
 They run on CUDA and ROCm tensors; with TRITON_INTERPRET=1 (set before Triton is imported) Triton's interpreter runs them on CPU tensors, for
-tests. Each operator's file here registers `launch`ers of its kernels' file under the contract of its reference.
+tests. KERNELS names each operator's file; its functions `forward` and `backward` keep the contract of the operator's eager backend.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import functools
 import importlib
 import importlib.util
 import os
-import pkgutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .. import _attention_peers, _dispatch
+from ..contrastive_loss import over_ranks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether the kernels run in Triton's interpreter, on CPU tensors."""
@@ -23,8 +25,44 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+class Kernels(NamedTuple):
+    """How the kernels of one operator are called."""
+
+    module: str
+    """Below ov3fast.kernels."""
+    operands: tuple[str, ...]
+    """The arguments whose device, dtype and width decide whether the kernels take a call."""
+    widest: int | None = None
+    """Largest size of the first operand's last axis."""
+    forward: str = "forward"
+    backward: str | None = "backward"
+
+
+KERNELS = {
+    "contrastive_loss": Kernels("contrastive.launch", ("image", "text")),
+    "flash_attention": Kernels("attention.launch", ("q", "k", "v"), widest=256),
+    "flash_attention_qkvpacked": Kernels(
+        "attention.launch",
+        ("qkv",),
+        widest=256,
+        forward="forward_packed",
+        backward="backward_packed",
+    ),
+    "group_norm_silu": Kernels("group_norm_silu", ("x", "weight", "bias")),
+    "latent_projection": Kernels("latent_projection", ("tokens", "weight")),
+    "layer_norm": Kernels("layer_norm", ("x", "weight"), widest=8192),
+    "linear": Kernels("linear", ("x", "weight")),
+    "linear_cross_entropy": Kernels("linear_cross_entropy", ("hidden", "weight")),
+    "linear_cross_entropy_total": Kernels("linear_cross_entropy", ("hidden", "weight"), forward="total", backward=None),
+    "mlp": Kernels("mlp", ("x", "w1")),
+    "noise_projection": Kernels("noise_projection", ("z", "sigma", "weight", "rng")),
+    "patch_embed": Kernels("patch_embed", ("latents", "weight", "rng")),
+    "random_normal": Kernels("random_normal", ("rng", "dtype"), backward=None),
+}
+
+
 @functools.cache
-def missing() -> str | None:
+def unavailable_reason() -> str | None:
     """Why the backend can't run at all, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -33,39 +71,56 @@ def missing() -> str | None:
     return None
 
 
-def refuses(*tensors: Tensor | None) -> str | None:
-    """Why the kernels can't take these tensors, or None: float32, bfloat16 and float16 (and int64) on a GPU."""
+def unsupported_reason(*operands: Tensor | torch.dtype | None, widest: int | None = None) -> str | None:
+    """Why the kernels can't take these operands, or None: float32, bfloat16 and float16 (and int64) on a GPU."""
     device = "cpu" if INTERPRETED else "cuda"
-    for tensor in tensors:
-        if tensor is None:
+    for operand in operands:
+        if operand is None:
             continue
-        if tensor.device.type != device:
-            return f"it does not run on {tensor.device.type}"
-        if tensor.dtype not in DTYPES and tensor.dtype != torch.int64:
-            return f"it does not take {tensor.dtype}"
+        if isinstance(operand, Tensor) and operand.device.type != device:
+            return f"it does not run on {operand.device.type}"
+        dtype = operand.dtype if isinstance(operand, Tensor) else operand
+        if dtype not in DTYPES and dtype != torch.int64:
+            return f"it does not take {dtype}"
+    first = operands[0]
+    if widest is not None and isinstance(first, Tensor) and first.shape[-1] > widest:
+        return f"the last axis must be at most {widest}, got {first.shape[-1]}"
     return None
 
 
 def launch(module: str, function: str) -> Callable[..., Any]:
     """`function` of `ov3fast.kernels.<module>`, imported at the first call, on its first tensor's device: Triton launches on the current one."""
+    found: list[Callable[..., Any]] = []
 
     def call(*args: Any) -> Any:
-        run = getattr(importlib.import_module(f"ov3fast.kernels.{module}"), function)
+        if not found:
+            found.append(getattr(importlib.import_module(f"ov3fast.kernels.{module}"), function))
         with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
-            return run(*args)
+            return found[0](*args)
 
     return call
 
 
-def unless_empty(kernels: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernels`, but `eager` for a call with an empty tensor: no kernel has code for one."""
-
-    def call(*args: Any) -> Any:
-        empty = any(isinstance(arg, Tensor) and arg.numel() == 0 for arg in args)
-        return (eager if empty else kernels)(*args)
-
-    return call
+def _without_b1(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """mlp's backward for kernels that have the bias in h."""
+    return lambda grad_y, x, h, w1, b1, *rest: backward(grad_y, x, h, w1, *rest)
 
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+for _op, _kernels in KERNELS.items():
+    _forward = launch(_kernels.module, _kernels.forward)
+    _backward = None if _kernels.backward is None else launch(_kernels.module, _kernels.backward)
+    _options: dict[str, Any] = {}
+    if _op == "mlp":
+        _backward = _without_b1(launch(_kernels.module, "backward"))
+    elif _op == "contrastive_loss":  # the kernels compute rectangles of logits; the ranks are the operator's own
+        _forward, _backward = over_ranks(
+            *(launch(_kernels.module, name) for name in ("forward_rows", "backward_rows", "project"))
+        )
+    elif _op.startswith("flash_attention"):
+        _options["slower_than"] = _attention_peers.faster_than_triton
+        if _op.endswith("packed"):  # whose backward writes dQKV in place, as no library does
+            _options["slower_than_backward"] = lambda *_: ()
+    _dispatch.register(
+        _op, "triton", _forward, _backward, operands=_kernels.operands, unavailable_reason=unavailable_reason,
+        unsupported_reason=functools.partial(unsupported_reason, widest=_kernels.widest), **_options,
+    )  # fmt: skip

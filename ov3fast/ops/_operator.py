@@ -1,0 +1,294 @@
+"""One operator as PyTorch sees it: registration in torch.library, autograd, and the short way around the dispatcher.
+
+`define` registers `ov3fast::op` and `ov3fast::op_backward`, each with a trailing `str impl`, so that torch.compile keeps one node, fake and
+meta tensors have shapes, and dispatch modes (FlopCounterMode, selective checkpointing) see the operator. An eager call on plain tensors has
+none of these to serve and goes straight to its backend, through an autograd.Function where gradients are wanted, which saves most of the
+host time.
+
+Derivatives beyond the first backward are the specification's, by PyTorch: forward mode, vmap and nested torch.func transforms run it in place
+of a backend, and the gradient of a gradient is taken through `differentiable_backward`. They are right for every operator, at PyTorch's speed
+and memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import _dispatch
+
+LIBRARY = torch.library.Library("ov3fast", "DEF")
+
+# What an argument of an eager call can be. Subclasses of Tensor (fake tensors, DTensor) need the dispatcher, and so do lists.
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), int, float, bool, str})
+
+
+class Saved(NamedTuple):
+    """What a forward leaves for its backward."""
+
+    tensors: tuple[Tensor | None, ...]
+    options: tuple[Any, ...] = ()
+    constants: tuple[Tensor, ...] = ()
+    """Outputs without a gradient."""
+
+
+class Operator:
+    """A registered operator. Call it with `impl` and the schema's arguments. See `define`."""
+
+    def __init__(
+        self, name: str, schema: str, fake: Callable[..., Any], specification: Callable[..., Any] | None, **selection: Any
+    ):
+        self.name = name
+        self.specification = specification
+        self.inputs = [argument for _, argument in _dispatch.parse_schema(schema)]
+        tensors = [argument for kind, argument in _dispatch.parse_schema(schema) if kind in ("Tensor", "Tensor?")]
+        self.select = _dispatch.Selector(name, schema, backward=False, inputs=tensors, **selection)
+        self.registered = _register(name, schema, self.run, fake)
+        self.node: type[torch.autograd.Function] | None = None
+        self.transformed: type[torch.autograd.Function] | None = None
+
+    def __call__(self, impl: str | None, *args: Any) -> Any:
+        request = _dispatch.request(self.name, impl)
+        if torch.compiler.is_compiling():
+            return self.registered(*args, request)
+        if self.specification is not None and _is_transformed(args):
+            if impl is not None and request != "eager":
+                raise NotImplementedError(
+                    f"{self.name}: impl={impl!r} has no forward-mode, batched or nested derivative;"
+                    " leave impl out and PyTorch runs the specification"
+                )
+            return self.specification(*args)
+        if self.transformed is not None and torch._C._are_functorch_transforms_active():
+            return self.transformed.apply(*args, request)
+        if not _is_plain_call(args):
+            return self.registered(*args, request)
+        if self.node is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return self.node.apply(*args, request)
+        return self.run(*args, request)
+
+    def run(self, *args: Any) -> Any:
+        """The forward, on the backend that the last argument asks for."""
+        *inputs, word = args
+        return _without_autocast(self.select(_dispatch.decode(word), inputs), inputs)
+
+    def define_backward(
+        self,
+        schema: str,
+        fake: Callable[..., Any],
+        save: Callable[..., Saved],
+        gradients: dict[str, int],
+        differentiable: Callable[..., Any],
+        upstream: int,
+        shortcut: Callable[..., Any] | None,
+        **selection: Any,
+    ) -> None:
+        """Register `<name>_backward`, and autograd for it and for the forward."""
+        arguments = [argument for _, argument in _dispatch.parse_schema(schema)]
+        self.save, self.upstream, self.shortcut, self.differentiable_backward = save, upstream, shortcut, differentiable
+        self.gradient_of_input = [gradients.get(argument) for argument in (*self.inputs, "impl")]
+        self.inputs_of_gradient = [
+            [i for i, output in enumerate(self.gradient_of_input) if output == number]
+            for number in range(sum(argument.startswith("need_") for argument in arguments))
+        ]
+        tensors = [*arguments[:upstream], *self.inputs]
+        self.select_backward = _dispatch.Selector(self.name, schema, backward=True, inputs=tensors, **selection)
+        self.registered_backward = _register(f"{self.name}_backward", schema, self.run_backward, fake)
+        torch.library.register_autograd(f"ov3fast::{self.name}", self._backward, setup_context=self._setup_context, lib=LIBRARY)
+        torch.library.register_autograd(
+            f"ov3fast::{self.name}_backward", self._backward_twice, setup_context=_save_all, lib=LIBRARY
+        )
+        self.node = _make_node(self.name, self.run, self._setup_context, self._backward)
+        self.transformed = _make_transformed(self.name, self._execute, self._setup_context, self._backward)
+        self.transformed_backward = _make_transformed(
+            f"{self.name}_backward", self._execute_backward, _save_all, self._backward_twice
+        )
+
+    def run_backward(self, *args: Any) -> Any:
+        """The backward, on the backend that the last argument asks for."""
+        *inputs, word = args
+        return _without_autocast(self.select_backward(_dispatch.decode(word), inputs), inputs)
+
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *args, word = inputs
+        saved = self.save(args, output)
+        ctx.set_materialize_grads(False)
+        if saved.constants:
+            ctx.mark_non_differentiable(*saved.constants)
+        ctx.save_for_backward(*saved.tensors)
+        ctx.options, ctx.word = saved.options, word
+
+    def _backward(self, ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        upstream, needs = list(grad_outputs[: self.upstream]), ctx.needs_input_grad
+        some = next((grad for grad in upstream if grad is not None), None)
+        if some is None:
+            return (None,) * len(self.gradient_of_input)
+        if upstream[0] is None:
+            upstream[0] = torch.zeros_like(some)
+        flags = [any(needs[i] for i in inputs) for inputs in self.inputs_of_gradient]
+        grads = self._call_backward((*upstream, *ctx.saved_tensors, *ctx.options, *flags), ctx.word)
+        grads = (grads,) if isinstance(grads, Tensor) else grads
+        return tuple(
+            None if output is None or not need else grads[output]
+            for output, need in zip(self.gradient_of_input, needs, strict=True)
+        )
+
+    def _execute(self, *args: Any) -> Any:
+        """The forward below all transforms."""
+        return (self.run if _is_plain_call(args[:-1]) else self.registered)(*args)
+
+    def _execute_backward(self, *args: Any) -> Any:
+        return (self.run_backward if _is_plain_call(args[:-1]) else self.registered_backward)(*args)
+
+    def _call_backward(self, args: tuple[Any, ...], word: str) -> Any:
+        if not torch.compiler.is_compiling():
+            if _is_transformed(args):
+                return self.differentiable_backward(*args)
+            if torch._C._are_functorch_transforms_active():
+                return self.transformed_backward.apply(*args, word)
+            with_graph = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+            if not with_graph and _is_plain_call(args):
+                known = None if self.shortcut is None else self.shortcut(*args)
+                return self.run_backward(*args, word) if known is None else known
+        return self.registered_backward(*args, word)
+
+    def _backward_twice(self, ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradient of a gradient: of `differentiable_backward`, which PyTorch differentiates as often as is asked for."""
+        saved = iter(ctx.saved_tensors)
+        args = [next(saved) if is_tensor else value for is_tensor, value in ctx.arguments]
+        with torch.enable_grad():
+            # Views, since one tensor may stand for two arguments, whose gradients are to be told apart.
+            args = [a.view_as(a) if need else a for a, need in zip(args, ctx.needs_input_grad[:-1], strict=True)]
+            outputs = self.differentiable_backward(*args)
+            outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None and o.requires_grad]
+        wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
+        grads: list[Tensor | None] = [None] * (len(args) + 1)
+        if pairs:
+            found = torch.autograd.grad(
+                [o for o, _ in pairs], [args[i] for i in wanted], [g for _, g in pairs],
+                create_graph=torch.is_grad_enabled(), allow_unused=True,
+            )  # fmt: skip
+            for i, grad in zip(wanted, found, strict=True):
+                grads[i] = grad
+        return tuple(grads)
+
+
+def define(
+    name: str,
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    specification: Callable[..., Any] | None = None,
+    backward_schema: str | None = None,
+    backward_fake: Callable[..., Any] | None = None,
+    save: Callable[..., Saved] | None = None,
+    gradients: dict[str, int] | None = None,
+    differentiable_backward: Callable[..., Any] | None = None,
+    upstream: int = 1,
+    backward_shortcut: Callable[..., Any] | None = None,
+    **selection: Any,
+) -> Operator:
+    """Registers `ov3fast::name` (and `ov3fast::name_backward`), each with a trailing `str impl`, over the backends of `name`.
+
+    schema: the part behind the name, e.g. "(Tensor x, float eps) -> (Tensor y, Tensor rstd)". fake: the arguments without `impl` -> outputs
+    with their shapes. specification: the arguments -> the outputs that have gradients, in plain PyTorch. save: (inputs, output) -> Saved.
+    gradients: name of an input -> number of the backward's output that is its gradient.
+
+    backward_schema: the first `upstream` arguments are the gradients of as many outputs; then come Saved.tensors, Saved.options, and
+    `bool need_...` for as many of the first outputs as it names. differentiable_backward: the same, in PyTorch that autograd can go through.
+    backward_shortcut: the same arguments -> the gradients where an eager call can have them for nothing, arguments themselves included, or None.
+    """
+    operator = Operator(name, schema, fake, specification, **selection)
+    if backward_schema is not None:
+        assert backward_fake and save and gradients and differentiable_backward
+        operator.define_backward(
+            backward_schema,
+            backward_fake,
+            save,
+            gradients,
+            differentiable_backward,
+            upstream,
+            backward_shortcut,
+            **selection,
+        )
+    return operator
+
+
+def gradients(function: Callable[..., Any], inputs: tuple[Tensor, ...], grad_output: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of `function(*inputs)` by all inputs; any transform or graph around them sees through."""
+    return torch.func.vjp(function, *inputs)[1](grad_output)
+
+
+def _is_transformed(args: tuple[Any, ...]) -> bool:
+    """Whether a derivative is asked for that the registered backward can't give: forward mode, vmap, nested transforms of torch.func."""
+    if torch._C._are_functorch_transforms_active():
+        levels = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+        return levels != [torch._C._functorch.TransformType.Grad]
+    return forward_ad._current_level >= 0 and any(
+        isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args
+    )
+
+
+def _is_plain_call(args: tuple[Any, ...]) -> bool:
+    """Whether nothing but the backend has to see this call."""
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    for arg in args:
+        if type(arg) not in _PLAIN:
+            return False
+    return not args[0].is_meta
+
+
+def _without_autocast(function: Callable[..., Any], args: list[Any]) -> Any:
+    """The public functions cast under torch.autocast; inside an operator it would narrow what the backend keeps in float32."""
+    if not torch._C._is_any_autocast_enabled():
+        return function(*args)
+    flat = (value for arg in args for value in (arg if isinstance(arg, (list, tuple)) else (arg,)))
+    device = next((value.device.type for value in flat if isinstance(value, Tensor)), "cpu")
+    with torch.autocast(device, enabled=False):
+        return function(*args)
+
+
+def _register(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    arguments, returns = schema.split("->")
+    arguments = arguments.strip().removesuffix(")") + ", str impl)"
+    LIBRARY.define(f"{name}{arguments} ->{returns}")
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ov3fast::{name}", lambda *args: fake(*args[:-1]), lib=LIBRARY)
+    return getattr(torch.ops.ov3fast, name)
+
+
+def _make_node(
+    name: str, run: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = run(*args)
+        setup(ctx, args, output)
+        return output
+
+    return type(
+        f"ov3fast_{name}", (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    )
+
+
+def _make_transformed(
+    name: str, run: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    """The node that torch.func.grad and vjp can go through; slower to make than the other."""
+    functions = {"forward": run, "setup_context": setup, "backward": backward}
+    return type(f"ov3fast_{name}_transformed", (torch.autograd.Function,), {k: staticmethod(f) for k, f in functions.items()})
+
+
+def _save_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *args, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*(arg for arg in args if isinstance(arg, Tensor)))
+    ctx.arguments = [(isinstance(arg, Tensor), None if isinstance(arg, Tensor) else arg) for arg in args]

@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from ov3fast.kernels.lib import config as configs
 from ov3fast.kernels.lib import cuda_driver
-from ov3fast.ops import _check
+from ov3fast.ops import _check, _dispatch
 from ov3fast.ops import triton as triton_backend
 
 CAPABILITIES = {"sm_80": (8, 0), "sm_90": (9, 0), "sm_100": (10, 0)}
@@ -149,7 +149,7 @@ def gpu(target: str = "sm_90", compiles: bool = False) -> Iterator[Record]:
         "_exchange_device": exchange,
         "_maybe_exchange_device": exchange,
     }
-    caches = (triton_backend.missing, configs._architecture, configs._tuned_for)
+    caches = (triton_backend.unavailable_reason, configs._architecture, configs._tuned_for)
     with ExitStack() as stack:
         for name, value in there.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
@@ -164,6 +164,8 @@ def gpu(target: str = "sm_90", compiles: bool = False) -> Iterator[Record]:
         for cached in caches:
             stack.callback(cached.cache_clear)
             cached.cache_clear()
+        stack.callback(_dispatch.forget_choices)
+        _dispatch.forget_choices()
         stack.enter_context(driver(target, lambda: current[0]))
         stack.callback(lambda: [kernel.device_caches.clear() for kernel in kernels])
         fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

@@ -7,7 +7,7 @@ from kernel_tools.launches import in_any_order
 from ov3fast import testing
 from ov3fast.kernels import layer_norm
 from ov3fast.kernels.aot.cases.layer_norm import backward_work, forward_work
-from ov3fast.ops.layer_norm import _backward_reference, _forward_reference
+from ov3fast.ops.layer_norm import _backward_eager, _forward_eager
 
 DTYPES = [torch.bfloat16, torch.float16]
 EPS = 1e-6
@@ -38,7 +38,7 @@ def test_forward(dtype, fused, rows, width, target):
     x, residual = tensors(rows, width, dtype, 2)
     arguments = (x, *parameters(width, dtype), residual if fused else None, EPS)
     ours, [report] = in_any_order(layer_norm.forward, *arguments, target=target)
-    check(ours, _forward_reference(*arguments), _forward_reference(*wide(arguments)))
+    check(ours, _forward_eager(*arguments), _forward_eager(*wide(arguments)))
     if width % 16 == 0:
         work = forward_work(2 * rows, width, 2, fused, -(-2 * rows // 4))
         assert report.bytes_read() + report.bytes_written() == pytest.approx(work.bytes, rel=0.1)
@@ -51,11 +51,11 @@ def test_forward(dtype, fused, rows, width, target):
 def test_backward(dtype, fused, rows, width, target):
     grad_y, h, grad_h = tensors(rows, width, dtype, 3)
     weight, bias = parameters(width, dtype)
-    exact = _forward_reference(*wide((h, weight, bias, None, EPS)))
+    exact = _forward_eager(*wide((h, weight, bias, None, EPS)))
     mean, rstd = exact[2].float(), exact[3].float()
     arguments = (grad_y, grad_h if fused else None, h, weight, mean, rstd, True, True, True)
     ours, [report, merge] = in_any_order(layer_norm.backward, *arguments, target=target)
-    check(ours, _backward_reference(*arguments), _backward_reference(*wide(arguments)))
+    check(ours, _backward_eager(*arguments), _backward_eager(*wide(arguments)))
     if width % 16 == 0:
         work = backward_work(2 * rows, width, 2, fused, 2)
         # All lanes read their row's statistics from one address, which memory serves once; the report counts each lane.

@@ -12,7 +12,7 @@ from ov3fast.kernels.lib import config as configs
 from ov3fast.kernels.lib import gemm
 from ov3fast.kernels.lib.reduce import column_sums, strips_of
 from ov3fast.kernels.lib.rows import rows
-from ov3fast.ops.linear import _backward_reference, _forward_reference
+from ov3fast.ops.linear import _backward_eager, _forward_eager
 
 DTYPES = [torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -44,8 +44,8 @@ def test_ragged(monkeypatch, dtype, size, mixed, shape, target):
     forward, backward = (x, weight, bias), (grad_y, x, weight, True, True, True)
     ours, reports = in_any_order(lambda: [linear.forward(*forward), *linear.backward(*backward)], target=target)
     assert sum(report.mma_count > 0 for report in reports) == 2
-    plain = [_forward_reference(*forward), *_backward_reference(*backward)]
-    exact = [_forward_reference(*wide(forward)), *_backward_reference(*wide(backward))]
+    plain = [_forward_eager(*forward), *_backward_eager(*backward)]
+    exact = [_forward_eager(*wide(forward)), *_backward_eager(*wide(backward))]
     for number, (a, p, e) in enumerate(zip(ours, plain, exact, strict=True)):
         testing.assert_within_budget(a, p, e, f"result {number}")
 

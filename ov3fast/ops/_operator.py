@@ -12,6 +12,7 @@ and memory.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,6 +35,8 @@ class Saved(NamedTuple):
     options: tuple[Any, ...] = ()
     constants: tuple[Tensor, ...] = ()
     """Outputs without a gradient."""
+    without_formula: tuple[Tensor, ...] = ()
+    """Saved outputs whose own gradient nobody has a formula for: a gradient of a gradient that reaches them raises."""
 
 
 class Operator:
@@ -97,7 +100,12 @@ class Operator:
         tensors = [*arguments[:upstream], *self.inputs]
         self.select_backward = _dispatch.Selector(self.name, schema, backward=True, inputs=tensors, **selection)
         self.registered_backward = _register(f"{self.name}_backward", schema, self.run_backward, fake)
-        torch.library.register_autograd(f"ov3fast::{self.name}", self._backward, setup_context=self._setup_context, lib=LIBRARY)
+        torch.library.register_autograd(
+            f"ov3fast::{self.name}",
+            self._backward,
+            setup_context=functools.partial(self._setup_context, registered=True),
+            lib=LIBRARY,
+        )
         torch.library.register_autograd(
             f"ov3fast::{self.name}_backward", self._backward_twice, setup_context=_save_all, lib=LIBRARY
         )
@@ -112,18 +120,22 @@ class Operator:
         *inputs, word = args
         return _without_autocast(self.select_backward(_dispatch.decode(word), inputs), inputs)
 
-    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any, registered: bool = False) -> None:
         *args, word = inputs
         saved = self.save(args, output)
         ctx.set_materialize_grads(False)
-        if saved.constants:
-            ctx.mark_non_differentiable(*saved.constants)
+        ctx.mark_non_differentiable(*saved.constants, *(saved.without_formula if registered else ()))
         ctx.save_for_backward(*saved.tensors)
         ctx.options, ctx.word = saved.options, word
 
     def _backward(self, ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         upstream, needs = list(grad_outputs[: self.upstream]), ctx.needs_input_grad
         some = next((grad for grad in upstream if grad is not None), None)
+        if any(grad is not None for grad in grad_outputs[self.upstream :]):
+            raise NotImplementedError(
+                f"{self.name} keeps gradients in place of what they came from, so they can't be differentiated again;"
+                " linear_cross_entropy can with reduction='none'"
+            )
         if some is None:
             return (None,) * len(self.gradient_of_input)
         if upstream[0] is None:

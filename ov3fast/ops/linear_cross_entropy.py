@@ -196,11 +196,11 @@ def _total_eager(hidden, weight, labels, ignore_index, mean, need_hidden, need_w
     return nll.sum() * factor, *grads
 
 
-def _scale_eager(grad_loss, grad_hidden, grad_weight, hidden, weight, labels, ignore_index, mean):
+def _scale_eager(grad_loss, grad_hidden, grad_weight):
     return grad_hidden * grad_loss, grad_weight * grad_loss
 
 
-def _unscaled(grad_loss, grad_hidden, grad_weight, *_):
+def _unscaled(grad_loss, grad_hidden, grad_weight):
     """The gradients as they are where the loss is the end of the graph; on a GPU looking would wait for the device."""
     return (grad_hidden, grad_weight) if grad_loss.device.type == "cpu" and grad_loss == 1 else None
 
@@ -217,18 +217,9 @@ def _specification_total(hidden, weight, labels, ignore_index, mean, *needs):
     return (reference(hidden, weight, labels, ignore_index=ignore_index, reduction="mean" if mean else "sum"),)
 
 
-def _differentiable_scale(grad_loss, grad_hidden, grad_weight, hidden, weight, labels, ignore_index, mean):
-    return _operator.gradients(
-        lambda *inputs: _specification_total(*inputs, labels, ignore_index, mean)[0], (hidden, weight), grad_loss
-    )
-
-
 def _save_total(inputs, output):
-    hidden, weight, labels, ignore_index, mean, *_ = inputs
-    _, grad_hidden, grad_weight = output
-    # The inputs are for the gradient of a gradient.
-    tensors = (grad_hidden, grad_weight, hidden, weight, labels)
-    return _operator.Saved(tensors, (ignore_index, mean), constants=(grad_hidden, grad_weight))
+    # Not hidden and weight, which the gradient of a gradient would need: it raises.
+    return _operator.Saved(output[1:], without_formula=output[1:])
 
 
 _dispatch.register("linear_cross_entropy_total", "eager", _total_eager, _scale_eager)
@@ -240,12 +231,8 @@ _total = _operator.define(
     specification=_specification_total,
     save=_save_total,
     gradients={"hidden": 0, "weight": 1},
-    backward_schema="(Tensor grad_loss, Tensor grad_hidden, Tensor grad_weight, Tensor hidden, Tensor weight, Tensor labels,"
-    " int ignore_index, bool mean) -> (Tensor, Tensor)",
-    backward_fake=lambda grad_loss, grad_hidden, grad_weight, *_: (
-        torch.empty_like(grad_hidden),
-        torch.empty_like(grad_weight),
-    ),
-    differentiable_backward=_differentiable_scale,
+    backward_schema="(Tensor grad_loss, Tensor grad_hidden, Tensor grad_weight) -> (Tensor, Tensor)",
+    backward_fake=lambda grad_loss, grad_hidden, grad_weight: (torch.empty_like(grad_hidden), torch.empty_like(grad_weight)),
+    differentiable_backward=_scale_eager,
     backward_shortcut=_unscaled,
 )

@@ -223,6 +223,11 @@ def test_evaluate_refuses_before_the_work(capsys, model, shards, tmp_path, monke
     from ov3fast.data import demo
 
     monkeypatch.setattr(demo, "build_demo", lambda *_: pytest.fail("packages were downloaded"))
+    with monkeypatch.context() as without:
+        without.setattr("importlib.util.find_spec", lambda name: None)
+        assert "needs jinja2 and matplotlib: pip install 'ov3fast[eval]'" in one_line(
+            run(capsys, "evaluate", model, "--data", shards)[2]
+        )
     assert "give --data, a folder" in one_line(run(capsys, "evaluate", model, "--out", tmp_path / "out")[2])
     import ov3fast.inference
 

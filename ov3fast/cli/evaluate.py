@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import warnings
 from dataclasses import dataclass
@@ -75,6 +76,8 @@ def run(arguments: list[str]) -> int:
 
 def _checked(given: Evaluate) -> Path:
     """The folder for the results; what can be refused is refused before the work."""
+    if missing := [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]:
+        raise ImportError(f"evaluate: the report needs {' and '.join(missing)}: pip install 'ov3fast[eval]'")
     for name, value, least in (("image-size", given.image_size, 1), ("pictures", given.pictures, 0), ("beams", given.beams, 1)):
         if value is not None and value < least:
             raise ValueError(f"evaluate: --{name} must be at least {least}, got {value}")

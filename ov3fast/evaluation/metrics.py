@@ -1,9 +1,9 @@
-"""Pixel metrics that carry their protocol: PSNR and SSIM without one are not comparable numbers.
+"""Pixel metrics that carry their protocol: PSNR and SSIM can't be compared without one.
 
     PSNR_b = 10 log10(1 / mean_chw (x - y)^2)
     SSIM   = (2 mx my + C1)(2 cxy + C2) / ((mx^2 + my^2 + C1)(vx + vy + C2)),   C1 = (0.01 R)^2, C2 = (0.03 R)^2
 
-Images are [B, C, H, W] in [0, 1]; every metric gives one float64 value per image, and a set's figure is the mean of those
+Images are [B, C, H, W] in [0, 1]; every metric gives one float64 value per image, and a set's value is the mean of those
 (never the PSNR of a pooled error). SSIM means are over the windows that lie wholly inside the image, then over channels.
 Source: Wang et al. 2004 for SSIM with the Gaussian window 11 / 1.5; the uniform 7 x 7 window with sample covariance is the default
 of skimage.metrics.structural_similarity. Both equal scikit-image to 1e-6.
@@ -27,7 +27,7 @@ GAUSSIAN_SIGMA = 1.5
 
 @dataclass(frozen=True)
 class Metric:
-    """A named per-image distance or similarity. `protocol` states all that two figures must share to be compared."""
+    """A named per-image distance or similarity. `protocol` states all that two values must share to be compared."""
 
     name: str
     protocol: str

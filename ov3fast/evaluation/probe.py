@@ -2,7 +2,7 @@
 
     min_W  mean_n CE(W x_n + b, y_n) + l2 / 2 |W|^2      x standardised with the training set's mean and deviation
 
-Full-batch L-BFGS in float64 from zero, so the same features give the same figure. The strength l2 is chosen on a stratified fifth of the
+Full-batch L-BFGS in float64 from zero, so the same features give the same accuracy. The strength l2 is chosen on a stratified fifth of the
 training set (where several are given), and the fit repeated on all of it; the test set is looked at once.
 """
 

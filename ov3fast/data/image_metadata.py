@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+_EXIF_KEYS = {"exif", "Raw profile type exif", "Raw profile type APP1", "xmp", "XML:com.adobe.xmp"}  # of Pillow's Image.info
 _TRNS_LENGTHS = {0: range(2, 3), 2: range(6, 7), 3: range(1, 257)}  # PNG colour type -> lengths of tRNS
 
 
@@ -17,6 +18,8 @@ def orientation(image: Image.Image) -> Image.Transpose | None:
     """How to turn a loaded image upright, by EXIF tag 274 (or XMP); None: it is upright, or its EXIF block is broken."""
     from PIL import Image
 
+    if image.format != "TIFF" and not image.info.keys() & _EXIF_KEYS:
+        return None  # Pillow would parse for it
     try:
         value = image.getexif().get(274, 1)
     except Exception:  # SyntaxError, struct.error, OSError and others: what is wrong with it doesn't matter to the pixels

@@ -72,7 +72,7 @@ def test_a_job_that_hangs_is_killed_and_says_in_what(tmp_path):
         f"p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); open({str(child)!r}, 'w').write(str(p.pid)); time.sleep(60)"
     )
     jobs = [
-        Job("hangs", [sys.executable, "-c", script], 2.0),
+        Job("hangs", [sys.executable, "-c", script], 8.0),
         Job("fails", [sys.executable, "-c", "raise SystemExit('so it goes')"], 30.0),
         Job("works", [sys.executable, "-c", ""], 30.0),
     ]

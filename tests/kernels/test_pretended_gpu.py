@@ -8,6 +8,7 @@ from kernel_tools.samples import with_backend
 from ov3fast import ops
 from ov3fast.kernels.lib import config as configs
 from tools.gpu import precompile, pretend
+from tools.gpu.rows import Rows
 
 pytestmark = pytest.mark.skipif(ops.triton.INTERPRETED, reason="the interpreter launches nothing")
 
@@ -65,3 +66,10 @@ def test_kernels_compile_as_launched(record, tmp_path):
     one = {kernel.module: (data, kernel) for data, kernel in record.specialisations.items() if "bf16" in data}
     rows = precompile.compile_all(dict(one.values()), tmp_path, processes=2)
     assert len(rows) > 8 and precompile.failures(rows) == []
+
+
+def test_launchers_of_a_whole_encoder(tmp_path):
+    """Its parameters are drawn and cast on fake tensors too."""
+    rows = Rows(tmp_path / "rows.jsonl")
+    record = precompile.collect("time", "ViT-B/2", "sm_90", rows, ["real"])
+    assert rows.read() == [] and {"_layer_norm_forward", "_mlp_backward"} <= {launch.kernel for launch in record.launches}

@@ -32,14 +32,24 @@ def closure(*names: str) -> set[str]:
     return found
 
 
-def test_operators_need_torch_alone(tmp_path):
-    site = tmp_path / "site"
-    site.mkdir()
+@pytest.fixture(scope="module")
+def torch_alone(tmp_path_factory) -> Path:
+    """A folder of packages with ov3fast, torch and what torch depends on."""
+    site = tmp_path_factory.mktemp("site")
     for name in closure("torch"):
         distribution = metadata.distribution(name)
         for top in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
             (site / top).symlink_to(distribution.locate_file(top))
     (site / "ov3fast").symlink_to(ROOT / "ov3fast")
+    return site
+
+
+def run(site: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-S", "-W", "ignore", *arguments]
+    return subprocess.run(command, cwd=site, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True)
+
+
+def test_operators_need_torch_alone(torch_alone):
     code = """
 import torch
 from ov3fast import ops, testing
@@ -47,12 +57,17 @@ q = torch.randn(1, 5, 2, 8, requires_grad=True)
 ops.flash_attention(q, q, q).sum().backward()
 print(q.grad.shape, ops.table()["layer_norm"]["triton"])
 """
-    command = [sys.executable, "-S", "-W", "ignore", "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True)
+    done = run(torch_alone, "-c", code)
     assert done.returncode == 0, done.stderr
     assert "torch.Size([1, 5, 2, 8])" in done.stdout
     if "triton" not in closure("torch"):
         assert "triton is not installed" in done.stdout.lower()
+
+
+def test_a_command_says_how_to_get_what_it_lacks(torch_alone):
+    done = run(torch_alone, "-m", "ov3fast", "encode", "model", "photos", "--out", "out.npz")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "pip install 'ov3fast[all]'" in done.stderr
 
 
 def test_torch_is_the_only_dependency():

@@ -76,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if verbose or os.environ.get("OV3FAST_TRACEBACK"):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("ov3fast"):
+            message += f"; pip install '{PROGRAM}[all]' brings what the commands need"
         print(f"{PROGRAM}: error: {message}", file=sys.stderr)
         return USER_ERROR
 

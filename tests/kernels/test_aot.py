@@ -98,6 +98,16 @@ def test_every_row_of_the_configurations_is_compiled():
     assert not idle, f"no launch on {', '.join(CHIPS)} picks {idle}"
 
 
+def test_the_backend_takes_what_the_widest_rows_of_configuration_hold():
+    from ov3fast.kernels import layer_norm
+    from ov3fast.kernels.attention import config as attention
+
+    assert backend.KERNELS["layer_norm"].widest == layer_norm.WIDTHS[-1]
+    assert {backend.KERNELS[op].widest for op in ("flash_attention", "flash_attention_qkvpacked")} == {
+        int(attention.WIDTHS[-1])
+    }
+
+
 def test_entries_name_operators_and_count_work():
     for module in compile.modules():
         for entry in entries(module):

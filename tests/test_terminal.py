@@ -129,6 +129,13 @@ def test_options_stay_readable_at_40_columns(command, monkeypatch, capsys):
         assert lines[place + 1].startswith("    File to write: .safetensors")
 
 
+def test_the_list_of_commands_fits_40_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) < 40 and all(f"  {name}" in text for name in cli.COMMANDS)
+
+
 def test_bench_and_tune_explain_themselves_without_a_checkout(tmp_path):
     """As installed: a copy of the package alone."""
     import shutil

@@ -12,8 +12,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -139,6 +141,11 @@ def _without(arguments: list[str], *flags: str) -> tuple[list[str], bool]:
 
 
 def _help() -> str:
-    lines = [f"usage: {PROGRAM} COMMAND ...", "", "OpenVision 3: training, inference and evaluation.", ""]
-    lines += [f"  {name:<12} {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join([*lines, "", f"{PROGRAM} COMMAND --help shows a command's options. {PROGRAM} --version"])
+    width = max(shutil.get_terminal_size().columns - 1, 30)
+    about = textwrap.wrap("OpenVision 3: training, inference and evaluation.", width)
+    lines = [f"usage: {PROGRAM} COMMAND ...", "", *about, ""]
+    for name, command in COMMANDS.items():
+        lines += textwrap.wrap(f"{name:<12} {command.summary}", width, initial_indent="  ", subsequent_indent=" " * 15)
+    return "\n".join(
+        [*lines, "", *textwrap.wrap(f"{PROGRAM} COMMAND --help shows a command's options. {PROGRAM} --version", width)]
+    )

@@ -19,6 +19,7 @@ from .mlp import mlp
 from .noise_projection import noise_projection
 from .patch_embed import patch_embed
 
+from . import _flops  # noqa: F401  isort: skip  (counts for FlopCounterMode)
 from . import cpu, cuda, triton  # isort: skip  (their kernels join the operators defined above)
 
 __all__ = [

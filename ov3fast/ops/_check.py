@@ -65,7 +65,7 @@ def rng(op: str, value: Any) -> None:
 def autocast(*values: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under torch.autocast, casts float32 and half tensors to the autocast dtype, as PyTorch does for its matrix products."""
     device = next(value.device.type for value in values if value is not None)
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return values
     dtype = torch.get_autocast_dtype(device)
     return tuple(

@@ -66,14 +66,23 @@ def contrastive_loss(
 ) -> Tensor:
     """Contrastive loss of N pairs (image_i, text_i); the features are normalised inside.
 
-    image, text [N,D] of one dtype; logit_scale and logit_bias (sigmoid only) scalar tensors. kind: "softmax", the mean of both
-    directions, or "sigmoid", the sum over pairs / N. group: a torch.distributed process group over which the pairs are dealt;
-    the result is then this rank's share (see the module). Returns a scalar, float32 (float64 for float64), under
-    torch.autocast too. Raises TypeError or ValueError that name the argument.
+    image, text: [N, D], of one dtype: float32, bfloat16 or float64 (float16 on GPUs). Cast under torch.autocast.
+    logit_scale: scalar tensor, the multiplier of the cosines itself, not its logarithm.
+    kind: "softmax" (CLIP), the mean of both directions' cross-entropies, or "sigmoid" (SigLIP), the sum over all N x N pairs divided by N.
+    logit_bias: scalar tensor added to the logits; "sigmoid" only.
+    group: a torch.distributed process group over whose ranks the pairs are dealt, in unequal numbers if need be. Every rank's rows then meet
+        the columns of all ranks, and each rank gets its share of the loss: the mean of the shares over the ranks is the loss of all
+        pairs, and gradients averaged over the ranks, as DDP does, are that loss's. logit_scale and logit_bias must be equal on all
+        ranks, and all ranks have to run the backward, or none.
+    impl: a backend by name; None picks one.
+
+    Returns a scalar: float32 (float64 for float64), under torch.autocast too; 0 for N = 0. All tensors get gradients; memory is linear in N.
+    Raises TypeError or ValueError that name the argument. Source: arXiv 2103.00020, figure 3; arXiv 2303.15343, equation 2.
     """
     op = "contrastive_loss"
     _check.tensor(op, "image", image, ndim=2)
     _check.tensor(op, "text", text)
+    image, text = _check.autocast(image, text)
     _check.parameter(op, "text", text, tuple(image.shape), image, "like image")
     if kind not in KINDS:
         raise ValueError(f"{op}: kind must be one of {', '.join(KINDS)}; got {kind!r}")

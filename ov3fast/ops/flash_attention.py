@@ -15,6 +15,8 @@ Source: Dao 2023 (arXiv 2307.08691), algorithms 1 and 2.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -50,9 +52,14 @@ def flash_attention(
 ) -> Tensor:
     """Softmax attention.
 
-    q [B,Nq,H,D], k and v [B,Nk,H,D], of one dtype, with any strides. causal: query i sees keys up to i + Nk - Nq; the first
-    `prefix_len` keys are seen by all queries even so. scale: D^-0.5 unless given. Returns [B,Nq,H,D] of q's dtype. Casts
-    under torch.autocast. Raises TypeError or ValueError that name the argument.
+    q: [B, Nq, H, D]; k, v: [B, Nk, H, D]: tokens before heads (PyTorch's SDPA has them the other way round). One dtype: float32, bfloat16
+        or float64 (float16 on GPUs); any strides. Cast under torch.autocast.
+    causal: query i sees keys up to i + Nk - Nq (aligned bottom-right); the first `prefix_len` keys are seen by all queries even so.
+    scale: of the scores; D^-0.5 unless given.
+    impl: a backend by name; None picks one.
+
+    Returns [B, Nq, H, D], contiguous, of q's dtype; 0 for a query that sees no key. q, k and v get gradients; no N x N tensor is kept.
+    Raises TypeError or ValueError that name the argument. Source: arXiv 2307.08691, algorithms 1 and 2.
     """
     op = "flash_attention"
     _check.tensor(op, "q", q, ndim=4)
@@ -63,6 +70,8 @@ def flash_attention(
     _check.parameter(op, "k", k, keys, q, "[B,Nk,H,D]")
     _check.parameter(op, "v", v, keys, q, "like k")
     _check_mask(op, k.shape[1], causal, prefix_len)
+    if not _warned and q.shape[2] > q.shape[1] > 1:
+        _warn_of_swapped_axes(q)
     return _flash_attention(impl, q, k, v, bool(causal), prefix_len, _scale(q, scale))[0]
 
 
@@ -80,6 +89,21 @@ def flash_attention_qkvpacked(
     (qkv,) = _check.autocast(qkv)
     _check_mask(op, qkv.shape[1], causal, prefix_len)
     return _flash_attention_qkvpacked(impl, qkv, bool(causal), prefix_len, _scale(qkv, scale))[0]
+
+
+_warned = False
+
+
+def _warn_of_swapped_axes(q: Tensor) -> None:
+    """Once, where q looks like [B,H,N,D] made by transposing [B,N,H,D]: more heads than tokens, and heads further apart than tokens."""
+    global _warned
+    if not torch.compiler.is_compiling() and q.stride(1) < q.stride(2):
+        _warned = True
+        warnings.warn(
+            f"flash_attention takes [B,N,H,D]; q of shape {tuple(q.shape)} has more heads than tokens and strides {q.stride()}, as"
+            " [B,H,N,D] has after a transpose. If it is that, pass q.transpose(1, 2), and k and v alike.",
+            stacklevel=3,
+        )
 
 
 def _check_mask(op: str, keys: int, causal: bool, prefix_len: int) -> None:

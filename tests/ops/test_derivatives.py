@@ -1,0 +1,237 @@
+"""Derivatives beyond the backward, for every operator: right, or an error by name. Meta tensors, FlopCounterMode, autocast."""
+
+import importlib
+import warnings
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
+
+from ov3fast import ops, testing
+from ov3fast.ops import random
+
+make = testing.make
+RNG = random.make_rng(3)
+LABELS = torch.tensor([0, 2, -100, 1])
+
+pytestmark = pytest.mark.backend_independent
+
+
+def reference(name):
+    return importlib.import_module(f"ov3fast.ops.{name}").reference
+
+
+def labelled(function, reduction):
+    return lambda hidden, weight: function(hidden, weight, LABELS.to(hidden.device), reduction=reduction)
+
+
+def both_outputs(function):
+    return lambda x, w, b, r: sum(value.sin() for value in function(x, w, b, residual=r))
+
+
+def sigmoid(function):
+    return lambda image, text, scale, bias: function(image, text, scale, kind="sigmoid", logit_bias=bias)
+
+
+def with_noise(function):
+    return lambda z, sigma, w, b: function(z, sigma, w, b, rng=RNG.to(z.device))
+
+
+def sampled(function):
+    return lambda z, w, b, p, c: function(z, w, b, p, c, moments=True, rng=RNG.to(z.device), scale=0.5, shift=0.1)
+
+
+QKV = make(1, 4, 2, 3), make(1, 3, 2, 3, seed=1), make(1, 3, 2, 3, seed=2)
+PAIRS = make(3, 4), make(3, 4, seed=1), torch.tensor(2.5, dtype=torch.float64)
+HEAD = make(4, 3), make(5, 3, seed=1)
+# label -> (the operator, its specification, inputs)
+CASES = {
+    "linear": (ops.linear, reference("linear"), (make(3, 4), make(5, 4), make(5))),
+    "mlp": (ops.mlp, reference("mlp"), (make(3, 4), make(5, 4), make(5), make(6, 5), make(6))),
+    "layer_norm": (ops.layer_norm, reference("layer_norm"), (make(3, 6), make(6), make(6, seed=1))),
+    "layer_norm, residual": (
+        both_outputs(ops.layer_norm), both_outputs(reference("layer_norm")), (make(3, 6), make(6), make(6, seed=1), make(3, 6, seed=4)),
+    ),
+    "flash_attention": (
+        lambda q, k, v: ops.flash_attention(q, k, v, causal=True), lambda q, k, v: reference("flash_attention")(q, k, v, causal=True), QKV,
+    ),
+    "flash_attention_qkvpacked": (
+        ops.flash_attention_qkvpacked, lambda qkv: reference("flash_attention")(*qkv.unbind(2)), (make(1, 4, 3, 2, 3),),
+    ),
+    "contrastive_loss, softmax": (ops.contrastive_loss, reference("contrastive_loss"), PAIRS),
+    "contrastive_loss, sigmoid": (
+        sigmoid(ops.contrastive_loss), sigmoid(reference("contrastive_loss")), (*PAIRS, torch.tensor(-1.0, dtype=torch.float64)),
+    ),
+    "group_norm_silu": (
+        lambda x, w, b: ops.group_norm_silu(x, 2, w, b), lambda x, w, b: reference("group_norm_silu")(x, 2, w, b),
+        (make(2, 4, 3, 2), make(4), make(4, seed=1)),
+    ),
+    "latent_projection": (
+        lambda t, w, b: ops.latent_projection(t, w, b, grid=(2, 3)), lambda t, w, b: reference("latent_projection")(t, w, b, grid=(2, 3)),
+        (make(2, 6, 5), make(8, 5), make(8)),
+    ),
+    "noise_projection": (
+        with_noise(ops.noise_projection), with_noise(reference("noise_projection")), (make(2, 3, 4), make(2), make(5, 4), make(5)),
+    ),
+    "patch_embed": (
+        sampled(ops.patch_embed), sampled(reference("patch_embed")),
+        (make(2, 4, 4, 4), make(5, 8), make(5), make(5, 5), make(5, seed=2)),
+    ),
+    "linear_cross_entropy, none": (
+        labelled(ops.linear_cross_entropy, "none"), labelled(reference("linear_cross_entropy"), "none"), HEAD,
+    ),
+    "linear_cross_entropy, mean": (
+        labelled(ops.linear_cross_entropy, "mean"), labelled(reference("linear_cross_entropy"), "mean"), HEAD,
+    ),
+    "linear_cross_entropy, sum": (
+        labelled(ops.linear_cross_entropy, "sum"), labelled(reference("linear_cross_entropy"), "sum"), HEAD,
+    ),
+}  # fmt: skip
+DTYPES = [torch.float64, torch.float32]
+cases = pytest.mark.parametrize("case", CASES)
+dtypes = pytest.mark.parametrize("number", [0, 1], ids=["wide", "single"])
+
+
+def test_every_operator_is_here():
+    named = {case.split(",")[0] for case in CASES}
+    assert named == set(ops.table()) - {"adamw_ema_", "random_normal", "linear_cross_entropy_total"}
+
+
+def tangents(inputs):
+    return tuple(make(*value.shape, seed=9).to(value.dtype) for value in inputs)
+
+
+def penalty(function, inputs):
+    """The gradient of the squared gradient."""
+    leaves = [value.clone().requires_grad_() for value in inputs]
+    grads = torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
+    return torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves, allow_unused=True)
+
+
+def third_order(function, inputs):
+    leaves = [value.clone().requires_grad_() for value in inputs]
+    total = function(*leaves).sin().sum()
+    for _ in range(2):
+        grads = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)
+        total = sum(grad.square().sum() for grad in grads if grad is not None)
+    return torch.autograd.grad(total, leaves, allow_unused=True)
+
+
+def jvp(function, inputs):
+    return torch.func.jvp(function, tuple(inputs), tangents(inputs))
+
+
+def dual_level(function, inputs):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(*map(forward_ad.make_dual, inputs, tangents(inputs)))).tangent
+
+
+def func_grad(function, inputs):
+    return torch.func.grad(lambda *values: function(*values).square().sum(), argnums=tuple(range(len(inputs))))(*inputs)
+
+
+def hessian(function, inputs):
+    return torch.func.hessian(lambda value: function(value, *inputs[1:]).square().sum())(inputs[0])
+
+
+def jacobian(function, inputs):
+    return torch.func.jacrev(function)(*inputs)
+
+
+def batched(function, inputs):
+    return torch.func.vmap(lambda value: function(value, *inputs[1:]))(torch.stack([inputs[0], 2 * inputs[0]]))
+
+
+def flat(values):
+    values = values if isinstance(values, (tuple, list)) else (values,)
+    return [torch.zeros(()) if t is None else t.detach() for v in values for t in (v if isinstance(v, (tuple, list)) else (v,))]
+
+
+@cases
+@dtypes
+@pytest.mark.parametrize("derivative", [penalty, third_order, jvp, dual_level, func_grad, hessian, jacobian, batched])
+def test_is_the_specifications(case, number, derivative):
+    ours, plain, values = CASES[case]
+    inputs = [value.to(DTYPES[number]) for value in values]
+    expected = flat(derivative(plain, inputs))
+    keeps_gradients = case.endswith(("mean", "sum")) and number == 1
+    if keeps_gradients and derivative in (penalty, third_order):
+        with pytest.raises(NotImplementedError, match="linear_cross_entropy can with reduction='none'"):
+            derivative(ours, inputs)
+        return
+    exact = flat(derivative(plain, [value.double() for value in inputs]))
+    for actual, same, wide in zip(flat(derivative(ours, inputs)), expected, exact, strict=True):
+        # Another order of sums than the specification's own: the a-priori bound of a chain of a hundred roundings.
+        scale = float(wide.abs().max()) if wide.numel() else 0.0
+        assert testing.error(actual, wide) <= 2 * testing.error(same, wide) + 100 * torch.finfo(actual.dtype).eps * (1 + scale)
+
+
+@pytest.mark.parametrize("case", ["linear", "flash_attention"])
+def test_a_backend_that_is_asked_for_says_why_not(case):
+    ours, _, inputs = CASES[case]
+    function = {"linear": ops.linear, "flash_attention": ops.flash_attention}[case]
+    with pytest.raises(NotImplementedError, match=f"{case}: impl='cpu' has no forward-mode"):
+        torch.func.jvp(lambda *values: function(*values, impl="cpu"), inputs, tangents(inputs))
+
+
+@cases
+def test_meta_tensors(case):
+    function, _, values = CASES[case]
+    here = function(*(value.float() for value in values))
+    leaves = [value.float().to("meta").requires_grad_() for value in values]
+    result = function(*leaves)
+    grads = torch.autograd.grad(result, leaves, torch.ones_like(result))
+    assert result.is_meta and result.shape == here.shape and result.dtype == here.dtype
+    assert all(grad.is_meta and grad.shape == leaf.shape for grad, leaf in zip(grads, leaves, strict=True))
+
+
+@cases
+def test_flops_are_counted(case):
+    """As many as PyTorch counts for the specification, but for what is computed again in a backward."""
+    function, plain, values = CASES[case]
+
+    def count(run):
+        leaves = [value.float().requires_grad_() for value in values]
+        with FlopCounterMode(display=False) as forward:
+            result = run(*leaves)
+        with FlopCounterMode(display=False) as backward:
+            torch.autograd.grad(result, leaves, torch.ones_like(result))
+        return forward.get_total_flops(), backward.get_total_flops()
+
+    ours, theirs = count(function), count(plain)
+    if case.endswith(("mean", "sum")):  # the forward computes the gradients
+        assert ours == (sum(theirs), 0)
+    elif case.startswith(("flash", "contrastive", "linear_cross")):
+        assert ours == (theirs[0], theirs[1] + theirs[0] // (2 if case.startswith("flash") else 1))
+    else:
+        assert ours == theirs
+
+
+def test_random_and_adamw_on_meta_tensors():
+    assert random.normal((3,), RNG.to("meta")).is_meta
+    lists = [[torch.empty(3, device="meta")] for _ in range(4)]
+    assert ops.adamw_ema_(*lists, step=1, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0).is_meta
+
+
+def test_contrastive_loss_casts_under_autocast():
+    image, text, scale = make(5, 8).float(), make(5, 8, seed=1).bfloat16(), torch.tensor(3.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ops.contrastive_loss(image, text, scale)
+    assert loss.dtype == torch.float32 and torch.equal(loss, ops.contrastive_loss(image.bfloat16(), text, scale))
+
+
+def test_one_warning_for_swapped_axes(monkeypatch):
+    module = importlib.import_module("ov3fast.ops.flash_attention")
+    monkeypatch.setattr(module, "_warned", False)
+    right = make(1, 9, 3, 4).float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops.flash_attention(right, right, right)
+        few = make(1, 2, 5, 4).float()  # fewer tokens than heads, laid out as they should be
+        ops.flash_attention(few, few, few)
+    swapped = right.transpose(1, 2)
+    with pytest.warns(UserWarning, match=r"flash_attention takes \[B,N,H,D\]") as caught:
+        ops.flash_attention(swapped, swapped, swapped)
+        ops.flash_attention(swapped, swapped, swapped)
+    assert len(caught) == 1

@@ -10,6 +10,7 @@ here: the reductions, the LPIPS backbone, and softmax (CLIP) or sigmoid (SigLIP)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from ov3fast import ops
 
-PARTS = ("pixel", "latent", "lpips", "caption", "contrastive")
+RECONSTRUCTION, UNDERSTANDING = ("pixel", "latent", "lpips"), ("caption", "contrastive")
+PARTS = RECONSTRUCTION + UNDERSTANDING
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ class ObjectiveConfig:
 class Objective(nn.Module):
     """objective(outputs, ...) -> dict of float32 scalars: each part, "rec", "und" and "loss".
 
-    A part whose weight is 0, or whose inputs are not given, is left out of the sums and of the dict.
+    `parts` computes the parts and `combine` sums them, so that a caller may change a part in between (a micro-batch's share of the
+    caption tokens, say) and never a sum. A part whose weight is 0, or whose inputs are not given, is left out of the sums and of the
+    dict.
     """
 
     def __init__(self, config: ObjectiveConfig, lpips: nn.Module | None = None):
@@ -78,7 +82,11 @@ class Objective(nn.Module):
             )
         self.config, self.lpips = config, lpips
 
-    def forward(
+    def forward(self, outputs: Any, **inputs: Any) -> dict[str, Tensor]:
+        """combine(parts(outputs, ...))."""
+        return self.combine(self.parts(outputs, **inputs))
+
+    def parts(
         self,
         outputs: Any,
         *,
@@ -87,13 +95,14 @@ class Objective(nn.Module):
         images_hat: Tensor | None = None,
         pairs: Tensor | None = None,
         group: Any = None,
+        contrastive: bool = True,
     ) -> dict[str, Tensor]:
-        """outputs: the model's ModelOutput.
+        """The parts by name, unweighted float32 scalars. outputs: the model's ModelOutput.
 
         latents [R,C,h,w]: the VAE's latents of the images that were decoded, like outputs.latents_hat. images, images_hat
         [P,3,H,W] in [-1,1]: the originals and the decoded images. pairs int64 [V,T]: row of outputs.pooled that shows view v of
         text t; the contrastive loss is the mean over views (None: image i belongs to text i). group: process group over which the
-        contrastive batch is gathered.
+        contrastive batch is gathered. contrastive=False leaves that part to the caller.
         """
         config = self.config
         parts: dict[str, Tensor] = {}
@@ -108,21 +117,38 @@ class Objective(nn.Module):
             parts["caption"] = caption_loss(
                 outputs.caption_hidden, outputs.caption_weight, outputs.caption_labels, config.caption_reduction
             )
-        if outputs.text is not None and config.contrastive_weight > 0:
-            parts["contrastive"] = self._contrastive(outputs, pairs, group)
-        zero = torch.zeros((), device=outputs.pooled.device)
-        weight = {part: getattr(config, f"{part}_weight") for part in PARTS}
-        rec = sum((weight[part] * parts[part] for part in ("pixel", "latent", "lpips") if part in parts), start=zero)
-        und = sum((weight[part] * parts[part] for part in ("caption", "contrastive") if part in parts), start=zero)
+        if contrastive and outputs.text is not None and config.contrastive_weight > 0:
+            parts["contrastive"] = self.contrastive(
+                outputs.pooled, outputs.text, outputs.logit_scale, outputs.logit_bias, pairs, group
+            )
+        return parts
+
+    def combine(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parts and their weighted sums: "rec" and "und" (equations 4 and 5), and "loss" (equation 6)."""
+        config = self.config
+        zero = torch.zeros((), device=next(iter(parts.values())).device) if parts else torch.zeros(())
+        rec, und = (
+            sum((getattr(config, f"{name}_weight") * parts[name] for name in names if name in parts), start=zero)
+            for names in (RECONSTRUCTION, UNDERSTANDING)
+        )
         return {**parts, "rec": rec, "und": und, "loss": config.rec_weight * rec + config.und_weight * und}
 
-    def _contrastive(self, outputs: Any, pairs: Tensor | None, group: Any) -> Tensor:
-        views = [outputs.pooled] if pairs is None else [outputs.pooled[rows] for rows in pairs]
+    def contrastive(
+        self,
+        pooled: Tensor,
+        text: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        pairs: Tensor | None = None,
+        group: Any = None,
+    ) -> Tensor:
+        """The contrastive part alone: pooled [B,E] and text [T,E], not normalised; pairs and group as in `parts`."""
+        views = [pooled] if pairs is None else [pooled[rows] for rows in pairs]
         losses = [
             ops.contrastive_loss(
-                view, outputs.text, outputs.logit_scale,
+                view, text, logit_scale,
                 kind=self.config.contrastive,
-                logit_bias=outputs.logit_bias if self.config.contrastive == "sigmoid" else None,
+                logit_bias=logit_bias if self.config.contrastive == "sigmoid" else None,
                 group=group,
             )
             for view in views

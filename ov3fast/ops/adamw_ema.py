@@ -8,8 +8,8 @@
 
 params p of one dtype (float32, bfloat16 or float64) and any shapes, grads g in it or in float32; exp_avgs m, exp_avg_sqs v and
 ema in float32 (float64 for float64 parameters). bfloat16 parameters are rounded to nearest, which loses steps below
-p / 256: train on float32 weights where that matters. A norm that is not finite is not looked at, since looking would wait for
-the device: everything becomes NaN, so check the loss first.
+p / 256: train on float32 weights where that matters. With max_norm, a norm that is not finite leaves all as it was (max_norm = inf
+clips nothing and keeps this guard); without max_norm it is not looked at, and everything becomes NaN.
 Source: Loshchilov & Hutter 2019 (arXiv 1711.05101); clipping as torch.nn.utils.clip_grad_norm_.
 """
 
@@ -35,6 +35,8 @@ def reference(
     """Plain PyTorch, the specification, one tensor at a time."""
     wide = exp_avgs[0].dtype
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.to(wide)) for g in grads]))
+    if max_norm is not None and not norm.isfinite():
+        return norm
     clip = 1.0 if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
     decays = weight_decay if isinstance(weight_decay, Sequence) else [weight_decay] * len(params)
     for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
@@ -67,7 +69,8 @@ def adamw_ema_(
     """One step: params, exp_avgs, exp_avg_sqs and ema change in place; the gradients' global norm before clipping comes back.
 
     The lists have one tensor per parameter, in one order. step counts from 1. weight_decay: one number, or one per parameter
-    (0.0 for norms and biases, say). ema and ema_decay: both or neither. Returns a scalar, float32 (float64 for float64).
+    (0.0 for norms and biases, say). ema and ema_decay: both or neither. With max_norm nothing changes where the norm is not
+    finite. Returns a scalar, float32 (float64 for float64).
     Raises TypeError or ValueError that name the argument.
     """
     op = "adamw_ema_"
@@ -125,6 +128,8 @@ def _check_numbers(op, step, lr, betas, eps, max_norm, ema_decay) -> None:
 def _forward_eager(params, grads, exp_avgs, exp_avg_sqs, ema, step, lr, beta1, beta2, eps, weight_decay, max_norm, ema_decay):
     wide = exp_avgs[0].dtype
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=wide)))
+    if max_norm is not None and not norm.isfinite():
+        return norm
     clip = None if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
     step_size, root = -lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
     for bucket in _buckets(params):

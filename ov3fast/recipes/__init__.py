@@ -2,7 +2,9 @@
 
 from importlib import import_module
 
-from .config import LPIPSConfig, OptimizerConfig, Recipe, Stage
+from ov3fast.models.config import LPIPSConfig
+
+from .config import OptimizerConfig, Recipe, Stage
 
 NAMES = ("demo", "base", "large")
 

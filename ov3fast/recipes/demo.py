@@ -11,9 +11,9 @@ from pathlib import Path
 
 from ov3fast.data.config import DataConfig, SourceConfig
 from ov3fast.losses import ObjectiveConfig
-from ov3fast.models.config import CaptionConfig, DecoderConfig, OpenVision3Config, TextConfig, VisionConfig
+from ov3fast.models.config import CaptionConfig, DecoderConfig, LPIPSConfig, OpenVision3Config, TextConfig, VisionConfig
 
-from .config import LPIPSConfig, OptimizerConfig, Recipe, Stage
+from .config import OptimizerConfig, Recipe, Stage
 
 RECIPE = Recipe(
     name="demo",

@@ -10,7 +10,7 @@ from typing import Any
 _EXPORTS = {
     "train": "ov3fast.training.loop",
     "EXIT_INTERRUPTED": "ov3fast.training.loop",
-    "NonFiniteError": "ov3fast.training.guard",
+    "NonFiniteError": "ov3fast.training.nonfinite",
     "dry_run": "ov3fast.training.plan",
     "make_plan": "ov3fast.training.plan",
 }

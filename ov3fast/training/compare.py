@@ -24,7 +24,7 @@ def compare(
     update: one whole optimizer step of `images` images. Returns images_per_s, other (its name), other_images_per_s and ratio.
     """
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    moments = {name: value.clone() for name, value in optimizer.state().items()}
+    moments = {name: value.clone() for name, value in optimizer.moments().items()}
     ema = None if optimizer.ema is None else {name: value.clone() for name, value in optimizer.ema.items()}
     steps = optimizer.steps
     seconds: dict[str, list[float]] = {"": [], other: []}

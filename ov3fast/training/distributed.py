@@ -1,4 +1,4 @@
-"""The processes of a run: `torchrun` starts them, each gets its slice of every global batch.
+"""The processes of a run: `torchrun` starts them, each gets its share of every global batch.
 
 Gradients go through DistributedDataParallel (NCCL on GPUs, gloo on CPUs). Small decisions that all ranks must take alike
 (stop now, a loss is not finite, how much time has passed) go through a gloo group of CPU tensors, so that they never

@@ -18,12 +18,12 @@ from ov3fast.models.openvision3 import OpenVision3
 from ov3fast.recipes.config import Recipe
 from ov3fast.training import build, latents
 from ov3fast.training.distributed import Ranks
-from ov3fast.training.step import Slice, choose, stream
+from ov3fast.training.step import MicroBatch, derive_rng, subsample
 from ov3fast.training.timing import Timer
 
 
 class Inputs:
-    """take() gives this rank's slices of the next step; the sequence is a function of the recipe, the stage and the step alone.
+    """next() gives this rank's micro-batches of the next step; the sequence is a function of the recipe, the stage and the step alone.
 
     cursors: units drawn from each source before this stage. A cache of latents, where the recipe asks for one, is made by prepare().
     """
@@ -41,16 +41,16 @@ class Inputs:
     ) -> None:
         self.recipe, self.number, self.stage = recipe, stage, recipe.stages[stage]
         self.objective, self.model, self.store, self.ranks, self.timer = objective, model, store, ranks, timer
-        self.slices = ranks.world * recipe.accumulate
+        self.micro_batches = ranks.world * recipe.accumulate
         self.loaders = [
             Loader(
                 store, image_size=self.stage.image_size, batch_size=self.stage.batch_size,
-                rank=ranks.rank * recipe.accumulate + number, world=self.slices, cursors=cursors,
+                rank=ranks.rank * recipe.accumulate + number, world=self.micro_batches, cursors=cursors,
             )
             for number in range(recipe.accumulate)
         ]  # fmt: skip
         self.cache: latents.LatentCache | None = None
-        self._streams: list[Iterator[Batch]] = []
+        self._batches: list[Iterator[Batch]] = []
 
     @property
     def skips(self) -> SkipCounter:
@@ -82,28 +82,28 @@ class Inputs:
             latents.save(self.cache, path, key)
 
     def start(self, step: int, stop: int | None) -> None:
-        """The next take() is that of this step of the stage."""
-        self._streams = [loader.batches(step, stop, pixels=self.cache is None) for loader in self.loaders]
+        """The next call of next() is for this step of the stage."""
+        self._batches = [loader.batches(step, stop, pixels=self.cache is None) for loader in self.loaders]
 
-    def take(self, step: int) -> tuple[list[Slice], np.ndarray]:
-        """This rank's slices, and the numbers of the samples of all ranks in their order."""
+    def next(self, step: int) -> tuple[list[MicroBatch], np.ndarray]:
+        """This rank's micro-batches, and the numbers of the samples of all ranks in their order."""
         with self.timer("data"):
-            batches = [next(batches) for batches in self._streams]
-        slices = [self._slice(batch, step, number) for number, batch in enumerate(batches)]
-        if self.slices > 1 and self.objective.caption_reduction == "mean" and slices[0].caption_ids is not None:
-            labels = [self.model.captioner.labels(piece.caption_ids[piece.caption_rows]) for piece in slices]
+            batches = [next(batches) for batches in self._batches]
+        micro_batches = [self._micro_batch(batch, step, number) for number, batch in enumerate(batches)]
+        if self.micro_batches > 1 and self.objective.caption_reduction == "mean" and micro_batches[0].caption_ids is not None:
+            labels = [self.model.captioner.labels(m.caption_ids[m.caption_rows]) for m in micro_batches]
             counts = [float((own >= 0).sum()) for own in labels]
-            mean = float(self.ranks.total(torch.tensor(sum(counts), dtype=torch.float64))) / self.slices
-            for piece, count in zip(slices, counts, strict=True):
-                piece.caption_share = count / mean if mean else 1.0
-        return slices, batches[0].planned
+            mean = float(self.ranks.total(torch.tensor(sum(counts), dtype=torch.float64))) / self.micro_batches
+            for micro_batch, count in zip(micro_batches, counts, strict=True):
+                micro_batch.caption_share = count / mean if mean else 1.0
+        return micro_batches, batches[0].planned
 
-    def _slice(self, batch: Batch, step: int, number: int) -> Slice:
+    def _micro_batch(self, batch: Batch, step: int, number: int) -> MicroBatch:
         device, config = self.ranks.device, self.recipe.model
         place, size = self.ranks.rank * self.recipe.accumulate + number, len(batch.keys)
 
         def rng(purpose: str) -> Tensor:
-            return stream(purpose, self.recipe.seed, self.number, step)
+            return derive_rng(purpose, self.recipe.seed, self.number, step)
 
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device, non_blocking=True)
@@ -121,7 +121,7 @@ class Inputs:
             sigma = whole[place * size : (place + 1) * size]
             sigma = sigma if latent_rows is None else sigma[latent_rows]
         decoded = size if latent_rows is None else len(latent_rows)
-        return Slice(
+        return MicroBatch(
             keys=batch.keys,
             latents=values,
             text_ids=text_ids,
@@ -148,7 +148,7 @@ class Inputs:
         if not len(rows) or limit == 0 or self.objective.caption_weight == 0 or self.objective.und_weight == 0:
             return None, None
         if limit is not None:
-            rows = choose(rows, limit, rng, place, self.slices)
+            rows = subsample(rows, limit, rng, place, self.micro_batches)
         ids = torch.full((len(batch.keys), config.length), config.pad_id, dtype=torch.int64, device=self.ranks.device)
         ids[rows] = self.model.caption_ids([batch.captions[row] for row in rows.tolist()])
         return ids, rows
@@ -156,7 +156,7 @@ class Inputs:
     def _latent_rows(self, size: int, place: int, rng: Tensor) -> Tensor | None:
         """The images that the reconstruction branch sees; None: all."""
         limit = self.stage.latent_images
-        return None if limit is None else choose(torch.arange(size), limit, rng, place, self.slices)
+        return None if limit is None else subsample(torch.arange(size), limit, rng, place, self.micro_batches)
 
     def _pixels(self, batch: Batch, place: int, rng: Tensor, latent_rows: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """(rows among the reconstructed images, images [len(rows), 3, S, S]): what the pixel losses see."""
@@ -165,14 +165,14 @@ class Inputs:
         candidates = torch.arange(len(batch.keys)) if latent_rows is None else latent_rows
         rows, limit = torch.arange(len(candidates)), self.stage.pixel_images
         if limit is not None:
-            rows = choose(rows, limit, rng, place, self.slices)
+            rows = subsample(rows, limit, rng, place, self.micro_batches)
         chosen = candidates[rows]
         if batch.images is None:
             return rows, self.loaders[0].pixels(batch.index[chosen], batch.variant[chosen])
         return rows, batch.images[chosen]
 
     def _latents(self, batch: Batch, rng: Tensor, first: int) -> Tensor:
-        """[m, C, h, w] float32 in the model's convention; `first` is the slice's first image in the global batch.
+        """[m, C, h, w] float32 in the model's convention; `first` is the micro-batch's first image in the global batch.
 
         Training needs the latents themselves, as the target of the reconstruction loss, so they are made once, here, and the encoder
         takes them too (inference gives it the VAE's moments).

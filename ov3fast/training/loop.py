@@ -16,34 +16,35 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import os
 import resource
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ov3fast import ops
+from ov3fast.data.assets import fetch
 from ov3fast.data.order import order_hash
 from ov3fast.data.store import SampleStore
+from ov3fast.io import atomic_write
 from ov3fast.losses import Objective
+from ov3fast.models.perceptual import build_lpips
 from ov3fast.models.tokenizer import load_tokenizer
 from ov3fast.recipes.config import Recipe, Stage
 from ov3fast.training import build, checkpoint, compare, distributed
-from ov3fast.training.guard import stop_non_finite
 from ov3fast.training.inputs import Inputs
 from ov3fast.training.logs import Display, RunLog, describe
+from ov3fast.training.nonfinite import stop_non_finite
 from ov3fast.training.optimizer import AdamW, copy
 from ov3fast.training.schedule import Schedule, schedule
 from ov3fast.training.signals import StopRequest
-from ov3fast.training.step import Step
+from ov3fast.training.step import MicroBatch, Step
 from ov3fast.training.timing import Timer
 
 EXIT_INTERRUPTED = 75
@@ -93,8 +94,7 @@ class Run:
 
     def __init__(self, recipe: Recipe, ranks: distributed.Ranks, stop: StopRequest, display: Display) -> None:
         self.recipe, self.ranks, self.stop, self.display = recipe, ranks, stop, display
-        self.slices = ranks.world * recipe.accumulate
-        check_slices(recipe, ranks.world)
+        check_micro_batches(recipe, ranks.world)
         if recipe.compile:
             build.check_compiler(ranks.device)
         self.state = State()
@@ -125,7 +125,7 @@ class Run:
         self.log = None
         if self.ranks.first:
             run_dir.mkdir(parents=True, exist_ok=True)
-            _write_json(run_dir / RECIPE, recipe.to_dict())
+            write_json(run_dir / RECIPE, recipe.to_dict())
             if saved is None:
                 tokenizer.save(run_dir / TOKENIZER)
             self.log = RunLog(run_dir, after=self.state.step)
@@ -207,16 +207,34 @@ class Run:
     # ---- a stage ----
 
     def _stage(self, stage: Stage) -> None:
-        recipe, ranks, state = self.recipe, self.ranks, self.state
+        run = self._prepare(stage)
+        while not self.stopped and not run.finished(self.state):
+            lr = run.lr(self.state)
+            micro_batches, samples = run.inputs.next(self.state.stage_step)
+            if self.state.step == 0 and self.recipe.compare_impl is not None:
+                self._compare(run, micro_batches, lr)
+            losses, measured = self._forward_backward(run, micro_batches, measure=self._measures())
+            stop = self._check(run, micro_batches, losses)
+            norm = self._update(lr)
+            self._check_norm(run, micro_batches, norm)
+            self._record(run, losses, norm, lr, measured, samples, stop)
+            self._checkpoint(run, stop)
+        if run.inputs.skips.counts:
+            self.display.note(f"skipped samples: {run.inputs.skips}")
+
+    def _prepare(self, stage: Stage) -> _StageRun:
+        """Everything that a stage's steps need, at the step that the run goes on from."""
+        recipe, state = self.recipe, self.state
         config = recipe.stage_objective(stage)
-        lpips = build.build_lpips(recipe.lpips, ranks.device) if config.lpips_weight > 0 and config.rec_weight > 0 else None
-        objective = Objective(config, lpips)
+        lpips = (
+            build_lpips(recipe.lpips, self.ranks.device, fetch) if config.lpips_weight > 0 and config.rec_weight > 0 else None
+        )
         step = Step(
-            self.model, self.runner, objective, ranks, self.timer,
+            self.model, self.runner, Objective(config, lpips), self.ranks, self.timer,
             bf16=recipe.precision == "bf16", exact_contrastive=recipe.contrastive_over == "batch",
         )  # fmt: skip
         times = schedule(stage, recipe.optimizer.min_lr)
-        inputs = Inputs(recipe, state.stage, config, self.model, self.store, ranks, self.timer, state.cursors)
+        inputs = Inputs(recipe, state.stage, config, self.model, self.store, self.ranks, self.timer, state.cursors)
         inputs.prepare(
             lambda done, total: self.display.update(
                 f"{stage.name}: latents", done / total, f"{done:,} of {total:,}", last=done == total
@@ -226,68 +244,99 @@ class Run:
         self.display.note(
             f"stage {stage.name}: {stage.image_size} px, {stage.batch_size} images a step, {_length(times)}, peak LR {times.peak_lr:.3g}"
         )
-        began = time.monotonic() - state.stage_seconds
-        before = state.seconds - state.stage_seconds
-        window = _Window()
-        minutes = state.stage_seconds / 60
-        while not times.finished(state.stage_step, minutes):
-            lr = times.lr(state.stage_step, minutes)
-            slices, samples = inputs.take(state.stage_step)
-            measure = recipe.gradient_norms_every is not None and state.step % recipe.gradient_norms_every == 0
-            if state.step == 0 and recipe.compare_impl is not None:
-                began += self._compare(partial(self._update, step, slices, lr), stage.batch_size)
-                window = _Window()
-            self.optimizer.zero_grad()
-            losses, measured = step(slices, measure)
-            norm = self.optimizer.grad_norm()
-            fine = bool(torch.stack([*losses.values(), norm.to(losses["loss"].dtype)]).isfinite().all())
-            bad, stop, minutes = ranks.largest(not fine, self.stop.name is not None, (time.monotonic() - began) / 60)
-            if bad:
-                values = {**losses, "gradient norm": norm}
-                stop_non_finite(recipe.run_dir, ranks.rank, stage.name, state.step, self.model, slices, values, step.autocast())
-            with self.timer("optimizer"):
-                self.optimizer.step(lr)
-
-            state.step += 1
-            state.stage_step += 1
-            state.images += stage.batch_size
-            state.stage_seconds, state.seconds = 60 * minutes, before + 60 * minutes
-            state.order_hash = order_hash(state.order_hash, samples.tolist())
-            window.add(losses, norm, stage.batch_size)
-            last = times.finished(state.stage_step, minutes)
-            if state.step % recipe.log_every == 0 or measured or last or stop:
-                self._log(stage, times, window, lr, measured, minutes, last)
-            if last:
-                state.cursors = inputs.cursors(state.stage_step)
-                state.stage, state.stage_step, state.stage_seconds = state.stage + 1, 0, 0.0
-            if last or stop or self._is_due():
-                self._save()
-            if stop:
-                self.display.note(f"{self.stop.name or 'a signal to another process'}: saved at step {state.step}, stopping")
-            if last or stop:
-                self.stopped = bool(stop)
-                break
-        if inputs.skips.counts:
-            self.display.note(f"skipped samples: {inputs.skips}")
-
-    def _update(self, step: Step, slices: list, lr: float) -> None:
-        """A whole step without its checks and records."""
-        self.optimizer.zero_grad()
-        step(slices, False)
-        self.optimizer.grad_norm()
-        self.optimizer.step(lr)
-
-    def _compare(self, update: Callable[[], None], images: int) -> float:
-        """Times the step with another backend, and returns the seconds that took: they are not the stage's."""
-        began, parts = time.monotonic(), dict(self.timer.seconds)
-        result = compare.compare(
-            update, self.model, self.optimizer, images, self.recipe.compare_impl, self.recipe.compare_rounds
+        return _StageRun(
+            stage, times, step, inputs, time.monotonic() - state.stage_seconds, state.seconds - state.stage_seconds
         )
-        self.timer.seconds = parts
+
+    def _measures(self) -> bool:
+        """Whether this step measures each branch's gradient."""
+        every = self.recipe.gradient_norms_every
+        return every is not None and self.state.step % every == 0
+
+    def _forward_backward(
+        self, run: _StageRun, micro_batches: list[MicroBatch], measure: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        self.optimizer.zero_grad()
+        return run.step(micro_batches, measure)
+
+    def _check(self, run: _StageRun, micro_batches: list[MicroBatch], losses: dict[str, Tensor]) -> bool:
+        """NonFiniteError where a loss of any rank is not finite. Returns whether any rank was told to stop."""
+        fine = bool(torch.stack(list(losses.values())).isfinite().all())
+        minutes = (time.monotonic() - run.began) / 60
+        bad, stop, run.minutes = self.ranks.largest(not fine, self.stop.name is not None, minutes)
+        if bad:
+            self._stop_non_finite(run, micro_batches, losses)
+        return bool(stop)
+
+    def _update(self, lr: float) -> Tensor:
+        """Clips, updates the weights and their average; returns the gradient's norm."""
+        with self.timer("optimizer"):
+            self.optimizer.set_lr(lr)
+            self.optimizer.step()
+        return self.optimizer.grad_norm
+
+    def _check_norm(self, run: _StageRun, micro_batches: list[MicroBatch], norm: Tensor) -> None:
+        """NonFiniteError where the norm, which is all ranks' own, is not finite: that update changed nothing."""
+        if not bool(norm.isfinite()):
+            self._stop_non_finite(run, micro_batches, {"gradient norm": norm})
+
+    def _stop_non_finite(self, run: _StageRun, micro_batches: list[MicroBatch], values: dict[str, Tensor]) -> NoReturn:
+        stop_non_finite(
+            self.recipe.run_dir, self.ranks.rank, run.stage.name, self.state.step, self.model, micro_batches, values,
+            run.step.autocast(),
+        )  # fmt: skip
+
+    def _record(
+        self,
+        run: _StageRun,
+        losses: dict[str, Tensor],
+        norm: Tensor,
+        lr: float,
+        measured: dict[str, float],
+        samples: np.ndarray,
+        stop: bool,
+    ) -> None:
+        """Counts the step and, where a row is due, logs the means since the last."""
+        state = self.state
+        state.step += 1
+        state.stage_step += 1
+        state.images += run.stage.batch_size
+        state.stage_seconds, state.seconds = 60 * run.minutes, run.before + 60 * run.minutes
+        state.order_hash = order_hash(state.order_hash, samples.tolist())
+        run.window.add(losses, norm, run.stage.batch_size)
+        if state.step % self.recipe.log_every == 0 or measured or stop or run.finished(state):
+            self._log(run, lr, measured)
+
+    def _checkpoint(self, run: _StageRun, stop: bool) -> None:
+        """Ends the stage where it is done, and saves where that is due."""
+        state = self.state
+        last = run.finished(state)
+        if last:
+            state.cursors = run.inputs.cursors(state.stage_step)
+            state.stage, state.stage_step, state.stage_seconds = state.stage + 1, 0, 0.0
+        if last or stop or self._is_due():
+            self._save()
+        if stop:
+            self.display.note(f"{self.stop.name or 'a signal to another process'}: saved at step {state.step}, stopping")
+        run.done, self.stopped = last, stop
+
+    def _compare(self, run: _StageRun, micro_batches: list[MicroBatch], lr: float) -> None:
+        """Times the step with another backend, in turn with the chosen ones; the seconds that it takes are not the stage's."""
+        recipe, began, seconds = self.recipe, time.monotonic(), dict(self.timer.seconds)
+
+        def update() -> None:
+            self._forward_backward(run, micro_batches)
+            self._update(lr)
+
+        result = compare.compare(
+            update, self.model, self.optimizer, run.stage.batch_size, recipe.compare_impl, recipe.compare_rounds
+        )
+        self.timer.seconds = seconds
         if self.ranks.first:
-            _write_json(self.recipe.run_dir / COMPARISON, result)
+            write_json(recipe.run_dir / COMPARISON, result)
             self.display.note(compare.describe(result))
-        return time.monotonic() - began
+        run.began += time.monotonic() - began
+        run.window = _Window()
 
     # ---- what is written ----
 
@@ -301,7 +350,7 @@ class Run:
             return
         with self.timer("checkpoint"):
             if self.ranks.first:
-                tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state()}
+                tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.moments()}
                 if self.optimizer.ema is not None:
                     tensors["ema"] = self.optimizer.ema
                 state = {
@@ -314,15 +363,13 @@ class Run:
             self.ranks.wait()
         self.saved_at = (self.state.step, self.state.seconds)
 
-    def _log(
-        self, stage: Stage, times: Schedule, window: _Window, lr: float, measured: dict[str, float], minutes: float, last: bool
-    ) -> None:
+    def _log(self, run: _StageRun, lr: float, measured: dict[str, float]) -> None:
         state = self.state
-        names, values, rate = window.take()
+        names, values, rate = run.window.take()
         means = (self.ranks.total(values) / self.ranks.world).tolist()
         self.row = {
             "step": state.step,
-            "stage": stage.name,
+            "stage": run.stage.name,
             "images": state.images,
             "seconds": round(state.seconds, 3),
             "images_per_s": rate,
@@ -333,9 +380,10 @@ class Run:
         }
         if self.log is not None:
             self.log.write(self.row)
-        share = 1.0 if last else times.progress(state.stage_step, minutes)
-        eta = 60 * minutes * (1 - share) / share if share > 0 else None
-        self.display.update(stage.name, share, describe(self.row, eta), last)
+        last = run.finished(state)
+        share = 1.0 if last else run.times.progress(state.stage_step, run.minutes)
+        eta = 60 * run.minutes * (1 - share) / share if share > 0 else None
+        self.display.update(run.stage.name, share, describe(self.row, eta), last)
 
     def _finish(self) -> dict[str, Any]:
         """The final model (its EMA where one is kept) and the summary."""
@@ -358,7 +406,7 @@ class Run:
             self.ranks.wait()
             return metrics
         self._export()
-        _write_json(self.recipe.run_dir / SUMMARY, metrics)
+        write_json(self.recipe.run_dir / SUMMARY, metrics)
         total = sum(seconds.values()) or 1.0
         for part, value in seconds.items():
             self.display.note(f"  {part:<14} {value:9.1f} s  {100 * value / total:5.1f} %")
@@ -378,6 +426,32 @@ class Run:
         self.model.save_pretrained(self.recipe.run_dir / MODEL)
         if kept is not None:
             copy(live, kept, "model")
+
+
+@dataclass
+class _StageRun:
+    """A stage while it runs."""
+
+    stage: Stage
+    times: Schedule
+    step: Step
+    inputs: Inputs
+    began: float
+    """When the stage would have begun, had it never been stopped: time.monotonic() less its seconds so far."""
+    before: float
+    """Seconds of the stages before."""
+    minutes: float = 0.0
+    """Of the stage, as all ranks see them."""
+    done: bool = False
+
+    def __post_init__(self) -> None:
+        self.window = _Window()
+
+    def finished(self, state: State) -> bool:
+        return self.done or self.times.finished(state.stage_step, state.stage_seconds / 60)
+
+    def lr(self, state: State) -> float:
+        return self.times.lr(state.stage_step, state.stage_seconds / 60)
 
 
 class _Window:
@@ -406,13 +480,13 @@ class _Window:
         return names, means, rate
 
 
-def check_slices(recipe: Recipe, world: int) -> None:
+def check_micro_batches(recipe: Recipe, world: int) -> None:
     """ValueError where a stage's batch or sub-batches can't be shared evenly by processes and micro-batches."""
-    slices = world * recipe.accumulate
+    count = world * recipe.accumulate
     for stage in recipe.stages:
         for name in ("batch_size", "latent_images", "pixel_images", "caption_images"):
             value = getattr(stage, name)
-            if value is not None and value % slices:
+            if value is not None and value % count:
                 raise ValueError(
                     f"stage {stage.name!r}: {name} {value} is not divisible by {world} process(es) x {recipe.accumulate} micro-batch(es)"
                 )
@@ -422,7 +496,6 @@ def _length(times: Schedule) -> str:
     return f"{times.steps:,} steps" if times.steps is not None else f"{times.minutes:g} minutes"
 
 
-def _write_json(path: Path, values: Any) -> None:
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+def write_json(path: Path, values: Any) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

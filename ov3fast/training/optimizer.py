@@ -1,18 +1,22 @@
-"""AdamW with an EMA of the weights, over named parameters, on ops.adamw_ema_.
+"""AdamW with an EMA of the weights on ops.adamw_ema_, as a torch.optim.Optimizer: torch's schedulers and state dicts fit.
 
 Weight decay is on the weights of linear layers only (big_vision's rule `.*/kernel`): not on norms, biases, embeddings, positions,
-queries and scalars. State: two moments in float32, the step count, and the EMA.
+queries and scalars. State of a parameter: step, exp_avg and exp_avg_sq, as torch.optim.AdamW's, and ema.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ov3fast import ops
 from ov3fast.recipes.config import OptimizerConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def decayed(model: nn.Module) -> set[str]:
@@ -24,62 +28,105 @@ def decayed(model: nn.Module) -> set[str]:
     }
 
 
-class AdamW:
-    """step(lr) updates the parameters from their .grad; a parameter without one is left as it is."""
+class AdamW(torch.optim.Optimizer):
+    """step() updates the parameters from their .grad, all in one call of the operator; one without a gradient is left as it is.
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+    param_groups: the parameters with weight decay, and those without. They share lr, betas and eps: the operator takes one each.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, lr: float = 1e-3) -> None:
         self.config = config
-        self.steps = 0
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.exp_avg = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        self.ema = None
-        if config.ema_decay is not None:
-            self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.grad_norm = torch.zeros(())
+        """Global norm of the gradients of the last step, before clipping: a scalar on the parameters' device. Where it is not finite,
+        that step changed nothing."""
         with_decay = decayed(model)
-        self._weight_decay = {name: config.weight_decay if name in with_decay else 0.0 for name in self.parameters}
+        groups = [
+            {"params": [p for name, p in self.parameters.items() if (name in with_decay) == decays], "weight_decay": decay}
+            for decays, decay in ((True, config.weight_decay), (False, 0.0))
+        ]
+        super().__init__(groups, {"lr": lr, "betas": config.betas, "eps": config.eps, "weight_decay": 0.0})
+        step = torch.zeros(())
+        for p in self.parameters.values():
+            self.state[p] = {"step": step, **{moment: torch.zeros_like(p) for moment in MOMENTS}}
+            if config.ema_decay is not None:
+                self.state[p]["ema"] = p.detach().clone()
 
-    def zero_grad(self) -> None:
-        for parameter in self.parameters.values():
-            parameter.grad = None
+    @property
+    def steps(self) -> int:
+        """Steps done."""
+        return max((int(state["step"]) for state in self.state.values()), default=0)
 
-    def grad_norm(self) -> Tensor:
-        """Global norm of the gradients, a scalar: for the check that comes before the update, which does not check."""
-        return nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+    @property
+    def ema(self) -> dict[str, Tensor] | None:
+        """The weights' average by name; None where none is kept."""
+        return None if self.config.ema_decay is None else {name: self.state[p]["ema"] for name, p in self.parameters.items()}
 
-    def step(self, lr: float) -> None:
-        """One update: clips, steps, averages."""
-        self.steps += 1
-        config, decay = self.config, None
-        if config.ema_decay is not None:
-            decay = min(config.ema_decay, (1 + self.steps) / (10 + self.steps))
-        names = [name for name, p in self.parameters.items() if p.grad is not None]
-        ops.adamw_ema_(
-            [self.parameters[name] for name in names],
-            [self.parameters[name].grad for name in names],
-            [self.exp_avg[name] for name in names],
-            [self.exp_avg_sq[name] for name in names],
-            None if self.ema is None else [self.ema[name] for name in names],
-            step=self.steps,
-            lr=lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=[self._weight_decay[name] for name in names],
-            max_norm=config.clip_norm,
-            ema_decay=decay,
+    def set_lr(self, lr: float) -> None:
+        for group in self.param_groups:
+            group["lr"] = lr
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update: clips, steps, averages. Returns what `closure`, if given, returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        config, steps = self.config, self.steps + 1
+        self._set_steps(steps)
+        decays = {id(p): group["weight_decay"] for group in self.param_groups for p in group["params"]}
+        # In the model's order, in which the norm is summed.
+        updated = [p for p in self.parameters.values() if p.grad is not None]
+        states = [self.state[p] for p in updated]
+        average = config.ema_decay is not None
+        self.grad_norm = ops.adamw_ema_(
+            updated,
+            [p.grad for p in updated],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["ema"] for state in states] if average else None,
+            step=steps,
+            lr=self._shared("lr"),
+            betas=tuple(self._shared("betas")),
+            eps=self._shared("eps"),
+            weight_decay=[decays[id(p)] for p in updated],
+            # With a bound, be it infinite, the operator leaves all as it is where the norm is not finite.
+            max_norm=math.inf if config.clip_norm is None else config.clip_norm,
+            ema_decay=min(config.ema_decay, (1 + steps) / (10 + steps)) if average else None,
         )
+        return loss
 
-    def state(self) -> dict[str, Tensor]:
-        """The moments by name; `steps` and `ema` are kept apart."""
-        return {f"{kind}.{name}": value for kind in ("exp_avg", "exp_avg_sq") for name, value in getattr(self, kind).items()}
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """A state_dict of this class, or of a torch.optim.AdamW over the same groups; an average it lacks starts at the weights."""
+        super().load_state_dict(dict(state_dict))
+        if self.config.ema_decay is not None:
+            for p in self.parameters.values():
+                self.state[p].setdefault("ema", p.detach().clone())
+        self._set_steps(self.steps)
+
+    def moments(self) -> dict[str, Tensor]:
+        """The moments by name, as checkpoints hold them; `steps` and `ema` are kept apart."""
+        return {f"{moment}.{name}": self.state[p][moment] for moment in MOMENTS for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def load(self, moments: Mapping[str, Tensor], ema: Mapping[str, Tensor] | None, steps: int) -> None:
-        """The inverse of `state`. ValueError names what is missing."""
-        self.steps = steps
-        copy(self.state(), moments, "optimizer")
+        """The inverse of `moments`. ValueError names what is missing."""
+        self._set_steps(steps)
+        copy(self.moments(), moments, "optimizer")
         if self.ema is not None:
             copy(self.ema, ema or {}, "ema")
+
+    def _set_steps(self, steps: int) -> None:
+        step = torch.tensor(float(steps))
+        for state in self.state.values():
+            state["step"] = step
+
+    def _shared(self, name: str) -> Any:
+        values: Iterable[Any] = [group[name] for group in self.param_groups]
+        if any(value != self.param_groups[0][name] for value in values):
+            raise ValueError(f"optimizer: {name} must be the same in all param_groups, got {', '.join(map(str, values))}")
+        return self.param_groups[0][name]
 
 
 @torch.no_grad()

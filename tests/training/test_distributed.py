@@ -16,7 +16,7 @@ from ov3fast.training import build, checkpoint, distributed, train
 from ov3fast.training.distributed import Ranks
 from ov3fast.training.inputs import Inputs
 from ov3fast.training.logs import read_rows
-from ov3fast.training.loop import check_slices
+from ov3fast.training.loop import check_micro_batches
 from ov3fast.training.timing import Timer
 
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ def inputs_of(recipe, ranks):
     model = build.build_model(recipe, build.build_tokenizer(recipe, store), CPU)
     inputs = Inputs(recipe, 0, recipe.stage_objective(recipe.stages[0]), model, store, ranks, timer, None)
     inputs.start(3, None)
-    return inputs.take(3)
+    return inputs.next(3)
 
 
 @pytest.mark.parametrize("reconstructed", [None, 16])
@@ -105,11 +105,11 @@ def test_with_one_source_every_number_is_a_function_of_the_place_in_the_global_b
 
 def test_a_batch_that_can_not_be_shared(tiny, data, tmp_path):
     recipe = tiny.recipe(data, tmp_path)
-    check_slices(recipe, 8)
+    check_micro_batches(recipe, 8)
     with pytest.raises(ValueError, match=r"stage 's0': batch_size 24 is not divisible by 5 process\(es\) x 1 micro-batch"):
-        check_slices(recipe, 5)
+        check_micro_batches(recipe, 5)
     with pytest.raises(ValueError, match="stage 's0': pixel_images 8 is not divisible by 3"):
-        check_slices(recipe, 3)
+        check_micro_batches(recipe, 3)
 
 
 def test_one_process_without_torchrun(monkeypatch):

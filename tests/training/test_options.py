@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from ov3fast.models.perceptual import LPIPS
-from ov3fast.recipes import LPIPSConfig
-from ov3fast.training import build, checkpoint, train
+from ov3fast.models.config import LPIPSConfig
+from ov3fast.models.perceptual import LPIPS, build_lpips
+from ov3fast.training import checkpoint, loop, train
 from ov3fast.training.logs import read_rows
 
 SHORT = ((2, 32),)
@@ -72,7 +72,7 @@ def test_flux_latents_sampled_sigmoid_pairs_queries_and_workers(tiny, data, tmp_
 
 def test_a_stage_with_lpips(tiny, data, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(build, "build_lpips", lambda config, device: LPIPS("squeezenet"))
+    monkeypatch.setattr(loop, "build_lpips", lambda *_: LPIPS("squeezenet"))
     recipe = tiny.recipe(data, tmp_path, ((1, 32), (2, 32)))
     second = dataclasses.replace(recipe.stages[1], lpips_weight=0.5)
     found = rows(dataclasses.replace(recipe, stages=(recipe.stages[0], second)))
@@ -104,4 +104,4 @@ def test_minutes_end_a_stage_and_checkpoint_it(tiny, data, tmp_path):
 
 def test_lpips_without_weights_is_one_clear_line():
     with pytest.raises(ValueError, match="lpips.weights: vgg16 needs its torchvision weights file"):
-        build.build_lpips(LPIPSConfig(), torch.device("cpu"))
+        build_lpips(LPIPSConfig(), torch.device("cpu"), fetch=None)

@@ -65,16 +65,16 @@ def test_sigkill_then_resume_gives_the_same_bits(tiny, data, tmp_path, whole, ki
 
 @pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 2), (signal.SIGUSR1, 5)])
 def test_a_signal_saves_at_the_steps_end(tiny, data, tmp_path, whole, monkeypatch, number, at):
-    norm = AdamW.grad_norm
+    zero_grad = AdamW.zero_grad
 
     def signalled(self):
         if self.steps == at - 1:
             os.kill(os.getpid(), number)
-        return norm(self)
+        return zero_grad(self)
 
     recipe = tiny.recipe(data, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(AdamW, "grad_norm", signalled)
+        patch.setattr(AdamW, "zero_grad", signalled)
         metrics = train(recipe)
     assert metrics["interrupted"] and metrics["step"] == at
     assert checkpoint.steps(tmp_path / "checkpoints")[-1] == at and not (tmp_path / "model").exists()

@@ -24,16 +24,16 @@ def main(folder: Path, out: Path) -> None:
     rank = int(os.environ["RANK"])
     results = [train(tiny.recipe(folder, out / "whole"))]
 
-    norm = AdamW.grad_norm
+    zero_grad = AdamW.zero_grad
 
     def signalled(self):
         if self.steps == 4 and rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return norm(self)
+        return zero_grad(self)
 
-    AdamW.grad_norm = signalled
+    AdamW.zero_grad = signalled
     results.append(train(tiny.recipe(folder, out / "stopped")))
-    AdamW.grad_norm = norm
+    AdamW.zero_grad = zero_grad
     results.append(train(tiny.recipe(folder, out / "stopped"), resume=True))
     (out / f"rank-{rank}.json").write_text(json.dumps(results))
 

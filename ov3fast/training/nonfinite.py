@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ov3fast.models.openvision3 import OpenVision3
-from ov3fast.training.step import Slice
+from ov3fast.training.step import MicroBatch
 
 SUMS = ("rec", "und", "loss", "gradient norm")
 NAMED = 5
@@ -22,15 +22,15 @@ class NonFiniteError(RuntimeError):
 
 
 def stop_non_finite(
-    run_dir: Path, rank: int, stage: str, step: int, model: OpenVision3, slices: Sequence[Slice], values: Mapping[str, Tensor],
+    run_dir: Path, rank: int, stage: str, step: int, model: OpenVision3, micro_batches: Sequence[MicroBatch], values: Mapping[str, Tensor],
     autocast: Any,
 ) -> NoReturn:  # fmt: skip
     """Writes run_dir/non-finite-step-<step>-rank-<rank>.json and raises NonFiniteError in one line. values: losses by name."""
     wrong = [name for name, value in values.items() if not bool(torch.isfinite(value))]
     terms = [name for name in wrong if name not in SUMS] or wrong
     with autocast:
-        suspects = [key for piece in slices for key in suspicious(model, piece)]
-    keys = [key for piece in slices for key in piece.keys]
+        suspects = [key for micro_batch in micro_batches for key in suspicious(model, micro_batch)]
+    keys = [key for micro_batch in micro_batches for key in micro_batch.keys]
     record = {
         "step": step,
         "stage": stage,
@@ -50,18 +50,18 @@ def stop_non_finite(
 
 
 @torch.no_grad()
-def suspicious(model: OpenVision3, piece: Slice) -> list[str]:
+def suspicious(model: OpenVision3, micro_batch: MicroBatch) -> list[str]:
     """Keys of the images whose latents, or what the model makes of them, are not finite."""
-    bad = ~piece.latents.isfinite().flatten(1).all(1)
+    bad = ~micro_batch.latents.isfinite().flatten(1).all(1)
     if not bad.any():
         output = model(
-            piece.latents, piece.text_ids, piece.caption_ids, sigma=piece.sigma, rng=piece.rng, decode_index=piece.latent_rows,
-            caption_index=piece.caption_rows, text_index=piece.text_index,
+            micro_batch.latents, micro_batch.text_ids, micro_batch.caption_ids, sigma=micro_batch.sigma, rng=micro_batch.rng, decode_index=micro_batch.latent_rows,
+            caption_index=micro_batch.caption_rows, text_index=micro_batch.text_index,
         )  # fmt: skip
         for value in (output.tokens, output.pooled):
             bad = bad | ~value.isfinite().flatten(1).all(1)
-        reconstructed = slice(None) if piece.latent_rows is None else piece.latent_rows
+        reconstructed = slice(None) if micro_batch.latent_rows is None else micro_batch.latent_rows
         bad[reconstructed] |= ~output.latents_hat.isfinite().flatten(1).all(1)
         if output.caption_hidden is not None:
-            bad[piece.caption_rows[~output.caption_hidden.isfinite().flatten(1).all(1)]] = True
-    return [key for key, is_bad in zip(piece.keys, bad.tolist(), strict=True) if is_bad]
+            bad[micro_batch.caption_rows[~output.caption_hidden.isfinite().flatten(1).all(1)]] = True
+    return [key for key, is_bad in zip(micro_batch.keys, bad.tolist(), strict=True) if is_bad]

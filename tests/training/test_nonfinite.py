@@ -45,11 +45,21 @@ def test_a_poisoned_sample_is_named_before_any_update(tiny, data, tmp_path, monk
 
 
 def test_a_gradient_that_is_not_finite(tiny, data, tmp_path, monkeypatch):
-    begun = updates(monkeypatch)
-    norm = AdamW.grad_norm
-    monkeypatch.setattr(AdamW, "grad_norm", lambda self: norm(self) / (0.0 if self.steps == 2 else 1.0))
+    begun, seen = updates(monkeypatch), {}
+    step = AdamW.step
+
+    def poisoned(self, closure=None):
+        if self.steps == 2:
+            next(iter(self.parameters.values())).grad.fill_(torch.nan)
+        seen["before"] = [p.detach().clone() for p in [*self.parameters.values(), *self.ema.values(), *self.moments().values()]]
+        result = step(self, closure)
+        seen["after"] = [p.detach().clone() for p in [*self.parameters.values(), *self.ema.values(), *self.moments().values()]]
+        return result
+
+    monkeypatch.setattr(AdamW, "step", poisoned)
     with pytest.raises(
         NonFiniteError, match="step 2 of stage s0: gradient norm is not finite; in the batch of .* no weight was changed"
     ):
         train(tiny.recipe(data, tmp_path))
-    assert begun == [1, 2]
+    assert begun == [1, 2, 3]
+    assert all(torch.equal(a, b) for a, b in zip(seen["before"], seen["after"], strict=True))

@@ -252,7 +252,10 @@ def one_line(err: str) -> str:
     ("arguments", "words"),
     [
         (("nonsense",), "no command 'nonsense'; it takes train, evaluate"),
-        (("train", "--recipe", "huge"), "--recipe must be one of demo, base, large; got 'huge'"),
+        (
+            ("train", "--recipe", "huge"),
+            "--recipe must be one of demo, base, large, custom, or a .json or .yaml file; got 'huge'",
+        ),
         (("train", "--recipe"), "--recipe takes a value"),
         (("train", "--recipe", "demo", "--stages.0.image-size", "65"), "image_size"),
         (("train", "--recipe", "demo", "--data.sources.0.path", "/nowhere/at/all", "--vae", "small"), "/nowhere/at/all"),

@@ -1,28 +1,85 @@
-"""ov3fast train."""
+"""ov3fast train.
 
-from dataclasses import dataclass
-from typing import Annotated
+ov3fast train --recipe demo                        a recipe of the package, or a .json or .yaml file
+ov3fast train --data shards/                       your own tars, with defaults that fit them
+ov3fast train --resume runs/demo                   a run that was stopped
+ov3fast train --resume runs/demo --extend --stages.1.steps 5000
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from ov3fast.cli.options import parse, take
+from ov3fast.cli import PROGRAM
+from ov3fast.cli.options import COMMON, expand_home, parse, take
+
+if TYPE_CHECKING:
+    from ov3fast.recipes import Recipe
+
+HELP = """usage: {program} train [--recipe NAME|FILE] [options] [--FIELD VALUE ...]
+
+What to train
+  --recipe NAME|FILE      {names}, or a .json or .yaml file (default: demo; custom with --data)
+  --data PATH             your own shards: a folder of tars, a tar or a glob pattern; defaults are fitted to them
+  --run-dir DIR           where checkpoints, logs and the model go
+  --init-from MODEL       begin with the weights of a model: a folder, a run or a hub id
+
+Going on
+  --resume [RUN]          go on from the newest whole checkpoint of RUN, with its recipe; without RUN of --run-dir
+  --extend                with --resume: a stage may be longer than it was, and stages may be added
+  --overwrite             begin again in a --run-dir that holds a run
+
+Parts of the recipe
+  --remove-stage NAME|N   --add-stage FIELD=VALUE,...    a new stage takes what is not given from the last one
+  --remove-source PATH|N  --add-source path=...,...      captions=key:p+key:p
+  --FIELD VALUE           any field, by its dotted name: --stages.0.steps 1000  --optimizer.weight-decay 0.1
+
+Where and how
+  --device DEVICE         cpu, cuda or cuda:N; a GPU where there is one
+  --dry-run               print what the recipe comes to and stop; needs no data
+
+Fields, by group: {program} train --help GROUP shows one with the recipe's values, --help all every flag
+  {groups}
+
+{common}"""
 
 
 def run(arguments: list[str]) -> int:
-    """Train a recipe (demo, base, large); every field of it is a flag."""
-    from ov3fast.recipes import NAMES, Recipe, get_recipe
+    """Train a recipe (demo, base, large, custom); every field of it is a flag."""
+    from ov3fast.recipes import NAMES, Recipe, edit
 
-    name, arguments = take(arguments, "--recipe", "demo")
-    if name not in NAMES:
-        raise ValueError(f"--recipe must be one of {', '.join(NAMES)}; got {name!r}")
+    arguments, help_about = _take_optional(arguments, "--help", "-h")
+    if help_about == "":
+        groups = ", ".join(name.replace("_", "-") for name in _groups(Recipe))
+        print(HELP.format(program=PROGRAM, names=", ".join(NAMES), groups=groups, common=COMMON))
+        return 0
+    arguments, resume = _take_optional(arguments, "--resume")
+    if resume is not None and resume.lower() in ("true", "false"):
+        resume = "" if resume.lower() == "true" else None
+    arguments = [argument for argument in arguments if argument != "--no-resume"]
+    name, arguments = take(arguments, "--recipe", "")
+    data, arguments = take(arguments, "--data", "")
+    changes = {}
+    for key in ("remove_stage", "add_stage", "remove_source", "add_source"):
+        arguments, changes[key + "s"] = _take_all(arguments, "--" + key.replace("_", "-"))
+    base = edit(_recipe(expand_home(name), expand_home(data), expand_home(resume or "")), **changes)
+    if help_about not in (None, "all"):
+        print(_help_of_group(base, help_about))
+        return 0
+
+    name = base.name
 
     @dataclass
     class Train:
-        __doc__ = f"Train OpenVision 3. The defaults below are those of --recipe {name} (of {', '.join(NAMES)})."
+        __doc__ = f"Train OpenVision 3. The defaults below are those of --recipe {name}."
 
         recipe: Annotated[Recipe, tyro.conf.arg(name="")]
-        resume: bool = False
-        """Go on from the newest whole checkpoint in run_dir."""
+        init_from: str | None = None
+        """Begin with the weights of a model: a folder, a training run or a hub id."""
+        extend: bool = False
+        """With --resume: stages may be longer than they were, and stages may be added."""
         overwrite: bool = False
         """Begin again in a run_dir that holds a run."""
         dry_run: bool = False
@@ -30,7 +87,11 @@ def run(arguments: list[str]) -> int:
         device: str | None = None
         """cpu, cuda or cuda:N; the default is a GPU where there is one."""
 
-    given = parse(Train, arguments, "train", default=Train(get_recipe(name)))
+    if help_about == "all":
+        arguments = [*arguments, "--help"]
+    given = parse(Train, arguments, "train", default=Train(base))
+    if given.extend and resume is None:
+        raise ValueError("--extend needs --resume RUN: it lengthens a run that is there")
     if given.dry_run:
         from ov3fast.training import dry_run
 
@@ -38,5 +99,87 @@ def run(arguments: list[str]) -> int:
         return 0
     from ov3fast.training import EXIT_INTERRUPTED, train
 
-    metrics = train(given.recipe, resume=given.resume, overwrite=given.overwrite, device=given.device)
+    metrics = train(
+        given.recipe, resume=resume is not None, overwrite=given.overwrite, device=given.device, init_from=given.init_from,
+        extend=given.extend,
+    )  # fmt: skip
     return EXIT_INTERRUPTED if metrics.get("interrupted") else 0
+
+
+def _recipe(name: str, data: str, resume: str) -> "Recipe":
+    """What --recipe, --data and --resume RUN ask for."""
+    import dataclasses
+
+    from ov3fast.recipes import NAMES, SUFFIXES, custom, get_recipe, read_recipe
+
+    if resume:
+        saved = Path(resume, "recipe.json")
+        if not saved.is_file():
+            raise FileNotFoundError(f"--resume: {resume} holds no run (there is no {saved}); give a run's folder")
+        if name or data:
+            raise ValueError(f"--resume {resume} has its own recipe; leave out {'--recipe' if name else '--data'}")
+        return dataclasses.replace(read_recipe(saved), run_dir=Path(resume))
+    if data:
+        if name not in ("", "custom"):
+            raise ValueError(
+                f"--data is for --recipe custom, got --recipe {name}; for others see --data.sources.0.path and --add-source"
+            )
+        return custom.fit(data)
+    if Path(name).suffix in SUFFIXES:
+        return read_recipe(name)
+    if name == "custom":
+        raise ValueError("--recipe custom needs --data PATH: a folder of tars, a tar or a glob pattern")
+    if name and name not in NAMES:
+        raise ValueError(f"--recipe must be one of {', '.join(NAMES)}, or a .json or .yaml file; got {name!r}")
+    return get_recipe(name or "demo")
+
+
+def _take_optional(arguments: list[str], *flags: str) -> tuple[list[str], str | None]:
+    """(the other arguments, the flag's value: "" for the flag alone, None where it is not given)."""
+    for flag in flags:
+        for i, argument in enumerate(arguments):
+            if argument.startswith(flag + "="):
+                return arguments[:i] + arguments[i + 1 :], argument.removeprefix(flag + "=")
+            if argument == flag:
+                valued = i + 1 < len(arguments) and not arguments[i + 1].startswith("-")
+                return arguments[:i] + arguments[i + 1 + valued :], arguments[i + 1] if valued else ""
+    return arguments, None
+
+
+def _take_all(arguments: list[str], flag: str) -> tuple[list[str], tuple[str, ...]]:
+    """(the other arguments, the values of every use of the flag)."""
+    values = []
+    while any(argument == flag or argument.startswith(flag + "=") for argument in arguments):
+        value, arguments = _take_first(arguments, flag)
+        values.append(value)
+    return arguments, tuple(values)
+
+
+def _take_first(arguments: list[str], flag: str) -> tuple[str, list[str]]:
+    i = next(i for i, argument in enumerate(arguments) if argument == flag or argument.startswith(flag + "="))
+    if "=" in arguments[i]:
+        return arguments[i].partition("=")[2], arguments[:i] + arguments[i + 1 :]
+    if i + 1 == len(arguments):
+        raise ValueError(f"{flag} takes a value")
+    return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
+
+
+def _groups(kind: Any) -> list[str]:
+    names = [f.name for f in fields(kind)]
+    return [*(name for name in names if name in ("model", "objective", "lpips", "data", "stages", "optimizer")), "run"]
+
+
+def _help_of_group(recipe: "Recipe", group: str) -> str:
+    """Every field of a group with the recipe's value."""
+    from ov3fast.recipes.config import leaves
+
+    name = group.replace("-", "_")
+    if name not in _groups(type(recipe)):
+        raise ValueError(f"--help takes {', '.join(_groups(type(recipe)))} or all; got {group!r}")
+    values = recipe.to_dict()
+    if name == "run":
+        shown = {f.name: values[f.name] for f in fields(recipe) if f.name not in _groups(type(recipe))}
+    else:
+        shown = {name: values[name]}
+    lines = [f"  --{field.replace('_', '-'):<44} {value}" for field, value in leaves(shown)]
+    return "\n".join([f"Fields of {group} in recipe {recipe.name}", *lines])

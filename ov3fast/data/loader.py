@@ -10,6 +10,7 @@ backgrounds and captions are functions of (seed, sample, variant), where the var
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -122,8 +123,9 @@ class Loader:
             made = (self.batch(step, pixels) for step in steps)
         else:
             made = torch.utils.data.DataLoader(
-                _Steps(self, pixels), batch_size=None, sampler=steps, num_workers=self.config.workers, collate_fn=_unchanged
-            )
+                _Steps(self, pixels), batch_size=None, sampler=steps, num_workers=self.config.workers, collate_fn=_unchanged,
+                worker_init_fn=_ignore_signals,
+            )  # fmt: skip
         for batch in made:
             for skip in batch.skips:
                 self.skips.add(skip)
@@ -312,6 +314,12 @@ class _Steps(torch.utils.data.Dataset):
 
     def __getitem__(self, step: int) -> Batch:
         return self.loader.batch(step, self.pixels)
+
+
+def _ignore_signals(worker: int) -> None:
+    """A signal to the whole process group (Ctrl-C, `timeout`, schedulers) is the run's to answer: it saves and ends its workers."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _unchanged(batch: Batch) -> Batch:

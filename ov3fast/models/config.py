@@ -31,6 +31,9 @@ LatentConvention = Literal["openvision3", "flux"]
 DEFAULT_VAE = "Letian2003/black-forest-labs_FLUX.1-dev_vae"
 """Hub id of FLUX.1-dev's VAE, the one that the paper's models and the released towers were trained on."""
 
+VERSIONS = "versions"
+"""Key of config.json and recipe.json: the versions of the packages that wrote them, a record that nothing reads."""
+
 FORMER_FIELDS = {"OpenVision3Config": {"latents": "latent_convention"}}
 """Class -> former name of a field -> its name today: configs and checkpoints that were written under the former one are read."""
 
@@ -162,6 +165,8 @@ class OpenVision3Config:
     """Whether the unified tokens are the raw residual stream (the official repository) or normed."""
     contrastive: Literal["softmax", "sigmoid"] = "softmax"
     logit_scale_init: float = 1 / 0.07
+    logit_scale_max: float | None = 100.0
+    """Largest multiplier of the contrastive logits, exp(logit_scale): CLIP's bound (arXiv 2103.00020, section 2.5); None: no bound."""
     logit_bias_init: float = -10.0
     """Only with contrastive="sigmoid"."""
     tokenizer: Literal["wordpiece", "clip_bpe"] = "wordpiece"
@@ -179,6 +184,11 @@ class OpenVision3Config:
             raise ValueError(f"OpenVision3Config: tau must not be negative, got {self.tau}")
         if not self.logit_scale_init > 0:
             raise ValueError(f"OpenVision3Config: logit_scale_init must be positive, got {self.logit_scale_init}")
+        if self.logit_scale_max is not None and not self.logit_scale_max >= self.logit_scale_init:
+            raise ValueError(
+                f"OpenVision3Config: logit_scale_max must be at least logit_scale_init = {self.logit_scale_init:g} or None, "
+                f"got {self.logit_scale_max}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts, ready for JSON."""
@@ -219,10 +229,19 @@ def vision_config(size: str, **overrides: Any) -> VisionConfig:
     return VisionConfig(**{"width": width, "depth": depth, "heads": heads, "mlp_dim": mlp_dim, **overrides})
 
 
+def versions() -> dict[str, str]:
+    """What config.json, recipe.json and checkpoints say that they were written by."""
+    import torch
+
+    from ov3fast import __version__
+
+    return {"ov3fast": __version__, "torch": torch.__version__}
+
+
 def renamed(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `cls` under today's names."""
+    """The fields of `cls` under today's names, without what the file says of its writer."""
     former = FORMER_FIELDS.get(cls.__name__, {})
-    return {former.get(key, key): value for key, value in values.items()}
+    return {former.get(key, key): value for key, value in values.items() if key != VERSIONS}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

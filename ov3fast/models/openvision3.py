@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from ov3fast.data.preprocess import as_images
+from ov3fast.io import atomic_folder
 
 from . import noise, pretrained
-from .config import OpenVision3Config
+from .config import VERSIONS, OpenVision3Config, versions
 from .text import CaptionDecoder, TextEncoder
 from .tokenizer import CONFIG_FILE, FILE, Tokenizer, get_tokenizer, load_tokenizer
 from .vae import FrozenVAE, check_convention
@@ -130,6 +131,12 @@ class OpenVision3(nn.Module):
         return ModelOutput(
             pooled, tokens, feature, latents_hat, hidden, labels, weight, self.logit_scale.exp(), self.logit_bias
         )
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Keeps exp(logit_scale) at or below config.logit_scale_max; called after each update of the weights."""
+        if self.config.logit_scale_max is not None:
+            self.logit_scale.clamp_(max=math.log(self.config.logit_scale_max))
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute each block of the four towers in the backward pass in place of keeping its activations."""
@@ -301,15 +308,12 @@ class OpenVision3(nn.Module):
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes config.json, model.safetensors and the tokenizer to the folder `path`, all or nothing. The VAE stays out."""
-
-        def write(folder: Path) -> None:
-            text = json.dumps(self.config.to_dict(), indent=2) + "\n"
+        with atomic_folder(path, former=(FILE, CONFIG_FILE)) as folder:
+            text = json.dumps({**self.config.to_dict(), VERSIONS: versions()}, indent=2) + "\n"
             (folder / "config.json").write_text(text, encoding="utf-8")
             pretrained.write_tensors(self.state_dict(), folder / WEIGHTS_FILE)
             if self._tokenizer is not None or self.config.tokenizer == "wordpiece":
                 self.tokenizer.save(folder)
-
-        pretrained.write_folder(path, write)
 
     @property
     def _post_ln(self) -> bool:

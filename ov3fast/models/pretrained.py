@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,36 +117,6 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], what: str) -> Non
     """Strict load with one-line errors."""
     check_state(module.state_dict(), state, what)
     module.load_state_dict(state, strict=True)
-
-
-def write_folder(path: str | Path, write: Callable[[Path], None]) -> None:
-    """`write` fills a temporary folder beside `path`, which is then renamed to it: `path` is never half-written.
-
-    An existing folder is replaced only if it holds nothing but files of the same names; FileExistsError names another one.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    retired = path.with_name(f".{path.name}.old-{os.getpid()}")
-    temporary.mkdir()
-    try:
-        write(temporary)
-        if path.exists():
-            if not path.is_dir():
-                raise FileExistsError(f"{path} is a file; give a folder")
-            others = sorted({entry.name for entry in path.iterdir()} - {entry.name for entry in temporary.iterdir()})
-            if others:
-                raise FileExistsError(f"{path} holds other files ({others[0]}); give a new folder or one of a former save")
-            os.replace(path, retired)
-        try:
-            os.replace(temporary, path)
-        except OSError:
-            if retired.exists():
-                os.replace(retired, path)
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(retired, ignore_errors=True)
 
 
 def _plain(value: Tensor) -> Tensor:

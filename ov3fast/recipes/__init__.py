@@ -5,10 +5,11 @@ from importlib import import_module
 from ov3fast.models.config import LPIPSConfig
 
 from .config import OptimizerConfig, Recipe, Stage
+from .edit import SUFFIXES, edit, read_recipe
 
-NAMES = ("demo", "base", "large")
+NAMES = ("demo", "base", "large", "custom")
 
-__all__ = ["NAMES", "LPIPSConfig", "OptimizerConfig", "Recipe", "Stage", "get_recipe"]
+__all__ = ["NAMES", "LPIPSConfig", "OptimizerConfig", "Recipe", "Stage", "SUFFIXES", "edit", "get_recipe", "read_recipe"]
 
 
 def get_recipe(name: str) -> Recipe:

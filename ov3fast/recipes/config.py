@@ -269,17 +269,33 @@ class Recipe:
         """The inverse of to_dict; former names of fields are read too. ValueError names an unknown key."""
         return _build(cls, values, cls.__name__)
 
-    def difference(self, other: dict[str, Any]) -> str | None:
+    def difference(self, other: dict[str, Any], longer: bool = False) -> str | None:
         """The first field in which another recipe's to_dict differs, as "field: other -> own", FREE_TO_CHANGE aside; None: none.
 
-        A field that the other was written without has its default. ValueError names a key that is unknown here.
+        A field that the other was written without has its default. longer: stages may have become longer, and others may follow them.
+        ValueError names a key that is unknown here.
         """
-        own, theirs = dict(leaves(self.to_dict())), dict(leaves(Recipe.from_dict(other).to_dict()))
+        former = Recipe.from_dict(other)
+        if longer:
+            former = _lengthened(former, self)
+        own, theirs = dict(leaves(self.to_dict())), dict(leaves(former.to_dict()))
         for name in [*own, *(name for name in theirs if name not in own)]:
             a, b = theirs.get(name, "absent"), own.get(name, "absent")
             if a != b and name not in FREE_TO_CHANGE:
                 return f"{name}: {a!r} -> {b!r}"
         return None
+
+
+def _lengthened(recipe: Recipe, like: Recipe) -> Recipe:
+    """The recipe with its stages as long as those of `like` where these are longer, and with the stages of `like` behind them."""
+    stages = []
+    for stage, other in zip(recipe.stages, like.stages, strict=False):
+        lengths = {
+            name: getattr(other, name) for name in ("epochs", "steps", "minutes")
+            if getattr(stage, name) is not None and (getattr(other, name) or 0) > getattr(stage, name)
+        }  # fmt: skip
+        stages.append(dataclasses.replace(stage, **lengths))
+    return dataclasses.replace(recipe, stages=(*stages, *like.stages[len(stages) :], *recipe.stages[len(stages) :]))
 
 
 def _plain(value: Any) -> Any:

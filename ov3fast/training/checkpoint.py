@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -19,9 +20,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ov3fast.io import atomic_folder
+
 MANIFEST = "manifest.json"
 STATE = "state.json"
 PREFIX = "step-"
+_STEP = re.compile(PREFIX + r"(\d{8,})")
+_LEFTOVER = re.compile(r"\.(?:step-\d{8,}\.(?:writing|replaced)-\d+|(?:writing|replaced)-\d{8})")
+_FORMER = ("model.safetensors", "optimizer.safetensors", "ema.safetensors", STATE, MANIFEST)
 
 
 class CheckpointWarning(UserWarning):
@@ -41,33 +47,45 @@ def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], s
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".*"):
-        shutil.rmtree(leftover)
-    target, temporary = folder / f"{PREFIX}{step:08d}", folder / f".writing-{step:08d}"
-    temporary.mkdir()
-    for name, group in tensors.items():
-        save_file({key: value.detach().cpu().contiguous() for key, value in group.items()}, temporary / f"{name}.safetensors")
-    (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-    files = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in sorted(temporary.iterdir())}
-    (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1) + "\n", encoding="utf-8")
-    for path in temporary.iterdir():
-        _sync(path)
-    _sync(temporary)
-    if target.exists():
-        # A step saved twice (a checkpoint on a signal, right after a regular one) holds the same; a rename needs the place free.
-        os.replace(target, folder / f".replaced-{step:08d}")
-    os.replace(temporary, target)
+    _remove_leftovers(folder)
+    # A step saved twice (on a signal, right after a regular save) replaces the former, which holds the same.
+    with atomic_folder(folder / f"{PREFIX}{step:08d}", former=_FORMER) as temporary:
+        for name, group in tensors.items():
+            values = {key: value.detach().cpu().contiguous() for key, value in group.items()}
+            save_file(values, temporary / f"{name}.safetensors")
+        (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        files = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1) + "\n", encoding="utf-8")
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
     _sync(folder)
-    shutil.rmtree(folder / f".replaced-{step:08d}", ignore_errors=True)
     for old in steps(folder)[:-keep]:
-        shutil.rmtree(folder / f"{PREFIX}{old:08d}")
-    return target
+        _remove(folder / f"{PREFIX}{old:08d}")
+    return folder / f"{PREFIX}{step:08d}"
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps that have a checkpoint folder, ascending; it may still be a broken one."""
-    names = [path.name.removeprefix(PREFIX) for path in folder.glob(f"{PREFIX}*")]
-    return sorted(int(name) for name in names if name.isdigit())
+    """The steps that have a checkpoint folder, or a link to one, ascending; it may still be a broken one.
+
+    Only names that `save` makes count: step- and eight or more digits.
+    """
+    found = (_STEP.fullmatch(path.name) for path in folder.glob(f"{PREFIX}*") if path.is_dir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what a killed `save` left; nothing else is touched."""
+    for path in folder.iterdir():
+        if _LEFTOVER.fullmatch(path.name):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """A checkpoint, or the link to one: what a link points to is not ours to remove."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def latest(folder: Path) -> Checkpoint | None:

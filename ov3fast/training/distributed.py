@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun sets in each process's environment."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -67,6 +70,12 @@ def start(device: str | torch.device | None = None) -> Ranks:
 
     device: None takes this rank's GPU where there is one, else the CPU.
     """
+    missing = [name for name in TORCHRUN if name not in os.environ]
+    if "WORLD_SIZE" in os.environ and missing:
+        raise ValueError(
+            f"WORLD_SIZE is set to {os.environ['WORLD_SIZE']} but {', '.join(missing)} is not; torchrun sets {', '.join(TORCHRUN)}: "
+            "start the run with it, or unset WORLD_SIZE for one process"
+        )
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local = int(os.environ.get("LOCAL_RANK", 0))
     if device is None:

@@ -34,7 +34,12 @@ from ov3fast.data.order import order_hash
 from ov3fast.data.store import SampleStore
 from ov3fast.io import atomic_write
 from ov3fast.losses import Objective
+from ov3fast.models import pretrained
+from ov3fast.models.config import VERSIONS, versions
+from ov3fast.models.openvision3 import WEIGHTS_FILE
 from ov3fast.models.perceptual import build_lpips
+from ov3fast.models.tokenizer import CONFIG_FILE as TOKENIZER_CONFIG
+from ov3fast.models.tokenizer import FILE as TOKENIZER_FILE
 from ov3fast.models.tokenizer import load_tokenizer
 from ov3fast.recipes.config import Recipe, Stage
 from ov3fast.training import build, checkpoint, compare, distributed
@@ -69,34 +74,47 @@ class State:
     stage_seconds: float = 0.0
     cursors: tuple[int, ...] | None = None
     """Units drawn from each source before this stage."""
+    ended: dict[str, Any] | None = None
+    """Where the stage before this one ended: its stage_step, stage_seconds and cursors, from which a longer one goes on."""
     order_hash: str = ""
     """Running sha256 of the samples' numbers, in order."""
 
 
 def train(
-    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, device: str | torch.device | None = None
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | torch.device | None = None,
+    init_from: str | Path | None = None,
+    extend: bool = False,
 ) -> dict[str, Any]:
     """Runs the recipe, as one process or as torchrun's, and returns the last losses and the run's figures.
 
     resume: go on from the newest whole checkpoint in recipe.run_dir; a run_dir without one starts anew. overwrite: a run_dir that holds a
-    run already is begun again, its checkpoints removed. Raises FileExistsError where neither is given and there is a run;
+    run already is begun again, its checkpoints removed. init_from: a model's folder, a run or a hub id, whose weights and tokenizer a new
+    run begins with. extend: a resumed run's recipe may have longer stages and more of them (the learning rate follows the new length
+    from there on); a run that was complete goes on. Raises FileExistsError where neither is given and there is a run;
     ValueError for a resume with another recipe, naming the field; NonFiniteError; DataError.
     """
     recipe = recipe.resolve()
     ranks = distributed.start(device)
     backend = ops.use(recipe.impl) if recipe.impl else nullcontext()
     with backend, StopRequest() as stop, Display(show=ranks.first) as display:
-        return Run(recipe, ranks, stop, display).start(resume, overwrite)
+        return Run(recipe, ranks, stop, display, extend).start(resume, overwrite, init_from)
 
 
 class Run:
     """One process's part of a run."""
 
-    def __init__(self, recipe: Recipe, ranks: distributed.Ranks, stop: StopRequest, display: Display) -> None:
+    def __init__(
+        self, recipe: Recipe, ranks: distributed.Ranks, stop: StopRequest, display: Display, extend: bool = False
+    ) -> None:
         self.recipe, self.ranks, self.stop, self.display = recipe, ranks, stop, display
         check_micro_batches(recipe, ranks.world)
         if recipe.compile:
             build.check_compiler(ranks.device)
+        self.extend = extend
         self.state = State()
         self.timer = Timer(ranks.device, recipe.synchronize_timing)
         self.stopped = False
@@ -105,13 +123,23 @@ class Run:
 
     # ---- the run ----
 
-    def start(self, resume: bool, overwrite: bool) -> dict[str, Any]:
+    def start(self, resume: bool, overwrite: bool, init_from: str | Path | None = None) -> dict[str, Any]:
         recipe, run_dir = self.recipe, self.recipe.run_dir
         saved = self._find_checkpoint(resume, overwrite)
         self.display.note(f"recipe {recipe.name}: reading the data")
         self.store = SampleStore(recipe.data)
-        tokenizer = build.build_tokenizer(recipe, self.store) if saved is None else load_tokenizer(run_dir / TOKENIZER)
+        initial = None if init_from is None or saved is not None else _model_folder(init_from)
+        if saved is not None:
+            tokenizer = load_tokenizer(run_dir / TOKENIZER)
+        elif initial is not None and (initial / TOKENIZER_CONFIG).is_file():
+            tokenizer = load_tokenizer(initial)
+        else:
+            tokenizer = build.build_tokenizer(recipe, self.store)
         self.model = build.build_model(recipe, tokenizer, self.ranks.device)
+        if initial is not None:
+            what = f"init_from {init_from}"
+            pretrained.load_state(self.model, pretrained.read_tensors(initial / WEIGHTS_FILE, what), what)
+            self.display.note(f"weights of {initial}")
         self.optimizer = AdamW(self.model, recipe.optimizer)
         if saved is not None:
             self._restore(saved)
@@ -125,7 +153,7 @@ class Run:
         self.log = None
         if self.ranks.first:
             run_dir.mkdir(parents=True, exist_ok=True)
-            write_json(run_dir / RECIPE, recipe.to_dict())
+            write_json(run_dir / RECIPE, {**recipe.to_dict(), VERSIONS: versions()})
             if saved is None:
                 tokenizer.save(run_dir / TOKENIZER)
             self.log = RunLog(run_dir, after=self.state.step)
@@ -171,25 +199,43 @@ class Run:
         if saved is None:
             self.display.note(f"no checkpoint in {folder}: starting from the beginning")
             return None
-        difference = self.recipe.difference(saved.state["recipe"])
+        difference = self.recipe.difference(saved.state["recipe"], longer=self.extend)
         if difference is not None:
             raise ValueError(f"resume: {saved.path} is of another recipe ({difference}); use its recipe or another run_dir")
         if saved.state["world"] != self.ranks.world:
             self.display.note(
                 f"resuming a run of {saved.state['world']} process(es) with {self.ranks.world}: the same samples, not the same bits"
             )
-        if saved.state["torch"] != torch.__version__:
-            self.display.note(f"saved by torch {saved.state['torch']}, this is {torch.__version__}: bits may differ")
+        for package, version in versions().items():
+            former = saved.state.get(package, "an earlier version")
+            if former != version:
+                self.display.note(f"saved by {package} {former}, this is {version}: bits may differ")
         return saved
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         values = saved.state["progress"]
         cursors = values["cursors"]
         self.state = State(**{**values, "cursors": None if cursors is None else tuple(cursors)})
+        if self.extend:
+            self._reopen(saved)
         copy(self.model.state_dict(), saved.tensors["model"], "model")
         self.optimizer.load(saved.tensors["optimizer"], saved.tensors.get("ema"), self.state.step)
         self.saved_at = (self.state.step, self.state.seconds)
         self.display.note(f"resuming from {saved.path}")
+
+    def _reopen(self, saved: checkpoint.Checkpoint) -> None:
+        """Goes back to the end of the last stage where that is longer now."""
+        state, former = self.state, Recipe.from_dict(saved.state["recipe"]).stages
+        if not state.stage or state.stage_step or self.recipe.stages[state.stage - 1] == former[state.stage - 1]:
+            return
+        if state.ended is None:
+            raise ValueError(
+                "extend: this run was saved by an earlier version, which did not say how its stage ended; add a stage"
+            )
+        cursors = state.ended["cursors"]
+        state.stage -= 1
+        state.stage_step, state.stage_seconds = state.ended["stage_step"], state.ended["stage_seconds"]
+        state.cursors = None if cursors is None else tuple(cursors)
 
     def _runner(self) -> torch.nn.Module:
         if self.ranks.group is None:
@@ -273,6 +319,7 @@ class Run:
         with self.timer("optimizer"):
             self.optimizer.set_lr(lr)
             self.optimizer.step()
+            self.model.clamp_logit_scale()
         return self.optimizer.grad_norm
 
     def _check_norm(self, run: _StageRun, micro_batches: list[MicroBatch], norm: Tensor) -> None:
@@ -312,6 +359,9 @@ class Run:
         state = self.state
         last = run.finished(state)
         if last:
+            state.ended = {
+                "stage_step": state.stage_step, "stage_seconds": state.stage_seconds, "cursors": state.cursors,
+            }  # fmt: skip
             state.cursors = run.inputs.cursors(state.stage_step)
             state.stage, state.stage_step, state.stage_seconds = state.stage + 1, 0, 0.0
         if last or stop or self._is_due():
@@ -357,7 +407,7 @@ class Run:
                     "progress": dataclasses.asdict(self.state),
                     "recipe": self.recipe.to_dict(),
                     "world": self.ranks.world,
-                    "torch": torch.__version__,
+                    **versions(),
                 }
                 checkpoint.save(self.recipe.run_dir / CHECKPOINTS, self.state.step, tensors, state, self.recipe.keep)
             self.ranks.wait()
@@ -494,6 +544,12 @@ def check_micro_batches(recipe: Recipe, world: int) -> None:
 
 def _length(times: Schedule) -> str:
     return f"{times.steps:,} steps" if times.steps is not None else f"{times.minutes:g} minutes"
+
+
+def _model_folder(path: str | Path) -> Path:
+    what = f"init_from {path}"
+    found = pretrained.resolve(path, what, ["config.json", WEIGHTS_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG])
+    return pretrained.model_folder(found, what)
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ov3fast import ops
-from ov3fast.models import noise, pretrained
+from ov3fast.io import atomic_folder
+from ov3fast.models import noise
 from ov3fast.models.openvision3 import OpenVision3
 from ov3fast.models.tokenizer import get_tokenizer
 from ov3fast.models.vae import FrozenVAE
@@ -280,7 +281,11 @@ def test_a_failed_save_leaves_the_old_one(build, tmp_path, monkeypatch):
 
 
 def test_a_failed_rename_puts_the_old_one_back(tmp_path, monkeypatch):
-    pretrained.write_folder(tmp_path / "m", lambda folder: (folder / "a").write_text("old"))
+    def write(text):
+        with atomic_folder(tmp_path / "m") as folder:
+            (folder / "a").write_text(text)
+
+    write("old")
     replace = os.replace
 
     def failing(source, target):
@@ -290,7 +295,7 @@ def test_a_failed_rename_puts_the_old_one_back(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(OSError, match="no space"):
-        pretrained.write_folder(tmp_path / "m", lambda folder: (folder / "a").write_text("new"))
+        write("new")
     assert (tmp_path / "m" / "a").read_text() == "old" and [entry.name for entry in tmp_path.iterdir()] == ["m"]
 
 

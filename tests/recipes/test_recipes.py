@@ -42,7 +42,7 @@ def test_large_differs_in_the_towers_only():
 
 
 def test_an_unknown_name():
-    with pytest.raises(ValueError, match="name must be one of demo, base, large; got 'huge'"):
+    with pytest.raises(ValueError, match="name must be one of demo, base, large, custom; got 'huge'"):
         get_recipe("huge")
 
 

@@ -134,3 +134,46 @@ def test_manifest_names_every_file(tmp_path):
     path = save(tmp_path, 1)
     files = json.loads((path / "manifest.json").read_text())["files"]
     assert set(files) == {"model.safetensors", "ema.safetensors", "state.json"}
+
+
+def test_files_that_are_not_ours_are_left_alone(tmp_path):
+    (tmp_path / ".DS_Store").write_bytes(b"x")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "thesis").write_text("x")
+    (tmp_path / "step-notes").mkdir()
+    (tmp_path / "step-7").write_text("a file")
+    (tmp_path / ".writing-00000003").mkdir()
+    (tmp_path / ".step-00000003.writing-123").mkdir()
+    save(tmp_path, 1, keep=1)
+    save(tmp_path, 2, keep=1)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {".DS_Store", ".hidden", "step-notes", "step-7", "step-00000002"}
+    assert (tmp_path / ".hidden" / "thesis").read_text() == "x" and checkpoint.latest(tmp_path).state["progress"]["step"] == 2
+
+
+def test_a_step_may_be_a_link(tmp_path):
+    run, archive = tmp_path / "run", tmp_path / "archive"
+    save(archive, 4)
+    run.mkdir()
+    (run / "step-00000004").symlink_to(archive / "step-00000004")
+    assert checkpoint.latest(run).state["progress"]["step"] == 4
+    save(run, 5, keep=1)
+    assert checkpoint.steps(run) == [5] and checkpoint.latest(archive).state["progress"]["step"] == 4
+
+
+def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, monkeypatch):
+    import safetensors.torch
+
+    save(tmp_path, 1)
+
+    class SafetensorError(Exception):
+        pass
+
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="the disk is full"):
+        save(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"] and checkpoint.latest(tmp_path) is not None

@@ -117,3 +117,11 @@ def test_one_process_without_torchrun(monkeypatch):
     ranks = distributed.start("cpu")
     assert (ranks.rank, ranks.world, ranks.first, ranks.group) == (0, 1, True, None)
     assert ranks.largest(1.0, 2.0) == [1.0, 2.0] and ranks.gather("x") == ["x"]
+
+
+def test_half_of_torchruns_environment_is_named(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="WORLD_SIZE is set to 1 but RANK, .* is not; torchrun sets WORLD_SIZE, RANK"):
+        distributed.start("cpu")

@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 
-from ov3fast.models.config import LPIPSConfig
+from ov3fast.models.config import LPIPSConfig, OpenVision3Config
 from ov3fast.models.perceptual import LPIPS, build_lpips
 from ov3fast.training import checkpoint, loop, train
 from ov3fast.training.logs import read_rows
+from ov3fast.training.optimizer import AdamW
 
 SHORT = ((2, 32),)
 
@@ -105,3 +106,22 @@ def test_minutes_end_a_stage_and_checkpoint_it(tiny, data, tmp_path):
 def test_lpips_without_weights_is_one_clear_line():
     with pytest.raises(ValueError, match="lpips.weights: vgg16 needs its torchvision weights file"):
         build_lpips(LPIPSConfig(), torch.device("cpu"), fetch=None)
+
+
+@pytest.mark.parametrize(("bound", "found"), [(100.0, 100.0), (20.0, 20.0), (None, math.exp(5.0))])
+def test_the_logit_scale_is_bounded(tiny, data, tmp_path, monkeypatch, bound, found):
+    recipe = tiny.recipe(data, tmp_path, ((1, 32),))
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, logit_scale_max=bound))
+    step = AdamW.step
+
+    def eager(self, closure=None):
+        step(self, closure)
+        self.parameters["logit_scale"].data.fill_(5.0)
+
+    monkeypatch.setattr(AdamW, "step", eager)
+    assert rows(recipe)[-1]["logit_scale"] == pytest.approx(found, rel=1e-5)
+
+
+def test_a_bound_below_the_first_logit_scale():
+    with pytest.raises(ValueError, match="logit_scale_max must be at least logit_scale_init = 10 or None, got 5"):
+        OpenVision3Config(logit_scale_init=10.0, logit_scale_max=5.0)

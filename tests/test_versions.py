@@ -1,0 +1,27 @@
+"""tools/versions.py, without making an environment."""
+
+import pytest
+import tomllib
+
+from tools import versions
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_all_is_run_whatever_fails(status, tmp_path):
+    python, calls = tmp_path / "python", tmp_path / "calls"
+    python.write_text(f'#!/bin/sh\necho "$TRITON_INTERPRET $*" >> {calls}\nexit {status}\n')
+    python.chmod(0o755)
+    assert versions.try_out(python) is (status == 0)
+    lines = calls.read_text().splitlines()
+    assert len(lines) == 3 and lines[1].startswith("1 -m pytest")
+
+
+def test_what_is_run_exists():
+    assert all((versions.ROOT / path).is_file() for path in (*versions.INTERPRETED, *versions.COMPILED))
+
+
+def test_the_oldest_torch_is_the_one_that_the_package_asks_for():
+    project = tomllib.loads((versions.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    bound = next(word.removeprefix("torch>=") for word in project["dependencies"] if word.startswith("torch>="))
+    rows = [line.split()[2:] for line in (versions.ROOT / "Makefile").read_text().splitlines() if "tools/versions.py" in line]
+    assert len(rows) == 2 and rows[0][0].startswith(bound + ".")

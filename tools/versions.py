@@ -1,0 +1,65 @@
+"""One pair of versions that ov3fast claims to run with: python tools/versions.py TORCH TRITON NUMPY [--folder build/versions]
+
+Makes an environment of its own for them, with the test tools of constraints.txt, and runs there: the imports, a part of the operators' tests in
+Triton's interpreter, and for sm_90 a part of the gate on compiled kernels and the launchers on a pretended GPU. `make test-versions` does the oldest
+and the newest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = ("pytest", "hypothesis")
+IMPORTS = "import ov3fast, ov3fast.ops, ov3fast.testing, ov3fast.kernels.attention.forward, torch, triton; print(torch.__version__, triton.__version__)"
+INTERPRETED = ("tests/ops/test_layer_norm.py", "tests/ops/test_mlp.py", "tests/ops/test_flash_attention.py")
+SHARED = "triton and not (opcheck or compile or errors or gradcheck or import)"
+COMPILED = ("tests/kernels/test_aot.py", "tests/kernels/test_pretended_gpu.py")
+GATED = "(short and sm_90 and layer_norm) or (pretended and not encoder)"
+
+
+def prepare(folder: Path, torch: str, triton: str, numpy: str) -> Path:
+    """The environment's Python. Reuses an environment of the same versions that was finished."""
+    home = folder / f"torch-{torch}-triton-{triton}-numpy-{numpy}"
+    python, finished = home / "bin" / "python", home / "finished"
+    if not finished.exists():
+        venv.create(home, clear=True, with_pip=True)
+        pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+        tools = [f"{name}=={pins[name]}" for name in TOOLS]
+        packages = [f"torch=={torch}", f"triton=={triton}", f"numpy=={numpy}", *tools]
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+        finished.touch()
+    return python
+
+
+def try_out(python: Path) -> bool:
+    """Whether everything passed; all is run, whatever fails."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    commands = [
+        ({}, [python, "-c", IMPORTS]),
+        ({"TRITON_INTERPRET": "1"}, [*pytest, *INTERPRETED, "-k", SHARED]),
+        ({}, [*pytest, *COMPILED, "-k", GATED]),
+    ]
+    return all([subprocess.run(command, cwd=ROOT, env={**environment, **more}).returncode == 0 for more, command in commands])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("torch")
+    parser.add_argument("triton")
+    parser.add_argument("numpy", help="Triton 3.6's interpreter fails with 2.4 and later")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "versions")
+    options = parser.parse_args()
+    passed = try_out(prepare(options.folder, options.torch, options.triton, options.numpy))
+    print(f"torch {options.torch}, Triton {options.triton}, numpy {options.numpy}: {'passed' if passed else 'FAILED'}")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,8 @@
 """tools/versions.py, without making an environment."""
 
-import pytest
 import re
+
+import pytest
 
 from tools import versions
 

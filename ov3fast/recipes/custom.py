@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from ov3fast.data.captions import texts_under
 from ov3fast.data.config import DataConfig, SourceConfig
 from ov3fast.data.shards import ShardDataset
 from ov3fast.data.skips import DataError, SampleError
@@ -64,7 +65,7 @@ def fit(path: str) -> Recipe:
         except SampleError:
             continue  # counted when its turn comes
         read += 1
-        for key in [key for key, text in captions.items() if isinstance(text, str) and text.strip()]:
+        for key in [key for key in captions if texts_under(captions, key)]:
             keys[key] = keys.get(key, 0) + 1
     if not read:
         raise DataError(f"--data: none of the first samples of {path} could be read; see `ov3fast data check {path}`")

@@ -153,6 +153,14 @@ def test_each_of_several_texts_is_picked(tmp_path):
     assert {batch.text[0] for batch in batches} == {batch.captions[0] for batch in batches} == {"ab", "cd"}
 
 
+def test_the_custom_recipe_takes_lists_of_texts_for_captions(tmp_path):
+    from ov3fast.recipes.custom import fit
+
+    read(tmp_path, {"captions": {"caption": ["ab", "cd"]}})
+    [source] = fit(str(tmp_path / "shards")).data.sources
+    assert source.paired and source.captions == (("caption", 1.0),)
+
+
 # ---- the join ------------------------------------------------------------------------------------------------------------
 
 

@@ -56,7 +56,7 @@ lint: .venv/dev
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-# The documentation site, build/site/index.html; without network. Dead links and unlisted pages end it.
+# The documentation site, build/site/index.html; without network. A dead link ends it.
 docs: .venv/dev
 	$(BIN)/python tools/doc_tables.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet

@@ -25,7 +25,7 @@ from ov3fast.training.timing import Timer
 class Inputs:
     """next() gives this rank's micro-batches of the next step; the sequence is a function of the recipe, the stage and the step alone.
 
-    cursors: units drawn from each source before this stage. A cache of latents, where the recipe asks for one, is made by prepare().
+    cursors: units drawn from each source before this stage. A cache of latents, where the recipe asks for one, is filled by prepare().
     """
 
     def __init__(

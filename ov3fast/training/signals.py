@@ -1,5 +1,6 @@
 """Ending a run from outside: SIGTERM, SIGUSR1 and the first Ctrl-C ask it to save and stop after the current step.
 
+The data workers ignore SIGTERM and SIGINT (data.loader), so that a signal to the process group leaves them to the run.
 The handler only sets a flag; saving inside a handler could run in the middle of an update. A second Ctrl-C stops at once.
 """
 

@@ -152,10 +152,4 @@ void adamw_ema(
     });
     if (!clips) all();
 }
-OV3_EXPORT(
-    adamw_ema,
-    (Ptr params, Ptr grads, Ptr wide_grads, Ptr exp_avgs, Ptr exp_avg_sqs, Ptr ema, Ptr sizes, Ptr keep, int64_t tensors, double rest1,
-     double beta2, double root, double eps, double size, double max_norm, double ema_rest, Ptr norm, int64_t threads),
-    (params, grads, wide_grads, exp_avgs, exp_avg_sqs, ema, sizes, keep, tensors, rest1, beta2, root, eps, size, max_norm, ema_rest, norm,
-     int(threads))
-)
+OV3_EXPORT(adamw_ema)

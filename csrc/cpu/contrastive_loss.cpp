@@ -279,12 +279,7 @@ void contrastive_loss_forward(
         }
     });
 }
-OV3_EXPORT(
-    contrastive_loss_forward,
-    (Ptr x, int64_t x_stride, Ptr y, int64_t y_stride, Ptr scale, Ptr bias, int64_t sigmoid, int64_t offset, Ptr rows, Ptr columns, Ptr own,
-     int64_t n, int64_t N, int64_t D, int64_t threads),
-    (x, x_stride, y, y_stride, scale, bias, sigmoid != 0, offset, rows, columns, own, n, N, D, int(threads))
-)
+OV3_EXPORT(contrastive_loss_forward)
 
 // --- backward ----------------------------------------------------------------------------------------------------------------------
 
@@ -579,14 +574,7 @@ void contrastive_loss_backward(
         padded + wide, padded + 2 * wide, padded + 3 * wide};
     backward.run(columns, grad_scale, grad_bias);
 }
-OV3_EXPORT(
-    contrastive_loss_backward,
-    (Ptr x, int64_t x_stride, Ptr y, int64_t y_stride, Ptr scale, Ptr bias, int64_t sigmoid, int64_t offset, Ptr r, Ptr c_max, Ptr c_log,
-     Ptr row_weight, Ptr column_weight, Ptr grad_x, Ptr grad_y, Ptr grad_scale, Ptr grad_bias, int64_t n, int64_t N, int64_t D,
-     int64_t threads),
-    (x, x_stride, y, y_stride, scale, bias, sigmoid != 0, offset, r, c_max, c_log, row_weight, column_weight, grad_x, grad_y, grad_scale,
-     grad_bias, n, N, D, int(threads))
-)
+OV3_EXPORT(contrastive_loss_backward)
 
 // grad [R, D] float with the norms held fixed, x [R, D] -> out [R, D], the gradient; out may be grad.
 template <class T>
@@ -596,7 +584,4 @@ void contrastive_loss_project(const float* grad, const T* x, int64_t x_stride, T
             project_row(grad + i * D, x + i * x_stride, float(norm_of(x + i * x_stride, D)), D, out + i * D);
     });
 }
-OV3_EXPORT(
-    contrastive_loss_project, (Ptr grad, Ptr x, int64_t x_stride, Ptr out, int64_t R, int64_t D, int64_t threads),
-    (grad, x, x_stride, out, R, D, int(threads))
-)
+OV3_EXPORT(contrastive_loss_project)

@@ -1,42 +1,81 @@
-// What Python sees: plain C functions, one per operator's step and dtype, called through ctypes (ov3fast/ops/cpu/__init__.py).
+// What Python sees: an `Export` for each kernel and dtype, read through ctypes (ov3fast/ops/cpu/__init__.py).
 //
-// No header of Python or PyTorch takes part, so one build serves every version of them. Arguments are pointers (null where a tensor is not
-// given), int64_t and double; threads come last. The result is 0, or 1 where memory could not be had.
+// No header of Python or PyTorch takes part, so one build serves every version of them. A kernel is a template of the dtype that takes
+// pointers (null where a tensor is not given), int64_t, bool and double, and the number of threads last. How its arguments travel and the
+// signature that Python checks its own declaration against are deduced from the template's parameters.
 #pragma once
 
+#include <cstdint>
 #include <new>
+#include <string>
+#include <type_traits>
 
 #include "simd.h"
 
 namespace ov3 {
 
-// A pointer that becomes one of the type that the receiving parameter has.
-struct Ptr {
-    void* address;
-    template <class T>
-    operator T*() const { return static_cast<T*>(address); }
+struct Export {
+    const char* signature;  // types of the arguments, e.g. "float* int64_t double int64_t"
+    void* function;         // takes them and returns 0, or 1 where memory could not be had
 };
 
-template <class Body>
-inline int guarded(const Body& body) {
-    try {
-        body();
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 1;
+template <class T>
+inline const char* type_name();
+template <> inline const char* type_name<void>() { return "void"; }
+template <> inline const char* type_name<float>() { return "float"; }
+template <> inline const char* type_name<double>() { return "double"; }
+template <> inline const char* type_name<bf16>() { return "bf16"; }
+template <> inline const char* type_name<int64_t>() { return "int64_t"; }
+template <> inline const char* type_name<uint32_t>() { return "uint32_t"; }
+
+// How an argument travels: every kind of integer as int64_t.
+template <class T>
+using Wire = std::conditional_t<std::is_integral_v<T>, int64_t, T>;
+
+template <class T>
+std::string wire_name() {
+    if constexpr (std::is_pointer_v<T>) {
+        return wire_name<std::remove_cv_t<std::remove_pointer_t<T>>>() + "*";
+    } else {
+        return type_name<T>();
     }
 }
 
+template <auto KERNEL>
+struct Exported;
+
+template <class... Arguments, void (*KERNEL)(Arguments...)>
+struct Exported<KERNEL> {
+    static int call(Wire<Arguments>... arguments) {
+        try {
+            KERNEL(static_cast<Arguments>(arguments)...);
+            return 0;
+        } catch (const std::bad_alloc&) {
+            return 1;
+        }
+    }
+
+    static const Export* get() {
+        static const std::string types = ((wire_name<Wire<Arguments>>() + " ") + ...);
+        static const std::string signature = types.substr(0, types.size() - 1);
+        static const Export result{signature.c_str(), reinterpret_cast<void*>(&call)};
+        return &result;
+    }
+};
+
 }  // namespace ov3
 
-// OV3_EXPORT(name, (parameters), (arguments)): name<float> and name<bf16> as ov3_name_f32 and ov3_name_bf16.
-#define OV3_EXPORT(name, parameters, arguments)                                                          \
-    extern "C" int ov3_##name##_f32 parameters { return ov3::guarded([&] { name<float> arguments; }); }  \
-    extern "C" int ov3_##name##_bf16 parameters { return ov3::guarded([&] { name<ov3::bf16> arguments; }); }
+#define OV3_EXPORT_AS(name, suffix, ...) \
+    extern "C" const ov3::Export* ov3_export_##name##_##suffix() { return ov3::Exported<&name<__VA_ARGS__>>::get(); }
 
-// The same for operators that take bfloat16 activations with parameters of either dtype: name<activation, parameter> as ov3_name_f32,
-// ov3_name_bf16 and ov3_name_bf16_f32.
-#define OV3_EXPORT_MIXED(name, parameters, arguments)                                                                            \
-    extern "C" int ov3_##name##_f32 parameters { return ov3::guarded([&] { name<float, float> arguments; }); }                   \
-    extern "C" int ov3_##name##_bf16 parameters { return ov3::guarded([&] { name<ov3::bf16, ov3::bf16> arguments; }); }          \
-    extern "C" int ov3_##name##_bf16_f32 parameters { return ov3::guarded([&] { name<ov3::bf16, float> arguments; }); }
+// name<float> and name<bf16> as ov3_export_name_f32 and ov3_export_name_bf16.
+#define OV3_EXPORT(name)           \
+    OV3_EXPORT_AS(name, f32, float) \
+    OV3_EXPORT_AS(name, bf16, ov3::bf16)
+
+// For operators that take bfloat16 activations with parameters of either dtype: name<activation, parameter> as ov3_export_name_f32,
+// ov3_export_name_bf16 and ov3_export_name_bf16_f32.
+#define OV3_EXPORT_MIXED(name)                     \
+    OV3_EXPORT_AS(name, f32, float, float)          \
+    OV3_EXPORT_AS(name, bf16, ov3::bf16, ov3::bf16) \
+    OV3_EXPORT_AS(name, bf16_f32, ov3::bf16, float)

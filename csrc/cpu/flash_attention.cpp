@@ -418,15 +418,18 @@ struct OneQuery {
 // q [B, Nq, H, D], k, v [B, Nk, H, D] -> out [B, Nq, H, D], lse [B, H, Nq] float, both contiguous.
 template <class T>
 void flash_attention_forward(
-    const View<const T>& q, const View<const T>& k, const View<const T>& v, T* out, float* lse, const Sizes& sizes, double scale,
-    int threads
+    const T* q_data, int64_t q_batch, int64_t q_row, int64_t q_head, const T* k_data, int64_t k_batch, int64_t k_row, int64_t k_head,
+    const T* v_data, int64_t v_batch, int64_t v_row, int64_t v_head, T* out, float* lse, int64_t B, int64_t H, int64_t Nq, int64_t Nk,
+    int64_t D, bool causal, int64_t prefix, double scale, int threads
 ) {
-    const int64_t heads = sizes.B * sizes.H, Nq = sizes.Nq, D = sizes.D, room = Forward<T>(sizes, scale, Room()).used;
+    const View<const T> q{q_data, q_batch, q_row, q_head}, k{k_data, k_batch, k_row, k_head}, v{v_data, v_batch, v_row, v_head};
+    const Sizes sizes{B, H, Nq, Nk, D, causal, prefix};
+    const int64_t heads = B * H, room = Forward<T>(sizes, scale, Room()).used;
     if (Nq == 1) {
         const int64_t length = round_up(sizes.Nk, 16);
         Buffer<float> rooms(length * threads);
         return parallel(heads, threads, [&](int64_t head, int thread) {
-            const int64_t b = head / sizes.H, h = head % sizes.H;
+            const int64_t b = head / H, h = head % H;
             OneQuery<T> work{D, sizes.limit(0), Factor(scale * LOG2_E_EXACT), rooms + length * thread};
             work.run(q.of(b, h), k.of(b, h), k.row, v.of(b, h), v.row, out + head * D, lse + head);
         });
@@ -438,21 +441,14 @@ void flash_attention_forward(
     const int64_t groups = heads >= 4 * threads || threads == 1 ? 1 : std::min<int64_t>(blocks, ceil_div(4 * threads, heads));
     Buffer<float> rooms(room * threads);
     parallel(heads * groups, threads, [&](int64_t task, int thread) {
-        const int64_t head = task / groups, group = task % groups, b = head / sizes.H, h = head % sizes.H;
+        const int64_t head = task / groups, group = task % groups, b = head / H, h = head % H;
         Forward<T> work(sizes, scale, Room(rooms + room * thread));
         work.pack(k.of(b, h), k.row, v.of(b, h), v.row);
         const int64_t first = blocks * group / groups * QUERIES, last = std::min(Nq, blocks * (group + 1) / groups * QUERIES);
-        work.queries(q.of(b, h), q.row, first, last, out + (b * Nq * sizes.H + h) * D, sizes.H * D, lse + head * Nq);
+        work.queries(q.of(b, h), q.row, first, last, out + (b * Nq * H + h) * D, H * D, lse + head * Nq);
     });
 }
-OV3_EXPORT(
-    flash_attention_forward,
-    (Ptr q, int64_t q_batch, int64_t q_row, int64_t q_head, Ptr k, int64_t k_batch, int64_t k_row, int64_t k_head, Ptr v, int64_t v_batch,
-     int64_t v_row, int64_t v_head, Ptr out, Ptr lse, int64_t B, int64_t H, int64_t Nq, int64_t Nk, int64_t D, int64_t causal,
-     int64_t prefix, double scale, int64_t threads),
-    ({q, q_batch, q_row, q_head}, {k, k_batch, k_row, k_head}, {v, v_batch, v_row, v_head}, out, lse,
-     {B, H, Nq, Nk, D, causal != 0, prefix}, scale, int(threads))
-)
+OV3_EXPORT(flash_attention_forward)
 
 namespace {
 
@@ -675,15 +671,20 @@ struct Backward {
 }  // namespace
 
 // grad_out, q, out [B, Nq, H, D] (out contiguous), k, v [B, Nk, H, D], lse [B, H, Nq] -> grad_q, grad_k, grad_v, each [B, N, H, D] with
-// heads side by side and rows grad_row apart.
+// heads side by side and rows `apart` elements apart.
 template <class T>
 void flash_attention_backward(
-    const View<const T>& grad_out, const View<const T>& q, const View<const T>& k, const View<const T>& v, const T* out, const float* lse,
-    T* grad_q, T* grad_k, T* grad_v, int64_t grad_row, const Sizes& sizes, double scale, int threads
+    const T* grad_data, int64_t grad_batch, int64_t grad_row, int64_t grad_head, const T* q_data, int64_t q_batch, int64_t q_row,
+    int64_t q_head, const T* k_data, int64_t k_batch, int64_t k_row, int64_t k_head, const T* v_data, int64_t v_batch, int64_t v_row,
+    int64_t v_head, const T* out, const float* lse, T* grad_q, T* grad_k, T* grad_v, int64_t apart, int64_t B, int64_t H, int64_t Nq,
+    int64_t Nk, int64_t D, bool causal, int64_t prefix, double scale, int threads
 ) {
-    const int64_t H = sizes.H, Nq = sizes.Nq, Nk = sizes.Nk, D = sizes.D, room = Backward<T>(sizes, scale, Room()).used;
+    const View<const T> grad_out{grad_data, grad_batch, grad_row, grad_head}, q{q_data, q_batch, q_row, q_head},
+        k{k_data, k_batch, k_row, k_head}, v{v_data, v_batch, v_row, v_head};
+    const Sizes sizes{B, H, Nq, Nk, D, causal, prefix};
+    const int64_t room = Backward<T>(sizes, scale, Room()).used;
     Buffer<float> rooms(room * threads);
-    parallel(sizes.B * H, threads, [&](int64_t head, int thread) {
+    parallel(B * H, threads, [&](int64_t head, int thread) {
         const int64_t b = head / H, h = head % H;
         Backward<T> work(sizes, scale, Room(rooms + room * thread));
         work.keys(k.of(b, h), k.row, v.of(b, h), v.row);
@@ -698,18 +699,10 @@ void flash_attention_backward(
                 std::memset(work.dq, 0, n * work.ldc * sizeof(float));
             for (int64_t k0 = 0; k0 < seen; k0 += BACK_KEYS) work.block(n, k0, std::min<int64_t>(BACK_KEYS, seen - k0));
             if (seen > BACK_KEYS) work.without_excess(n);
-            work.write(work.dq, work.scale, n, grad_q + (b * Nq + i0) * grad_row + h * D, grad_row);
+            work.write(work.dq, work.scale, n, grad_q + (b * Nq + i0) * apart + h * D, apart);
         }
-        work.write(work.dk, work.scale, Nk, grad_k + b * Nk * grad_row + h * D, grad_row);
-        work.write(work.dv, 1.0f, Nk, grad_v + b * Nk * grad_row + h * D, grad_row);
+        work.write(work.dk, work.scale, Nk, grad_k + b * Nk * apart + h * D, apart);
+        work.write(work.dv, 1.0f, Nk, grad_v + b * Nk * apart + h * D, apart);
     });
 }
-OV3_EXPORT(
-    flash_attention_backward,
-    (Ptr grad_out, int64_t g_batch, int64_t g_row, int64_t g_head, Ptr q, int64_t q_batch, int64_t q_row, int64_t q_head, Ptr k,
-     int64_t k_batch, int64_t k_row, int64_t k_head, Ptr v, int64_t v_batch, int64_t v_row, int64_t v_head, Ptr out, Ptr lse, Ptr grad_q,
-     Ptr grad_k, Ptr grad_v, int64_t grad_row, int64_t B, int64_t H, int64_t Nq, int64_t Nk, int64_t D, int64_t causal, int64_t prefix,
-     double scale, int64_t threads),
-    ({grad_out, g_batch, g_row, g_head}, {q, q_batch, q_row, q_head}, {k, k_batch, k_row, k_head}, {v, v_batch, v_row, v_head}, out, lse,
-     grad_q, grad_k, grad_v, grad_row, {B, H, Nq, Nk, D, causal != 0, prefix}, scale, int(threads))
-)
+OV3_EXPORT(flash_attention_backward)

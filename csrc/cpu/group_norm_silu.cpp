@@ -550,28 +550,23 @@ void rows_backward(
 template <class T>
 void group_norm_silu_forward(
     const T* x, int64_t x_batch, int64_t x_channel, const float* weight, const float* bias, double eps, T* y, float* mean, float* rstd,
-    bool channels_last, const Shape& shape
+    bool channels_last, int64_t B, int64_t C, int64_t S, int64_t G, int threads
 ) {
-    expect_writes(y, shape.B * shape.C * shape.S);
+    const Shape shape{B, C, S, G, threads};
+    expect_writes(y, B * C * S);
     if (channels_last) return rows_forward(x, x_batch, weight, bias, eps, y, mean, rstd, shape);
     planes_forward(x, x_batch, x_channel, weight, bias, eps, y, mean, rstd, shape);
 }
-OV3_EXPORT(
-    group_norm_silu_forward,
-    (Ptr x, int64_t x_batch, int64_t x_channel, Ptr weight, Ptr bias, double eps, Ptr y, Ptr mean, Ptr rstd, int64_t channels_last,
-     int64_t B, int64_t C, int64_t S, int64_t G, int64_t threads),
-    (x, x_batch, x_channel, weight, bias, eps, y, mean, rstd, channels_last != 0, {B, C, S, G, int(threads)})
-)
+OV3_EXPORT(group_norm_silu_forward)
 
 // grad_y and x as the forward's x; mean, rstd [B, G] -> grad_x (or null), dense and laid out like x; grad_weight, grad_bias [C] float.
 template <class T>
 void group_norm_silu_backward(
     const T* grad_y, int64_t grad_y_batch, int64_t grad_y_channel, const T* x, int64_t x_batch, int64_t x_channel, const float* weight,
-    const float* bias, const float* mean, const float* rstd, T* grad_x, float* grad_weight, float* grad_bias, bool channels_last,
-    const Shape& shape
+    const float* bias, const float* mean, const float* rstd, T* grad_x, float* grad_weight, float* grad_bias, bool channels_last, int64_t B, int64_t C, int64_t S, int64_t G, int threads
 ) {
-    const int64_t B = shape.B, C = shape.C;
-    if (grad_x) expect_writes(grad_x, B * C * shape.S);
+    const Shape shape{B, C, S, G, threads};
+    if (grad_x) expect_writes(grad_x, B * C * S);
     Buffer<float> sums(B * C), dots(B * C);
     if (channels_last) {
         rows_backward(grad_y, grad_y_batch, x, x_batch, weight, bias, mean, rstd, grad_x, sums.data(), dots.data(), shape);
@@ -590,11 +585,4 @@ void group_norm_silu_backward(
         if (grad_bias) grad_bias[c] = float(total);
     }
 }
-OV3_EXPORT(
-    group_norm_silu_backward,
-    (Ptr grad_y, int64_t grad_y_batch, int64_t grad_y_channel, Ptr x, int64_t x_batch, int64_t x_channel, Ptr weight, Ptr bias, Ptr mean,
-     Ptr rstd, Ptr grad_x, Ptr grad_weight, Ptr grad_bias, int64_t channels_last, int64_t B, int64_t C, int64_t S, int64_t G,
-     int64_t threads),
-    (grad_y, grad_y_batch, grad_y_channel, x, x_batch, x_channel, weight, bias, mean, rstd, grad_x, grad_weight, grad_bias,
-     channels_last != 0, {B, C, S, G, int(threads)})
-)
+OV3_EXPORT(group_norm_silu_backward)

@@ -92,12 +92,7 @@ void latent_projection_forward(
         });
     }, threads);
 }
-OV3_EXPORT(
-    latent_projection_forward,
-    (Ptr tokens, int64_t batch_stride, int64_t row_stride, Ptr w, int64_t w_stride, Ptr bias, Ptr x, int64_t B, int64_t C, int64_t p,
-     int64_t h, int64_t wide, int64_t D, int64_t threads),
-    (tokens, batch_stride, row_stride, w, w_stride, bias, x, B, C, p, h, wide, D, int(threads))
-)
+OV3_EXPORT(latent_projection_forward)
 
 // grad_x [B, C, h p, wide p] with dense lines -> grad_tokens [B, h w, D], grad_w [C p p, D], grad_bias [C p p]; each may be null.
 template <class T>
@@ -133,13 +128,4 @@ void latent_projection_backward(
     }
     if (grad_bias) sum_patches(picture, R, grad_bias, threads);
 }
-OV3_EXPORT(
-    latent_projection_backward,
-    (Ptr grad_x, int64_t x_batch_stride, int64_t channel_stride, int64_t line_stride, Ptr tokens, int64_t batch_stride, int64_t row_stride,
-     Ptr w, int64_t w_stride, Ptr grad_tokens, Ptr grad_w, Ptr grad_bias, int64_t B, int64_t C, int64_t p, int64_t h, int64_t wide,
-         int64_t D,
-     int64_t threads),
-    (grad_x, x_batch_stride, channel_stride, line_stride, tokens, batch_stride, row_stride, w, w_stride, grad_tokens, grad_w, grad_bias,
-        B, C,
-     p, h, wide, D, int(threads))
-)
+OV3_EXPORT(latent_projection_backward)

@@ -108,12 +108,7 @@ void layer_norm_forward(
         for (; r < end; r++) rows(r, std::integral_constant<int, 1>());
     });
 }
-OV3_EXPORT(
-    layer_norm_forward,
-    (Ptr x, int64_t x_stride, Ptr residual, int64_t residual_stride, Ptr weight, Ptr bias, double eps, Ptr y, Ptr h, Ptr mean, Ptr rstd,
-     int64_t R, int64_t D, int64_t threads),
-    (x, x_stride, residual, residual_stride, weight, bias, eps, y, h, mean, rstd, R, D, int(threads))
-)
+OV3_EXPORT(layer_norm_forward)
 
 // grad_y, grad_h (or null), h [R, D], weight [D], mean, rstd [R] -> grad_x [R, D], grad_weight, grad_bias [D] float; results may be null.
 template <class T>
@@ -203,9 +198,4 @@ void layer_norm_backward(
         if (grad_bias) store(grad_bias + d, dbias, lanes);
     });
 }
-OV3_EXPORT(
-    layer_norm_backward,
-    (Ptr grad_y, int64_t grad_y_stride, Ptr grad_h, int64_t grad_h_stride, Ptr h, int64_t h_stride, Ptr weight, Ptr mean, Ptr rstd,
-     Ptr grad_x, Ptr grad_weight, Ptr grad_bias, int64_t R, int64_t D, int64_t threads),
-    (grad_y, grad_y_stride, grad_h, grad_h_stride, h, h_stride, weight, mean, rstd, grad_x, grad_weight, grad_bias, R, D, int(threads))
-)
+OV3_EXPORT(layer_norm_backward)

@@ -21,10 +21,7 @@ void linear_forward(
         });
     }, threads);
 }
-OV3_EXPORT_MIXED(
-    linear_forward, (Ptr x, int64_t x_stride, Ptr w, int64_t w_stride, Ptr bias, Ptr y, int64_t R, int64_t K, int64_t N, int64_t threads),
-    (x, x_stride, w, w_stride, bias, y, R, K, N, int(threads))
-)
+OV3_EXPORT_MIXED(linear_forward)
 
 // grad_y [R, N] -> grad_x [R, K], grad_w [N, K], grad_bias [N]; each may be null.
 template <class T, class P>
@@ -51,9 +48,4 @@ void linear_backward(
     }
     if (grad_bias) column_sums(grad_y, grad_stride, R, N, grad_bias, threads);
 }
-OV3_EXPORT_MIXED(
-    linear_backward,
-    (Ptr grad_y, int64_t grad_stride, Ptr x, int64_t x_stride, Ptr w, int64_t w_stride, Ptr grad_x, Ptr grad_w, Ptr grad_bias, int64_t R,
-     int64_t K, int64_t N, int64_t threads),
-    (grad_y, grad_stride, x, x_stride, w, w_stride, grad_x, grad_w, grad_bias, R, K, N, int(threads))
-)
+OV3_EXPORT_MIXED(linear_backward)

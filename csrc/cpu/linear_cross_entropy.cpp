@@ -301,12 +301,7 @@ void linear_cross_entropy_forward(
     Head<T> head{h, h_stride, w, w_stride, labels, tokens, count, V, D, false, nullptr, nullptr, threads};
     head.forward(nll, lse, rows, 0.0f);
 }
-OV3_EXPORT(
-    linear_cross_entropy_forward,
-    (Ptr h, int64_t h_stride, Ptr w, int64_t w_stride, Ptr labels, Ptr tokens, Ptr nll, Ptr lse, int64_t count, int64_t rows, int64_t V,
-     int64_t D, int64_t threads),
-    (h, h_stride, w, w_stride, labels, tokens, nll, lse, count, rows, V, D, int(threads))
-)
+OV3_EXPORT(linear_cross_entropy_forward)
 
 // Those, grad_nll [T] and lse [2, T] -> grad_h [T, D] at the positions that count and grad_w [V, D], each of which may be null; count > 0.
 template <class T>
@@ -317,12 +312,7 @@ void linear_cross_entropy_backward(
     Head<T> head{h, h_stride, w, w_stride, labels, tokens, count, V, D, true, grad_h, grad_w, threads};
     head.backward(grad_nll, lse, rows);
 }
-OV3_EXPORT(
-    linear_cross_entropy_backward,
-    (Ptr h, int64_t h_stride, Ptr w, int64_t w_stride, Ptr labels, Ptr tokens, Ptr grad_nll, Ptr lse, Ptr grad_h, Ptr grad_w, int64_t count,
-     int64_t rows, int64_t V, int64_t D, int64_t threads),
-    (h, h_stride, w, w_stride, labels, tokens, grad_nll, lse, grad_h, grad_w, count, rows, V, D, int(threads))
-)
+OV3_EXPORT(linear_cross_entropy_backward)
 
 // Both in one: nll [T], and the gradients of factor * sum(nll); count > 0.
 template <class T>
@@ -333,10 +323,4 @@ void linear_cross_entropy_total(
     Head<T> head{h, h_stride, w, w_stride, labels, tokens, count, V, D, grad_h || grad_w, grad_h, grad_w, threads};
     head.forward(nll, nullptr, 0, float(factor));
 }
-OV3_EXPORT(
-    linear_cross_entropy_total,
-    (Ptr h, int64_t h_stride, Ptr w, int64_t w_stride, Ptr labels, Ptr tokens, double factor, Ptr nll, Ptr grad_h, Ptr grad_w,
-        int64_t count,
-     int64_t V, int64_t D, int64_t threads),
-    (h, h_stride, w, w_stride, labels, tokens, factor, nll, grad_h, grad_w, count, V, D, int(threads))
-)
+OV3_EXPORT(linear_cross_entropy_total)

@@ -119,12 +119,7 @@ void mlp_forward(
     const auto run = kind == 0 ? forward<GELU, T, P> : forward<GELU_TANH, T, P>;
     run(x, x_stride, w1, w1_stride, b1, w2, w2_stride, b2, y, h, R, K, H, D, threads);
 }
-OV3_EXPORT_MIXED(
-    mlp_forward,
-    (Ptr x, int64_t x_stride, Ptr w1, int64_t w1_stride, Ptr b1, Ptr w2, int64_t w2_stride, Ptr b2, Ptr y, Ptr h, int64_t kind, int64_t R,
-     int64_t K, int64_t H, int64_t D, int64_t threads),
-    (x, x_stride, w1, w1_stride, b1, w2, w2_stride, b2, y, h, kind, R, K, H, D, int(threads))
-)
+OV3_EXPORT_MIXED(mlp_forward)
 
 // grad_y [R, D], x [R, K], h [R, H] -> grad_x [R, K], grad_w1 [H, K], grad_b1 [H], grad_w2 [D, H], grad_b2 [D]; each may be null.
 template <class T, class P>
@@ -138,11 +133,4 @@ void mlp_backward(
     run(grad_y, grad_stride, x, x_stride, h, h_stride, w1, w1_stride, w2, w2_stride, grad_x, grad_w1, grad_b1, grad_w2, grad_b2, R, K, H, D,
         threads);
 }
-OV3_EXPORT_MIXED(
-    mlp_backward,
-    (Ptr grad_y, int64_t grad_stride, Ptr x, int64_t x_stride, Ptr h, int64_t h_stride, Ptr w1, int64_t w1_stride, Ptr w2,
-     int64_t w2_stride, Ptr grad_x, Ptr grad_w1, Ptr grad_b1, Ptr grad_w2, Ptr grad_b2, int64_t kind, int64_t R, int64_t K, int64_t H,
-     int64_t D, int64_t threads),
-    (grad_y, grad_stride, x, x_stride, h, h_stride, w1, w1_stride, w2, w2_stride, grad_x, grad_w1, grad_b1, grad_w2, grad_b2, kind, R, K, H,
-     D, int(threads))
-)
+OV3_EXPORT_MIXED(mlp_backward)

@@ -66,12 +66,7 @@ void noise_projection_forward(
     };
     gemm_rows<T>(B * N, b, fill, store_rows(y, D, bias), nothing, threads);
 }
-OV3_EXPORT(
-    noise_projection_forward,
-    (Ptr z, int64_t batch_stride, int64_t row_stride, Ptr sigma, Ptr w, int64_t w_stride, Ptr bias, Ptr rng, Ptr y, int64_t B, int64_t N,
-     int64_t K, int64_t D, int64_t threads),
-    (z, batch_stride, row_stride, sigma, w, w_stride, bias, rng, y, B, N, K, D, int(threads))
-)
+OV3_EXPORT(noise_projection_forward)
 
 // grad_y [B N, D] -> grad_z [B, N, K], grad_sigma [B] float, grad_w [D, K], grad_bias [D]; each may be null.
 template <class T>
@@ -118,10 +113,4 @@ void noise_projection_backward(
     }
     if (grad_bias) column_sums(grad_y, grad_stride, R, D, grad_bias, threads);
 }
-OV3_EXPORT(
-    noise_projection_backward,
-    (Ptr grad_y, int64_t grad_stride, Ptr z, int64_t batch_stride, int64_t row_stride, Ptr sigma, Ptr w, int64_t w_stride, Ptr rng,
-     Ptr grad_z, Ptr grad_sigma, Ptr grad_w, Ptr grad_bias, int64_t B, int64_t N, int64_t K, int64_t D, int64_t threads),
-    (grad_y, grad_stride, z, batch_stride, row_stride, sigma, w, w_stride, rng, grad_z, grad_sigma, grad_w, grad_bias, B, N, K, D,
-     int(threads))
-)
+OV3_EXPORT(noise_projection_backward)

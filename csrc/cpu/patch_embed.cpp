@@ -222,15 +222,7 @@ void patch_embed_forward(
     };
     is_wide ? run(float{}) : run(T{});
 }
-OV3_EXPORT(
-    patch_embed_forward,
-    (Ptr latents, int64_t batch_stride, int64_t channel_stride, int64_t line_stride, int64_t is_wide, Ptr w, int64_t w_stride, Ptr bias,
-     Ptr pos, Ptr cls, Ptr rng, double scale, double shift, int64_t moments, Ptr y, int64_t B, int64_t C, int64_t p, int64_t h,
-         int64_t wide,
-     int64_t D, int64_t threads),
-    (latents.address, batch_stride, channel_stride, line_stride, is_wide, w, w_stride, bias, pos, cls, rng, scale, shift, moments, y, B, C,
-     p, h, wide, D, int(threads))
-)
+OV3_EXPORT(patch_embed_forward)
 
 // grad_y [B, (1+) h w, D] -> grad_latents (dense, of latents' shape and type), grad_w [D, C p p], grad_bias [D], grad_pos [(1+) h w, D],
 // grad_cls [D]; each may be null.
@@ -249,12 +241,4 @@ void patch_embed_backward(
     };
     is_wide ? run(float{}) : run(T{});
 }
-OV3_EXPORT(
-    patch_embed_backward,
-    (Ptr grad_y, int64_t grad_batch_stride, int64_t grad_row_stride, int64_t has_cls, Ptr latents, int64_t batch_stride,
-     int64_t channel_stride, int64_t line_stride, int64_t is_wide, Ptr w, int64_t w_stride, Ptr rng, double scale, double shift,
-     int64_t moments, Ptr grad_latents, Ptr grad_w, Ptr grad_bias, Ptr grad_pos, Ptr grad_cls, int64_t B, int64_t C, int64_t p, int64_t h,
-     int64_t wide, int64_t D, int64_t threads),
-    (grad_y, grad_batch_stride, grad_row_stride, has_cls, latents.address, batch_stride, channel_stride, line_stride, is_wide, w, w_stride,
-     rng, scale, shift, moments, grad_latents.address, grad_w, grad_bias, grad_pos, grad_cls, B, C, p, h, wide, D, int(threads))
-)
+OV3_EXPORT(patch_embed_backward)

@@ -23,20 +23,20 @@ void random_normal(const int64_t* rng, T* out, int64_t n, int threads) {
         }
     });
 }
-OV3_EXPORT(random_normal, (Ptr rng, Ptr out, int64_t n, int64_t threads), (rng, out, n, int(threads)))
+OV3_EXPORT(random_normal)
 
 // The stream's words as numbers of 32 bits, out [n]; for tests.
-extern "C" int ov3_random_words_f32(Ptr rng, Ptr out, int64_t n, int64_t) {
-    const Philox philox(static_cast<const int64_t*>(rng.address));
-    uint32_t* words = out;
+template <class T>
+void random_words(const int64_t* rng, uint32_t* out, int64_t n, int) {
+    const Philox philox(rng);
     for (int64_t i = 0; i < n; i += Philox::GROUP) {
         vu w[4];
         philox.words(uint64_t(i / 4), w);
         for (int lane = 0; lane < VL; lane++)
             for (int j = 0; j < 4; j++) {
                 const int64_t at = i + 4 * (VL / 4 * (lane % 4) + lane / 4) + j;
-                if (at < n) words[at] = w[j][lane];
+                if (at < n) out[at] = w[j][lane];
             }
     }
-    return 0;
 }
+OV3_EXPORT_AS(random_words, f32, float)

@@ -42,6 +42,9 @@ def parameter(
     """An optional tensor of shape `expected` on the device and of the dtype of `like`; with `mixed`, float32 will do as well."""
     if value is None:
         return
+    if isinstance(value, Tensor) and value.shape == expected and value.device == like.device:
+        if value.dtype == like.dtype or (mixed and value.dtype == torch.float32):
+            return  # as nearly always; the rest finds words for what is wrong
     tensor(op, name, value)
     shape(op, name, value, expected, meaning)
     same_device(op, name, value, like)

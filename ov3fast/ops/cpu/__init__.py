@@ -2,7 +2,7 @@
 
 One library per instruction set was built at installation; the widest that this processor runs is loaded at the first call, or the one
 that OV3FAST_CPU_ISA names (a narrower one, for tests). Each operator's file here declares its kernels, lays out their arguments and
-registers itself.
+registers itself. A library is loaded once its kernels have the types that the declarations say.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ EMULATED = "amx_emulated"
 """The kernels of amx_bf16 on a model of the tile unit, equal to the bit and slow: for tests, never taken unless it is asked for."""
 
 _C_TYPES = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
+_C_NAME = {torch.float32: "float", torch.bfloat16: "bf16"}
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _forced: str | None = os.environ.get("OV3FAST_CPU_ISA") or None
 
@@ -116,12 +117,40 @@ class Kernel:
         key = (dtype, parameters or dtype, _forced)
         function = self._functions.get(key)
         if function is None:
-            suffix = _SUFFIX[dtype] if key[1] == dtype else f"{_SUFFIX[dtype]}_{_SUFFIX[key[1]]}"
-            function = self._functions[key] = _library(isa())[f"ov3_{self.name}_{suffix}"]
-            function.argtypes = self._argtypes
+            address = self._export(_library(isa()), *key[:2]).function
+            function = self._functions[key] = ctypes.CFUNCTYPE(ctypes.c_int, *self._argtypes)(address)
         values = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
         if function(*values, torch.get_num_threads()):
             raise MemoryError(f"{self.name}: no memory for its work space")
+
+    def check(self, library: ctypes.CDLL) -> None:
+        """RuntimeError unless the library has this kernel with these types."""
+        for dtype, parameters in self.variants:
+            try:
+                found = self._export(library, dtype, parameters).signature.decode()
+            except AttributeError:
+                found = "no such kernel"
+            expected = self.signature(dtype, parameters)
+            if found != expected:
+                raise RuntimeError(
+                    f"the CPU kernel {self.name} is declared with ({expected}), and {library._name} has ({found}):"
+                    " it was built from other sources; run `python csrc/build.py ov3fast/_native`, or install again"
+                )
+
+    def signature(self, dtype: torch.dtype, parameters: torch.dtype) -> str:
+        """The types of the arguments, as csrc/cpu/export.h writes them."""
+        names = {"T": _C_NAME[dtype], "P": _C_NAME[parameters]}
+        return " ".join(names.get(kind.rstrip("*"), kind.rstrip("*")) + "*" * kind.count("*") for kind in self._types)
+
+    def _export(self, library: ctypes.CDLL, dtype: torch.dtype, parameters: torch.dtype) -> Any:
+        suffix = _SUFFIX[dtype] if parameters == dtype else f"{_SUFFIX[dtype]}_{_SUFFIX[parameters]}"
+        get = library[f"ov3_export_{self.name}_{suffix}"]
+        get.restype = ctypes.POINTER(_Export)
+        return get().contents
+
+
+class _Export(ctypes.Structure):
+    _fields_ = (("signature", ctypes.c_char_p), ("function", ctypes.c_void_p))
 
 
 KERNELS: dict[str, Kernel] = {}
@@ -130,7 +159,10 @@ KERNELS: dict[str, Kernel] = {}
 
 @functools.cache
 def _library(name: str) -> ctypes.CDLL:
-    return ctypes.CDLL(str(FOLDER / f"ov3_{name}.so"))
+    library = ctypes.CDLL(str(FOLDER / f"ov3_{name}.so"))
+    for kernel in KERNELS.values():
+        kernel.check(library)
+    return library
 
 
 def unit_stride(x: Tensor) -> Tensor:

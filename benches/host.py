@@ -1,0 +1,107 @@
+"""Host time of an operator's call: what Python, the dispatcher and autograd take before and after the kernel, on tensors too small to matter.
+
+    python -m benches.host [--before OLD_TREE] [--out benches/results/host-cpu.csv]
+
+The thread's own CPU time, the least of many rounds, so a busy machine changes little. With --before, another checkout (its kernels built) is
+measured in turn with this one, in a process of its own, and both stand in the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+FIELDS = ("op", "direction", "before_us", "after_us", "ratio", "cpu", "torch")
+ROUNDS = 3
+
+
+def least(run: Callable[[], object], rounds: int = 40, inner: int = 25) -> float:
+    """Microseconds of one call."""
+    for _ in range(inner):
+        run()
+    times = []
+    for _ in range(rounds):
+        start = time.thread_time_ns()
+        for _ in range(inner):
+            run()
+        times.append((time.thread_time_ns() - start) / inner / 1e3)
+    return min(times)
+
+
+def measure() -> dict[str, float]:
+    """ "op direction" -> microseconds, with the ov3fast that is imported."""
+    from ov3fast import ops
+
+    torch.set_num_threads(1)
+    gc.disable()
+    x, weight, bias = torch.randn(2, 3, 8), torch.randn(8, 8), torch.randn(8)
+    calls = {
+        "layer_norm": (ops.layer_norm, (x, bias, bias)),
+        "linear": (ops.linear, (x, weight, bias)),
+        "flash_attention": (ops.flash_attention, tuple(torch.randn(1, 2, 1, 8) for _ in range(3))),
+        "mlp": (ops.mlp, (x, weight, bias, weight, bias)),
+    }
+    found = {}
+    for name, (function, values) in calls.items():
+        leaves = [value.clone().requires_grad_() for value in values]
+        upstream = torch.ones_like(function(*values))
+        found[f"{name} forward"] = least(lambda f=function, v=values: f(*v))
+        found[f"{name} forward + backward"] = least(lambda f=function, v=leaves, g=upstream: torch.autograd.grad(f(*v), v, g))
+    return found
+
+
+def _in_tree(tree: Path) -> dict[str, float]:
+    command = [sys.executable, str(Path(__file__).resolve()), "--json"]
+    done = subprocess.run(
+        command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.json:
+        print(json.dumps(measure()))
+        return
+    trees = {"before": options.before, "after": Path(__file__).resolve().parents[1]}
+    runs = {name: [] for name, tree in trees.items() if tree}
+    for _ in range(ROUNDS):
+        for name, found in runs.items():
+            found.append(_in_tree(trees[name]))
+    best = {name: {key: min(run[key] for run in found) for key in found[0]} for name, found in runs.items()}
+    from benches.timing import machine
+
+    facts, rows = machine(), []
+    for key, after in best["after"].items():
+        op, direction = key.split(" ", 1)
+        before = best.get("before", {}).get(key)
+        rows.append(
+            {
+                "op": op, "direction": direction, "before_us": f"{before:.1f}" if before else "", "after_us": f"{after:.1f}",
+                "ratio": f"{after / before:.2f}" if before else "", "cpu": facts["cpu"], "torch": facts["torch"],
+            }
+        )  # fmt: skip
+        print(f"{op:16} {direction:18} {rows[-1]['before_us']:>7} {rows[-1]['after_us']:>7} us")
+    if options.out:
+        with options.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -389,9 +389,8 @@ def adamw_ema(dtype: str) -> Iterator[Case]:
         return ops.adamw_ema_(params, grads, m, v, ema, step=2, max_norm=1.0, ema_decay=0.99, **numbers)
 
     elements = float(sum(p.numel() for p in params))
-    moved = elements * (
-        4 * params[0].itemsize + 6 * 4
-    )  # parameters and gradients twice each, moments and average read and written
+    # Parameters and moments and the average are read and written, gradients read twice.
+    moved = elements * (4 * params[0].itemsize + 6 * 4)
     yield Case("adamw_ema_", "forward", f"{elements / 1e6:.0f} M parameters", dtype, {OURS: ours, "eager": peer}, bytes=moved)
 
 

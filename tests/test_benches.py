@@ -101,8 +101,10 @@ def test_tuning_keeps_what_is_faster_and_right(tmp_path, monkeypatch):
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_tuning_tries_descriptors_where_they_exist(architecture, monkeypatch):
     from benches import tune
+    from ov3fast.kernels.attention import config as rows
     from ov3fast.kernels.lib import config as configs
 
+    assert configs.TABLE is rows.TABLE  # which the import fills
     monkeypatch.setattr(configs, "current_architecture", lambda: architecture)
     for dtype, size in (("bf16", "64"), ("fp16", "128"), ("fp32", "64"), ("bf16", "192")):
         tried = list(tune.candidates(("flash_attention_forward", dtype, size)))

@@ -60,18 +60,14 @@ def run(values, groups, layout, order="forward", target="sm_80"):
 def test_within_budget(dtype, shape, groups, layout, target):
     values = inputs(*shape, dtype=dtype)
     results, _ = run(values, groups, layout, target=target)
-    plain, exact = expected(*values, groups), expected(*(v.double() for v in values), groups)
-    for name, result, same, wide in zip(("y", "x", "weight", "bias"), results, plain, exact, strict=True):
-        testing.assert_within_budget(result, same, wide, name)
+    testing.Budget(lambda values: expected(*values, groups), values).check(results, ("y", "x", "weight", "bias"))
 
 
 @pytest.mark.parametrize("layout", ["plain", "channels_last"])
 def test_digits_at_a_mean_far_from_zero(layout):
     values = inputs(1, 8, 30, 30, dtype=torch.float32, mean=30.0)
     results, _ = run(values, 2, layout)
-    plain, exact = expected(*values, 2), expected(*(v.double() for v in values), 2)
-    for name, result, same, wide in zip(("y", "x", "weight", "bias"), results, plain, exact, strict=True):
-        testing.assert_within_budget(result, same, wide, name)
+    testing.Budget(lambda values: expected(*values, 2), values).check(results, ("y", "x", "weight", "bias"))
 
 
 @pytest.mark.parametrize("layout", ["plain", "channels_last"])

@@ -52,9 +52,7 @@ def run(values, grid, patch, order="forward", layout=torch.Tensor.contiguous, ta
 def test_within_budget(dtype, sizes, layout, target):
     values, where = inputs(*sizes, dtype), dict(grid=sizes[1], patch=sizes[4])
     results, _ = run(values, **where, layout=testing.LAYOUTS[layout], target=target)
-    plain, exact = expected(*values, **where), expected(*(v.double() for v in values), **where)
-    for name, result, same, wide in zip(("x", "tokens", "weight", "bias"), results, plain, exact, strict=True):
-        testing.assert_within_budget(result, same, wide, name)
+    testing.Budget(lambda values: expected(*values, **where), values).check(results, ("x", "tokens", "weight", "bias"))
 
 
 def test_program_order_does_not_matter():

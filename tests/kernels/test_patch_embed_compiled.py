@@ -58,9 +58,9 @@ def run(values, patch, order="forward", layout=torch.Tensor.contiguous, target="
 def test_within_budget(dtype, sizes, layout, target):
     values, patch = inputs(*sizes, dtype), sizes[4]
     results, _ = run(values, patch, layout=testing.LAYOUTS[layout], target=target)
-    plain, exact = expected(*values, patch=patch), expected(*(v.double() for v in values), patch=patch)
-    for name, result, same, wide in zip(("y", "latents", "weight", "bias", "pos", "cls"), results, plain, exact, strict=True):
-        testing.assert_within_budget(result, same, wide, name)
+    testing.Budget(lambda values: expected(*values, patch=patch), values).check(
+        results, ("y", "latents", "weight", "bias", "pos", "cls")
+    )
 
 
 def test_program_order_does_not_matter():

@@ -26,9 +26,8 @@ def wide(values):
     return [v.double() if isinstance(v, torch.Tensor) else v for v in values]
 
 
-def check(ours, plain, exact):
-    for number, (a, p, e) in enumerate(zip(ours, plain, exact, strict=True)):
-        testing.assert_within_budget(a, p, e, f"result {number}")
+def check(ours, reference, arguments):
+    testing.Budget(lambda values: reference(*values), arguments).check(ours)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -38,7 +37,7 @@ def test_forward(dtype, fused, rows, width, target):
     x, residual = tensors(rows, width, dtype, 2)
     arguments = (x, *parameters(width, dtype), residual if fused else None, EPS)
     ours, [report] = in_any_order(layer_norm.forward, *arguments, target=target)
-    check(ours, _forward_eager(*arguments), _forward_eager(*wide(arguments)))
+    check(ours, _forward_eager, arguments)
     if width % 16 == 0:
         work = forward_work(2 * rows, width, 2, fused, -(-2 * rows // 4))
         assert report.bytes_read() + report.bytes_written() == pytest.approx(work.bytes, rel=0.1)
@@ -55,7 +54,7 @@ def test_backward(dtype, fused, rows, width, target):
     mean, rstd = exact[2].float(), exact[3].float()
     arguments = (grad_y, grad_h if fused else None, h, weight, mean, rstd, True, True, True)
     ours, [report, merge] = in_any_order(layer_norm.backward, *arguments, target=target)
-    check(ours, _backward_eager(*arguments), _backward_eager(*wide(arguments)))
+    check(ours, _backward_eager, arguments)
     if width % 16 == 0:
         work = backward_work(2 * rows, width, 2, fused, 2)
         # All lanes read their row's statistics from one address, which memory serves once; the report counts each lane.

@@ -30,9 +30,7 @@ def wide(values):
 
 
 def check(ours, reference, arguments):
-    results = zip(ours, reference(*arguments), reference(*wide(arguments)), strict=True)
-    for number, (a, p, e) in enumerate(results):
-        testing.assert_within_budget(a, p, e, f"result {number}")
+    testing.Budget(lambda values: reference(*values), arguments).check(ours)
 
 
 def check_traffic(reports, dtype, passes):

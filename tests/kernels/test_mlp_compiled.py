@@ -35,13 +35,8 @@ def inputs(dtype, mixed, batch, rows, width, hidden, features):
     return x, *parameters, testing.transposed(testing.make(batch, rows, features, seed=5).to(dtype))
 
 
-def wide(values):
-    return [v.double() if isinstance(v, torch.Tensor) else v for v in values]
-
-
-def check(ours, plain, exact):
-    for number, (a, p, e) in enumerate(zip(ours, plain, exact, strict=True)):
-        testing.assert_within_budget(a, p, e, f"result {number}")
+def check(ours, reference, arguments):
+    testing.Budget(lambda values: reference(*values), arguments).check(ours)
 
 
 def check_traffic(report, work, target):
@@ -58,7 +53,7 @@ def test_forward(monkeypatch, dtype, size, activation, mixed, shape, target):
     x, w1, b1, w2, b2, _ = inputs(dtype, mixed, *shape)
     arguments = x, w1, b1, w2, b2, activation
     ours, reports = in_any_order(mlp.forward, *arguments, target=target)
-    check(ours, _forward_eager(*arguments), _forward_eager(*wide(arguments)))
+    check(ours, _forward_eager, arguments)
     if shape == WHOLE:
         batch, rows, width, hidden, _ = shape
         config = configs.pick("mlp_forward", "bf16", size)
@@ -74,7 +69,7 @@ def test_backward(monkeypatch, dtype, size, activation, mixed, shape, target):
     arguments = grad_y, x, h, w1, w2, activation, True, True, True, True, True
     ours, reports = in_any_order(mlp.backward, *arguments, target=target)
     arguments = grad_y, x, h, w1, b1, w2, *arguments[5:]
-    check(ours, _backward_eager(*arguments), _backward_eager(*wide(arguments)))
+    check(ours, _backward_eager, arguments)
     if shape == WHOLE:
         batch, rows, _, hidden, features = shape
         config = configs.pick("mlp_backward", "bf16", size)

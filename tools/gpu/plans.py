@@ -26,7 +26,7 @@ CUDA_OPERATORS = ("group_norm_silu", "adamw_ema_")
 """Those that have CUDA C++ kernels."""
 CASES = (
     "flash_attention", "contrastive_loss", "linear_cross_entropy", "noise_projection", "patch_embed", "moments to tokens", "mlp", "layer_norm + residual",
-    "group_norm_silu", "ViT-B/2 encoder",
+    "group_norm_silu", "linear", "latent_projection", "random_normal", "adamw_ema_", "ViT-B/2 encoder",
 )  # fmt: skip
 """Operators of benches/cases.py."""
 

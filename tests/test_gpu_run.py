@@ -132,11 +132,11 @@ def written(folder):
 
 def test_what_comes_back_becomes_tables_and_a_sentence(tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text("Before. **Nothing here has been run on a GPU yet.** After.")
+    readme.write_text("Before. **Nothing here has been run on a GPU yet**: after.")
     results.take_over(written(tmp_path / "run"), tmp_path, readme)
     assert readme.read_text() == (
         "Before. **Run on a GPU: Some GPU, torch 2.11.0, Triton 3.6.0, commit abc; 1 of 2 checks of correctness passed; times are in"
-        " benches/results/operators-cuda.csv.** After."
+        " benches/results/operators-cuda.csv**: after."
     )
     [line] = results.csv.DictReader((tmp_path / "operators-cuda.csv").open())
     expected = dict(

@@ -20,7 +20,7 @@ from .rows import Row, Rows, bad
 
 RESULTS = ROOT / "benches" / "results"
 README = ROOT / "README.md"
-STATUS = re.compile(r"\*\*(Nothing here has (?:been )?run on a GPU yet|Run on a GPU: [^*]*)\.\*\*")
+STATUS = re.compile(r"\*\*(Nothing here has (?:been )?run on a GPU yet|Run on a GPU: [^*]*?)\.?\*\*")
 OURS = ("ov3fast", "triton", "cuda")
 
 
@@ -101,7 +101,7 @@ def sentence(correct: list[Row], timed: list[Row]) -> str:
         said.append(f"{len(checks) - len(bad(checks))} of {len(checks)} checks of correctness passed")
     if timed:
         said.append("times are in benches/results/operators-cuda.csv")
-    return f"Run on a GPU: {machine['gpu']}, torch {machine['torch']}, Triton {machine['triton']}, commit {machine['commit']}; {'; '.join(said)}."
+    return f"Run on a GPU: {machine['gpu']}, torch {machine['torch']}, Triton {machine['triton']}, commit {machine['commit']}; {'; '.join(said)}"
 
 
 def with_status(readme: str, words: str) -> str:

@@ -33,7 +33,8 @@ def variants(case: cases.Case, compiles: bool) -> Iterator[tuple[str, str | None
         if (name == "compile") == compiles:
             yield name, None, call
             if name == cases.OURS:
-                yield from ((backend, backend, call) for backend in BACKENDS)
+                there = ops.table().get(case.operator, BACKENDS)
+                yield from ((backend, backend, call) for backend in BACKENDS if backend in there)
 
 
 def measured(call: Callable[[], object]) -> dict[str, Any]:

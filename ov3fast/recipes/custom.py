@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from ov3fast.data.captions import texts_under
 from ov3fast.data.config import DataConfig, SourceConfig
@@ -21,7 +22,7 @@ from .config import OptimizerConfig, Recipe, Stage
 LOOKED_AT = 64
 """Samples whose captions are looked at."""
 
-_WIDTH = dict(width=192, heads=3, mlp_dim=768, residual_init=0.25)
+_WIDTH: dict[str, Any] = dict(width=192, heads=3, mlp_dim=768, residual_init=0.25)
 
 RECIPE = Recipe(
     name="custom",
@@ -73,7 +74,7 @@ def fit(path: str) -> Recipe:
     captioned = [key for key in common if key in ("txt", "caption", "text")] or common
     (stage,) = RECIPE.stages
     batch = min(stage.batch_size, len(dataset))
-    stage = dataclasses.replace(stage, batch_size=batch, pixel_images=min(stage.pixel_images, batch))
+    stage = dataclasses.replace(stage, batch_size=batch, pixel_images=min(stage.pixel_images or batch, batch))
     if captioned:
         choices = tuple((key, 1.0 / len(captioned)) for key in captioned)
         source = SourceConfig(path=path, captions=choices, caption_key=captioned[0])

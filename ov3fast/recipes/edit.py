@@ -75,7 +75,7 @@ def _remove(items: tuple, names: Sequence[str], flag: str, field: str) -> tuple:
 
 def _fields(text: str, kind: type, flag: str) -> dict[str, Any]:
     types = typing.get_type_hints(kind)
-    values = {}
+    values: dict[str, Any] = {}
     for part in text.split(","):
         name, equals, value = part.partition("=")
         if not equals or name not in types:

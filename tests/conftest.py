@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +16,10 @@ def _load(name: str) -> None:
 
 if "kernel_tools" not in sys.modules:
     _load("kernel_tools")
+
+# A shell starts what runs in the background with Ctrl-C ignored, and tests of Ctrl-C send it to themselves and to processes of theirs.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Compiled kernels are tried without the interpreter.
 collect_ignore_glob = ["kernels/*_compiled.py", "kernels/test_cuda_*.py"] if os.environ.get("TRITON_INTERPRET") == "1" else []

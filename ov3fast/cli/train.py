@@ -6,6 +6,9 @@ ov3fast train --resume runs/demo                   a run that was stopped
 ov3fast train --resume runs/demo --extend --stages.1.steps 5000
 """
 
+import re
+import shutil
+import textwrap
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,7 +56,8 @@ def run(arguments: list[str]) -> int:
     arguments, help_about = _take_optional(arguments, "--help", "-h")
     if help_about == "":
         groups = ", ".join(name.replace("_", "-") for name in _groups(Recipe))
-        print(HELP.format(program=PROGRAM, names=", ".join(NAMES), groups=groups, common=COMMON))
+        text = HELP.format(program=PROGRAM, names=", ".join(NAMES), groups=groups, common=COMMON)
+        print(_reflowed(text, shutil.get_terminal_size().columns))
         return 0
     arguments, resume = _take_optional(arguments, "--resume")
     if resume is not None and resume.lower() in ("true", "false"):
@@ -167,6 +171,24 @@ def _take_first(arguments: list[str], flag: str) -> tuple[str, list[str]]:
 def _groups(kind: Any) -> list[str]:
     names = [f.name for f in fields(kind)]
     return [*(name for name in names if name in ("model", "objective", "lpips", "data", "stages", "optimizer")), "run"]
+
+
+def _reflowed(text: str, width: int) -> str:
+    """Lines that are too wide for the terminal become several: each flag on its own, its text indented below."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        if len(line) <= width:
+            lines.append(line)
+            continue
+        for part in re.split(r" {2,}", line.strip()):
+            if part.startswith("-"):
+                lines.append(f"  {part}")
+            else:
+                indent = "    " if line.startswith(" ") else ""
+                lines += textwrap.wrap(
+                    part, width, initial_indent=indent, subsequent_indent=indent or "  ", break_long_words=False
+                )
+    return "\n".join(lines)
 
 
 def _help_of_group(recipe: "Recipe", group: str) -> str:

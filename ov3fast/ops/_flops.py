@@ -6,12 +6,16 @@ the products of the gradients that are asked for, and those that are computed ag
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.machinery
+import importlib.util
 import math
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 Shape = tuple[int, ...]
 
@@ -151,7 +155,37 @@ WITHOUT_PRODUCTS = (
     "random_normal", "adamw_ema_",
 )  # fmt: skip
 
-for _formula in FORMULAS:
-    register_flop_formula(getattr(torch.ops.ov3fast, _formula.__name__))(_counted(_formula))
-for _name in WITHOUT_PRODUCTS:
-    register_flop_formula(getattr(torch.ops.ov3fast, _name))(_counted(nothing))
+COUNTER = "torch.utils.flop_counter"
+
+
+def register(counter: ModuleType) -> None:
+    """Adds the formulas to the counter's."""
+    for formula in FORMULAS:
+        counter.register_flop_formula(getattr(torch.ops.ov3fast, formula.__name__))(_counted(formula))
+    for name in WITHOUT_PRODUCTS:
+        counter.register_flop_formula(getattr(torch.ops.ov3fast, name))(_counted(nothing))
+
+
+class _WhenImported(importlib.abc.MetaPathFinder):
+    """Registers the formulas once the counter is imported: it imports Triton, which most who import ov3fast don't need."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name != COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def load_and_register(module: ModuleType) -> None:
+                load(module)
+                register(module)
+
+            spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if COUNTER in sys.modules:
+    register(sys.modules[COUNTER])
+else:
+    sys.meta_path.insert(0, _WhenImported())

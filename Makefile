@@ -25,7 +25,7 @@ test: .venv/dev lint
 # Everything: besides, all instruction sets, the operators' tests in the interpreter, compiled GPU code and its gate, packaging, and the
 # tests of what executes the compiled code. The tile unit's kernels run on its model.
 test-all: test
-	$(BIN)/python csrc/build.py --only amx_emulated ov3fast/_native
+	$(BIN)/python csrc/build.py ov3fast/_native --only amx_emulated
 	$(PYTEST) -m full
 	TRITON_INTERPRET=1 $(PYTEST) -m full tests/ops tests/kernels
 	$(PYTEST) tools/ptxrun

@@ -24,9 +24,10 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def room_for_rows(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised [rows, columns] matrix, whose rows begin at multiples of 16 elements on a GPU.
+    """An uninitialised [rows, columns] matrix whose rows begin at multiples of 16 elements.
 
-    Not on a CPU: with AMX, PyTorch's 16-bit products multiply what lies between rows by 0, and a NaN there shows.
+    Between rows lie zeros on a CPU: with AMX, PyTorch's 16-bit products multiply what lies there by 0, and a NaN shows.
     """
-    stride = -(-columns // 16) * 16 if like.is_cuda else columns
-    return like.new_empty((rows, stride), dtype=dtype)[:, :columns]
+    padded = (rows, -(-columns // 16) * 16)
+    room = like.new_zeros(padded, dtype=dtype) if like.device.type == "cpu" else like.new_empty(padded, dtype=dtype)
+    return room[:, :columns]

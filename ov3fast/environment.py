@@ -14,7 +14,8 @@ class Word(NamedTuple):
 WORDS = {
     "OV3FAST_IMPL": Word("the backend of every operator, as ops.use", "each operator picks its first backend that is ready"),
     "OV3FAST_CPU_ISA": Word(
-        "instruction set of the CPU kernels: portable, avx2, avx512, avx512_bf16, amx_bf16", "the widest that runs here"
+        "instruction set of the CPU kernels: portable, avx2, avx512, avx512_bf16, amx_bf16, or amx_emulated for tests",
+        "the widest that runs here",
     ),
     "OV3FAST_CACHE": Word("folder for the demo set, packages and tuned block sizes", "~/.cache/ov3fast"),
     "OV3FAST_TRACEBACK": Word("any text: errors of the command line show where they came from", "one line, exit code 2"),

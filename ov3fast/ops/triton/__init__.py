@@ -34,17 +34,20 @@ class Kernels(NamedTuple):
     """The arguments whose device, dtype and width decide whether the kernels take a call."""
     widest: int | None = None
     """Largest size of the first operand's last axis."""
+    axis: str = "the last axis"
+    """What that axis is called in a refusal."""
     forward: str = "forward"
     backward: str | None = "backward"
 
 
 KERNELS = {
     "contrastive_loss": Kernels("contrastive.launch", ("image", "text")),
-    "flash_attention": Kernels("attention.launch", ("q", "k", "v"), widest=256),
+    "flash_attention": Kernels("attention.launch", ("q", "k", "v"), widest=256, axis="head_dim"),
     "flash_attention_qkvpacked": Kernels(
         "attention.launch",
         ("qkv",),
         widest=256,
+        axis="head_dim",
         forward="forward_packed",
         backward="backward_packed",
     ),
@@ -71,7 +74,9 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def unsupported_reason(*operands: Tensor | torch.dtype | None, widest: int | None = None) -> str | None:
+def unsupported_reason(
+    *operands: Tensor | torch.dtype | None, widest: int | None = None, axis: str = "the last axis"
+) -> str | None:
     """Why the kernels can't take these operands, or None: float32, bfloat16 and float16 (and int64) on a GPU."""
     device = "cpu" if INTERPRETED else "cuda"
     for operand in operands:
@@ -84,7 +89,7 @@ def unsupported_reason(*operands: Tensor | torch.dtype | None, widest: int | Non
             return f"it does not take {dtype}"
     first = operands[0]
     if widest is not None and isinstance(first, Tensor) and first.shape[-1] > widest:
-        return f"the last axis must be at most {widest}, got {first.shape[-1]}"
+        return f"{axis} must be at most {widest}, got {first.shape[-1]}"
     return None
 
 
@@ -122,5 +127,5 @@ for _op, _kernels in KERNELS.items():
             _options["slower_than_backward"] = lambda *_: ()
     _dispatch.register(
         _op, "triton", _forward, _backward, operands=_kernels.operands, unavailable_reason=unavailable_reason,
-        unsupported_reason=functools.partial(unsupported_reason, widest=_kernels.widest), **_options,
+        unsupported_reason=functools.partial(unsupported_reason, widest=_kernels.widest, axis=_kernels.axis), **_options,
     )  # fmt: skip

@@ -31,9 +31,10 @@ X86_FLAGS = {
 EMULATED = "amx_emulated"
 EMULATED_FLAGS = f"{X86_FLAGS['amx_bf16']} -DOV3_EMULATE_TILES"
 
-# GCC 12 takes the "undefined" halves of its own AVX-512 intrinsics for mistakes.
+# Hidden: several libraries are loaded at once, and the linker would let all of them share the first one's static variables (GCC binds those of
+# templates uniquely). GCC 12 takes the "undefined" halves of its own AVX-512 intrinsics for mistakes.
 FLAGS = (
-    "-std=c++17 -O2 -g1 -fPIC -fopenmp -fvisibility=default -ffp-contract=fast -fno-math-errno -fno-trapping-math"
+    "-std=c++17 -O2 -g1 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math"
     " -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized"
 )
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1"

@@ -12,6 +12,8 @@
 
 #include "simd.h"
 
+#define OV3_VISIBLE __attribute__((visibility("default")))
+
 namespace ov3 {
 
 struct Export {
@@ -66,7 +68,7 @@ struct Exported<KERNEL> {
 }  // namespace ov3
 
 #define OV3_EXPORT_AS(name, suffix, ...) \
-    extern "C" const ov3::Export* ov3_export_##name##_##suffix() { return ov3::Exported<&name<__VA_ARGS__>>::get(); }
+    extern "C" OV3_VISIBLE const ov3::Export* ov3_export_##name##_##suffix() { return ov3::Exported<&name<__VA_ARGS__>>::get(); }
 
 // name<float> and name<bf16> as ov3_export_name_f32 and ov3_export_name_bf16.
 #define OV3_EXPORT(name)           \

@@ -2,7 +2,7 @@
 
 #include "tiles.h"
 
-extern "C" const char* ov3_best_isa() {
+extern "C" __attribute__((visibility("default"))) const char* ov3_best_isa() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");

@@ -61,3 +61,17 @@ def test_pointers_to_pointers_and_mixed_dtypes():
 def test_a_call_goes_through():
     x, weight = torch.randn(3, 4), torch.randn(5, 4)
     torch.testing.assert_close(ops.linear(x, weight, impl="cpu"), x @ weight.T)
+
+
+@pytest.mark.backend_independent
+def test_each_library_has_kernels_of_its_own():
+    """Symbols that the dynamic linker shares among loaded libraries would have all instruction sets run the first one's kernels."""
+    places = {}
+    for isa in cpu.available_isas():
+        library = cpu._library(isa)
+        for kernel in cpu.KERNELS.values():
+            for dtype, parameters in kernel.variants:
+                places.setdefault((kernel.name, dtype, parameters), []).append(
+                    kernel._export(library, dtype, parameters).function
+                )
+    assert places and all(len(set(functions)) == len(cpu.available_isas()) for functions in places.values())

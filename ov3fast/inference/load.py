@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ov3fast.models import pretrained, vision_tower
 from ov3fast.models.config import OpenVision3Config
-from ov3fast.models.openvision3 import WEIGHTS_FILE, OpenVision3
+from ov3fast.models.openvision3 import WEIGHT_FILES, OpenVision3
 from ov3fast.models.tokenizer import CONFIG_FILE, FILE
 from ov3fast.models.vae import FrozenVAE
 from ov3fast.models.vit import ViTEncoder
@@ -38,29 +38,45 @@ class VisionTower(nn.Module):
 
 
 def load_model(
-    path: str | Path, *, vae: FrozenVAE | str | Path | None = None, device: torch.device | str | None = None
+    path: str | Path,
+    *,
+    vae: FrozenVAE | str | Path | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    image_size: int | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> OpenVision3 | VisionTower:
     """A model in eval mode from a folder or hub id.
 
     A folder with open_clip_config.json holds a released vision tower, any other must be one that OpenVision3.save_pretrained wrote; a
     training run's folder stands for the model in it. vae: a FrozenVAE, a folder, a hub id or "small"; None: the model's own, for a
-    tower FLUX.1's. FileNotFoundError or ValueError, in one line, says what is missing.
+    tower FLUX.1's. The rest as in OpenVision3.from_pretrained. FileNotFoundError or ValueError, in one line, says what is missing.
     """
     what = f"load_model({str(path)!r})"
-    tower_files = [vision_tower.CONFIG_FILE, *vision_tower.WEIGHT_FILES]
+    weights = pretrained.weight_patterns({*WEIGHT_FILES, *vision_tower.WEIGHT_FILES}, variant)
+    files = ["config.json", FILE, CONFIG_FILE, vision_tower.CONFIG_FILE, *weights]
     device = pretrained.check_device(device, what)
-    folder = pretrained.resolve(path, what, ["config.json", WEIGHTS_FILE, FILE, CONFIG_FILE, *tower_files])
+    hub = pretrained.Hub(revision, token, cache_dir, local_files_only)
+    folder = pretrained.resolve(path, what, files, hub)
     folder = pretrained.model_folder(folder, what)
     if not folder.is_dir():
         raise FileNotFoundError(f"{what}: it is a file; give the folder of a model, a training run or a hub id (owner/name)")
     if (folder / vision_tower.CONFIG_FILE).is_file():
-        encoder = vision_tower.load_vision_encoder(folder, device=device)
+        encoder = vision_tower.load_vision_encoder(folder, device=device, dtype=dtype, image_size=image_size, variant=variant)
         if not isinstance(vae, FrozenVAE):
-            vae = FrozenVAE.from_pretrained(OpenVision3Config().vae if vae is None else vae)
+            vae_hub = pretrained.Hub(None, token, cache_dir, local_files_only)
+            vae = FrozenVAE.from_pretrained(OpenVision3Config().vae if vae is None else vae, hub=vae_hub)
         return VisionTower(encoder, vae).to(device).eval()
     if not (folder / "config.json").is_file():
         inside = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
         raise FileNotFoundError(
             f"{what}: no model there: neither config.json nor {vision_tower.CONFIG_FILE} nor a folder model (it holds {inside})"
         )
-    return OpenVision3.from_pretrained(folder, vae=vae, device=device)
+    return OpenVision3.from_pretrained(
+        folder, vae=vae, device=device, dtype=dtype, image_size=image_size, variant=variant,
+        token=token, cache_dir=cache_dir, local_files_only=local_files_only,
+    )  # fmt: skip

@@ -9,6 +9,7 @@ Legend: B images, P texts, N tokens, D width, E embedding width, L ids.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import warnings
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from ov3fast.data.preprocess import ImageLike
 
 WEIGHTS_FILE = "model.safetensors"
+WEIGHT_FILES = (WEIGHTS_FILE, "pytorch_model.bin")
+"""What from_pretrained looks for, in this order; save_pretrained writes the first."""
 PARTS = ("encoder", "decoder", "text", "captioner")
 
 
@@ -274,6 +277,11 @@ class OpenVision3(nn.Module):
         """The attached VAE; config.vae is loaded on first need."""
         return self.encoder.get_vae()
 
+    def set_image_size(self, image_size: int) -> None:
+        """Another config.vision.image_size, in pixels: `ViTEncoder.set_image_size`."""
+        self.encoder.set_image_size(image_size)
+        self.config = dataclasses.replace(self.config, vision=self.encoder.config)
+
     def parameter_counts(self) -> dict[str, int]:
         """Part -> number of values: encoder, decoder, text, captioner, other, total, and vae (frozen) where one is there."""
         counts = {part: sum(p.numel() for p in getattr(self, part).parameters()) for part in PARTS}
@@ -287,23 +295,43 @@ class OpenVision3(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, vae: FrozenVAE | str | Path | None = None, device: torch.device | str | None = None
+        cls,
+        path: str | Path,
+        vae: FrozenVAE | str | Path | None = None,
+        device: torch.device | str | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        image_size: int | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
     ) -> OpenVision3:
         """A folder or hub id that save_pretrained wrote, or a training run's folder; in eval mode. vae: a FrozenVAE, its folder or id, or
-        None: config.vae.
+        None: config.vae, which stays in float32 whatever the model's dtype.
 
-        FileNotFoundError or ValueError names what is missing, unexpected or misshapen.
+        dtype: default float32, "auto" the file's own. image_size: pixels, where other than the config's. variant: of the weights, "fp16"
+        for model.fp16.safetensors. The rest is huggingface_hub's. The weights are in memory once. FileNotFoundError or ValueError names
+        what is missing, unexpected or misshapen.
         """
         what = f"OpenVision3.from_pretrained({str(path)!r})"
+        wide = pretrained.as_dtype(dtype, what)
         device = pretrained.check_device(device, what)
-        folder = pretrained.model_folder(pretrained.resolve(path, what, ["config.json", WEIGHTS_FILE, FILE, CONFIG_FILE]), what)
+        hub = pretrained.Hub(revision, token, cache_dir, local_files_only)
+        files = ["config.json", FILE, CONFIG_FILE, *pretrained.weight_patterns(WEIGHT_FILES, variant)]
+        folder = pretrained.model_folder(pretrained.resolve(path, what, files, hub), what)
         config = OpenVision3Config.from_dict(pretrained.read_json(folder / "config.json", what))
         tokenizer = load_tokenizer(folder) if (folder / CONFIG_FILE).is_file() else None
-        state = pretrained.read_tensors(folder / WEIGHTS_FILE, what)
-        model = cls(config, tokenizer=tokenizer)
-        pretrained.load_state(model, state, what)
+        weights = pretrained.find_weights(folder, WEIGHT_FILES, what, variant)
+        with pretrained.without_values():
+            model = cls(config, tokenizer=tokenizer)
+        pretrained.load_state(model, pretrained.read_tensors(weights, what, wide, device), what, assign=True)
+        if image_size is not None:
+            model.set_image_size(image_size)
+        model.encoder.vae_hub = pretrained.Hub(None, token, cache_dir, local_files_only)
         if vae is not None:
-            model.set_vae(vae if isinstance(vae, FrozenVAE) else FrozenVAE.from_pretrained(vae))
+            model.set_vae(vae if isinstance(vae, FrozenVAE) else FrozenVAE.from_pretrained(vae, hub=model.encoder.vae_hub))
         return model.to(device).eval()
 
     def save_pretrained(self, path: str | Path) -> None:

@@ -103,11 +103,13 @@ class FrozenVAE(nn.Module):
         *,
         latent_convention: str | None = None,
         dtype: torch.dtype = torch.float32,
+        variant: str | None = None,
+        hub: pretrained.Hub | None = None,
     ) -> FrozenVAE:
         """A folder or hub id in diffusers' layout, or "small" for the one in the package.
 
-        subfolder: where it lies within; None takes the folder itself or its "vae" (FLUX.1-dev's layout). FileNotFoundError or
-        ValueError, in one line, where there is no such VAE.
+        subfolder: where it lies within; None takes the folder itself or its "vae" (FLUX.1-dev's layout). variant, hub: which file, and
+        how a hub id is looked up. FileNotFoundError or ValueError, in one line, where there is no such VAE.
         """
         from diffusers import AutoencoderKL
 
@@ -120,13 +122,13 @@ class FrozenVAE(nn.Module):
         else:
             files = ("config.json", "diffusion_pytorch_model*")
             places = [f"{subfolder}/"] if subfolder else ["", "vae/"]
-            root = pretrained.resolve(path, "VAE", [place + file for place in places for file in files])
+            root = pretrained.resolve(path, "VAE", [place + file for place in places for file in files], hub)
         choices = [root / subfolder] if subfolder else [root, root / "vae"]
         folder = next((choice for choice in choices if (choice / "config.json").is_file()), None)
         if folder is None:
             raise FileNotFoundError(f"VAE: {choices[0]} has no config.json; give the folder of a diffusers AutoencoderKL")
         try:
-            vae = AutoencoderKL.from_pretrained(str(folder), torch_dtype=dtype, low_cpu_mem_usage=False)
+            vae = AutoencoderKL.from_pretrained(str(folder), torch_dtype=dtype, variant=variant, low_cpu_mem_usage=False)
         except Exception as error:  # diffusers and safetensors raise many kinds here
             raise ValueError(f"VAE: can't load {folder}: {str(error).strip().splitlines()[0]}") from error
         return cls(vae, latent_convention)

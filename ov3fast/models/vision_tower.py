@@ -6,6 +6,7 @@ factory.py). The files hold the vision tower alone: no text towers, no reconstru
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ov3fast.io import atomic_folder
 
 from . import pretrained
 from .config import DEFAULT_VAE, VAE_STRIDE, VisionConfig
@@ -69,7 +72,13 @@ def load_vision_encoder(
     embed_dim: int | None = None,
     vae: FrozenVAE | str | Path | None = None,
     device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str | None = None,
+    image_size: int | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
     latents: str | None = None,
 ) -> ViTEncoder:
     """A released vision tower in eval mode. Calling it, or `encode_latents`, takes latents [B, 16, H, W], `encode` takes images
@@ -82,6 +91,8 @@ def load_vision_encoder(
         output_tokens          False: pooled alone comes back (the config's word is not asked)
         embed_dim              None: the config's word, else the width of the projection in the file
         vae                    a FrozenVAE, its folder or hub id, or "small"; None: FLUX.1's, loaded when an image is first encoded
+    dtype: default float32, "auto" the file's own. image_size: pixels, where other than the config's: `ViTEncoder.set_image_size`.
+    variant: of the weights, "fp16" for model.fp16.safetensors. The rest is huggingface_hub's. The weights are in memory once.
     FileNotFoundError or ValueError, in one line, names what is missing or wrong. Unknown vision_cfg fields are warned of.
     """
     if latents is not None:
@@ -89,19 +100,68 @@ def load_vision_encoder(
         latent_convention = latents
     check_convention(latent_convention)
     what = f"load_vision_encoder({str(path)!r})"
-    found = pretrained.resolve(path, what, [CONFIG_FILE, *WEIGHT_FILES])
-    weights = _weights_file(found, what)
-    state = released_state(pretrained.read_tensors(weights, what), what)
+    wide = pretrained.as_dtype(dtype, what)
+    device = pretrained.check_device(device, what)
+    hub = pretrained.Hub(revision, token, cache_dir, local_files_only)
+    found = pretrained.resolve(path, what, [CONFIG_FILE, *pretrained.weight_patterns(WEIGHT_FILES, variant)], hub)
+    weights = found if found.is_file() else pretrained.find_weights(found, WEIGHT_FILES, what, variant)
     values = pretrained.read_json(weights.parent / CONFIG_FILE, what)
+    state = released_state(pretrained.read_tensors(weights, what, wide), what)
     config = vision_config_of(values, state, what, final_ln_after_pool, embed_dim)
     encoder = from_released_state_dict(
-        state, config, latent_convention=latent_convention, output_tokens=output_tokens, what=what
+        state, config, latent_convention=latent_convention, output_tokens=output_tokens, what=what, dtype=wide, owned=True
     )
+    if image_size is not None:
+        encoder.set_image_size(image_size)
     if isinstance(vae, FrozenVAE):
         encoder.set_vae(vae)
     else:
         encoder.vae_source = (str(vae or DEFAULT_VAE), None)
-    return encoder.to(device, dtype).eval()
+        encoder.vae_hub = pretrained.Hub(None, token, cache_dir, local_files_only)
+    return encoder.to(device).eval()
+
+
+def save_vision_encoder(
+    encoder: ViTEncoder,
+    path: str | Path,
+    *,
+    weights: str = "open_clip_model.safetensors",
+    prefix: str = "visual.",
+    former: tuple[str, ...] = (),
+) -> None:
+    """Writes the released layout to the folder `path`, all or nothing: open_clip_config.json and `weights`, one of WEIGHT_FILES.
+
+    The keys, their order and the tensors' bytes are those that `load_vision_encoder(..., dtype="auto")` read. prefix: before each key; the
+    released files come with "visual." and without. former: other files of a former save that may go.
+    """
+    if weights not in WEIGHT_FILES:
+        raise ValueError(f"save_vision_encoder: weights must be one of {', '.join(WEIGHT_FILES)}; got {weights!r}")
+    with atomic_folder(path, former=(*WEIGHT_FILES, *former)) as folder:
+        text = json.dumps(released_config(encoder.config), indent=2) + "\n"
+        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        pretrained.write_tensors(to_released_state_dict(encoder, prefix), folder / weights)
+
+
+def released_config(config: VisionConfig) -> dict[str, Any]:
+    """VisionConfig -> what open_clip_config.json says of it: the inverse of `vision_config_of`."""
+    vision = {
+        "image_size": config.image_size // VAE_STRIDE,
+        "patch_size": config.patch_size,
+        "in_channels": config.in_channels,
+        "layers": config.depth,
+        "width": config.width,
+        "head_width": config.width // config.heads,
+        "mlp_ratio": config.mlp_dim / config.width,
+        "no_ln_pre": True,
+        "pool_type": "avg",
+        "final_ln_after_pool": config.final_ln_after_pool,
+        "output_tokens": True,
+        "norm_kwargs": {"eps": 1e-6},
+    }
+    return {
+        "model_cfg": {"embed_dim": config.embed_dim, "vision_cfg": vision},
+        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
+    }
 
 
 def released_state(state: Mapping[str, Any], what: str = "state dict") -> dict[str, Tensor]:
@@ -151,7 +211,8 @@ def vision_config_of(
         width=width,
         depth=int(number("layers", 12)),
         heads=width // int(number("head_width", 64)),
-        mlp_dim=int(width * number("mlp_ratio", 4.0)),
+        # A ratio of whole numbers comes back as one: 4304 / 1152 * 1152 is 4304.0000000000005.
+        mlp_dim=int(width * number("mlp_ratio", 4.0) + 1e-6),
         patch_size=int(number("patch_size", 2)),
         in_channels=int(number("in_channels", 16)),
         image_size=int(number("image_size", 32)) * VAE_STRIDE,
@@ -167,19 +228,25 @@ def from_released_state_dict(
     latent_convention: str = "openvision3",
     output_tokens: bool = True,
     what: str = "state dict",
+    dtype: torch.dtype | None = torch.float32,
+    owned: bool = False,
 ) -> ViTEncoder:
-    """A ViTEncoder with the tensors of a released state dict, the position embedding among them. ValueError names a wrong key."""
-    encoder = ViTEncoder(config, latent_convention)
+    """A ViTEncoder with the tensors of a released state dict, the position embedding among them. ValueError names a wrong key.
+
+    dtype: of the encoder; None is that of each tensor. owned: the tensors may become the encoder's parameters, without a copy.
+    """
+    with pretrained.without_values():
+        encoder = ViTEncoder(config, latent_convention)
     encoder.output_tokens = output_tokens
     hint = f" ({CONFIG_FILE} says width {config.width}, {config.depth} layers, image_size {config.image_size // VAE_STRIDE})"
     try:
         pretrained.check_state(to_released_state_dict(encoder), state, what)
     except ValueError as error:
         raise ValueError(f"{error}{hint}") from None
-    renamed = {ours: state[theirs].float() for ours, theirs in _keys(config)}
+    renamed = {ours: state[theirs].detach().to(dtype=dtype, copy=not owned) for ours, theirs in _keys(config)}
     renamed["patch_embed.weight"] = renamed["patch_embed.weight"].flatten(1)
     renamed["head.weight"] = renamed["head.weight"].t()
-    encoder.load_state_dict({key: value.contiguous() for key, value in renamed.items()})
+    encoder.load_state_dict({key: value.contiguous() for key, value in renamed.items()}, assign=True)
     return encoder
 
 
@@ -209,12 +276,3 @@ def _keys(config: VisionConfig) -> list[tuple[str, str]]:
         for ours, theirs in _BLOCK_KEYS.items()
     ]
     return [*head, *blocks, ("norm.weight", "ln_post.weight"), ("norm.bias", "ln_post.bias")]
-
-
-def _weights_file(found: Path, what: str) -> Path:
-    if found.is_file():
-        return found
-    for name in WEIGHT_FILES:
-        if (found / name).is_file():
-            return found / name
-    raise FileNotFoundError(f"{what}: {found} has none of {', '.join(WEIGHT_FILES)}")

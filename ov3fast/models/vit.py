@@ -9,6 +9,8 @@ Legend: B batch, C latent channels, N = h * w tokens, D width, E embedding width
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +21,7 @@ from ov3fast.data.preprocess import as_images
 
 from . import noise
 from .config import DEFAULT_VAE, VAE_STRIDE, DecoderConfig, VisionConfig
+from .pretrained import Hub
 from .transformer import LayerNorm, Linear, Transformer, init_lecun, init_xavier
 from .vae import FrozenVAE
 
@@ -80,6 +83,7 @@ class ViTEncoder(nn.Module):
         self.latent_convention = latent_convention
         self.output_tokens = True
         self.vae_source: tuple[str, str | None] = (DEFAULT_VAE, None)
+        self.vae_hub: Hub | None = None
         self.set_vae(None)
         width = config.width
         self.patch_embed = nn.Linear(config.in_channels * config.patch_size**2, width, bias=False)
@@ -188,7 +192,7 @@ class ViTEncoder(nn.Module):
     def get_vae(self) -> FrozenVAE:
         """The attached VAE; `vae_source` is loaded on first need."""
         if self.vae is None:
-            self.set_vae(FrozenVAE.from_pretrained(*self.vae_source))
+            self.set_vae(FrozenVAE.from_pretrained(*self.vae_source, hub=self.vae_hub))
         return self.vae
 
     def position_embedding(self, grid: tuple[int, int]) -> Tensor:
@@ -205,11 +209,42 @@ class ViTEncoder(nn.Module):
 
     def set_position_embedding(self, values: Tensor) -> None:
         """Uses these values [1 + N, D] at config.image_size in place of the formula's; they then are in the state dict."""
-        formula = self._positions((self.config.grid, self.config.grid), self.cls_token)
+        values = values.detach()
+        # While weights are loaded into a module built on the meta device, the values come first.
+        like = values if self.cls_token.is_meta else self.cls_token
+        formula = self._positions((self.config.grid, self.config.grid), like)
         if values.shape != formula.shape:
             raise ValueError(f"ViTEncoder: pos_embed must be {tuple(formula.shape)}, got {tuple(values.shape)}")
-        self.pos_embed = values.detach().to(formula).contiguous().clone()
-        self._is_sincos = bool((self.pos_embed - formula).abs().max() < 1e-4)
+        self.pos_embed = values.to(formula).contiguous().clone()
+        rounding = max(1e-4, torch.finfo(formula.dtype).eps)
+        self._is_sincos = formula.is_meta or bool((self.pos_embed - formula).abs().max() < rounding)
+
+    def set_image_size(self, image_size: int) -> None:
+        """Another config.image_size, in pixels. sincos2d is computed for its grid; a checkpoint's other embedding is resized (bicubic)."""
+        former = self.config.grid
+        config = dataclasses.replace(self.config, image_size=image_size)
+        if self.pos_embed is not None and config.grid != former:
+            if self._is_sincos:
+                self.pos_embed = None
+            else:
+                grid = self.pos_embed[1:].float().unflatten(0, (former, former)).permute(2, 0, 1)[None]
+                grid = nn.functional.interpolate(grid, (config.grid, config.grid), mode="bicubic", antialias=False)
+                resized = torch.cat([self.pos_embed[:1], grid[0].flatten(1).t().to(self.pos_embed)])
+                self.pos_embed = resized.contiguous()
+        self.config = config
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> ViTEncoder:
+        """A released vision tower: `ov3fast.load_vision_encoder`, with its options."""
+        from .vision_tower import load_vision_encoder
+
+        return load_vision_encoder(path, **options)
+
+    def save_pretrained(self, path: str | Path, **options: Any) -> None:
+        """Writes the released layout: `vision_tower.save_vision_encoder`, with its options."""
+        from .vision_tower import save_vision_encoder
+
+        save_vision_encoder(self, path, **options)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         if prefix + "pos_embed" in state_dict:

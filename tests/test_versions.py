@@ -14,11 +14,11 @@ def test_all_is_run_whatever_fails(status, tmp_path):
     python.chmod(0o755)
     assert versions.try_out(python) is (status == 0)
     lines = calls.read_text().splitlines()
-    assert len(lines) == 3 and lines[1].startswith("1 -m pytest")
+    assert len(lines) == 4 and lines[2].startswith("1 -m pytest")
 
 
 def test_what_is_run_exists():
-    assert all((versions.ROOT / path).is_file() for path in (*versions.INTERPRETED, *versions.COMPILED))
+    assert all((versions.ROOT / path).is_file() for path in (*versions.NAMES, *versions.INTERPRETED, *versions.COMPILED))
 
 
 def test_the_oldest_torch_is_the_one_that_the_package_asks_for():

@@ -1,7 +1,7 @@
 """One pair of versions that ov3fast claims to run with: python tools/versions.py TORCH TRITON NUMPY [--folder build/versions]
 
-Makes an environment of its own for them, with the test tools of constraints.txt, and runs there: the imports, a part of the operators' tests in
-Triton's interpreter, and for sm_90 a part of the gate on compiled kernels and the launchers on a pretended GPU. `make test-versions` does the oldest
+Makes an environment of its own for them, with the test tools of constraints.txt, and runs there: the imports, the names that
+torch and Triton don't promise to keep, a part of the operators' tests in Triton's interpreter, and for sm_90 a part of the gate on compiled kernels and the launchers on a pretended GPU. `make test-versions` does the oldest
 and the newest.
 """
 
@@ -19,6 +19,7 @@ TOOLS = ("pytest", "hypothesis")
 IMPORTS = "import ov3fast, ov3fast.ops, ov3fast.testing, ov3fast.kernels.attention.forward, torch, triton; print(torch.__version__, triton.__version__)"
 INTERPRETED = ("tests/ops/test_layer_norm.py", "tests/ops/test_mlp.py", "tests/ops/test_flash_attention.py")
 SHARED = "triton and not (opcheck or compile or errors or gradcheck or import)"
+NAMES = ("tests/test_private_names.py",)
 COMPILED = ("tests/kernels/test_aot.py", "tests/kernels/test_pretended_gpu.py")
 GATED = "(short and sm_90 and layer_norm) or (pretended and not encoder)"
 
@@ -43,6 +44,7 @@ def try_out(python: Path) -> bool:
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     commands = [
         ({}, [python, "-c", IMPORTS]),
+        ({}, [*pytest, *NAMES]),
         ({"TRITON_INTERPRET": "1"}, [*pytest, *INTERPRETED, "-k", SHARED]),
         ({}, [*pytest, *COMPILED, "-k", GATED]),
     ]

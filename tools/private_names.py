@@ -1,0 +1,129 @@
+"""What we rely on of torch and Triton that they don't promise to keep: each name, and where it is needed.
+
+`tests/test_private_names.py` holds this list against the sources and against the installed versions; `make test-versions` runs it for the oldest and
+the newest that we allow. Private is a name with a leading underscore, or one of Triton beyond `triton` and `triton.language`.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("ov3fast", "kernels", "csrc", "benches", "tools", "tests", "examples", "setup.py")
+PACKAGES = ("torch", "triton")
+PUBLIC = ("triton.language", "triton.testing")
+
+NAMES = {
+    "an operator's call without PyTorch's dispatcher (ov3fast/ops/_operator.py)": (
+        "torch._C._any_requires_grad", "torch._C._are_functorch_transforms_active", "torch._C._functorch.TransformType.Grad",
+        "torch._C._functorch.get_interpreter_stack", "torch._C._get_tracing_state", "torch._C._is_any_autocast_enabled",
+        "torch._C._len_torch_dispatch_stack", "torch.autograd.forward_ad._current_level",
+    ),
+    "a check that costs no synchronisation": ("torch._assert_async",),
+    "an optimizer's step in PyTorch": (
+        "torch._foreach_add_", "torch._foreach_addcdiv_", "torch._foreach_addcmul_", "torch._foreach_copy_", "torch._foreach_div_",
+        "torch._foreach_lerp_", "torch._foreach_mul", "torch._foreach_mul_", "torch._foreach_norm", "torch._foreach_sqrt",
+    ),
+    "attention by PyTorch's own kernels (ov3fast/ops/_attention_peers.py)": (
+        "torch.ops.aten._flash_attention_backward", "torch.ops.aten._flash_attention_forward",
+        "torch.ops.aten._scaled_dot_product_cudnn_attention", "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
+        "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward",
+    ),
+    "a process group that travels through an operator's schema": (
+        "torch.distributed.distributed_c10d._get_default_store", "torch.distributed.distributed_c10d._resolve_process_group",
+    ),
+    "several backward passes through a compiled block": ("torch._functorch.config.donated_buffer",),
+    "the error budget and tests: what PyTorch dispatches": (
+        "torch._decomp.get_decompositions", "torch.utils._python_dispatch.TorchDispatchMode", "torch.utils._pytree.tree_map",
+    ),
+    "kernels compiled ahead of time, and run on a CPU (kernels/aot, tools/ptxrun)": (
+        "triton.backends.compiler.GPUTarget", "triton.backends.nvidia", "triton.compiler.ASTSource", "triton.knobs.cache",
+        "triton.knobs.cache.dir", "triton.knobs.cache.scope", "triton.runtime.jit.JITFunction", "triton.runtime.jit.JITFunction.run",
+    ),
+    "a pretended GPU (tools/gpu/pretend.py), and names of launches": (
+        "torch._C.DispatchKey.CPU", "torch._C.DispatchKeySet", "torch._subclasses.FakeTensor", "torch._subclasses.FakeTensorMode",
+        "torch.cuda._exchange_device", "torch.cuda._maybe_exchange_device", "triton.knobs.runtime", "triton.knobs.runtime.jit_cache_hook",
+        "triton.knobs.runtime.launch_enter_hook.add", "triton.runtime.driver", "triton.runtime.driver._active",
+        "triton.runtime.jit.JITFunction.preload",
+    ),
+    "tests in Triton's interpreter": (
+        "triton.runtime._allocation", "triton.runtime._allocation._allocator.get", "triton.runtime.interpreter.interpreter_builder",
+        "triton.runtime.interpreter.interpreter_builder.set_grid_dim", "triton.runtime.interpreter.interpreter_builder.set_grid_idx",
+    ),
+}  # fmt: skip
+"""What for -> names."""
+
+
+def private(name: str) -> bool:
+    """Whether nobody promises to keep `name`."""
+    first, *parts = name.split(".")
+    if any(part.startswith("_") for part in parts):
+        return True
+    return first == "triton" and len(parts) > 1 and not name.startswith(PUBLIC)
+
+
+def used() -> dict[str, set[str]]:
+    """Dotted private name -> the files that use it."""
+    found: dict[str, set[str]] = {}
+    for path in files():
+        for name in names_in(ast.parse(path.read_text(encoding="utf-8"))):
+            name = name.split(".__")[0]
+            if private(name):
+                found.setdefault(name, set()).add(str(path.relative_to(ROOT)))
+    return found
+
+
+def files() -> Iterator[Path]:
+    for source in SOURCES:
+        path = ROOT / source
+        yield from [path] if path.is_file() else (p for p in path.rglob("*.py") if "ov3fast/kernels/" not in str(p))
+
+
+def names_in(tree: ast.AST) -> Iterator[str]:
+    """The longest dotted names below torch and Triton: of imports, attributes, and what mock.patch.object replaces."""
+    aliases = dict(_aliases(tree))
+    yield from (name for name in aliases.values() if "." in name)
+    inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and id(node) not in inner:
+            name = _dotted(node, aliases)
+            if name:
+                yield name
+        if isinstance(node, ast.Call) and len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
+            owner = _dotted(node.args[0], aliases)
+            if owner and isinstance(node.args[1].value, str) and node.args[1].value.isidentifier():
+                yield f"{owner}.{node.args[1].value}"
+
+
+def _aliases(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                if name.name.split(".")[0] in PACKAGES:
+                    yield (name.asname, name.name) if name.asname else (name.name.split(".")[0], name.name.split(".")[0])
+        if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] in PACKAGES:
+            yield from ((name.asname or name.name, f"{node.module}.{name.name}") for name in node.names)
+
+
+def _dotted(node: ast.AST, aliases: dict[str, str]) -> str | None:
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.insert(0, node.attr)
+        node = node.value
+    return ".".join([aliases[node.id], *parts]) if isinstance(node, ast.Name) and node.id in aliases else None
+
+
+def resolve(name: str) -> Any:
+    """The object of that dotted name; AttributeError or ImportError where it is not there."""
+    first, *parts = name.split(".")
+    value, path = importlib.import_module(first), first
+    for part in parts:
+        path = f"{path}.{part}"
+        if not hasattr(value, part):
+            importlib.import_module(path)
+        value = getattr(value, part)
+    return value

@@ -38,7 +38,8 @@ NAMES = {
     ),
     "several backward passes through a compiled block": ("torch._functorch.config.donated_buffer",),
     "the error budget and tests: what PyTorch dispatches": (
-        "torch._decomp.get_decompositions", "torch.utils._python_dispatch.TorchDispatchMode", "torch.utils._pytree.tree_map",
+        "torch._decomp.get_decompositions", "torch.utils._python_dispatch.TorchDispatchMode", "torch.utils._pytree.tree_leaves",
+        "torch.utils._pytree.tree_map",
     ),
     "kernels compiled ahead of time, and run on a CPU (kernels/aot, tools/ptxrun)": (
         "triton.backends.compiler.GPUTarget", "triton.backends.nvidia", "triton.compiler.ASTSource", "triton.knobs.cache",

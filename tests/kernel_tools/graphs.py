@@ -1,0 +1,145 @@
+"""A stand-in for CUDA graphs on the CPU: what PyTorch dispatches within a recording is kept and replayed, into the same tensors.
+
+As on a GPU, a replay reads what lies at the recorded places and writes where the recording wrote. Reading a value in Python within a recording
+raises, which a GPU's would too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ov3fast import _graphs
+
+HOST_READS = (
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::equal",
+    "aten::is_nonzero",
+    "aten::_unique2",
+    "aten::masked_select",
+)
+
+INDEXED = ("aten::index", "aten::index_put", "aten::index_put_")
+"""By a mask they have to count first, unless one number is written everywhere."""
+
+
+class HostReadError(RuntimeError):
+    """A value was read while a graph was recorded."""
+
+
+class Tape(TorchDispatchMode):
+    """Records the calls within the block; `replay` makes them again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple, dict, list[Tensor]]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = function._schema.name
+        masks = name in INDEXED and any(index is not None and index.dtype == torch.bool for index in args[1])
+        if name in HOST_READS or (masks and (name == "aten::index" or args[2].ndim)):
+            raise HostReadError(f"{function} within a recording")
+        results = function(*args, **kwargs)
+        # Views and results in place lie where their source does, whose replay writes them.
+        fresh = [] if any(r.alias_info is not None for r in function._schema.returns) else tree_leaves(results)
+        # Kept apart from what is handed out: that may be changed into something else (.data, resize_).
+        keep = [value.detach() if isinstance(value, Tensor) else None for value in fresh]
+        args, kwargs = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
+        self.calls.append((function, args, kwargs, keep))
+        return results
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for function, args, kwargs, places in self.calls:
+            results = function(*args, **kwargs)
+            for place, value in zip(places, tree_leaves(results), strict=False):
+                if place is not None and place.data_ptr() != value.data_ptr():
+                    place.copy_(value)
+
+    def operators(self) -> set[str]:
+        return {function._schema.name for function, *_ in self.calls}
+
+
+class Machine:
+    """What was asked of the stand-in, in order."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.tapes: list[Tape] = []
+        self.pools: list[Any] = []
+
+    @property
+    def recordings(self) -> int:
+        return len(self.tapes)
+
+    @property
+    def replays(self) -> int:
+        return self.log.count("replay")
+
+
+@contextmanager
+def graphs_on_cpu() -> Iterator[Machine]:
+    """Within the block torch.cuda's graphs, streams and events are the stand-in's, and the CPU passes for a device that has them."""
+    machine = Machine()
+
+    class Stream:
+        def wait_stream(self, other: Any) -> None:
+            machine.log.append("wait")
+
+        def wait_event(self, event: Any) -> None:
+            machine.log.append("wait")
+
+    class Event:
+        def record(self) -> None:
+            pass
+
+    class Graph:
+        tape: Tape
+
+        def replay(self) -> None:
+            machine.log.append("replay")
+            self.tape.replay()
+
+    @contextmanager
+    def graph(recorded: Graph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global") -> Iterator[None]:
+        machine.log.append("record")
+        machine.pools.append(pool)
+        recorded.tape = Tape()
+        machine.tapes.append(recorded.tape)
+        with ExitStack() as stack:
+            for name in ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+                stack.enter_context(mock.patch.object(Tensor, name, _refuse(name)))
+            stack.enter_context(recorded.tape)
+            yield
+
+    @contextmanager
+    def stream(chosen: Any) -> Iterator[None]:
+        machine.log.append("side stream")
+        yield
+
+    there = {
+        "Stream": Stream, "Event": Event, "CUDAGraph": Graph, "graph": graph, "stream": stream,
+        "current_stream": lambda device=None: Stream(), "graph_pool_handle": lambda: (len(machine.pools), 0),
+        "device": lambda device: nullcontext(),
+    }  # fmt: skip
+    with ExitStack() as stack:
+        for name, value in there.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        stack.enter_context(mock.patch.object(_graphs, "check_device", lambda *_: None))
+        yield machine
+
+
+def _refuse(name: str) -> Callable[..., Any]:
+    def refuse(*_: Any) -> Any:
+        raise HostReadError(f"Tensor.{name} within a recording")
+
+    return refuse

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from . import __doc__ as about
 from .chips import CHIPS
+from .estimate import TERMS
 from .table import flat, markdown, rows, write_csv
 
 
@@ -46,13 +47,31 @@ def main(options: Options) -> int:
             lambda row: status.update(f"{row['kernel']} {row['target']}"),
         )
     printed = Table(
-        "kernel", "variant", "config", "dtype", "target", "regs", "stack", "spills", "shared", "mma", "16 B", "bound", "µs", ""
+        "kernel",
+        "variant",
+        "config",
+        "dtype",
+        "target",
+        "regs",
+        "stack",
+        "spills",
+        "shared",
+        "mma",
+        "16 B",
+        "an SM",
+        "tensor",
+        "HBM",
+        "MUFU",
+        "issue",
+        "alone",
+        "",
     )
     for row in table:
         text = flat(row)
         printed.add_row(
             text["kernel"], text["variant"], text["config"], text["dtype"], text["target"], text["registers"], text["stack_bytes"],
-            text["spills"], text["shared_bytes"], text["mma"], text["share16"], text["bound"], text["estimate_us"],
+            text["spills"], text["shared_bytes"], text["mma"], text["share16"], text["occupancy"],
+            *(f"[bold]{text[term]}[/bold]" if term == f"{text['bound']}_us" else text[term] for term in TERMS), text["serial_us"],
             f"[red]{text['shortcomings']}[/red]" if text["shortcomings"] else text["exceptions"],
         )  # fmt: skip
     console.print(printed)

@@ -1,4 +1,5 @@
-"""What a compiled kernel needs and does, read from its machine code: registers, stack, spills, memory accesses by width, matrix instructions.
+"""What a compiled kernel needs and does, read from its machine code: registers, stack, spills, memory accesses by width, matrix instructions,
+and what its loops do in a pass.
 
 NVIDIA: `cuobjdump` and `nvdisasm`, which come with Triton. AMD: the assembly text and the metadata at its end.
 """
@@ -12,6 +13,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from . import loops
 
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 _NVIDIA_MATRIX = re.compile(r"(HMMA|HGMMA|IMMA|DMMA|QGMMA|UTC\w*MMA|OMMA)\b")
@@ -38,7 +41,7 @@ _AMD_WIDTHS = {
 
 
 def of_nvidia(cubin: bytes) -> dict[str, Any]:
-    """registers, stack_bytes, spills, mma, share16, atomics of a cubin with one kernel."""
+    """registers, stack_bytes, spills, mma, share16, atomics, loops of a cubin with one kernel."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
@@ -55,6 +58,7 @@ def of_nvidia(cubin: bytes) -> dict[str, Any]:
         "mma": _count(".".join(parts) for parts in opcodes if _NVIDIA_MATRIX.match(parts[0])),
         "share16": _share(widths),
         "atomics": _count(".".join(parts) for parts in opcodes if parts[0] in _NVIDIA_ATOMIC),
+        "loops": loops.of_nvidia(sass),
     }
 
 
@@ -72,6 +76,7 @@ def of_amd(assembly: str) -> dict[str, Any]:
         "mma": _count(_AMD_MATRIX.findall(assembly)),
         "share16": _share(widths),
         "atomics": _count(_AMD_ATOMIC.findall(assembly)),
+        "loops": loops.of_amd(assembly),
     }
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..lib.common import cdiv
-from ..lib.config import ARCHITECTURES
+from ..lib.config import ARCHITECTURES, Config
 
 SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of an element, by those names."""
@@ -15,10 +15,27 @@ SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 @dataclass(frozen=True)
 class Work:
-    """Arithmetic and global memory traffic of one launch at the entry's problem size."""
+    """What one launch does at the entry's problem size."""
 
     flops: float
+    """Arithmetic; of matrix products that of whole tiles, as the tensor cores do it."""
     bytes: float
+    """What its programs read and write, what they read from a cache included."""
+    programs: int
+    """Programs of the launch."""
+    distinct: float | None = None
+    """Bytes where each tensor counts once; `bytes`, if None."""
+    streamed: float = 0
+    """Of these, what every wave of programs reads from end to end: beyond the L2 cache it comes from the HBM each time."""
+    trips: tuple[float, ...] = ()
+    """How often loops turn, the outermost first. Those of innermost loops count only where the machine code's products can't be counted."""
+
+    shares: tuple[float, ...] = ()
+    """How their turns divide among innermost loops that follow each other, in the order of the text; equally, if empty."""
+
+    @property
+    def once(self) -> float:
+        return self.bytes if self.distinct is None else self.distinct
 
 
 @dataclass(frozen=True)
@@ -33,8 +50,8 @@ class Entry:
     """dtype ("fp32", "bf16", "fp16") -> type of each argument that is no constexpr, in order: {"x": "*bf16", "rows": "i32", ...}."""
     problem: str
     """The size that `work` counts, in words: "2048 x 768"."""
-    work: Callable[[str], Work]
-    """dtype -> work at that size."""
+    work: Callable[[str, Config], Work]
+    """(dtype, row of configuration) -> work at that size."""
     constexprs: Mapping[str, Any] = field(default_factory=dict)
     """Constexprs that the configs do not set."""
     variant: str = ""

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..lib.config import Config, pick, sizes
-from . import binary, cases
+from . import binary, cases, loops
 from .catalog import Entry
 from .chips import CHIPS
 
@@ -64,7 +64,7 @@ def variants(entry: Entry, target: str) -> Iterator[tuple[str, str, Config]]:
 
 
 def measure(entry: Entry, config: Config, dtype: str, target: str) -> dict[str, Any]:
-    """Compiles for `target` and reads the machine code: registers, stack_bytes, spills, shared_bytes, mma, share16, atomics."""
+    """Compiles for `target` and reads the machine code: registers, stack_bytes, spills, shared_bytes, mma, share16, atomics, loops."""
     import triton
 
     chip = CHIPS[target]
@@ -186,7 +186,7 @@ def _remembered(job: Job) -> Path:
     import triton
 
     source = _source(entries(job.module)[job.number], job.config, job.dtype, job.target)
-    tools = triton.__version__, inspect.getsource(binary), inspect.getsource(measure)
+    tools = triton.__version__, inspect.getsource(binary), inspect.getsource(loops), inspect.getsource(measure)
     what = source.hash(), list(source.signature), source.name, _options(job.config), job.target, tools
     key = hashlib.sha256(repr(what).encode()).hexdigest()
     folder = os.environ.get("OV3FAST_AOT_CACHE") or Path(tempfile.gettempdir(), f"ov3fast-aot-{os.getuid()}")

@@ -16,12 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import loops
 from .catalog import Work
 from .chips import CHIPS
+from .estimate import estimate
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 """There in the source tree alone."""
 
+WARPS = 8
+"""Of a block; ops/cuda launches blocks of 256 threads."""
 ARCHITECTURES = {"sm_80": "sm_80", "sm_90": "sm_90a", "sm_100": "sm_100a"}
 SIZES = {"f32": 4, "bf16": 2, "f16": 2}
 NAMES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
@@ -31,8 +35,8 @@ def adamw_ema_work(elements: int, chunks: int, parts: int, param: int, grad: int
     """Step -> work, for params and grads of so many bytes, in `chunks` blocks that each read `parts` partial sums."""
     moved = 2 * param + grad + 4 * (6 if ema else 4)
     return {
-        "squares": Work(2 * elements, grad * elements + 4 * parts),
-        "update": Work(20 * elements, moved * elements + 4 * parts * chunks),
+        "squares": Work(2 * elements, grad * elements + 4 * parts, parts),
+        "update": Work(20 * elements, moved * elements + 4 * parts * chunks, chunks, moved * elements + 4 * parts),
     }
 
 
@@ -42,20 +46,24 @@ def group_norm_silu_work(
     """Step -> work, for elements of `item` and parameters of `weight` bytes; the rest as in ops/cuda/group_norm_silu.py's Plan."""
     elements, parts, groups, per_group = B * C * S, 8 * B * strips * C, B * G, C // G
     in_pack = 1 if per_group % N == 0 else N // per_group
-    threads = B * strips * (256 // columns) * (C // N)
+    threads, blocks = B * strips * (256 // columns) * (C // N), B * strips * -(-C // (N * columns))
 
     def constants(statistics: int) -> int:
         """What threads read before they start: weight and bias of their channels, and statistics of their groups."""
         return threads * (2 * N * weight + 4 * statistics * in_pack)
 
+    def each(flops: float, bytes: float, statistics: int) -> Work:
+        """A pass over x: all threads but the first of a channel find its constants in a cache."""
+        return Work(flops, bytes + constants(statistics), blocks, bytes + 2 * C * weight + 4 * statistics * groups)
+
     return {
-        "moments": Work(6 * elements, item * elements + parts),
-        "merge": Work(0, 1.5 * parts + 8 * groups),
-        "apply": Work(8 * elements, 2 * item * elements + constants(2)),
-        "sums": Work(16 * elements, 2 * item * elements + parts + constants(2)),
-        "totals": Work(0, parts + 8 * B * C),
-        "finish": Work(0, B * C * (8 + 8 + weight) + 8 * groups + 2 * C * weight),
-        "grad": Work(20 * elements, 3 * item * elements + constants(4)),
+        "moments": Work(6 * elements, item * elements + parts, blocks),
+        "merge": Work(0, 1.5 * parts + 8 * groups, groups),
+        "apply": each(8 * elements, 2 * item * elements, 2),
+        "sums": each(16 * elements, 2 * item * elements + parts, 2),
+        "totals": Work(0, parts + 8 * B * C, B * -(-2 * C // 32)),
+        "finish": Work(0, B * C * (8 + 8 + weight) + 8 * groups + 2 * C * weight, -(-groups // 8) + -(-C // 256)),
+        "grad": each(20 * elements, 3 * item * elements, 4),
     }
 
 
@@ -120,18 +128,18 @@ def rows(targets: Sequence[str] = tuple(ARCHITECTURES)) -> list[dict[str, Any]]:
 
 
 def _row(kernel: Kernel, target: str, found: dict[str, Any]) -> dict[str, Any]:
-    seconds, bound = CHIPS[target].seconds(kernel.work.flops, kernel.work.bytes, kernel.dtype, False)
+    terms = estimate(kernel.work, CHIPS[target], kernel.dtype, False, WARPS, found)
     lacks = [f"{what}: {found[what]}" for what in ("stack_bytes", "spills") if found[what]]
     return {
         "kernel": kernel.name, "op": kernel.op, "variant": kernel.variant, "config": "CUDA C++, 256 threads", "dtype": kernel.dtype,
-        "target": target, **found, "mma": {}, "problem": kernel.problem, "flops": kernel.work.flops, "bytes": kernel.work.bytes,
-        "bound": bound, "estimate_us": round(1e6 * seconds, 3), "shortcomings": "; ".join(lacks),
+        "target": target, **found, "mma": {}, "problem": kernel.problem, "flops": kernel.work.flops, "bytes": kernel.work.once,
+        **terms, "shortcomings": "; ".join(lacks),
     }  # fmt: skip
 
 
 @functools.cache
 def measure(source: Path, target: str) -> dict[str, dict[str, Any]]:
-    """kernel -> registers, stack_bytes, spills, shared_bytes (by ptxas) and share16 (from the machine code). RuntimeError with nvcc's words."""
+    """kernel -> registers, stack_bytes, spills, shared_bytes (by ptxas), share16 and loops (from the machine code). RuntimeError with nvcc's words."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernels.cubin")
         command = [
@@ -149,7 +157,7 @@ def measure(source: Path, target: str) -> dict[str, dict[str, Any]]:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{source.name} does not compile for {target}:\n{done.stderr}")
-        shares = _shares(cubin)
+        code = _machine_code(cubin)
     result = {}
     for part in done.stderr.split("Compiling entry function ")[1:]:
         name = re.match(r"'(\w+)'", part)[1]
@@ -164,22 +172,25 @@ def measure(source: Path, target: str) -> dict[str, dict[str, Any]]:
             # As ptxas counts them, in bytes; 4 to an instruction.
             "spills": (numbers["bytes spill stores"] + numbers["bytes spill loads"]) // 4,
             "shared_bytes": int(shared[1]) if shared else 0,
-            "share16": shares.get(name, 1.0),
+            "share16": _share16(code[name]),
+            "loops": loops.of_nvidia(code[name]),
         }
     return result
 
 
-def _shares(cubin: Path) -> dict[str, float]:
-    """kernel -> share of the bytes of all global accesses in its text that are in accesses of at least 16."""
+def _machine_code(cubin: Path) -> dict[str, str]:
+    """kernel -> its instructions."""
     import triton.backends.nvidia
 
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
     text = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
-    shares = {}
-    for section in re.split(r"\.section\s+\.text\.", text)[1:]:
-        widths = [_width(opcode) for opcode in re.findall(r"\b((?:LDG|STG)\.[\w.]+)", section)]
-        shares[re.match(r"\w+", section)[0]] = round(sum(w for w in widths if w >= 16) / sum(widths), 4) if widths else 1.0
-    return shares
+    return {re.match(r"\w+", section)[0]: section for section in re.split(r"\.section\s+\.text\.", text)[1:]}
+
+
+def _share16(code: str) -> float:
+    """Of the bytes of all global accesses in the text, those in accesses of at least 16; 1 where there are none."""
+    widths = [_width(opcode) for opcode in re.findall(r"\b((?:LDG|STG)\.[\w.]+)", code)]
+    return round(sum(w for w in widths if w >= 16) / sum(widths), 4) if widths else 1.0
 
 
 def _width(opcode: str) -> int:

@@ -1,7 +1,8 @@
 """The table of compiled kernels: a row is one kernel x config x dtype x target.
 
 Registers, stack, spills, shared memory, matrix instructions and the share of 16-byte accesses as the machine code has them, the work of one launch
-as the kernel's entry counts it, and the time that it takes at the chip's peak rates. `shortcomings` is the gate: what a row lacks.
+as the kernel's entry counts it (its bytes are distinct ones), and the time that it takes at least, in the four terms of estimate.py. `shortcomings` is
+the gate: what a row lacks.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from . import cuda
 from .catalog import Entry
 from .chips import CHIPS
 from .compile import Job, entries, measure_all, modules, variants
+from .estimate import TERMS, estimate
 
 WIDE = 0.75
 """Least share of a streaming kernel's static global bytes that must move in 16-byte accesses; the rest is statistics and the like."""
 
 COLUMNS = (
     "kernel", "op", "variant", "size", "config", "dtype", "target", "registers", "stack_bytes", "spills", "shared_bytes", "mma", "share16",
-    "atomics", "problem", "flops", "bytes", "bound", "estimate_us", "exceptions", "shortcomings",
+    "atomics", "problem", "flops", "bytes", "occupancy", *TERMS, "bound", "estimate_us", "serial_us", "exceptions", "shortcomings",
 )  # fmt: skip
 
 
@@ -55,7 +57,7 @@ def rows(
 
 def describe(entry: Entry, job: Job, measured: dict[str, Any]) -> dict[str, Any]:
     """The row of a compiled kernel."""
-    work, chip = entry.work(job.dtype), CHIPS[job.target]
+    work, chip = entry.work(job.dtype, job.config), CHIPS[job.target]
     measured = {
         **dict.fromkeys(("registers", "stack_bytes", "spills", "shared_bytes"), 0),
         "mma": {},
@@ -63,11 +65,10 @@ def describe(entry: Entry, job: Job, measured: dict[str, Any]) -> dict[str, Any]
         "atomics": {},
         **measured,
     }
-    seconds, bound = chip.seconds(work.flops, work.bytes, job.dtype, entry.matrix)
     row = {
         "kernel": entry.name, "op": entry.op, "variant": entry.variant, "size": job.size, "config": str(job.config), "dtype": job.dtype,
-        "target": job.target, **measured, "problem": entry.problem, "flops": work.flops, "bytes": work.bytes, "bound": bound,
-        "estimate_us": round(1e6 * seconds, 3),
+        "target": job.target, **measured, "problem": entry.problem, "flops": work.flops, "bytes": work.once,
+        **estimate(work, chip, job.dtype, entry.matrix, job.config.warps, measured),
     }  # fmt: skip
     lacks = _lacks(entry, row)
     excused = {gate: entry.excuse(gate, job.target, job.dtype) for gate in lacks}
@@ -118,7 +119,8 @@ def _rows_of_cuda(targets: Sequence[str], ops: Sequence[str]) -> list[dict[str, 
 
 def flat(row: dict[str, Any]) -> dict[str, str]:
     """A row's values as text, as the CSV and the printed table have them."""
-    numbers = {"flops": "{:.4g}", "bytes": "{:.4g}", "share16": "{:.2f}", "estimate_us": "{:.2f}"}
+    numbers = {"flops": "{:.4g}", "bytes": "{:.4g}", "share16": "{:.2f}"}
+    numbers |= dict.fromkeys((*TERMS, "estimate_us", "serial_us"), "{:.2f}")
     text = {}
     for column, value in row.items():
         if isinstance(value, dict):
@@ -156,11 +158,19 @@ def _cell(row: dict[str, str]) -> str:
         f"{row['registers']} registers",
         f"{int(row['shared_bytes']) / 1024:.3g} KB" if row["shared_bytes"] not in ("", "0") else "",
         "+".join(matrix),
-        f"{float(row['estimate_us']):.3g} µs ({row['bound']})" if row["estimate_us"] else "",
+        _times(row) if row["estimate_us"] else "",
         f"({row['exceptions']})" if row["exceptions"] else "",
         f"**{row['shortcomings']}**" if row["shortcomings"] else "",
     )
     return ", ".join(filter(None, parts))
+
+
+def _times(row: dict[str, str]) -> str:
+    """The bound, then all terms in their order, and the time of a program that is alone on its SM where it is longer."""
+    terms = " / ".join(f"{float(row[term]):.3g}" for term in TERMS)
+    serial = float(row["serial_us"])
+    alone = f", alone {serial:.3g}" if serial > 1.01 * float(row["estimate_us"]) else ""
+    return f"**{float(row['estimate_us']):.3g} µs {row['bound']}** ({terms}; {row['occupancy']} an SM{alone})"
 
 
 def _short(number: str) -> str:

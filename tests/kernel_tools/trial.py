@@ -55,19 +55,19 @@ def entries() -> list[Entry]:
     return [
         Entry(
             _scaled_copy, "trial", lambda dtype: {"x": f"*{dtype}", "y": f"*{dtype}", "count": "i32", "factor": "fp32"},
-            "2^20", lambda dtype: Work(2**20, 2 * 2**20 * BYTES[dtype]), aligned=("count",), streaming=True,
+            "2^20", lambda dtype, config: Work(2**20, 2 * 2**20 * BYTES[dtype], 2**20 // config.blocks["BLOCK"]), aligned=("count",), streaming=True,
         ),
         Entry(
             _product, "trial", lambda dtype: {"a": f"*{dtype}", "b": f"*{dtype}", "c": f"*{dtype}", "m": "i32", "n": "i32", "k": "i32"},
-            "1024 x 1024 x 1024", lambda dtype: Work(2 * 1024**3, 3 * 1024**2 * BYTES[dtype]), aligned=("m", "n", "k"), matrix=True,
+            "1024 x 1024 x 1024", lambda dtype, config: Work(2 * 1024**3, 3 * 1024**2 * BYTES[dtype], 256), aligned=("m", "n", "k"), matrix=True,
         ),
         Entry(
             _every_second, "trial", lambda dtype: {"x": f"*{dtype}", "y": f"*{dtype}", "count": "i32"},
-            "2^20", lambda dtype: Work(0, 2**20 * BYTES[dtype]), aligned=("count",), streaming=True,
+            "2^20", lambda dtype, config: Work(0, 2**20 * BYTES[dtype], 1024), aligned=("count",), streaming=True,
         ),
         Entry(
             _sum_by_atomics, "trial", lambda dtype: {"x": f"*{dtype}", "y": "*fp32", "count": "i32"},
-            "2^20", lambda dtype: Work(2**20, 2**20 * BYTES[dtype]), aligned=("count",),
+            "2^20", lambda dtype, config: Work(2**20, 2**20 * BYTES[dtype], 1024), aligned=("count",),
         ),
     ]  # fmt: skip
 

@@ -14,6 +14,7 @@ from ov3fast import kernels, ops
 from ov3fast.kernels.aot import compile, table
 from ov3fast.kernels.aot.chips import CHIPS
 from ov3fast.kernels.aot.compile import Job, entries, measure
+from ov3fast.kernels.aot.estimate import TERMS
 from ov3fast.kernels.lib import config as configs
 from ov3fast.kernels.lib.config import Config
 from ov3fast.ops import triton as backend
@@ -113,8 +114,11 @@ def test_entries_name_operators_and_count_work():
         for entry in entries(module):
             assert entry.op in (*ops.table(), module), "the operator, or the file where several share a kernel"
             for dtype in entry.dtypes:
-                work = entry.work(dtype)
-                assert work.bytes > 0 and work.flops >= 0, (entry.name, entry.variant, dtype)
+                work = entry.work(
+                    dtype, configs.pick(entry.name, dtype, (entry.sizes or configs.sizes(entry.name))[0], entry.targets[-1])
+                )
+                assert work.bytes >= work.once > 0 and work.flops >= 0, (entry.name, entry.variant, dtype)
+                assert work.programs > 0
 
 
 # ---- the gate itself -------------------------------------------------------------------------------------------------
@@ -172,11 +176,14 @@ def test_a_kernel_that_does_not_compile_is_a_row_too():
     assert made["shortcomings"] == "compiles: no such thing"
 
 
-def test_estimates_take_the_bound_that_is_slower():
+def test_estimates_count_what_the_machine_code_does():
     copy = row(trial.entries()[0], COPY, "fp32", "sm_90")
-    assert copy["bound"] == "memory" and copy["estimate_us"] == pytest.approx(1e6 * 2**23 / 3.35e12, rel=1e-3)
+    assert copy["bound"] == "hbm" and copy["estimate_us"] == pytest.approx(1e6 * 2**23 / (0.9 * 3.35e12), rel=1e-3)
+    assert copy["tensor_us"] == copy["mufu_us"] == 0 < copy["issue_us"] < copy["hbm_us"]
     product = row(trial.entries()[1], PRODUCT, "bf16", "sm_90")
-    assert product["bound"] == "compute" and product["estimate_us"] == pytest.approx(1e6 * 2**31 / 989.4e12, rel=1e-3)
+    # 256 tiles on 132 SMs take as long as 264.
+    assert product["tensor_us"] == pytest.approx(1e6 * 2**31 * 264 / 256 / (0.8 * 989.4e12), rel=1e-3)
+    assert product["issue_us"] > 0 and product["estimate_us"] == max(product[term] for term in TERMS)
 
 
 def test_an_entry_that_does_not_fit_its_kernel_says_so():
@@ -208,4 +215,5 @@ def test_tables(tmp_path):
     assert read == [table.flat(made) for made in rows] and read[0]["mma"].endswith("HMMA.1688.F32.TF32")
     lines = table.markdown(read).splitlines()
     assert len(lines) == 3 and "| product |  | 1024 x 1024 x 1024 | 2.15 GFLOP, 6.29 MB | " in lines[2]
-    assert re.search(r"\| \d+ registers, \d+ KB, HMMA, 6.88 µs \(compute\) \| \d+ registers, \d+ KB, HGMMA, ", lines[2])
+    cell = r"\| \d+ registers, \d+ KB, HMMA, \*\*[\d.]+ µs \w+\*\* \([\d.]+ / [\d.]+ / [\d.]+ / [\d.]+; \d+ an SM\) \| \d+ registers, "
+    assert re.search(cell, lines[2])

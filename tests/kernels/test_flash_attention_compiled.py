@@ -7,6 +7,8 @@ from kernel_tools import launches
 from ov3fast import testing
 from ov3fast.kernels.aot.cases.attention import traffic
 from ov3fast.kernels.attention.launch import backward, forward
+from ov3fast.kernels.attention.tiles import size_class
+from ov3fast.kernels.lib import config as configs
 from ov3fast.kernels.lib.common import TYPES
 from ov3fast.ops.flash_attention import reference
 
@@ -59,8 +61,9 @@ def test_compiled_code(case, dtype):
     reports = check(make(*sizes, dtype), causal, prefix_len)
     assert len(reports) == 3
     for name, report in reports.items():
+        config = configs.pick(name, TYPES[dtype], size_class(sizes[-1]), "sm_80")
         small = ("lse", "delta", "weight") if dtype == torch.float32 else ()
-        launches.assert_traffic(report, traffic(name, TYPES[dtype], 1, *sizes, causal, prefix_len), *small)
+        launches.assert_traffic(report, traffic(name, TYPES[dtype], config, 1, *sizes, causal, prefix_len), *small)
         assert report.mma_count and report.share16() > (0.7 if dtype == torch.float32 else 0.9), report
 
 

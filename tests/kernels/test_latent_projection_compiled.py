@@ -7,6 +7,7 @@ from kernel_tools import launches
 from ov3fast import testing
 from ov3fast.kernels import latent_projection as kernels
 from ov3fast.kernels.aot.cases import latent_projection as cases
+from ov3fast.kernels.lib import config as configs
 from ov3fast.ops import triton
 from ov3fast.ops.latent_projection import reference
 
@@ -62,17 +63,29 @@ def test_program_order_does_not_matter():
         testing.assert_same_bits(results[0], other)
 
 
+def row(kernel):
+    return configs.pick(f"latent_projection_{kernel}", "bf16")
+
+
 def test_traffic():
     batch, grid, width, channels, patch = sizes = 4, (8, 8), 128, 16, 2
     _, reports = run(inputs(*sizes, torch.bfloat16), grid, patch)
     call = batch * grid[0] * grid[1], channels * patch**2
-    launches.assert_traffic(reports["latent_projection_forward"][0], cases.forward_work(*call, width, "bf16").bytes, "bias")
     launches.assert_traffic(
-        reports["latent_projection_grad_tokens"][0], cases.grad_tokens_work(*call, width, "bf16").bytes, "bias"
+        reports["latent_projection_forward"][0], cases.forward_work(*call, width, "bf16", row("forward")).bytes, "bias"
     )
     launches.assert_traffic(
-        reports["latent_projection_grad_weight"][0], cases.grad_weight_work(*call, width, "bf16").bytes, "bias"
+        reports["latent_projection_grad_tokens"][0],
+        cases.grad_tokens_work(*call, width, "bf16", row("grad_tokens")).bytes,
+        "bias",
     )
-    launches.assert_traffic(reports["latent_projection_grad_bias"][0], cases.grad_bias_work(*call, "bf16").bytes, "bias")
+    launches.assert_traffic(
+        reports["latent_projection_grad_weight"][0],
+        cases.grad_weight_work(*call, width, "bf16", row("grad_weight")).bytes,
+        "bias",
+    )
+    launches.assert_traffic(
+        reports["latent_projection_grad_bias"][0], cases.grad_bias_work(*call, "bf16", row("grad_bias")).bytes, "bias"
+    )
     for name in ("latent_projection_forward", "latent_projection_grad_tokens", "latent_projection_grad_weight"):
         assert reports[name][0].mma_count > 0

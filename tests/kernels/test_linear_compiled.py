@@ -69,8 +69,8 @@ def test_column_sums(dtype, width):
     testing.assert_within_budget(ours, x.sum(0, dtype=torch.float32), x.double().sum(0))
     if width % 16 == 0:
         for report, work in (
-            (partials, partials_work(count, width, 2)),
-            (merge, merge_work(1, strips_of(count)[0], width, 4)),
+            (partials, partials_work(count, width, 2, configs.pick("column_partials", "bf16"))),
+            (merge, merge_work(1, strips_of(count)[0], width, 4, configs.pick("column_merge", "fp32"))),
         ):
             assert report.bytes_read() + report.bytes_written() == pytest.approx(work.bytes, rel=0.1)
         assert partials.share16("ld") == merge.share16("ld") == 1

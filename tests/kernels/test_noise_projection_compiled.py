@@ -7,6 +7,7 @@ from kernel_tools import launches
 from ov3fast import testing
 from ov3fast.kernels import noise_projection as kernels
 from ov3fast.kernels.aot.cases.noise_projection import works
+from ov3fast.kernels.lib import config as configs
 from ov3fast.ops import random, triton
 from ov3fast.ops.noise_projection import reference
 
@@ -70,6 +71,6 @@ def test_traffic():
     rows = batch * tokens
     for name, work in works(batch, rows, width, features).items():
         (report,) = reports[name]
-        launches.assert_traffic(report, work("bf16").bytes, "rng", "sigma", "bias")
+        launches.assert_traffic(report, work("bf16", configs.pick(name, "bf16")).bytes, "rng", "sigma", "bias")
     for name in ("noise_projection_forward", "noise_projection_grad_z", "noise_projection_grad_weight"):
         assert reports[name][0].mma_count > 0

@@ -7,6 +7,7 @@ from kernel_tools import launches
 from ov3fast import testing
 from ov3fast.kernels import patch_embed as kernels
 from ov3fast.kernels.aot.cases import patch_embed as cases
+from ov3fast.kernels.lib import config as configs
 from ov3fast.ops import random, triton
 from ov3fast.ops.patch_embed import reference
 
@@ -70,12 +71,22 @@ def test_program_order_does_not_matter():
         testing.assert_same_bits(results[0], other)
 
 
+def row(kernel):
+    return configs.pick(f"patch_embed_{kernel}", "bf16")
+
+
 def test_traffic():
     batch, channels, height, width, patch, features = sizes = 4, 16, 16, 16, 2, 128
     _, reports = run(inputs(*sizes, torch.bfloat16), patch)
     call = batch, height // patch * (width // patch), channels * patch**2, features
-    launches.assert_traffic(reports["patch_embed_forward"][0], cases.forward_work(*call, 1, "bf16").bytes, *SMALL)
-    launches.assert_traffic(reports["patch_embed_grad_latents"][0], cases.grad_latents_work(*call, "bf16").bytes, *SMALL)
-    launches.assert_traffic(reports["patch_embed_grad_weight"][0], cases.grad_weight_work(*call, "bf16").bytes, *SMALL)
+    launches.assert_traffic(
+        reports["patch_embed_forward"][0], cases.forward_work(*call, 1, "bf16", row("forward")).bytes, *SMALL
+    )
+    launches.assert_traffic(
+        reports["patch_embed_grad_latents"][0], cases.grad_latents_work(*call, "bf16", row("grad_latents")).bytes, *SMALL
+    )
+    launches.assert_traffic(
+        reports["patch_embed_grad_weight"][0], cases.grad_weight_work(*call, "bf16", row("grad_weight")).bytes, *SMALL
+    )
     for name in ("patch_embed_forward", "patch_embed_grad_latents", "patch_embed_grad_weight"):
         assert reports[name][0].mma_count > 0

@@ -6,17 +6,25 @@ import functools
 
 from ...attention.backward import flash_attention_grad_kv, flash_attention_grad_q
 from ...attention.forward import flash_attention_forward
-from ...attention.tiles import constexprs, size_class, step
+from ...attention.tiles import constexprs, parts, size_class, step
 from ...lib.common import cdiv
-from ...lib.config import ARCHITECTURES, WITH_TMA, pick
+from ...lib.config import ARCHITECTURES, WITH_TMA, Config
 from ..catalog import SIZES, Entry, Work, argument_types
 
 
 def traffic(
-    kernel: str, dtype: str, batch: int, queries: int, keys: int, heads: int, head_dim: int, causal: bool, prefix_len: int
+    kernel: str,
+    dtype: str,
+    config: Config,
+    batch: int,
+    queries: int,
+    keys: int,
+    heads: int,
+    head_dim: int,
+    causal: bool,
+    prefix_len: int,
 ) -> int:
-    """Bytes that a launch moves with the blocks of sm_80. What several programs read counts each time: most of that comes from the L2 cache."""
-    config = pick(kernel, dtype, size_class(head_dim), "sm_80")
+    """Bytes that a launch moves. What several programs read counts each time: most of that comes from the L2 cache."""
     block_queries, block_keys = config.blocks["BLOCK_QUERIES"], config.blocks["BLOCK_KEYS"]
     row = head_dim * SIZES[dtype]
     numbers = 4 * (3 if dtype == "fp32" else 2)  # of a query in the backward: lse, delta and perhaps weight
@@ -50,13 +58,34 @@ def traffic(
 
 # Of the entries: products of head_dim columns for each pair of a query and a key that it sees.
 _PRODUCTS = {"flash_attention_forward": 2, "flash_attention_grad_q": 3, "flash_attention_grad_kv": 4}
+# And the tensors of their rows: q, k, v, out; with grad_out and grad_q; without out, with grad_k and grad_v in place of grad_q.
+_TENSORS = {"flash_attention_forward": 4, "flash_attention_grad_q": 6, "flash_attention_grad_kv": 6}
 _BATCH, _LENGTH, _HEADS = 8, 1024, 16
 
 
-def _work(kernel: str, head_dim: int, causal: bool, dtype: str) -> Work:
-    pairs = _LENGTH * (_LENGTH + 1) // 2 if causal else _LENGTH**2
-    flops = 2 * _PRODUCTS[kernel] * head_dim * pairs * _BATCH * _HEADS
-    return Work(flops, traffic(kernel, dtype, _BATCH, _LENGTH, _LENGTH, _HEADS, head_dim, causal, 0))
+def _work(kernel: str, head_dim: int, causal: bool, dtype: str, config: Config) -> Work:
+    """The products of whole tiles, columns that pad the head dimension included."""
+    block_queries, block_keys = config.blocks["BLOCK_QUERIES"], config.blocks["BLOCK_KEYS"]
+    whole, border = cdiv(_LENGTH, block_queries) * cdiv(_LENGTH, block_keys), 0
+    if causal:
+        # Of a block of queries: the blocks of keys that all of them see, and those that some see.
+        starts = range(0, _LENGTH, block_queries)
+        whole = sum(start // block_keys for start in starts)
+        border = sum(cdiv(start + block_queries, block_keys) for start in starts) - whole
+    tiles = whole + border
+    columns = sum(parts(head_dim, dtype))
+    flops = 2 * _PRODUCTS[kernel] * columns * tiles * block_queries * block_keys * _BATCH * _HEADS
+    programs = cdiv(_LENGTH, block_keys if kernel.endswith("grad_kv") else block_queries)
+    rows = _BATCH * _HEADS * _LENGTH
+    return Work(
+        flops,
+        traffic(kernel, dtype, config, _BATCH, _LENGTH, _LENGTH, _HEADS, head_dim, causal, 0),
+        programs * _BATCH * _HEADS,
+        distinct=rows * (_TENSORS[kernel] * head_dim * SIZES[dtype] + (4 if kernel.endswith("forward") else 8)),
+        trips=(tiles / programs,),
+        # A block of keys meets its border first, a block of queries last.
+        shares=(border, whole) if kernel.endswith("grad_kv") else (whole, border),
+    )
 
 
 _SETUP = "TMA descriptor setup"

@@ -2,13 +2,52 @@
 
 from __future__ import annotations
 
+import functools
+
 from ...contrastive.config import GAIN
+from ...contrastive.launch import PROGRAMS
 from ...contrastive.rows import contrastive_features, contrastive_merge, contrastive_project
 from ...contrastive.tiles import contrastive_gradients, contrastive_side, contrastive_statistics
 from ...lib.common import cdiv
+from ...lib.config import Config
 from ..catalog import SIZES, Entry, Work
 
 PAIRS, WIDTH, NARROW, CHUNK = 32768, 768, 256, 2048
+
+
+def statistics_launch(n: int, N: int, config: Config) -> tuple[int, int, int]:
+    """Tiles of rows, segments of columns, tiles of columns of a segment."""
+    strips, tiles = cdiv(n, config.blocks["BLOCK_M"]), cdiv(N, config.blocks["BLOCK_N"])
+    segment = cdiv(tiles, max(1, PROGRAMS // strips))
+    return strips, cdiv(tiles, segment), segment
+
+
+def _statistics_work(dtype: str, config: Config, n: int, sigmoid: bool, cublas: bool) -> Work:
+    strips, segments, segment = statistics_launch(n, PAIRS, config)
+    moved = statistics_bytes(n, PAIRS, WIDTH, SIZES[dtype], config.blocks["BLOCK_M"], segments, sigmoid, cublas)
+    return Work(
+        0 if cublas else 2.0 * n * PAIRS * WIDTH, moved, strips * segments,
+        streamed=0 if cublas else PAIRS * WIDTH * SIZES[dtype], trips=() if cublas else (segment, cdiv(WIDTH, config.blocks["BLOCK_K"])),
+    )  # fmt: skip
+
+
+def _gradients_work(dtype: str, config: Config, cublas: bool) -> Work:
+    block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
+    moved = gradients_bytes(CHUNK, PAIRS, WIDTH, SIZES[dtype], block_m, block_n, cublas, True)
+    return Work(
+        0 if cublas else 2.0 * CHUNK * PAIRS * WIDTH,
+        moved,
+        cdiv(CHUNK, block_m) * cdiv(PAIRS, block_n),
+        trips=() if cublas else (cdiv(WIDTH, config.blocks["BLOCK_K"]),),
+    )
+
+
+def _side_work(dtype: str, config: Config) -> Work:
+    block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
+    return Work(
+        4.0 * PAIRS * PAIRS * NARROW, side_bytes(PAIRS, PAIRS, NARROW, SIZES[dtype]), cdiv(PAIRS, block_m),
+        streamed=PAIRS * NARROW * SIZES[dtype], trips=(cdiv(PAIRS, block_n), cdiv(NARROW, config.blocks["BLOCK_K"])),
+    )  # fmt: skip
 
 
 def statistics_bytes(n: int, N: int, width: int, size: int, block_m: int, segments: int, sigmoid: bool, cublas: bool) -> int:
@@ -45,6 +84,17 @@ def project_bytes(
     return rows * width * (reads + out_size) + means + 4 * rows * (complete + rounded)
 
 
+def _features_work(dtype: str, config: Config, units: bool) -> Work:
+    moved = features_bytes(PAIRS, WIDTH, SIZES[dtype], config.blocks["BLOCK_R"], units)
+    return Work(0, moved, cdiv(PAIRS, config.blocks["BLOCK_R"]), moved - PAIRS * WIDTH * SIZES[dtype])
+
+
+def _project_work(dtype: str, config: Config, out_size: int, complete: bool, rounded: bool, through: bool) -> Work:
+    moved = project_bytes(PAIRS, WIDTH, SIZES[dtype], out_size, config.blocks["BLOCK_R"], complete, rounded, through)
+    again = PAIRS * WIDTH * (4 + 2 * SIZES[dtype]) if through else 0
+    return Work(0, moved, cdiv(PAIRS, config.blocks["BLOCK_R"]), moved - again)
+
+
 def merge_bytes(count: int, size: int, first: bool) -> int:
     return 8 * size * (count + (1 if first else 2))
 
@@ -73,10 +123,7 @@ def _tile_entries():
                     "x_stride y_stride products_stride row_parts_stride n N width offset segment",
                 ),
                 problem=chunk if cublas else f"{PAIRS} x {PAIRS}, width {WIDTH}",
-                work=lambda dtype, n=n, sigmoid=sigmoid, cublas=cublas: Work(
-                    0 if cublas else 2.0 * n * PAIRS * WIDTH,
-                    statistics_bytes(n, PAIRS, WIDTH, SIZES[dtype], 128, 16 if cublas else 1, sigmoid, cublas),
-                ),
+                work=functools.partial(_statistics_work, n=n, sigmoid=sigmoid, cublas=cublas),
                 constexprs={"SIGMOID": sigmoid, "CUBLAS": cublas},
                 variant=variant,
                 dtypes=dtypes,
@@ -97,10 +144,7 @@ def _tile_entries():
                         "gradients", "row_error column_error", "sums",
                     ),
                     problem=chunk,
-                    work=lambda dtype, cublas=cublas: Work(
-                        0 if cublas else 2.0 * CHUNK * PAIRS * WIDTH,
-                        gradients_bytes(CHUNK, PAIRS, WIDTH, SIZES[dtype], 128, 128, cublas, True),
-                    ),
+                    work=functools.partial(_gradients_work, cublas=cublas),
                     constexprs={"SIGMOID": sigmoid, "TOTAL": sigmoid, "CUBLAS": cublas, "STORE": True, "GAIN": GAIN if dtype == "fp16" else 1.0},
                     variant=variant,
                     dtypes=(dtype,),
@@ -120,7 +164,7 @@ def _tile_entries():
                         "x_stride y_stride n N width offset", "", "", "sums",
                     ),
                     problem=f"{PAIRS} x {PAIRS}, width {NARROW}",
-                    work=lambda dtype: Work(4.0 * PAIRS * PAIRS * NARROW, side_bytes(PAIRS, PAIRS, NARROW, SIZES[dtype])),
+                    work=_side_work,
                     constexprs={
                         "GAIN": GAIN if dtype == "fp16" else 1.0, "SIGMOID": sigmoid, "TOTAL": sigmoid, "SWAPPED": swapped, "SCALARS": not swapped, "STORE": True,
                         "BLOCK_D": NARROW,
@@ -151,7 +195,7 @@ def _row_entries():
             if units
             else _arguments("x units", "norms inverses mean_parts", "row_stride rows width"),
             problem=f"{PAIRS} x {WIDTH}",
-            work=lambda dtype, units=units: Work(0, features_bytes(PAIRS, WIDTH, SIZES[dtype], 16, units)),
+            work=functools.partial(_features_work, units=units),
             constexprs={"UNITS": units},
             variant="units" if units else "norms",
             dtypes=("fp32", "bf16", "fp16") if units else ("bf16", "fp16"),
@@ -163,7 +207,7 @@ def _row_entries():
         op="contrastive_loss",
         arguments=lambda dtype: {"parts": "*fp32", "state": "*fp32", "count": "i32", "size": "i32"},
         problem=f"256 x {PAIRS}",
-        work=lambda dtype: Work(0, merge_bytes(256, PAIRS, True)),
+        work=lambda dtype, config: Work(0, merge_bytes(256, PAIRS, True), cdiv(PAIRS, config.blocks["BLOCK"])),
         constexprs={"FIRST": True, "LOG": False},
         dtypes=("fp32",),
         aligned=("count", "size"),
@@ -181,8 +225,8 @@ def _row_entries():
                     "out": out, "row_stride": "i32", "rows": "i32", "width": "i32",
                 },
                 problem=f"{PAIRS} x {WIDTH}",
-                work=lambda dtype, out=out, complete=complete, rounded=rounded, through=through: Work(
-                    0, project_bytes(PAIRS, WIDTH, SIZES[dtype], SIZES[out[1:]], 16, complete, rounded, through)
+                work=functools.partial(
+                    _project_work, out_size=SIZES[out[1:]], complete=complete, rounded=rounded, through=through
                 ),
                 constexprs={"COMPLETE": complete, "ROUNDED": rounded, "PROJECT": through},
                 variant=variant,

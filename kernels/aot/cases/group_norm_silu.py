@@ -14,6 +14,7 @@ from ...group_norm_silu import (
     group_norm_silu_statistics,
     strips,
 )
+from ...lib.common import cdiv
 from ...lib.config import pick
 from ..catalog import SIZES, Entry, Work, argument_types
 
@@ -25,28 +26,30 @@ TYPES_OF_ARGUMENTS = {
 ALIGNED = ("grad_stride_b", "grad_stride_row", "stride_b", "stride_row", "channels", "spatial", "strip_spatial")
 
 
-def partials_work(b, c, s, layout, backward, dtype):
+def partials_work(b, c, s, layout, backward, dtype, config):
     """Reads x (and grad_y) once; parameters of channels come from the cache."""
-    blocks = pick(f"group_norm_silu_{'backward' if backward else 'forward'}_partials", dtype, layout).blocks
+    found = strips(b, c, s, config.blocks)[0]
     reads = b * c * s * SIZES[dtype] * (2 if backward else 1)
-    return Work(b * c * s * (16 if backward else 6), reads + b * strips(b, c, s, blocks)[0] * c * 8)
+    programs = b * found * cdiv(c, config.blocks["BLOCK_C"])
+    return Work(b * c * s * (16 if backward else 6), reads + b * found * c * 8, programs)
 
 
-def elementwise_work(b, c, s, layout, backward, dtype):
+def elementwise_work(b, c, s, layout, backward, dtype, config):
     """Reads x (and grad_y), writes y or dx; parameters of channels come from the cache."""
-    return Work(b * c * s * (20 if backward else 8), b * c * s * SIZES[dtype] * (3 if backward else 2))
+    programs = b * cdiv(c, config.blocks["BLOCK_C"]) * cdiv(s, config.blocks["BLOCK_S"])
+    return Work(b * c * s * (20 if backward else 8), b * c * s * SIZES[dtype] * (3 if backward else 2), programs)
 
 
-def merge_work(kernel, b, c, s, groups, layout, dtype):
+def merge_work(kernel, b, c, s, groups, layout, dtype, config):
     """Of the small kernels that merge partial sums; `layout` decides the number of strips."""
     forward_pass = kernel is group_norm_silu_statistics
     blocks = pick(f"group_norm_silu_{'forward' if forward_pass else 'backward'}_partials", dtype, layout).blocks
     n = b * strips(b, c, s, blocks)[0] * c
     if forward_pass:
-        return Work(8 * n, 12 * n + 8 * b * groups)
+        return Work(8 * n, 12 * n + 8 * b * groups, b * groups, 8 * n + 8 * b * groups)
     if kernel is group_norm_silu_backward_groups:
-        return Work(4 * n, (8 + SIZES[dtype]) * n + 8 * b * groups)
-    return Work(2 * n, 8 * n + 2 * c * SIZES[dtype])
+        return Work(4 * n, (8 + SIZES[dtype]) * n + 8 * b * groups, b * groups)
+    return Work(2 * n, 8 * n + 2 * c * SIZES[dtype], cdiv(c, config.blocks["BLOCK_C"]))
 
 
 def entries() -> list[Entry]:

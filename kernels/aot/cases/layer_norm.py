@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-from ...layer_norm import _layer_norm_backward, _layer_norm_forward, _size
+from ...layer_norm import _layer_norm_backward, _layer_norm_forward
 from ...lib.common import cdiv
-from ...lib.config import ANY, pick
 from ...lib.reduce import strips_of
 from ..catalog import SIZES, Entry, Work, row_alignment, row_constants, row_types
 
 
 def forward_work(count: int, width: int, size: int, residual: bool, programs: int) -> Work:
     """Each program reads weight and bias, of the storage's size, again."""
-    moved = count * width * size * (4 if residual else 2) + programs * 2 * width * size + 8 * count
-    return Work(8 * count * width, moved)
+    moved = count * width * size * (4 if residual else 2) + 8 * count
+    return Work(8 * count * width, moved + programs * 2 * width * size, programs, distinct=moved + 2 * width * size)
 
 
 def backward_work(count: int, width: int, size: int, residual: bool, strips: int) -> Work:
     moved = count * width * size * (4 if residual else 3) + 8 * count + strips * width * (size + 2 * 4)
-    return Work(14 * count * width, moved)
+    return Work(14 * count * width, moved, programs=strips)
 
 
 def entries() -> list[Entry]:
     count, width = 16384, 768
-    programs = cdiv(count, pick("layer_norm_forward", "bf16", _size(width), ANY).blocks["BLOCK_ROWS"])
     sizes = {"rows": "i32", "width": "i32"}
     kernels = {
         _layer_norm_forward: (
             lambda t: row_types("x", t) | row_types("residual", t)
             | {name: f"*{t}" for name in ("weight", "bias", "y", "h")} | {"mean": "*fp32", "rstd": "*fp32"} | sizes | {"eps": "fp32"},
-            ("residual", "h"), lambda size, fused: forward_work(count, width, size, fused, programs), ("x", "residual"),
+            ("residual", "h"), lambda size, fused, config: forward_work(count, width, size, fused, cdiv(count, config.blocks["BLOCK_ROWS"])), ("x", "residual"),
         ),
         _layer_norm_backward: (
             lambda t: row_types("grad_y", t) | row_types("grad_h", t) | row_types("h", t) | {"weight": f"*{t}", "mean": "*fp32"}
             | {"rstd": "*fp32", "grad_x": f"*{t}", "weight_partials": "*fp32", "bias_partials": "*fp32"}
             | sizes | {"rows_per_strip": "i32"},
-            ("grad_h",), lambda size, fused: backward_work(count, width, size, fused, strips_of(count)[0]), ("grad_y", "grad_h", "h"),
+            ("grad_h",), lambda size, fused, config: backward_work(count, width, size, fused, strips_of(count)[0]), ("grad_y", "grad_h", "h"),
         ),
     }  # fmt: skip
     return [
@@ -45,7 +43,7 @@ def entries() -> list[Entry]:
                 n: kind for n, kind in types(t).items() if n not in absent
             },
             f"{count} x {width}",
-            lambda t, work=work, fused=fused: work(SIZES[t], fused),
+            lambda t, config, work=work, fused=fused: work(SIZES[t], fused, config),
             row_constants(*strided) | ({} if fused else dict.fromkeys(optional)),
             variant="with a residual" if fused else "",
             aligned=(*row_alignment(*strided), "rows", "width", "rows_per_strip"),

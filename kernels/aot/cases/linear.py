@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from ...lib import gemm
 from ...lib.common import cdiv
-from ...lib.config import Config, pick
+from ...lib.config import Config
 from ...linear import _linear
 from ..catalog import SIZES, Entry, Work, product_bytes, row_alignment, row_constants, row_types
 
@@ -13,16 +12,20 @@ def work(count: int, columns: int, depth: int, size: int, parameter_size: int, c
     """One launch with a bias: both operands tile by tile, the bias once per row of tiles, y out."""
     block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
     operands = product_bytes(count, columns, depth, size, parameter_size, block_m, block_n)
+    tiles = cdiv(count, block_m) * cdiv(columns, block_n)
     return Work(
-        2 * count * columns * depth, operands + cdiv(count, block_m) * columns * parameter_size + count * columns * size
+        2 * count * columns * depth,
+        operands + cdiv(count, block_m) * columns * parameter_size + count * columns * size,
+        programs=tiles,
+        distinct=(count * depth + count * columns) * size + columns * (depth + 1) * parameter_size,
+        trips=(cdiv(depth, config.blocks["BLOCK_K"]),),
     )
 
 
 def entries() -> list[Entry]:
     count, columns, depth = 1024, 768, 3072
 
-    def entry_work(t: str, mixed: bool) -> Work:
-        config = pick("linear", t, gemm.size_class(count, columns), "sm_80")
+    def entry_work(t: str, config: Config, mixed: bool) -> Work:
         return work(count, columns, depth, SIZES[t], 4 if mixed else SIZES[t], config)
 
     def types(t: str, parameters: str) -> dict[str, str]:
@@ -35,7 +38,7 @@ def entries() -> list[Entry]:
             "linear",
             lambda t, mixed=mixed: types(t, "fp32" if mixed else t),
             f"{count} x {depth} -> {columns}",
-            lambda t, mixed=mixed: entry_work(t, mixed),
+            lambda t, config, mixed=mixed: entry_work(t, config, mixed),
             row_constants("x") | {"TRANSPOSED": transposed},
             variant=("x W^T" if transposed else "dy W") + (", float32 parameters" if mixed else ""),
             dtypes=("bf16", "fp16") if mixed else ("fp32", "bf16", "fp16"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...lib.common import cdiv
-from ...lib.config import Config, pick
+from ...lib.config import Config
 from ...mlp import _mlp_backward, _mlp_forward
 from ..catalog import SIZES, Entry, Work, product_bytes, row_alignment, row_constants, row_types
 
@@ -13,15 +13,21 @@ def work(count: int, hidden: int, width: int, size: int, parameter_size: int, co
     block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
     operands = product_bytes(count, hidden, width, size, parameter_size, block_m, block_n)
     bias = cdiv(count, block_m) * hidden * (4 if backward else parameter_size)
-    return Work(2 * count * hidden * width, operands + bias + (3 if backward else 2) * count * hidden * size)
+    kept = (3 if backward else 2) * count * hidden * size
+    return Work(
+        2 * count * hidden * width,
+        operands + bias + kept,
+        programs=cdiv(count, block_m) * cdiv(hidden, block_n),
+        distinct=count * width * size + hidden * width * parameter_size + bias + kept,
+        trips=(cdiv(width, config.blocks["BLOCK_K"]),),
+    )
 
 
 def entries() -> list[Entry]:
     count, width, hidden = 16384, 768, 3072
     dimensions = {"rows": "i32", "hidden": "i32"}
 
-    def entry_work(name: str, t: str, mixed: bool) -> Work:
-        config = pick(name, t, "large", "sm_80")
+    def entry_work(name: str, t: str, config: Config, mixed: bool) -> Work:
         return work(count, hidden, width, SIZES[t], 4 if mixed else SIZES[t], config, name == "mlp_backward")
 
     def forward_types(t: str, parameters: str) -> dict[str, str]:
@@ -43,7 +49,7 @@ def entries() -> list[Entry]:
             "mlp",
             lambda t, types=types, mixed=mixed: types(t, "fp32" if mixed else t),
             f"{count} x {width} -> {hidden}",
-            lambda t, name=name, mixed=mixed: entry_work(name, t, mixed),
+            lambda t, config, name=name, mixed=mixed: entry_work(name, t, config, mixed),
             row_constants(*strided) | {"EXACT": exact},
             variant=("erf" if exact else "tanh") + (", float32 parameters" if mixed else ""),
             dtypes=("bf16", "fp16") if mixed else ("fp32", "bf16", "fp16"),

@@ -32,34 +32,38 @@ ALIGNED = (
 )
 
 
-def product_work(name, rows, left, right, dtype, extra=0):
+def product_work(rows, left, right, dtype, config, extra=0):
     """A product [rows, left] x [left, right] in tiles: each factor is read once per tile of the other's outer axis."""
-    blocks = pick(name, dtype).blocks
+    blocks = config.blocks
     m, n = cdiv(rows, blocks["BLOCK_M"]), cdiv(right, blocks["BLOCK_N"])
-    return Work(2 * rows * left * right, (n * rows * left + m * left * right + rows * right) * SIZES[dtype] + extra)
+    moved = (n * rows * left + m * left * right + rows * right) * SIZES[dtype]
+    distinct = (rows * left + left * right + rows * right) * SIZES[dtype]
+    trips = (cdiv(left, blocks["BLOCK_K"]),)
+    return Work(2 * rows * left * right, moved + extra, m * n, distinct + extra, trips=trips)
 
 
 def works(batch, rows, width, features):
-    """kernel -> (dtype -> its work)."""
+    """kernel -> ((dtype, row of configuration) -> its work)."""
 
-    def grad_z(dtype):
+    def grad_z(dtype, config):
+        return product_work(rows, features, width, dtype, config, 4 * rows * cdiv(width, config.blocks["BLOCK_N"]))
+
+    def grad_sigma(dtype, _):
         tiles = cdiv(width, pick("noise_projection_grad_z", dtype).blocks["BLOCK_N"])
-        return product_work("noise_projection_grad_z", rows, features, width, dtype, 4 * rows * tiles)
+        return Work(rows * tiles, rows * tiles * 4 + batch * SIZES[dtype], batch, trips=(tiles,))
 
-    def grad_sigma(dtype):
-        tiles = cdiv(width, pick("noise_projection_grad_z", dtype).blocks["BLOCK_N"])
-        return Work(rows * tiles, rows * tiles * 4 + batch * SIZES[dtype])
-
-    def grad_weight(dtype):
-        blocks = pick("noise_projection_grad_weight", dtype).blocks
+    def grad_weight(dtype, config):
+        blocks = config.blocks
         tiles_d, tiles_k = cdiv(features, blocks["BLOCK_M"]), cdiv(width, blocks["BLOCK_N"])
-        splits, _ = splits_of(rows, blocks["BLOCK_K"], tiles_d * tiles_k)
+        splits, split_rows = splits_of(rows, blocks["BLOCK_K"], tiles_d * tiles_k)
         read = (tiles_k * rows * features + tiles_d * rows * width) * SIZES[dtype]
         written = splits * features * width * (4 if splits > 1 else SIZES[dtype])
-        return Work(2 * rows * width * features, read + written)
+        distinct = rows * (features + width) * SIZES[dtype] + written
+        trips = (split_rows // blocks["BLOCK_K"],)
+        return Work(2 * rows * width * features, read + written, splits * tiles_d * tiles_k, distinct, trips=trips)
 
     return {
-        "noise_projection_forward": lambda dtype: product_work("noise_projection_forward", rows, width, features, dtype),
+        "noise_projection_forward": lambda *how: product_work(rows, width, features, *how),
         "noise_projection_grad_z": grad_z,
         "noise_projection_grad_sigma": grad_sigma,
         "noise_projection_grad_weight": grad_weight,

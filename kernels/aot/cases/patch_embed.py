@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ...lib.common import cdiv
-from ...lib.config import pick
 from ...lib.patches import shares_of
 from ...lib.reduce import splits_of
 from ...patch_embed import patch_embed_forward, patch_embed_grad_latents, patch_embed_grad_weight
@@ -20,31 +19,40 @@ ALIGNED = (
 )  # fmt: skip
 
 
-def forward_work(batch, tokens, values, features, cls, dtype):
+def forward_work(batch, tokens, values, features, cls, dtype, config):
     """Latents are moments; the weight is read once per tile of patches, position embeddings once per instance."""
-    blocks, size = pick("patch_embed_forward", dtype).blocks, SIZES[dtype]
+    blocks, size = config.blocks, SIZES[dtype]
     rows = batch * tokens
     patch_tiles = cdiv(rows, blocks["BLOCK_M"])
-    shares, _ = shares_of(features, patch_tiles, blocks["BLOCK_N"])
+    shares, share_tiles = shares_of(features, patch_tiles, blocks["BLOCK_N"])
     read = shares * rows * 2 * values + patch_tiles * features * (values + 3) + rows * features
-    return Work(2 * rows * values * features, (read + batch * (tokens + cls) * features) * size)
+    written = batch * (tokens + cls) * features
+    distinct = rows * 2 * values + features * (values + 3 + tokens) + written
+    return Work(
+        2 * rows * values * features, (read + written) * size, patch_tiles * shares, distinct * size, trips=(share_tiles,)
+    )
 
 
-def grad_latents_work(batch, tokens, values, features, dtype):
-    blocks, size = pick("patch_embed_grad_latents", dtype).blocks, SIZES[dtype]
+def grad_latents_work(batch, tokens, values, features, dtype, config):
+    blocks, size = config.blocks, SIZES[dtype]
     rows = batch * tokens
     tiles, patch_tiles = cdiv(values, blocks["BLOCK_N"]), cdiv(rows, blocks["BLOCK_M"])
     moved = tiles * rows * features + patch_tiles * features * values + rows * values * 3
-    return Work(2 * rows * values * features, moved * size)
+    distinct = rows * features + features * values + rows * values * 3
+    trips = (cdiv(features, blocks["BLOCK_K"]),)
+    return Work(2 * rows * values * features, moved * size, tiles * patch_tiles, distinct * size, trips=trips)
 
 
-def grad_weight_work(batch, tokens, values, features, dtype):
-    blocks, size = pick("patch_embed_grad_weight", dtype).blocks, SIZES[dtype]
+def grad_weight_work(batch, tokens, values, features, dtype, config):
+    blocks, size = config.blocks, SIZES[dtype]
     rows = batch * tokens
     tiles_d, tiles_k = cdiv(features, blocks["BLOCK_M"]), cdiv(values, blocks["BLOCK_N"])
-    splits, _ = splits_of(rows, blocks["BLOCK_K"], tiles_d * tiles_k)
+    splits, split_rows = splits_of(rows, blocks["BLOCK_K"], tiles_d * tiles_k)
     read = tiles_k * rows * features + tiles_d * rows * 2 * values
-    return Work(2 * rows * values * features, read * size + splits * features * values * (4 if splits > 1 else size))
+    written = splits * features * values * (4 if splits > 1 else size)
+    distinct = (rows * features + rows * 2 * values) * size + written
+    trips = (split_rows // blocks["BLOCK_K"],)
+    return Work(2 * rows * values * features, read * size + written, splits * tiles_d * tiles_k, distinct, trips=trips)
 
 
 def entries() -> list[Entry]:
@@ -59,7 +67,7 @@ def entries() -> list[Entry]:
 
     sizes = batch, tokens, values, features
     return [
-        entry(patch_embed_forward, lambda dtype: forward_work(*sizes, 1, dtype), CLS=1, WHOLE=True),
-        entry(patch_embed_grad_latents, lambda dtype: grad_latents_work(*sizes, dtype), MOMENTS=True),
-        entry(patch_embed_grad_weight, lambda dtype: grad_weight_work(*sizes, dtype)),
+        entry(patch_embed_forward, lambda *how: forward_work(*sizes, 1, *how), CLS=1, WHOLE=True),
+        entry(patch_embed_grad_latents, lambda *how: grad_latents_work(*sizes, *how), MOMENTS=True),
+        entry(patch_embed_grad_weight, lambda *how: grad_weight_work(*sizes, *how)),
     ]

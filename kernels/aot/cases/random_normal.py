@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...lib.common import cdiv
 from ...random_normal import random_normal, random_words
 from ..catalog import SIZES, Entry, Work
 
@@ -17,7 +18,7 @@ def entries() -> list[Entry]:
             "random_normal",
             lambda dtype: {"rng": "*i64", "out": f"*{dtype}", "n": "i32"},
             f"{n}",
-            lambda dtype: Work(n / 4 * FLOPS_OF_FOUR, n * SIZES[dtype] + 16),
+            lambda dtype, config: Work(n / 4 * FLOPS_OF_FOUR, n * SIZES[dtype] + 16, cdiv(n, config.blocks["BLOCK"])),
             aligned=("n",),
             streaming=True,
             exceptions={"wide": "one store a thread; the two 8-byte loads of (seed, offset) stand beside it"},
@@ -27,7 +28,7 @@ def entries() -> list[Entry]:
             "random_normal",
             lambda dtype: {"rng": "*i64", "out": "*i32", "n": "i32"},
             f"{n}",
-            lambda dtype: Work(n / 4 * 60, n * 4 + 16),
+            lambda dtype, config: Work(n / 4 * 60, n * 4 + 16, cdiv(n, config.blocks["BLOCK"])),
             dtypes=("fp32",),
             aligned=("n",),
         ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ...lib.common import cdiv
+from ...lib.config import Config
 from ...lib.reduce import _column_merge, _column_partials, merge_splits, strips_of
 from ..catalog import SIZES, Entry, Work, row_alignment, row_constants, row_types
 
@@ -16,7 +18,7 @@ def entries() -> list[Entry]:
             "reduce",
             lambda t: row_types("x", t) | {"partials": "*fp32", "rows": "i32", "width": "i32", "rows_per_strip": "i32"},
             f"{count} x {width}",
-            lambda t: partials_work(count, width, SIZES[t]),
+            lambda t, config: partials_work(count, width, SIZES[t], config),
             row_constants("x"),
             aligned=(*row_alignment("x"), "rows", "width", "rows_per_strip"),
             streaming=True,
@@ -26,7 +28,7 @@ def entries() -> list[Entry]:
             "reduce",
             lambda t: {"partials": "*fp32", "first": f"*{t}", "second": f"*{t}", "parts": "i32", "width": "i32"},
             f"2 x {strips} x {width}",
-            lambda t: merge_work(2, strips, width, SIZES[t]),
+            lambda t, config: merge_work(2, strips, width, SIZES[t], config),
             aligned=("parts", "width"),
             streaming=True,
         ),
@@ -35,16 +37,19 @@ def entries() -> list[Entry]:
             "reduce",
             lambda t: {"partials": "*fp32", "out": f"*{t}", "n": "i32", "splits": "i32"},
             f"{splits} x {n}",
-            lambda t: Work(splits * n, splits * n * 4 + n * SIZES[t]),
+            lambda t, config: Work(splits * n, splits * n * 4 + n * SIZES[t], cdiv(n, config.blocks["BLOCK"])),
             aligned=("n",),
             streaming=True,
         ),
     ]
 
 
-def partials_work(count: int, width: int, size: int) -> Work:
-    return Work(count * width, count * width * size + strips_of(count)[0] * width * 4)
+def partials_work(count: int, width: int, size: int, config: Config) -> Work:
+    strips = strips_of(count)[0]
+    programs = strips * cdiv(width, config.blocks["BLOCK_COLUMNS"])
+    return Work(count * width, count * width * size + strips * width * 4, programs)
 
 
-def merge_work(results: int, parts: int, width: int, size: int) -> Work:
-    return Work(results * parts * width, results * width * (parts * 4 + size))
+def merge_work(results: int, parts: int, width: int, size: int, config: Config) -> Work:
+    programs = results * cdiv(width, config.blocks["BLOCK_COLUMNS"])
+    return Work(results * parts * width, results * width * (parts * 4 + size), programs)

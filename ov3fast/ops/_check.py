@@ -65,14 +65,21 @@ def rng(op: str, value: Any) -> None:
         raise TypeError(f"{op}: rng must be an int64 tensor (seed, offset) of shape (2,), got {got}; see ops.random.make_rng")
 
 
+def flag(op: str, name: str, value: Any) -> bool:
+    """True or False, as ints too."""
+    if not isinstance(value, (bool, int)):
+        raise TypeError(f"{op}: {name} must be True or False, got {type(value).__name__}")
+    return bool(value)
+
+
 def autocast(*values: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under torch.autocast, casts float32 and half tensors to the autocast dtype, as PyTorch does for its matrix products."""
-    device = next(value.device.type for value in values if value is not None)
+    device = next((value.device.type for value in values if isinstance(value, Tensor)), "meta")
     if device == "meta" or not torch.is_autocast_enabled(device):
         return values
     dtype = torch.get_autocast_dtype(device)
     return tuple(
-        value.to(dtype) if value is not None and value.is_floating_point() and value.dtype != torch.float64 else value
+        value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64 else value
         for value in values
     )
 

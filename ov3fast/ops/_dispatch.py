@@ -129,14 +129,23 @@ class Selector:
     call goes to `eager` where that can take it, so no kernel needs code for one.
     """
 
-    def __init__(self, op: str, schema: str, *, backward: bool, inputs: Sequence[str], alignment_matters: bool = False):
-        """`inputs` are the names of the tensors that make a call empty when one of them is."""
+    def __init__(
+        self,
+        op: str,
+        schema: str,
+        *,
+        backward: bool,
+        inputs: Sequence[str],
+        check: Callable[..., None] = _no_reason,
+        alignment_matters: bool = False,
+    ):
+        """`inputs` are the names of the tensors that make a call empty when one of them is. `check` raises for arguments that are wrong."""
         parameters = parse_schema(schema)
         self.op, self.backward = op, backward
         self._position = {name: i for i, (_, name) in enumerate(parameters)}
         self._inputs = [self._position[name] for name in inputs if name in self._position]
         self._remembers = not any("[]" in kind for kind, _ in parameters)
-        self._alignment_matters = alignment_matters
+        self._check, self._alignment_matters = check, alignment_matters
         self._choices: dict[tuple[Any, ...], Callable[..., Any]] = {}
         _selectors.append(self)
 
@@ -144,7 +153,7 @@ class Selector:
         """The function to run. RuntimeError, with the reason, where none can."""
         if not self._remembers:
             return self._function(self.select_backend(request, args))
-        key = [request]
+        key: list[Any] = [request]
         for arg in args:
             if isinstance(arg, Tensor):
                 key += arg.dtype, arg.device, arg.shape, arg.stride()
@@ -154,6 +163,7 @@ class Selector:
                 key.append(arg)
         found = self._choices.get(choice := tuple(key))
         if found is None:
+            self._check(*args)
             if len(self._choices) >= 4096:
                 self._choices.clear()
             found = self._choices[choice] = self._function(self.select_backend(request, args))

@@ -3,7 +3,7 @@
 `define` registers `ov3fast::op` and `ov3fast::op_backward`, each with a trailing `str impl`, so that torch.compile keeps one node, fake and
 meta tensors have shapes, and dispatch modes (FlopCounterMode, selective checkpointing) see the operator. An eager call on plain tensors has
 none of these to serve and goes straight to its backend, through an autograd.Function where gradients are wanted, which saves most of the
-host time.
+host time. What can be known from the kinds of its arguments (that they are valid, which backend takes them) is worked out once per kind.
 
 Derivatives beyond the first backward are the specification's, by PyTorch: forward mode, vmap and nested torch.func transforms run it in place
 of a backend, and the gradient of a gradient is taken through `differentiable_backward`. They are right for every operator, at PyTorch's speed
@@ -13,14 +13,16 @@ and memory.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
-from . import _dispatch
+from . import _check, _dispatch
 
 LIBRARY = torch.library.Library("ov3fast", "DEF")
 
@@ -43,35 +45,65 @@ class Operator:
     """A registered operator. Call it with `impl` and the schema's arguments. See `define`."""
 
     def __init__(
-        self, name: str, schema: str, fake: Callable[..., Any], specification: Callable[..., Any] | None, **selection: Any
+        self,
+        name: str,
+        schema: str,
+        fake: Callable[..., Any],
+        specification: Callable[..., Any] | None,
+        check: Callable[..., None] | None,
+        autocast: tuple[str, ...],
+        **selection: Any,
     ):
         self.name = name
         self.specification = specification
+        self.check = check or _anything
         self.inputs = [argument for _, argument in _dispatch.parse_schema(schema)]
+        self.narrowed = [self.inputs.index(argument) for argument in autocast]
         tensors = [argument for kind, argument in _dispatch.parse_schema(schema) if kind in ("Tensor", "Tensor?")]
-        self.select = _dispatch.Selector(name, schema, backward=False, inputs=tensors, **selection)
+        self.select = _dispatch.Selector(name, schema, backward=False, inputs=tensors, check=self.check, **selection)
         self.registered = _register(name, schema, self.run, fake)
-        self.node: type[torch.autograd.Function] | None = None
+        self.apply: Callable[..., Any] | None = None
         self.transformed: type[torch.autograd.Function] | None = None
 
     def __call__(self, impl: str | None, *args: Any) -> Any:
         request = _dispatch.request(self.name, impl)
-        if torch.compiler.is_compiling():
-            return self.registered(*args, request)
-        if self.specification is not None and _is_transformed(args):
-            if impl is not None and request != "eager":
-                raise NotImplementedError(
-                    f"{self.name}: impl={impl!r} has no forward-mode, batched or nested derivative;"
-                    " leave impl out and PyTorch runs the specification"
-                )
-            return self.specification(*args)
-        if self.transformed is not None and torch._C._are_functorch_transforms_active():
-            return self.transformed.apply(*args, request)
+        if self.narrowed and _autocast_may_be_on():
+            args = self._narrow(args)
         if not _is_plain_call(args):
-            return self.registered(*args, request)
-        if self.node is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return self.node.apply(*args, request)
-        return self.run(*args, request)
+            self.check(*args)
+            return self._call_watched(impl, request, args)
+        try:
+            return self._call_plain(request, args)
+        except RuntimeError:
+            # A tensor that outlived its torch.func transform is a wrapper without memory of its own.
+            unwrapped = unwrap_dead_wrappers(args)
+            if all(new is old for new, old in zip(unwrapped, args, strict=True)):
+                raise
+        return self._call_plain(request, unwrapped)
+
+    def _call_plain(self, request: str, args: tuple[Any, ...]) -> Any:
+        function = self.select(request, args)
+        if self.apply is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return self.apply(*args, request, function)
+        return _without_autocast(function, args)
+
+    def _call_watched(self, impl: str | None, request: str, args: tuple[Any, ...]) -> Any:
+        if not torch.compiler.is_compiling():
+            if self.specification is not None and _is_transformed(args):
+                if impl is not None and request != "eager":
+                    raise NotImplementedError(
+                        f"{self.name}: impl={impl!r} has no forward-mode, batched or nested derivative;"
+                        " leave impl out and PyTorch runs the specification"
+                    )
+                return self.specification(*args)
+            if self.transformed is not None and torch._C._are_functorch_transforms_active():
+                return self.transformed.apply(*args, request)
+        return self.registered(*args, request)
+
+    def _narrow(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments as torch.autocast casts them."""
+        narrowed = dict(zip(self.narrowed, _check.autocast(*(args[i] for i in self.narrowed)), strict=True))
+        return tuple(narrowed.get(i, arg) for i, arg in enumerate(args))
 
     def run(self, *args: Any) -> Any:
         """The forward, on the backend that the last argument asks for."""
@@ -92,7 +124,7 @@ class Operator:
         """Register `<name>_backward`, and autograd for it and for the forward."""
         arguments = [argument for _, argument in _dispatch.parse_schema(schema)]
         self.save, self.upstream, self.shortcut, self.differentiable_backward = save, upstream, shortcut, differentiable
-        self.gradient_of_input = [gradients.get(argument) for argument in (*self.inputs, "impl")]
+        self.gradient_of_input = [gradients.get(argument) for argument in self.inputs]
         self.inputs_of_gradient = [
             [i for i, output in enumerate(self.gradient_of_input) if output == number]
             for number in range(sum(argument.startswith("need_") for argument in arguments))
@@ -109,7 +141,8 @@ class Operator:
         torch.library.register_autograd(
             f"ov3fast::{self.name}_backward", self._backward_twice, setup_context=_save_all, lib=LIBRARY
         )
-        self.node = _make_node(self.name, self.run, self._setup_context, self._backward)
+        self.apply = _make_node(self.name, self._setup_context, self._backward)
+        self.wanted: dict[tuple[bool, ...], tuple[list[bool], itemgetter[Any]]] = {}
         self.transformed = _make_transformed(self.name, self._execute, self._setup_context, self._backward)
         self.transformed_backward = _make_transformed(
             f"{self.name}_backward", self._execute_backward, _save_all, self._backward_twice
@@ -124,47 +157,56 @@ class Operator:
         *args, word = inputs
         saved = self.save(args, output)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*saved.constants, *(saved.without_formula if registered else ()))
+        if constants := (*saved.constants, *saved.without_formula) if registered else saved.constants:
+            ctx.mark_non_differentiable(*constants)
         ctx.save_for_backward(*saved.tensors)
         ctx.options, ctx.word = saved.options, word
 
     def _backward(self, ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        upstream, needs = list(grad_outputs[: self.upstream]), ctx.needs_input_grad
-        some = next((grad for grad in upstream if grad is not None), None)
-        if any(grad is not None for grad in grad_outputs[self.upstream :]):
-            raise NotImplementedError(
-                f"{self.name} keeps gradients in place of what they came from, so they can't be differentiated again;"
-                " linear_cross_entropy can with reduction='none'"
-            )
-        if some is None:
-            return (None,) * len(self.gradient_of_input)
+        upstream = grad_outputs[: self.upstream]
+        for grad in grad_outputs[self.upstream :]:
+            if grad is not None:
+                raise NotImplementedError(
+                    f"{self.name} keeps gradients in place of what they came from, so they can't be differentiated again;"
+                    " linear_cross_entropy can with reduction='none'"
+                )
         if upstream[0] is None:
-            upstream[0] = torch.zeros_like(some)
-        flags = [any(needs[i] for i in inputs) for inputs in self.inputs_of_gradient]
+            some = next((grad for grad in upstream if grad is not None), None)
+            if some is None:
+                return (None,) * len(ctx.needs_input_grad)
+            upstream = torch.zeros_like(some), *upstream[1:]
+        flags, of_inputs = self._wanted(ctx.needs_input_grad)
         grads = self._call_backward((*upstream, *ctx.saved_tensors, *ctx.options, *flags), ctx.word)
         grads = (grads,) if isinstance(grads, Tensor) else grads
-        return tuple(
-            None if output is None or not need else grads[output]
-            for output, need in zip(self.gradient_of_input, needs, strict=True)
-        )
+        return of_inputs((None, *grads))
+
+    def _wanted(self, needs: tuple[bool, ...]) -> tuple[list[bool], itemgetter[Any]]:
+        """The backward's flags, and what takes the gradients of the inputs out of (None, *its outputs)."""
+        found = self.wanted.get(needs)
+        if found is None:
+            flags = [any(needs[i] for i in inputs) for inputs in self.inputs_of_gradient]
+            outputs = self.gradient_of_input + [None] * (len(needs) - len(self.gradient_of_input))
+            places = [1 + output if output is not None and need else 0 for output, need in zip(outputs, needs, strict=True)]
+            found = self.wanted[needs] = flags, itemgetter(*places)
+        return found
 
     def _execute(self, *args: Any) -> Any:
         """The forward below all transforms."""
-        return (self.run if _is_plain_call(args[:-1]) else self.registered)(*args)
+        return (self.run if _is_plain_call(args) else self.registered)(*args)
 
     def _execute_backward(self, *args: Any) -> Any:
-        return (self.run_backward if _is_plain_call(args[:-1]) else self.registered_backward)(*args)
+        return (self.run_backward if _is_plain_call(args) else self.registered_backward)(*args)
 
     def _call_backward(self, args: tuple[Any, ...], word: str) -> Any:
+        with_graph = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if not with_graph and _is_plain_call(args):
+            known = None if self.shortcut is None else self.shortcut(*args)
+            return _without_autocast(self.select_backward(word, args), args) if known is None else known
         if not torch.compiler.is_compiling():
             if _is_transformed(args):
                 return self.differentiable_backward(*args)
             if torch._C._are_functorch_transforms_active():
                 return self.transformed_backward.apply(*args, word)
-            with_graph = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-            if not with_graph and _is_plain_call(args):
-                known = None if self.shortcut is None else self.shortcut(*args)
-                return self.run_backward(*args, word) if known is None else known
         return self.registered_backward(*args, word)
 
     def _backward_twice(self, ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -195,6 +237,8 @@ def define(
     *,
     fake: Callable[..., Any],
     specification: Callable[..., Any] | None = None,
+    check: Callable[..., None] | None = None,
+    autocast: tuple[str, ...] = (),
     backward_schema: str | None = None,
     backward_fake: Callable[..., Any] | None = None,
     save: Callable[..., Saved] | None = None,
@@ -208,13 +252,16 @@ def define(
 
     schema: the part behind the name, e.g. "(Tensor x, float eps) -> (Tensor y, Tensor rstd)". fake: the arguments without `impl` -> outputs
     with their shapes. specification: the arguments -> the outputs that have gradients, in plain PyTorch. save: (inputs, output) -> Saved.
-    gradients: name of an input -> number of the backward's output that is its gradient.
+    gradients: name of an input -> number of the backward's output that is its gradient. autocast: the arguments that torch.autocast casts.
+
+    check: raises TypeError or ValueError for arguments that the operator does not take. It may look at what Backend.unsupported_reason may, since
+    an eager call that looks like one before it is not checked again.
 
     backward_schema: the first `upstream` arguments are the gradients of as many outputs; then come Saved.tensors, Saved.options, and
     `bool need_...` for as many of the first outputs as it names. differentiable_backward: the same, in PyTorch that autograd can go through.
     backward_shortcut: the same arguments -> the gradients where an eager call can have them for nothing, arguments themselves included, or None.
     """
-    operator = Operator(name, schema, fake, specification, **selection)
+    operator = Operator(name, schema, fake, specification, check, autocast, **selection)
     if backward_schema is not None:
         assert backward_fake and save and gradients and differentiable_backward
         operator.define_backward(
@@ -246,20 +293,27 @@ def _is_transformed(args: tuple[Any, ...]) -> bool:
 
 
 def _is_plain_call(args: tuple[Any, ...]) -> bool:
-    """Whether nothing but the backend has to see this call."""
-    if (
-        torch._C._len_torch_dispatch_stack()
+    """Whether nothing but the backend has to see this call: no compiler, transform, dual tensor, mode or subclass."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
-    ):
-        return False
-    for arg in args:
-        if type(arg) not in _PLAIN:
-            return False
-    return not args[0].is_meta
+        or not _PLAIN.issuperset(map(type, args))
+        or getattr(args[0], "is_meta", True)  # no tensor at all: about to be refused
+    )
 
 
-def _without_autocast(function: Callable[..., Any], args: list[Any]) -> Any:
+def _anything(*_: Any) -> None:
+    """The check of an operator whose public function checks its arguments itself."""
+
+
+def _autocast_may_be_on() -> bool:
+    return torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
+
+
+def _without_autocast(function: Callable[..., Any], args: Sequence[Any]) -> Any:
     """The public functions cast under torch.autocast; inside an operator it would narrow what the backend keeps in float32."""
     if not torch._C._is_any_autocast_enabled():
         return function(*args)
@@ -278,17 +332,20 @@ def _register(name: str, schema: str, implementation: Callable[..., Any], fake: 
     return getattr(torch.ops.ov3fast, name)
 
 
-def _make_node(
-    name: str, run: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any]
-) -> type[torch.autograd.Function]:
+def _make_node(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """(*arguments, word, the backend's forward) -> outputs, with a node for the backward in the graph."""
+
     def forward(ctx: Any, *args: Any) -> Any:
-        output = run(*args)
-        setup(ctx, args, output)
+        function = args[-1]
+        output = _without_autocast(function, args[:-2])
+        setup(ctx, args[:-1], output)
         return output
 
-    return type(
+    node = type(
         f"ov3fast_{name}", (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     )
+    # Not node.apply, which looks for transforms of torch.func first: plain calls have none.
+    return super(torch.autograd.Function, node).apply
 
 
 def _make_transformed(

@@ -61,18 +61,8 @@ def flash_attention(
     Returns [B, Nq, H, D], contiguous, of q's dtype; 0 for a query that sees no key. q, k and v get gradients; no N x N tensor is kept.
     Raises TypeError or ValueError that name the argument. Source: arXiv 2307.08691, algorithms 1 and 2.
     """
-    op = "flash_attention"
-    _check.tensor(op, "q", q, ndim=4)
-    _check.tensor(op, "k", k, ndim=4)
-    _check.tensor(op, "v", v, ndim=4)
-    q, k, v = _check.autocast(q, k, v)
-    keys = (q.shape[0], k.shape[1], *q.shape[2:])
-    _check.parameter(op, "k", k, keys, q, "[B,Nk,H,D]")
-    _check.parameter(op, "v", v, keys, q, "like k")
-    _check_mask(op, k.shape[1], causal, prefix_len)
-    if not _warned and q.shape[2] > q.shape[1] > 1:
-        _warn_of_swapped_axes(q)
-    return _flash_attention(impl, q, k, v, bool(causal), prefix_len, _scale(q, scale))[0]
+    causal = _check.flag("flash_attention", "causal", causal)
+    return _flash_attention(impl, q, k, v, causal, prefix_len, _scale(q, scale))[0]
 
 
 def flash_attention_qkvpacked(
@@ -82,13 +72,29 @@ def flash_attention_qkvpacked(
 
     qkv [B,N,3,H,D], with any strides. Returns [B,N,H,D].
     """
+    causal = _check.flag("flash_attention_qkvpacked", "causal", causal)
+    return _flash_attention_qkvpacked(impl, qkv, causal, prefix_len, _scale(qkv, scale))[0]
+
+
+def _check_arguments(q, k, v, causal, prefix_len, scale):
+    op = "flash_attention"
+    _check.tensor(op, "q", q, ndim=4)
+    _check.tensor(op, "k", k, ndim=4)
+    _check.tensor(op, "v", v, ndim=4)
+    keys = (q.shape[0], k.shape[1], *q.shape[2:])
+    _check.parameter(op, "k", k, keys, q, "[B,Nk,H,D]")
+    _check.parameter(op, "v", v, keys, q, "like k")
+    _check_prefix(op, k.shape[1], prefix_len)
+    if not _warned and q.shape[2] > q.shape[1] > 1:
+        _warn_of_swapped_axes(q)
+
+
+def _check_packed(qkv, causal, prefix_len, scale):
     op = "flash_attention_qkvpacked"
     _check.tensor(op, "qkv", qkv, ndim=5)
     if qkv.shape[2] != 3:
         raise ValueError(f"{op}: qkv must have shape [B,N,3,H,D], got {tuple(qkv.shape)}")
-    (qkv,) = _check.autocast(qkv)
-    _check_mask(op, qkv.shape[1], causal, prefix_len)
-    return _flash_attention_qkvpacked(impl, qkv, bool(causal), prefix_len, _scale(qkv, scale))[0]
+    _check_prefix(op, qkv.shape[1], prefix_len)
 
 
 _warned = False
@@ -102,19 +108,19 @@ def _warn_of_swapped_axes(q: Tensor) -> None:
         warnings.warn(
             f"flash_attention takes [B,N,H,D]; q of shape {tuple(q.shape)} has more heads than tokens and strides {q.stride()}, as"
             " [B,H,N,D] has after a transpose. If it is that, pass q.transpose(1, 2), and k and v alike.",
-            stacklevel=3,
+            stacklevel=7,  # the caller of flash_attention, where it runs without a compiler or a mode around it
         )
 
 
-def _check_mask(op: str, keys: int, causal: bool, prefix_len: int) -> None:
-    if not isinstance(causal, (bool, int)):
-        raise TypeError(f"{op}: causal must be True or False, got {type(causal).__name__}")
+def _check_prefix(op: str, keys: int, prefix_len: int) -> None:
     if not 0 <= prefix_len <= keys:
         raise ValueError(f"{op}: prefix_len must be between 0 and the number of keys {keys}, got {prefix_len}")
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
-    return float(max(q.shape[-1], 1) ** -0.5 if scale is None else scale)
+    if scale is not None:
+        return float(scale)
+    return max(q.shape[-1], 1) ** -0.5 if isinstance(q, Tensor) else 1.0  # what is no tensor is about to be refused
 
 
 def _scores(q_BHND, k_BHND, scale, causal, prefix_len):
@@ -237,6 +243,8 @@ _flash_attention = _operator.define(
     "flash_attention",
     "(Tensor q, Tensor k, Tensor v, bool causal, SymInt prefix_len, float scale) -> (Tensor out, Tensor lse)",
     fake=_fake,
+    check=_check_arguments,
+    autocast=("q", "k", "v"),
     specification=_specification,
     save=_save,
     gradients={"q": 0, "k": 1, "v": 2},
@@ -249,6 +257,8 @@ _flash_attention_qkvpacked = _operator.define(
     "flash_attention_qkvpacked",
     "(Tensor qkv, bool causal, SymInt prefix_len, float scale) -> (Tensor out, Tensor lse)",
     fake=_fake_packed,
+    check=_check_packed,
+    autocast=("qkv",),
     specification=_specification_packed,
     save=_save,
     gradients={"qkv": 0},

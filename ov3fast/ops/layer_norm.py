@@ -39,6 +39,11 @@ def layer_norm(
     x [..., D]; weight and bias [D], of x's dtype or float32; residual like x. Returns y of x's shape and dtype; with a residual
     (y, x + residual). Raises TypeError or ValueError that name the argument.
     """
+    y, h, *_ = _layer_norm(impl, x, weight, bias, residual, eps)
+    return y if residual is None else (y, h)
+
+
+def _check_arguments(x, weight, bias, residual, eps):
     op = "layer_norm"
     _check.tensor(op, "x", x)
     if x.ndim == 0:
@@ -49,8 +54,6 @@ def layer_norm(
     if bias is not None and bias.dtype != weight.dtype:
         raise TypeError(f"{op}: bias must be of weight's dtype {weight.dtype}, got {bias.dtype}")
     _check.parameter(op, "residual", residual, tuple(x.shape), x, "like x")
-    y, h, *_ = _layer_norm(impl, x, weight, bias, residual, eps)
-    return y if residual is None else (y, h)
 
 
 def _forward_eager(x, weight, bias, residual, eps):
@@ -111,6 +114,7 @@ _layer_norm = _operator.define(
     "layer_norm",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float eps) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
     fake=_fake,
+    check=_check_arguments,
     specification=_specification,
     save=_save,
     gradients={"x": 0, "weight": 1, "bias": 2, "residual": 0},

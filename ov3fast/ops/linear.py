@@ -27,17 +27,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str |
     x [..., K]; weight [N, K] and bias [N] or None, of x's dtype or float32. All get gradients; under autocast x is cast. Raises TypeError
     or ValueError that name the argument.
     """
+    return _linear(impl, x, weight, bias)
+
+
+def _check_arguments(x, weight, bias):
     op = "linear"
     _check.tensor(op, "x", x)
     if x.ndim == 0:
         raise ValueError(f"{op}: x must have at least 1 dimension, got a scalar")
     _check.tensor(op, "weight", weight, ndim=2)
-    (x,) = _check.autocast(x)
     _check.parameter(op, "weight", weight, (weight.shape[0], x.shape[-1]), x, "[N, K]", mixed=True)
     _check.parameter(op, "bias", bias, (weight.shape[0],), x, "[N]", mixed=True)
     if bias is not None and bias.dtype != weight.dtype:
         raise TypeError(f"{op}: bias must be of weight's dtype {weight.dtype}, got {bias.dtype}")
-    return _linear(impl, x, weight, bias)
 
 
 def _rows(x):
@@ -75,6 +77,8 @@ _linear = _operator.define(
     "linear",
     "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     fake=_fake,
+    check=_check_arguments,
+    autocast=("x",),
     specification=reference,
     save=lambda inputs, output: _operator.Saved((inputs[0], inputs[1])),
     gradients={"x": 0, "weight": 1, "bias": 2},

@@ -45,6 +45,10 @@ def mlp(
     x [..., K]; w1 [H, K], b1 [H] or None, w2 [D, H], b2 [D] or None, all of x's dtype or all float32. activation "gelu" (exact) or
     "gelu_tanh". All tensors get gradients; under autocast x is cast. Raises TypeError or ValueError that name the argument.
     """
+    return _mlp(impl, x, w1, b1, w2, b2, activation)[0]
+
+
+def _check_arguments(x, w1, b1, w2, b2, activation):
     op = "mlp"
     _check.tensor(op, "x", x)
     if x.ndim == 0:
@@ -53,13 +57,11 @@ def mlp(
     _check.tensor(op, "w2", w2, ndim=2)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-    (x,) = _check.autocast(x)
     hidden = w1.shape[0]
     _check.parameter(op, "w1", w1, (hidden, x.shape[-1]), x, "[H, K]", mixed=True)
     _check.parameter(op, "b1", b1, (hidden,), w1, "[H]")
     _check.parameter(op, "w2", w2, (w2.shape[0], hidden), w1, "[D, H]")
     _check.parameter(op, "b2", b2, (w2.shape[0],), w1, "[D]")
-    return _mlp(impl, x, w1, b1, w2, b2, activation)[0]
 
 
 def _rows(x):
@@ -125,6 +127,8 @@ _mlp = _operator.define(
     "mlp",
     "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation) -> (Tensor y, Tensor h)",
     fake=_fake,
+    check=_check_arguments,
+    autocast=("x",),
     specification=_specification,
     save=_save,
     gradients={"x": 0, "w1": 1, "b1": 2, "w2": 3, "b2": 4},

@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from ov3fast import ops, testing
-from ov3fast.ops import random
+from ov3fast.ops import _dispatch, random
 
 make = testing.make
 RNG = random.make_rng(3)
@@ -224,6 +224,7 @@ def test_contrastive_loss_casts_under_autocast():
 def test_one_warning_for_swapped_axes(monkeypatch):
     module = importlib.import_module("ov3fast.ops.flash_attention")
     monkeypatch.setattr(module, "_warned", False)
+    _dispatch.forget_choices()  # calls that look like one before are not checked again
     right = make(1, 9, 3, 4).float()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -234,4 +235,14 @@ def test_one_warning_for_swapped_axes(monkeypatch):
     with pytest.warns(UserWarning, match=r"flash_attention takes \[B,N,H,D\]") as caught:
         ops.flash_attention(swapped, swapped, swapped)
         ops.flash_attention(swapped, swapped, swapped)
-    assert len(caught) == 1
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
+def test_a_tensor_that_outlived_its_transform():
+    """It is a wrapper without memory of its own."""
+    kept = []
+    torch.func.grad(lambda x: (kept.append(x), x.sum())[1])(make(2, 3, 8).float())
+    weight = make(8, 8, seed=1).float()
+    expected = ops.linear(make(2, 3, 8).float(), weight)
+    assert torch.equal(ops.linear(kept[0], weight), expected)
+    assert torch.equal(ops.linear(kept[0], weight.requires_grad_()), expected)

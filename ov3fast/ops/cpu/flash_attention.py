@@ -3,7 +3,7 @@
 import torch
 
 from .. import _dispatch
-from . import Kernel, unavailable_reason, unit_stride, unsupported_reason
+from . import Kernel, empty, unavailable_reason, unit_stride, unsupported_reason
 
 FORWARD = Kernel(
     "flash_attention_forward",
@@ -29,17 +29,17 @@ def _sizes(q, k):
 
 def _forward(q, k, v, causal, prefix_len, scale):
     q, k, v = map(unit_stride, (q, k, v))
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    batch, heads, queries, *_ = sizes = _sizes(q, k)
+    out, lse = empty(q, q.shape), empty(q, (batch, heads, queries), dtype=torch.float32)
     FORWARD(
         q.dtype, q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], out, lse,
-        *_sizes(q, k), causal, prefix_len, float(scale),
+        *sizes, causal, prefix_len, float(scale),
     )  # fmt: skip
     return out, lse
 
 
 def _backward(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
-    grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    grads = empty(q, q.shape), empty(k, k.shape), empty(v, v.shape)
     _gradients(grad_out, q, k, v, out, lse, causal, prefix_len, scale, grads, q.shape[2] * q.shape[3])
     return grads
 
@@ -50,18 +50,17 @@ def _forward_packed(qkv, *rest):
 
 def _backward_packed(grad_out, qkv, *rest):
     qkv = unit_stride(qkv)
-    grad = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    grad = empty(qkv, qkv.shape)
     _gradients(grad_out, *qkv.unbind(2), *rest, grad.unbind(2), grad.shape[2:].numel())
     return grad
 
 
 def _gradients(grad_out, q, k, v, out, lse, causal, prefix_len, scale, grads, row):
     """Writes dq, dk, dv; their rows are `row` elements apart."""
-    tensors = [unit_stride(t) for t in (grad_out, q, k, v)]
-    views = [part for t in tensors for part in (t, *t.stride()[:3])]
+    grad_out, q, k, v = map(unit_stride, (grad_out, q, k, v))
     BACKWARD(
-        q.dtype, *views, out.contiguous(), lse.contiguous(), *grads, row,
-        *_sizes(q, k), causal, prefix_len, float(scale),
+        q.dtype, grad_out, *grad_out.stride()[:3], q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3],
+        out.contiguous(), lse.contiguous(), *grads, row, *_sizes(q, k), causal, prefix_len, float(scale),
     )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ def _backward(grad_x, tokens, weight, patch_size, need_tokens, need_weight, need
     grad_x, tokens, weight = unit_stride(grad_x), unit_stride(tokens), rows(weight)
     batch, channels, height, width = grad_x.shape
     needs = need_tokens, need_weight, need_bias
-    shapes = tokens.shape, weight.shape, weight.shape[0]
+    shapes = tokens.shape, weight.shape, weight.shape[:1]
     grads = tuple(empty(grad_x, shape, need) for shape, need in zip(shapes, needs, strict=True))
     BACKWARD(
         grad_x.dtype, grad_x, *grad_x.stride()[:3], tokens, *tokens.stride()[:2],

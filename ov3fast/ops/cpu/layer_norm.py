@@ -3,7 +3,7 @@
 import torch
 
 from .. import _dispatch
-from . import Kernel, empty, pointer, rows, unavailable_reason, unsupported_reason, wide
+from . import NO_ROWS, Kernel, empty, matrix, pointer, unavailable_reason, unsupported_reason, wide
 
 FORWARD = Kernel(
     "layer_norm_forward",
@@ -18,28 +18,31 @@ BACKWARD = Kernel(
 
 
 def _forward(x, weight, bias, residual, eps):
-    x_RD, residual_RD = rows(x), None if residual is None else rows(residual)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    h = torch.empty_like(y) if residual is not None else x.new_empty(0)
-    mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    x_RD, x_stride, *sizes = matrix(x)
+    residual_RD, residual_stride, *_ = NO_ROWS if residual is None else matrix(residual)
+    y, h = empty(x, x.shape), empty(x, x.shape, residual is not None)
+    mean = empty(x, x.shape[:-1], dtype=torch.float32)
     rstd = torch.empty_like(mean)
     FORWARD(
-        x.dtype, x_RD, x_RD.stride(0), residual_RD, 0 if residual is None else residual_RD.stride(0),
-        wide(weight), wide(bias), float(eps), y, pointer(h, residual is not None), mean, rstd, *x_RD.shape,
+        x.dtype, x_RD, x_stride, residual_RD, residual_stride,
+        wide(weight), wide(bias), float(eps), y, pointer(h, residual is not None), mean, rstd, *sizes,
     )  # fmt: skip
     return y, h, mean, rstd
 
 
 def _backward(grad_y, grad_h, h, weight, mean, rstd, need_x, need_weight, need_bias):
-    grad_y_RD, grad_h_RD, h_RD = rows(grad_y), None if grad_h is None else rows(grad_h), rows(h)
+    grad_y_RD, grad_y_stride, *_ = matrix(grad_y)
+    grad_h_RD, grad_h_stride, *_ = NO_ROWS if grad_h is None else matrix(grad_h)
+    h_RD, h_stride, *sizes = matrix(h)
     grad_x = empty(h, h.shape, need_x)
-    grad_weight, grad_bias = (empty(mean, weight.shape, need) for need in (need_weight, need_bias))
+    grad_weight, grad_bias = empty(mean, weight.shape, need_weight), empty(mean, weight.shape, need_bias)
     BACKWARD(
-        h.dtype, grad_y_RD, grad_y_RD.stride(0), grad_h_RD, 0 if grad_h is None else grad_h_RD.stride(0),
-        h_RD, h_RD.stride(0), wide(weight), mean, rstd,
-        pointer(grad_x, need_x), pointer(grad_weight, need_weight), pointer(grad_bias, need_bias), *h_RD.shape,
+        h.dtype, grad_y_RD, grad_y_stride, grad_h_RD, grad_h_stride, h_RD, h_stride, wide(weight), mean, rstd,
+        pointer(grad_x, need_x), pointer(grad_weight, need_weight), pointer(grad_bias, need_bias), *sizes,
     )  # fmt: skip
-    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+    if weight.dtype != torch.float32:
+        grad_weight, grad_bias = grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+    return grad_x, grad_weight, grad_bias
 
 
 _dispatch.register(

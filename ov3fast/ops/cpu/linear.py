@@ -1,7 +1,7 @@
 """Lays out linear's arguments for csrc/cpu/linear.cpp."""
 
 from .. import _dispatch
-from . import Kernel, dense, empty, pointer, rows, unavailable_reason, unsupported_reason
+from . import Kernel, dense, empty, matrix, pointer, unavailable_reason, unsupported_reason
 
 FORWARD = Kernel(
     "linear_forward",
@@ -17,23 +17,21 @@ BACKWARD = Kernel(
 
 
 def _forward(x, weight, bias):
-    x_RK, weight = rows(x), rows(weight)
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    FORWARD(
-        x.dtype, x_RK, x_RK.stride(0), weight, weight.stride(0), dense(bias), y, *x_RK.shape, weight.shape[0],
-        parameters=weight.dtype,
-    )  # fmt: skip
+    x_RK, x_stride, *sizes = matrix(x)
+    weight, w_stride, outputs, _ = matrix(weight)
+    y = empty(x, (*x.shape[:-1], outputs))
+    FORWARD(x.dtype, x_RK, x_stride, weight, w_stride, dense(bias), y, *sizes, outputs, parameters=weight.dtype)
     return y
 
 
 def _backward(grad_y, x, weight, need_x, need_weight, need_bias):
-    grad_y_RN, x_RK, weight = rows(grad_y), rows(x), rows(weight)
-    outputs, inputs = weight.shape
-    grads = empty(x, x.shape, need_x), empty(weight, (outputs, inputs), need_weight), empty(weight, outputs, need_bias)
+    grad_y_RN, grad_stride, *_ = matrix(grad_y)
+    x_RK, x_stride, *sizes = matrix(x)
+    w_NK, w_stride, outputs, _ = matrix(weight)
+    grads = empty(x, x.shape, need_x), empty(weight, weight.shape, need_weight), empty(weight, (outputs,), need_bias)
     BACKWARD(
-        x.dtype, grad_y_RN, grad_y_RN.stride(0), x_RK, x_RK.stride(0), weight, weight.stride(0),
-        *map(pointer, grads, (need_x, need_weight, need_bias)), *x_RK.shape, outputs,
-        parameters=weight.dtype,
+        x.dtype, grad_y_RN, grad_stride, x_RK, x_stride, w_NK, w_stride,
+        *map(pointer, grads, (need_x, need_weight, need_bias)), *sizes, outputs, parameters=weight.dtype,
     )  # fmt: skip
     return grads
 

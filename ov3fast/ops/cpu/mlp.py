@@ -1,7 +1,7 @@
 """Lays out mlp's arguments for csrc/cpu/mlp.cpp."""
 
 from .. import _dispatch
-from . import Kernel, dense, empty, pointer, rows, unavailable_reason, unsupported_reason
+from . import Kernel, dense, empty, matrix, pointer, unavailable_reason, unsupported_reason
 
 FORWARD = Kernel(
     "mlp_forward",
@@ -21,25 +21,35 @@ _KINDS = {"gelu": 0, "gelu_tanh": 1}
 
 
 def _forward(x, w1, b1, w2, b2, activation):
-    x_RK, w1, w2 = rows(x), rows(w1), rows(w2)
-    y, h = empty(x, (*x.shape[:-1], w2.shape[0])), empty(x, (*x.shape[:-1], w1.shape[0]))
+    x_RK, x_stride, *sizes = matrix(x)
+    w1, w1_stride, hidden, _ = matrix(w1)
+    w2, w2_stride, outputs, _ = matrix(w2)
+    before = x.shape[:-1]
+    y, h = empty(x, (*before, outputs)), empty(x, (*before, hidden))
     FORWARD(
-        x.dtype, x_RK, x_RK.stride(0), w1, w1.stride(0), dense(b1), w2, w2.stride(0), dense(b2), y, h,
-        _KINDS[activation], *x_RK.shape, w1.shape[0], w2.shape[0], parameters=w1.dtype,
+        x.dtype, x_RK, x_stride, w1, w1_stride, dense(b1), w2, w2_stride, dense(b2), y, h,
+        _KINDS[activation], *sizes, hidden, outputs, parameters=w1.dtype,
     )  # fmt: skip
     return y, h
 
 
 def _backward(grad_y, x, h, w1, b1, w2, activation, need_x, need_w1, need_b1, need_w2, need_b2):
-    grad_RD, x_RK, h_RH, w1, w2 = rows(grad_y), rows(x), rows(h), rows(w1), rows(w2)
-    needs = need_x, need_w1, need_b1, need_w2, need_b2
-    shapes = x.shape, w1.shape, w1.shape[0], w2.shape, w2.shape[0]
-    like = grad_y, w1, w1, w1, w1
-    grads = tuple(empty(*wanted) for wanted in zip(like, shapes, needs, strict=True))
+    grad_RD, grad_stride, *_ = matrix(grad_y)
+    x_RK, x_stride, *sizes = matrix(x)
+    h_RH, h_stride, *_ = matrix(h)
+    w1_HK, w1_stride, hidden, _ = matrix(w1)
+    w2_DH, w2_stride, outputs, _ = matrix(w2)
+    grads = (
+        empty(grad_y, x.shape, need_x),
+        empty(w1, w1.shape, need_w1),
+        empty(w1, (hidden,), need_b1),
+        empty(w1, w2.shape, need_w2),
+        empty(w1, (outputs,), need_b2),
+    )
     BACKWARD(
-        x.dtype, grad_RD, grad_RD.stride(0), x_RK, x_RK.stride(0), h_RH, h_RH.stride(0),
-        w1, w1.stride(0), w2, w2.stride(0), *map(pointer, grads, needs),
-        _KINDS[activation], *x_RK.shape, w1.shape[0], w2.shape[0], parameters=w1.dtype,
+        x.dtype, grad_RD, grad_stride, x_RK, x_stride, h_RH, h_stride, w1_HK, w1_stride, w2_DH, w2_stride,
+        *map(pointer, grads, (need_x, need_w1, need_b1, need_w2, need_b2)),
+        _KINDS[activation], *sizes, hidden, outputs, parameters=w1.dtype,
     )  # fmt: skip
     return grads
 

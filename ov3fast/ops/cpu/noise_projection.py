@@ -33,7 +33,7 @@ def _forward(z, sigma, weight, bias, rng):
 def _backward(grad_y, z, sigma, weight, rng, need_z, need_sigma, need_weight, need_bias):
     z_BNK, grad_RD, weight = _instances(z), rows(grad_y), rows(weight)
     grad_z, grad_weight = empty(z, z.shape, need_z), empty(z, weight.shape, need_weight)
-    grad_bias = empty(z, weight.shape[0], need_bias)
+    grad_bias = empty(z, weight.shape[:1], need_bias)
     wide_sigma = wide(sigma)
     grad_sigma = empty(wide_sigma, sigma.shape, need_sigma)
     BACKWARD(

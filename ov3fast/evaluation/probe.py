@@ -38,7 +38,7 @@ class Labelled(NamedTuple):
 
 def read_idx(path: str | Path) -> np.ndarray:
     """An idx file of unsigned bytes, gzipped or not (the format of MNIST): 0, 0, type 8, ndim, then big-endian uint32 sizes."""
-    path = Path(path)
+    path = Path(path).expanduser()
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rb") as file:
         data = file.read()

@@ -23,6 +23,7 @@ from ov3fast.data.skips import DataError, Skip, SkipCounter
 from ov3fast.inference.embeddings import Embeddings, check_output, write_embeddings
 from ov3fast.inference.images import find_images
 from ov3fast.inference.load import VisionTower
+from ov3fast.io import naming_full_disk
 from ov3fast.models.config import VAE_STRIDE
 from ov3fast.models.openvision3 import OpenVision3
 from ov3fast.terminal import is_terminal
@@ -88,18 +89,19 @@ def encode_to_file(
     out = check_output(out)
     chosen = Options(**{"tokens": out.suffix != ".npy", **options})
     job = _Job(model, images, chosen, _Memory(), None)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.stem}.writing-", dir=out.parent) as folder:
-        with contextlib.ExitStack() as files:
-            job.pooled = files.enter_context(_MappedFile(Path(folder, "pooled")))
-            if chosen.tokens:
-                job.tokens = files.enter_context(_MappedFile(Path(folder, "tokens")))
-            try:
-                job.run()
-                write_embeddings(out, job.embeddings())
-            except BaseException:  # Ctrl-C too: hours of work are not thrown away
-                _keep_partial(job, out)
-                raise
+    with contextlib.ExitStack() as files:
+        files.enter_context(naming_full_disk(out))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = files.enter_context(tempfile.TemporaryDirectory(prefix=f".{out.stem}.writing-", dir=out.parent))
+        job.pooled = files.enter_context(_MappedFile(Path(folder, "pooled")))
+        if chosen.tokens:
+            job.tokens = files.enter_context(_MappedFile(Path(folder, "tokens")))
+        try:
+            job.run()
+            write_embeddings(out, job.embeddings())
+        except BaseException:  # Ctrl-C too: hours of work are not thrown away
+            _keep_partial(job, out)
+            raise
     return Written(out, job.names, job.skipped)
 
 

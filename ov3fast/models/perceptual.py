@@ -145,7 +145,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _existing(what: str, path: str | Path) -> Path:
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"LPIPS: {what} must be an existing file, got {path}")
     return path

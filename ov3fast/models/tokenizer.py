@@ -19,6 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ov3fast.io import atomic_write
+
 NAMES = ("wordpiece", "clip_bpe")
 SPECIALS = ("[PAD]", "[bos]", "[eos]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CLIP_SPECIALS = ("<start_of_text>", "<end_of_text>")
@@ -88,9 +90,10 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, which `load_tokenizer` reads."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / FILE))
-        (folder / CONFIG_FILE).write_text(json.dumps({"name": self.name}) + "\n", encoding="utf-8")
+        with atomic_write(folder / FILE) as temporary:
+            self.backend.save(str(temporary))
+        with atomic_write(folder / CONFIG_FILE) as temporary:
+            temporary.write_text(json.dumps({"name": self.name}) + "\n", encoding="utf-8")
 
     def _special(self, token: str) -> int:
         index = self.backend.token_to_id(token)
@@ -119,7 +122,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer that `save` wrote to `folder`. FileNotFoundError or ValueError names the file."""
     from tokenizers import Tokenizer as Backend
 
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     name = json.loads(_existing(folder / CONFIG_FILE).read_text(encoding="utf-8")).get("name")
     if name not in NAMES:
         raise ValueError(f"tokenizer: {folder / CONFIG_FILE} names {name!r}; name must be one of {', '.join(NAMES)}")
@@ -133,7 +136,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def _existing(path: str | Path) -> Path:
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"tokenizer: no file {path}")
     return path

@@ -250,10 +250,11 @@ class Recipe:
             )
 
     def resolve(self) -> Recipe:
-        """The same with `vae` written into the model's config."""
+        """The same with `vae` written into the model's config, and ~ of run_dir expanded."""
+        recipe = dataclasses.replace(self, run_dir=self.run_dir.expanduser())
         if self.vae is None or self.vae == self.model.vae:
-            return self
-        return dataclasses.replace(self, model=dataclasses.replace(self.model, vae=self.vae, vae_subfolder=None))
+            return recipe
+        return dataclasses.replace(recipe, model=dataclasses.replace(self.model, vae=self.vae, vae_subfolder=None))
 
     def stage_objective(self, stage: Stage) -> ObjectiveConfig:
         """The objective with the stage's LPIPS weight; without pixel losses where it decodes no image."""

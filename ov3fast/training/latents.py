@@ -10,7 +10,6 @@ Legend: n samples, V variants, C latent channels (twice as many where the poster
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ov3fast.io import atomic_write
 from ov3fast.training.distributed import Ranks
 
 CHUNK = 64
@@ -72,28 +72,26 @@ def fill(
 
 
 def load(path: Path, key: str) -> LatentCache | None:
-    """The cache that `save` wrote under this key, or None."""
-    from safetensors import safe_open
+    """The cache that `save` wrote under this key, or None, for a file that can't be read too: it is only a copy."""
+    from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         return None
-    with safe_open(str(path), "pt") as file:
-        if (file.metadata() or {}).get("key") != key:
-            return None
-        return LatentCache(file.get_tensor("latents"))
+    try:
+        with safe_open(str(path), "pt") as file:
+            if (file.metadata() or {}).get("key") != key:
+                return None
+            return LatentCache(file.get_tensor("latents"))
+    except (SafetensorError, OSError):
+        return None
 
 
 def save(cache: LatentCache, path: Path, key: str) -> None:
     """Writes the cache, all or nothing."""
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    try:
+    with atomic_write(path) as temporary:
         save_file({"latents": cache.values}, str(temporary), {"key": key})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def weights_hash(module: torch.nn.Module) -> str:

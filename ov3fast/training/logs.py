@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from pathlib import Path
 from typing import Any
+
+from ov3fast.io import atomic_write
 
 LOG = "log.jsonl"
 TENSORBOARD = "tensorboard"
@@ -28,9 +29,8 @@ class RunLog:
 
         kept = [row for row in read_rows(run_dir / LOG) if row["step"] <= after]
         path = run_dir / LOG
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         shutil.rmtree(run_dir / TENSORBOARD, ignore_errors=True)
         self._file = open(path, "a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / TENSORBOARD))

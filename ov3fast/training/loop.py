@@ -32,7 +32,7 @@ from ov3fast import ops
 from ov3fast.data.assets import fetch
 from ov3fast.data.order import order_hash
 from ov3fast.data.store import SampleStore
-from ov3fast.io import atomic_write
+from ov3fast.io import atomic_write, check_writable_folder, naming_full_disk
 from ov3fast.losses import Objective
 from ov3fast.models import pretrained
 from ov3fast.models.config import VERSIONS, versions
@@ -100,7 +100,7 @@ def train(
     recipe = recipe.resolve()
     ranks = distributed.start(device)
     backend = ops.use(recipe.impl) if recipe.impl else nullcontext()
-    with backend, StopRequest() as stop, Display(show=ranks.first) as display:
+    with backend, StopRequest() as stop, Display(show=ranks.first) as display, naming_full_disk(recipe.run_dir):
         return Run(recipe, ranks, stop, display, extend).start(resume, overwrite, init_from)
 
 
@@ -111,6 +111,7 @@ class Run:
         self, recipe: Recipe, ranks: distributed.Ranks, stop: StopRequest, display: Display, extend: bool = False
     ) -> None:
         self.recipe, self.ranks, self.stop, self.display = recipe, ranks, stop, display
+        check_writable_folder(recipe.run_dir, "run_dir")
         check_micro_batches(recipe, ranks.world)
         if recipe.compile:
             build.check_compiler(ranks.device)

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ov3fast.io import atomic_write
 from ov3fast.models.openvision3 import OpenVision3
 from ov3fast.training.step import MicroBatch
 
@@ -39,9 +40,9 @@ def stop_non_finite(
         "suspects": suspects,
         "samples": keys,
     }
-    run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / f"non-finite-step-{step:08d}-rank-{rank}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     what = f"{', '.join(terms)} is not finite" if terms else "a loss of another process is not finite"
     shown = suspects or keys
     names = ", ".join(shown[:NAMED]) + (f" and {len(shown) - NAMED} more" if len(shown) > NAMED else "")

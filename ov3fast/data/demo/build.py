@@ -38,7 +38,7 @@ from ov3fast.data.demo.concepts import (
 )
 from ov3fast.data.shards import INDEX, write_shards
 from ov3fast.data.skips import DataError
-from ov3fast.io import atomic_write
+from ov3fast.io import atomic_write, naming_full_disk
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -108,12 +108,12 @@ def build_demo(
     for client in clients:
         if client not in CLIENTS:
             raise ValueError(f"clients: got {client!r}; it takes {', '.join(CLIENTS)}")
-    cache = Path(cache_dir or default_cache_dir())
+    cache = Path(cache_dir or default_cache_dir()).expanduser()
     root, asked = cache / "demo", {"version": VERSION, "clients": sorted(clients), "seed": seed, "held_out": held_out}
     present = _manifest(root)
     if present and present["asked"] == asked and not (refresh and present["left_out"]):
         return DemoSet(root, present)
-    with _bars(progress) as bars:
+    with _bars(progress) as bars, naming_full_disk(cache):
         return _Builder(cache, asked, workers or os.cpu_count() or 1, bars, fetch).build()
 
 

@@ -28,15 +28,15 @@ def _to_ascii(error: UnicodeError) -> tuple[str, int]:
     return "".join(ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in missing), error.end
 
 
-def console() -> Any:
-    """A rich Console on standard output that passes a closed pipe on as BrokenPipeError."""
+def console(**options: Any) -> Any:
+    """A rich Console on standard output that passes a closed pipe on as BrokenPipeError. options: rich's own."""
     from rich.console import Console
 
     class Screen(Console):
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError
 
-    return Screen()
+    return Screen(**options)
 
 
 def is_terminal() -> bool:

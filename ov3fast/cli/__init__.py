@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -96,6 +97,9 @@ def _run(arguments: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise ValueError(f"no command {name!r}; it takes {', '.join(COMMANDS)}")
+    for before, argument in zip([name, *rest], rest, strict=False):
+        if not argument or re.fullmatch(r"--[\w.-]+=", argument):
+            raise ValueError(f"{name}: the argument after {before} is empty; is a variable of the shell unset?")
     if name == "train":  # it saves on SIGTERM by itself
         return import_module("ov3fast.cli.train").run(rest)
     with _sigterm_unwinds():

@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import tyro
-
-from ov3fast.cli.options import parse
+from ov3fast.cli.options import ImagesOptions, parse
 from ov3fast.io import atomic_write, check_writable
 
 if TYPE_CHECKING:
     from ov3fast.inference import Captioned
 
 
-@dataclass
-class Caption:
+@dataclass(kw_only=True)
+class Caption(ImagesOptions):
     """Images to captions: a line "name<TAB>caption" each, or a JSON object each."""
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Model folder, training run or hub id."""
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES...")]
-    """Image files or folders."""
     out: Path | None = None
     """File to write in place of standard output: .jsonl ({"image": ..., "caption": ...} a line) or .txt."""
     beams: int = 3
     """Beams of the search; 1 is greedy."""
-    image_size: int | None = None
-    """Pixels; default: the model's."""
-    batch_size: int = 32
-    workers: int = 2
-    """Threads that decode the images."""
-    vae: str | None = None
-    """VAE in place of the model's: a folder, a hub id, or "small"."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; default: cpu."""
 
 
 def run(arguments: list[str]) -> int:
@@ -52,15 +41,36 @@ def run(arguments: list[str]) -> int:
         model, given.images, beams=given.beams, image_size=given.image_size, batch_size=given.batch_size, workers=given.workers
     )  # fmt: skip
     if given.out is None:
-        for one in found:
-            print(_line(one, "txt"), flush=True)
-        return 0
-    count = 0
-    with atomic_write(given.out) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+        count = captioned = 0
         for count, one in enumerate(found, 1):  # noqa: B007
-            file.write(_line(one, given.out.suffix[1:]) + "\n")
-    print(f"{count} images -> {given.out}")
+            captioned += one.caption is not None
+            print(_line(one, "txt"), flush=True)
+    else:
+        count, captioned = _write(found, given.out)
+        print(f"{count} images -> {given.out}")
+    if not captioned:
+        raise ValueError(f"caption: none of the {count} images could be read")
     return 0
+
+
+def _write(found: Iterable[Captioned], out: Path) -> tuple[int, int]:
+    """Writes a line per image; returns how many there are, and how many have a caption. What was done stays in
+    <name>.partial<suffix> where the job ends early."""
+    count = captioned = 0
+    with atomic_write(out) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+        try:
+            for count, one in enumerate(found, 1):  # noqa: B007
+                captioned += one.caption is not None
+                file.write(_line(one, out.suffix[1:]) + "\n")
+        except BaseException:
+            if count:
+                partial = out.with_name(f"{out.stem}.partial{out.suffix}")
+                with contextlib.suppress(OSError):  # the disk may be what ended the job
+                    file.flush()
+                    os.replace(temporary, partial)
+                    warnings.warn(f"stopped after {count} images; they are in {partial}", stacklevel=2)
+            raise
+    return count, captioned
 
 
 def _line(one: Captioned, suffix: str) -> str:

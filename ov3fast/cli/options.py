@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import re
 import shutil
 import textwrap
 import warnings
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 
@@ -19,20 +23,57 @@ NARROW = 60
 COMMON = "-v, --verbose: tracebacks and logs. -q, --quiet: nothing on standard output but a command's result, no warnings."
 
 
+@dataclass(kw_only=True)
+class ModelOptions:
+    """What every command that runs a model on images takes."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """Model folder, training run or hub id."""
+    vae: str | None = None
+    """VAE in place of the model's: a folder, a hub id, or "small"."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; default: cpu."""
+
+
+@dataclass(kw_only=True)
+class ImagesOptions(ModelOptions):
+    """And every command that runs it on many, batch by batch."""
+
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES...")]
+    """Image files or folders."""
+    image_size: int | None = None
+    """Pixels; default: the model's."""
+    batch_size: int = 32
+    workers: int = 2
+    """Threads that decode the images."""
+
+
 def parse(kind: Any, arguments: list[str], command: str, default: Any = None) -> Any:
-    """An instance of the dataclass `kind`. SystemExit after --help (0) and for options that it doesn't have (2)."""
+    """An instance of the dataclass `kind`. SystemExit after --help; ValueError, in one line, for options that it doesn't take."""
     options = {} if default is None else {"default": default}
     program = f"{PROGRAM} {command}"
     width = shutil.get_terminal_size().columns
     if {"-h", "--help"} & set(arguments) and width < NARROW:
         print(_narrow_help(kind, program, width, options))
         raise SystemExit(0)
+    refusal = io.StringIO()
     try:
-        return tyro.cli(kind, args=[expand_home(argument) for argument in arguments], prog=program, **options)
+        with contextlib.redirect_stderr(refusal):
+            return tyro.cli(kind, args=[expand_home(argument) for argument in arguments], prog=program, **options)
     except SystemExit as end:
         if end.code == 0:
             print(textwrap.fill(COMMON, width))
-        raise
+            raise
+        raise ValueError(f"{_one_line(refusal.getvalue())} (see {program} --help)") from None
+
+
+def _one_line(box: str) -> str:
+    """What tyro says of wrong arguments in a box of many lines: its first paragraph, and the options that are near."""
+    lines = [line.strip(" │┃|") for line in box.splitlines()]
+    text = " ".join(line for line in lines if line and not re.fullmatch(r"[-─╭╮╰╯+ ]*|[╭+][-─].*", line))
+    text = re.split(r" Got errors:| Argument helptext:| For full helptext", text)[0]
+    flags = re.findall(r"--[\w.-]+", text.partition("Perhaps you meant:")[2])
+    return text.partition(" Perhaps you meant:")[0] + (f"; perhaps {' or '.join(dict.fromkeys(flags))}" if flags else "")
 
 
 def expand_home(argument: str) -> str:

@@ -9,15 +9,13 @@ from typing import Annotated
 
 import tyro
 
-from ov3fast.cli.options import parse
+from ov3fast.cli.options import ModelOptions, parse
 
 
-@dataclass
-class Reconstruct:
+@dataclass(kw_only=True)
+class Reconstruct(ModelOptions):
     """Image in, image out, through the VAE, the encoder and both decoders; a folder in, a folder of PNG files out."""
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Model folder, training run or hub id."""
     image: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
     """Image file, or a folder of them."""
     out: Path
@@ -28,10 +26,6 @@ class Reconstruct:
     """No resizing: only the sides are cropped to multiples of 16 pixels."""
     side_by_side: bool = False
     """Write original, reconstruction and error map beside each other."""
-    vae: str | None = None
-    """VAE in place of the model's: a folder, a hub id, or "small"."""
-    device: str | None = None
-    """cpu, cuda or cuda:N; default: cpu."""
 
 
 def run(arguments: list[str]) -> int:
@@ -41,7 +35,7 @@ def run(arguments: list[str]) -> int:
     from ov3fast.io import check_writable_folder
 
     folder = given.image.is_dir()
-    check_writable_folder(given.out) if folder else check_out(given.out)
+    check_writable_folder(given.out, "--out") if folder else check_out(given.out, "--out")
     options = {"size": given.size, "keep_size": given.keep_size, "side_by_side": given.side_by_side}
     model = load_model(given.model, vae=given.vae, device=given.device)
     if not folder:

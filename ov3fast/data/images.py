@@ -26,6 +26,9 @@ from ov3fast.data.limits import MAX_IMAGE_PIXELS
 if TYPE_CHECKING:
     from PIL import Image
 
+DECODE_VERSION = 2
+"""Goes up whenever the same bytes come to give other pixels: what keeps decoded pictures keeps this with them."""
+
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".jfif", ".jpe", ".avif", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".jp2",
 )  # fmt: skip

@@ -31,22 +31,20 @@ class Embeddings:
     about: dict[str, str]
 
 
-def check_output(path: str | Path) -> Path:
-    """`path` with ~ expanded, where write_embeddings could write it: to be asked before the work.
+def check_output(path: str | Path, what: str = "out") -> Path:
+    """`path` with ~ expanded, where write_embeddings could write it: to be asked before the work. what: its name in errors.
 
     ValueError for another suffix, FileExistsError where a .npy would need a .json that is there and not its own, OSError where
     nothing can be written.
     """
     path = Path(path).expanduser()
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"write_embeddings: {path} must end in {', '.join(SUFFIXES)}")
-    check_writable(path)
+        raise ValueError(f"{what} must end in {', '.join(SUFFIXES)}; got {path}")
+    check_writable(path, what)
     if path.suffix == ".npy":
-        beside = check_writable(path.with_suffix(".json"))
+        beside = check_writable(path.with_suffix(".json"), what)
         if beside.exists() and not _is_ours(beside):
-            raise FileExistsError(
-                f"write_embeddings: {path} writes its names to {beside}, which holds something else; give another name"
-            )
+            raise FileExistsError(f"{what}: {path} writes its names to {beside}, which holds something else; give another name")
     return path
 
 

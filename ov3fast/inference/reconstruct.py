@@ -157,12 +157,12 @@ def _png_names(names: Iterable[str]) -> dict[str, str]:
     return {name: str(path) if uses[path] == 1 else f"{name}.png" for name, path in plain.items()}
 
 
-def check_out(out: str | Path) -> Path:
-    """The PNG file to write, with ~ expanded. ValueError for another suffix, OSError where it can't be written."""
+def check_out(out: str | Path, what: str = "out") -> Path:
+    """The PNG file to write, with ~ expanded. ValueError for another suffix, OSError where it can't be written; `what` names it."""
     out = Path(out).expanduser()
     if out.suffix.lower() != ".png":
-        raise ValueError(f"reconstruct: out must end in .png, got {out}")
-    return check_writable(out)
+        raise ValueError(f"reconstruct: {what} must end in .png, got {out}")
+    return check_writable(out, what)
 
 
 def _check(model: OpenVision3, size: int | None, keep_size: bool) -> int:

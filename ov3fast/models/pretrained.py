@@ -74,14 +74,14 @@ def model_folder(folder: Path, what: str) -> Path:
 
 
 def check_device(device: torch.device | str | None, what: str) -> torch.device | None:
-    """The device, where it exists here: ValueError says why not, in one line."""
+    """The device, where it exists here and can compute: ValueError says why not, in one line."""
     if device is None:
         return None
     try:
         device = torch.device(device)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().splitlines()[0].split(". ")[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{what}: device {str(device)!r} can't be used here: {reason}") from None
     return device
 

@@ -7,13 +7,14 @@ captions' keys, or that there are none, and the batch.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
 from ov3fast.data.captions import texts_under
 from ov3fast.data.config import DataConfig, SourceConfig
 from ov3fast.data.shards import ShardDataset
-from ov3fast.data.skips import DataError, SampleError
+from ov3fast.data.skips import DataError, SampleError, SkipWarning
 from ov3fast.losses import ObjectiveConfig
 from ov3fast.models.config import CaptionConfig, DecoderConfig, OpenVision3Config, TextConfig, VisionConfig
 
@@ -57,7 +58,9 @@ RECIPE = Recipe(
 
 def fit(path: str) -> Recipe:
     """RECIPE with the shards in `path` as its source. DataError where no sample can be read."""
-    dataset = ShardDataset(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SkipWarning)  # the run's own start says it
+        dataset = ShardDataset(path)
     keys: dict[str, int] = {}
     read = 0
     for number in range(min(LOOKED_AT, len(dataset))):

@@ -10,9 +10,11 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
+import PIL
 import torch
 
 from ov3fast.data.captions import texts_under
+from ov3fast.data.images import DECODE_VERSION
 from ov3fast.data.skips import SampleError
 from ov3fast.data.store import SampleStore
 from ov3fast.models.openvision3 import PARTS, OpenVision3
@@ -92,5 +94,6 @@ def latents_key(recipe: Recipe, stage: Stage, store: SampleStore, vae: FrozenVAE
         "posterior": recipe.model.posterior,
         "dtype": recipe.latent_dtype,
         "torch": torch.__version__,
+        "decode": (DECODE_VERSION, PIL.__version__),
     }  # fmt: skip
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

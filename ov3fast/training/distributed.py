@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ov3fast.models.pretrained import check_device
+
 TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun sets in each process's environment."""
 
@@ -81,7 +83,9 @@ def start(device: str | torch.device | None = None) -> Ranks:
     if device is None:
         device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     device = torch.device(device)
-    if device.type == "cuda":
+    if device.type != "cuda":
+        check_device(device, "train")
+    else:
         if device.index is None:
             device = torch.device("cuda", local)
         if device.index >= torch.cuda.device_count():

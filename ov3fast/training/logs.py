@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ov3fast import terminal
 from ov3fast.io import atomic_write
 
 LOG = "log.jsonl"
@@ -70,14 +71,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 class Display:
     """The run on the terminal: a live bar with rates and losses, or plain lines where the output is no terminal.
 
-    show=False (all ranks but the first) prints nothing.
+    show=False (all ranks but the first) prints nothing. BrokenPipeError where the reader of the output has gone.
     """
 
     def __init__(self, show: bool = True) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
-        self.console = Console(quiet=not show, highlight=False)
+        self.console = terminal.console(quiet=not show, highlight=False)
         self._live = self.console.is_terminal and show
         self._last_line = 0.0
         self._progress = Progress(

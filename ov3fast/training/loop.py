@@ -434,7 +434,10 @@ class Run:
         last = run.finished(state)
         share = 1.0 if last else run.times.progress(state.stage_step, run.minutes)
         eta = 60 * run.minutes * (1 - share) / share if share > 0 else None
-        self.display.update(run.stage.name, share, describe(self.row, eta), last)
+        try:
+            self.display.update(run.stage.name, share, describe(self.row, eta), last)
+        except BrokenPipeError:  # the reader of the output went away: as on a signal, what was trained is saved
+            self.stop.name = self.stop.name or "SIGPIPE"
 
     def _finish(self) -> dict[str, Any]:
         """The final model (its EMA where one is kept) and the summary."""

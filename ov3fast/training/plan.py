@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ov3fast import terminal
 from ov3fast.models.flops import flops_per_image, parameter_counts
 from ov3fast.recipes.config import Recipe, Stage, leaves
 from ov3fast.training.schedule import Schedule, schedule
@@ -84,10 +85,9 @@ def texts_and_paired(recipe: Recipe) -> tuple[float, float]:
 
 def dry_run(recipe: Recipe, console: Any = None) -> Plan:
     """Prints the plan: every field of the recipe, its stages, and the parts' parameters and FLOPs."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = console or Console()
+    console = console or terminal.console()
     result = make_plan(recipe)
 
     fields = Table("field", "value", title=f"Recipe {recipe.name}", title_justify="left")

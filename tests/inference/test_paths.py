@@ -212,7 +212,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(model, photos, tmp_path, mon
 def test_a_file_system_that_is_really_full(model, photos, small_disk, monkeypatch, name, kilobytes):
     """The rows as they are written, the file made of them, and its words meet the end of the disk in turn."""
     encode_ = model.encode
-    monkeypatch.setattr(model, "encode", lambda inputs: [value.repeat(1, *[30] * (value.ndim - 1)) for value in encode_(inputs)])
+    monkeypatch.setattr(
+        model, "encode", lambda inputs: [value.repeat(1, *[30] * (value.ndim - 1)) for value in encode_(inputs)]
+    )
     disk = small_disk(kilobytes)
     with pytest.raises(OSError, match="the disk is full.*/disk/e") as caught:
         encode_to_file(model, photos, disk / name)

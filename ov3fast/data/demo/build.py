@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ov3fast import terminal
 from ov3fast.data.assets import ASSETS, CLIENTS, AssetError, default_cache_dir, fetch
 from ov3fast.data.demo import sources
 from ov3fast.data.demo.archives import members
@@ -389,7 +390,8 @@ class _bars:
         if show:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-            self.context = Progress(TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            columns = TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+            self.context = Progress(*columns, console=terminal.console())
 
     def __enter__(self) -> _Bars:
         return _Bars(self.context.__enter__())

@@ -128,6 +128,51 @@ def test_caption_prints_or_writes(capsys, model, photo, tmp_path):
     assert ".jsonl or .txt" in one_line(run(capsys, "caption", model, photo, "--out", tmp_path / "x.csv")[2])
 
 
+def test_captions_of_nothing_are_an_error(capsys, model, tmp_path):
+    (tmp_path / "zero").mkdir()
+    (tmp_path / "zero" / "a.png").write_bytes(b"")
+    code, out, err = run(capsys, "caption", model, tmp_path / "zero")
+    assert code == 2 and out.startswith("a.png\t(skipped: broken_image")
+    assert "caption: none of the 1 images could be read" in one_line(err)
+
+
+def test_captions_that_were_done_are_kept(capsys, model, photo, tmp_path, monkeypatch):
+    for name in ("b.png", "c.png"):
+        (photo.parent / name).write_bytes(photo.read_bytes())
+    caption, calls = OpenVision3.caption, []
+
+    def interrupted(*arguments, **options):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return caption(*arguments, **options)
+
+    monkeypatch.setattr(OpenVision3, "caption", interrupted)
+    with pytest.warns(UserWarning, match=r"stopped after 2 images; they are in .*c.partial.txt"):
+        code, _, err = run(capsys, "caption", model, photo.parent, "--batch-size", "1", "--out", tmp_path / "c.txt")
+    assert code == 130 and err.endswith("ov3fast: interrupted\n")
+    assert [line.split("\t")[0] for line in (tmp_path / "c.partial.txt").read_text().splitlines()] == ["b.png", "c.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.partial.txt", "photos"]
+
+
+def test_reports_on_a_full_disk(capsys, model, shards, small_disk):
+    for kilobytes in (4, 60):  # the tables, then the page
+        disk = small_disk(kilobytes)
+        code, _, err = run(
+            capsys, "evaluate", model, "--data", shards, "--out", disk / "out", "--pictures", "2", "--beams", "1", "-q"
+        )
+        assert code == 2 and "the disk is full" in one_line(err) and str(disk / "out") in err
+        assert not list(disk.rglob(".*"))
+
+
+def test_a_model_on_a_full_disk(model, small_disk):
+    disk = small_disk(100)
+    whole = OpenVision3.from_pretrained(model)
+    with pytest.raises(OSError, match="the disk is full; nothing was changed.*/disk/model"):
+        whole.save_pretrained(disk / "model")
+    assert list(disk.iterdir()) == []
+
+
 def test_a_folder_is_reconstructed(capsys, model, photo, tmp_path):
     (photo.parent / "in").mkdir()
     Image.open(photo).save(photo.parent / "in" / "photo.jpg")
@@ -193,7 +238,11 @@ def test_the_home_folder_in_every_form(capsys, model, photo, tmp_path, monkeypat
     monkeypatch.chdir(photo.parent)
     assert run(capsys, "encode", model, "~/photos", "--out=~/x.npz")[0] == 0
     assert run(capsys, "encode", model, "~/photos/photo.png", "--out", "~/y.npz")[0] == 0
-    assert {p.name for p in tmp_path.iterdir()} == {"photos", "x.npz", "y.npz"} and os.listdir(photo.parent) == ["photo.png"]
+    OpenVision3.from_pretrained(model).save_pretrained("~/model")
+    assert OpenVision3.from_pretrained("~/model").config.vision.width == 48
+    assert {p.name for p in tmp_path.iterdir()} == {"photos", "x.npz", "y.npz", "model"} and os.listdir(photo.parent) == [
+        "photo.png"
+    ]
 
 
 # ---- evaluate --------------------------------------------------------------------------------------------------------
@@ -217,6 +266,17 @@ def test_evaluate_shards(capsys, model, shards, tmp_path, monkeypatch):
     tables = json.loads((out / "evaluation.json").read_text())
     assert [row["reference"] for row in tables["captions"]] == ["picture 0", "picture 1", "picture 2"]
     assert sorted(p.name for p in out.iterdir()) == ["evaluation.json", "report.html"]
+
+
+def test_evaluate_in_the_home_folder(capsys, model, shards, tmp_path, monkeypatch):
+    """The model is read there, and the report is written there, not beside a folder called ~."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("OV3FAST_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    OpenVision3.from_pretrained(model).save_pretrained(tmp_path / "model")
+    assert run(capsys, "evaluate", "~/model", "--data=~/shards", "--pictures", "2", "--beams", "1", "-q")[0] == 0
+    assert (tmp_path / "model" / "report.html").is_file() and not list((tmp_path / "here").iterdir())
 
 
 def test_evaluate_refuses_before_the_work(capsys, model, shards, tmp_path, monkeypatch):
@@ -264,6 +324,19 @@ def one_line(err: str) -> str:
         (("encode", "MODEL", "PHOTO", "--out", "x.npz", "--image-size", "0"), "image_size must be at least 1, got 0"),
         (("encode", "MODEL", "PHOTO", "--out", "x.npz", "--device", "cuda"), "device 'cuda' can't be used here"),
         (("encode", "MODEL", "PHOTO", "--out", "x.npz", "--device", "gpu"), "device 'gpu' can't be used here"),
+        (("encode", "MODEL", "PHOTO", "--out", "x.npz", "--image-size", "abc"), "Error parsing --image-size: no type matching"),
+        (("encode", "MODEL", "PHOTO"), "Missing from ov3fast encode: --out PATH"),
+        (("encode", "MODEL", "PHOTO", "--out", "x.npz", "--nonsense", "3"), "Unrecognized options: --nonsense, 3"),
+        (("encode", "MODEL", "PHOTO", "--out", "x.npz", "--device", "meta"), "device 'meta' can't be used here"),
+        (("encode", "MODEL", "", "--out", "x.npz"), "the argument after MODEL is empty; is a variable of the shell unset?"),
+        (("encode", "MODEL", "PHOTO", "--out="), "encode: the argument after PHOTO is empty"),
+        (("encode", "MODEL", "PHOTO", "--out", "x.txt"), "--out must end in .safetensors, .npz, .npy; got x.txt"),
+        (("reconstruct", "MODEL", "PHOTO", "--out", "x.jpg"), "--out must end in .png, got x.jpg"),
+        (("train", "--recipe", "demo", "--stages.0.stepz", "3"), "perhaps --stages.0.steps or --stages.1.steps"),
+        (("train", "--recipe", "demo", "--data.skip-budget", "-1", "--dry-run"), "skip_budget: got -1.0; it takes a share"),
+        (("train", "--recipe", "demo", "--device", "foo"), "train: device 'foo' can't be used here"),
+        (("data", "demo", "--workers", "0"), "workers: got 0; it takes 1 or more"),
+        (("data", "demo", "--cache-dir", "/proc/x"), "cache_dir: nothing can be written in /proc"),
         (("data", "nonsense"), "data takes demo or check; got 'nonsense'"),
         (("data", "check", "/nowhere/at/all"), "/nowhere/at/all"),
     ],
@@ -271,13 +344,14 @@ def one_line(err: str) -> str:
 def test_mistakes(capsys, model, tmp_path_factory, tmp_path, monkeypatch, arguments, words):
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    if "PHOTO" in arguments:
-        photo = tmp_path_factory.mktemp("mistakes") / "photo.png"
-        Image.new("RGB", (64, 64)).save(photo)
-        arguments = [{"MODEL": model, "PHOTO": photo}.get(word, word) for word in arguments]
+    photo = tmp_path_factory.mktemp("mistakes") / "photo.png"
+    Image.new("RGB", (64, 64)).save(photo)
+    arguments = [{"MODEL": model, "PHOTO": photo}.get(word, word) for word in arguments]
     monkeypatch.setenv("OV3FAST_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     code, _, err = run(capsys, *arguments)
+    for word, value in {"MODEL": model, "PHOTO": photo}.items():
+        words = words.replace(word, str(value))
     assert code == 2 and words in one_line(err)
     assert os.listdir(tmp_path) == []  # nothing half written
 

@@ -70,7 +70,10 @@ def parse(kind: Any, arguments: list[str], command: str, default: Any = None) ->
 def _one_line(box: str) -> str:
     """What tyro says of wrong arguments in a box of many lines: its first paragraph, and the options that are near."""
     lines = [line.strip(" │┃|") for line in box.splitlines()]
-    text = " ".join(line for line in lines if line and not re.fullmatch(r"[-─╭╮╰╯+ ]*|[╭+][-─].*", line))
+    lines = [line for line in lines if line]
+    if len(lines) > 1 and not lines[1].strip("-"):  # a heading, where the box is drawn without sides
+        del lines[0]
+    text = " ".join(line for line in lines if not re.fullmatch(r"[-─╭╮╰╯+ ]*|[╭+][-─].*", line))
     text = re.split(r" Got errors:| Argument helptext:| For full helptext", text)[0]
     flags = re.findall(r"--[\w.-]+", text.partition("Perhaps you meant:")[2])
     return text.partition(" Perhaps you meant:")[0] + (f"; perhaps {' or '.join(dict.fromkeys(flags))}" if flags else "")

@@ -96,6 +96,8 @@ def run(arguments: list[str]) -> int:
     given = parse(Train, arguments, "train", default=Train(base))
     if given.extend and resume is None:
         raise ValueError("--extend needs --resume RUN: it lengthens a run that is there")
+    if given.overwrite and resume is not None:
+        raise ValueError("--resume goes on with a run, --overwrite begins it again; give one of them")
     if given.dry_run:
         from ov3fast.training import dry_run
 

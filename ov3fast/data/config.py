@@ -75,6 +75,10 @@ class DataConfig:
             raise ValueError(f"min_area: got {self.min_area}; it takes a share above 0 and up to 1")
         if self.variants is not None and self.variants < 1:
             raise ValueError(f"variants: got {self.variants}; it takes 1 or more, or None")
+        if not 0 <= self.skip_budget <= 1:
+            raise ValueError(f"skip_budget: got {self.skip_budget}; it takes a share from 0 to 1")
+        if self.max_image_pixels < 1:
+            raise ValueError(f"max_image_pixels: got {self.max_image_pixels}; it takes 1 or more")
         if self.workers < 0:
             raise ValueError(f"workers: got {self.workers}; it takes 0 or more")
         for name, given, known in (

@@ -14,9 +14,11 @@ must have the same one, apart from FREE_TO_CHANGE.
 from __future__ import annotations
 
 import dataclasses
+import math
+import types
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -268,7 +270,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
         """The inverse of to_dict; former names of fields are read too. ValueError names an unknown key."""
-        return _build(cls, values, cls.__name__)
+        return build(cls, values, cls.__name__)
 
     def difference(self, other: dict[str, Any], longer: bool = False) -> str | None:
         """The first field in which another recipe's to_dict differs, as "field: other -> own", FREE_TO_CHANGE aside; None: none.
@@ -307,27 +309,54 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """A value of the annotated type `kind` from JSON's plain values."""
+def build(kind: Any, value: Any, where: str) -> Any:
+    """A value of the annotated type `kind` from JSON's plain values. ValueError says where it doesn't fit."""
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise ValueError(f"{where}: takes a dict of fields, got {type(value).__name__}")
-        types = typing.get_type_hints(kind)
+        hints = typing.get_type_hints(kind)
         value = renamed(kind, value)
         known = [f.name for f in dataclasses.fields(kind)]
         for key in value:
             if key not in known:
                 raise ValueError(f"{where}: unknown key {key!r}; it takes {', '.join(known)}")
-        return kind(**{key: _build(types[key], item, f"{where}.{key}") for key, item in value.items()})
-    if isinstance(value, list):
-        if typing.get_origin(kind) is not tuple:
-            kind = next(option for option in typing.get_args(kind) if typing.get_origin(option) is tuple)
+        needed = [f.name for f in dataclasses.fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+        if missing := [name for name in needed if name not in value]:
+            raise ValueError(f"{where}: needs {', '.join(missing)}")
+        return kind(**{key: build(hints[key], item, f"{where}.{key}") for key, item in value.items()})
+    options = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    for option in options:
+        if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
+            kinds = typing.get_args(option)
+            kinds = (kinds[0],) * len(value) if len(kinds) == 2 and kinds[1] is Ellipsis else kinds
+            if len(kinds) == len(value):
+                return tuple(build(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(kinds, value, strict=True)))
+        elif option is Path and isinstance(value, str | Path):
+            return Path(value)
+        elif _fits(option, value):
+            return value
+    raise ValueError(f"{where}: takes {' or '.join(map(_named, options))}, got {value!r}")
+
+
+def _named(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(map(repr, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
         kinds = typing.get_args(kind)
-        if len(kinds) == 2 and kinds[1] is Ellipsis:
-            kinds = (kinds[0],) * len(value)
-        return tuple(_build(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(kinds, value, strict=True)))
-    paths = kind is Path or Path in typing.get_args(kind)
-    return Path(value) if paths and isinstance(value, str) and str not in typing.get_args(kind) else value
+        return "a list" if Ellipsis in kinds else f"a list of {len(kinds)}"
+    return {type(None): "null", Path: "a path"}.get(kind, kind.__name__)
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return False
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, kind)
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

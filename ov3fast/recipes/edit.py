@@ -11,7 +11,7 @@ from typing import Any
 
 from ov3fast.data.config import SourceConfig
 
-from .config import Recipe, Stage
+from .config import Recipe, Stage, build
 
 SUFFIXES = (".json", ".yaml", ".yml")
 
@@ -21,8 +21,8 @@ def read_recipe(path: str | Path) -> Recipe:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"recipe: there is no file {path}")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
             values = json.loads(text)
         else:
@@ -82,7 +82,9 @@ def _fields(text: str, kind: type, flag: str) -> dict[str, Any]:
             raise ValueError(f"{flag}: got {part!r}; it takes field=value with the fields {', '.join(types)}")
         if name == "captions":  # key or key:probability, separated by +
             pairs = [choice.partition(":") for choice in value.split("+")]
-            values[name] = tuple((key, float(p) if p else 1.0) for key, _, p in pairs)
+            if not all(key for key, _, _ in pairs):
+                raise ValueError(f"{flag}: got {part!r}; it takes captions=key or key:probability, several joined by +")
+            values[name] = [[key, _literal(p) if p else 1.0] for key, _, p in pairs]
             continue
         values[name] = value if types[name] is str or str in typing.get_args(types[name]) else _literal(value)
     return values
@@ -97,6 +99,6 @@ def _literal(value: str) -> Any:
 
 def _made(kind: type, values: dict[str, Any], flag: str) -> Any:
     try:
-        return kind(**values)
-    except (TypeError, ValueError) as error:
+        return build(kind, values, kind.__name__)
+    except ValueError as error:
         raise ValueError(f"{flag}: {error}") from None

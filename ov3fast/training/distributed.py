@@ -72,26 +72,20 @@ def start(device: str | torch.device | None = None) -> Ranks:
 
     device: None takes this rank's GPU where there is one, else the CPU.
     """
-    missing = [name for name in TORCHRUN if name not in os.environ]
-    if "WORLD_SIZE" in os.environ and missing:
-        raise ValueError(
-            f"WORLD_SIZE is set to {os.environ['WORLD_SIZE']} but {', '.join(missing)} is not; torchrun sets {', '.join(TORCHRUN)}: "
-            "start the run with it, or unset WORLD_SIZE for one process"
-        )
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    several = _check_environment()
+    world, rank, local = (int(os.environ[name]) if several else alone for name, alone in zip(TORCHRUN, (1, 0, 0), strict=False))
     if device is None:
         device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if not str(device).startswith("cuda"):
+        device = check_device(device, "train")
     device = torch.device(device)
-    if device.type != "cuda":
-        check_device(device, "train")
-    else:
+    if device.type == "cuda":
         if device.index is None:
             device = torch.device("cuda", local)
         if device.index >= torch.cuda.device_count():
             raise ValueError(f"device: {device} is not there; this machine has {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" not in os.environ:
+    if not several:
         return Ranks(0, 1, device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():
@@ -100,3 +94,21 @@ def start(device: str | torch.device | None = None) -> Ranks:
         atexit.register(dist.destroy_process_group)
     control = dist.new_group(backend="gloo") if backend == "nccl" else dist.group.WORLD
     return Ranks(rank, world, device, dist.group.WORLD, control)
+
+
+def _check_environment() -> bool:
+    """Whether torchrun started this process. ValueError for half of its environment, and for numbers that can't be."""
+    given = next((name for name in ("WORLD_SIZE", "RANK") if name in os.environ), None)
+    if given is None:
+        return False
+    if missing := [name for name in TORCHRUN if not os.environ.get(name)]:
+        raise ValueError(
+            f"{given} is set to {os.environ[given]!r} but {', '.join(missing)} is not; torchrun sets {', '.join(TORCHRUN)}: "
+            f"start the run with it, or unset {given} for one process"
+        )
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
+        if not os.environ[name].isdecimal():
+            raise ValueError(f"{name} must be a number, got {os.environ[name]!r}")
+    if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+        raise ValueError(f"RANK must be below WORLD_SIZE = {os.environ['WORLD_SIZE']}, got {os.environ['RANK']}")
+    return True

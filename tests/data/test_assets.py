@@ -91,6 +91,12 @@ def test_a_failing_client_says_why(fake, script, reason):
     assert "\n" not in str(error.value)
 
 
+def test_a_client_that_fills_the_disk_is_no_reason_to_go_on_without_it(fake):
+    words = "echo 'ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device' >&2; exit 1"
+    with pytest.raises(OSError, match="the disk is full"):
+        fetch("thing", fake("pip", words))
+
+
 def test_a_client_that_hangs_is_stopped(fake, monkeypatch):
     monkeypatch.setattr(assets, "FETCH_TIMEOUT_S", 0.2)
     with pytest.raises(AssetError, match=r"npm took longer than 0\.2 s"):

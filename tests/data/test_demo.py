@@ -1,5 +1,6 @@
 """The demo builder over small fake packages; no network and no real package."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -122,6 +123,25 @@ def test_an_interrupted_build_goes_on(build, monkeypatch):
     demo = build()
     assert done == ["pairs-train", "pairs-style", "pairs-unseen", "photos-train", "photos-heldout"]
     assert demo.pairs_train and demo.photos_heldout
+
+
+@pytest.mark.parametrize("kilobytes", [8, 40, 120])
+def test_a_full_disk_is_one_line_and_a_larger_one_goes_on(fakes, small_disk, kilobytes):
+    def build(cache):
+        return build_demo(cache, progress=False, fetch=lambda name, cache: fakes[name], held_out=4)
+
+    disk = small_disk(kilobytes)
+    with pytest.raises(OSError, match="the disk is full.*/disk") as caught:
+        build(disk)
+    assert caught.value.errno == errno.ENOSPC
+    assert not list(disk.rglob(".*")) and not (disk / "demo" / "manifest.json").exists()
+    assert build(small_disk(10_000)).pairs_train
+
+
+def test_a_set_that_is_there_needs_no_writing(build, monkeypatch):
+    first = build()
+    monkeypatch.setattr("ov3fast.data.demo.build.check_writable_folder", lambda *_: pytest.fail("it was asked for"))
+    assert build() == first
 
 
 def test_what_a_killed_build_left_is_cleared_after_an_hour(build, tmp_path):

@@ -60,6 +60,32 @@ def test_an_unknown_key_is_named():
         Recipe.from_dict(values)
 
 
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        (("name",), 3, "Recipe.name: takes str, got 3"),
+        (("run_dir",), 7, "Recipe.run_dir: takes a path, got 7"),
+        (("seed",), "a", "Recipe.seed: takes int, got 'a'"),
+        (("seed",), True, "Recipe.seed: takes int, got True"),
+        (("precision",), "fp8", "Recipe.precision: takes 'bf16' or 'fp32', got 'fp8'"),
+        (("optimizer", "betas"), [0.9], r"Recipe.optimizer.betas: takes a list of 2, got \[0.9\]"),
+        (("optimizer", "eps"), float("nan"), "Recipe.optimizer.eps: takes float, got nan"),
+        (("stages", 0, "image_size"), "b", r"Recipe.stages\[0\].image_size: takes int, got 'b'"),
+        (("stages", 0, "steps"), 1.5, r"Recipe.stages\[0\].steps: takes int or null, got 1.5"),
+        (("stages",), 3, "Recipe.stages: takes a list, got 3"),
+        (("data", "sources"), "abc", "Recipe.data.sources: takes a list, got 'abc'"),
+        (("data", "sources", 0), {"fraction": 1}, r"Recipe.data.sources\[0\]: needs path"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_named(where, value, message):
+    values = place = json.loads(json.dumps(get_recipe("demo").to_dict()))
+    for key in where[:-1]:
+        place = place[key]
+    place[where[-1]] = value
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_dict(values)
+
+
 def test_every_field_can_be_set_on_the_command_line():
     recipe = tyro.cli(
         Recipe,

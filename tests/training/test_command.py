@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -106,6 +107,54 @@ def test_a_signal_to_the_process_group_saves(tiny, data, tmp_path, number):
     assert checkpoint.latest(tmp_path / "run" / "checkpoints").state["progress"]["step"] >= 2
 
 
+def test_a_pipe_that_closes_saves(tiny, data, tmp_path):
+    """`ov3fast train ... | head -4`: what was trained is kept, and the exit code is that of SIGPIPE."""
+    recipe = tiny.recipe(data, tmp_path / "run", ((4000, 32),), cache_latents=False, log_every=1)
+    command = [sys.executable, "-m", "ov3fast", "train", "--device", "cpu", "--recipe", str(write(recipe, tmp_path / "r.json"))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        for line in process.stdout:
+            if "images/s" in line:
+                break
+        process.stdout.close()
+        error = process.stderr.read()
+        assert process.wait(timeout=300) == 141 and error == ""
+    finally:
+        process.kill()
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints").state["progress"]["step"] >= 2
+
+
+def test_everything_has_the_umasks_mode(finished):
+    modes = {oct(file.stat().st_mode & 0o777) for file in finished.run_dir.rglob("*") if file.is_file()}
+    probe = finished.run_dir / "probe"
+    probe.touch()
+    assert modes == {oct(probe.stat().st_mode & 0o777)}
+    probe.unlink()
+
+
+def test_the_home_folder_in_a_recipe(tiny, data, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = {**tiny.recipe(data, tmp_path, ((1, 32),)).to_dict(), "run_dir": "~/run"}
+    (tmp_path / "r.json").write_text(json.dumps(recipe))
+    assert train("--recipe", tmp_path / "r.json") == 0 and train("--recipe", tmp_path / "r.json", "--resume") == 0
+    assert (tmp_path / "run" / "model").is_dir() and not list((tmp_path / "here").iterdir())
+
+
+def test_own_shards_warn_once(data, tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for tar in (data / "pairs").glob("*.tar"):
+        (shards / tar.name).write_bytes(tar.read_bytes())
+    (shards / "._0.tar").write_bytes(b"macOS")
+    small = ("--stages.0.steps", 1, "--stages.0.batch-size", 8, "--data.workers", 0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert train("--data", shards, "--run-dir", tmp_path / "run", *small) == 0
+    assert len([w for w in caught if "1 foreign_archive" in str(w.message)]) == 1
+
+
 def test_help_fits_a_screen(capsys):
     assert train("--help") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -147,11 +196,15 @@ def test_stages_and_sources_come_and_go():
         (("--remove-stage", "third"), "--remove-stage: got 'third'; it takes a number from 0 or one of pretrain, finetune"),
         (("--add-stage", "name=x,stepz=1"), "--add-stage: got 'stepz=1'; it takes field=value"),
         (("--add-source", "path=x,fraction=0"), "--add-source: fraction: got 0"),
+        (("--add-source", "path=x,captions="), "--add-source: got 'captions='; it takes captions=key"),
+        (("--add-source", "path=x,captions=a:b"), "--add-source: SourceConfig.captions[0][1]: takes float, got 'b'"),
+        (("--add-stage", "name=x,steps=abc"), "--add-stage: Stage.steps: takes int or null, got 'abc'"),
+        (("--resume", "RUN", "--overwrite"), "--resume goes on with a run, --overwrite begins it again"),
         (("--help", "towers"), "--help takes model, objective"),
     ],
 )
-def test_errors_name_the_flag(capsys, arguments, message):
-    assert train(*arguments) == 2
+def test_errors_name_the_flag(capsys, finished, arguments, message):
+    assert train(*(finished.run_dir if argument == "RUN" else argument for argument in arguments)) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 

@@ -123,5 +123,29 @@ def test_half_of_torchruns_environment_is_named(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ValueError, match="WORLD_SIZE is set to 1 but RANK, .* is not; torchrun sets WORLD_SIZE, RANK"):
+    with pytest.raises(ValueError, match="WORLD_SIZE is set to '1' but RANK, .* is not; torchrun sets WORLD_SIZE, RANK"):
         distributed.start("cpu")
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ValueError, match="RANK is set to '1' but WORLD_SIZE, LOCAL_RANK, .* is not"):
+        distributed.start("cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a number, got 'two'"),
+        ({"RANK": "2"}, "RANK must be below WORLD_SIZE = 2, got 2"),
+    ],
+)
+def test_numbers_that_no_torchrun_sets(monkeypatch, changes, words):
+    for name, value in {**dict.fromkeys(distributed.TORCHRUN, "1"), "WORLD_SIZE": "2", **changes}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=words):
+        distributed.start("cpu")
+
+
+def test_devices_that_can_not_compute():
+    for device in ("meta", "foo"):
+        with pytest.raises(ValueError, match=f"train: device '{device}' can't be used here"):
+            distributed.start(device)

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from ov3fast.training import latents, train
+from ov3fast.data.store import SampleStore
+from ov3fast.models.vae import FrozenVAE
+from ov3fast.training import build, latents, train
 from ov3fast.training.distributed import Ranks
 from ov3fast.training.logs import read_rows
 
@@ -46,6 +48,21 @@ def test_kept_under_its_key(tmp_path):
     assert torch.equal(latents.load(path, "a").values, cache.values)
     assert latents.load(path, "b") is None and latents.load(tmp_path / "none", "a") is None
     assert [p.name for p in path.parent.iterdir()] == ["32.safetensors"]
+
+
+def test_a_cache_that_can_not_be_read_is_made_again(tmp_path):
+    latents.save(latents.LatentCache(torch.ones(3)), tmp_path / "x.safetensors", "key")
+    (tmp_path / "x.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:20])
+    assert latents.load(tmp_path / "x.safetensors", "key") is None
+
+
+def test_the_key_names_the_decode(tiny, data, tmp_path, monkeypatch):
+    recipe = tiny.recipe(data, tmp_path)
+    store, vae = SampleStore(recipe.data), FrozenVAE.from_pretrained(recipe.model.vae)
+    before = build.latents_key(recipe, recipe.stages[0], store, vae)
+    assert before == build.latents_key(recipe, recipe.stages[0], store, vae)
+    monkeypatch.setattr(build, "DECODE_VERSION", build.DECODE_VERSION + 1)
+    assert build.latents_key(recipe, recipe.stages[0], store, vae) != before
 
 
 def test_a_cached_run_is_the_run_that_encodes_as_it_goes(tiny, data, tmp_path):

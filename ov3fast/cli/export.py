@@ -15,9 +15,7 @@ from ov3fast.cli.options import parse
 class Export:
     """A model for other libraries: transformers (a folder for AutoModel, with its code)."""
 
-    format: Annotated[
-        Literal["transformers"], tyro.conf.Positional, tyro.conf.arg(metavar="FORMAT")
-    ]
+    format: Annotated[Literal["transformers"], tyro.conf.Positional, tyro.conf.arg(metavar="FORMAT")]
     """transformers."""
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Model folder, training run, hub id, or the folder of a released vision tower."""

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -113,6 +115,25 @@ def test_encode_and_reconstruct(capsys, model, photo, tmp_path):
     code, text, _ = run(capsys, "reconstruct", model, photo, "--out", picture)
     assert code == 0 and "dB" in text
     assert Image.open(picture).size == (64, 64)
+
+
+HEAVY = ("diffusers", "transformers", "torch._dynamo", "sympy", "scipy", "matplotlib", "pyarrow", "tensorboard", "triton")
+
+
+@pytest.mark.parametrize("command", ["--help", "doctor --json", "encode", "reconstruct", "caption"])
+def test_a_command_imports_what_it_needs(command, model, photo, tmp_path):
+    """Start-up of one image: diffusers alone took 4 s."""
+    rest = {"encode": [model, photo, "--out", tmp_path / "e.npz"], "reconstruct": [model, photo, "--out", tmp_path / "r.png"]}
+    argv = [*command.split(), *map(str, rest.get(command, [model, photo] if command == "caption" else []))]
+    code = f"""
+import sys
+from ov3fast.cli import main
+code = main({argv!r})
+heavy = {{*{HEAVY}, *({{"torch", "numpy"}} if {command!r} == "--help" else ())}}
+print("imported:", sorted(heavy & set(sys.modules)), code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("imported: [] 0\n"), done.stdout + done.stderr
 
 
 def test_caption_prints_or_writes(capsys, model, photo, tmp_path):

@@ -6,7 +6,7 @@ import contextlib
 import tempfile
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -224,13 +224,15 @@ def image_side(model: OpenVision3 | VisionTower, options: Options, what: str) ->
 
 def decoded(sources: Mapping[str, Any], size: int, options: Options) -> Iterator[tuple[str, Tensor | ImageError]]:
     """(name, picture float32 [3, size, size] or what is wrong with it) in order; two batches are in work at a time."""
-    from rich.progress import track
-
     waiting: deque[tuple[str, Future]] = deque()
-    progress = options.progress and is_terminal()
+    items: Iterable[tuple[str, Any]] = sources.items()
+    if options.progress and is_terminal():
+        from rich.progress import track
+
+        items = track(items, "encode", len(sources), transient=True)
     pool = ThreadPoolExecutor(options.workers)
     try:
-        for name, source in track(sources.items(), "encode", len(sources), disable=not progress, transient=True):
+        for name, source in items:
             waiting.append((name, pool.submit(_read, source, size, options)))
             if len(waiting) > 2 * options.batch_size:
                 first, future = waiting.popleft()

@@ -1,4 +1,4 @@
-"""The frozen image VAE (diffusers AutoencoderKL) and the two conventions for its latents.
+"""The frozen image VAE (an AutoencoderKL) and the two conventions for its latents.
 
     openvision3     z * scaling_factor                    the authors' openvision3_test.py
     flux            (z - shift_factor) * scaling_factor   FLUX.1's own pipeline
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import noise, pretrained
+from . import autoencoder, noise, pretrained
+from .autoencoder import Autoencoder, AutoencoderConfig
 from .group_norm_silu import fuse_group_norm_silu
 
 CONVENTIONS = ("openvision3", "flux")
@@ -80,6 +81,7 @@ def check_convention(name: str, expected: str | None = None, what: str = "latent
 class FrozenVAE(nn.Module):
     """Images <-> latents with frozen weights: always in eval mode, in its weights' dtype whatever autocast says.
 
+    vae: an Autoencoder, or diffusers' AutoencoderKL, whose GroupNorm and SiLU are then fused in place.
     latent_convention binds it to one convention (a model that it is attached to does so); None leaves the choice to each call.
     """
 
@@ -111,8 +113,6 @@ class FrozenVAE(nn.Module):
         subfolder: where it lies within; None takes the folder itself or its "vae" (FLUX.1-dev's layout). variant, hub: which file, and
         how a hub id is looked up. FileNotFoundError or ValueError, in one line, where there is no such VAE.
         """
-        from diffusers import AutoencoderKL
-
         if str(path) == SMALL:
             root = small_vae_folder()
             if not root.exists():
@@ -127,15 +127,13 @@ class FrozenVAE(nn.Module):
         folder = next((choice for choice in choices if (choice / "config.json").is_file()), None)
         if folder is None:
             raise FileNotFoundError(f"VAE: {choices[0]} has no config.json; give the folder of a diffusers AutoencoderKL")
-        try:
-            vae = AutoencoderKL.from_pretrained(str(folder), torch_dtype=dtype, variant=variant, low_cpu_mem_usage=False)
-        except Exception as error:  # diffusers and safetensors raise many kinds here
-            raise ValueError(f"VAE: can't load {folder}: {str(error).strip().splitlines()[0]}") from error
-        return cls(vae, latent_convention)
+        return cls(_load(folder, dtype, variant), latent_convention)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], *, latent_convention: str | None = None) -> FrozenVAE:
         """Random weights in the given architecture (FLUX_VAE, say), for shapes and counts."""
+        if autoencoder.supports(config):
+            return cls(Autoencoder(AutoencoderConfig.from_json(config)), latent_convention)
         from diffusers import AutoencoderKL
 
         return cls(AutoencoderKL.from_config(dict(config)), latent_convention)
@@ -207,3 +205,18 @@ class FrozenVAE(nn.Module):
 def small_vae_folder() -> Path:
     """Where the package keeps its small VAE."""
     return Path(str(resources.files("ov3fast"))) / "assets" / "small_vae"
+
+
+def _load(folder: Path, dtype: torch.dtype, variant: str | None) -> nn.Module:
+    """An Autoencoder, or diffusers' AutoencoderKL for a layout that Autoencoder doesn't have."""
+    config = pretrained.read_json(folder / autoencoder.CONFIG_FILE, "VAE")
+    try:
+        if autoencoder.supports(config):
+            return Autoencoder.from_pretrained(folder, dtype, variant)
+        from diffusers import AutoencoderKL
+
+        return AutoencoderKL.from_pretrained(str(folder), torch_dtype=dtype, variant=variant, low_cpu_mem_usage=False)
+    except ImportError:
+        raise
+    except Exception as error:  # a config with wrong types; diffusers and safetensors raise many kinds
+        raise ValueError(f"VAE: can't load {folder}: {str(error).strip().splitlines()[0]}") from error

@@ -82,16 +82,16 @@ def test_captioner(config, fields):
 
 def test_vae(make_vae):
     vae = make_vae()
-    encoder, decoder = flops.vae_flops(dict(vae.vae.config), 32)
+    encoder, decoder = flops.vae_flops(dataclasses.asdict(vae.vae.config), 32)
     # torch's counter leaves out attention on the CPU: here one head of 16 channels on 4 x 4 places in each half.
     attention = 4 * 16**2 * 16
     assert encoder == counted(lambda: vae.vae.encode(torch.zeros(1, 3, 32, 32))) + attention
     assert decoder == counted(lambda: vae.vae.decode(torch.zeros(1, 16, 4, 4))) + attention
-    assert flops.vae_flops(dict(vae.vae.config), 64)[0] > 4 * encoder
+    assert flops.vae_flops(dataclasses.asdict(vae.vae.config), 64)[0] > 4 * encoder
 
 
 def test_flops_per_image_has_every_part(config, flux_vae):
-    vae_config = dict(flux_vae.vae.config)
+    vae_config = dataclasses.asdict(flux_vae.vae.config)
     counts = flops.flops_per_image(config, vae_config=vae_config)
     assert list(counts) == ["vae_encoder", "encoder", "decoder", "vae_decoder", "text", "captioner"]
     assert counts["encoder"] == flops.encoder_flops(config.vision, 16)
@@ -114,4 +114,4 @@ def test_the_papers_base_model():
 
 def test_counts_are_those_of_the_built_model(config, flux_vae):
     model = OpenVision3(config, vae=flux_vae)
-    assert flops.parameter_counts(config, vae_config=dict(flux_vae.vae.config)) == model.parameter_counts()
+    assert flops.parameter_counts(config, vae_config=dataclasses.asdict(flux_vae.vae.config)) == model.parameter_counts()

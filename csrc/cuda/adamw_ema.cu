@@ -17,7 +17,7 @@ struct Lists {
     float* exp_avg_sqs[CAPACITY];
     float* ema[CAPACITY];  // or null
     int64_t sizes[CAPACITY];
-    float keep[CAPACITY];  // 1 - lr weight_decay
+    float keep[CAPACITY];  // 1 - lr weight_decay; with Scheduled, weight_decay
     int32_t first[CAPACITY];  // chunk of each tensor; chunks of all tensors stand in one row
     int32_t tensors, chunks;
 };
@@ -41,6 +41,18 @@ struct Step {
     Twofold inverse_root, size;  // 1 / sqrt(1 - beta2^step), -lr / (1 - beta1^step)
     float eps;
     float max_norm;  // NaN for none
+};
+
+// What changes from step to step, where it lies on the device: a captured graph keeps the Step that it was recorded with.
+struct Scheduled {
+    Twofold inverse_root, size;
+    float ema_factor, ema_from_a, lr;
+    __device__ __forceinline__ Step in(Step step) const {
+        step.inverse_root = inverse_root;
+        step.size = size;
+        step.ema = {ema_factor, ema_from_a != 0};
+        return step;
+    }
 };
 
 struct Chunk {
@@ -144,7 +156,8 @@ __device__ __forceinline__ void update_elements(P* p, const G* g, float* m, floa
 }
 
 template <class P, class G>
-__device__ __forceinline__ void update(const Lists& lists, const Step& step, const float* partials, int parts, float* norm) {
+__device__ __forceinline__ void update(const Lists& lists, const Step& given, const Scheduled* scheduled, const float* partials, int parts, float* norm) {
+    const Step step = scheduled ? scheduled->in(given) : given;
     const bool clips = step.max_norm == step.max_norm;
     float clip = 1.0f;
     // Each block adds all partial sums up again: they are few and lie in the cache, and so no third launch is needed.
@@ -164,9 +177,10 @@ __device__ __forceinline__ void update(const Lists& lists, const Step& step, con
     const G* g = static_cast<const G*>(lists.grads[t]) + chunk.start;
     float *m = lists.exp_avgs[t] + chunk.start, *v = lists.exp_avg_sqs[t] + chunk.start;
     float* ema = lists.ema[t] ? lists.ema[t] + chunk.start : nullptr;
+    const float keep = scheduled ? 1.0f - scheduled->lr * lists.keep[t] : lists.keep[t];
     const bool vectors = aligned(p) && aligned(g) && aligned(m) && aligned(v) && aligned(ema);
     for_elements<16 / sizeof(P)>(chunk.count, vectors, [&](auto size, int i) {
-        update_elements<decltype(size)::value>(p + i, g + i, m + i, v + i, ema ? ema + i : nullptr, lists.keep[t], clip, step);
+        update_elements<decltype(size)::value>(p + i, g + i, m + i, v + i, ema ? ema + i : nullptr, keep, clip, step);
     });
 }
 
@@ -178,8 +192,9 @@ __device__ __forceinline__ void update(const Lists& lists, const Step& step, con
 // One block per chunk. partials [parts]: of all gradients of the step -> norm [1], or null where another launch writes it; all lists but the gradients'.
 #define OV3_UPDATE(name, P, G)                                                                                            \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                                 \
-        name(const __grid_constant__ Lists lists, const __grid_constant__ Step step, const float* partials, int32_t parts, float* norm) { \
-        update<P, G>(lists, step, partials, parts, norm);                                                                 \
+        name(const __grid_constant__ Lists lists, const __grid_constant__ Step step, const Scheduled* scheduled, const float* partials,   \
+             int32_t parts, float* norm) {                                                                                                \
+        update<P, G>(lists, step, scheduled, partials, parts, norm);                                                                      \
     }
 
 OV3_SQUARES(ov3_adamw_ema_squares_f32, float)

@@ -145,7 +145,8 @@ class Transformer(nn.Module):
         recompute = self.activation_checkpointing and torch.is_grad_enabled() and cache is None
         for block in self.blocks:
             if recompute:
-                x, branch = checkpoint(block, x, branch, causal, prefix_len, use_reentrant=False)
+                # Nothing in a block is random, and a captured step can't read the state of the GPU's generator.
+                x, branch = checkpoint(block, x, branch, causal, prefix_len, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, branch = block(x, branch, causal, prefix_len, cache)
         if norm is None:

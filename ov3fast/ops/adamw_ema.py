@@ -57,13 +57,13 @@ def adamw_ema_(
     exp_avg_sqs: Sequence[Tensor],
     ema: Sequence[Tensor] | None = None,
     *,
-    step: int,
-    lr: float,
+    step: int | Tensor,
+    lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float | Sequence[float],
     max_norm: float | None = None,
-    ema_decay: float | None = None,
+    ema_decay: float | Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """One step: params, exp_avgs, exp_avg_sqs and ema change in place; the gradients' global norm before clipping comes back.
@@ -71,6 +71,9 @@ def adamw_ema_(
     The lists have one tensor per parameter, in one order. step counts from 1. weight_decay: one number, or one per parameter
     (0.0 for norms and biases, say). ema and ema_decay: both or neither. With max_norm nothing changes where the norm is not
     finite. Returns a scalar, float32 (float64 for float64).
+
+    step, lr and ema_decay may be scalar tensors on the parameters' device, for a step that a CUDA graph records: their values are read
+    there, by no backend that runs on the CPU. Out of range they are not noticed.
     Raises TypeError or ValueError that name the argument.
     """
     op = "adamw_ema_"
@@ -85,10 +88,27 @@ def adamw_ema_(
     if not params:
         return torch.zeros(())
     with torch.no_grad():
+        schedule = None
+        if any(isinstance(value, Tensor) for value in (step, lr, ema_decay)):
+            schedule = _schedule(op, {"step": step, "lr": lr, "ema_decay": ema_decay}, params[0].device)
+            step, lr, ema_decay = 1, 0.0, None if ema_decay is None else 0.0
         return _adamw_ema_(
             impl, *(list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs, ema or [])),
-            step, lr, *betas, eps, decays, max_norm, ema_decay,
+            step, lr, *betas, eps, decays, max_norm, ema_decay, schedule,
         )  # fmt: skip
+
+
+def _schedule(op: str, numbers: dict[str, int | float | Tensor | None], device: torch.device) -> Tensor:
+    """step, lr and ema_decay (0 where there is none) as one float64 tensor [3]. Nothing is copied from the host."""
+    values = []
+    for name, value in numbers.items():
+        if isinstance(value, Tensor):
+            if value.numel() != 1 or value.device != device:
+                raise ValueError(f"{op}: {name} must be a scalar on {device}, got shape {tuple(value.shape)} on {value.device}")
+            values.append(value.detach().reshape(()).double())
+        else:
+            values.append(torch.full((), value or 0.0, dtype=torch.float64, device=device))
+    return torch.stack(values)
 
 
 def _check_lists(op: str, lists: dict[str, Sequence]) -> None:
@@ -112,20 +132,26 @@ def _check_lists(op: str, lists: dict[str, Sequence]) -> None:
 
 
 def _check_numbers(op, step, lr, betas, eps, max_norm, ema_decay) -> None:
-    if not isinstance(step, int) or step < 1:
+    if not isinstance(step, Tensor) and (not isinstance(step, int) or step < 1):
         raise ValueError(f"{op}: step must be an integer from 1 on, got {step!r}")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"{op}: betas must be two numbers in [0, 1), got {betas!r}")
     for name, value in (("lr", lr), ("eps", eps)):
-        if not value >= 0:
+        if not isinstance(value, Tensor) and not value >= 0:
             raise ValueError(f"{op}: {name} must be at least 0, got {value!r}")
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"{op}: max_norm must be above 0 or None, got {max_norm!r}")
-    if ema_decay is not None and not 0 <= ema_decay <= 1:
+    if ema_decay is not None and not isinstance(ema_decay, Tensor) and not 0 <= ema_decay <= 1:
         raise ValueError(f"{op}: ema_decay must be in [0, 1], got {ema_decay!r}")
 
 
-def _forward_eager(params, grads, exp_avgs, exp_avg_sqs, ema, step, lr, beta1, beta2, eps, weight_decay, max_norm, ema_decay):
+def _forward_eager(
+    params, grads, exp_avgs, exp_avg_sqs, ema, step, lr, beta1, beta2, eps, weight_decay, max_norm, ema_decay, schedule
+):
+    if schedule is not None:
+        return _forward_on_device(
+            params, grads, exp_avgs, exp_avg_sqs, ema, beta1, beta2, eps, weight_decay, max_norm, schedule
+        )
     wide = exp_avgs[0].dtype
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=wide)))
     if max_norm is not None and not norm.isfinite():
@@ -154,6 +180,28 @@ def _forward_eager(params, grads, exp_avgs, exp_avg_sqs, ema, step, lr, beta1, b
     return norm
 
 
+def _forward_on_device(params, grads, exp_avgs, exp_avg_sqs, ema, beta1, beta2, eps, weight_decay, max_norm, schedule):
+    """By PyTorch, tensor by tensor, without a look at a value: for recorded steps where there is no kernel."""
+    wide = exp_avgs[0].dtype
+    step, lr, ema_decay = schedule.unbind()
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=wide)))
+    finite = torch.ones_like(norm, dtype=torch.bool) if max_norm is None else norm.isfinite()
+    clip = 1.0 if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    root, size = (1 - beta2**step).sqrt().to(wide), (-lr / (1 - beta1**step)).to(wide)
+    keeps = {decay: (1 - lr * decay).to(wide) for decay in weight_decay}
+    for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        g = g.to(wide) * clip
+        first = m.lerp(g, 1 - beta1)
+        second = (v * beta2).addcmul_(g, g, value=1 - beta2)
+        stepped = (p.to(wide) * keeps[weight_decay[i]] + size * (first / (second.sqrt() / root + eps))).to(p.dtype)
+        changed = [(p, stepped), (m, first), (v, second)]
+        if ema:
+            changed.append((ema[i], ema[i].lerp(stepped.to(wide), (1 - ema_decay).to(wide))))
+        for old, new in changed:
+            old.copy_(torch.where(finite, new, old))
+    return norm
+
+
 def _buckets(params: Sequence[Tensor]) -> list[slice]:
     """Consecutive slices of BUCKET elements or the first tensor beyond."""
     slices, start, elements = [], 0, 0
@@ -173,6 +221,7 @@ _dispatch.register("adamw_ema_", "eager", _forward_eager)
 _adamw_ema_ = _operator.define(
     "adamw_ema_",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] ema, int step,"
-    " float lr, float beta1, float beta2, float eps, float[] weight_decay, float? max_norm, float? ema_decay) -> Tensor",
+    " float lr, float beta1, float beta2, float eps, float[] weight_decay, float? max_norm, float? ema_decay,"
+    " Tensor? schedule) -> Tensor",
     fake=_fake,
 )

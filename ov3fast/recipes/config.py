@@ -181,6 +181,8 @@ class Recipe:
     """Turns of that comparison."""
     compile: bool = False
     """torch.compile of the four towers' blocks."""
+    capture: bool = False
+    """Record a step as CUDA graphs and replay them: Python's time goes. One process, on a GPU."""
     cache_latents: bool = False
     """Encode all (sample, variant) pairs with the VAE once at a stage's start and keep the latents in memory; needs data.variants."""
     latent_dtype: Literal["fp32", "bf16"] = "fp32"

@@ -42,7 +42,8 @@ from ov3fast.models.tokenizer import CONFIG_FILE as TOKENIZER_CONFIG
 from ov3fast.models.tokenizer import FILE as TOKENIZER_FILE
 from ov3fast.models.tokenizer import load_tokenizer
 from ov3fast.recipes.config import Recipe, Stage
-from ov3fast.training import build, checkpoint, compare, distributed
+from ov3fast.training import build, capture, checkpoint, compare, distributed
+from ov3fast.training.capture import CapturedStep
 from ov3fast.training.inputs import Inputs
 from ov3fast.training.logs import Display, RunLog, describe
 from ov3fast.training.nonfinite import stop_non_finite
@@ -113,6 +114,8 @@ class Run:
         self.recipe, self.ranks, self.stop, self.display = recipe, ranks, stop, display
         check_writable_folder(recipe.run_dir, "run_dir")
         check_micro_batches(recipe, ranks.world)
+        if recipe.capture:
+            capture.check(recipe, ranks)
         if recipe.compile:
             build.check_compiler(ranks.device)
         self.extend = extend
@@ -262,7 +265,7 @@ class Run:
                 self._compare(run, micro_batches, lr)
             losses, measured = self._forward_backward(run, micro_batches, measure=self._measures())
             stop = self._check(run, micro_batches, losses)
-            norm = self._update(lr)
+            norm = self._update(run, lr)
             self._check_norm(run, micro_batches, norm)
             self._record(run, losses, norm, lr, measured, samples, stop)
             self._checkpoint(run, stop)
@@ -276,10 +279,12 @@ class Run:
         lpips = (
             build_lpips(recipe.lpips, self.ranks.device, fetch) if config.lpips_weight > 0 and config.rec_weight > 0 else None
         )
-        step = Step(
+        step: Step | CapturedStep = Step(
             self.model, self.runner, Objective(config, lpips), self.ranks, self.timer,
             bf16=recipe.precision == "bf16", exact_contrastive=recipe.contrastive_over == "batch",
         )  # fmt: skip
+        if recipe.capture:
+            step = CapturedStep(step, self.optimizer)
         times = schedule(stage, recipe.optimizer.min_lr)
         inputs = Inputs(recipe, state.stage, config, self.model, self.store, self.ranks, self.timer, state.cursors)
         inputs.prepare(
@@ -315,12 +320,11 @@ class Run:
             self._stop_non_finite(run, micro_batches, losses)
         return bool(stop)
 
-    def _update(self, lr: float) -> Tensor:
+    def _update(self, run: _StageRun, lr: float) -> Tensor:
         """Clips, updates the weights and their average; returns the gradient's norm."""
         with self.timer("optimizer"):
             self.optimizer.set_lr(lr)
-            self.optimizer.step()
-            self.model.clamp_logit_scale()
+            run.step.update(self.optimizer)
         return self.optimizer.grad_norm
 
     def _check_norm(self, run: _StageRun, micro_batches: list[MicroBatch], norm: Tensor) -> None:
@@ -377,7 +381,7 @@ class Run:
 
         def update() -> None:
             self._forward_backward(run, micro_batches)
-            self._update(lr)
+            self._update(run, lr)
 
         result = compare.compare(
             update, self.model, self.optimizer, run.stage.batch_size, recipe.compare_impl, recipe.compare_rounds
@@ -488,7 +492,7 @@ class _StageRun:
 
     stage: Stage
     times: Schedule
-    step: Step
+    step: Step | CapturedStep
     inputs: Inputs
     began: float
     """When the stage would have begun, had it never been stopped: time.monotonic() less its seconds so far."""

@@ -40,6 +40,7 @@ class AdamW(torch.optim.Optimizer):
         self.grad_norm = torch.zeros(())
         """Global norm of the gradients of the last step, before clipping: a scalar on the parameters' device. Where it is not finite,
         that step changed nothing."""
+        self._schedule: Tensor | None = None
         with_decay = decayed(model)
         groups = [
             {"params": [p for name, p in self.parameters.items() if (name in with_decay) == decays], "weight_decay": decay}
@@ -73,8 +74,27 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        config, steps = self.config, self.steps + 1
+        self.advance()
+        self.update()
+        return loss
+
+    def read_schedule_from(self, device: torch.device) -> None:
+        """From now on `update` reads the step's number, the rate and the average's decay from this device's memory, as a CUDA graph has to."""
+        self._schedule = torch.zeros(3, dtype=torch.float64, device=device)
+
+    def advance(self) -> None:
+        """The host's part of a step: counts it, and says where `update` looks at which step it is."""
+        steps, decay = self.steps + 1, self.config.ema_decay
         self._set_steps(steps)
+        self._numbers = steps, self._shared("lr"), None if decay is None else min(decay, (1 + steps) / (10 + steps))
+        if self._schedule is not None:
+            self._schedule.copy_(torch.tensor([value or 0.0 for value in self._numbers], dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """The device's part: changes the weights, their moments and average."""
+        config = self.config
+        step, lr, ema_decay = self._numbers if self._schedule is None else self._schedule.unbind()
         decays = {id(p): group["weight_decay"] for group in self.param_groups for p in group["params"]}
         # In the model's order, in which the norm is summed.
         updated = [p for p in self.parameters.values() if p.grad is not None]
@@ -86,16 +106,15 @@ class AdamW(torch.optim.Optimizer):
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [state["ema"] for state in states] if average else None,
-            step=steps,
-            lr=self._shared("lr"),
+            step=step,
+            lr=lr,
             betas=tuple(self._shared("betas")),
             eps=self._shared("eps"),
             weight_decay=[decays[id(p)] for p in updated],
             # With a bound, be it infinite, the operator leaves all as it is where the norm is not finite.
             max_norm=math.inf if config.clip_norm is None else config.clip_norm,
-            ema_decay=min(config.ema_decay, (1 + steps) / (10 + steps)) if average else None,
+            ema_decay=ema_decay if average else None,
         )
-        return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """A state_dict of this class, or of a torch.optim.AdamW over the same groups; an average it lacks starts at the weights."""

@@ -27,6 +27,7 @@ from ov3fast import ops
 from ov3fast.losses import Objective
 from ov3fast.models.openvision3 import ModelOutput, OpenVision3
 from ov3fast.training.distributed import Ranks
+from ov3fast.training.optimizer import AdamW
 from ov3fast.training.timing import Timer
 
 
@@ -55,7 +56,7 @@ class MicroBatch:
     """One per reconstructed image."""
     rng: Tensor
     """(seed, offset) of the noise."""
-    caption_share: float = 1.0
+    caption_share: float | Tensor = 1.0
     """Caption tokens of this micro-batch over the mean of all micro-batches."""
 
     @property
@@ -129,6 +130,11 @@ class Step:
             for name, value in losses.items():
                 means[name] = means.get(name, 0) + value.detach() / count
         return means, measured
+
+    def update(self, optimizer: AdamW) -> None:
+        """Changes the weights by the gradients of the last call."""
+        optimizer.step()
+        self.model.clamp_logit_scale()
 
     def autocast(self) -> Any:
         return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.bf16)

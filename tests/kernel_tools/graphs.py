@@ -1,7 +1,7 @@
 """A stand-in for CUDA graphs on the CPU: what PyTorch dispatches within a recording is kept and replayed, into the same tensors.
 
-As on a GPU, a replay reads what lies at the recorded places and writes where the recording wrote. Reading a value in Python within a recording
-raises, which a GPU's would too.
+As on a GPU, a replay reads what lies at the recorded places and writes where the recording wrote; a recording itself changes nothing and leaves
+nothing to read, and reading a value in Python within it raises.
 """
 
 from __future__ import annotations
@@ -41,6 +41,12 @@ class Tape(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, tuple, dict, list[Tensor]]] = []
+        self.reads = False
+        """Whether values may be read at the moment."""
+        self.own: set[int] = set()
+        """Addresses of what was made within the recording."""
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        """Address -> what was changed, and a copy of what it was."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -48,14 +54,33 @@ class Tape(TorchDispatchMode):
         masks = name in INDEXED and any(index is not None and index.dtype == torch.bool for index in args[1])
         if name in HOST_READS or (masks and (name == "aten::index" or args[2].ndim)):
             raise HostReadError(f"{function} within a recording")
-        results = function(*args, **kwargs)
+        for argument, value in zip(function._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for changed in tree_leaves(value):
+                    whole = changed.detach()
+                    if (place := whole.untyped_storage().data_ptr()) not in self.own and place not in self.before:
+                        bytes_of = torch.empty(0, dtype=torch.uint8).set_(whole.untyped_storage())
+                        self.before[place] = bytes_of, bytes_of.clone()
+        with self._trusted(function.namespace == "ov3fast"):
+            results = function(*args, **kwargs)
         # Views and results in place lie where their source does, whose replay writes them.
         fresh = [] if any(r.alias_info is not None for r in function._schema.returns) else tree_leaves(results)
         # Kept apart from what is handed out: that may be changed into something else (.data, resize_).
         keep = [value.detach() if isinstance(value, Tensor) else None for value in fresh]
+        self.own |= {value.untyped_storage().data_ptr() for value in keep if value is not None}
         args, kwargs = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
         self.calls.append((function, args, kwargs, keep))
         return results
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """As if nothing had been computed yet."""
+        for _, _, _, places in self.calls:
+            for place in places:
+                if place is not None and place.is_floating_point():
+                    place.fill_(torch.nan)
+        for place, was in self.before.values():
+            place.copy_(was)
 
     @torch.no_grad()
     def replay(self) -> None:
@@ -65,8 +90,14 @@ class Tape(TorchDispatchMode):
                 if place is not None and place.data_ptr() != value.data_ptr():
                     place.copy_(value)
 
-    def operators(self) -> set[str]:
-        return {function._schema.name for function, *_ in self.calls}
+    @contextmanager
+    def _trusted(self, ours: bool) -> Iterator[None]:
+        """Our operators' CPU backends may look at values; that launchers on a GPU don't is what a pretended one shows."""
+        before, self.reads = self.reads, ours
+        try:
+            yield
+        finally:
+            self.reads = before
 
 
 class Machine:
@@ -117,9 +148,10 @@ def graphs_on_cpu() -> Iterator[Machine]:
         machine.tapes.append(recorded.tape)
         with ExitStack() as stack:
             for name in ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__"):
-                stack.enter_context(mock.patch.object(Tensor, name, _refuse(name)))
+                stack.enter_context(mock.patch.object(Tensor, name, _refuse(name, recorded.tape)))
             stack.enter_context(recorded.tape)
             yield
+        recorded.tape.undo()
 
     @contextmanager
     def stream(chosen: Any) -> Iterator[None]:
@@ -138,8 +170,12 @@ def graphs_on_cpu() -> Iterator[Machine]:
         yield machine
 
 
-def _refuse(name: str) -> Callable[..., Any]:
-    def refuse(*_: Any) -> Any:
+def _refuse(name: str, tape: Tape) -> Callable[..., Any]:
+    read = getattr(Tensor, name)
+
+    def refuse(*args: Any) -> Any:
+        if tape.reads:
+            return read(*args)
         raise HostReadError(f"Tensor.{name} within a recording")
 
     return refuse

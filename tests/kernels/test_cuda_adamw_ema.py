@@ -64,6 +64,21 @@ def test_budget(dtypes, max_norm):
     assert_in_budget(tensors(dtypes), {**HOW, "max_norm": max_norm})
 
 
+@pytest.mark.parametrize("dtypes", KINDS)
+@pytest.mark.parametrize("ema_decay", [0.99, 0.3])
+def test_budget_with_numbers_on_the_device(dtypes, ema_decay):
+    """As a captured graph reads them; `_lerp` goes from the other end for the second average."""
+    lists, how = tensors(dtypes), {**HOW, "ema_decay": ema_decay, "weight_decay": [0.1 * (i % 3) for i in range(len(SHAPES))]}
+    exact, plain = [[t.double() for t in values] for values in lists], copy.deepcopy(lists)
+    expected = [reference(*exact, **how), reference(*plain, **how)]
+    scheduled = {name: torch.tensor(how[name], dtype=torch.float64) for name in ("step", "lr", "ema_decay")}
+    (norm, *flat), ran = step(lists, {**how, **scheduled})
+    assert len(ran) == 2 and dict(ran[1][0].arguments)["scheduled"].shape == (7,)
+    testing.assert_within_budget(norm, expected[1], expected[0], "norm")
+    for i, (got, p, e) in enumerate(zip(flat, sum(plain, []), sum(exact, []), strict=True)):
+        testing.assert_within_budget(got, p, e, f"tensor {i}")
+
+
 def test_budget_without_ema():
     assert_in_budget(tensors(KINDS[1])[:4], {**HOW, "ema_decay": None, "weight_decay": [0.1 * i for i in range(len(SHAPES))]})
 

@@ -141,7 +141,7 @@ def test_any_shapes_and_strides(shapes, dtype, layout, max_norm, step, ema_decay
 
 
 def test_backend(implementation):
-    how = 1, 0.1, 0.9, 0.95, 1e-8, [0.1] * len(SHAPES), 1.0, 0.9
+    how = 1, 0.1, 0.9, 0.95, 1e-8, [0.1] * len(SHAPES), 1.0, 0.9, None
     expected = "eager" if implementation == "reference" else "cpu"
     word = _dispatch.request("adamw_ema_", None)
     for dtypes in ((torch.float32,), (torch.bfloat16,), (torch.bfloat16, torch.float32)):
@@ -193,8 +193,10 @@ def test_nonfinite_gradient_shows_in_the_norm(value, max_norm):
 def test_opcheck(layout):
     arrange = testing.LAYOUTS[layout]
     lists = [[arrange(t) for t in values] for values in tensors(shapes=[(4, 3), (2,)])]
-    torch.library.opcheck(torch.ops.ov3fast.adamw_ema_, (*lists, 1, 0.1, 0.9, 0.95, 1e-8, [0.1, 0.0], 1.0, 0.9, ""))
-    torch.library.opcheck(torch.ops.ov3fast.adamw_ema_, (*lists[:4], [], 1, 0.1, 0.9, 0.95, 1e-8, [0.1, 0.0], None, None, ""))
+    torch.library.opcheck(torch.ops.ov3fast.adamw_ema_, (*lists, 1, 0.1, 0.9, 0.95, 1e-8, [0.1, 0.0], 1.0, 0.9, None, ""))
+    torch.library.opcheck(
+        torch.ops.ov3fast.adamw_ema_, (*lists[:4], [], 1, 0.1, 0.9, 0.95, 1e-8, [0.1, 0.0], None, None, None, "")
+    )
 
 
 @pytest.mark.backend_independent
@@ -244,3 +246,73 @@ def test_mixed_parameters_are_refused():
         TypeError, match=r"params must be alike, got params\[1\] torch.bfloat16 on cpu, the first torch.float32"
     ):
         ops.adamw_ema_(both, wide, wide, wide, step=1, **NUMBERS, weight_decay=0.1)
+
+
+SCHEDULE = {"step": 7, "lr": 0.1, "ema_decay": 0.97}
+
+
+@pytest.mark.parametrize(
+    "dtype", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)]
+)
+@pytest.mark.parametrize("max_norm", [None, 0.5, 1e6])
+@pytest.mark.parametrize("names", [("step", "lr", "ema_decay"), ("lr",), ("step",)])
+def test_numbers_as_tensors(dtype, max_norm, names):
+    """As a recorded step takes them: within the same budget of the specification, which takes numbers."""
+    lists = tensors(*dtype)
+    how = NUMBERS | SCHEDULE | {"weight_decay": [0.1 * (i % 2) for i in range(len(SHAPES))], "max_norm": max_norm}
+    kinds = {"step": torch.int64, "lr": torch.float64, "ema_decay": torch.float64}
+    scheduled = how | {name: torch.tensor(SCHEDULE[name], dtype=kinds[name]) for name in names}
+
+    def after(function, tensors, how):
+        tensors = [t.detach().clone() for t in tensors]
+        starts = range(0, len(tensors), len(SHAPES))
+        return [function(*(tensors[start : start + len(SHAPES)] for start in starts), **how), *tensors]
+
+    before = [t for values in lists for t in values]
+    testing.Budget(lambda values: after(reference, values, how), before).check(after(adamw_ema_, before, scheduled))
+
+
+def test_a_scheduled_step_changes_nothing_where_the_norm_is_not_finite():
+    lists = tensors()
+    lists[1][1] = torch.tensor(torch.inf)
+    before = copy.deepcopy(lists)
+    how = NUMBERS | {
+        "weight_decay": 0.1,
+        "max_norm": torch.inf,
+        "ema_decay": torch.tensor(0.9),
+        "step": 3,
+        "lr": torch.tensor(0.1),
+    }
+    assert not adamw_ema_(*lists, **how).isfinite()
+    testing.assert_same_bits([t for values in lists for t in values], [t for values in before for t in values])
+
+
+def test_a_recorded_step_reads_its_numbers_anew():
+    """On the stand-in for CUDA graphs, where reading a value raises."""
+    from kernel_tools.graphs import graphs_on_cpu
+
+    from ov3fast._graphs import Graph
+
+    ours, start = tensors(), tensors()
+    how = {"betas": NUMBERS["betas"], "eps": 1e-8, "weight_decay": 0.1, "max_norm": 1.0}
+
+    def step(lists, schedule):
+        return adamw_ema_(*lists, **how, step=schedule[0], lr=schedule[1], ema_decay=schedule[2])
+
+    with graphs_on_cpu():
+        graph = Graph(lambda schedule: step(ours, schedule), [torch.ones(3, dtype=torch.float64)], None, warm_up=0)
+    for number in (4, 5):
+        for values, from_start in zip(ours, start, strict=True):
+            torch._foreach_copy_(values, from_start)
+        expected = copy.deepcopy(start)
+        schedule = torch.tensor([number, 0.1 / number, 0.9], dtype=torch.float64)
+        norm = step(expected, schedule)
+        testing.assert_same_bits([graph(schedule), *sum(ours, [])], [norm, *sum(expected, [])])
+
+
+def test_scheduled_numbers_are_checked():
+    lists = tensors()
+    with pytest.raises(ValueError, match=r"adamw_ema_: lr must be a scalar on cpu, got shape \(2,\) on cpu"):
+        adamw_ema_(*lists, **(NUMBERS | {"lr": torch.ones(2)}), step=1, weight_decay=0.0, ema_decay=0.9)
+    with pytest.raises(RuntimeError, match="impl='cpu' can't run this call: it takes step, lr and ema_decay as numbers"):
+        adamw_ema_(*lists, **(NUMBERS | {"lr": torch.ones(())}), step=1, weight_decay=0.0, ema_decay=0.9, impl="cpu")

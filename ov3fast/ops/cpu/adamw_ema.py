@@ -15,7 +15,9 @@ STEP = Kernel(
 )
 
 
-def _forward(params, grads, exp_avgs, exp_avg_sqs, ema, step, lr, beta1, beta2, eps, weight_decay, max_norm, ema_decay):
+def _forward(
+    params, grads, exp_avgs, exp_avg_sqs, ema, step, lr, beta1, beta2, eps, weight_decay, max_norm, ema_decay, schedule
+):
     changed = [params, exp_avgs, exp_avg_sqs, *([ema] if ema else [])]
     (*states, grads), copies = _flat_lists.flatten([*changed, grads], len(changed))
     norm = torch.empty((), dtype=torch.float32)
@@ -40,12 +42,14 @@ def _numbers(values):
     return torch.tensor(list(values), dtype=torch.int64)
 
 
-def _unsupported_reason(params, grads, exp_avgs, exp_avg_sqs, ema):
+def _unsupported_reason(params, grads, exp_avgs, exp_avg_sqs, ema, schedule):
+    if schedule is not None:
+        return "it takes step, lr and ema_decay as numbers"
     states = *exp_avgs, *exp_avg_sqs, *ema
     return unsupported_reason(*params, *grads, *states) or _flat_lists.dtype_obstacle(params, grads, states)
 
 
 _dispatch.register(
-    "adamw_ema_", "cpu", _forward, operands=("params", "grads", "exp_avgs", "exp_avg_sqs", "ema"),
+    "adamw_ema_", "cpu", _forward, operands=("params", "grads", "exp_avgs", "exp_avg_sqs", "ema", "schedule"),
     unavailable_reason=unavailable_reason, unsupported_reason=_unsupported_reason,
 )  # fmt: skip

@@ -15,7 +15,9 @@ CHUNK = 8192
 SUMS = 1024
 
 
-def _forward(params, grads, exp_avgs, exp_avg_sqs, ema, step, lr, beta1, beta2, eps, weight_decay, max_norm, ema_decay):
+def _forward(
+    params, grads, exp_avgs, exp_avg_sqs, ema, step, lr, beta1, beta2, eps, weight_decay, max_norm, ema_decay, schedule
+):
     changed = [params, exp_avgs, exp_avg_sqs, *([ema] if ema else [])]
     (params_, *states, grads_), copies = _flat_lists.flatten([*changed, grads], len(changed))
     norm = torch.empty((), dtype=torch.float32, device=params[0].device)
@@ -24,18 +26,20 @@ def _forward(params, grads, exp_avgs, exp_avg_sqs, ema, step, lr, beta1, beta2, 
         ("f32", float(beta2)), ("f32", 1.0 - beta2), *_twofold(1 / math.sqrt(1 - beta2**step)), *_twofold(-lr / (1 - beta1**step)),
         ("f32", float(eps)), ("f32", math.nan if max_norm is None else float(max_norm)),
     )  # fmt: skip
-    keep = [1 - lr * decay for decay in weight_decay]
+    # With a schedule the kernel reads on the device what changes from step to step, and keep is the decay.
+    keep = [1 - lr * decay for decay in weight_decay] if schedule is None else weight_decay
+    scheduled = None if schedule is None else _on_device(schedule, beta1, beta2)
     batches = [
         _batch(chosen, params_, grads_, *states[:2], states[2] if ema else None, keep) for chosen in _alike(params_, grads_)
     ]
-    run(_launches(batches, numbers, norm), norm.device)
+    run(_launches(batches, numbers, scheduled, norm), norm.device)
     for tensor, copy in copies:
         tensor.copy_(copy)
     torch.autograd.graph.increment_version([t for values in changed for t in values if not t.is_inference()])
     return norm
 
 
-def _launches(batches, numbers, norm):
+def _launches(batches, numbers, scheduled, norm):
     """The sums of squares of every batch's gradients, into one row of partial sums, then the updates, of which the first writes the norm."""
     blocks = [min(chunks, SUMS) for _, _, _, chunks in batches]
     partials = norm.new_empty(sum(blocks))
@@ -45,7 +49,13 @@ def _launches(batches, numbers, norm):
         arguments = ("lists", lists), ("partials", partials[done : done + count])
         squares.append(Launch("adamw_ema", kernel, (count, 1), arguments))
         kernel = f"ov3_adamw_ema_update_{SUFFIX[params]}_{SUFFIX[grads]}"
-        arguments = ("lists", lists), ("step", numbers), ("partials", partials), ("parts", len(partials))
+        arguments = (
+            ("lists", lists),
+            ("step", numbers),
+            ("scheduled", scheduled),
+            ("partials", partials),
+            ("parts", len(partials)),
+        )
         updates.append(Launch("adamw_ema", kernel, (chunks, 1), (*arguments, ("norm", None if updates else norm))))
         done += count
     if not batches:
@@ -74,6 +84,15 @@ def _batch(chosen, params, grads, exp_avgs, exp_avg_sqs, ema, keep):
         ("i32", len(chosen)), ("i32", first[-1]),
     )  # fmt: skip
     return params[chosen[0]].dtype, grads[chosen[0]].dtype, lists, first[-1]
+
+
+def _on_device(schedule, beta1, beta2):
+    """(step, lr, ema_decay) -> the kernel's Scheduled: float32 [7]."""
+    step, lr, ema_decay = schedule.unbind()
+    root, size, weight = (1 - beta2**step).rsqrt(), -lr / (1 - beta1**step), 1 - ema_decay
+    from_a = (weight < 0.5).double()
+    twofold = [part for x in (root, size) for high in (x.float().double(),) for part in (high, x - high)]
+    return torch.stack([*twofold, weight + from_a - 1, from_a, lr]).float()
 
 
 def _lerp(weight):

@@ -45,6 +45,7 @@ NAMES = {
         "triton.backends.compiler.GPUTarget", "triton.backends.nvidia", "triton.compiler.ASTSource", "triton.knobs.cache",
         "triton.knobs.cache.dir", "triton.knobs.cache.scope", "triton.runtime.jit.JITFunction", "triton.runtime.jit.JITFunction.run",
     ),
+    "fences that Triton before 3.9 leaves out (kernels/lib/fences.py)": ("triton.knobs.runtime.add_stages_inspection_hook", "triton.knobs.runtime.scope"),
     "a pretended GPU (tools/gpu/pretend.py), and names of launches": (
         "torch._C.DispatchKey.CPU", "torch._C.DispatchKeySet", "torch._subclasses.FakeTensor", "torch._subclasses.FakeTensorMode",
         "torch.cuda._exchange_device", "torch.cuda._maybe_exchange_device", "triton.knobs.runtime", "triton.knobs.runtime.jit_cache_hook",

@@ -1,7 +1,7 @@
 """One pair of versions that ov3fast claims to run with: python tools/versions.py TORCH TRITON NUMPY [--folder build/versions]
 
 Makes an environment of its own for them, with the test tools of constraints.txt, and runs there: the imports, the names that
-torch and Triton don't promise to keep, a part of the operators' tests in Triton's interpreter, and for sm_90 a part of the gate on compiled kernels and the launchers on a pretended GPU. `make test-versions` does the oldest
+torch and Triton don't promise to keep, a part of the operators' tests in Triton's interpreter, and for sm_90 a part of the gate on compiled kernels, of their execution by ptxrun, and the launchers on a pretended GPU. `make test-versions` does the oldest
 and the newest.
 """
 
@@ -20,8 +20,15 @@ IMPORTS = "import ov3fast, ov3fast.ops, ov3fast.testing, ov3fast.kernels.attenti
 INTERPRETED = ("tests/ops/test_layer_norm.py", "tests/ops/test_mlp.py", "tests/ops/test_flash_attention.py")
 SHARED = "triton and not (opcheck or compile or errors or gradcheck or import)"
 NAMES = ("tests/test_private_names.py",)
-COMPILED = ("tests/kernels/test_aot.py", "tests/kernels/test_pretended_gpu.py")
-GATED = "(short and sm_90 and layer_norm) or (pretended and not encoder)"
+COMPILED = (
+    "tests/kernels/test_aot.py",
+    "tests/kernels/test_pretended_gpu.py",
+    "tests/kernels/test_fences.py",
+    "tests/kernels/test_mlp_compiled.py",
+)
+GATED = (
+    "(short and sm_90 and layer_norm) or (pretended and not encoder) or fences or (test_forward and sm_90 and whole and large)"
+)
 
 
 def prepare(folder: Path, torch: str, triton: str, numpy: str) -> Path:
@@ -41,7 +48,7 @@ def prepare(folder: Path, torch: str, triton: str, numpy: str) -> Path:
 def try_out(python: Path) -> bool:
     """Whether everything passed; all is run, whatever fails."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    pytest = [python, "-m", "pytest", "-q", "--disable-warnings", "-p", "no:cacheprovider"]
     commands = [
         ({}, [python, "-c", IMPORTS]),
         ({}, [*pytest, *NAMES]),

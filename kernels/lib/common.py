@@ -8,6 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
+from . import fences
+
+# Before the first compilation.
+fences.install()
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # The interpreter multiplies bfloat16 wrongly: there operands are widened first. Compiled code has no such branch.

@@ -106,7 +106,9 @@ def deal(op: str, group_name: str, rows: int, facts: dict[str, int], device: tor
     import torch.distributed as dist
 
     group = resolve(group_name)
-    mine = torch.tensor([rows, *facts.values()], device=device)
+    # By the CPU where the group can: reading sizes that lie on a GPU would wait for all that it has to do.
+    on_cpu = any(kind.startswith("cpu:") for kind in str(dist.get_backend_config(group)).split(","))
+    mine = torch.tensor([rows, *facts.values()], device="cpu" if on_cpu else device)
     told = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(told, mine, group=group)
     sizes, *columns = zip(*(values.tolist() for values in told), strict=True)

@@ -1,6 +1,6 @@
 """The processes of a run: `torchrun` starts them, each gets its share of every global batch.
 
-Gradients go through DistributedDataParallel (NCCL on GPUs, gloo on CPUs). Small decisions that all ranks must take alike
+Gradients go through DistributedDataParallel (NCCL on GPUs, gloo on CPUs; sizes of ranks' shares go by gloo in both). Small decisions that all ranks must take alike
 (stop now, a loss is not finite, how much time has passed) go through a gloo group of CPU tensors, so that they never
 wait for the GPU's queue.
 """
@@ -87,12 +87,12 @@ def start(device: str | torch.device | None = None) -> Ranks:
         torch.cuda.set_device(device)
     if not several:
         return Ranks(0, 1, device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():
         # Once for the life of the process: torchrun's store still has a group's addresses after it was destroyed.
         dist.init_process_group(backend)
         atexit.register(dist.destroy_process_group)
-    control = dist.new_group(backend="gloo") if backend == "nccl" else dist.group.WORLD
+    control = dist.new_group(backend="gloo") if backend != "gloo" else dist.group.WORLD
     return Ranks(rank, world, device, dist.group.WORLD, control)
 
 

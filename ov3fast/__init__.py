@@ -13,11 +13,12 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "OpenVision3": "ov3fast.models.openvision3",
     "load_vision_encoder": "ov3fast.models.vision_tower",
+    "optimize": "ov3fast.inference.optimize",
     "preprocess": "ov3fast.data.preprocess",
 }
 _MODULES = ("ops", "models", "losses", "data", "recipes", "training", "evaluation", "inference", "testing")
 
-__all__ = ["OpenVision3", "__version__", "load_vision_encoder", "ops", "preprocess"]
+__all__ = ["OpenVision3", "__version__", "load_vision_encoder", "ops", "optimize", "preprocess"]
 
 
 def __getattr__(name: str) -> Any:

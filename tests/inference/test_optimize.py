@@ -1,0 +1,234 @@
+"""ov3fast.optimize: others' models with the operators in them give the same outputs within the budget, and are undone whole."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+import ov3fast
+from ov3fast.inference import optimize as module
+from ov3fast.testing import assert_within_budget
+
+transformers = pytest.importorskip("transformers")
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def clip(**fields):
+    config = transformers.CLIPVisionConfig(**{**SIZES, "image_size": 32, "patch_size": 8, "hidden_act": "gelu", **fields})
+    return transformers.CLIPVisionModel(config)
+
+
+def siglip():
+    return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SIZES, image_size=32, patch_size=8))
+
+
+def dinov2():
+    sizes = {key: value for key, value in SIZES.items() if key != "intermediate_size"}
+    return transformers.Dinov2Model(transformers.Dinov2Config(**sizes, image_size=32, patch_size=8))
+
+
+def vae():
+    from diffusers import AutoencoderKL
+
+    from ov3fast.models.vae import FLUX_VAE
+
+    small = {"block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 32}
+    return AutoencoderKL.from_config({**FLUX_VAE, **small})
+
+
+TOWERS = {"clip": clip, "siglip": siglip, "dinov2": dinov2, "clip_quick_gelu": lambda: clip(hidden_act="quick_gelu")}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    """No second of measuring, no compiler, and a memory of its own."""
+    monkeypatch.setattr(module, "SECONDS", 0.0)
+    monkeypatch.setattr(module, "ROUNDS", 1)
+    monkeypatch.setattr(module, "_compiled", lambda *_: (_ for _ in ()).throw(RuntimeError("left out")))
+    monkeypatch.setenv("OV3FAST_CACHE", str(tmp_path / "cache"))
+
+
+def made(build):
+    torch.manual_seed(0)
+    model = build().eval()
+    with torch.no_grad():  # norms that are not the identity
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def images(dtype=torch.float32, side=32):
+    return (torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers_are_within_the_budget(name, dtype):
+    model = made(TOWERS[name])
+    fast = ov3fast.optimize(model, dtype=dtype, mode="ours")
+    assert type(fast) is type(model) and list(fast.state_dict()) == list(model.state_dict())
+    assert set(fast.report.choices.values()) == {"ours"} and len(fast.report.choices) >= 3
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(pixel_values=images(torch.float64))
+        eager = copy.deepcopy(model).to(dtype)(pixel_values=images(dtype))
+        got = fast(pixel_values=images(dtype))
+    for key in ("last_hidden_state", "pooler_output"):
+        assert_within_budget(got[key], eager[key], exact[key], key)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_autoencoder_is_within_the_budget(dtype):
+    model, x = made(vae), images(dtype, 64)
+    fast = ov3fast.optimize(model, dtype=dtype, mode="ours")
+    assert any("GroupNormSiLU" in type(part).__name__ for part in fast.modules())
+    assert not any("GroupNormSiLU" in type(part).__name__ for part in model.modules()), "the original is as it was"
+    with torch.no_grad():
+        wide, same = copy.deepcopy(model).double(), copy.deepcopy(model).to(dtype)
+        moments = [m.encode(v).latent_dist.parameters for m, v in ((fast, x), (same, x), (wide, x.double()))]
+        assert_within_budget(*moments, "encode")
+        z = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(2)).to(dtype)
+        pixels = [m.decode(v).sample for m, v in ((fast, z), (same, z), (wide, z.double()))]
+        assert_within_budget(*pixels, "decode")
+
+
+@pytest.mark.parametrize("name", ["clip", "dinov2"])
+def test_undone_and_shared(name):
+    model = made(TOWERS[name])
+    classes = [type(part) for part in model.modules()]
+    fast = ov3fast.optimize(model, mode="ours")
+    assert fast.original is model and [type(part) for part in model.modules()] == classes
+    assert ov3fast.optimize(fast, mode="ours").original is model
+    pairs = zip(fast.parameters(), model.parameters(), strict=True)
+    assert all(mine is theirs for mine, theirs in pairs), "one copy of the weights"
+    # New weights in place reach the packed projections too.
+    with torch.no_grad():
+        before = fast(pixel_values=images()).last_hidden_state
+        fast.load_state_dict({key: value * 1.5 for key, value in model.state_dict().items()})
+        after, expected = fast(pixel_values=images()), model(pixel_values=images())
+    assert not torch.equal(before, after.last_hidden_state)
+    torch.testing.assert_close(after.last_hidden_state, expected.last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_pass():
+    model = made(clip)
+    fast = ov3fast.optimize(model, mode="ours")
+    fast(pixel_values=images()).pooler_output.square().sum().backward()
+    got = {name: p.grad.clone() for name, p in fast.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model(pixel_values=images()).pooler_output.square().sum().backward()
+    assert "encoder.layers.0.self_attn.q_proj.weight" in {name.removeprefix("vision_model.") for name in got}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_a_mask_and_training_take_the_originals_way():
+    model = made(clip)
+    fast = ov3fast.optimize(model, mode="ours")
+    path = next(p for p, part in model.named_modules() if type(part).__name__ == "CLIPEncoderLayer")
+    layer, original = fast.get_submodule(path), model.get_submodule(path)
+    x, mask = torch.randn(2, 5, 32), torch.zeros(2, 1, 5, 5).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, mask), original(x, mask))
+        assert not torch.allclose(layer(x, mask), layer(x, None))
+
+
+def test_auto_takes_what_is_faster(monkeypatch):
+    model, units = made(clip), []
+
+    def measured(calls):
+        assert len(calls) == 2, "eager and ours"
+        if not calls[0].__defaults__:
+            return [2.0, 1.5]  # the whole
+        units.append(type(calls[0].__defaults__[0]).__name__)
+        return [2.0, 1.0] if units[-1] == "CLIPEncoderLayer" else [1.0, 3.0]
+
+    monkeypatch.setattr(module, "_times", measured)
+    fast = ov3fast.optimize(model, mode="auto", calibration=images())
+    assert units.count("CLIPEncoderLayer") == 1, "both layers are of one shape"
+    for path, choice in fast.report.choices.items():
+        layer = type(model.get_submodule(path)).__name__ == "CLIPEncoderLayer"
+        assert choice == ("ours" if layer else "eager"), str(fast.report)
+        assert type(fast.get_submodule(path)).__name__.startswith("Fused") == layer
+    assert "1500.00 ms, before 2000.00 ms" in str(fast.report)
+    units.clear()
+    again = ov3fast.optimize(model, mode="auto", calibration=images())
+    assert again.report.choices == fast.report.choices and not units, "remembered"
+
+
+def test_never_slower_as_a_whole(monkeypatch):
+    model = made(dinov2)
+    monkeypatch.setattr(module, "_measure", lambda *_: ("ours", "said so"))
+    monkeypatch.setattr(module, "_times", lambda calls: [1.0, 1.2])
+    fast = ov3fast.optimize(model, mode="auto")
+    assert set(fast.report.choices.values()) == {"eager"} and "not faster" in str(fast.report)
+    assert not any(type(part).__name__.startswith("Fused") for part in fast.modules())
+
+
+def test_what_is_over_the_budget_is_not_taken(monkeypatch):
+    model = made(dinov2)
+    real = module.fusions.fuse
+
+    def broken(unit):
+        real(unit)
+        unit.register_forward_hook(lambda _, __, out: out + 0.1)
+
+    monkeypatch.setattr(module.fusions, "fuse", broken)
+    fast = ov3fast.optimize(model, mode="auto")
+    assert set(fast.report.choices.values()) == {"eager"}
+    assert "over the budget" in str(fast.report)
+
+
+def test_auto_runs_on_the_autoencoder_and_channels_last_is_measured(monkeypatch):
+    model = made(vae)
+    monkeypatch.setattr(module, "_times", lambda calls: [2.0, 1.0][: len(calls)])
+    fast = ov3fast.optimize(model, calibration=images(side=64))
+    convolutions = [part for part in fast.modules() if isinstance(part, torch.nn.Conv2d) and part.weight.shape[2] > 1]
+    assert fast.report.channels_last and all(c.weight.is_contiguous(memory_format=torch.channels_last) for c in convolutions)
+    assert all(c.weight.is_contiguous() for c in model.modules() if isinstance(c, torch.nn.Conv2d)), "the original is as it was"
+    with torch.no_grad():
+        got, expected = (m.encode(images(side=64)).latent_dist.mode() for m in (fast, model))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.full
+def test_auto_with_the_compiler(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "_Memory", lambda: type("_", (), {"get": lambda *_: None, "put": lambda *_: None})())
+    model = made(clip)
+    fast = ov3fast.optimize(model, calibration={"pixel_values": images()})
+    assert "compile " in str(fast.report)
+    with torch.no_grad():
+        got, expected = (m(pixel_values=images()).last_hidden_state for m in (fast, model))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_own_models(model):
+    fast = ov3fast.optimize(model, dtype=torch.bfloat16)
+    assert fast.encoder.cls_token.dtype == torch.bfloat16 and fast.original is model
+    assert model.encoder.cls_token.dtype == torch.float32 and "as it is" in str(fast.report)
+    same = ov3fast.optimize(model)
+    assert torch.equal(same.encode(images())[0], model.encode(images())[0])
+    assert same.get_vae().vae.encoder.conv_in.weight is model.get_vae().vae.encoder.conv_in.weight
+
+
+def test_a_broken_memory_is_measured_again(tmp_path):
+    (tmp_path / "cache").mkdir()
+    for text in ("no json", "[]", json.dumps({"x": 3})):
+        (tmp_path / "cache" / "optimize.json").write_text(text)
+        ov3fast.optimize(made(dinov2), mode="auto")
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="optimize: doesn't know Linear; it takes models of ov3fast, diffusers' AutoencoderKL"):
+        ov3fast.optimize(torch.nn.Linear(2, 2))
+    bert = transformers.BertModel(transformers.BertConfig(**SIZES, vocab_size=9)).eval()
+    with pytest.raises(ValueError, match=r"doesn't know BertModel \(model_type 'bert'\)"):
+        ov3fast.optimize(bert)
+    with pytest.raises(ValueError, match="mode must be one of auto, ours, compile, graph; got 'fast'"):
+        ov3fast.optimize(clip().eval(), mode="fast")
+    with pytest.raises(ValueError, match="in training mode; call eval"):
+        ov3fast.optimize(clip().train())
+    with pytest.raises(ValueError, match="mode 'graph' takes a model of ov3fast"):
+        ov3fast.optimize(clip().eval(), mode="graph")

@@ -143,17 +143,12 @@ class Objective(nn.Module):
         group: Any = None,
     ) -> Tensor:
         """The contrastive part alone: pooled [B,E] and text [T,E], not normalised; pairs and group as in `parts`."""
-        views = [pooled] if pairs is None else [pooled[rows] for rows in pairs]
-        losses = [
-            ops.contrastive_loss(
-                view, text, logit_scale,
-                kind=self.config.contrastive,
-                logit_bias=logit_bias if self.config.contrastive == "sigmoid" else None,
-                group=group,
-            )
-            for view in views
-        ]  # fmt: skip
-        return torch.stack(losses).mean()
+        return ops.contrastive_loss(
+            pooled if pairs is None else pooled[pairs], text, logit_scale,
+            kind=self.config.contrastive,
+            logit_bias=logit_bias if self.config.contrastive == "sigmoid" else None,
+            group=group,
+        )  # fmt: skip
 
 
 def l1(actual: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:

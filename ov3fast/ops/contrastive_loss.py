@@ -14,15 +14,19 @@ too. N = 0 gives 0. Saved for backward: the arguments, and r and c as pairs (max
 float32 would be off by 4e-6 at a logit of 100. The N x N products exist in chunks of rows, in the forward and again in the
 backward.
 
+An image [V,N,D] holds V views of each text's image: the loss is the mean of the views' losses, each against the same texts.
+
 With a process group each rank has its own pairs, in unequal numbers if need be, and computes its rows against all columns.
 Its share of the loss, W/N sum_{i on rank} [...], is such that the mean of the W shares is the loss of all pairs, and the
-gradients, averaged over ranks as DDP does, are those of that mean. s and t must be equal on all ranks, and all ranks have to
+gradients, averaged over ranks as DDP does, are those of that mean. Texts cross the ranks once in each direction, whatever the number
+of views. s and t must be equal on all ranks, and all ranks have to
 run the backward or none.
 Source: CLIP, arXiv 2103.00020, figure 3; SigLIP, arXiv 2303.15343, equation 2; Inf-CL, arXiv 2410.17243 (blocks and ranks).
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -42,6 +46,8 @@ def reference(
     image: Tensor, text: Tensor, logit_scale: Tensor, *, kind: str = "softmax", logit_bias: Tensor | None = None
 ) -> Tensor:
     """Plain PyTorch, the specification, in one process."""
+    if image.ndim == 3:
+        return torch.stack([reference(view, text, logit_scale, kind=kind, logit_bias=logit_bias) for view in image]).mean()
     wide = _check.accumulate_dtype(image.dtype)
     a, b = (F.normalize(x.to(wide), dim=-1, eps=SMALLEST_NORM) for x in (image, text))
     logits = logit_scale.to(wide) * (a @ b.T)
@@ -67,6 +73,7 @@ def contrastive_loss(
     """Contrastive loss of N pairs (image_i, text_i); the features are normalised inside.
 
     image, text: [N, D], of one dtype: float32, bfloat16 or float64 (float16 on GPUs). Cast under torch.autocast.
+    image [V, N, D]: V views of each text's image; the loss is the mean of the views' losses.
     logit_scale: scalar tensor, the multiplier of the cosines itself, not its logarithm.
     kind: "softmax" (CLIP), the mean of both directions' cross-entropies, or "sigmoid" (SigLIP), the sum over all N x N pairs divided by N.
     logit_bias: scalar tensor added to the logits; "sigmoid" only.
@@ -80,10 +87,12 @@ def contrastive_loss(
     Raises TypeError or ValueError that name the argument. Source: arXiv 2103.00020, figure 3; arXiv 2303.15343, equation 2.
     """
     op = "contrastive_loss"
-    _check.tensor(op, "image", image, ndim=2)
+    _check.tensor(op, "image", image)
     _check.tensor(op, "text", text)
     image, text = _check.autocast(image, text)
-    _check.parameter(op, "text", text, tuple(image.shape), image, "like image")
+    if image.ndim not in (2, 3) or (image.ndim == 3 and len(image) == 0):
+        raise ValueError(f"{op}: image must be [N, D], or [V, N, D] with V >= 1 views, got shape {tuple(image.shape)}")
+    _check.parameter(op, "text", text, tuple(image.shape[-2:]), image, "like image")
     if kind not in KINDS:
         raise ValueError(f"{op}: kind must be one of {', '.join(KINDS)}; got {kind!r}")
     if kind == "softmax" and logit_bias is not None:
@@ -91,7 +100,8 @@ def contrastive_loss(
     logit_scale = _scalar(op, "logit_scale", logit_scale, image)
     if logit_bias is not None:
         logit_bias = _scalar(op, "logit_bias", logit_bias, image)
-    return _contrastive_loss(impl, image, text, logit_scale, logit_bias, kind, _row_shards.name_of(op, group))[0]
+    losses = _contrastive_loss(impl, image, text, logit_scale, logit_bias, kind, _row_shards.name_of(op, group))[0]
+    return losses if image.ndim == 2 else losses.mean()
 
 
 def _scalar(op: str, name: str, value: Any, like: Tensor) -> Tensor:
@@ -196,21 +206,31 @@ def _project(grad: Tensor, x: Tensor) -> Tensor:
     return torch.where(norm >= SMALLEST_NORM, grad - a * (a * grad).sum(-1, keepdim=True), grad).to(x.dtype)
 
 
-def _over_blocks(forward_rows, shards, image, text, scale, bias, kind):
-    """`forward_rows` against the columns of all ranks, one rank's after another's: those of the others arrive meanwhile."""
-    rows = own = None
-    columns = [scale.new_empty((2, 0))] * shards.world
+def _split(image, x):
+    """What belongs to each view, of what has a first axis for the views where the image has one."""
+    return x.unbind() if image.ndim == 3 else (x,)
+
+
+def _join(image, parts):
+    return torch.stack(parts) if image.ndim == 3 else parts[0]
+
+
+def _over_blocks(forward_rows, shards, views, text, scale, bias, kind):
+    """`forward_rows` of each view against the columns of all ranks, one rank's after another's: those of the others arrive meanwhile."""
+    rows, own = [None] * len(views), [None] * len(views)
+    columns = [[scale.new_empty((2, 0))] * shards.world for _ in views]
     for rank, block in shards.exchange(text):
         if rank != shards.rank and len(block) == 0:
             continue
         # Outside this rank's own block there are no pairs: with this offset every row's would lie left of it.
-        offset = 0 if rank == shards.rank else -len(image)
-        part, columns[rank], block_own = forward_rows(image, block, scale, bias, kind, offset)
-        if rank == shards.rank:
-            rows, own = part, block_own
-        else:
-            rows = _add_exponentials(rows, part) if kind == "softmax" else rows + part
-    return rows, torch.cat(columns, 1) if kind == "softmax" else None, own
+        offset = 0 if rank == shards.rank else -len(text)
+        for v, image in enumerate(views):
+            part, columns[v][rank], block_own = forward_rows(image, block, scale, bias, kind, offset)
+            if rank == shards.rank:
+                rows[v], own[v] = part, block_own
+            else:
+                rows[v] = _add_exponentials(rows[v], part) if kind == "softmax" else rows[v] + part
+    return zip(rows, [torch.cat(parts, 1) if kind == "softmax" else None for parts in columns], own, strict=True)
 
 
 def _add_exponentials(a, b):
@@ -224,52 +244,68 @@ def over_ranks(forward_rows, backward_rows, project=_project):
 
     def forward(image, text, scale, bias, kind, group):
         wide = _check.accumulate_dtype(image.dtype)
-        facts = {"the width of image": image.shape[1], "kind": KINDS.index(kind), "the dtype's size": image.element_size()}
-        shards = _row_shards.deal("contrastive_loss", group, len(image), facts, image.device)
-        scale, bias = scale.to(wide), None if bias is None else bias.to(wide)
-        rows, columns, own = _over_blocks(forward_rows, shards, image, text, scale, bias, kind)
+        views = _split(image, image)
+        facts = {
+            "the width of image": image.shape[-1], "kind": KINDS.index(kind), "the dtype's size": image.element_size(),
+            "the number of views": len(views),
+        }  # fmt: skip
+        shards = _row_shards.deal("contrastive_loss", group, len(text), facts, image.device)
         share = shards.world / max(shards.total, 1)
+        scale, bias = scale.to(wide), None if bias is None else bias.to(wide)
+        found = []
+        for rows, columns, own in _over_blocks(forward_rows, shards, views, text, scale, bias, kind):
+            if kind == "sigmoid":
+                found.append(((rows.sum(dtype=torch.float64) * share).to(wide), rows.new_empty(2, 0), rows.new_empty(2, 0)))
+                continue
+            largest, total = (shards.own(x) for x in shards.merge(*columns))
+            columns = torch.stack([largest, total.log()])
+            losses = (rows[0] - own) + rows[1] + (columns[0] - own) + columns[1]
+            found.append(((losses.sum(dtype=torch.float64) * (share / 2)).to(wide), rows, columns))
         # A CPU tensor would keep Inductor from capturing CUDA graphs; alone, a rank knows its size.
-        sizes = torch.tensor(shards.sizes) if group else rows.new_empty(0, dtype=torch.int64)
-        if kind == "sigmoid":
-            return (rows.sum(dtype=torch.float64) * share).to(wide), rows.new_empty(2, 0), rows.new_empty(2, 0), sizes
-        largest, total = (shards.own(x) for x in shards.merge(*columns))
-        columns = torch.stack([largest, total.log()])
-        losses = (rows[0] - own) + rows[1] + (columns[0] - own) + columns[1]
-        return (losses.sum(dtype=torch.float64) * (share / 2)).to(wide), rows, columns, sizes
+        sizes = torch.tensor(shards.sizes) if group else scale.new_empty(0, dtype=torch.int64)
+        return *(_join(image, parts) for parts in zip(*found, strict=True)), sizes
 
     def backward(grad_loss, image, text, scale, bias, r, c, sizes, kind, group, need_image, need_text):
         wide = _check.accumulate_dtype(image.dtype)
         resolved = _row_shards.resolve(group) if group else None
-        rank, sizes = (resolved.rank(), sizes.tolist()) if group else (0, [len(image)])
+        rank, sizes = (resolved.rank(), sizes.tolist()) if group else (0, [len(text)])
         shards = _row_shards.RowShards(resolved, rank, tuple(sizes))
         wide_scale, wide_bias = scale.to(wide), None if bias is None else bias.to(wide)
-        weight = grad_loss.to(wide) * (shards.world / max(shards.total, 1))
-        all_c = all_weights = None
-        if kind == "softmax":
-            *all_c, all_weights = shards.gather(torch.stack([*c, weight.expand_as(c[0])], dim=1)).unbind(1)
-        grad_image, grad_b, grad_scale, grad_bias = backward_rows(
-            image, shards.gather(text), wide_scale, wide_bias, kind, shards.offset,
-            r, all_c, weight, all_weights, need_image, need_text,
-        )  # fmt: skip
-        return (
-            grad_image if need_image else image.new_empty(0),
-            project(shards.reduce_scatter(grad_b), text) if need_text else text.new_empty(0),
-            grad_scale.to(scale.dtype),
-            grad_bias.to(scale.dtype if bias is None else bias.dtype),
-        )
+        weights = grad_loss.to(wide) * (shards.world / max(shards.total, 1))
+        all_text = shards.gather(text)
+        found = []
+        for view, weight, rows, columns in zip(*(_split(image, x) for x in (image, weights, r, c)), strict=True):
+            all_c = all_weights = None
+            if kind == "softmax":
+                *all_c, all_weights = shards.gather(torch.stack([*columns, weight.expand_as(columns[0])], dim=1)).unbind(1)
+            grad_image, grad_b, grad_scale, grad_bias = backward_rows(
+                view, all_text, wide_scale, wide_bias, kind, shards.offset,
+                rows, all_c, weight, all_weights, need_image, need_text,
+            )  # fmt: skip
+            found.append(
+                (
+                    grad_image if need_image else image.new_empty(0),
+                    project(shards.reduce_scatter(grad_b), text) if need_text else text.new_empty(0),
+                    grad_scale.to(scale.dtype),
+                    grad_bias.to(scale.dtype if bias is None else bias.dtype),
+                )
+            )
+        grad_images, *others = zip(*found, strict=True)
+        grad_image = _join(image, grad_images) if need_image else grad_images[0]
+        return grad_image, *(functools.reduce(torch.add, grads) for grads in others)
 
     return forward, backward
 
 
 def _fake(image, text, scale, bias, kind, group):
     wide = _check.accumulate_dtype(image.dtype)
-    lse = image.new_empty((2, len(image) if kind == "softmax" else 0), dtype=wide)
+    views = image.shape[:-2]
+    lse = image.new_empty((*views, 2, len(text) if kind == "softmax" else 0), dtype=wide)
     if group:
         sizes = torch.empty(_row_shards.resolve(group).size(), dtype=torch.int64, device="cpu")
     else:
         sizes = image.new_empty(0, dtype=torch.int64)
-    return image.new_empty((), dtype=wide), lse, torch.empty_like(lse), sizes
+    return image.new_empty(views, dtype=wide), lse, torch.empty_like(lse), sizes
 
 
 def _fake_backward(grad_loss, image, text, scale, bias, r, c, sizes, kind, group, need_image, need_text):
@@ -286,7 +322,8 @@ def _specification(image, text, scale, bias, kind, group):
         raise NotImplementedError(
             "contrastive_loss: with a group there is no forward-mode, batched, nested or second derivative; take it over one rank's pairs"
         )
-    return (reference(image, text, scale, kind=kind, logit_bias=bias),)
+    losses = [reference(view, text, scale, kind=kind, logit_bias=bias) for view in _split(image, image)]
+    return (_join(image, losses),)
 
 
 def _differentiable_backward(grad_loss, image, text, scale, bias, r, c, sizes, kind, group, *needs):

@@ -96,12 +96,38 @@ def test_known_values():
     torch.testing.assert_close(signed, torch.log1p(torch.exp(torch.tensor(-4.0))))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [(3, 7, 24), (1, 5, 8), (2, 0, 4)])
+def test_views(size, kind):
+    views, pairs, width = size
+    _, text, *scalars = inputs(pairs, width, kind)
+    image = testing.make(views, pairs, width, scale=2.0)
+    for dtype in (torch.float32, torch.bfloat16):
+        testing.check(*pair(kind), (image, text, *scalars), dtype=dtype, keep=(2, 3), every_subset=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_views_have_the_bits_of_calls_of_their_own(kind, dtype):
+    _, text, *scalars = inputs(9, 16, kind)
+    leaves = [testing.make(2, 9, 16).to(dtype), text.to(dtype), *(s.float() for s in scalars)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    ours, _ = pair(kind)
+    image, *others = leaves
+    apart = torch.stack([ours(view, *others) for view in image]).mean()
+    together = ours(*leaves)
+    testing.assert_same_bits([together], [apart])
+    testing.assert_same_bits(torch.autograd.grad(together, leaves), torch.autograd.grad(apart, leaves))
+
+
 @pytest.mark.backend_independent
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(small_chunks, kind):
     leaves = [value.requires_grad_() for value in inputs(5, 3, kind, scale=2.0)]
+    leaves_of_views = [testing.make(2, 5, 3).requires_grad_(), *leaves[1:]]
     for function in pair(kind):
         assert torch.autograd.gradcheck(function, leaves)
+        assert torch.autograd.gradcheck(function, leaves_of_views)
 
 
 @pytest.mark.backend_independent
@@ -112,6 +138,8 @@ def test_opcheck(layout):
         image, text = (testing.LAYOUTS[layout](t).requires_grad_() for t in (image, text))
         scale, bias = [s.requires_grad_() for s in scalars] + [None] * (2 - len(scalars))
         torch.library.opcheck(torch.ops.ov3fast.contrastive_loss, (image, text, scale, bias, kind, "", ""))
+        views = testing.LAYOUTS[layout](torch.stack([image.detach(), text.detach()])).requires_grad_()
+        torch.library.opcheck(torch.ops.ov3fast.contrastive_loss, (views, text, scale, bias, kind, "", ""))
 
 
 @pytest.mark.backend_independent

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.backend_independent
 
 WIDTH = 6
 SPLITS = {1: [(4,), (0,)], 2: [(3, 3), (5, 1), (4, 0)], 3: [(2, 2, 2), (1, 4, 2), (0, 0, 0)]}
-CHECKS = ["shares", "ddp", "low_precision", "exchange", "reduce_scatter", "disagreement", "compiled", "outsider"]
+CHECKS = ["shares", "views", "ddp", "low_precision", "exchange", "reduce_scatter", "disagreement", "compiled", "outsider"]
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,60 @@ def compare(rank, group, sizes, kind, upstream):
         summed = partial.clone()
         dist.all_reduce(summed, group=group)
         close(summed, whole)
+
+
+def check_views(rank, groups):
+    """Several views of the images: the mean of the views' shares and its gradients, and texts that travel as often as for one view."""
+    for world, group in groups.items():
+        for sizes in SPLITS[world] if rank < world else []:
+            for kind in ("softmax", "sigmoid"):
+                own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+                text = testing.make(sum(sizes), WIDTH, seed=1, dtype=torch.float64)
+                image = testing.make(3, sum(sizes), WIDTH, dtype=torch.float64)
+                scale, bias = scalars(kind)
+                results = []
+                for views in (
+                    lambda f, x, *rest: f(x, *rest),
+                    lambda f, x, *rest: torch.stack([f(v, *rest) for v in x]).mean(),
+                ):
+                    mine = [image[:, own].clone().requires_grad_(), text[own].clone().requires_grad_(), scale]
+
+                    def loss(x, y, s, kind=kind, bias=bias, group=group):
+                        return contrastive_loss(x, y, s, kind=kind, logit_bias=bias, group=group)
+
+                    share = views(loss, *mine)
+                    results.append([share, *torch.autograd.grad(share, mine)])
+                for together, apart in zip(*results, strict=True):
+                    close(together, apart)
+    sent = [texts_sent(views) for views in (1, 3)]
+    assert sent[0] == sent[1] > 0, sent
+
+
+def texts_sent(views):
+    """How often rows as wide as the features travel, forward and backward."""
+    count = 0
+    real = {name: getattr(dist, name) for name in ("broadcast", "all_gather")}
+
+    def counting(name):
+        def collective(x, *args, **options):
+            nonlocal count
+            first = x[0] if isinstance(x, list) else x
+            count += first.ndim == 2 and first.shape[-1] == WIDTH * 8  # the bytes of float64
+            return real[name](x, *args, **options)
+
+        return collective
+
+    image, text = testing.make(views, 2, WIDTH, dtype=torch.float64), testing.make(2, WIDTH, seed=1, dtype=torch.float64)
+    try:
+        for name in real:
+            setattr(dist, name, counting(name))
+        contrastive_loss(
+            image.requires_grad_(), text.requires_grad_(), scalars("softmax")[0], group=dist.group.WORLD
+        ).backward()
+    finally:
+        for name, function in real.items():
+            setattr(dist, name, function)
+    return count
 
 
 def close(got, expected):

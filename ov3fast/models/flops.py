@@ -9,12 +9,14 @@ Legend: N tokens, D width, M mlp width, L layers, V vocabulary.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .config import VAE_STRIDE, CaptionConfig, OpenVision3Config, TextConfig, VisionConfig
 from .openvision3 import OpenVision3
+from .perceptual import LPIPS
 from .vae import FLUX_VAE, SMALL, FrozenVAE, small_vae_folder
 
 
@@ -57,14 +59,15 @@ def parameter_counts(config: OpenVision3Config, vae_config: dict[str, Any] | Non
 
 
 def resolve_vae_config(config: OpenVision3Config, vae_config: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The VAE architecture to count: the given one, the small one's, or FLUX.1-dev's."""
+    """The VAE architecture to count: the given one, the small one's, that of a local folder, or FLUX.1-dev's."""
+    from .pretrained import read_json
+
     if vae_config is not None:
         return vae_config
     if config.vae == SMALL:
-        from .pretrained import read_json
-
         return read_json(small_vae_folder() / "config.json", "small VAE")
-    return FLUX_VAE
+    local = Path(config.vae, config.vae_subfolder or "", "config.json")
+    return read_json(local, "VAE") if local.is_file() else FLUX_VAE
 
 
 def vae_flops(vae_config: dict[str, Any], image_size: int) -> tuple[float, float]:
@@ -78,6 +81,17 @@ def vae_flops(vae_config: dict[str, Any], image_size: int) -> tuple[float, float
         with FlopCounterMode(display=False) as decoder:
             vae.decode(z)
     return float(encoder.get_total_flops()), float(decoder.get_total_flops())
+
+
+def lpips_flops(backbone: str, image_size: int) -> float:
+    """LPIPS' forward FLOPs of one image of a pair."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), torch.no_grad():
+        lpips, image = LPIPS(backbone), torch.empty(1, 3, image_size, image_size)
+        with FlopCounterMode(display=False) as counter:
+            lpips(image, image)
+    return counter.get_total_flops() / 2
 
 
 def blocks_flops(tokens: int, width: int, depth: int, mlp_dim: int, pairs: int | None = None) -> float:

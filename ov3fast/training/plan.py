@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ov3fast import terminal
-from ov3fast.models.flops import flops_per_image, parameter_counts
+from ov3fast.models.flops import flops_per_image, lpips_flops, parameter_counts
 from ov3fast.recipes.config import Recipe, Stage, leaves
 from ov3fast.training.schedule import Schedule, schedule
 
@@ -24,8 +24,14 @@ class StagePlan:
     samples: int | None
     flops: dict[str, float]
     """Part -> forward FLOPs of one image (or text, or caption)."""
-    flops_per_sample: float
-    """Forward and backward, per image of the batch, with the shares that are decoded to pixels, captioned and paired."""
+    flops_by_part: dict[str, float]
+    """towers, VAE encoder, VAE decoder, LPIPS -> forward and backward FLOPs per image of the batch, with the shares that are decoded to
+    pixels, captioned and paired."""
+
+    @property
+    def flops_per_sample(self) -> float:
+        """Forward and backward, per image of the batch."""
+        return sum(self.flops_by_part.values())
 
     @property
     def training_flops(self) -> float | None:
@@ -45,7 +51,8 @@ def make_plan(recipe: Recipe) -> Plan:
     """Resolves a recipe.
 
     A tower's backward pass costs twice its forward pass (three times with activation checkpointing); the frozen VAE decoder's as much
-    as its forward pass, since only the gradient with respect to its input is needed; the VAE encoder has none. LPIPS is not counted.
+    as its forward pass, since only the gradient with respect to its input is needed, and LPIPS' likewise (it sees two images); the VAE
+    encoder has none.
     """
     recipe = recipe.resolve()
     texts, paired = texts_and_paired(recipe)
@@ -59,17 +66,19 @@ def make_plan(recipe: Recipe) -> Plan:
         pixels = 0.0 if not needs_pixels else latents if stage.pixel_images is None else stage.pixel_images / stage.batch_size
         captions = paired if stage.caption_images is None else stage.caption_images / stage.batch_size
         again = 1.0 if recipe.accumulate > 1 and recipe.contrastive_over == "batch" else 0.0
-        per_sample = (
-            (0.0 if recipe.cache_latents else flops["vae_encoder"])
-            + (towers + again) * (flops["encoder"] + texts * flops["text"])
-            + towers * (latents * flops["decoder"] + captions * flops["captioner"])
-            + 2.0 * pixels * flops["vae_decoder"]
-        )
+        by_part = {
+            "towers": (towers + again) * (flops["encoder"] + texts * flops["text"])
+            + towers * (latents * flops["decoder"] + captions * flops["captioner"]),
+            "VAE encoder": 0.0 if recipe.cache_latents else flops["vae_encoder"],
+            "VAE decoder": 2.0 * pixels * flops["vae_decoder"],
+        }
+        if needs_pixels and stage.lpips_weight > 0:
+            by_part["LPIPS"] = 4.0 * pixels * lpips_flops(recipe.lpips.backbone, stage.image_size)
         samples = None if times.steps is None else times.steps * stage.batch_size
         if stage.epochs is not None:
             samples = round(stage.epochs * stage.samples_per_epoch)
         tokens = (stage.image_size // (8 * recipe.model.vision.patch_size)) ** 2
-        stages.append(StagePlan(stage, times, tokens, samples, flops, per_sample))
+        stages.append(StagePlan(stage, times, tokens, samples, flops, by_part))
     return Plan(recipe, tuple(stages), parameter_counts(recipe.model))
 
 

@@ -472,6 +472,8 @@ def full(on_gpu: bool) -> Makers:
         large = ((64, 257, 12, 64), (16, 1024, 16, 64), (4, 4096, 16, 128), (32, 729, 16, 72))
         makers += [("flash_attention", "bf16", attention, (shape, (None, None))) for shape in large]
         makers += [("ViT-B/2 encoder", "bf16", encoder, ((None, None), batch)) for batch in (64, 256)]
+        makers += [("contrastive_loss", "bf16", contrastive, (rows, 768, None, False)) for rows in (32768, 65536)]
+        makers += [("linear_cross_entropy", "bf16", cross_entropy, (None, (16384, 768, 32000)))]
     return makers
 
 

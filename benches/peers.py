@@ -22,6 +22,8 @@ def attention(dtype: str) -> dict[str, Callable[..., Tensor]]:
         found["flash_attn"] = flash.flash_attn_func
     if hopper := _module("flash_attn_interface") if dtype != "fp32" else None:
         found["flash_attn 3"] = lambda q, k, v: _first(hopper.flash_attn_func(q, k, v))
+    if blackwell := _module("flash_attn.cute") if dtype != "fp32" else None:
+        found["flash_attn 4"] = lambda q, k, v: _first(blackwell.flash_attn_func(q, k, v))
     if xformers := _module("xformers.ops"):
         found["xformers"] = xformers.memory_efficient_attention
     return found
@@ -34,9 +36,14 @@ def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def linear_cross_entropy() -> dict[str, Callable[..., Tensor]]:
     """name -> function of hidden, weight, labels."""
+    found = {}
     if liger := _module("liger_kernel.transformers.functional"):
-        return {"Liger": lambda hidden, weight, labels: _first(liger.liger_fused_linear_cross_entropy(hidden, weight, labels))}
-    return {}
+        found["Liger"] = lambda hidden, weight, labels: _first(liger.liger_fused_linear_cross_entropy(hidden, weight, labels))
+    if cce := _module("cut_cross_entropy"):
+        found["CCE"] = lambda hidden, weight, labels: cce.linear_cross_entropy(hidden, weight, labels)
+    if quack := _module("quack.linear_cross_entropy"):
+        found["quack"] = lambda hidden, weight, labels: _first(quack.chunked_linear_cross_entropy(hidden, weight, labels))
+    return found
 
 
 def layer_norm_after_addition(width: int) -> dict[str, Callable[..., tuple[Tensor, Tensor]]]:

@@ -428,15 +428,18 @@ inline void pack_columns(const Row& row, int64_t r0, int64_t rows, int64_t n0, i
             }
         return;
     }
-    for (int64_t w = 0; w < words; w++) {
-        const auto* p = row(r0 + w * KS) + n0;
-        const auto* next = KS > 1 && w * KS + 1 < rows ? row(r0 + w * KS + 1) + n0 : nullptr;
-        for (int64_t n = 0; n < wide; n += VL) {
-            const vf x = column_words<T>(p + n, next ? next + n : nullptr, int(std::min<int64_t>(VL, count - n)));
-            for (int64_t h = 0; h < VL && n + h < wide; h += MR)
-                std::memcpy(dst + (n + h) * words + w * MR, reinterpret_cast<const float*>(&x) + h, MR * 4);
+    // Few columns at a time, so that the panels grow side by side.
+    constexpr int64_t STEP = 2 * VL * KS;
+    for (int64_t n1 = 0; n1 < wide; n1 += STEP)
+        for (int64_t w = 0; w < words; w++) {
+            const auto* p = row(r0 + w * KS) + n0;
+            const auto* next = KS > 1 && w * KS + 1 < rows ? row(r0 + w * KS + 1) + n0 : nullptr;
+            for (int64_t n = n1; n < std::min(wide, n1 + STEP); n += VL) {
+                const vf x = column_words<T>(p + n, next ? next + n : nullptr, int(std::min<int64_t>(VL, count - n)));
+                for (int64_t h = 0; h < VL && n + h < wide; h += MR)
+                    std::memcpy(dst + (n + h) * words + w * MR, reinterpret_cast<const float*>(&x) + h, MR * 4);
+            }
         }
-    }
 }
 
 // A panel [words][MR] -> tiles, in place.

@@ -2,7 +2,7 @@
 //
 // For a chunk of R tokens: tiles of vocabulary times tokens, whose exponentials below the running maximum are kept; then the gradients
 // G_vt by the logits take their place, and G^T w and G h follow. With gradients wanted at once nothing is computed twice: three products.
-// Weights of 16 bits gather their gradient in float all the same: the upper half of the bits lies in the result, the lower one aside.
+// Weights of 16 bits gather their gradient in 24 bits all the same: the upper 16 lie in the result, the lower 8 aside.
 #include <type_traits>
 
 #include "export.h"
@@ -13,8 +13,8 @@ using namespace ov3;
 namespace {
 
 template <class T>
-constexpr int64_t CHUNK = 192 * (sizeof(T) == 2 ? 1 : 2);  // tokens at once: what is kept of them is V * CHUNK elements
-constexpr int64_t TILE = 192;                              // classes of a task
+constexpr int64_t CHUNK = sizeof(T) == 2 ? 528 : 384;  // tokens at once: what is kept of them is V * CHUNK elements
+constexpr int64_t TILE = 192;                          // classes of a task
 
 template <class T>
 struct Head {
@@ -39,7 +39,7 @@ struct Head {
     Buffer<word_t<T>> by_width{words_d * wide};                           // the chunk of h for the logits
     Buffer<word_t<T>> by_token{grad_w ? words_r * round_up(D, VL) : 0};   // and for the gradient of w
     Buffer<T> kept{gradients ? V * room : 0};                             // [V][room]
-    Buffer<uint16_t> lower{NARROW && grad_w ? V * D : 0};                 // of grad_w's bits
+    Buffer<uint8_t> lower{NARROW && grad_w ? V * D : 0};                  // of grad_w's bits
     Buffer<float> grad_rows{grad_h ? room * D : 0};
     Buffer<float> largest{tiles * wide}, total{tiles * wide};             // of a tile's exponentials
     Buffer<float> own{wide}, upstream{wide}, top{wide}, log_sum{wide};
@@ -181,24 +181,30 @@ struct Head {
                 });
     }
 
-    // A float whose upper bits lie at `up`.
-    static vf join(const T* up, const uint16_t* low, int lanes) {
-        const vu bits = bit_cast<vu>(load(reinterpret_cast<const bf16*>(low), lanes)) >> 16;
-        return bit_cast<vf>(bit_cast<vu>(load(up, lanes)) | bits);
+    typedef uint8_t vu8 __attribute__((vector_size(VL)));
+
+    // A float whose upper 16 bits lie at `up`, the next 8 at `low`.
+    static vf join(const T* up, const uint8_t* low, int lanes) {
+        vu8 bits = {};
+        copy_lanes<1>(&bits, low, lanes);
+        return bit_cast<vf>(bit_cast<vu>(load(up, lanes)) | (__builtin_convertvector(bits, vu) << 8));
     }
-    // The halves of x, cut and not rounded.
-    static void part(vf x, T* up, uint16_t* low, int lanes) {
-        const vu bits = bit_cast<vu>(x);
-        store_half(__builtin_convertvector(bits >> 16, vu16), reinterpret_cast<uint16_t*>(up), lanes);
-        store_half(__builtin_convertvector(bits, vu16), low, lanes);
+    // x rounded to 24 bits, in its two parts. NaN is only cut: a carry could make something else of it.
+    static void part(vf x, T* up, uint8_t* low, int lanes) {
+        const vu bits = bit_cast<vu>(x) + (x == x ? vu{} + 0x80u : vu{});
+        const vu16 upper = __builtin_convertvector(bits >> 16, vu16);
+        const vu8 lower = __builtin_convertvector(bits >> 8, vu8);
+        copy_lanes<2>(up, &upper, lanes);
+        copy_lanes<1>(low, &lower, lanes);
     }
-    static void store_half(vu16 x, uint16_t* to, int lanes) {
-        if (lanes == VL) std::memcpy(to, &x, sizeof x);
-        else std::memcpy(to, &x, lanes * sizeof(uint16_t));
+    template <int BYTES>
+    static void copy_lanes(void* to, const void* from, int lanes) {
+        if (lanes == VL) std::memcpy(to, from, VL * BYTES);
+        else std::memcpy(to, from, lanes * BYTES);
     }
 
     void add_narrow(
-        int64_t words, const word_t<T>* from, const word_t<T>* b, int width, int n, int columns, T* up, uint16_t* low, bool accumulate
+        int64_t words, const word_t<T>* from, const word_t<T>* b, int width, int n, int columns, T* up, uint8_t* low, bool accumulate
     ) {
         float c[ROWS * NR];
         if (accumulate)
@@ -217,16 +223,17 @@ struct Head {
     // grad_rows = G^T w in pieces of classes, whose words all threads share.
     void multiply_rows(int64_t here) {
         constexpr int64_t CLASSES = PIECE * Word<T>::ks;
+        constexpr int64_t STRIP = 64;  // tokens that are packed at once: a cache line of their row, or two
         const int64_t groups = ceil_div(here, ROWS), halves = threads > 1 ? 2 : 1, parts = std::min<int64_t>(panels_d,
-            2 * threads - (threads == 1));
+            2 * threads - (threads == 1)), strips = ceil_div(here, STRIP);
         for (int64_t v = 0; v < V; v += CLASSES) {
             const int64_t classes = std::min(CLASSES, V - v), words = words_of<T>(classes);
-            parallel(groups + panels_d, threads, [&](int64_t task, int) {
-                if (task < groups) {
-                    const int64_t t = task * ROWS;
-                    pack_block<T>({kept + v * room, 1, room}, t, std::min(ROWS, here - t), classes, a_classes + t * words);
+            parallel(strips + panels_d, threads, [&](int64_t task, int) {
+                if (task < strips) {
+                    const int64_t t = task * STRIP;
+                    pack_block<T>({kept + v * room, 1, room}, t, std::min(STRIP, here - t), classes, a_classes + t * words);
                 } else {
-                    const int64_t p = task - groups;
+                    const int64_t p = task - strips;
                     pack_panel<T>({w + v * w_stride, 1, w_stride}, p * NR, columns_of(p), 0, classes, width(p), b_classes + p * NR * words);
                 }
             });

@@ -116,6 +116,8 @@ def _check_lists(op: str, lists: dict[str, Sequence]) -> None:
     for name, values in lists.items():
         if len(values) != len(params):
             raise ValueError(f"{op}: {name} must have one entry per parameter, {len(params)}, got {len(values)}")
+    if params and all(values is decays or _fit(values, params, narrow=name in ("params", "grads")) for name, values in lists.items()):
+        return  # as nearly always; the rest finds words for what is wrong
     for i, p in enumerate(params):
         _check.tensor(op, f"params[{i}]", p)
         if p.dtype != params[0].dtype or p.device != params[0].device:
@@ -129,6 +131,18 @@ def _check_lists(op: str, lists: dict[str, Sequence]) -> None:
             _check.tensor(op, f"{name}[{i}]", values[i], dtypes=tuple(dtypes))
             _check.shape(op, f"{name}[{i}]", values[i], tuple(p.shape), "like its parameter")
             _check.same_device(op, f"{name}[{i}]", values[i], p)
+
+
+def _fit(values: Sequence, params: Sequence, narrow: bool) -> bool:
+    """Whether tensors are like their parameters, on one device, and all of the first parameter's dtype (`narrow`) or all wide."""
+    first = params[0]
+    if not isinstance(first, Tensor) or first.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        return False
+    dtype, device = first.dtype if narrow else _check.accumulate_dtype(first.dtype), first.device
+    return all(
+        isinstance(value, Tensor) and value.dtype is dtype and value.device == device and value.shape == p.shape
+        for value, p in zip(values, params, strict=True)
+    )
 
 
 def _check_numbers(op, step, lr, betas, eps, max_norm, ema_decay) -> None:

@@ -90,7 +90,7 @@ def unsupported_reason(*operands: Tensor | torch.dtype | None) -> str | None:
     for operand in operands:
         if operand is None:
             continue
-        if isinstance(operand, Tensor) and operand.device.type != "cpu":
+        if isinstance(operand, Tensor) and not operand.is_cpu:
             return f"it does not run on {operand.device.type}"
         dtype = operand.dtype if isinstance(operand, Tensor) else operand
         if dtype not in _SUFFIX and dtype != torch.int64:

@@ -22,9 +22,9 @@ def _forward(
     (*states, grads), copies = _flat_lists.flatten([*changed, grads], len(changed))
     norm = torch.empty((), dtype=torch.float32)
     STEP(
-        params[0].dtype, _addresses(states[0]), _addresses(grads), _numbers(g.dtype == torch.float32 for g in grads),
+        params[0].dtype, _addresses(states[0]), _addresses(grads), _numbers([g.dtype == torch.float32 for g in grads]),
         _addresses(states[1]), _addresses(states[2]), _addresses(states[3]) if ema else None,
-        _numbers(p.numel() for p in params), torch.tensor([1 - lr * decay for decay in weight_decay], dtype=torch.float64),
+        _numbers([p.numel() for p in params]), torch.tensor([1 - lr * decay for decay in weight_decay], dtype=torch.float64),
         len(params), 1 - beta1, float(beta2), math.sqrt(1 - beta2**step), float(eps), -lr / (1 - beta1**step),
         math.nan if max_norm is None else float(max_norm), 1.0 - (ema_decay or 0.0), norm,
     )  # fmt: skip
@@ -35,11 +35,11 @@ def _forward(
 
 
 def _addresses(tensors):
-    return _numbers(t.data_ptr() for t in tensors)
+    return _numbers([t.data_ptr() for t in tensors])
 
 
 def _numbers(values):
-    return torch.tensor(list(values), dtype=torch.int64)
+    return torch.tensor(values, dtype=torch.int64)
 
 
 def _unsupported_reason(params, grads, exp_avgs, exp_avg_sqs, ema, schedule):

@@ -8,7 +8,7 @@ JOBS ?= 2
 
 CSRC := csrc/build.py $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
-.PHONY: demo docs test test-all test-gpu test-versions gpu aot lint bench step-table sanitize clean
+.PHONY: demo docs test test-all test-gpu test-versions test-old-cpu gpu aot lint bench step-table sanitize clean
 
 demo: .venv/demo
 	$(BIN)/ov3fast data demo
@@ -44,6 +44,13 @@ gpu:
 test-versions:
 	$(PYTHON) tools/versions.py 2.11.0 3.6.0 2.3.5
 	$(PYTHON) tools/versions.py 2.14.1 3.8.0 2.4.6
+
+# A processor without AVX (qemu-user-static of Debian emulates it): the same build loads there, with its portable kernels.
+OLD_CPU := OMP_NUM_THREADS=1 qemu-x86_64-static -cpu Nehalem $(BIN)/python
+test-old-cpu: .venv/dev
+	$(OLD_CPU) -c "from ov3fast.ops import cpu; assert cpu.isa() == 'portable', cpu.isa()"
+	$(OLD_CPU) -m pytest -p no:cacheprovider tests/ops/test_linear.py tests/ops/test_layer_norm.py \
+	--implementations portable -k "not compile and not hypothesis"
 
 # Compiles every GPU kernel for every chip, without one; the table of the README's kernel page.
 aot: .venv/dev

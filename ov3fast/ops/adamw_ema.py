@@ -116,7 +116,9 @@ def _check_lists(op: str, lists: dict[str, Sequence]) -> None:
     for name, values in lists.items():
         if len(values) != len(params):
             raise ValueError(f"{op}: {name} must have one entry per parameter, {len(params)}, got {len(values)}")
-    if params and all(values is decays or _fit(values, params, narrow=name in ("params", "grads")) for name, values in lists.items()):
+    if params and all(
+        values is decays or _fit(values, params, narrow=name in ("params", "grads")) for name, values in lists.items()
+    ):
         return  # as nearly always; the rest finds words for what is wrong
     for i, p in enumerate(params):
         _check.tensor(op, f"params[{i}]", p)

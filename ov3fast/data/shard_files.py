@@ -95,7 +95,7 @@ def _expanded(item: str | Path) -> list[Path]:
         except UnbalancedBracesError:
             raise DataError(f"shards: the braces in {text} don't match") from None
     if glob.has_magic(text):
-        paths = [Path(match) for match in sorted(glob.glob(text))]
+        paths = [Path(match) for match in sorted(glob.glob(text, recursive=True))]
         if not paths:
             raise DataError(f"shards: no file matches {text}")
         return paths

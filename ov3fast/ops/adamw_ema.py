@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _check, _dispatch, _operator
 
@@ -74,7 +75,8 @@ def adamw_ema_(
 
     step, lr and ema_decay may be scalar tensors on the parameters' device, for a step that a CUDA graph records: their values are read
     there, by no backend that runs on the CPU. Out of range they are not noticed.
-    Raises TypeError or ValueError that name the argument.
+    Raises TypeError or ValueError that name the argument; NotImplementedError for tensors that are differentiated in forward mode or
+    transformed by torch.func: there is no derivative. As in torch.optim, a graph behind the gradients is left out.
     """
     op = "adamw_ema_"
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
@@ -87,6 +89,9 @@ def adamw_ema_(
     _check_numbers(op, step, lr, betas, eps, max_norm, ema_decay)
     if not params:
         return torch.zeros(())
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        numbers = {"lr": lr, "ema_decay": ema_decay}
+        _refuse_derivatives(op, lists | {name: [value] for name, value in numbers.items() if isinstance(value, Tensor)})
     with torch.no_grad():
         schedule = None
         if any(isinstance(value, Tensor) for value in (step, lr, ema_decay)):
@@ -109,6 +114,17 @@ def _schedule(op: str, numbers: dict[str, int | float | Tensor | None], device: 
         else:
             values.append(torch.full((), value or 0.0, dtype=torch.float64, device=device))
     return torch.stack(values)
+
+
+def _refuse_derivatives(op: str, lists: dict[str, Sequence[Tensor]]) -> None:
+    """An update in place would drop tangents, and torch.func's gradients, in silence."""
+    for name, tensors in lists.items():
+        for i, tensor in enumerate(tensors):
+            wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+            if wrapped or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None):
+                raise NotImplementedError(
+                    f"{op}: {name}[{i}] is differentiated or batched, and an update in place has no derivative; detach it"
+                )
 
 
 def _check_lists(op: str, lists: dict[str, Sequence]) -> None:

@@ -75,6 +75,12 @@ def fit(path: str) -> Recipe:
         raise DataError(f"--data: none of the first samples of {path} could be read; see `ov3fast data check {path}`")
     common = [key for key, count in keys.items() if 2 * count >= read]
     captioned = [key for key in common if key in ("txt", "caption", "text")] or common
+    if keys and not common:
+        key, count = max(keys.items(), key=lambda item: item[1])
+        warnings.warn(
+            f"--data: {count} of the {read} samples looked at have a caption ({key}), fewer than half: pictures alone are trained",
+            stacklevel=2,
+        )
     (stage,) = RECIPE.stages
     batch = min(stage.batch_size, len(dataset))
     stage = dataclasses.replace(stage, batch_size=batch, pixel_images=min(stage.pixel_images or batch, batch))

@@ -263,6 +263,13 @@ def test_brace_patterns(tmp_path, png):
         write_tar(tmp_path / f"{i:05d}.tar", samples(2, png, first=2 * i))
     assert [s.path.name for s in find_shards(tmp_path / "{00001..00003}.tar")] == ["00001.tar", "00002.tar", "00003.tar"]
     assert len(ShardDataset(f"{tmp_path}/{{00000,00002}}.tar")) == 4
+    assert [s.path.name for s in find_shards(f"{tmp_path}/{{00000..00003..2}}.tar")] == ["00000.tar", "00002.tar"]
+    assert [s.path.name for s in find_shards(f"{tmp_path}/{{00000,{{00001,00002}}}}.tar")] == [
+        "00000.tar",
+        "00001.tar",
+        "00002.tar",
+    ]
+    assert len(find_shards(f"{tmp_path.parent}/**/{tmp_path.name}/**/*.tar")) == len(list(tmp_path.rglob("*.tar")))
     with pytest.raises(FileNotFoundError, match=r"00004\.tar"):
         find_shards(f"{tmp_path}/{{00003..00005}}.tar")
     literal = tmp_path / "{a,b}"

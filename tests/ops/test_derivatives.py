@@ -94,6 +94,7 @@ dtypes = pytest.mark.parametrize("number", [0, 1], ids=["wide", "single"])
 
 
 def test_every_operator_is_here():
+    """adamw_ema_ and random_normal, which have no gradient, have tests of their own; "mean" and "sum" are linear_cross_entropy_total."""
     named = {case.split(",")[0] for case in CASES}
     assert named == set(ops.table()) - {"adamw_ema_", "random_normal", "linear_cross_entropy_total"}
 
@@ -212,6 +213,44 @@ def test_random_and_adamw_on_meta_tensors():
     assert random.normal((3,), RNG.to("meta")).is_meta
     lists = [[torch.empty(3, device="meta")] for _ in range(4)]
     assert ops.adamw_ema_(*lists, step=1, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0).is_meta
+
+
+@pytest.mark.parametrize("place", range(5), ids=["params", "grads", "exp_avgs", "exp_avg_sqs", "ema"])
+def test_an_update_in_place_says_that_it_has_no_derivative(place):
+    """It would give zeros: the tangents, and torch.func's gradients, are not in what it writes to."""
+
+    def update(value):
+        lists = [[torch.ones(3)] for _ in range(5)]
+        lists[place] = [value]
+        return (
+            ops.adamw_ema_(*lists, step=1, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, ema_decay=0.9)
+            + lists[0][0].sum()
+        )
+
+    one = torch.ones(3)
+    for derivative in (
+        lambda: torch.func.grad(update)(one),
+        lambda: torch.func.jvp(update, (one,), (one,)),
+        lambda: torch.func.vmap(update)(torch.ones(2, 3)),
+        lambda: dual_level(update, (one,)),
+    ):
+        with pytest.raises(NotImplementedError, match=r"adamw_ema_: \w+\[0\] is differentiated or batched"):
+            derivative()
+    assert update(one).shape == ()
+
+
+def test_random_numbers_are_constants():
+    """No input of random.normal is differentiable: a derivative goes past it, and it counts no products."""
+    here = random.normal((3,), RNG)
+    x, tangent = torch.arange(3.0), torch.ones(3)
+    value, found = torch.func.jvp(lambda x: x * random.normal((3,), RNG), (x,), (tangent,))
+    assert torch.equal(value, x * here) and torch.equal(found, here)
+    assert torch.equal(torch.func.grad(lambda x: (x * random.normal((3,), RNG)).sum())(x), here)
+    assert torch.equal(torch.func.vmap(lambda x: x + random.normal((3,), RNG))(torch.zeros(2, 3)), here.expand(2, 3))
+    with FlopCounterMode(display=False) as counted:
+        random.normal((3,), RNG)
+        ops.adamw_ema_(*([torch.ones(3)] for _ in range(4)), step=1, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    assert counted.get_total_flops() == 0
 
 
 def test_contrastive_loss_casts_under_autocast():

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ov3fast import cli
+from ov3fast.data import write_shards
 from ov3fast.models.openvision3 import OpenVision3
 from ov3fast.recipes import Recipe, edit, get_recipe, read_recipe
 from ov3fast.training import checkpoint
@@ -153,6 +154,15 @@ def test_own_shards_warn_once(data, tmp_path):
         warnings.simplefilter("always")
         assert train("--data", shards, "--run-dir", tmp_path / "run", *small) == 0
     assert len([w for w in caught if "1 foreign_archive" in str(w.message)]) == 1
+
+
+def test_own_shards_with_few_captions_say_so(data, tmp_path):
+    from ov3fast.recipes import custom
+
+    picture = b"P6 1 1 255 abc"
+    write_shards([(f"{i}", {"ppm": picture, **({"txt": b"one"} if i < 2 else {})}) for i in range(6)], tmp_path / "few")
+    with pytest.warns(UserWarning, match=r"--data: 2 of the 6 samples looked at have a caption \(txt\), fewer than half"):
+        assert custom.fit(str(tmp_path / "few")).objective.und_weight == 0
 
 
 def test_help_fits_a_screen(capsys):

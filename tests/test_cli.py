@@ -289,6 +289,30 @@ def test_evaluate_shards(capsys, model, shards, tmp_path, monkeypatch):
     assert sorted(p.name for p in out.iterdir()) == ["evaluation.json", "report.html"]
 
 
+def test_evaluate_takes_a_skip_budget(capsys, model, photo, tmp_path):
+    from ov3fast.data import write_shards
+
+    write_shards([("a", {"png": photo.read_bytes(), "txt": b"a"}), ("b", {"png": b"", "txt": b"b"})], tmp_path / "half")
+    arguments = (
+        "evaluate",
+        model,
+        "--data",
+        tmp_path / "half",
+        "--out",
+        tmp_path / "out",
+        "--pictures",
+        "1",
+        "--beams",
+        "1",
+        "-q",
+    )
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and "1 of 2 samples were skipped (1 broken_image), more than skip_budget = 0.1" in one_line(err)
+    assert run(capsys, *arguments, "--skip-budget", "0.5")[0] == 0
+    skipped = json.loads((tmp_path / "out" / "evaluation.json").read_text())["data"]["skipped"]
+    assert skipped == {"data": {"broken_image": 1}}
+
+
 def test_evaluate_in_the_home_folder(capsys, model, shards, tmp_path, monkeypatch):
     """The model is read there, and the report is written there, not beside a folder called ~."""
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -319,6 +343,7 @@ def test_evaluate_refuses_before_the_work(capsys, model, shards, tmp_path, monke
         (("--out", tmp_path / "file"), "file is no folder"),
         (("--image-size", "0"), "--image-size must be at least 1, got 0"),
         (("--beams", "0"), "--beams must be at least 1, got 0"),
+        (("--skip-budget", "-1"), "--skip-budget takes a share from 0 to 1, got -1"),
     ):
         assert words in one_line(run(capsys, "evaluate", model, "--data", shards, *arguments)[2])
 

@@ -34,6 +34,8 @@ class Evaluate:
     """Beams of the captions; 1 is greedy."""
     pictures: int = 64
     """Captioned pictures that are reconstructed."""
+    skip_budget: float = 0.1
+    """Largest share of the samples that may be unreadable."""
     fashion_mnist: Path | None = None
     """Folder of Fashion-MNIST's idx files for the linear probe; default: the demo set's."""
     lpips_backbone: Literal["vgg16", "alexnet", "squeezenet"] = "squeezenet"
@@ -59,7 +61,7 @@ def run(arguments: list[str]) -> int:
     model = load_model(given.model, vae=given.vae)
     result = evaluate(
         model, _data(given), lpips=_lpips(given, model.device), image_size=given.image_size, pictures=given.pictures,
-        beams=given.beams, fashion_mnist=given.fashion_mnist,
+        beams=given.beams, skip_budget=given.skip_budget, fashion_mnist=given.fashion_mnist,
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     # Written before anything is printed: a closed pipe does not cost the results.
@@ -81,6 +83,8 @@ def _checked(given: Evaluate) -> Path:
     for name, value, least in (("image-size", given.image_size, 1), ("pictures", given.pictures, 0), ("beams", given.beams, 1)):
         if value is not None and value < least:
             raise ValueError(f"evaluate: --{name} must be at least {least}, got {value}")
+    if not 0 <= given.skip_budget <= 1:
+        raise ValueError(f"evaluate: --skip-budget takes a share from 0 to 1, got {given.skip_budget:g}")
     if given.out is None and not given.model.is_dir():
         raise FileNotFoundError(
             f"evaluate: there is no folder {given.model}; for a model from the hub give --out, the report's folder"

@@ -77,13 +77,14 @@ def evaluate(
     fashion_mnist: str | Path | None = None,
     caption_key: str | None = None,
     limit: int | None = 5000,
+    skip_budget: float = 0.1,
     progress: bool = True,
 ) -> Evaluation:
     """Evaluates an OpenVision3 on the demo set's held-out parts, or on shards (a folder, a glob pattern, tar files).
 
     lpips: an LPIPS module; None leaves that metric out. image_size: pixels, default the model's. pictures: how many captioned pictures
     are reconstructed, captions: how many are captioned, evenly spaced. caption_key: the caption that texts are taken from, default
-    name, caption or txt. limit: pictures read per set. The probe runs where there is a folder of Fashion-MNIST.
+    name, caption or txt. limit: pictures read per set. skip_budget: the largest share of them that may be unreadable. The probe runs where there is a folder of Fashion-MNIST.
     FileNotFoundError or DataError where there is nothing to evaluate on; ValueError for a wrong size.
     """
     progress = progress and is_terminal()
@@ -100,8 +101,8 @@ def evaluate(
     model.eval()
     run = _Run(model, lpips, size, batch_size, progress, by_style=sources.name == "demo")
     try:
-        sets = {name: run.read(path, name, limit) for name, path in sources.pairs.items()}
-        photos = None if sources.photos is None else run.read(sources.photos, "photos", limit)
+        sets = {name: run.read(path, limit, skip_budget) for name, path in sources.pairs.items()}
+        photos = None if sources.photos is None else run.read(sources.photos, limit, skip_budget)
         run.retrieval(sets, caption_key)
         run.reconstruction(sets, photos, pictures)
         run.captions(sets, captions, beams, caption_key)
@@ -142,9 +143,9 @@ class _Run:
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
         self.counts[part] = self.counts.get(part, 0) + count
 
-    def read(self, path: Any, name: str, limit: int | None) -> Pictures:
+    def read(self, path: Any, limit: int | None, skip_budget: float) -> Pictures:
         with self.timed("read"):
-            found = read_pictures(path, self.size, limit=limit, progress=self.progress)
+            found = read_pictures(path, self.size, limit=limit, skip_budget=skip_budget, progress=self.progress)
         self.counts["read"] += len(found)
         return found
 

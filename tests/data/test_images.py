@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, features
 
-from ov3fast.data.images import ImageError, decode_image
+from ov3fast.data.images import DECODE_VERSION, ImageError, decode_image
 
 
 @pytest.mark.parametrize(
@@ -248,3 +248,22 @@ def test_a_bomb_in_the_metadata_is_named(png):
     with pytest.raises(ImageError) as error:
         decode_image(plain[:at] + bomb + plain[at:])
     assert error.value.reason == "too_large"
+
+
+def test_pixels_and_their_version_change_together(png):
+    """What keeps decoded pictures goes by DECODE_VERSION: raise it, and put the new sum here, if this decode was meant to change."""
+    grey = np.arange(64 * 4, dtype=np.uint16).reshape(8, 32) * 257
+    palette = Image.fromarray((np.arange(64, dtype=np.uint8) % 4).reshape(8, 8), "P")
+    palette.putpalette([0, 0, 0, 250, 9, 9, 9, 250, 9, 9, 9, 250])
+    turned = Image.Exif()
+    turned[274] = 6
+    colours = Image.fromarray((np.arange(8 * 5 * 3, dtype=np.uint8) * 2).reshape(8, 5, 3))
+    files = [
+        png(Image.fromarray(grey), "PNG"),
+        png(palette, "PNG", transparency=1),
+        png(colours, "PNG", exif=turned),
+        png(Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)), "TIFF"),
+        png(colours.convert("LA"), "PNG"),
+    ]
+    sums = [zlib.crc32(np.asarray(decode_image(file)).tobytes()) for file in files]
+    assert (DECODE_VERSION, sums) == (2, [2753584608, 1941892597, 3740166476, 2171395674, 2515941070])

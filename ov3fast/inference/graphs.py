@@ -113,7 +113,7 @@ class _Graphs:
 
 def _method(name: str) -> Callable[..., Any]:
     def method(self: Any, images: Any, **options: Any) -> Any:
-        original = self.original
+        original = self._graphs.model
         if name != "encode_latents":
             images = as_images(images, _encoder(original).config.image_size)
         tensors = {option: value for option, value in options.items() if isinstance(value, Tensor)}

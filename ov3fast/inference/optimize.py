@@ -87,7 +87,9 @@ def optimize(model: Any, dtype: torch.dtype | None = None, mode: str = "auto", c
             raise ValueError("optimize: mode 'graph' takes a model of ov3fast")
         from ov3fast.inference.graphs import capture
 
-        return capture(_converted(model, dtype))
+        captured = capture(_converted(model, dtype))
+        captured.__dict__.update(original=model, report=Report(type(model).__name__, mode, whole="replays CUDA graphs"))
+        return captured
     base = _converted(model, dtype)
     report = Report(type(model).__name__, mode)
     made = _twin(base)

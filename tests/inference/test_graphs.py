@@ -6,6 +6,7 @@ import pytest
 import torch
 from kernel_tools.graphs import HostReadError, graphs_on_cpu
 
+import ov3fast
 from ov3fast import testing
 from ov3fast._graphs import Graph
 from ov3fast.inference import encode
@@ -114,6 +115,15 @@ def test_towers_and_encode(machine, model, vae, folder):
         list(results(encoder, "encode_latents", testing.make(1, 16, 4, 4))),
         results(model, "encode_latents", testing.make(1, 16, 4, 4)),
     )
+
+
+def test_by_way_of_optimize(machine, model):
+    """In another dtype the weights are a copy's."""
+    fast, x = ov3fast.optimize(model, torch.bfloat16, mode="graph"), pictures(1)
+    assert fast.original is model and "replays CUDA graphs" in str(fast.report)
+    ours = results(fast, "encode", x)
+    assert ours[0].dtype == torch.bfloat16 and model.logit_scale.dtype == torch.float32 and machine.recordings == 1
+    testing.assert_same_bits(ours, results(fast, "encode", x))
 
 
 def test_threads_take_turns(machine, model):

@@ -1,4 +1,4 @@
-"""Host time of an operator's call: what Python, the dispatcher and autograd take before and after the kernel, on tensors too small to matter.
+"""Host time of a call of the CPU backend: what Python, the dispatcher and autograd take around the kernel, on tensors too small to matter.
 
     python -m benches.host [--before OLD_TREE] [--out benches/results/host-cpu.csv]
 
@@ -52,11 +52,14 @@ def measure() -> dict[str, float]:
         "mlp": (ops.mlp, (x, weight, bias, weight, bias)),
     }
     found = {}
-    for name, (function, values) in calls.items():
-        leaves = [value.clone().requires_grad_() for value in values]
-        upstream = torch.ones_like(function(*values))
-        found[f"{name} forward"] = least(lambda f=function, v=values: f(*v))
-        found[f"{name} forward + backward"] = least(lambda f=function, v=leaves, g=upstream: torch.autograd.grad(f(*v), v, g))
+    with ops.use("cpu"):
+        for name, (function, values) in calls.items():
+            leaves = [value.clone().requires_grad_() for value in values]
+            upstream = torch.ones_like(function(*values))
+            found[f"{name} forward"] = least(lambda f=function, v=values: f(*v))
+            found[f"{name} forward + backward"] = least(
+                lambda f=function, v=leaves, g=upstream: torch.autograd.grad(f(*v), v, g)
+            )
     return found
 
 

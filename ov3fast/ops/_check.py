@@ -72,7 +72,7 @@ def flag(op: str, name: str, value: Any) -> bool:
     return bool(value)
 
 
-def autocast(*values: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(*values: Tensor | None) -> tuple[Any, ...]:
     """Under torch.autocast, casts float32 and half tensors to the autocast dtype, as PyTorch does for its matrix products."""
     device = next((value.device.type for value in values if isinstance(value, Tensor)), "meta")
     if device == "meta" or not torch.is_autocast_enabled(device):

@@ -16,14 +16,14 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-# Tried in this order when nobody asks for one by name.
+# Those that come with ov3fast, in the order in which they are tried when nobody asks for one by name.
 PREFERENCE = ("cuda", "triton", "flash_attn_3", "flash_attn", "cudnn", "xformers", "cpu", "sdpa", "eager")
 
 # Accepted wherever a backend is named.
 ALIASES = {"reference": "eager"}
 
 Request: TypeAlias = str
-"""The backend that a call asks for, by its name in PREFERENCE, or AUTOMATIC. It travels through an operator's schema as a str; `decode` reads it."""
+"""The backend that a call asks for, by its name, or AUTOMATIC. It travels through an operator's schema as a str; `decode` reads it."""
 
 AUTOMATIC: Request = ""
 
@@ -47,6 +47,7 @@ class Backend:
     """The same for backward calls."""
 
 
+_order = list(PREFERENCE)
 _backends: dict[str, dict[str, Backend]] = {}
 _selectors: list[Selector] = []
 _override: str | None = os.environ.get("OV3FAST_IMPL") or None
@@ -66,15 +67,24 @@ def register(
     forward: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     *,
+    before: str | None = None,
     operands: tuple[str, ...] = (),
     unavailable_reason: Callable[[], str | None] = _no_reason,
     unsupported_reason: Callable[..., str | None] = _no_reason,
     slower_than: Callable[..., Sequence[str]] = _no_backends,
     slower_than_backward: Callable[..., Sequence[str]] | None = None,
 ) -> None:
-    """Make `name` a backend of `op`; see Backend. forward and backward take the registered operator's arguments, without `impl`."""
-    if name not in PREFERENCE:
-        raise ValueError(f"{op}: backend name must be one of {', '.join(PREFERENCE)}, got {name!r}")
+    """Make `name` a backend of `op`; see Backend. forward and backward take the registered operator's arguments, without `impl`.
+
+    A name that is new is tried just before the backend called `before`, by every operator that gets it, or else after all others, so only
+    where it is asked for. Raises ValueError for a `before` that is unknown, and for a name that is empty or an alias.
+    """
+    if not name or name in ALIASES:
+        raise ValueError(f"{op}: a backend can't be called {name!r}")
+    if before is not None and before not in _order:
+        raise ValueError(f"{op}: before must be one of {', '.join(_order)}, got {before!r}")
+    if name not in _order:
+        _order.insert(len(_order) if before is None else _order.index(before), name)
     _backends.setdefault(op, {})[name] = Backend(
         forward, backward, operands, unavailable_reason, unsupported_reason, slower_than, slower_than_backward or slower_than
     )
@@ -98,7 +108,7 @@ def use(name: str) -> Iterator[None]:
 def table() -> dict[str, dict[str, str]]:
     """op -> backend -> 'ready', or the reason why it can't run here."""
     return {
-        op: {name: backends[name].unavailable_reason() or "ready" for name in PREFERENCE if name in backends}
+        op: {name: backends[name].unavailable_reason() or "ready" for name in _order if name in backends}
         for op, backends in sorted(_backends.items())
     }
 
@@ -112,7 +122,7 @@ def request(op: str, impl: str | None) -> Request:
         return name if name in _backends[op] else AUTOMATIC
     name = decode(impl)
     if name not in _backends[op]:
-        known = ", ".join(name for name in PREFERENCE if name in _backends[op])
+        known = ", ".join(name for name in _order if name in _backends[op])
         raise ValueError(f"{op}: impl must be one of {known}; got {impl!r}")
     return name
 
@@ -187,7 +197,7 @@ class Selector:
             return "eager" if eager_takes_empty else request
         if eager_takes_empty:
             return "eager"
-        for name in PREFERENCE:
+        for name in _order:
             if name in backends and self._obstacle(backends[name], args) is None:
                 backend = backends[name]
                 slower_than = backend.slower_than_backward if self.backward else backend.slower_than
@@ -230,6 +240,6 @@ def parse_schema(schema: str) -> list[tuple[str, str]]:
 
 def _known(name: str) -> str:
     name = decode(name)
-    if name not in PREFERENCE:
-        raise ValueError(f"impl must be one of {', '.join(PREFERENCE)}; got {name!r} (argument, ops.use or OV3FAST_IMPL)")
+    if name not in _order:
+        raise ValueError(f"impl must be one of {', '.join(_order)}; got {name!r} (argument, ops.use or OV3FAST_IMPL)")
     return name

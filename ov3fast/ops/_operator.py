@@ -36,7 +36,7 @@ class Saved(NamedTuple):
     tensors: tuple[Tensor | None, ...]
     options: tuple[Any, ...] = ()
     constants: tuple[Tensor, ...] = ()
-    """Outputs without a gradient."""
+    """The last outputs, if these have no gradient."""
     without_formula: tuple[Tensor, ...] = ()
     """Saved outputs whose own gradient nobody has a formula for: a gradient of a gradient that reaches them raises."""
 
@@ -67,9 +67,10 @@ class Operator:
 
     def __call__(self, impl: str | None, *args: Any) -> Any:
         request = _dispatch.request(self.name, impl)
-        if self.narrowed and _autocast_may_be_on():
+        plain = _is_plain_call(args)
+        if self.narrowed and (not plain or torch._C._is_any_autocast_enabled()):
             args = self._narrow(args)
-        if not _is_plain_call(args):
+        if not plain:
             self.check(*args)
             return self._call_watched(impl, request, args)
         try:
@@ -141,11 +142,19 @@ class Operator:
         torch.library.register_autograd(
             f"ov3fast::{self.name}_backward", self._backward_twice, setup_context=_save_all, lib=LIBRARY
         )
-        self.apply = _make_node(self.name, self._setup_context, self._backward)
+        node = _make_node(self.name, forward=self._forward_in_node, backward=self._backward)
+        # Not node.apply, which looks for transforms of torch.func first: plain calls have none.
+        self.apply = super(torch.autograd.Function, node).apply  # type: ignore[misc]  # written in C++
         self.wanted: dict[tuple[bool, ...], tuple[list[bool], itemgetter[Any]]] = {}
-        self.transformed = _make_transformed(self.name, self._execute, self._setup_context, self._backward)
-        self.transformed_backward = _make_transformed(
-            f"{self.name}_backward", self._execute_backward, _save_all, self._backward_twice
+        # Nodes that torch.func.grad and vjp can go through; slower to make.
+        self.transformed = _make_node(
+            f"{self.name}_transformed", forward=self._execute, setup_context=self._setup_context, backward=self._backward
+        )
+        self.transformed_backward = _make_node(
+            f"{self.name}_backward_transformed",
+            forward=self._execute_backward,
+            setup_context=_save_all,
+            backward=self._backward_twice,
         )
 
     def run_backward(self, *args: Any) -> Any:
@@ -155,15 +164,25 @@ class Operator:
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any, registered: bool = False) -> None:
         *args, word = inputs
-        saved = self.save(args, output)
+        saved = self._keep(ctx, args, output, word)
+        ctx.mark_non_differentiable(*saved.constants, *(saved.without_formula if registered else ()))
+
+    def _forward_in_node(self, ctx: Any, *args: Any) -> Any:
+        """The forward of a plain call that leads to gradients: of (*arguments, word, the backend's function), the outputs that have some."""
+        *inputs, word, function = args
+        output = _without_autocast(function, inputs)
+        constants = self._keep(ctx, inputs, output, word).constants
+        return output[: -len(constants)] if constants else output
+
+    def _keep(self, ctx: Any, inputs: Sequence[Any], output: Any, word: str) -> Saved:
+        saved = self.save(inputs, output)
         ctx.set_materialize_grads(False)
-        if constants := (*saved.constants, *saved.without_formula) if registered else saved.constants:
-            ctx.mark_non_differentiable(*constants)
         ctx.save_for_backward(*saved.tensors)
         ctx.options, ctx.word = saved.options, word
+        return saved
 
     def _backward(self, ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        upstream = grad_outputs[: self.upstream]
+        upstream = (*grad_outputs, *(None,) * self.upstream)[: self.upstream]
         for grad in grad_outputs[self.upstream :]:
             if grad is not None:
                 raise NotImplementedError(
@@ -309,10 +328,6 @@ def _anything(*_: Any) -> None:
     """The check of an operator whose public function checks its arguments itself."""
 
 
-def _autocast_may_be_on() -> bool:
-    return torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
-
-
 def _without_autocast(function: Callable[..., Any], args: Sequence[Any]) -> Any:
     """The public functions cast under torch.autocast; inside an operator it would narrow what the backend keeps in float32."""
     if not torch._C._is_any_autocast_enabled():
@@ -332,28 +347,8 @@ def _register(name: str, schema: str, implementation: Callable[..., Any], fake: 
     return getattr(torch.ops.ov3fast, name)
 
 
-def _make_node(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """(*arguments, word, the backend's forward) -> outputs, with a node for the backward in the graph."""
-
-    def forward(ctx: Any, *args: Any) -> Any:
-        function = args[-1]
-        output = _without_autocast(function, args[:-2])
-        setup(ctx, args[:-1], output)
-        return output
-
-    node = type(
-        f"ov3fast_{name}", (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    )
-    # Not node.apply, which looks for transforms of torch.func first: plain calls have none.
-    return super(torch.autograd.Function, node).apply
-
-
-def _make_transformed(
-    name: str, run: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any]
-) -> type[torch.autograd.Function]:
-    """The node that torch.func.grad and vjp can go through; slower to make than the other."""
-    functions = {"forward": run, "setup_context": setup, "backward": backward}
-    return type(f"ov3fast_{name}_transformed", (torch.autograd.Function,), {k: staticmethod(f) for k, f in functions.items()})
+def _make_node(name: str, **functions: Callable[..., Any]) -> type[torch.autograd.Function]:
+    return type(f"ov3fast_{name}", (torch.autograd.Function,), {key: staticmethod(f) for key, f in functions.items()})
 
 
 def _save_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -118,7 +118,7 @@ def deal(op: str, group_name: str, rows: int, facts: dict[str, int], device: tor
     return RowShards(group, dist.get_rank(group), tuple(sizes))
 
 
-def resolve(group_name: str):
+def resolve(group_name: Any) -> Any:
     """The process group of that name (ProcessGroup.group_name), which is what can travel through an operator's schema."""
     from torch.distributed.distributed_c10d import _resolve_process_group
 

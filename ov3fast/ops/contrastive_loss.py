@@ -120,7 +120,7 @@ def _forward_rows(image, text, scale, bias, kind, offset):
     """image [n,D], text [N,D] -> rows, columns, own.
 
     softmax: rows [2,n] are r's (max, log-sum), columns [2,N] c's (max, sum) over these rows alone, own [n] is z_ii.
-    sigmoid: rows [n] is sum_j softplus(..), the others are None.
+    sigmoid: rows [n] is sum_j softplus(..), the others are None. In chunks, where the reference has all N x N logits at once.
     """
     a, b = _normalise(image), _normalise(text)
     rows = a.new_empty((2, len(a)) if kind == "softmax" else len(a))
@@ -170,13 +170,13 @@ def _backward_rows(image, text, scale, bias, kind, offset, r, c, row_weight, col
             grad_bias += g.sum(1).sum(dtype=torch.float64)
         grad_scale += cosine.mul_(g).sum(1).sum(dtype=torch.float64)
         g.mul_(scale)
-        if need_image:
+        if grad_a is not None:
             torch.mm(g, b, out=grad_a[chunk])
-        if need_text:
+        if grad_b is not None:
             grad_b.addmm_(g.T, a[chunk])
     return (
-        _project(grad_a / _norm(image), image) if need_image else None,
-        grad_b / _norm(text) if need_text else None,
+        None if grad_a is None else _project(grad_a / _norm(image), image),
+        None if grad_b is None else grad_b / _norm(text),
         grad_scale,
         grad_bias,
     )
@@ -268,7 +268,7 @@ def over_ranks(forward_rows, backward_rows, project=_project):
     def backward(grad_loss, image, text, scale, bias, r, c, sizes, kind, group, need_image, need_text):
         wide = _check.accumulate_dtype(image.dtype)
         resolved = _row_shards.resolve(group) if group else None
-        rank, sizes = (resolved.rank(), sizes.tolist()) if group else (0, [len(text)])
+        rank, sizes = (0, [len(text)]) if resolved is None else (resolved.rank(), sizes.tolist())
         shards = _row_shards.RowShards(resolved, rank, tuple(sizes))
         wide_scale, wide_bias = scale.to(wide), None if bias is None else bias.to(wide)
         weights = grad_loss.to(wide) * (shards.world / max(shards.total, 1))
@@ -329,7 +329,7 @@ def _specification(image, text, scale, bias, kind, group):
 def _differentiable_backward(grad_loss, image, text, scale, bias, r, c, sizes, kind, group, *needs):
     no_bias = torch.zeros_like(scale) if bias is None else bias
     return _operator.gradients(
-        lambda *inputs: _specification(*inputs, kind, group)[0], (image, text, scale, no_bias), grad_loss
+        lambda i, t, s, b: _specification(i, t, s, b, kind, group)[0], (image, text, scale, no_bias), grad_loss
     )
 
 

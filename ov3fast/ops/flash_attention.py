@@ -140,6 +140,7 @@ def _probabilities(scores, unseen, lse):
 
 
 def _forward_eager(q, k, v, causal, prefix_len, scale):
+    # Unlike the reference it returns lse for the backward, and works on the scores in place: half the memory.
     wide = _check.accumulate_dtype(q.dtype)
     q_BHND, k_BHND, v_BHND = (t.transpose(1, 2).to(wide) for t in (q, k, v))
     scores, unseen = _scores(q_BHND, k_BHND, scale, causal, prefix_len)
@@ -151,7 +152,8 @@ def _forward_eager(q, k, v, causal, prefix_len, scale):
 def _backward_eager(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
     wide = _check.accumulate_dtype(q.dtype)
     grad_BHND, q_BHND, k_BHND, v_BHND = (t.transpose(1, 2).to(wide) for t in (grad_out, q, k, v))
-    p = _probabilities(*_scores(q_BHND, k_BHND, scale, causal, prefix_len), lse)
+    scores, unseen = _scores(q_BHND, k_BHND, scale, causal, prefix_len)
+    p = _probabilities(scores, unseen, lse)
     grad_v = p.transpose(-1, -2) @ grad_BHND
     # The sum over j equals <grad_out_i, out_i>, which saves a pass; from p it is free of out's rounding.
     grad_p = grad_BHND @ v_BHND.transpose(-1, -2)

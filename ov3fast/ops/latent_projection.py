@@ -23,7 +23,7 @@ def reference(
     tokens: Tensor, weight: Tensor, bias: Tensor | None = None, *, patch_size: int = 2, grid: Sequence[int]
 ) -> Tensor:
     """Plain PyTorch, the specification."""
-    return from_patches(F.linear(tokens, weight, bias), patch_size, tuple(grid))
+    return from_patches(F.linear(tokens, weight, bias), patch_size, (grid[0], grid[1]))
 
 
 def latent_projection(

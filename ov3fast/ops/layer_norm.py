@@ -39,8 +39,8 @@ def layer_norm(
     x [..., D]; weight and bias [D], of x's dtype or float32; residual like x. Returns y of x's shape and dtype; with a residual
     (y, x + residual). Raises TypeError or ValueError that name the argument.
     """
-    y, h, *_ = _layer_norm(impl, x, weight, bias, residual, eps)
-    return y if residual is None else (y, h)
+    found = _layer_norm(impl, x, weight, bias, residual, eps)
+    return found[0] if residual is None else (found[0], found[1])
 
 
 def _check_arguments(x, weight, bias, residual, eps):
@@ -57,6 +57,7 @@ def _check_arguments(x, weight, bias, residual, eps):
 
 
 def _forward_eager(x, weight, bias, residual, eps):
+    # The reference's sum by the aten function below F.layer_norm, which also returns the statistics for the backward.
     h = x if residual is None else (x + residual).contiguous()
     wide = _check.accumulate_dtype(x.dtype)
     y, mean, rstd = torch.native_layer_norm(

@@ -107,6 +107,7 @@ def _chunks(rows: int, classes: int) -> list[slice]:
 
 
 def _forward_eager(hidden, weight, labels, ignore_index):
+    # In chunks, where the reference has all T x V logits at once; lse is for the backward.
     check_labels(labels, len(weight), ignore_index)
     wide = _check.accumulate_dtype(hidden.dtype)
     h, y, rows = _counted(hidden, labels, ignore_index)
@@ -132,17 +133,17 @@ def _backward_eager(grad_nll, hidden, weight, labels, lse, ignore_index, need_hi
         upstream = grad_nll[chunk, None]
         # The one-hot comes off before the storage dtype rounds p = 1 - small to 1.
         g = p.mul_(upstream).scatter_add_(1, y[chunk, None], -upstream).to(h.dtype)
-        if need_hidden:
+        if grad_h is not None:
             torch.mm(g, weight, out=grad_h[chunk])
-        if need_weight and h.dtype == lse.dtype:
+        if grad_weight is not None and h.dtype == lse.dtype:
             grad_weight.addmm_(g.T, h[chunk])
-        elif need_weight:
+        elif grad_weight is not None:
             grad_weight += g.T @ h[chunk]
-    if need_hidden and rows is not None:
+    if grad_h is not None and rows is not None:
         grad_h = torch.zeros_like(hidden, memory_format=torch.contiguous_format).index_copy_(0, rows, grad_h)
     return (
-        grad_h if need_hidden else hidden.new_empty(0),
-        grad_weight.to(weight.dtype) if need_weight else weight.new_empty(0),
+        hidden.new_empty(0) if grad_h is None else grad_h,
+        weight.new_empty(0) if grad_weight is None else grad_weight.to(weight.dtype),
     )
 
 
@@ -163,7 +164,7 @@ def _specification(hidden, weight, labels, ignore_index):
 
 
 def _differentiable_backward(grad_nll, hidden, weight, labels, lse, ignore_index, *needs):
-    return _operator.gradients(lambda *inputs: _specification(*inputs, labels, ignore_index)[0], (hidden, weight), grad_nll)
+    return _operator.gradients(lambda h, w: _specification(h, w, labels, ignore_index)[0], (hidden, weight), grad_nll)
 
 
 def _save(inputs, output):

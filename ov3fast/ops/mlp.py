@@ -26,8 +26,9 @@ ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}
 
 def reference(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, activation: str = "gelu") -> Tensor:
     """Plain PyTorch, the specification."""
-    w1, b1, w2, b2 = (None if p is None else p.to(x.dtype) for p in (w1, b1, w2, b2))
-    return F.linear(F.gelu(F.linear(x, w1, b1), approximate=ACTIVATIONS[activation]), w2, b2)
+    b1, b2 = (None if b is None else b.to(x.dtype) for b in (b1, b2))
+    a = F.gelu(F.linear(x, w1.to(x.dtype), b1), approximate=ACTIVATIONS[activation])
+    return F.linear(a, w2.to(x.dtype), b2)
 
 
 def mlp(
@@ -70,6 +71,7 @@ def _rows(x):
 
 
 def _forward_eager(x, w1, b1, w2, b2, activation):
+    # The reference step by step: the backward needs h.
     w1, b1, w2, b2 = (None if p is None else p.to(x.dtype) for p in (w1, b1, w2, b2))
     h = F.linear(_rows(x), w1, b1)
     y = F.linear(F.gelu(h, approximate=ACTIVATIONS[activation]), w2, b2)

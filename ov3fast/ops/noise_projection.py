@@ -63,6 +63,7 @@ def _noisy(z, sigma, noise):
 
 
 def _forward_eager(z, sigma, weight, bias, rng):
+    # The reference rounds the noise to z's dtype first; in bfloat16 that would cost a digit of x.
     noise = random.reference(z.shape, rng, _check.accumulate_dtype(z.dtype))
     return F.linear(_noisy(z, sigma, noise), weight, bias)
 

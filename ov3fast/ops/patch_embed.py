@@ -113,6 +113,7 @@ def _check_sizes(op: str, latents: Tensor, patch_size: int, moments: bool) -> tu
 
 
 def _forward_eager(latents, weight, bias, pos_embed, cls_token, rng, patch_size, scale, shift, moments):
+    # Unlike the reference it samples and maps bfloat16 latents in float32, and writes the tokens once: no torch.cat, no second sum.
     y = F.linear(_patches(latents, weight, rng, patch_size, scale, shift, moments), weight, bias)
     if cls_token is None:
         return y if pos_embed is None else y.add_(pos_embed)

@@ -16,7 +16,7 @@ import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,8 +30,7 @@ ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 EMULATED = "amx_emulated"
 """The kernels of amx_bf16 on a model of the tile unit, equal to the bit and slow: for tests, never taken unless it is asked for."""
 
-_C_TYPES = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
-_NUMBERS = frozenset({int, float, bool, type(None)})
+_C_TYPES: dict[str, Any] = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
 _C_NAME = {torch.float32: "float", torch.bfloat16: "bf16"}
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _forced: str | None = os.environ.get("OV3FAST_CPU_ISA") or None
@@ -98,6 +97,10 @@ def unsupported_reason(*operands: Tensor | torch.dtype | None) -> str | None:
     return None
 
 
+_PLAIN = frozenset({int, float, bool, type(None)})
+"""What ctypes takes as it is."""
+
+
 class Kernel:
     """A kernel of csrc/cpu as Python declares it: its name and its parameters, in C++'s words.
 
@@ -121,7 +124,7 @@ class Kernel:
         if function is None:
             address = self._export(_library(isa()), *key[:2]).function
             function = self._functions[key] = ctypes.CFUNCTYPE(ctypes.c_int, *self._argtypes)(address)
-        values = [value if type(value) in _NUMBERS else value.data_ptr() for value in arguments]
+        values = [value if type(value) in _PLAIN else value.data_ptr() for value in arguments]
         if function(*values, torch.get_num_threads()):
             raise MemoryError(f"{self.name}: no memory for its work space")
 
@@ -193,16 +196,26 @@ NO_ROWS = None, 0, 0, 0
 """`matrix` of a tensor that is not given."""
 
 
-def dense(x: Tensor | None) -> Tensor | None:
+Optional = TypeVar("Optional", Tensor, None)
+
+
+def dense(x: Optional) -> Optional:
     """An optional small tensor, contiguous."""
     return None if x is None else x.contiguous()
 
 
-def wide(x: Tensor | None) -> Tensor | None:
+def wide(x: Optional) -> Optional:
     """A small parameter (a bias, a weight per channel) as contiguous float32."""
     if x is None or x.dtype == torch.float32:
         return dense(x)
     return x.to(torch.float32).contiguous()
+
+
+def empty_like(x: Tensor, needed: bool = True) -> Tensor:
+    """Room for a contiguous result of x's shape and dtype, or an empty tensor where it is not asked for."""
+    if not needed:
+        return x.new_empty(0)
+    return torch.empty_like(x) if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def empty(like: Tensor, shape: Any, needed: bool = True, dtype: torch.dtype | None = None) -> Tensor:
@@ -216,7 +229,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(max(size, 1) for size in shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-def pointer(tensor: Tensor, needed: bool) -> Tensor | None:
+def pointer(tensor: Tensor | None, needed: bool) -> Tensor | None:
     """The tensor, or None (null in C++: do not compute) where it is not asked for."""
     return tensor if needed else None
 

@@ -58,7 +58,7 @@ def _backward_rows(image, text, scale, bias, kind, offset, r, c, row_weight, col
         kind == "sigmoid", offset, wide(r), c_max, c_log, row_weight, wide(column_weight),
         pointer(grad_image, need_image), pointer(grad_text, need_text), grad_scale, grad_bias, len(image), *text.shape,
     )  # fmt: skip
-    return grad_image.to(dtype) if need_image else None, grad_text, grad_scale, grad_bias
+    return None if grad_image is None else grad_image.to(dtype), grad_text, grad_scale, grad_bias
 
 
 def _project(grad, x):

@@ -3,7 +3,7 @@
 import torch
 
 from .. import _dispatch
-from . import Kernel, empty, unavailable_reason, unit_stride, unsupported_reason
+from . import Kernel, empty, empty_like, unavailable_reason, unit_stride, unsupported_reason
 
 FORWARD = Kernel(
     "flash_attention_forward",
@@ -30,7 +30,7 @@ def _sizes(q, k):
 def _forward(q, k, v, causal, prefix_len, scale):
     q, k, v = map(unit_stride, (q, k, v))
     batch, heads, queries, *_ = sizes = _sizes(q, k)
-    out, lse = empty(q, q.shape), empty(q, (batch, heads, queries), dtype=torch.float32)
+    out, lse = empty_like(q), empty(q, (batch, heads, queries), dtype=torch.float32)
     FORWARD(
         q.dtype, q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], out, lse,
         *sizes, causal, prefix_len, float(scale),
@@ -39,7 +39,7 @@ def _forward(q, k, v, causal, prefix_len, scale):
 
 
 def _backward(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
-    grads = empty(q, q.shape), empty(k, k.shape), empty(v, v.shape)
+    grads = empty_like(q), empty_like(k), empty_like(v)
     _gradients(grad_out, q, k, v, out, lse, causal, prefix_len, scale, grads, q.shape[2] * q.shape[3])
     return grads
 
@@ -48,10 +48,11 @@ def _forward_packed(qkv, *rest):
     return _forward(*unit_stride(qkv).unbind(2), *rest)
 
 
-def _backward_packed(grad_out, qkv, *rest):
+def _backward_packed(grad_out, qkv, out, lse, causal, prefix_len, scale):
     qkv = unit_stride(qkv)
-    grad = empty(qkv, qkv.shape)
-    _gradients(grad_out, *qkv.unbind(2), *rest, grad.unbind(2), grad.shape[2:].numel())
+    grad = empty_like(qkv)
+    q, k, v = qkv.unbind(2)
+    _gradients(grad_out, q, k, v, out, lse, causal, prefix_len, scale, grad.unbind(2), grad.shape[2:].numel())
     return grad
 
 

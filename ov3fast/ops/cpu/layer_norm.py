@@ -3,7 +3,7 @@
 import torch
 
 from .. import _dispatch
-from . import NO_ROWS, Kernel, empty, matrix, pointer, unavailable_reason, unsupported_reason, wide
+from . import NO_ROWS, Kernel, empty, empty_like, matrix, pointer, unavailable_reason, unsupported_reason, wide
 
 FORWARD = Kernel(
     "layer_norm_forward",
@@ -20,7 +20,7 @@ BACKWARD = Kernel(
 def _forward(x, weight, bias, residual, eps):
     x_RD, x_stride, *sizes = matrix(x)
     residual_RD, residual_stride, *_ = NO_ROWS if residual is None else matrix(residual)
-    y, h = empty(x, x.shape), empty(x, x.shape, residual is not None)
+    y, h = empty_like(x), empty_like(x, residual is not None)
     mean = empty(x, x.shape[:-1], dtype=torch.float32)
     rstd = torch.empty_like(mean)
     FORWARD(
@@ -34,10 +34,10 @@ def _backward(grad_y, grad_h, h, weight, mean, rstd, need_x, need_weight, need_b
     grad_y_RD, grad_y_stride, *_ = matrix(grad_y)
     grad_h_RD, grad_h_stride, *_ = NO_ROWS if grad_h is None else matrix(grad_h)
     h_RD, h_stride, *sizes = matrix(h)
-    grad_x = empty(h, h.shape, need_x)
-    grad_weight, grad_bias = empty(mean, weight.shape, need_weight), empty(mean, weight.shape, need_bias)
+    grad_x, wide_weight = empty_like(h, need_x), wide(weight)
+    grad_weight, grad_bias = empty_like(wide_weight, need_weight), empty_like(wide_weight, need_bias)
     BACKWARD(
-        h.dtype, grad_y_RD, grad_y_stride, grad_h_RD, grad_h_stride, h_RD, h_stride, wide(weight), mean, rstd,
+        h.dtype, grad_y_RD, grad_y_stride, grad_h_RD, grad_h_stride, h_RD, h_stride, wide_weight, mean, rstd,
         pointer(grad_x, need_x), pointer(grad_weight, need_weight), pointer(grad_bias, need_bias), *sizes,
     )  # fmt: skip
     if weight.dtype != torch.float32:

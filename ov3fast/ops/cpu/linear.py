@@ -1,7 +1,7 @@
 """Lays out linear's arguments for csrc/cpu/linear.cpp."""
 
 from .. import _dispatch
-from . import Kernel, dense, empty, matrix, pointer, unavailable_reason, unsupported_reason
+from . import Kernel, dense, empty, empty_like, matrix, pointer, unavailable_reason, unsupported_reason
 
 FORWARD = Kernel(
     "linear_forward",
@@ -28,7 +28,7 @@ def _backward(grad_y, x, weight, need_x, need_weight, need_bias):
     grad_y_RN, grad_stride, *_ = matrix(grad_y)
     x_RK, x_stride, *sizes = matrix(x)
     w_NK, w_stride, outputs, _ = matrix(weight)
-    grads = empty(x, x.shape, need_x), empty(weight, weight.shape, need_weight), empty(weight, (outputs,), need_bias)
+    grads = empty_like(x, need_x), empty_like(weight, need_weight), empty(weight, (outputs,), need_bias)
     BACKWARD(
         x.dtype, grad_y_RN, grad_stride, x_RK, x_stride, w_NK, w_stride,
         *map(pointer, grads, (need_x, need_weight, need_bias)), *sizes, outputs, parameters=weight.dtype,

@@ -1,7 +1,7 @@
 """Lays out mlp's arguments for csrc/cpu/mlp.cpp."""
 
 from .. import _dispatch
-from . import Kernel, dense, empty, matrix, pointer, unavailable_reason, unsupported_reason
+from . import Kernel, dense, empty, empty_like, matrix, pointer, unavailable_reason, unsupported_reason
 
 FORWARD = Kernel(
     "mlp_forward",
@@ -40,10 +40,10 @@ def _backward(grad_y, x, h, w1, b1, w2, activation, need_x, need_w1, need_b1, ne
     w1_HK, w1_stride, hidden, _ = matrix(w1)
     w2_DH, w2_stride, outputs, _ = matrix(w2)
     grads = (
-        empty(grad_y, x.shape, need_x),
-        empty(w1, w1.shape, need_w1),
+        empty_like(x, need_x),
+        empty_like(w1, need_w1),
         empty(w1, (hidden,), need_b1),
-        empty(w1, w2.shape, need_w2),
+        empty_like(w2, need_w2),
         empty(w1, (outputs,), need_b2),
     )
     BACKWARD(

@@ -1,7 +1,7 @@
 """Lays out noise_projection's arguments for csrc/cpu/noise_projection.cpp."""
 
 from .. import _dispatch
-from . import Kernel, dense, empty, pointer, rows, unavailable_reason, unit_stride, unsupported_reason, wide
+from . import Kernel, dense, empty, empty_like, pointer, rows, unavailable_reason, unit_stride, unsupported_reason, wide
 
 FORWARD = Kernel(
     "noise_projection_forward",
@@ -35,7 +35,7 @@ def _backward(grad_y, z, sigma, weight, rng, need_z, need_sigma, need_weight, ne
     grad_z, grad_weight = empty(z, z.shape, need_z), empty(z, weight.shape, need_weight)
     grad_bias = empty(z, weight.shape[:1], need_bias)
     wide_sigma = wide(sigma)
-    grad_sigma = empty(wide_sigma, sigma.shape, need_sigma)
+    grad_sigma = empty_like(wide_sigma, need_sigma)
     BACKWARD(
         z.dtype, grad_RD, grad_RD.stride(0), z_BNK, z_BNK.stride(0), z_BNK.stride(1), wide_sigma,
         weight, weight.stride(0), rng.contiguous(), pointer(grad_z, need_z), pointer(grad_sigma, need_sigma),

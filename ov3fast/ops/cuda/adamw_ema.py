@@ -29,9 +29,8 @@ def _forward(
     # With a schedule the kernel reads on the device what changes from step to step, and keep is the decay.
     keep = [1 - lr * decay for decay in weight_decay] if schedule is None else weight_decay
     scheduled = None if schedule is None else _on_device(schedule, beta1, beta2)
-    batches = [
-        _batch(chosen, params_, grads_, *states[:2], states[2] if ema else None, keep) for chosen in _alike(params_, grads_)
-    ]
+    exp_avgs_, exp_avg_sqs_, ema_ = states if ema else (*states, None)
+    batches = [_batch(chosen, params_, grads_, exp_avgs_, exp_avg_sqs_, ema_, keep) for chosen in _alike(params_, grads_)]
     run(_launches(batches, numbers, scheduled, norm), norm.device)
     for tensor, copy in copies:
         tensor.copy_(copy)
@@ -43,11 +42,12 @@ def _launches(batches, numbers, scheduled, norm):
     """The sums of squares of every batch's gradients, into one row of partial sums, then the updates, of which the first writes the norm."""
     blocks = [min(chunks, SUMS) for _, _, _, chunks in batches]
     partials = norm.new_empty(sum(blocks))
-    squares, updates, done = [], [], 0
+    squares: list[Launch] = []
+    updates: list[Launch] = []
+    done = 0
     for (params, grads, lists, chunks), count in zip(batches, blocks, strict=True):
         kernel = f"ov3_adamw_ema_squares_{SUFFIX[grads]}"
-        arguments = ("lists", lists), ("partials", partials[done : done + count])
-        squares.append(Launch("adamw_ema", kernel, (count, 1), arguments))
+        squares.append(Launch("adamw_ema", kernel, (count, 1), (("lists", lists), ("partials", partials[done : done + count]))))
         kernel = f"ov3_adamw_ema_update_{SUFFIX[params]}_{SUFFIX[grads]}"
         arguments = (
             ("lists", lists),
@@ -65,7 +65,7 @@ def _launches(batches, numbers, scheduled, norm):
 
 def _alike(params, grads):
     """Indices of the tensors of one launch: of one pair of dtypes, CAPACITY at most, none of them empty."""
-    kinds = {}
+    kinds: dict[torch.dtype, list[int]] = {}
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         if p.numel():
             kinds.setdefault(g.dtype, []).append(i)

@@ -20,7 +20,8 @@ PUBLIC = ("triton.language", "triton.testing")
 NAMES = {
     "an operator's call without PyTorch's dispatcher (ov3fast/ops/_operator.py)": (
         "torch._C._any_requires_grad", "torch._C._are_functorch_transforms_active", "torch._C._functorch.TransformType.Grad",
-        "torch._C._functorch.get_interpreter_stack", "torch._C._get_tracing_state", "torch._C._is_any_autocast_enabled",
+        "torch._C._functorch.get_interpreter_stack",
+        "torch._C._functorch.is_functorch_wrapped_tensor", "torch._C._get_tracing_state", "torch._C._is_any_autocast_enabled",
         "torch._C._len_torch_dispatch_stack", "torch._functorch.utils.unwrap_dead_wrappers", "torch.autograd.forward_ad._current_level",
     ),
     "a check that costs no synchronisation": ("torch._assert_async",),
@@ -45,6 +46,7 @@ NAMES = {
         "triton.backends.compiler.GPUTarget", "triton.backends.nvidia", "triton.compiler.ASTSource", "triton.knobs.cache",
         "triton.knobs.cache.dir", "triton.knobs.cache.scope", "triton.runtime.jit.JITFunction", "triton.runtime.jit.JITFunction.run",
     ),
+    "a step's memory on fake tensors (ov3fast/training/footprint.py)": ("torch._subclasses.fake_tensor.FakeTensorMode",),
     "fences that Triton before 3.9 leaves out (kernels/lib/fences.py)": ("triton.knobs.runtime.add_stages_inspection_hook", "triton.knobs.runtime.scope"),
     "a pretended GPU (tools/gpu/pretend.py), and names of launches": (
         "torch._C.DispatchKey.CPU", "torch._C.DispatchKeySet", "torch._subclasses.FakeTensor", "torch._subclasses.FakeTensorMode",

@@ -13,6 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ov3fast import terminal
 from ov3fast.io import atomic_write
 
@@ -53,6 +56,33 @@ class RunLog:
         for key, value in row.items():
             if key != "step" and isinstance(value, int | float):
                 self._board.add_scalar(key, value, row["step"])
+
+
+class Window:
+    """Losses since the last row of the log."""
+
+    def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self.names: list[str] = []
+        self.sum: Tensor | None = None
+        self.count, self.images, self.began = 0, 0, time.monotonic()
+
+    def add(self, losses: dict[str, Tensor], norm: Tensor, images: int) -> None:
+        values = torch.stack([*losses.values(), norm.to(losses["loss"].dtype)])
+        self.names = [*losses, "grad_norm"]
+        self.sum = values if self.sum is None else self.sum + values
+        self.count += 1
+        self.images += images
+
+    def take(self) -> tuple[list[str], Tensor, float]:
+        """Names, means (CPU) and images per second; then empty."""
+        assert self.sum is not None, "nothing was added"
+        names, means = self.names, (self.sum / self.count).cpu()
+        rate = self.images / max(time.monotonic() - self.began, 1e-9)
+        self._begin()
+        return names, means, rate
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

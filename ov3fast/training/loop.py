@@ -17,7 +17,6 @@ import dataclasses
 import gc
 import json
 import resource
-import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -45,9 +44,20 @@ from ov3fast.recipes.config import Recipe, Stage
 from ov3fast.training import build, capture, checkpoint, compare, distributed
 from ov3fast.training.capture import CapturedStep
 from ov3fast.training.inputs import Inputs
-from ov3fast.training.logs import Display, RunLog, describe
+from ov3fast.training.logs import Display, RunLog, Window, describe
 from ov3fast.training.nonfinite import stop_non_finite
 from ov3fast.training.optimizer import AdamW, copy
+from ov3fast.training.progress import (
+    CHECKPOINTS,
+    COMPARISON,
+    MODEL,
+    RECIPE,
+    SUMMARY,
+    TOKENIZER,
+    State,
+    find_checkpoint,
+    restored_state,
+)
 from ov3fast.training.schedule import Schedule, schedule
 from ov3fast.training.signals import StopRequest
 from ov3fast.training.step import MicroBatch, Step
@@ -55,30 +65,6 @@ from ov3fast.training.timing import Timer
 
 EXIT_INTERRUPTED = 75
 """Exit code (EX_TEMPFAIL) of a run that was told to stop and has saved: start the same command again with --resume."""
-
-RECIPE, SUMMARY, CHECKPOINTS, TOKENIZER, MODEL = "recipe.json", "summary.json", "checkpoints", "tokenizer", "model"
-COMPARISON = "comparison.json"
-
-
-@dataclass
-class State:
-    """Where a run is; with weights, optimizer and EMA it is all that a checkpoint needs."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    images: int = 0
-    """Images seen."""
-    seconds: float = 0.0
-    """Wall time of training steps, over all starts."""
-    stage: int = 0
-    stage_step: int = 0
-    stage_seconds: float = 0.0
-    cursors: tuple[int, ...] | None = None
-    """Units drawn from each source before this stage."""
-    ended: dict[str, Any] | None = None
-    """Where the stage before this one ended: its stage_step, stage_seconds and cursors, from which a longer one goes on."""
-    order_hash: str = ""
-    """Running sha256 of the samples' numbers, in order."""
 
 
 def train(
@@ -129,7 +115,7 @@ class Run:
 
     def start(self, resume: bool, overwrite: bool, init_from: str | Path | None = None) -> dict[str, Any]:
         recipe, run_dir = self.recipe, self.recipe.run_dir
-        saved = self._find_checkpoint(resume, overwrite)
+        saved = find_checkpoint(recipe, self.ranks, self.display.note, resume=resume, overwrite=overwrite, extend=self.extend)
         self.display.note(f"recipe {recipe.name}: reading the data")
         self.store = SampleStore(recipe.data)
         initial = None if init_from is None or saved is not None else _model_folder(init_from)
@@ -183,63 +169,12 @@ class Run:
         """Whether stages are left."""
         return self.state.stage < len(self.recipe.stages)
 
-    def _find_checkpoint(self, resume: bool, overwrite: bool) -> checkpoint.Checkpoint | None:
-        folder = self.recipe.run_dir / CHECKPOINTS
-        present = checkpoint.steps(folder)
-        self.ranks.wait()
-        if not resume and present:
-            if not overwrite:
-                raise FileExistsError(
-                    f"run_dir: {self.recipe.run_dir} holds a run that got to step {present[-1]}; resume it, overwrite it, or name another run_dir"
-                )
-            if self.ranks.first:
-                for name in (CHECKPOINTS, TOKENIZER, MODEL):
-                    shutil.rmtree(self.recipe.run_dir / name, ignore_errors=True)
-                (self.recipe.run_dir / COMPARISON).unlink(missing_ok=True)
-            self.ranks.wait()
-        if not resume:
-            return None
-        saved = checkpoint.latest(folder)
-        if saved is None:
-            self.display.note(f"no checkpoint in {folder}: starting from the beginning")
-            return None
-        difference = self.recipe.difference(saved.state["recipe"], longer=self.extend)
-        if difference is not None:
-            raise ValueError(f"resume: {saved.path} is of another recipe ({difference}); use its recipe or another run_dir")
-        if saved.state["world"] != self.ranks.world:
-            self.display.note(
-                f"resuming a run of {saved.state['world']} process(es) with {self.ranks.world}: the same samples, not the same bits"
-            )
-        for package, version in versions().items():
-            former = saved.state.get(package, "an earlier version")
-            if former != version:
-                self.display.note(f"saved by {package} {former}, this is {version}: bits may differ")
-        return saved
-
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
-        values = saved.state["progress"]
-        cursors = values["cursors"]
-        self.state = State(**{**values, "cursors": None if cursors is None else tuple(cursors)})
-        if self.extend:
-            self._reopen(saved)
+        self.state = restored_state(saved, self.recipe.stages, self.extend)
         copy(self.model.state_dict(), saved.tensors["model"], "model")
         self.optimizer.load(saved.tensors["optimizer"], saved.tensors.get("ema"), self.state.step)
         self.saved_at = (self.state.step, self.state.seconds)
         self.display.note(f"resuming from {saved.path}")
-
-    def _reopen(self, saved: checkpoint.Checkpoint) -> None:
-        """Goes back to the end of the last stage where that is longer now."""
-        state, former = self.state, Recipe.from_dict(saved.state["recipe"]).stages
-        if not state.stage or state.stage_step or self.recipe.stages[state.stage - 1] == former[state.stage - 1]:
-            return
-        if state.ended is None:
-            raise ValueError(
-                "extend: this run was saved by an earlier version, which did not say how its stage ended; add a stage"
-            )
-        cursors = state.ended["cursors"]
-        state.stage -= 1
-        state.stage_step, state.stage_seconds = state.ended["stage_step"], state.ended["stage_seconds"]
-        state.cursors = None if cursors is None else tuple(cursors)
 
     def _runner(self) -> torch.nn.Module:
         if self.ranks.group is None:
@@ -391,7 +326,7 @@ class Run:
             write_json(recipe.run_dir / COMPARISON, result)
             self.display.note(compare.describe(result))
         run.began += time.monotonic() - began
-        run.window = _Window()
+        run.window = Window()
 
     # ---- what is written ----
 
@@ -503,39 +438,13 @@ class _StageRun:
     done: bool = False
 
     def __post_init__(self) -> None:
-        self.window = _Window()
+        self.window = Window()
 
     def finished(self, state: State) -> bool:
         return self.done or self.times.finished(state.stage_step, state.stage_seconds / 60)
 
     def lr(self, state: State) -> float:
         return self.times.lr(state.stage_step, state.stage_seconds / 60)
-
-
-class _Window:
-    """Losses since the last row of the log."""
-
-    def __init__(self) -> None:
-        self._begin()
-
-    def _begin(self) -> None:
-        self.names: list[str] = []
-        self.sum: Tensor | None = None
-        self.count, self.images, self.began = 0, 0, time.monotonic()
-
-    def add(self, losses: dict[str, Tensor], norm: Tensor, images: int) -> None:
-        values = torch.stack([*losses.values(), norm.to(losses["loss"].dtype)])
-        self.names = [*losses, "grad_norm"]
-        self.sum = values if self.sum is None else self.sum + values
-        self.count += 1
-        self.images += images
-
-    def take(self) -> tuple[list[str], Tensor, float]:
-        """Names, means (CPU) and images per second; then empty."""
-        names, means = self.names, (self.sum / self.count).cpu()
-        rate = self.images / max(time.monotonic() - self.began, 1e-9)
-        self._begin()
-        return names, means, rate
 
 
 def check_micro_batches(recipe: Recipe, world: int) -> None:

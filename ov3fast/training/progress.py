@@ -1,0 +1,98 @@
+"""Where a run is, what its folder holds, and how a run goes on from its newest checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ov3fast.models.config import versions
+from ov3fast.recipes.config import Recipe, Stage
+from ov3fast.training import checkpoint
+from ov3fast.training.distributed import Ranks
+
+RECIPE, SUMMARY, CHECKPOINTS, TOKENIZER, MODEL = "recipe.json", "summary.json", "checkpoints", "tokenizer", "model"
+COMPARISON = "comparison.json"
+
+
+@dataclass
+class State:
+    """Where a run is; with weights, optimizer and EMA it is all that a checkpoint needs."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    images: int = 0
+    """Images seen."""
+    seconds: float = 0.0
+    """Wall time of training steps, over all starts."""
+    stage: int = 0
+    stage_step: int = 0
+    stage_seconds: float = 0.0
+    cursors: tuple[int, ...] | None = None
+    """Units drawn from each source before this stage."""
+    ended: dict[str, Any] | None = None
+    """Where the stage before this one ended: its stage_step, stage_seconds and cursors, from which a longer one goes on."""
+    order_hash: str = ""
+    """Running sha256 of the samples' numbers, in order."""
+
+
+def find_checkpoint(
+    recipe: Recipe, ranks: Ranks, note: Callable[[str], None], *, resume: bool, overwrite: bool, extend: bool
+) -> checkpoint.Checkpoint | None:
+    """The checkpoint that a run in recipe.run_dir goes on from; None where it begins anew. `train` says what it raises.
+
+    overwrite without resume removes what the former run left.
+    """
+    folder = recipe.run_dir / CHECKPOINTS
+    present = checkpoint.steps(folder)
+    ranks.wait()
+    if not resume and present:
+        if not overwrite:
+            raise FileExistsError(
+                f"run_dir: {recipe.run_dir} holds a run that got to step {present[-1]}; resume it, overwrite it, or name another run_dir"
+            )
+        if ranks.first:
+            for name in (CHECKPOINTS, TOKENIZER, MODEL):
+                shutil.rmtree(recipe.run_dir / name, ignore_errors=True)
+            (recipe.run_dir / COMPARISON).unlink(missing_ok=True)
+        ranks.wait()
+    if not resume:
+        return None
+    saved = checkpoint.latest(folder)
+    if saved is None:
+        note(f"no checkpoint in {folder}: starting from the beginning")
+        return None
+    difference = recipe.difference(saved.state["recipe"], longer=extend)
+    if difference is not None:
+        raise ValueError(f"resume: {saved.path} is of another recipe ({difference}); use its recipe or another run_dir")
+    if saved.state["world"] != ranks.world:
+        note(f"resuming a run of {saved.state['world']} process(es) with {ranks.world}: the same samples, not the same bits")
+    for package, version in versions().items():
+        former = saved.state.get(package, "an earlier version")
+        if former != version:
+            note(f"saved by {package} {former}, this is {version}: bits may differ")
+    return saved
+
+
+def restored_state(saved: checkpoint.Checkpoint, stages: Sequence[Stage], extend: bool) -> State:
+    """The state that a checkpoint holds; with extend, at the end of its last stage where `stages` has that longer."""
+    values = saved.state["progress"]
+    cursors = values["cursors"]
+    state = State(**{**values, "cursors": None if cursors is None else tuple(cursors)})
+    if extend:
+        _reopen(state, stages, saved)
+    return state
+
+
+def _reopen(state: State, stages: Sequence[Stage], saved: checkpoint.Checkpoint) -> None:
+    """Goes back to the end of the last stage where that is longer now."""
+    former = Recipe.from_dict(saved.state["recipe"]).stages
+    if not state.stage or state.stage_step or stages[state.stage - 1] == former[state.stage - 1]:
+        return
+    if state.ended is None:
+        raise ValueError("extend: this run was saved by an earlier version, which did not say how its stage ended; add a stage")
+    cursors = state.ended["cursors"]
+    state.stage -= 1
+    state.stage_step, state.stage_seconds = state.ended["stage_step"], state.ended["stage_seconds"]
+    state.cursors = None if cursors is None else tuple(cursors)

@@ -200,7 +200,7 @@ def _run(asset: Asset, command: list[str], folder: str) -> None:
         raise AssetError(f"{asset.source}: {asset.client} took longer than {FETCH_TIMEOUT_S} s") from None
     if done.returncode:
         if "No space left on device" in done.stderr + done.stdout:  # no reason to build the set without this package
-            raise OSError(errno.ENOSPC, FULL, folder)
+            raise OSError(errno.ENOSPC, FULL, str(Path(folder).parent))
         words = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         errors = [line for line in words if line.lower().startswith(("e:", "error", "npm err"))] or words
         reason = "; ".join(line.strip() for line in errors[:2]) or "no message"

@@ -46,7 +46,7 @@ COMMANDS = {
     "encode": Command("encode", "Images or folders -> .safetensors, .npz or .npy of pooled vectors and tokens."),
     "caption": Command("caption", "Images or folders -> a caption each.", prints=True),
     "reconstruct": Command("reconstruct", "Image in, image out; a folder in, a folder out."),
-    "export": Command("export", "A model for other libraries: transformers."),
+    "export": Command("export", "A model for other libraries: transformers, open_clip."),
     "data": Command(
         "data", "`data demo` builds the demo set; `data check PATH` reads shards and counts what is broken.", prints=True
     ),

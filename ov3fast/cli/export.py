@@ -13,10 +13,10 @@ from ov3fast.cli.options import parse
 
 @dataclass
 class Export:
-    """A model for other libraries: transformers (a folder for AutoModel, with its code)."""
+    """A model for other libraries: transformers (a folder for AutoModel, with its code) or open_clip (the vision tower as it was released)."""
 
-    format: Annotated[Literal["transformers"], tyro.conf.Positional, tyro.conf.arg(metavar="FORMAT")]
-    """transformers."""
+    format: Annotated[Literal["transformers", "open_clip"], tyro.conf.Positional, tyro.conf.arg(metavar="FORMAT")]
+    """transformers or open_clip."""
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Model folder, training run, hub id, or the folder of a released vision tower."""
     out: Path

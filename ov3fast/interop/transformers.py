@@ -26,6 +26,7 @@ from transformers import (
 
 from ov3fast.inference.load import VisionTower, load_model
 from ov3fast.interop import remote_code
+from ov3fast.interop._tower import vae_config
 from ov3fast.interop.remote_code.configuration_openvision3 import (
     OpenVision3Config,
     OpenVision3TextConfig,
@@ -174,7 +175,6 @@ def _set_auto_map(path: Path, code: dict[str, str]) -> None:
 
 def _vision_config(encoder: ViTEncoder, post_ln: bool) -> OpenVision3VisionConfig:
     own, vae = encoder.config, encoder.get_vae()
-    autoencoder: Any = vae.vae
     scale, shift = vae.scale_and_shift(encoder.latent_convention)
     return OpenVision3VisionConfig(
         hidden_size=own.width,
@@ -192,7 +192,7 @@ def _vision_config(encoder: ViTEncoder, post_ln: bool) -> OpenVision3VisionConfi
         latent_convention=encoder.latent_convention,
         latent_scale=scale,
         latent_shift=shift,
-        vae_config={key: value for key, value in autoencoder.config.items() if not key.startswith("_")},
+        vae_config=vae_config(vae),
     )
 
 

@@ -2,9 +2,10 @@
 
     python tools/doc_tables.py        # after a CSV file in benches/results has changed; a test compares
 
-NAME is `environment`, `step`, `operators` for every row, or the name of one operator.
+NAME is `environment`, `step`, `index` for the list of operators, `operators` for every row, or the name of one operator.
 """
 
+import ast
 import csv
 import re
 from collections.abc import Iterable
@@ -54,6 +55,20 @@ def measured_on(row: dict[str, str]) -> str:
     return f"Measured on {row['cpu']} ({row['isa']}), {row['threads']} threads, torch {row['torch']}, commit {row['commit']}."
 
 
+def index() -> list[tuple[str, str]]:
+    """Each page in docs/operators with the first sentence of its module, in the order of the site's navigation."""
+    names = re.findall(r"operators/(\w+)\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    rows = []
+    for name in names:
+        if name == "index":
+            continue
+        heading = (ROOT / "docs" / "operators" / f"{name}.md").read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# ")
+        module = ast.parse((ROOT / "ov3fast" / "ops" / f"{name}.py").read_text(encoding="utf-8"))
+        first = (ast.get_docstring(module) or "").split("\n\n")[0].replace("\n", " ").split(". ")[0].rstrip(".:")
+        rows.append((f"[`{heading}`]({name}.md)", first))
+    return rows
+
+
 def render(page: str) -> str:
     operators = read("operators-cpu.csv")
 
@@ -62,6 +77,8 @@ def render(page: str) -> str:
         if name == "environment":
             words = [(f"`{word}`", text.meaning, text.default) for word, text in environment.WORDS.items()]
             made = table(("variable", "meaning", "where it is not set"), words)
+        elif name == "index":
+            made = table(("operator", "what it computes"), index())
         elif name == "step":
             head, *rest = read("step.csv")
             made = table(head, [list(row.values()) for row in (head, *rest)])

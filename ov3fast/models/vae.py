@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from . import autoencoder, noise, pretrained
 from .autoencoder import Autoencoder, AutoencoderConfig
 from .group_norm_silu import fuse_group_norm_silu
+from .upsample import fold_upsampling
 
 CONVENTIONS = ("openvision3", "flux")
 
@@ -81,7 +82,8 @@ def check_convention(name: str, expected: str | None = None, what: str = "latent
 class FrozenVAE(nn.Module):
     """Images <-> latents with frozen weights: always in eval mode, in its weights' dtype whatever autocast says.
 
-    vae: an Autoencoder, or diffusers' AutoencoderKL, whose GroupNorm and SiLU are then fused in place.
+    vae: an Autoencoder, or diffusers' AutoencoderKL, whose GroupNorm and SiLU are then fused in place. On a GPU it computes in channels-last, and
+    its decoder's upsampling is folded into the convolutions behind.
     latent_convention binds it to one convention (a model that it is attached to does so); None leaves the choice to each call.
     """
 
@@ -89,6 +91,8 @@ class FrozenVAE(nn.Module):
         super().__init__()
         self.vae = vae.requires_grad_(False).eval()
         fuse_group_norm_silu(self.vae)
+        fold_upsampling(self.vae)
+        self._channels_last = False
         self.latent_convention = None if latent_convention is None else check_convention(latent_convention)
         config = vae.config
         self.scaling_factor: float = config.scaling_factor
@@ -151,7 +155,7 @@ class FrozenVAE(nn.Module):
                 f"VAE: images must be [B, 3, H, W] with sides that are multiples of {self.stride}, got {tuple(images.shape)}"
             )
         with torch.autocast(images.device.type, enabled=False):
-            return self.vae.encode(images.to(self.dtype)).latent_dist.parameters
+            return self.vae.encode(self._laid_out(images.to(self.dtype))).latent_dist.parameters
 
     def encode(
         self, images: Tensor, posterior: str = "mean", convention: str | None = None, rng: Tensor | None = None
@@ -181,7 +185,16 @@ class FrozenVAE(nn.Module):
             raise ValueError(f"VAE: latents must be [B, {self.channels}, h, w], got {tuple(latents.shape)}")
         z = from_latents(latents.to(self.dtype), self.convention(convention), self.scaling_factor, self.shift_factor)
         with torch.autocast(latents.device.type, enabled=False):
-            return self.vae.decode(z).sample
+            return self.vae.decode(self._laid_out(z)).sample
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        """On a GPU x and the weights in channels-last, as the fastest convolutions and the GroupNorm's kernels read them."""
+        if not x.is_cuda:
+            return x
+        if not self._channels_last:
+            self.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self._channels_last = True
+        return x.contiguous(memory_format=torch.channels_last)
 
     def convention(self, name: str | None = None) -> str:
         """The convention of a call: the bound one (ValueError where `name` differs), else `name`, else "openvision3"."""

@@ -6,7 +6,7 @@ from kernel_tools import launches
 
 from ov3fast import testing
 from ov3fast.kernels import noise_projection as kernels
-from ov3fast.kernels.aot.cases.noise_projection import works
+from ov3fast.kernels.aot.cases.noise_projection import draw_work, grad_sigma_work
 from ov3fast.kernels.lib import config as configs
 from ov3fast.ops import random, triton
 from ov3fast.ops.noise_projection import reference
@@ -66,11 +66,23 @@ def test_program_order_does_not_matter():
 
 
 def test_traffic():
-    batch, tokens, width, features = sizes = 2, 128, 144, 160
+    batch, tokens, width, _ = sizes = 2, 128, 144, 160
     _, reports = run(inputs(*sizes, torch.bfloat16))
-    rows = batch * tokens
-    for name, work in works(batch, rows, width, features).items():
-        (report,) = reports[name]
-        launches.assert_traffic(report, work("bf16", configs.pick(name, "bf16")).bytes, "rng", "sigma", "bias")
-    for name in ("noise_projection_forward", "noise_projection_grad_z", "noise_projection_grad_weight"):
-        assert reports[name][0].mma_count > 0
+    rows, config = batch * tokens, configs.pick("noise_projection_draw", "bf16")
+    forward, backward = reports["noise_projection_draw"]
+    [sums] = reports["noise_projection_grad_sigma"]
+    launches.assert_traffic(forward, draw_work(rows, width, True, False, "bf16", config).bytes, "rng", "sigma")
+    launches.assert_traffic(backward, draw_work(rows, width, True, True, "bf16", config).bytes, "rng", "sigma")
+    launches.assert_traffic(sums, grad_sigma_work(batch, rows, width, "bf16", config).bytes)
+
+
+@pytest.mark.parametrize(("needs", "launched"), [((1, 0, 0, 1), 0), ((0, 1, 0, 0), 2), ((0, 0, 1, 0), 1), ((1, 1, 1, 1), 2)])
+def test_noise_is_drawn_where_a_gradient_needs_it(needs, launched):
+    """For sigma and the weight alone, and once for both."""
+    z, sigma, weight, _, grad_y = values = inputs(2, 5, 24, 8, torch.bfloat16)
+    whole = expected(*values)[1:]
+    with launches.on_ptx() as reports:
+        grads = kernels.backward(grad_y, z, sigma, weight, RNG, *map(bool, needs))
+    assert sum("noise_projection" in name for name, _ in reports) == launched
+    for needed, grad, other in zip(needs, grads, whole, strict=True):
+        assert grad.numel() == (other.numel() if needed else 0)

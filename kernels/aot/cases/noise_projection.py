@@ -2,87 +2,56 @@
 
 from __future__ import annotations
 
+import functools
+
 from ...lib.common import cdiv
-from ...lib.config import pick
-from ...lib.reduce import splits_of
-from ...noise_projection import (
-    noise_projection_forward,
-    noise_projection_grad_sigma,
-    noise_projection_grad_weight,
-    noise_projection_grad_z,
-)
+from ...lib.config import Config, pick
+from ...noise_projection import noise_projection_draw, noise_projection_grad_sigma
 from ..catalog import SIZES, Entry, Work, argument_types
 
 POINTERS = {
-    **dict.fromkeys(("z", "sigma", "weight", "bias", "y", "grad_y", "grad_z", "grad_sigma"), "*{}"),
-    **dict.fromkeys(("sigma_partials", "partials"), "*fp32"),
+    **dict.fromkeys(("z", "sigma", "x", "grad_z", "grad_sigma"), "*{}"),
+    "sigma_partials": "*fp32",
     "rng": "*i64",
 }
-ALIGNED = (
-    "stride_b",
-    "stride_n",
-    "grad_stride_b",
-    "grad_stride_n",
-    "weight_stride",
-    "width",
-    "features",
-    "rows",
-    "tokens",
-    "split_rows",
-)
+ALIGNED = ("stride_b", "stride_n", "width", "rows", "tokens")
+OPERATIONS = 45
+"""Arithmetic of a number of the random stream, a quarter of that of a block of four."""
 
 
-def product_work(rows, left, right, dtype, config, extra=0):
-    """A product [rows, left] x [left, right] in tiles: each factor is read once per tile of the other's outer axis."""
-    blocks = config.blocks
-    m, n = cdiv(rows, blocks["BLOCK_M"]), cdiv(right, blocks["BLOCK_N"])
-    moved = (n * rows * left + m * left * right + rows * right) * SIZES[dtype]
-    distinct = (rows * left + left * right + rows * right) * SIZES[dtype]
-    trips = (cdiv(left, blocks["BLOCK_K"]),)
-    return Work(2 * rows * left * right, moved + extra, m * n, distinct + extra, trips=trips)
+def draw_work(rows: int, width: int, need_x: bool, need_sigma: bool, dtype: str, config: Config) -> Work:
+    tiles = cdiv(width, config.blocks["BLOCK_N"])
+    moved = rows * width * SIZES[dtype] * (2 * need_x + need_sigma) + (4 * rows * tiles if need_sigma else 0)
+    return Work(OPERATIONS * rows * width, moved, tiles * cdiv(rows, config.blocks["BLOCK_M"]))
 
 
-def works(batch, rows, width, features):
-    """kernel -> ((dtype, row of configuration) -> its work)."""
-
-    def grad_z(dtype, config):
-        return product_work(rows, features, width, dtype, config, 4 * rows * cdiv(width, config.blocks["BLOCK_N"]))
-
-    def grad_sigma(dtype, _):
-        tiles = cdiv(width, pick("noise_projection_grad_z", dtype).blocks["BLOCK_N"])
-        return Work(rows * tiles, rows * tiles * 4 + batch * SIZES[dtype], batch, trips=(tiles,))
-
-    def grad_weight(dtype, config):
-        blocks = config.blocks
-        tiles_d, tiles_k = cdiv(features, blocks["BLOCK_M"]), cdiv(width, blocks["BLOCK_N"])
-        splits, split_rows = splits_of(rows, blocks["BLOCK_K"], tiles_d * tiles_k)
-        read = (tiles_k * rows * features + tiles_d * rows * width) * SIZES[dtype]
-        written = splits * features * width * (4 if splits > 1 else SIZES[dtype])
-        distinct = rows * (features + width) * SIZES[dtype] + written
-        trips = (split_rows // blocks["BLOCK_K"],)
-        return Work(2 * rows * width * features, read + written, splits * tiles_d * tiles_k, distinct, trips=trips)
-
-    return {
-        "noise_projection_forward": lambda *how: product_work(rows, width, features, *how),
-        "noise_projection_grad_z": grad_z,
-        "noise_projection_grad_sigma": grad_sigma,
-        "noise_projection_grad_weight": grad_weight,
-    }
+def grad_sigma_work(batch: int, rows: int, width: int, dtype: str, _: Config) -> Work:
+    tiles = cdiv(width, pick("noise_projection_draw", dtype).blocks["BLOCK_N"])
+    return Work(rows * tiles, rows * tiles * 4 + batch * SIZES[dtype], batch, trips=(tiles,))
 
 
 def entries() -> list[Entry]:
-    batch, tokens, width, features = 64, 256, 768, 768
-    work = works(batch, batch * tokens, width, features)
+    batch, tokens, width = 64, 256, 768
+    rows = batch * tokens
 
-    def entry(kernel, matrix=True, **constexprs):
+    def types(kernel, absent: tuple[str, ...]):
+        given = argument_types(kernel, **POINTERS)
+        return lambda dtype: {name: kind for name, kind in given(dtype).items() if name not in absent}
+
+    def draw(variant: str, need_x: bool, need_sigma: bool) -> Entry:
+        absent = (() if need_x else ("x",)) + (() if need_sigma else ("grad_z", "sigma_partials"))
         return Entry(
-            kernel, "noise_projection", argument_types(kernel, **POINTERS), f"{batch} x {tokens} x {width} -> {features}",
-            work[kernel.__name__], constexprs=constexprs, aligned=ALIGNED, matrix=matrix,
+            noise_projection_draw, "noise_projection", types(noise_projection_draw, absent), f"{batch} x {tokens} x {width}",
+            functools.partial(draw_work, rows, width, need_x, need_sigma), {"IN_ORDER": True, **dict.fromkeys(absent)},
+            variant=variant, aligned=ALIGNED, streaming=True,
+            exceptions={"wide": "sigma and partial sums are 4 bytes each"},
         )  # fmt: skip
 
     return [
-        entry(noise_projection_forward, IN_ORDER=True),
-        entry(noise_projection_grad_z, NEED_Z=True, NEED_SIGMA=True, IN_ORDER=True),
-        entry(noise_projection_grad_weight, IN_ORDER=True),
-        entry(noise_projection_grad_sigma, matrix=False),
-    ]
+        draw("forward", True, False),
+        draw("gradients of weight and sigma", True, True),
+        Entry(
+            noise_projection_grad_sigma, "noise_projection", types(noise_projection_grad_sigma, ()),
+            f"{batch} x {tokens} x {width}", functools.partial(grad_sigma_work, batch, rows, width), aligned=ALIGNED,
+        ),
+    ]  # fmt: skip

@@ -27,8 +27,8 @@ from .lib.products import add_product, room_for_rows
 
 # Size classes: none.
 TABLE["cross_entropy_rows"] = {
-    (ANY, ANY, ANY): Config({"BLOCK_V": 8192}, warps=8, stages=1),
-    ("fp32", ANY, ANY): Config({"BLOCK_V": 4096}, warps=8, stages=1),
+    (ANY, ANY, ANY): Config({"BLOCK_V": 4096}, warps=8, stages=1),
+    ("fp32", ANY, ANY): Config({"BLOCK_V": 2048}, warps=8, stages=1),
 }
 
 
@@ -56,19 +56,24 @@ def cross_entropy_rows(
     label = tl.load(labels + row)
     counted = label != ignore_index
     z = logits + row * logits_stride
-    v = tl.arange(0, BLOCK_V)
+    # The label's own logit is one load, and its share of the gradient one store, so that no other logit is compared with the label.
+    own = tl.load(z + label, mask=counted, other=0.0).to(tl.float32)
+    # [lanes, VECTOR]: a lane's logits are 16 bytes of one thread, and each lane has its own maximum until the row's end.
+    VECTOR: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
+    LANES: tl.constexpr = BLOCK_V // VECTOR
+    v = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     if STATISTICS:
-        largest = float("-inf")
-        sums = tl.zeros((BLOCK_V,), tl.float32)
-        own = tl.zeros((BLOCK_V,), tl.float32)
+        # Not -inf, from which a lane past the row's end could not be subtracted.
+        lane_largest = tl.full((LANES,), -3.4028234663852886e38, tl.float32)
+        lane_sums = tl.zeros((LANES,), tl.float32)
         for start in range(0, classes, BLOCK_V):
             part = tl.load(z + start + v, mask=start + v < classes, other=float("-inf")).to(tl.float32)
-            before = largest
-            largest = tl.maximum(before, tl.max(part, 0))
-            sums = sums * tl.exp(before - largest) + tl.exp(part - largest)
-            own += tl.where(start + v == label, part, 0.0)
-        log_sum = tl.log(tl.sum(sums, 0))
-        tl.store(nll + row, tl.where(counted, (largest - tl.sum(own, 0)) + log_sum, 0.0))
+            before = lane_largest
+            lane_largest = tl.maximum(before, tl.max(part, 1))
+            lane_sums = lane_sums * tl.exp(before - lane_largest) + tl.sum(tl.exp(part - lane_largest[:, None]), 1)
+        largest = tl.max(lane_largest, 0)
+        log_sum = tl.log(tl.sum(lane_sums * tl.exp(lane_largest - largest), 0))
+        tl.store(nll + row, tl.where(counted, (largest - own) + log_sum, 0.0))
         if not GRADIENT:
             tl.store(lse + row, tl.where(counted, largest, 0.0))
             tl.store(lse + tokens + row, tl.where(counted, log_sum, 0.0))
@@ -77,12 +82,15 @@ def cross_entropy_rows(
         log_sum = tl.load(lse + tokens + row)
     if GRADIENT:
         weight = tl.load(upstream + row * upstream_stride)
+        tl.debug_barrier()  # all have read the label's logit before it is overwritten
         for start in range(0, classes, BLOCK_V):
             inside = start + v < classes
             part = tl.load(z + start + v, mask=inside, other=0.0).to(tl.float32)
-            p = tl.exp((part - largest) - log_sum)
-            g = tl.where(counted, (p - tl.where(start + v == label, 1.0, 0.0)) * weight, 0.0)
+            g = tl.where(counted, tl.exp((part - largest) - log_sum) * weight, 0.0)
             tl.store(z + start + v, g.to(z.dtype.element_ty), mask=inside)
+        tl.debug_barrier()
+        p = tl.exp((own - largest) - log_sum)
+        tl.store(z + label, ((p - 1.0) * weight).to(z.dtype.element_ty), mask=counted)
 
 
 def forward(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,9 @@ def check(ours, reference, arguments):
 
 def check_traffic(reports, dtype, passes):
     for report, rows in zip(reports, (3, 3, 1), strict=True):
-        assert sum(report.per_tensor["logits"].values()) == passes * rows * 4173 * dtype.itemsize
+        beside = sum(report.per_tensor["logits"].values()) - passes * rows * 4173 * dtype.itemsize
+        # The label's logit: all lanes read it from one address, one writes its gradient.
+        assert 0 <= beside <= rows * (256 + 1) * dtype.itemsize
 
 
 def test_forward(values, chunks, target):

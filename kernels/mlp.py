@@ -1,8 +1,7 @@
 """The two-layer perceptron, with the activation in the epilogues of the products next to it.
 
-Forward: h = x W1^T + b1 is saved for backward, rounded, and a = gelu(h) is written beside it. Activating h in the second product's prologue would save
-one write of a, 2 bytes per element, but evaluate erf once per tile of D columns: some 150 operations per element outside the tensor cores at
-D = 768, more than twice the cost of the product itself. Backward: dh = (dy W2) gelu'(h), a = gelu(h) and partial sums of db1 come from one epilogue. The
+Forward: h = x W1^T + b1 is rounded, and written for the backward where there will be one; a = gelu(h) is written beside it. Activating h in the second product's prologue would save
+one write of a, 2 bytes per element, but evaluate it once per tile of D columns. Backward: dh = (dy W2) gelu'(h), a = gelu(h) and partial sums of db1 come from one epilogue. The
 products without an activation are linear.py's.
 """
 
@@ -33,10 +32,12 @@ def _forward_epilogue(total, row, column, b1, h, a, rows, hidden, EXACT: tl.cons
         total += tl.load(b1 + column, mask=column < hidden, other=0).to(tl.float32)[None, :]
     at = row.to(tl.int64)[:, None] * hidden + column[None, :]
     mask = (row < rows)[:, None] & (column < hidden)[None, :]
-    kept = rounded(total, h.dtype.element_ty)
-    tl.store(h + at, kept, mask=mask)
+    dtype: tl.constexpr = a.dtype.element_ty
+    kept = rounded(total, dtype)
+    if h is not None:
+        tl.store(h + at, kept, mask=mask)
     # Backward recomputes a from the rounded h and must get the same bits.
-    tl.store(a + at, rounded(gelu(kept.to(tl.float32), EXACT), a.dtype.element_ty), mask=mask)
+    tl.store(a + at, rounded(gelu(kept.to(tl.float32), EXACT, dtype != tl.float32), dtype), mask=mask)
 
 
 @triton.jit
@@ -65,7 +66,9 @@ def _backward_epilogue(
 ):  # fmt: skip
     mask = (row < rows)[:, None] & (column < hidden)[None, :]
     at = row.to(tl.int64)[:, None] * hidden + column[None, :]
-    activated, slope = gelu_and_slope(tl.load(h + h_at[:, None] + column[None, :], mask=mask, other=0).to(tl.float32), EXACT)
+    narrow: tl.constexpr = h.dtype.element_ty != tl.float32
+    values = tl.load(h + h_at[:, None] + column[None, :], mask=mask, other=0).to(tl.float32)
+    activated, slope = gelu_and_slope(values, EXACT, narrow)
     if a is not None:
         tl.store(a + at, rounded(activated, a.dtype.element_ty), mask=mask)
     if grad_h is not None:
@@ -104,17 +107,26 @@ def _mlp_backward(
 
 def forward(x, w1, b1, w2, b2, activation):
     """x [..., K], w1 [H, K], w2 [D, H] -> y [..., D], h [..., H]."""
+    h = x.new_empty((*x.shape[:-1], w1.shape[0]))
+    return _forward(x, w1, b1, w2, b2, activation, h), h
+
+
+def inference(x, w1, b1, w2, b2, activation):
+    """`forward` where nothing needs a gradient: h is empty."""
+    return _forward(x, w1, b1, w2, b2, activation, None), x.new_empty(0)
+
+
+def _forward(x, w1, b1, w2, b2, activation, h):
     x_rows, hidden = rows(x), w1.shape[0]
-    h = x.new_empty((*x.shape[:-1], hidden))
-    a = torch.empty_like(h)
-    if h.numel():
+    a = x.new_empty((*x.shape[:-1], hidden))
+    if a.numel():
         operand = gemm.operand(w1, x_rows)
         config, grid = gemm.configure("mlp_forward", x.dtype, x_rows.count, hidden)
         _mlp_forward[grid](
             *x_rows.arguments, operand, operand.stride(0), None if b1 is None else b1.contiguous(), h, a,
             x_rows.count, hidden, x_rows.width, EXACT=activation == "gelu", **config.options,
         )  # fmt: skip
-    return linear.forward(a, w2, b2), h
+    return linear.forward(a, w2, b2)
 
 
 def backward(grad_y, x, h, w1, w2, activation, need_x, need_w1, need_b1, need_w2, need_b2):

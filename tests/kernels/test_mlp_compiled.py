@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_tools.launches import assert_traffic, in_any_order
+from kernel_tools.launches import assert_traffic, in_any_order, on_ptx
 
 from ov3fast import testing
 from ov3fast.kernels import mlp
@@ -10,6 +10,7 @@ from ov3fast.kernels.aot.cases.mlp import work
 from ov3fast.kernels.lib import config as configs
 from ov3fast.kernels.lib import gemm
 from ov3fast.ops.mlp import _backward_eager, _forward_eager
+from ov3fast.testing import assert_same_bits
 
 CASES = [
     (torch.bfloat16, "large", "gelu", False),
@@ -74,3 +75,16 @@ def test_backward(monkeypatch, dtype, size, activation, mixed, shape, target):
         batch, rows, _, hidden, features = shape
         config = configs.pick("mlp_backward", "bf16", size)
         check_traffic(reports[0], work(batch * rows, hidden, features, 2, w2.itemsize, config, True), target)
+
+
+def test_inference_writes_no_pre_activation(monkeypatch):
+    monkeypatch.setattr(gemm, "size_class", lambda *_: "large")
+    x, w1, b1, w2, b2, _ = inputs(torch.bfloat16, False, *WHOLE)
+    with on_ptx() as kept:
+        expected, _ = mlp.forward(x, w1, b1, w2, b2, "gelu")
+    with on_ptx() as launched:
+        y, h = mlp.inference(x, w1, b1, w2, b2, "gelu")
+    assert_same_bits([y], [expected])
+    assert h.numel() == 0
+    (_, with_h), (_, without) = kept[0], launched[0]
+    assert with_h.bytes_written() == 2 * without.bytes_written()

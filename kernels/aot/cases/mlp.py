@@ -8,12 +8,15 @@ from ...mlp import _mlp_backward, _mlp_forward
 from ..catalog import SIZES, Entry, Work, product_bytes, row_alignment, row_constants, row_types
 
 
-def work(count: int, hidden: int, width: int, size: int, parameter_size: int, config: Config, backward: bool) -> Work:
-    """One launch: both operands tile by tile, then h and a out; or h in, grad_h and a out, and a partial sum of db1 per row of tiles."""
+def work(
+    count: int, hidden: int, width: int, size: int, parameter_size: int, config: Config, backward: bool, keep: bool = True
+) -> Work:
+    """One launch: both operands tile by tile, then h and a out (without h where it is not kept); or h in, grad_h and a out, and a partial sum of db1
+    per row of tiles."""
     block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
     operands = product_bytes(count, hidden, width, size, parameter_size, block_m, block_n)
     bias = cdiv(count, block_m) * hidden * (4 if backward else parameter_size)
-    kept = (3 if backward else 2) * count * hidden * size
+    kept = (3 if backward else 1 + keep) * count * hidden * size
     return Work(
         2 * count * hidden * width,
         operands + bias + kept,
@@ -27,8 +30,8 @@ def entries() -> list[Entry]:
     count, width, hidden = 16384, 768, 3072
     dimensions = {"rows": "i32", "hidden": "i32"}
 
-    def entry_work(name: str, t: str, config: Config, mixed: bool) -> Work:
-        return work(count, hidden, width, SIZES[t], 4 if mixed else SIZES[t], config, name == "mlp_backward")
+    def entry_work(name: str, t: str, config: Config, mixed: bool, keep: bool) -> Work:
+        return work(count, hidden, width, SIZES[t], 4 if mixed else SIZES[t], config, name == "mlp_backward", keep)
 
     def forward_types(t: str, parameters: str) -> dict[str, str]:
         pointers = {"w1": f"*{parameters}", "w1_stride": "i32", "b1": f"*{parameters}", "h": f"*{t}", "a": f"*{t}"}
@@ -47,15 +50,18 @@ def entries() -> list[Entry]:
         Entry(
             kernel,
             "mlp",
-            lambda t, types=types, mixed=mixed: types(t, "fp32" if mixed else t),
+            lambda t, types=types, mixed=mixed, keep=keep: {
+                argument: kind for argument, kind in types(t, "fp32" if mixed else t).items() if keep or argument != "h"
+            },
             f"{count} x {width} -> {hidden}",
-            lambda t, config, name=name, mixed=mixed: entry_work(name, t, config, mixed),
-            row_constants(*strided) | {"EXACT": exact},
-            variant=("erf" if exact else "tanh") + (", float32 parameters" if mixed else ""),
+            lambda t, config, name=name, mixed=mixed, keep=keep: entry_work(name, t, config, mixed, keep),
+            row_constants(*strided) | {"EXACT": exact} | ({} if keep else {"h": None}),
+            variant=("erf" if exact else "tanh") + (", float32 parameters" if mixed else "") + ("" if keep else ", inference"),
             dtypes=("bf16", "fp16") if mixed else ("fp32", "bf16", "fp16"),
             aligned=(*row_alignment(*strided), "rows", "hidden", *divisible),
             matrix=True,
         )
         for kernel, name, types, strided, divisible in kernels
-        for exact, mixed in ((True, False), (False, False), (True, True))
+        for exact, mixed, keep in ((True, False, True), (True, False, False), (False, False, True), (True, True, True))
+        if keep or kernel is _mlp_forward
     ]

@@ -117,6 +117,7 @@ for _op, _kernels in KERNELS.items():
     _options: dict[str, Any] = {}
     if _op == "mlp":
         _backward = _without_b1(launch(_kernels.module, "backward"))
+        _forward.inference = launch(_kernels.module, "inference")  # type: ignore[attr-defined]  # writes no pre-activation
     elif _op == "contrastive_loss":  # the kernels compute rectangles of logits; the ranks are the operator's own
         _forward, _backward = over_ranks(
             *(launch(_kernels.module, name) for name in ("forward_rows", "backward_rows", "project"))

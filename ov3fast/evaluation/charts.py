@@ -57,7 +57,7 @@ def line_chart(
     log_y: bool = False,
     smoothing: float = 0.0,
 ) -> str:
-    """An <svg> without addresses or scripts; "" where no point is finite. The same input gives the same text.
+    """A self-contained <svg> (no links, no scripts), deterministic; "" if no point is finite.
 
     Non-finite points are left out; log_y needs positive values, else the axis stays linear. x_range: the axis' ends, so that several
     charts compare; None: the series' own. smoothing: 0 draws the points alone; else the share of a series' length over which its
@@ -116,7 +116,7 @@ def line_chart(
 
 
 def smoothed(values: Sequence[float], window: int) -> np.ndarray:
-    """Mean over a window centred on each value; it shrinks at the ends, so no value is invented there."""
+    """Centred moving average; the window shrinks at the ends instead of padding."""
     total = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
     reach = np.minimum(window // 2, np.minimum(index, len(values) - 1 - index))
@@ -124,7 +124,7 @@ def smoothed(values: Sequence[float], window: int) -> np.ndarray:
 
 
 def thin(values: Sequence[float], limit: int = MAX_POINTS) -> np.ndarray:
-    """At most `limit` values, the means of equal runs of them."""
+    """At most `limit` values: the means of consecutive runs of equal length."""
     values = np.asarray(values, np.float64)
     if len(values) <= limit:
         return values
@@ -138,7 +138,7 @@ def _finite(line: Series) -> Series:
 
 
 def _inline(svg: str, label: str, prefix: str) -> str:
-    """matplotlib's document as an element of a page: no header, metadata or name spaces, ids of its own, the page's colours."""
+    """matplotlib's document as an inline element: no header, metadata or namespaces, unique ids, the page's colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)

@@ -49,7 +49,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def curves(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """One small SVG chart per panel that the log has numbers for."""
+    """One small SVG chart for each panel with data in the log."""
     if not rows:
         return []
     stages, steps = boundaries(rows), (rows[0]["step"], rows[-1]["step"])
@@ -71,7 +71,7 @@ def boundaries(rows: Sequence[dict[str, Any]]) -> list[Boundary]:
 
 
 def throughput(rows: Sequence[dict[str, Any]], tables: dict[str, Any], summary: dict[str, Any]) -> list[list[str]]:
-    """Rows of a table, a heading being a row of one: images per second in training, by stage; where a run's time went; the rate of each
+    """Rows of a table (a row of one cell is a heading): images per second in training, by stage; where a run's time went; the rate of each
     part of the evaluation."""
     cells: list[list[str]] = []
     rates: dict[str, list[float]] = {}

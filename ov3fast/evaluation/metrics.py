@@ -27,7 +27,7 @@ GAUSSIAN_SIGMA = 1.5
 
 @dataclass(frozen=True)
 class Metric:
-    """A named per-image distance or similarity. `protocol` states all that two values must share to be compared."""
+    """A named per-image distance or similarity. Two values may be compared only if their `protocol` is the same."""
 
     name: str
     protocol: str
@@ -53,7 +53,7 @@ def round_to_8_bit(images: Tensor) -> Tensor:
 def psnr(images: Tensor, reference: Tensor, *, rounding: bool = True) -> Tensor:
     """Peak signal-to-noise ratio in dB per image, [B] float64, data range 1; infinite for equal images.
 
-    images, reference [B, C, H, W] in [0, 1]; with `rounding` both are first rounded to 8 bits. ValueError for unlike shapes.
+    images, reference [B, C, H, W] in [0, 1]; with `rounding` both are first rounded to 8 bits. ValueError if the shapes differ.
     """
     x, y = _prepare("psnr", images, reference, rounding)
     return -10 * torch.log10((x - y).square().mean(dim=(1, 2, 3)))

@@ -73,7 +73,7 @@ def read_pictures(
 ) -> Pictures:
     """Pictures of tar shards on white, their shorter side resized to `size` and the centre cropped.
 
-    limit: at most so many, evenly spaced over the set. Samples that can't be read are skipped, counted and warned of; past
+    limit: at most this many, evenly spaced over the set. Samples that can't be read are skipped, counted and warned of; past
     skip_budget (a share) a DataError is raised, as where there is nothing to read.
     """
     from rich.progress import track

@@ -21,7 +21,7 @@ BY = ("model", "vae")
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What came of a set of pictures; all images uint8 [N, 3, H, W].
+    """The reconstructions of a set of pictures; all images uint8 [N, 3, H, W].
 
     values: {"model" | "vae": {metric name: float64 [N]}}; with "model" also "latent_l1", the mean |latents - latents^|.
     """

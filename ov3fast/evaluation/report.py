@@ -138,7 +138,7 @@ def reconstruction(name: str, pictures: Pictures, found: Reconstruction) -> dict
 
 
 def retrieval(name: str, ranking: Ranking, found: dict[str, Any]) -> dict[str, Any]:
-    """Queries in both directions with their five nearest answers; half of them found, half missed, where there are.
+    """Queries in both directions with their five nearest answers; half of them hits, half misses, as far as there are any.
 
     found: the set's retrieval table; where it has several styles, each gets a row.
     """
@@ -196,7 +196,7 @@ def captions(result: Evaluation) -> list[dict[str, Any]]:
 
 
 def protocols(tables: dict[str, Any]) -> list[list[str]]:
-    """What each metric was taken by."""
+    """The protocol of each metric."""
     rows = [["preparation", f"{tables['data']['preprocess']}, {tables['data']['image_size']} px"]]
     rows += [[name, protocol] for name, protocol in tables["protocols"].items()]
     for task in ("retrieval", "zero_shot"):

@@ -20,7 +20,7 @@ PROTOCOL = "cosine/pessimistic-ties/any-item-of-the-concept"
 
 
 def similarity(queries: Tensor, gallery: Tensor) -> Tensor:
-    """Cosine similarities [Q, G] float64 of embeddings [Q, E] and [G, E]. ValueError for unlike widths or non-finite values."""
+    """Cosine similarities [Q, G] float64 of embeddings [Q, E] and [G, E]. ValueError for different widths or non-finite values."""
     for name, value in (("queries", queries), ("gallery", gallery)):
         if value.ndim != 2 or not len(value):
             raise ValueError(f"similarity: {name} must be [N, E] with N of at least 1, got {tuple(value.shape)}")
@@ -32,9 +32,9 @@ def similarity(queries: Tensor, gallery: Tensor) -> Tensor:
 
 
 def ranks(scores: Tensor, query_concepts: Tensor, gallery_concepts: Tensor) -> Tensor:
-    """Place of each query's best right answer, [Q] int64, 0 being the first; ties count against it.
+    """0-based rank of each query's best correct answer, [Q] int64; ties count against it.
 
-    scores [Q, G]; concepts are int64 ids [Q] and [G]. ValueError where a query has no right answer in the gallery.
+    scores [Q, G]; concepts are int64 ids [Q] and [G]. ValueError if a query has no correct answer in the gallery.
     """
     right = query_concepts[:, None] == gallery_concepts[None, :]
     if not bool(right.any(dim=1).all()):
@@ -45,13 +45,13 @@ def ranks(scores: Tensor, query_concepts: Tensor, gallery_concepts: Tensor) -> T
 
 
 def recalls(places: Tensor, ks: Sequence[int] = RECALLS) -> dict[str, float]:
-    """{"R@1": ..., ...} as shares in [0, 1], and the median place counted from 1."""
+    """{"R@1": ..., ...} as fractions in [0, 1], and the 1-based median rank."""
     values = {f"R@{k}": float((places < k).double().mean()) for k in ks}
     return {**values, "median_rank": float(places.double().median()) + 1}
 
 
 def chance(query_concepts: Tensor, gallery_concepts: Tensor, ks: Sequence[int] = RECALLS) -> dict[str, float]:
-    """The R@k of a random order: mean over queries of 1 - C(G - m, k) / C(G, k), m the number of right answers."""
+    """The R@k of a random order: mean over queries of 1 - C(G - m, k) / C(G, k), m the number of correct answers."""
     size = len(gallery_concepts)
     counts = (query_concepts[:, None] == gallery_concepts[None, :]).sum(dim=1).tolist()
     total = {k: 0.0 for k in ks}
@@ -102,7 +102,7 @@ def zero_shot(images: Tensor, classes: Tensor, labels: Tensor, ks: Sequence[int]
 
 
 def concept_ids(*columns: Sequence[str]) -> tuple[Tensor, ...]:
-    """Concept names -> int64 ids that all the columns share, numbered by first appearance."""
+    """Concept names -> int64 ids, shared by all columns and numbered by first appearance."""
     known: dict[str, int] = {}
     return tuple(torch.tensor([known.setdefault(name, len(known)) for name in column], dtype=torch.int64) for column in columns)
 

@@ -23,7 +23,7 @@ IGNORE = -100
 class TextEncoder(nn.Module):
     """Ids [B, L] -> feature [B, E]: bidirectional, learned positions, pooled at one position, norm, bias-free head.
 
-    Padding is not masked, as in the official code; with pool "last" the id at the last place ([CLS]) gathers the text.
+    Padding is not masked, as in the official code; with pool "last" the text is read off at the last position ([CLS]).
     """
 
     def __init__(self, config: TextConfig, embed_dim: int) -> None:
@@ -162,7 +162,7 @@ class CaptionDecoder(nn.Module):
         return self.head(self.norm(x)).float().log_softmax(-1)
 
     def _query_steps(self, prefix: Tensor, beams: int):
-        """The queries see no words, so one pass gives every place's distribution, the same for all beams."""
+        """The queries see no words, so one pass gives the distribution at every position, the same for all beams."""
         tail = self.queries.expand(prefix.shape[0], -1, -1).to(prefix.dtype)
         x = self.transformer(torch.cat([prefix, tail], dim=1), causal=True, prefix_len=prefix.shape[1])
         log_probs = self._log_probs(x[:, prefix.shape[1] :]).repeat_interleave(beams, dim=0)

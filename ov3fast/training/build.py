@@ -31,7 +31,7 @@ def build_tokenizer(recipe: Recipe, store: SampleStore) -> Tokenizer:
 
 
 def training_texts(store: SampleStore) -> Iterator[str]:
-    """Every caption of the paired sources under the keys that they use; unreadable samples are the loader's business."""
+    """Every caption of the paired sources under the keys that they use; unreadable samples are left to the loader."""
     for source in store.sources:
         if not source.config.paired:
             continue
@@ -45,7 +45,7 @@ def training_texts(store: SampleStore) -> Iterator[str]:
 
 
 def build_model(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> OpenVision3:
-    """The model with weights named by recipe.seed, its VAE and its switches; in training mode."""
+    """The model in training mode, initialised from recipe.seed, with its VAE attached."""
     config = recipe.model
     if recipe.restrict_vocabulary:
         config = config.for_tokenizer(tokenizer)
@@ -78,7 +78,7 @@ def check_compiler(device: torch.device) -> None:
 
 
 def latents_key(recipe: Recipe, stage: Stage, store: SampleStore, vae: FrozenVAE) -> str:
-    """Names a stage's cached latents: all that their bits depend on."""
+    """Cache key of a stage's latents: everything that their bits depend on."""
     data = dataclasses.asdict(recipe.data)
     shards = [
         (str(s.path), s.samples, s.path.stat().st_size, s.path.stat().st_mtime_ns)

@@ -31,7 +31,7 @@ _FORMER = ("model.safetensors", "optimizer.safetensors", "ema.safetensors", STAT
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint was passed over; the message names it and says why."""
+    """A damaged checkpoint was skipped; the message names it and says why."""
 
 
 class Checkpoint(NamedTuple):
@@ -89,7 +89,7 @@ def _remove(path: Path) -> None:
 
 
 def latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole; a CheckpointWarning for each newer one that is not. None if there is none at all.
+    """The newest checkpoint that is whole; a CheckpointWarning for each newer one that is not. None if there are no checkpoints.
 
     ValueError if there are checkpoints and none is whole.
     """

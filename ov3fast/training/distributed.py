@@ -62,13 +62,13 @@ class Ranks:
         return values
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Barrier over the ranks."""
         if self.group is not None:
             dist.barrier(group=self.control)
 
 
 def start(device: str | torch.device | None = None) -> Ranks:
-    """Joins the processes that torchrun's environment names; one process where there is none.
+    """Joins the process group described by torchrun's environment; a single process where there is none.
 
     device: None takes this rank's GPU where there is one, else the CPU.
     """

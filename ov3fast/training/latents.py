@@ -72,7 +72,7 @@ def fill(
 
 
 def load(path: Path, key: str) -> LatentCache | None:
-    """The cache that `save` wrote under this key, or None, for a file that can't be read too: it is only a copy."""
+    """The cache that `save` wrote under this key, or None; an unreadable file counts as missing, since it can be made again."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -87,7 +87,7 @@ def load(path: Path, key: str) -> LatentCache | None:
 
 
 def save(cache: LatentCache, path: Path, key: str) -> None:
-    """Writes the cache, all or nothing."""
+    """Writes the cache atomically."""
     from safetensors.torch import save_file
 
     with atomic_write(path) as temporary:

@@ -124,7 +124,7 @@ class Display:
         self._progress.stop()
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays above the live bar."""
         self.console.print(text, soft_wrap=True, markup=False)
 
     def update(self, what: str, share: float, text: str, last: bool = False) -> None:

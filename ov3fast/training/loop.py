@@ -166,7 +166,7 @@ class Run:
 
     @property
     def interrupted(self) -> bool:
-        """Whether stages are left."""
+        """Whether any stage is unfinished."""
         return self.state.stage < len(self.recipe.stages)
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
@@ -208,7 +208,7 @@ class Run:
             self.display.note(f"skipped samples: {run.inputs.skips}")
 
     def _prepare(self, stage: Stage) -> _StageRun:
-        """Everything that a stage's steps need, at the step that the run goes on from."""
+        """Sets up a stage at the step that the run resumes from."""
         recipe, state = self.recipe, self.state
         config = recipe.stage_objective(stage)
         lpips = (
@@ -295,7 +295,7 @@ class Run:
             self._log(run, lr, measured)
 
     def _checkpoint(self, run: _StageRun, stop: bool) -> None:
-        """Ends the stage where it is done, and saves where that is due."""
+        """Closes the stage if it has finished, and saves a checkpoint if one is due."""
         state = self.state
         last = run.finished(state)
         if last:

@@ -52,7 +52,7 @@ def stop_non_finite(
 
 @torch.no_grad()
 def suspicious(model: OpenVision3, micro_batch: MicroBatch) -> list[str]:
-    """Keys of the images whose latents, or what the model makes of them, are not finite."""
+    """Keys of the images whose latents, or whose outputs of the model, are not finite."""
     bad = ~micro_batch.latents.isfinite().flatten(1).all(1)
     if not bad.any():
         output = model(

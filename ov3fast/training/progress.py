@@ -1,4 +1,4 @@
-"""Where a run is, what its folder holds, and how a run goes on from its newest checkpoint."""
+"""A run's progress, the names in its folder, and resuming from its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMPARISON = "comparison.json"
 
 @dataclass
 class State:
-    """Where a run is; with weights, optimizer and EMA it is all that a checkpoint needs."""
+    """A run's progress. With weights, optimizer and EMA, this is everything that a checkpoint holds."""
 
     step: int = 0
     """Optimizer steps done."""
@@ -40,7 +40,7 @@ class State:
 def find_checkpoint(
     recipe: Recipe, ranks: Ranks, note: Callable[[str], None], *, resume: bool, overwrite: bool, extend: bool
 ) -> checkpoint.Checkpoint | None:
-    """The checkpoint that a run in recipe.run_dir goes on from; None where it begins anew. `train` says what it raises.
+    """The checkpoint to resume a run in recipe.run_dir from, or None to start from scratch. Raises as documented in `train`.
 
     overwrite without resume removes what the former run left.
     """
@@ -76,7 +76,7 @@ def find_checkpoint(
 
 
 def restored_state(saved: checkpoint.Checkpoint, stages: Sequence[Stage], extend: bool) -> State:
-    """The state that a checkpoint holds; with extend, at the end of its last stage where `stages` has that longer."""
+    """The state in a checkpoint. With extend, and if `stages` lengthens the last finished stage, the state at the end of that stage."""
     values = saved.state["progress"]
     cursors = values["cursors"]
     state = State(**{**values, "cursors": None if cursors is None else tuple(cursors)})
@@ -86,7 +86,7 @@ def restored_state(saved: checkpoint.Checkpoint, stages: Sequence[Stage], extend
 
 
 def _reopen(state: State, stages: Sequence[Stage], saved: checkpoint.Checkpoint) -> None:
-    """Goes back to the end of the last stage where that is longer now."""
+    """Reopens the last finished stage if it has become longer."""
     former = Recipe.from_dict(saved.state["recipe"]).stages
     if not state.stage or state.stage_step or stages[state.stage - 1] == former[state.stage - 1]:
         return

@@ -70,7 +70,7 @@ class MicroBatch:
 
 
 def derive_rng(purpose: str, seed: int, stage: int, step: int) -> Tensor:
-    """The rng of one purpose in one step: (hash of all four, 0)."""
+    """The (seed, offset) of one purpose in one step: (hash of all four arguments, 0)."""
     digest = hashlib.sha256(f"{purpose} {seed} {stage} {step}".encode()).digest()
     return ops.random.make_rng(int.from_bytes(digest[:8], "little"))
 
@@ -142,7 +142,7 @@ class Step:
     def _forward(
         self, micro_batch: MicroBatch, contrastive: Callable[[ModelOutput], Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """Losses by name, with their graphs. contrastive: where that part comes from if it is not this micro-batch's own."""
+        """Losses by name, with their graphs. contrastive: computes that part in place of this micro-batch's own."""
         config = self.objective.config
         with self.autocast(), self.timer("other forward"):
             outputs: ModelOutput = self.runner(
@@ -212,7 +212,7 @@ class Step:
 
 
 class _EncoderStates:
-    """Within the block, keeps what the encoder's last block gives: the tokens before any norm, from which both branches part."""
+    """Within the block, captures the output of the encoder's last block: the tokens before any norm, where the two branches fork."""
 
     def __init__(self, model: OpenVision3, enabled: bool) -> None:
         self.transformer, self.enabled = model.encoder.transformer, enabled

@@ -37,7 +37,7 @@ class Timer:
             self._leave()
 
     def watch(self, **modules: nn.Module) -> None:
-        """Counts each module's forward as the part of its keyword."""
+        """Charges each module's forward to the part that its keyword names."""
         for part, module in modules.items():
             module.register_forward_pre_hook(lambda *_, part=part: self._enter(part))
             module.register_forward_hook(lambda *_: self._leave(), always_call=True)
@@ -58,7 +58,7 @@ class Timer:
         self._open.pop()
 
     def _count(self) -> None:
-        """Gives the time since the last change to the part that is open."""
+        """Adds the time since the last change to the part that is running."""
         self._wait()
         now = time.perf_counter()
         if self._open:

@@ -194,6 +194,13 @@ def test_edges_of_tiles(size, dtype, reduction):
         testing.check(*pair(labels, reduction=reduction), (hidden, weight), dtype=dtype)
 
 
+@pytest.mark.skipif(triton.INTERPRETED, reason="too many rows for the interpreter")
+def test_many_chunks_lose_no_digits():
+    """What the weight's gradient gathers between chunks is wider than bfloat16."""
+    hidden, weight, labels = inputs(40 * 528, 7, 50)
+    testing.check(*pair(labels), (hidden, weight), dtype=torch.bfloat16)
+
+
 @hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 @hypothesis.given(
     tokens=st.sampled_from([7, 8, 9, 47, 48, 49, 97]),

@@ -103,7 +103,7 @@ def _kind(value: Any) -> str:
 
 
 def sidecar(shard: str | Path) -> Path:
-    """Where the joined captions of a shard lie: 00000.tar -> 00000.captions.json."""
+    """Path of a shard's joined captions: 00000.tar -> 00000.captions.json."""
     return Path(shard).with_suffix(".captions.json")
 
 

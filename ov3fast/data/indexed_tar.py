@@ -77,7 +77,7 @@ class OpenShard:
         return samples
 
     def _drop_cut_sample(self, samples: dict[str, dict[str, Member]]) -> None:
-        """A sample that the cut went through is lost, not one without a caption."""
+        """A sample that the truncation hit counts as lost, not as one without a caption."""
         if self.cut is None:
             return
         split = split_name(self.cut)

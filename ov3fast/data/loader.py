@@ -274,7 +274,7 @@ class Loader:
 
 @dataclass
 class _Drawn:
-    """A unit's part of a batch: `views` rows."""
+    """One unit's rows of a batch, `views` of them."""
 
     index: tuple[int, ...]
     variant: list[int]

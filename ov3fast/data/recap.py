@@ -52,7 +52,7 @@ Place = tuple[int, str]  # (shard number, sample key)
 
 
 class _Keys:
-    """The samples by the value that is joined."""
+    """The samples, indexed by their join key."""
 
     def __init__(self, by: str) -> None:
         self.by = by
@@ -249,7 +249,7 @@ def _parts(file: Path, schema: pa.Schema, keys: _Keys, by: str, columns: list[st
 
 
 def _filterable(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Arrow has no filter for string views."""
+    """Arrow can't filter string views, so they are cast."""
     import pyarrow as pa
 
     columns = [column.cast(pa.string()) if pa.types.is_string_view(column.type) else column for column in batch.columns]

@@ -57,7 +57,7 @@ def find_shards(shards: str | Path | Sequence[str | Path]) -> list[Shard]:
 
 
 def warn_left_out(shards: Any, left_out: Tally) -> None:
-    """One warning for a whole set."""
+    """Issues one warning for the whole set."""
     if left_out:
         named = [str(item) for item in ([shards] if isinstance(shards, str | Path) else shards)]
         place = named[0] if len(named) == 1 else f"{named[0]} and {len(named) - 1} more"
@@ -82,7 +82,7 @@ def find_tars(shards: str | Path | Sequence[str | Path]) -> FoundShards:
 
 
 def _expanded(item: str | Path) -> list[Path]:
-    """The paths that a name stands for."""
+    """The paths that a pattern expands to."""
     path = Path(item).expanduser()
     if path.exists():
         return [path]
@@ -121,7 +121,7 @@ def _find(path: Path, found: FoundShards) -> None:
 
 
 def tars_in(folder: Path, left_out: Tally) -> list[Path]:
-    """The tars of a folder, whatever its index says."""
+    """All tars of a folder, listed in its index or not."""
     tars = []
     for path in sorted(folder.iterdir()):
         if _COMPRESSED.search(path.name):

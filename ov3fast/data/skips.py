@@ -44,7 +44,7 @@ class Tally:
         self.examples.setdefault(reason, example)
 
     def merge(self, other: Tally, place: str | None = None) -> None:
-        """Add another tally; `place` says where its examples lie, unless they do so themselves."""
+        """Add another tally; `place`, if given, is put before its examples."""
         for reason, count in other.counts.items():
             example = other.examples[reason]
             self.add(reason, example if place is None else f"{place}: {example}", count)

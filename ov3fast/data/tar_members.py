@@ -26,7 +26,7 @@ _FOREIGN_NAMES = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 
 class Member(NamedTuple):
-    """A file in the archive: its name, and where its content lies."""
+    """A file in the archive: its name, and the offset and size of its content."""
 
     name: str
     start: int

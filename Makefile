@@ -68,9 +68,12 @@ docs: .venv/dev
 	$(BIN)/python tools/doc_tables.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
-# The operator table, benches/results/operators-cpu.csv; `make step-table` is that of a demo run's parts.
+# The operator table of this chip, benches/results/operators-cpu-CHIP.csv, the choice of backends made from it, and the pages that show
+# them; `make step-table` is that of a demo run's parts.
 bench: .venv/dev
 	$(BIN)/python -m benches.operators
+	$(BIN)/python tools/doc_tables.py
+	$(BIN)/python -m benches.kernel_page
 
 step-table: demo
 	$(BIN)/python -m benches.step $(RUN)

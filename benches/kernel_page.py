@@ -1,6 +1,6 @@
 """docs/kernels.md: puts the tables of results into the page, between `<!-- tables: OPERATOR ... -->` and `<!-- end -->`.
 
-python -m benches.kernel_page        # after benches/results/kernels-aot.csv or operators-cpu.csv has changed
+python -m benches.kernel_page        # after benches/results/kernels-aot.csv or operators-cpu-zen4.csv has changed
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ov3fast.kernels.aot import table
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "kernels.md"
 AOT = ROOT / "benches" / "results" / "kernels-aot.csv"
-CPU = ROOT / "benches" / "results" / "operators-cpu.csv"
+CPU = ROOT / "benches" / "results" / "operators-cpu-zen4.csv"
 
 _BLOCK = re.compile(r"(<!-- tables: ([^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -1,38 +1,56 @@
 """The operator table: every operator against the best that PyTorch offers for it, on this machine.
 
-    make bench                                            # writes benches/results/operators-cpu.csv
+    make bench                                            # writes benches/results/operators-cpu-CHIP.csv, and the choice of backends
     python -m benches.operators --only attention          # some rows, printed only
     ov3fast bench --device cuda                           # the same on a GPU, with the libraries that are installed: operators-cuda.csv
 
-Variants take turns in one process. A row holds the median and quartiles of ours, the best peer and the ratio to it, GFLOP/s or GB/s, the
-share of the floor (flops over the matrix-product rate or bytes over the copy rate, the longer, both measured in the same run), and by how
-much the process grew beyond results. Rows that lose stay in. Use a quiet machine.
+Variants take turns in one process: the automatic choice, each backend that it could take, and what PyTorch offers. A row holds the
+median and quartiles of the automatic choice and what it `chosen` took, the best peer and the ratio to it, GFLOP/s or GB/s, the share of the
+floor (flops over the matrix-product rate or bytes over the copy rate, the longer, both measured in the same run), by how much the process
+grew beyond results, and the medians of all `backends` and `peers`. Rows that lose stay in. Use a quiet machine.
+
+From the file of this chip benches/rule.py makes the rule that chooses. Where it changes a choice, the rows concerned are measured again.
 """
 
 from __future__ import annotations
 
 import csv
 import gc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 import tyro
 
+from ov3fast import ops
 from ov3fast.cli.bench import BenchOptions
+from ov3fast.io import atomic_write
+from ov3fast.ops import _chip, _choice, _dispatch
+from ov3fast.ops._trials import BACKENDS, FAR, OUT_OF_BOUNDS
 
-from . import cases, timing
+from . import cases, rule, timing
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def measure(case: cases.Case, budget: float, floors: dict[str, float]) -> dict[str, str]:
     """One row of the table."""
-    seconds = timing.interleaved(case.variants, budget)
+    forced = backends(case)
+    once = {name: timing.once(run) for name, run in forced.items()}
+    far = {name: seconds for name, seconds in once.items() if seconds > FAR * min(once.values())}
+    near = {name: run for name, run in forced.items() if name not in far}
+    taken = chosen(case)
+    if taken in near:  # the automatic choice is this backend: not twice
+        del near[taken]
+    seconds = timing.interleaved({**case.variants, **{f"impl {name}": run for name, run in near.items()}}, budget)
     first, median, third = timing.quartiles(seconds[cases.OURS])
-    peers = {name: timing.quartiles(runs)[1] for name, runs in seconds.items() if name != cases.OURS}
+    medians = {name: timing.quartiles(runs)[1] for name, runs in seconds.items()}
+    peers = {name: medians[name] for name in case.variants if name != cases.OURS}
+    impls = {name: medians[cases.OURS] if name == taken else medians.get(f"impl {name}") or far[name] for name in forced}
     best = min(peers, key=peers.get, default="")
-    floor = max(case.flops / floors[case.dtype], case.bytes / floors["copy"])
+    floor = max(case.flops / floors["bf16" if case.dtype == cases.MIXED else case.dtype], case.bytes / floors["copy"])
     row = {
         "operator": case.operator,
         "direction": case.direction,
@@ -49,6 +67,10 @@ def measure(case: cases.Case, budget: float, floors: dict[str, float]) -> dict[s
         "target": "" if case.target is None else f"{case.target:g}",
         "extra_mb": "",
         "peer_extra_mb": "",
+        "chosen": taken,
+        "size": "" if case.size is None else " ".join(map(str, case.size)),
+        "backends": _list(impls),
+        "peers": _list(peers),
     }
     if case.note_memory:
         for column, name in (("extra_mb", cases.OURS), ("peer_extra_mb", best)):
@@ -57,11 +79,58 @@ def measure(case: cases.Case, budget: float, floors: dict[str, float]) -> dict[s
     return row
 
 
+def _list(seconds: dict[str, float]) -> str:
+    """In ms, the fastest first."""
+    return "; ".join(f"{name} {1e3 * value:.3f}" for name, value in sorted(seconds.items(), key=lambda item: item[1]))
+
+
+def backends(case: cases.Case) -> dict[str, Callable[[], object]]:
+    """The case on each backend that an automatic choice could take; none for what is no single operator, and on a GPU."""
+    op = operator(case)
+    if case.size is None or timing.device() != "cpu":
+        return {}
+    status = ops.table()[op]
+    ready = [n for n in BACKENDS if status.get(n) == "ready" and (op, n) not in OUT_OF_BOUNDS]
+
+    def forced(name: str) -> Callable[[], object]:
+        def run() -> object:
+            with ops.use(name):
+                return case.variants[cases.OURS]()
+
+        return run
+
+    return {name: forced(name) for name in ready}
+
+
+def operator(case: cases.Case) -> str:
+    """The name under which the case's operator is registered."""
+    op = case.operator.split()[0]
+    return f"{op}_total" if (op, case.direction) == ("linear_cross_entropy", "both") else op
+
+
+def chosen(case: cases.Case) -> str:
+    """What the automatic choice takes: one name, or those of forward and backward calls with a + between."""
+    taken: dict[bool, dict[str, None]] = {False: {}, True: {}}
+    select = _dispatch.Selector.select_backend
+
+    def watch(self: _dispatch.Selector, *call: Any) -> str:
+        name = select(self, *call)
+        taken[self.backward][name] = None
+        return name
+
+    _dispatch.forget_choices()
+    with mock.patch.object(_dispatch.Selector, "select_backend", watch):
+        case.variants[cases.OURS]()
+    forward, backward = (", ".join(sorted(names)) for names in (taken[False], taken[True]))
+    return f"{forward} + {backward}" if forward and backward and forward != backward else forward or backward
+
+
 def _rate(flops: float) -> str:
     return f"{flops / 1e12:.1f} TFLOP/s" if flops >= 1e13 else f"{flops / 1e9:.0f} GFLOP/s"
 
 
-def measure_all(options: BenchOptions, table: Iterable[cases.Case]) -> list[dict[str, str]]:
+def measure_all(options: BenchOptions, table: Iterable[cases.Case], rows: list[dict[str, str]]) -> None:
+    """Measures the cases and puts their rows into `rows`, in place of older ones of the same call, and into the file."""
     from rich.console import Console
 
     console = Console()
@@ -70,28 +139,31 @@ def measure_all(options: BenchOptions, table: Iterable[cases.Case]) -> list[dict
         f"floors: fp32 {floors['fp32'] / 1e9:.0f} GFLOP/s, bf16 {floors['bf16'] / 1e9:.0f} GFLOP/s, copy {floors['copy'] / 1e9:.1f} GB/s"
     )
     facts = timing.machine()
-    rows = []
     for case in table:
         if not options.compile:
             case.variants.pop("compile", None)
         row = measure(case, options.budget, floors)
-        rows.append({**row, **{f"{name}_rate": f"{rate:.3e}" for name, rate in floors.items()}, **facts})
+        row |= {f"{name}_rate": f"{rate:.3e}" for name, rate in floors.items()} | facts
+        before = next((i for i, old in enumerate(rows) if _call(old) == _call(row)), len(rows))
+        rows[before : before + 1] = [row]
         if options.out is not None:
             write(rows, options.out)
         console.print(
             f"{row['operator']:<24} {row['direction']:<9} {row['shape']:<34} {row['dtype']:<5} {row['ms']:>10} ms  {row['rate']:>12}"
             f"  {row['of_floor']:>5} of floor  {row['ratio']:>6} x {row['best_peer']:<22} target {row['target']:<5}"
-            f" {row['extra_mb'] and row['extra_mb'] + ' MB'}",
+            f" {row['extra_mb'] and row['extra_mb'] + ' MB'}  {row['chosen']}: {row['backends']}",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
         del case
         gc.collect()
-    return rows
+
+
+def _call(row: dict[str, str]) -> tuple[str, ...]:
+    return row["operator"], row["direction"], row["shape"], row["dtype"]
 
 
 def write(rows: list[dict[str, str]], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
@@ -121,12 +193,27 @@ def main(options: BenchOptions) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("there is no GPU; --device cpu measures the CPU kernels")
     torch.manual_seed(0)
-    if options.out is None and not options.only and not options.dtype:
-        options.out = RESULTS / f"operators-{options.device}.csv"
+    file = RESULTS / (f"operators-cpu-{_chip.current().name}.csv" if options.device == "cpu" else "operators-cuda.csv")
+    everything = not options.only and not options.dtype
+    if options.out is None and (everything or options.update):
+        options.out = file
+    rows = read(file) if options.update and file.exists() else []
     with torch.device(options.device):
-        measure_all(options, cases.table(options.only, options.dtype))
+        measure_all(options, cases.table(options.only, options.dtype), rows)
+        if options.out == file and options.device == "cpu" and _chip.current().name != _chip.UNKNOWN:
+            rule.main()
+            changed = {_call(row) for row in rule.stale(rows, _choice.rule()[0])}
+            again = (case for case in cases.table() if (case.operator, case.direction, case.shape, case.dtype) in changed)
+            if changed:
+                measure_all(options, again, rows)
+                rule.main()
     if options.out is not None:
         print(f"written: {options.out}")
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 if __name__ == "__main__":

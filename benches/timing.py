@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import platform
 import statistics
 import subprocess
 import time
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from ov3fast.ops import _trials
+
 LONG = 15.0
 """Seconds of a run from which on one turn has to do, the first included."""
 
@@ -19,7 +20,11 @@ LONG = 15.0
 def interleaved(
     variants: dict[str, Callable[[], object]], budget: float, least: int = 5, most: int = 50
 ) -> dict[str, list[float]]:
-    """Seconds of every run of each variant, taken in turn after one that is not counted, for about `budget` seconds."""
+    """Seconds of every run of each variant, taken in turn after one that is not counted, for about `budget` seconds.
+
+    Every other turn goes backwards: what a variant leaves in caches and in the allocator is not always the same one's to bear.
+    """
+    _trials.settle()
     first = {name: _seconds(run) for name, run in variants.items()}
     if max(first.values()) > LONG and len(variants) == 1:
         return {name: [seconds] for name, seconds in first.items()}
@@ -27,10 +32,16 @@ def interleaved(
     began = time.perf_counter()
     turns = 0
     while turns < least or (time.perf_counter() - began < budget and turns < most):
-        for name, run in variants.items():
-            seconds[name].append(_seconds(run))
+        for name in reversed(variants) if turns % 2 else variants:
+            seconds[name].append(_seconds(variants[name]))
         turns += 1
     return seconds
+
+
+def once(run: Callable[[], object]) -> float:
+    """Seconds of the second run."""
+    run()
+    return _seconds(run)
 
 
 def _seconds(run: Callable[[], object]) -> float:
@@ -117,7 +128,7 @@ def commit() -> str:
 
 def machine() -> dict[str, str]:
     """What every row of a table of results has to say."""
-    from ov3fast.ops import cpu
+    from ov3fast.ops import _chip, cpu
 
     if device() == "cuda":
         return {
@@ -126,21 +137,12 @@ def machine() -> dict[str, str]:
             "torch": torch.__version__,
             "commit": commit(),
         }
+    chip = _chip.current()
     return {
-        "cpu": _cpu_name(),
+        "cpu": chip.model,
         "isa": cpu.isa() if cpu.unavailable_reason() is None else "none",
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "commit": commit(),
+        "chip": chip.name,
     }
-
-
-def _cpu_name() -> str:
-    try:
-        facts = dict(
-            (key.strip(), value.strip())
-            for key, value in (line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
-        )
-        return f"{facts['model name']} family {facts['cpu family']} model {facts['model']}"
-    except (OSError, KeyError):
-        return platform.processor() or platform.machine()

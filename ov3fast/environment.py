@@ -17,7 +17,10 @@ WORDS = {
         "instruction set of the CPU kernels: portable, avx2, avx512, avx512_bf16, amx_bf16, or amx_emulated for tests",
         "the widest that runs here",
     ),
-    "OV3FAST_CACHE": Word("folder for the demo set, packages and tuned block sizes", "~/.cache/ov3fast"),
+    "OV3FAST_CACHE": Word("folder for the demo set, packages and what `ov3fast tune` finds", "~/.cache/ov3fast"),
+    "OV3FAST_TUNED": Word(
+        "0: what `ov3fast tune --device cpu` found on this machine is ignored", "it wins over the shipped table"
+    ),
     "OV3FAST_TRACEBACK": Word("any text: errors of the command line show where they came from", "one line, exit code 2"),
     "OV3FAST_NATIVE": Word(
         "folder of another build of the CPU and CUDA kernels, as `make sanitize` uses", "the installed build"

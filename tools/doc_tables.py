@@ -2,7 +2,8 @@
 
     python tools/doc_tables.py        # after a CSV file in benches/results has changed; a test compares
 
-NAME is `environment`, `step`, `index` for the list of operators, `operators` for every row, or the name of one operator.
+NAME is `environment`, `step`, `index` for the list of operators, `operators` for every row, `amx` for those reported of another chip, or
+the name of one operator.
 """
 
 import ast
@@ -70,7 +71,7 @@ def index() -> list[tuple[str, str]]:
 
 
 def render(page: str) -> str:
-    operators = read("operators-cpu.csv")
+    operators = read("operators-cpu-zen4.csv")
 
     def fill(block: re.Match[str]) -> str:
         name = block[2]
@@ -83,8 +84,11 @@ def render(page: str) -> str:
             head, *rest = read("step.csv")
             made = table(head, [list(row.values()) for row in (head, *rest)])
         elif name == "operators":
-            rows = [[row["operator"], *figures(row), row["target"], extra_memory(row)] for row in operators]
-            made = measured_on(operators[0]) + "\n\n" + table(("operator", *HEAD, "asked", "extra MB (peer)"), rows)
+            rows = [[row["operator"], *figures(row), row["target"], row["chosen"], extra_memory(row)] for row in operators]
+            made = measured_on(operators[0]) + "\n\n" + table(("operator", *HEAD, "asked", "chosen", "extra MB (peer)"), rows)
+        elif name == "amx":
+            rows = [[row["operator"], *figures(row)[:3], row["ms"], row["peer_ms"], row["ratio"]] for row in read("operators-cpu-amx.csv")]
+            made = table(("operator", "", "size", "dtype", "ms, our kernels", "ms, PyTorch's best", "ratio"), rows)
         else:
             rows = [row for row in operators if row["operator"].split()[0] == name]
             made = measured_on(rows[0]) + "\n\n" + table(HEAD, map(figures, rows)) if rows else "No row yet."

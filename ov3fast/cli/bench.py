@@ -16,7 +16,7 @@ class BenchOptions:
     """The operator table: every operator against the best that PyTorch offers for it, on this machine."""
 
     only: str = ""
-    """Rows whose operator contains this; the table is then printed, not written, unless out is given."""
+    """Rows whose operator contains this; the table is then printed, not written, unless out or update is given."""
     dtype: str = ""
     """fp32 or bf16 alone."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -24,6 +24,8 @@ class BenchOptions:
     """Also try torch.compile, which takes a C++ compiler and some minutes."""
     budget: float = 4.0
     """Seconds of timing per row (more where five turns take longer)."""
+    update: bool = False
+    """Put the rows measured into this chip's file, and leave its others as they are."""
     out: Path | None = None
     markdown: Path | None = None
     """Print this table of results as Markdown, and measure nothing."""

@@ -35,7 +35,7 @@ def facts(rows: Iterable[Row]) -> dict[str, str]:
 
 
 def operator_table(rows: list[Row]) -> list[dict[str, str]]:
-    """One line per case, in the columns of operators-cpu.csv as far as they are known, and ours by backend and in host time."""
+    """One line per case, in the columns of operators-cpu-zen4.csv as far as they are known, and ours by backend and in host time."""
     machine, rates = (
         facts(rows),
         {row["dtype"] or row["size"]: row["rate"] for row in rows if row["check"] == "rate" and "rate" in row},

@@ -3,7 +3,7 @@
 import torch
 
 from ...kernels.contrastive.config import FEW
-from .. import _dispatch
+from .. import _choice, _dispatch
 from ..contrastive_loss import over_ranks
 from . import Kernel, pointer, rows, unavailable_reason, unsupported_reason, wide
 
@@ -72,5 +72,5 @@ def _project(grad, x):
 
 _dispatch.register(
     "contrastive_loss", "cpu", *over_ranks(_forward_rows, _backward_rows, _project), operands=("image", "text"),
-    unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason,
+    unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason, **_choice.by_evidence("contrastive_loss"),
 )  # fmt: skip

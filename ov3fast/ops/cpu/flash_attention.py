@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import _dispatch
+from .. import _choice, _dispatch
 from . import Kernel, empty, empty_like, unavailable_reason, unit_stride, unsupported_reason
 
 FORWARD = Kernel(
@@ -73,9 +73,10 @@ def _unsupported_reason(q):
 
 _dispatch.register(
     "flash_attention", "cpu", _forward, _backward, operands=("q",),
-    unavailable_reason=unavailable_reason, unsupported_reason=_unsupported_reason,
+    unavailable_reason=unavailable_reason, unsupported_reason=_unsupported_reason, **_choice.by_evidence("flash_attention"),
 )  # fmt: skip
 _dispatch.register(
     "flash_attention_qkvpacked", "cpu", _forward_packed, _backward_packed, operands=("qkv",),
     unavailable_reason=unavailable_reason, unsupported_reason=_unsupported_reason,
+    **_choice.by_evidence("flash_attention_qkvpacked"),
 )  # fmt: skip

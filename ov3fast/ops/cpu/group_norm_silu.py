@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import _dispatch
+from .. import _choice, _dispatch
 from ..group_norm_silu import memory_format
 from . import Kernel, pointer, unavailable_reason, unsupported_reason, wide
 
@@ -68,5 +68,5 @@ def _backward(grad_y, x, weight, bias, mean, rstd, need_x, need_weight, need_bia
 
 _dispatch.register(
     "group_norm_silu", "cpu", _forward, _backward, operands=("x", "weight"),
-    unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason,
+    unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason, **_choice.by_evidence("group_norm_silu"),
 )  # fmt: skip

@@ -1,6 +1,6 @@
 """Lays out latent_projection's arguments for csrc/cpu/latent_projection.cpp."""
 
-from .. import _dispatch
+from .. import _choice, _dispatch
 from . import Kernel, dense, empty, pointer, rows, unavailable_reason, unit_stride, unsupported_reason
 
 FORWARD = Kernel(
@@ -43,5 +43,5 @@ def _backward(grad_x, tokens, weight, patch_size, need_tokens, need_weight, need
 
 _dispatch.register(
     "latent_projection", "cpu", _forward, _backward, operands=("tokens", "weight"),
-    unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason,
+    unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason, **_choice.by_evidence("latent_projection"),
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import _dispatch
+from .. import _choice, _dispatch
 from . import NO_ROWS, Kernel, empty, empty_like, matrix, pointer, unavailable_reason, unsupported_reason, wide
 
 FORWARD = Kernel(
@@ -47,5 +47,5 @@ def _backward(grad_y, grad_h, h, weight, mean, rstd, need_x, need_weight, need_b
 
 _dispatch.register(
     "layer_norm", "cpu", _forward, _backward, operands=("x", "weight"),
-    unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason,
+    unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason, **_choice.by_evidence("layer_norm"),
 )  # fmt: skip

@@ -1,6 +1,6 @@
 """Lays out linear's arguments for csrc/cpu/linear.cpp."""
 
-from .. import _dispatch
+from .. import _choice, _dispatch
 from . import Kernel, dense, empty, empty_like, matrix, pointer, unavailable_reason, unsupported_reason
 
 FORWARD = Kernel(
@@ -38,5 +38,5 @@ def _backward(grad_y, x, weight, need_x, need_weight, need_bias):
 
 _dispatch.register(
     "linear", "cpu", _forward, _backward, operands=("x", "weight"),
-    unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason,
+    unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason, **_choice.by_evidence("linear"),
 )  # fmt: skip

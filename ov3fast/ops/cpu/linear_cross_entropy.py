@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import _dispatch
+from .. import _choice, _dispatch
 from ..linear_cross_entropy import check_labels, mean_factor
 from . import Kernel, empty, pointer, rows, unavailable_reason, unsupported_reason, wide
 
@@ -76,5 +76,5 @@ def _total(hidden, weight, labels, ignore_index, mean, need_hidden, need_weight)
 for _op, _functions in (("linear_cross_entropy", (_forward, _backward)), ("linear_cross_entropy_total", (_total,))):
     _dispatch.register(
         _op, "cpu", *_functions, operands=("hidden", "weight"),
-        unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason,
+        unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason, **_choice.by_evidence(_op),
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Lays out mlp's arguments for csrc/cpu/mlp.cpp."""
 
-from .. import _dispatch
+from .. import _choice, _dispatch
 from . import Kernel, dense, empty, empty_like, matrix, pointer, unavailable_reason, unsupported_reason
 
 FORWARD = Kernel(
@@ -56,5 +56,5 @@ def _backward(grad_y, x, h, w1, b1, w2, activation, need_x, need_w1, need_b1, ne
 
 _dispatch.register(
     "mlp", "cpu", _forward, _backward, operands=("x", "w1"),
-    unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason,
+    unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason, **_choice.by_evidence("mlp"),
 )  # fmt: skip

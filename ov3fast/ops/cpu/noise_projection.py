@@ -1,6 +1,6 @@
 """Lays out noise_projection's arguments for csrc/cpu/noise_projection.cpp."""
 
-from .. import _dispatch
+from .. import _choice, _dispatch
 from . import Kernel, dense, empty, empty_like, pointer, rows, unavailable_reason, unit_stride, unsupported_reason, wide
 
 FORWARD = Kernel(
@@ -46,5 +46,5 @@ def _backward(grad_y, z, sigma, weight, rng, need_z, need_sigma, need_weight, ne
 
 _dispatch.register(
     "noise_projection", "cpu", _forward, _backward, operands=("z",),
-    unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason,
+    unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason, **_choice.by_evidence("noise_projection"),
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import _dispatch
+from .. import _choice, _dispatch
 from . import Kernel, dense, empty, pointer, rows, unavailable_reason, unit_stride, unsupported_reason
 
 FORWARD = Kernel(
@@ -56,5 +56,5 @@ def _backward(
 
 _dispatch.register(
     "patch_embed", "cpu", _forward, _backward, operands=("latents", "weight"),
-    unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason,
+    unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason, **_choice.by_evidence("patch_embed"),
 )  # fmt: skip

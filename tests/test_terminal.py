@@ -45,7 +45,15 @@ sys.exit(cli.main(["probe", *sys.argv[1:]]))
 def test_python_m_and_the_json_of_doctor():
     done = start("doctor", "--json")
     found = json.loads(done.stdout)
-    assert done.returncode == 0 and set(found) == {"machine", "environment", "choice", "packages", "tools", "files", "operators"}
+    assert done.returncode == 0 and set(found) == {
+        "machine",
+        "environment",
+        "choice",
+        "packages",
+        "tools",
+        "files",
+        "operators",
+    }
     assert set(found["environment"]) == set(environment.WORDS) and found["operators"]["linear"]
 
 

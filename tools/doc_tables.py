@@ -87,7 +87,10 @@ def render(page: str) -> str:
             rows = [[row["operator"], *figures(row), row["target"], row["chosen"], extra_memory(row)] for row in operators]
             made = measured_on(operators[0]) + "\n\n" + table(("operator", *HEAD, "asked", "chosen", "extra MB (peer)"), rows)
         elif name == "amx":
-            rows = [[row["operator"], *figures(row)[:3], row["ms"], row["peer_ms"], row["ratio"]] for row in read("operators-cpu-amx.csv")]
+            rows = [
+                [row["operator"], *figures(row)[:3], row["ms"], row["peer_ms"], row["ratio"]]
+                for row in read("operators-cpu-amx.csv")
+            ]
             made = table(("operator", "", "size", "dtype", "ms, our kernels", "ms, PyTorch's best", "ratio"), rows)
         else:
             rows = [row for row in operators if row["operator"].split()[0] == name]

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -109,7 +109,12 @@ Table = dict[tuple[str, str, str], list[Choice]]
 """(operator, direction, dtype) -> the sizes measured."""
 
 
-def by_evidence(op: str) -> dict[str, Callable[..., tuple[str, ...]]]:
+class Given(TypedDict):
+    slower_than: Callable[..., tuple[str, ...]]
+    slower_than_backward: Callable[..., tuple[str, ...]]
+
+
+def by_evidence(op: str) -> Given:
     """The arguments of `register` that have the CPU kernels of `op` give way to what is faster."""
     return {"slower_than": functools.partial(_faster, op, 0), "slower_than_backward": functools.partial(_faster, op, 1)}
 

@@ -122,8 +122,12 @@ def call(trial: Trial) -> tuple[Callable[..., Tensor], list[Tensor]]:
     if op == "latent_projection":
         rows, width, outputs = size
         side = 16 if rows % 256 == 0 else 1
-        tokens = values(rows // side**2, side**2, width)
-        return lambda t, w, b: latent_projection(t, w, b, grid=(side, side)), [tokens, values(outputs, width), values(outputs)]
+        features = values(rows // side**2, side**2, width)
+        return lambda t, w, b: latent_projection(t, w, b, grid=(side, side)), [
+            features,
+            values(outputs, width),
+            values(outputs),
+        ]
     if op == "noise_projection":
         rows, width = size
         sigma, rng = torch.rand(rows // 16, generator=generator), random.make_rng(1, device="cpu")

@@ -29,6 +29,7 @@ WORDS = {
         "when installing: 1 builds the CUDA kernels, 0 leaves them out", "built where there is an NVIDIA driver"
     ),
     "OV3FAST_AOT_CACHE": Word("folder for results of `python -m ov3fast.kernels.aot`", "in the temporary directory"),
+    "OV3FAST_OTHER_TRITON": Word("tests only: folder with another Triton, whose compiled code is executed too", "none"),
     "OV3FAST_INTERPRETER_EXAMPLES": Word("tests only: hypothesis' examples under Triton's interpreter", "4"),
 }
 

@@ -6,14 +6,14 @@ interpreter, with fewer examples, since each takes long: part of the full suite 
 """
 
 import os
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from hypothesis import HealthCheck, is_hypothesis_test, settings
 
 from ov3fast import ops
-from ov3fast.ops import cpu, triton
+from ov3fast.ops import _choice, _dispatch, cpu, triton
 
 # The fixture below holds for a whole test, whatever number of examples it tries.
 settings.register_profile("ops", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -28,8 +28,18 @@ VARIANTS = ["triton"] if triton.INTERPRETED else ["reference", *cpu.available_is
 def implementation(request):
     """'reference', 'triton', or the instruction set: their kernels are chosen wherever they take the call."""
     contexts = {"reference": lambda: ops.use("reference"), "triton": nullcontext}
-    with contexts.get(request.param, lambda: cpu.use_isa(request.param))():
+    with contexts.get(request.param, lambda: our_kernels(request.param))():
         yield request.param
+
+
+@contextmanager
+def our_kernels(isa):
+    """The kernels of an instruction set, also where PyTorch's products are faster and would be chosen (tests/test_choice.py)."""
+    with pytest.MonkeyPatch.context() as patch, cpu.use_isa(isa):
+        patch.setattr(_choice, "backend_for", lambda *_: _choice.OURS)
+        _dispatch.forget_choices()
+        yield
+    _dispatch.forget_choices()
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks

@@ -69,8 +69,8 @@ def results(*values):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [7, 90 if triton.INTERPRETED else 900])
 def test_threads_do_not_change_the_bits(implementation, dtype, tokens):
-    if implementation == "reference":
-        pytest.skip("PyTorch's own sums depend on threads")
+    if implementation in ("reference", "triton"):
+        pytest.skip("their products are PyTorch's, whose sums depend on threads")
     values = [v.to(dtype) for v in inputs(3, tokens, width=33, features=50)]
     testing.assert_same_bits_on_threads(lambda: results(*values))
 

@@ -109,6 +109,14 @@ def test_a_null_caption_never_falls_to_the_url(tmp_path):
     assert texts({**plain, "captions": ["ab", "cd"]}) == ["ab"]
 
 
+def test_a_txt_beside_the_picture_is_its_own_caption_in_the_report(tmp_path):
+    from ov3fast.evaluation.pictures import read_pictures
+
+    for record, due in (({"url": "http://x"}, "words"), ({"caption": "ab"}, "ab"), ({"name": "cd"}, "words")):
+        read(tmp_path, record, b"words")
+        assert read_pictures(tmp_path / "shards", 16).own_captions() == [due]
+
+
 @pytest.mark.parametrize(
     "text, expected",
     [

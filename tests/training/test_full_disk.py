@@ -1,5 +1,6 @@
 """A run on a file system that is really full: one line, the checkpoint before whole, nothing half written."""
 
+import errno
 import json
 import subprocess
 
@@ -44,3 +45,14 @@ def test_the_checkpoint_before_stays_and_the_run_goes_on(tiny, data, tmp_path, s
     small_disk(2 * whole)
     assert train("--recipe", tmp_path / "recipe.json", "--resume") == 0
     assert checkpoint.latest(disk / "run" / "checkpoints").state["progress"]["step"] == 6
+
+
+def test_a_log_that_fills_the_disk_names_the_run(tiny, data, tmp_path, monkeypatch, capsys):
+    def write(self, row):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ov3fast.training.logs.RunLog.write", write)
+    (tmp_path / "recipe.json").write_text(json.dumps(tiny.recipe(data, tmp_path / "run", ((1, 32),)).to_dict()))
+    assert train("--recipe", tmp_path / "recipe.json") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "the disk is full" in line and str(tmp_path / "run") in line

@@ -47,14 +47,14 @@ def pick_caption(captions: Captions, choices: Choices, u: float) -> str | None:
 def texts_under(captions: Captions, key: str) -> tuple[str, ...]:
     """All texts under a key; () where there is none that is not blank."""
     value = captions.get(key, ())
-    return tuple(text for text in ((value,) if isinstance(value, str) else value) if text.strip())
+    return tuple(text for text in ((value,) if isinstance(value, str) else value) if not is_blank(text))
 
 
 def read_captions(fields: Mapping[str, Any], captions: dict[str, str | tuple[str, ...]], refused: dict[str, str]) -> None:
     """Add every caption among the fields to `captions`, and what is no caption, by key, with its kind, to `refused`."""
     for key, value in fields.items():
         texts = [well_formed(text) for text in (value if isinstance(value, list | tuple) else [value]) if isinstance(text, str)]
-        texts = [text for text in texts if text.strip()]
+        texts = [text for text in texts if not is_blank(text)]
         if texts:
             captions[key] = texts[0] if len(texts) == 1 else tuple(texts)
             refused.pop(key, None)
@@ -77,6 +77,11 @@ def read_record(record: Mapping[str, Any], captions: dict[str, str | tuple[str, 
         read_captions(fields, captions, refused)
         if "captions" in captions:
             captions.setdefault("caption", captions["captions"])
+
+
+def is_blank(text: str) -> bool:
+    """Whether it shows nothing: spaces, control characters and zero-width ones alone."""
+    return not any(character.isprintable() and not character.isspace() for character in text)
 
 
 def well_formed(text: str) -> str:

@@ -76,7 +76,7 @@ def test_text_and_lists_of_text_are_captions(tmp_path, record, expected):
     "value, kind",
     [
         (None, "null"), (7, "no text but int"), (True, "no text but bool"), ([], "a list without text"), ([None, 3], "a list without text"),
-        ({"en": "x"}, "no text but dict"), ("  ", "blank"), ("", "blank"), ([" "], "a list without text"), ([["ab"]], "a list without text"),
+        ({"en": "x"}, "no text but dict"), ("  ", "blank"), ("", "blank"), ("\0", "blank"), ("\u200b\ufeff", "blank"), ([" "], "a list without text"), ([["ab"]], "a list without text"),
     ],
 )  # fmt: skip
 def test_all_else_is_no_caption_and_is_named(tmp_path, value, kind):

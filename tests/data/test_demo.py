@@ -274,3 +274,12 @@ def test_captions():
     assert stamp_captions("plants/oak", "The oak. ")["name"] == "oak"
     assert photo_captions("explore_monuments/usa/canyondeChelly2")["caption"] == "a photo of canyonde chelly"
     assert photo_captions("imagenet_06_609") == {}
+
+
+def test_a_fetch_that_fills_the_disk_names_the_cache(tmp_path):
+    def fetch(name, cache):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="the disk is full") as caught:
+        build_demo(tmp_path, progress=False, fetch=fetch, held_out=4)
+    assert caught.value.filename == str(tmp_path)

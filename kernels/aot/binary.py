@@ -22,22 +22,10 @@ _NVIDIA_ACCESS = {"LDG", "STG", "LDGSTS"}
 # A tensor descriptor or a bulk copy moves whole rows of a tile.
 _NVIDIA_BULK = {"UTMALDG", "UTMASTG", "UBLKCP"}
 _NVIDIA_ATOMIC = {"ATOM", "ATOMG", "RED", "REDG", "UTMAREDG", "REDAS", "UBLKRED"}
-_WIDTHS = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 _AMD_ACCESS = re.compile(r"^\s+((?:global|buffer|flat)_(?:load|store)_\w+)", re.MULTILINE)
 _AMD_ATOMIC = re.compile(r"^\s+((?:global|buffer|flat)_atomic_\w+)", re.MULTILINE)
 _AMD_MATRIX = re.compile(r"^\s+(v_s?mfmac?_\w+)", re.MULTILINE)
-_AMD_WIDTHS = {
-    "dwordx4": 16,
-    "dwordx3": 12,
-    "dwordx2": 8,
-    "dword": 4,
-    "short": 2,
-    "ushort": 2,
-    "byte": 1,
-    "ubyte": 1,
-    "sbyte": 1,
-}
 
 
 def of_nvidia(cubin: bytes) -> dict[str, Any]:
@@ -68,7 +56,7 @@ def of_amd(assembly: str) -> dict[str, Any]:
     Scalar registers spill into lanes of vector registers, not into memory, and don't count.
     """
     metadata = {key: int(value) for key, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", assembly, re.MULTILINE)}
-    widths = Counter(_amd_width(name) for name in _AMD_ACCESS.findall(assembly))
+    widths = Counter(loops.amd_width(name.split("_")) for name in _AMD_ACCESS.findall(assembly))
     return {
         "registers": metadata["vgpr_count"],
         "stack_bytes": metadata["private_segment_fixed_size"],
@@ -94,11 +82,7 @@ def _nvidia_width(parts: list[str]) -> int:
     """Bytes that a thread moves; a bulk copy counts as 16."""
     if parts[0] in _NVIDIA_BULK:
         return 16
-    return max((_WIDTHS[part] for part in parts if part in _WIDTHS), default=4)
-
-
-def _amd_width(name: str) -> int:
-    return next((_AMD_WIDTHS[word] for word in name.split("_") if word in _AMD_WIDTHS), 4)
+    return loops.nvidia_width(parts)
 
 
 def _count(names: Iterable[str]) -> dict[str, int]:

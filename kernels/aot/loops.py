@@ -35,6 +35,16 @@ _AMD_WIDTHS = {
 _HMMA_DEPTH = {"16816": 16, "1688": 8, "1684": 4}
 
 
+def nvidia_width(opcode: list[str]) -> int:
+    """Bytes that a thread moves by an access, of its opcode's parts."""
+    return max((_WIDTHS[part] for part in opcode if part in _WIDTHS), default=4)
+
+
+def amd_width(words: list[str]) -> int:
+    """Bytes that a lane moves by an access, of its opcode's words."""
+    return next((_AMD_WIDTHS[word] for word in words if word in _AMD_WIDTHS), 4)
+
+
 def of_nvidia(sass: str) -> list[dict[str, Any]]:
     """The loops of a kernel, see `nest`; per warp."""
     return nest(_nvidia_lines(sass))
@@ -139,7 +149,7 @@ def _nvidia_lines(sass: str) -> list[Line]:
             target = _TARGET.search(rest) if opcode[0] == "BRA" else None
             conditional = "@" in line or re.match(r"\s*!?U?P\d", rest) is not None or "DIV" in opcode
             access = opcode[0] in ("LDG", "STG", "LDGSTS")
-            width = max((_WIDTHS[part] for part in opcode if part in _WIDTHS), default=4) if access else 0
+            width = nvidia_width(opcode) if access else 0
             counts = _counts(mufu=opcode[0] == "MUFU", flops=_nvidia_flops(opcode), bytes=32 * width)
             leaves = opcode[0] in ("BRA", "EXIT") and not conditional
             lines.append(Line(counts, labels, target[1] if target else None, not leaves))
@@ -169,7 +179,7 @@ def _amd_lines(assembly: str) -> list[Line]:
                 break
             words = opcode.split("_")
             access = words[0] in ("global", "buffer", "flat") and words[1] in ("load", "store")
-            width = next((_AMD_WIDTHS[word] for word in words if word in _AMD_WIDTHS), 4) if access else 0
+            width = amd_width(words) if access else 0
             mufu = words[0] == "v" and words[1] in ("exp", "log", "rcp", "rsq", "sqrt", "sin", "cos")
             target = _TARGET.search(rest) if words[:2] in (["s", "branch"], ["s", "cbranch"]) else None
             counts = _counts(issue=words[0] == "v", mufu=mufu, flops=_amd_flops(opcode), bytes=64 * width)

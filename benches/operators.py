@@ -155,6 +155,7 @@ def measure_all(options: BenchOptions, table: Iterable[cases.Case], rows: list[d
             highlight=False, soft_wrap=True,
         )  # fmt: skip
         del case
+        torch.compiler.reset()  # the peers of one shape after another are one function: past 8 of them it would run eagerly
         gc.collect()
 
 

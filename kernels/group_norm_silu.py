@@ -16,7 +16,7 @@ from .._contracts import memory_format
 from .lib.common import TYPES, cdiv, rounded, sum_over_rows
 from .lib.config import ANY, TABLE, Config, pick
 
-# Size classes: "channels_last"; otherwise "plain", or "small" below 256 places.
+# Size classes: "channels_last"; otherwise "plain", or "small" below 256 spatial positions.
 for _name in ("group_norm_silu_forward", "group_norm_silu_backward"):
     TABLE[_name] = {
         (ANY, "channels_last", ANY): Config({"BLOCK_S": 64, "BLOCK_C": 64}, warps=4, stages=1),
@@ -107,7 +107,7 @@ def group_norm_silu_forward_partials(
         # What rounding left of the mean, which would show far from zero.
         rest = sum_over_rows(centred) / size
         # The select keeps the product out of the sum's first addition: fused, lanes that add each other's squares would round differently
-        # and then store their own result to one place.
+        # and then store their own result to one address.
         tile_squares = sum_over_rows(tl.where(inside, centred * centred, 0.0))
         total = count + size
         delta = tile_mean - mean + rest

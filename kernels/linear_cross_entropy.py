@@ -64,21 +64,21 @@ def cross_entropy_rows(
     v = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     if STATISTICS:
         # Not -inf, from which a lane past the row's end could not be subtracted.
-        lane_largest = tl.full((LANES,), -3.4028234663852886e38, tl.float32)
-        lane_sums = tl.zeros((LANES,), tl.float32)
+        lane_m = tl.full((LANES,), -3.4028234663852886e38, tl.float32)
+        lane_l = tl.zeros((LANES,), tl.float32)
         for start in range(0, classes, BLOCK_V):
             part = tl.load(z + start + v, mask=start + v < classes, other=float("-inf")).to(tl.float32)
-            before = lane_largest
-            lane_largest = tl.maximum(before, tl.max(part, 1))
-            lane_sums = lane_sums * tl.exp(before - lane_largest) + tl.sum(tl.exp(part - lane_largest[:, None]), 1)
-        largest = tl.max(lane_largest, 0)
-        log_sum = tl.log(tl.sum(lane_sums * tl.exp(lane_largest - largest), 0))
-        tl.store(nll + row, tl.where(counted, (largest - own) + log_sum, 0.0))
+            before = lane_m
+            lane_m = tl.maximum(before, tl.max(part, 1))
+            lane_l = lane_l * tl.exp(before - lane_m) + tl.sum(tl.exp(part - lane_m[:, None]), 1)
+        m_i = tl.max(lane_m, 0)
+        log_sum = tl.log(tl.sum(lane_l * tl.exp(lane_m - m_i), 0))
+        tl.store(nll + row, tl.where(counted, (m_i - own) + log_sum, 0.0))
         if not GRADIENT:
-            tl.store(lse + row, tl.where(counted, largest, 0.0))
+            tl.store(lse + row, tl.where(counted, m_i, 0.0))
             tl.store(lse + tokens + row, tl.where(counted, log_sum, 0.0))
     else:
-        largest = tl.load(lse + row)
+        m_i = tl.load(lse + row)
         log_sum = tl.load(lse + tokens + row)
     if GRADIENT:
         weight = tl.load(upstream + row * upstream_stride)
@@ -86,10 +86,10 @@ def cross_entropy_rows(
         for start in range(0, classes, BLOCK_V):
             inside = start + v < classes
             part = tl.load(z + start + v, mask=inside, other=0.0).to(tl.float32)
-            g = tl.where(counted, tl.exp((part - largest) - log_sum) * weight, 0.0)
+            g = tl.where(counted, tl.exp((part - m_i) - log_sum) * weight, 0.0)
             tl.store(z + start + v, g.to(z.dtype.element_ty), mask=inside)
         tl.debug_barrier()
-        p = tl.exp((own - largest) - log_sum)
+        p = tl.exp((own - m_i) - log_sum)
         tl.store(z + label, ((p - 1.0) * weight).to(z.dtype.element_ty), mask=counted)
 
 

@@ -134,7 +134,7 @@ def patch_embed_grad_latents(
     PATCH: tl.constexpr, MOMENTS: tl.constexpr, SAMPLE: tl.constexpr, IN_ORDER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dy W scattered to the places of the patches' values; from moments, the gradient of logvar behind that of the mean."""
+    """dy W scattered to the patches' pixels; from moments, the gradient of logvar behind that of the mean."""
     program = tl.program_id(0)
     first_m, first_k = program // tiles * BLOCK_M, program % tiles * BLOCK_N
     m, k = first_m + tl.arange(0, BLOCK_M), first_k + tl.arange(0, BLOCK_N)

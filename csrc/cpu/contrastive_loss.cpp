@@ -112,9 +112,9 @@ void pack_unit_columns(const Matrix<T>& source, int64_t i0, int count, int64_t K
 
 // --- forward -----------------------------------------------------------------------------------------------------------------------
 
-// Of the rows of a block.
+// The online softmax of a row, lane by lane.
 struct RowState {
-    vf largest, total;
+    vf m_i, l_i;
 };
 
 // c: products -> logits. Maxima of rows and columns, then sums of exponentials below them.
@@ -123,42 +123,42 @@ void softmax_tile(
     int64_t rows, int columns, float* c, const Factor* row, const float* column, const float* column_low, RowState* state,
     float* column_max, double* column_sum
 ) {
-    vf top[NV];
-    for (int j = 0; j < NV; j++) top[j] = load(column_max + j * VL);
+    vf m_j[NV];
+    for (int j = 0; j < NV; j++) m_j[j] = load(column_max + j * VL);
     for (int64_t i = 0; i < rows; i++) {
-        vf highest = state[i].largest;
+        vf m_new = state[i].m_i;
         for (int j = 0; j < NV; j++) {
             float* at = c + i * NR + j * VL;
             vf z = logit(load(at), row[i], load(column + j * VL), load(column_low + j * VL));
             for (int lane = std::max(columns - j * VL, 0); lane < VL; lane++) z[lane] = LOWEST;
             store(at, z);
-            top[j] = max(top[j], z);
-            highest = max(highest, z);
+            m_j[j] = max(m_j[j], z);
+            m_new = max(m_new, z);
         }
-        if (any(highest != state[i].largest)) {
-            state[i].total *= exp_below(state[i].largest - highest);
-            state[i].largest = highest;
+        if (any(m_new != state[i].m_i)) {
+            state[i].l_i *= exp_below(state[i].m_i - m_new);
+            state[i].m_i = m_new;
         }
     }
-    vd total[NV] = {};
+    vd l_j[NV] = {};
     for (int64_t i0 = 0; i0 < rows; i0 += SHORT) {
         vf part[NV] = {};
         for (int64_t i = i0; i < std::min(rows, i0 + SHORT); i++) {
-            const vf highest = state[i].largest;
+            const vf m_i = state[i].m_i;
             vf sums = {};
             for (int j = 0; j < NV; j++) {
                 const vf z = load(c + i * NR + j * VL);
-                sums += exp_below(z - highest);
-                part[j] += exp_below(z - top[j]);
+                sums += exp_below(z - m_i);
+                part[j] += exp_below(z - m_j[j]);
             }
-            state[i].total += sums;
+            state[i].l_i += sums;
         }
-        for (int j = 0; j < NV; j++) total[j] += __builtin_convertvector(part[j], vd);
+        for (int j = 0; j < NV; j++) l_j[j] += __builtin_convertvector(part[j], vd);
     }
     for (int j = 0; j < NV; j++) {
-        const vf before = exp_below(load(column_max + j * VL) - top[j]);
-        for (int lane = 0; lane < VL; lane++) column_sum[j * VL + lane] = column_sum[j * VL + lane] * before[lane] + total[j][lane];
-        store(column_max + j * VL, top[j]);
+        const vf alpha = exp_below(load(column_max + j * VL) - m_j[j]);
+        for (int lane = 0; lane < VL; lane++) column_sum[j * VL + lane] = column_sum[j * VL + lane] * alpha[lane] + l_j[j][lane];
+        store(column_max + j * VL, m_j[j]);
     }
 }
 
@@ -173,7 +173,7 @@ void sigmoid_tile(
         for (int j = 0; j < NV * VL; j += VL) store(z + j, logit(load(z + j), row[i], load(column + j), load(column_low + j)) + bias);
         for (int j = columns; j < NV * VL; j++) z[j] = LOWEST;
         if (own + i >= 0 && own + i < columns) z[own + i] = -z[own + i];
-        for (int j = 0; j < NV; j++) state[i].total += softplus(load(z + j * VL));
+        for (int j = 0; j < NV; j++) state[i].l_i += softplus(load(z + j * VL));
     }
 }
 
@@ -198,12 +198,12 @@ struct Forward {
                 tile(i0, count, p, c, factor, state, column_max + p * NR, column_sum + p * NR);
             }
             for (int64_t i = 0; i < count; i++)
-                if (sigmoid) lse[i].total += sum(state[i].total);
-                else lse[i].add(state[i].largest, state[i].total);
+                if (sigmoid) lse[i].l_i += sum(state[i].l_i);
+                else lse[i].add(state[i].m_i, state[i].l_i);
         }
         for (int64_t i = 0; i < count; i++) {
-            rows[i0 + i] = sigmoid ? float(lse[i].total) : lse[i].largest;
-            if (!sigmoid) rows[n + i0 + i] = float(std::log(lse[i].total));
+            rows[i0 + i] = sigmoid ? float(lse[i].l_i) : lse[i].m_i;
+            if (!sigmoid) rows[n + i0 + i] = float(std::log(lse[i].l_i));
         }
     }
 
@@ -255,10 +255,10 @@ void contrastive_loss_forward(
     Buffer<RowState> state(threads * block);
     Buffer<Lse> lse(threads * block);
     parallel(strips, threads, [&](int64_t task, int thread) {
-        float* largest = column_max + task * sums;
-        double* total = column_sum + task * sums;
-        std::fill(largest, largest + sums, LOWEST);
-        std::fill(total, total + sums, 0.0);
+        float* m_j = column_max + task * sums;
+        double* l_j = column_sum + task * sums;
+        std::fill(m_j, m_j + sums, LOWEST);
+        std::fill(l_j, l_j + sums, 0.0);
         word_t<T>* packed = a + thread * block * words;
         for (int64_t i = task * strip; i < std::min(n, (task + 1) * strip); i += block) {
             const int64_t count = std::min(block, std::min(n, (task + 1) * strip) - i);
@@ -266,7 +266,7 @@ void contrastive_loss_forward(
                 pack_unit_rows<T>({x, x_stride, 1}, i + m, int(std::min<int64_t>(MR, count - m)), D, x_norms.norm + i + m,
                                   packed + m * words);
             forward.block(i, count, packed, c + thread * block * NR, factor + thread * block, state + thread * block,
-                          lse + thread * block, largest, total);
+                          lse + thread * block, m_j, l_j);
         }
     });
     if (sigmoid) return;
@@ -274,8 +274,8 @@ void contrastive_loss_forward(
         for (int64_t j = task * VL; j < std::min(N, (task + 1) * VL); j++) {
             Lse lse;
             for (int64_t s = 0; s < strips; s++) lse.add(column_max[s * sums + j], column_sum[s * sums + j]);
-            columns[j] = strips ? lse.largest : -INFINITY;
-            columns[N + j] = float(lse.total);
+            columns[j] = strips ? lse.m_i : -INFINITY;
+            columns[N + j] = float(lse.l_i);
         }
     });
 }
@@ -287,12 +287,12 @@ namespace {
 
 // What the gradient of a tile needs of its columns, all of them padded to whole panels.
 struct Columns {
-    const float *inverse, *left, *left_low, *norm, *largest, *log_sum, *weight, *live;
+    const float *inverse, *left, *left_low, *norm, *m_j, *log_sum, *weight, *live;
 };
 // Of a row.
 struct Row {
     Factor factor;
-    float left, inverse, norm, largest, log_sum;
+    float left, inverse, norm, m_i, log_sum;
 };
 
 // Sums over a tile, lane by lane: terms cancel, so floats would not do.
@@ -323,8 +323,8 @@ void gradient_tile(
                 if (has_own) value[lane] = -value[lane];
                 total += value * load(column.live + j * VL);
             } else {
-                const vf by_row = exp_below((z - row[i].largest) - row[i].log_sum);
-                const vf by_column = exp_below((z - load(column.largest + j * VL)) - load(column.log_sum + j * VL));
+                const vf by_row = exp_below((z - row[i].m_i) - row[i].log_sum);
+                const vf by_column = exp_below((z - load(column.m_j + j * VL)) - load(column.log_sum + j * VL));
                 value = 0.5f * (by_row * weight + by_column * load(column.weight + j * VL));
                 if (has_own) value[lane] -= weight;
             }
@@ -476,7 +476,7 @@ struct Backward {
             for (int64_t p = panel; p < panel + ceil_div(here, NR); p++) {
                 const int64_t rows = std::min(block, count - i), j = p * NR;
                 block_product<T>(rows, x_rows + i * words_d, by_width, p, p + 1, c, [](int64_t, int64_t, int, float*) {});
-                const Columns columns{all.inverse + j, all.left + j, all.left_low + j, all.norm + j, all.largest + j, all.log_sum + j,
+                const Columns columns{all.inverse + j, all.left + j, all.left_low + j, all.norm + j, all.m_j + j, all.log_sum + j,
                     all.weight + j, all.live + j};
                 TileSums total = {};
                 const auto take = [&](auto function) {

@@ -240,14 +240,14 @@ struct Forward {
         const int64_t D = sizes.D, words = words_of<T>(D), ldo = sizes.lanes();
         const int64_t all_see = sizes.limit(i0), seen = sizes.limit(i0 + n - 1);
         pack_lanes(query + i0 * q_stride, q_stride, n, D, q);
-        vf top[NV], total[NV];
-        for (int j = 0; j < NV; j++) top[j] = splat(-INF), total[j] = vf{};
+        vf m_i[NV], l_i[NV];
+        for (int j = 0; j < NV; j++) m_i[j] = splat(-INF), l_i[j] = vf{};
         for (int64_t k0 = 0; k0 < seen; k0 += KEYS<T>) {
             const int64_t nk = std::min<int64_t>(KEYS<T>, seen - k0);
             for (int64_t r = 0; r < nk; r += MR) score_block<NV>(words, k + (k0 + r) * words, q, s + r * LANES);
             const bool masked = k0 + nk > all_see || !(factor.value > 0);
             if (masked) mask<NV>(i0, n, k0, nk);
-            softmax<NV>(nk, masked ? Factor(1) : factor, k0 > 0, n, top, total);
+            softmax<NV>(nk, masked ? Factor(1) : factor, k0 > 0, n, m_i, l_i);
             for (int j = 0; j < NV; j++) turn_lanes<T>(p + j * KEY_WORDS * VL, ceil_div(nk, KS));
             for_panels(D, [&](int64_t d0, int vectors) {
                 const W* values = v + d0 * words_of<T>(sizes.Nk) + k0 / KS * vectors * VL;
@@ -257,38 +257,38 @@ struct Forward {
                     );
             });
         }
-        finish<NV>(i0, n, top, total, out, out_stride, lse);
+        finish<NV>(i0, n, m_i, l_i, out, out_stride, lse);
     }
 
-    // Probabilities of a block of scores, relative to the running maximum; earlier results follow it.
+    // Probabilities of a block of scores, relative to the running maximum; earlier results are scaled by alpha.
     template <int NV>
-    void softmax(int64_t nk, const Factor& scale, bool later, int64_t n, vf (&top)[NV], vf (&total)[NV]) {
+    void softmax(int64_t nk, const Factor& scale, bool later, int64_t n, vf (&m_i)[NV], vf (&l_i)[NV]) {
         constexpr int LANES = NV * VL;
-        vf highest[NV], shift[NV], low[NV], sums[NV];
-        for (int j = 0; j < NV; j++) highest[j] = splat(-INF), sums[j] = vf{};
+        vf m_block[NV], shift[NV], low[NV], sums[NV];
+        for (int j = 0; j < NV; j++) m_block[j] = splat(-INF), sums[j] = vf{};
         vf others[NV];
-        for (int j = 0; j < NV; j++) others[j] = highest[j];
+        for (int j = 0; j < NV; j++) others[j] = m_block[j];
         int64_t row = 0;
         for (; row + 2 <= nk; row += 2)
 #pragma GCC unroll 4
             for (int j = 0; j < NV; j++) {
-                highest[j] = max(highest[j], load(s + row * LANES + j * VL));
+                m_block[j] = max(m_block[j], load(s + row * LANES + j * VL));
                 others[j] = max(others[j], load(s + (row + 1) * LANES + j * VL));
             }
         for (int j = 0; j < NV; j++) {
-            if (row < nk) highest[j] = max(highest[j], load(s + row * LANES + j * VL));
-            highest[j] = max(highest[j], others[j]);
+            if (row < nk) m_block[j] = max(m_block[j], load(s + row * LANES + j * VL));
+            m_block[j] = max(m_block[j], others[j]);
         }
-        float fade[LANES];
-        bool fades = false;
+        float alpha[LANES];
+        bool rescale = false;
         for (int j = 0; j < NV; j++) {
-            const vf before = top[j];
-            top[j] = max(before, highest[j] * scale.value);
-            shift[j] = (top[j] == -INF) ? vf{} : top[j];
+            const vf before = m_i[j];
+            m_i[j] = max(before, m_block[j] * scale.value);
+            shift[j] = (m_i[j] == -INF) ? vf{} : m_i[j];
             low[j] = shift[j] * scale.error;
-            const vf follow = exp2(before - shift[j]);
-            total[j] *= follow;
-            store(fade + j * VL, follow);
+            const vf alpha_j = exp2(before - shift[j]);
+            l_i[j] *= alpha_j;
+            store(alpha + j * VL, alpha_j);
         }
         for (int64_t r = 0; r < nk; r += KS) {
             const bool last = KS == 2 && r + 1 == nk;
@@ -302,22 +302,22 @@ struct Forward {
                 store(reinterpret_cast<float*>(p) + (j * KEY_WORDS + r / KS) * VL, weave<T>(first, second));
             }
         }
-        for (int j = 0; j < NV; j++) total[j] += sums[j];
+        for (int j = 0; j < NV; j++) l_i[j] += sums[j];
         if (!later) return;
-        for (int64_t m = 0; m < n; m++) fades |= fade[m] != 1.0f;
-        if (!fades) return;
+        for (int64_t m = 0; m < n; m++) rescale |= alpha[m] != 1.0f;
+        if (!rescale) return;
         for (int64_t m = 0; m < n; m++)
-            for (int64_t d = 0; d < sizes.lanes(); d += VL) store(o + m * sizes.lanes() + d, load(o + m * sizes.lanes() + d) * fade[m]);
+            for (int64_t d = 0; d < sizes.lanes(); d += VL) store(o + m * sizes.lanes() + d, load(o + m * sizes.lanes() + d) * alpha[m]);
     }
 
     template <int NV>
-    void finish(int64_t i0, int64_t n, const vf (&top)[NV], const vf (&total)[NV], T* out, int64_t out_stride, float* lse) {
-        float sums[NV * VL], logs[NV * VL], tops[NV * VL];
+    void finish(int64_t i0, int64_t n, const vf (&m_i)[NV], const vf (&l_i)[NV], T* out, int64_t out_stride, float* lse) {
+        float sums[NV * VL], logs[NV * VL], m_all[NV * VL];
         for (int j = 0; j < NV; j++) {
-            const vf sum = total[j], value = log(sum);
-            store(logs + j * VL, (sum == 0.0f) ? splat(-INF) : (top[j] == INF) ? top[j] : (sum == sum) ? value : sum);
+            const vf sum = l_i[j], value = log(sum);
+            store(logs + j * VL, (sum == 0.0f) ? splat(-INF) : (m_i[j] == INF) ? m_i[j] : (sum == sum) ? value : sum);
             store(sums + j * VL, sum);
-            store(tops + j * VL, (sum == 0.0f) ? vf{} : top[j]);
+            store(m_all + j * VL, (sum == 0.0f) ? vf{} : m_i[j]);
         }
         for (int64_t m = 0; m < n; m++) {
             const bool blind = sizes.limit(i0 + m) <= 0;
@@ -326,7 +326,7 @@ struct Forward {
             for_vectors(sizes.D, [&](int64_t d, int lanes) {
                 store(row + d, blind ? vf{} : load(o + m * sizes.lanes() + d) * inverse, lanes);
             });
-            lse[i0 + m] = blind ? -INF : float(tops[m] * LN_2 + logs[m]);
+            lse[i0 + m] = blind ? -INF : float(m_all[m] * LN_2 + logs[m]);
         }
     }
 
@@ -367,17 +367,17 @@ struct OneQuery {
     }
 
     // Probabilities times their sum, which is returned with the scores' maximum.
-    float softmax(float& top) {
-        vf highest = splat(-INF), total = {};
-        for (int64_t j = 0; j < seen; j += VL) highest = max(highest, load(room + j) * factor.value);
-        top = largest(highest);
-        const vf shift = splat(top == -INF ? 0.0f : top), low = shift * factor.error;
+    float softmax(float& m_i) {
+        vf m_lanes = splat(-INF), l_i = {};
+        for (int64_t j = 0; j < seen; j += VL) m_lanes = max(m_lanes, load(room + j) * factor.value);
+        m_i = reduce_max(m_lanes);
+        const vf shift = splat(m_i == -INF ? 0.0f : m_i), low = shift * factor.error;
         for (int64_t j = 0; j < seen; j += VL) {
             const vf p = first_lanes(power<T>(load(room + j), factor, shift, low), int(std::min<int64_t>(VL, seen - j)));
             store(room + j, p);
-            total += p;
+            l_i += p;
         }
-        return sum(total);
+        return sum(l_i);
     }
 
     void average(const T* value, int64_t stride, float inverse, T* out) {
@@ -405,11 +405,11 @@ struct OneQuery {
             return;
         }
         scores(query, key, k_stride);
-        float top;
-        const float total = softmax(top);
-        average(value, v_stride, 1.0f / total, out);
-        const bool plain = total == total && total != 0.0f && top != INF;
-        *lse = plain ? float(top * LN_2 + std::log(double(total))) : top == INF ? INF : total == 0.0f ? -INF : total;
+        float m_i;
+        const float l_i = softmax(m_i);
+        average(value, v_stride, 1.0f / l_i, out);
+        const bool plain = l_i == l_i && l_i != 0.0f && m_i != INF;
+        *lse = plain ? float(m_i * LN_2 + std::log(double(l_i))) : m_i == INF ? INF : l_i == 0.0f ? -INF : l_i;
     }
 };
 

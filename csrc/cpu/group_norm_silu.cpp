@@ -1,8 +1,8 @@
 // Group normalisation and SiLU. Statistics are taken strip by strip, in two passes over what the cache holds, and the strips' means and
 // sums of squared differences are then merged, so that no digits are lost at large means and x is read from memory once for them.
 //
-// Two layouts: planes, [B, C, S] with the places s of a channel side by side, and channels last, [B, S, C]. The latter is seen as rows of
-// W = k C elements, W a multiple of the vector's length where there are places enough; the last row may be shorter.
+// Two layouts: planes, [B, C, S] with the spatial positions s of a channel side by side, and channels last, [B, S, C]. The latter is seen as rows of
+// W = k C elements, W a multiple of the vector's length where there are positions enough; the last row may be shorter.
 #include <algorithm>
 #include <numeric>
 
@@ -24,7 +24,7 @@ struct Moments {
     float mean, squares;  // the latter of differences from the mean
 };
 
-// Merges the moments of `rows` rows of `length` places in strips of `full` (the last of a row may be shorter), `width` values to a place.
+// Merges the moments of `rows` rows of `length` positions in strips of `full` (the last of a row may be shorter), `width` values to a position.
 inline void merge(
     const Moments* parts, int64_t step, int64_t rows, int64_t length, int64_t full, int64_t width, double eps, float& mean, float& rstd
 ) {
@@ -165,11 +165,11 @@ struct Pieces {
         : channels(std::clamp<int64_t>(S ? STRIP / S : per_group, 1, per_group)),
           strips(std::max<int64_t>(1, ceil_div(S, STRIP))),
           count(ceil_div(per_group, channels) * strips) {}
-    // body(channel within the group, first place, places)
+    // body(channel within the group, first position, positions)
     template <class Body>
     void each(int64_t piece, int64_t per_group, int64_t S, const Body& body) const {
-        const int64_t first = piece / strips * channels, place = piece % strips * STRIP;
-        for (int64_t c = first; c < std::min(per_group, first + channels); c++) body(c, place, std::min(STRIP, S - place));
+        const int64_t first = piece / strips * channels, position = piece % strips * STRIP;
+        for (int64_t c = first; c < std::min(per_group, first + channels); c++) body(c, position, std::min(STRIP, S - position));
     }
 };
 
@@ -193,11 +193,11 @@ void planes_forward(
         },
         [&](int64_t set) { merge(parts + set * rows * strips, 1, rows, length, STRIP, 1, eps, mean[set], rstd[set]); },
         [&](int64_t set, int64_t i, int) {
-            pieces.each(i, channels, S, [&](int64_t c, int64_t place, int64_t places) {
+            pieces.each(i, channels, S, [&](int64_t c, int64_t position, int64_t positions) {
                 const int64_t b = set / G, channel = set % G * channels + c;
                 const Channel constants = {splat(mean[set]), splat(rstd[set] * weight[channel]), splat(bias[channel])};
                 write_silu(
-                    x + b * x_batch + channel * x_channel + place, y + (b * C + channel) * S + place, places,
+                    x + b * x_batch + channel * x_channel + position, y + (b * C + channel) * S + position, positions,
                     [&](int64_t, int) { return constants; }
                 );
             });
@@ -222,7 +222,7 @@ struct GroupMeans {
 // What dx is multiplied by: rstd, but a group of one value is normalised to 0 whatever the value is.
 inline float outer_factor(float rstd, int64_t channels, int64_t S) { return channels * S == 1 ? 0.0f : rstd; }
 
-// sums, dots [B, C]: of dn and of dn x_hat over the places.
+// sums, dots [B, C]: of dn and of dn x_hat over the positions.
 template <class T>
 void planes_backward(
     const T* grad_y, int64_t grad_y_batch, int64_t grad_y_channel, const T* x, int64_t x_batch, int64_t x_channel, const float* weight,
@@ -244,14 +244,14 @@ void planes_backward(
     phases(
         B * G, channels * S * sizeof(T), pieces.count, grad_x ? pieces.count : 0, threads,
         [&](int64_t set, int64_t i, int) {
-            pieces.each(i, channels, S, [&](int64_t c, int64_t place, int64_t places) {
+            pieces.each(i, channels, S, [&](int64_t c, int64_t position, int64_t positions) {
                 const int64_t b = set / G, channel = set % G * channels + c;
-                const T* dy = grad_y + b * grad_y_batch + channel * grad_y_channel + place;
-                const T* row = x + b * x_batch + channel * x_channel + place;
+                const T* dy = grad_y + b * grad_y_batch + channel * grad_y_channel + position;
+                const T* row = x + b * x_batch + channel * x_channel + position;
                 const float m = mean[set], r = rstd[set], w = weight[channel];
                 const ChannelBack constant = {splat(m), splat(r), splat(w), splat(bias[channel]), vf{}, vf{}, vf{}};
                 vf total = {}, along = {};
-                for (int64_t j = 0; j < places; j += 4 * CHAIN * VL) {
+                for (int64_t j = 0; j < positions; j += 4 * CHAIN * VL) {
                     vf sums[4] = {}, dots[4] = {};
                     const auto add = [&](int64_t i, int v, int lanes) {
                         vf normal, grad_n;
@@ -260,7 +260,7 @@ void planes_backward(
                         sums[v] += grad_n;
                         dots[v] += grad_n * normal;
                     };
-                    const int64_t end = std::min(places, j + 4 * CHAIN * VL);
+                    const int64_t end = std::min(positions, j + 4 * CHAIN * VL);
                     int64_t i = j;
                     for (; i + 4 * VL <= end; i += 4 * VL) {
 #pragma GCC unroll 4
@@ -270,7 +270,7 @@ void planes_backward(
                     total += (sums[0] + sums[1]) + (sums[2] + sums[3]);
                     along += (dots[0] + dots[1]) + (dots[2] + dots[3]);
                 }
-                float* out = partial + ((b * C + channel) * strips + place / STRIP) * 2;
+                float* out = partial + ((b * C + channel) * strips + position / STRIP) * 2;
                 out[0] = sum(total);
                 out[1] = sum(along);
             });
@@ -291,12 +291,12 @@ void planes_backward(
             means[2 * set + 1] = group.dot;
         },
         [&](int64_t set, int64_t i, int) {
-            pieces.each(i, channels, S, [&](int64_t c, int64_t place, int64_t places) {
+            pieces.each(i, channels, S, [&](int64_t c, int64_t position, int64_t positions) {
                 const int64_t b = set / G, channel = set % G * channels + c;
                 const ChannelBack constant = constants(set, channel);
                 write_grad(
-                    grad_y + b * grad_y_batch + channel * grad_y_channel + place, x + b * x_batch + channel * x_channel + place,
-                    grad_x + (b * C + channel) * S + place, places, [&](int64_t, int) { return constant; }
+                    grad_y + b * grad_y_batch + channel * grad_y_channel + position, x + b * x_batch + channel * x_channel + position,
+                    grad_x + (b * C + channel) * S + position, positions, [&](int64_t, int) { return constant; }
                 );
             });
         }
@@ -306,16 +306,16 @@ void planes_backward(
 // Channels last.
 
 struct Rows {
-    int64_t C, S, W, places, strips;  // of a row: elements; of a strip: places; strips of a batch's element
+    int64_t C, S, W, positions, strips;  // of a row: elements; of a strip: positions; strips of a batch's element
 
     Rows(int64_t C, int64_t S) : C(C), S(S) {
         int64_t k = VL / std::gcd<int64_t>(C, VL);
         k = std::min(std::max<int64_t>(S, 1), k * ceil_div(64, C * k));
         W = C * k;
-        places = k * std::clamp<int64_t>(2 * STRIP / W, 8, 128);
-        strips = ceil_div(S, places);
+        positions = k * std::clamp<int64_t>(2 * STRIP / W, 8, 128);
+        strips = ceil_div(S, positions);
     }
-    int64_t places_of(int64_t strip) const { return std::min(places, S - strip * places); }
+    int64_t positions_of(int64_t strip) const { return std::min(positions, S - strip * positions); }
     int64_t room() const { return round_up(W, 16); }  // of a table
 
     // For each vector of a row, body(first element, lanes, rows that have it): all lanes lie in that many rows.
@@ -378,8 +378,8 @@ inline void sum_rows(const Rows& rows, const T* x, int64_t n, float* sums, const
 
 // The moments of a strip's groups. work: two tables.
 template <class T>
-inline void strip_moments(const Rows& rows, const T* x, int64_t places, int64_t G, float* work, Moments* out) {
-    const int64_t channels = rows.C / G, n = places * rows.C;
+inline void strip_moments(const Rows& rows, const T* x, int64_t positions, int64_t G, float* work, Moments* out) {
+    const int64_t channels = rows.C / G, n = positions * rows.C;
     float *sums = work, *centre = work + rows.room();
     const auto per_group = [&](const auto& result) {
         rows.fold(sums);
@@ -390,7 +390,7 @@ inline void strip_moments(const Rows& rows, const T* x, int64_t places, int64_t 
         }
     };
     sum_rows(rows, x, n, sums, [](vf v, int64_t, int) { return v; });
-    per_group([&](Moments& group, double total) { group.mean = float(total / double(places * channels)); });
+    per_group([&](Moments& group, double total) { group.mean = float(total / double(positions * channels)); });
     rows.fill(centre, G, [&](int64_t g, int64_t) { return out[g].mean; });
     sum_rows(rows, x, n, sums, [&](vf v, int64_t d, int lanes) {
         const vf centred = v - load(centre + d, lanes);
@@ -412,21 +412,21 @@ void rows_forward(
         B, C * S * sizeof(T), rows.strips, rows.strips, threads,
         [&](int64_t b, int64_t strip, int thread) {
             float* table = work + thread * 3 * rows.room();
-            const T* data = x + b * x_batch + strip * rows.places * C;
-            strip_moments(rows, data, rows.places_of(strip), G, table, parts + (b * rows.strips + strip) * G);
+            const T* data = x + b * x_batch + strip * rows.positions * C;
+            strip_moments(rows, data, rows.positions_of(strip), G, table, parts + (b * rows.strips + strip) * G);
         },
         [&](int64_t b) {
             for (int64_t g = 0; g < G; g++)
-                merge(parts + b * rows.strips * G + g, G, 1, S, rows.places, channels, eps, mean[b * G + g], rstd[b * G + g]);
+                merge(parts + b * rows.strips * G + g, G, 1, S, rows.positions, channels, eps, mean[b * G + g], rstd[b * G + g]);
         },
         [&](int64_t b, int64_t strip, int thread) {
             float *means = work + thread * 3 * rows.room(), *scale = means + rows.room(), *shift = scale + rows.room();
             rows.fill(means, G, [&](int64_t g, int64_t) { return mean[b * G + g]; });
             rows.fill(scale, G, [&](int64_t g, int64_t c) { return rstd[b * G + g] * weight[c]; });
             rows.fill(shift, G, [&](int64_t, int64_t c) { return bias[c]; });
-            const T* data = x + b * x_batch + strip * rows.places * C;
-            T* out = y + (b * S + strip * rows.places) * C;
-            rows.each(rows.places_of(strip) * C, [&](int64_t at, int64_t n) {
+            const T* data = x + b * x_batch + strip * rows.positions * C;
+            T* out = y + (b * S + strip * rows.positions) * C;
+            rows.each(rows.positions_of(strip) * C, [&](int64_t at, int64_t n) {
                 write_silu(data + at, out + at, n, [&](int64_t i, int lanes) {
                     return Channel{load(means + i, lanes), load(scale + i, lanes), load(shift + i, lanes)};
                 });
@@ -496,8 +496,8 @@ void rows_backward(
         [&](int64_t b, int64_t strip, int thread) {
             float *table = work + thread * 9 * room, *strip_total = table + 7 * room;
             tables(table, b);
-            const int64_t at = strip * rows.places * C;
-            strip_sums(rows, grad_y + b * grad_y_batch + at, x + b * x_batch + at, rows.places_of(strip) * C, table, strip_total);
+            const int64_t at = strip * rows.positions * C;
+            strip_sums(rows, grad_y + b * grad_y_batch + at, x + b * x_batch + at, rows.positions_of(strip) * C, table, strip_total);
             float* out = partial + (b * rows.strips + strip) * 2 * C;
             for (int i = 0; i < 2; i++) {
                 rows.fold(strip_total + i * room);
@@ -528,10 +528,10 @@ void rows_backward(
             rows.fill(by_grad, G, [&](int64_t g, int64_t c) { return outer(g) * weight[c]; });
             rows.fill(by_normal, G, [&](int64_t g, int64_t) { return outer(g) * means[2 * (b * G + g) + 1]; });
             rows.fill(constant, G, [&](int64_t g, int64_t) { return outer(g) * means[2 * (b * G + g)]; });
-            const int64_t first = strip * rows.places * C;
+            const int64_t first = strip * rows.positions * C;
             const T *dy = grad_y + b * grad_y_batch + first, *data = x + b * x_batch + first;
             T* out = grad_x + b * S * C + first;
-            rows.each(rows.places_of(strip) * C, [&](int64_t at, int64_t n) {
+            rows.each(rows.positions_of(strip) * C, [&](int64_t at, int64_t n) {
                 write_grad(dy + at, data + at, out + at, n, [&](int64_t i, int lanes) {
                     const float* t = table + i;
                     return ChannelBack{load(t, lanes),        load(t + room, lanes),        load(t + 2 * room, lanes),

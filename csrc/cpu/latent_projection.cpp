@@ -1,4 +1,4 @@
-// Tokens to latents: the product's rows go straight to their places in the picture, and the picture's gradient is read from there.
+// Tokens to latents: the product's rows go straight to their patches in the image, whose gradient is read from there.
 #include <algorithm>
 
 #include "export.h"
@@ -9,9 +9,9 @@ using namespace ov3;
 
 namespace {
 
-// A picture [B, C, h p, w p] whose lines are dense.
+// An image [B, C, h p, w p] whose lines are dense.
 template <class T>
-struct Picture {
+struct ImageView {
     const T* data;
     int64_t batch_stride, channel_stride, line_stride;
     Grid grid;
@@ -30,9 +30,9 @@ struct Picture {
 
 // out [K] = sums of all rows of patches: blocks of a fixed size, then the blocks in order.
 template <class T>
-void sum_patches(const Picture<T>& picture, int64_t R, T* out, int threads) {
+void sum_patches(const ImageView<T>& image, int64_t R, T* out, int threads) {
     constexpr int64_t BLOCK = 256;
-    const int64_t K = picture.grid.values(), blocks = ceil_div(R, BLOCK);
+    const int64_t K = image.grid.values(), blocks = ceil_div(R, BLOCK);
     Buffer<float> sums(blocks * K), total(K);
     Buffer<T> rows(STRIP_ROWS * K * threads);
     parallel(blocks, threads, [&](int64_t block, int thread) {
@@ -41,7 +41,7 @@ void sum_patches(const Picture<T>& picture, int64_t R, T* out, int threads) {
         std::memset(sum, 0, K * sizeof(float));
         for (int64_t r = block * BLOCK; r < std::min(R, (block + 1) * BLOCK); r += STRIP_ROWS) {
             const int64_t here = std::min(STRIP_ROWS, R - r);
-            picture.patches(r, here, some);
+            image.patches(r, here, some);
             for_vectors(K, [&](int64_t k, int lanes) {
                 vf x = load(sum + k, lanes);
                 for (int64_t i = 0; i < here;) {
@@ -101,8 +101,8 @@ void latent_projection_backward(
     int64_t row_stride, const T* w, int64_t w_stride, T* grad_tokens, T* grad_w, T* grad_bias, int64_t B, int64_t C, int64_t p, int64_t h,
     int64_t wide, int64_t D, int threads
 ) {
-    const Picture<T> picture{grad_x, x_batch_stride, channel_stride, line_stride, {C, p, h, wide}};
-    const int64_t K = picture.grid.values(), R = B * picture.grid.tokens();
+    const ImageView<T> image{grad_x, x_batch_stride, channel_stride, line_stride, {C, p, h, wide}};
+    const int64_t K = image.grid.values(), R = B * image.grid.tokens();
     Buffer<T> room(STRIP_ROWS * K * threads);
     if (grad_tokens) {
         Packed<T> b(K, D);
@@ -111,7 +111,7 @@ void latent_projection_backward(
             T* some = room + STRIP_ROWS * K * thread;
             for (int64_t m = 0; m < rows; m += STRIP_ROWS) {
                 const int64_t count = std::min(STRIP_ROWS, rows - m);
-                picture.patches(m0 + m, count, some);
+                image.patches(m0 + m, count, some);
                 pack_rows<T>(Rows<T>{some, K}, 0, count, K, dst + m * b.words);
             }
         };
@@ -119,13 +119,13 @@ void latent_projection_backward(
     }
     if (grad_w) {
         OuterSums<T> sums(R, D, K, threads);
-        const Rows<T> rows = batched_rows(tokens, batch_stride, picture.grid.tokens(), row_stride);
+        const Rows<T> rows = batched_rows(tokens, batch_stride, image.grid.tokens(), row_stride);
         sums.add_all(R, rows, [&](int64_t r0, int64_t count, int thread) {
             T* some = room + STRIP_ROWS * K * thread;
-            picture.patches(r0, count, some);
+            image.patches(r0, count, some);
             return Matrix<T>{some, 1, K};
         }, store_transposed(grad_w, D));
     }
-    if (grad_bias) sum_patches(picture, R, grad_bias, threads);
+    if (grad_bias) sum_patches(image, R, grad_bias, threads);
 }
 OV3_EXPORT(latent_projection_backward)

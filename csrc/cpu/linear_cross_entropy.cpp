@@ -41,7 +41,7 @@ struct Head {
     Buffer<T> kept{gradients ? V * room : 0};                             // [V][room]
     Buffer<uint8_t> lower{NARROW && grad_w ? V * D : 0};                  // of grad_w's bits
     Buffer<float> grad_rows{grad_h ? room * D : 0};
-    Buffer<float> largest{tiles * wide}, total{tiles * wide};             // of a tile's exponentials
+    Buffer<float> tile_m{tiles * wide}, tile_l{tiles * wide};              // a tile's maximum and sum of exponentials below it
     Buffer<float> own{wide}, upstream{wide}, top{wide}, log_sum{wide};
     // Of a thread:
     Buffer<word_t<T>> a{threads * TILE * words_d};
@@ -107,8 +107,8 @@ struct Head {
                 }
                 sums += __builtin_convertvector(few, vd);
             }
-            store(largest + tile * wide + t, highest);
-            store(total + tile * wide + t, __builtin_convertvector(sums, vf));
+            store(tile_m + tile * wide + t, highest);
+            store(tile_l + tile * wide + t, __builtin_convertvector(sums, vf));
             for (int lane = 0; lane < lanes; lane++) {
                 const int64_t label = labels[tokens[t0 + t + lane]] - v0;
                 if (label >= 0 && label < classes) own[t + lane] = c[label * NR + lane];
@@ -119,9 +119,9 @@ struct Head {
     void log_sums(int64_t t0, int64_t here, float* nll, float* lse, int64_t lse_stride) {
         for (int64_t t = 0; t < here; t++) {
             Lse all;
-            for (int64_t tile = 0; tile < tiles; tile++) all.add(largest[tile * wide + t], total[tile * wide + t]);
+            for (int64_t tile = 0; tile < tiles; tile++) all.add(tile_m[tile * wide + t], tile_l[tile * wide + t]);
             const int64_t at = tokens[t0 + t];
-            top[t] = all.largest, log_sum[t] = float(std::log(all.total));
+            top[t] = all.m_i, log_sum[t] = float(std::log(all.l_i));
             nll[at] = (top[t] - own[t]) + log_sum[t];
             if (lse) lse[at] = top[t], lse[lse_stride + at] = log_sum[t];
         }
@@ -130,7 +130,7 @@ struct Head {
     // kept: exponentials -> gradients, for the same upstream gradient of all tokens.
     void scale_kept(int64_t t0, int64_t here, int64_t tile, float factor) {
         const int64_t v0 = tile * TILE, classes = std::min(TILE, V - v0);
-        float* scale = largest + tile * wide;
+        float* scale = tile_m + tile * wide;
         for_vectors(here, [&](int64_t t, int lanes) {
             store(scale + t, exp_below((load(scale + t, lanes) - load(top + t, lanes)) - load(log_sum + t, lanes)) * factor, lanes);
         });

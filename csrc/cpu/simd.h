@@ -184,7 +184,7 @@ inline float across(vf a, const Join& join) {
 inline float sum(vf a) {
     return across(a, [](auto x, auto y) { return x + y; });
 }
-inline float largest(vf a) {
+inline float reduce_max(vf a) {
     return across(a, [](auto x, auto y) { return (x < y) ? y : x; });
 }
 

@@ -71,19 +71,19 @@ inline bool any(vi mask) {
 #endif
 }
 
-// A log-sum-exp on the way: the largest argument and the sum of exponentials below it.
+// A running log-sum-exp: the maximum m_i so far and the sum l_i of exp(x - m_i).
 struct Lse {
-    float largest = LOWEST;
-    double total = 0.0;
+    float m_i = LOWEST;
+    double l_i = 0.0;
 
     void add(float other, double sum) {
-        const float top = largest < other ? other : largest;
-        total = total * std::exp(double(largest) - top) + sum * std::exp(double(other) - top);
-        largest = top;
+        const float m_new = m_i < other ? other : m_i;
+        l_i = l_i * std::exp(double(m_i) - m_new) + sum * std::exp(double(other) - m_new);
+        m_i = m_new;
     }
     void add(vf other, vf sums) {
-        const float top = ov3::largest(other);
-        add(top, sum(sums * exp_below(other - top)));
+        const float m_new = reduce_max(other);
+        add(m_new, sum(sums * exp_below(other - m_new)));
     }
 };
 

@@ -1,5 +1,5 @@
-// Group normalisation and SiLU of channels-last tensors, x [B, S, C] with the places s of a picture one after another. A block takes a strip of
-// places and a tile of channels; each of its threads keeps to N neighbouring channels and goes down the strip, a row of blocks' threads at a
+// Group normalisation and SiLU of channels-last tensors, x [B, S, C] with the spatial positions s of an image one after another. A block takes a strip of
+// positions and a tile of channels; each of its threads keeps to N neighbouring channels and goes down the strip, a row of blocks' threads at a
 // time. What a strip's channels come to is stored, and later launches merge the strips in order, so that the result has the same bits on every GPU.
 //
 //     forward:  strips' moments -> mean and rstd of each group -> y
@@ -16,7 +16,7 @@ constexpr int CHAIN = 16;  // terms of a channel's gradient that are added up on
 struct Shape {
     int64_t S;
     int32_t B, C, G;
-    int32_t rows, strips;  // of a strip: places; of a picture: strips
+    int32_t rows, strips;  // of a strip: positions; of an image: strips
     int32_t columns;       // packs of N channels of a tile
 
     __device__ __forceinline__ int per_group() const { return C / G; }
@@ -59,13 +59,13 @@ __device__ __forceinline__ void load_per_group(const float* values, const Shape&
 
 // Where a thread works.
 template <int N>
-struct Place {
+struct Position {
     int b, strip, channel;  // channel: the first of N
     int column, row, stride;  // of the thread within the tile; stride: rows of threads
     int rows;                 // of the strip
     bool active;
 
-    __device__ __forceinline__ Place(const Shape& shape, int block, int tile) {
+    __device__ __forceinline__ Position(const Shape& shape, int block, int tile) {
         b = block / shape.strips;
         strip = block % shape.strips;
         column = threadIdx.x % shape.columns;
@@ -118,13 +118,13 @@ struct Moments {
 
 template <class T, int N>
 __device__ __forceinline__ void moments(const T* x, float* parts, const Shape& shape) {
-    const Place<N> place(shape, blockIdx.x, blockIdx.y);
+    const Position<N> pos(shape, blockIdx.x, blockIdx.y);
     Moments<N> own;
-    if (place.active) {
-        const T* data = x + place.offset(shape);
-        const int64_t step = int64_t(place.stride) * shape.C;
-        data += int64_t(place.row) * shape.C;
-        int row = place.row;
+    if (pos.active) {
+        const T* data = x + pos.offset(shape);
+        const int64_t step = int64_t(pos.stride) * shape.C;
+        data += int64_t(pos.row) * shape.C;
+        int row = pos.row;
         float count = 0;
         const auto add = [&](const Packed<T, N>& pack) {
             float values[N];
@@ -132,24 +132,24 @@ __device__ __forceinline__ void moments(const T* x, float* parts, const Shape& s
             count += 1.0f;
             own.add(values, __frcp_rn(count));
         };
-        for (; row + 3 * place.stride < place.rows; row += UNROLL * place.stride, data += UNROLL * step) {
+        for (; row + 3 * pos.stride < pos.rows; row += UNROLL * pos.stride, data += UNROLL * step) {
             const Packed<T, N> packs[UNROLL] = {
                 Packed<T, N>(data), Packed<T, N>(data + step), Packed<T, N>(data + 2 * step), Packed<T, N>(data + 3 * step)
             };
 #pragma unroll
             for (int u = 0; u < UNROLL; u++) add(packs[u]);
         }
-        for (; row < place.rows; row += place.stride, data += step) add(Packed<T, N>(data));
+        for (; row < pos.rows; row += pos.stride, data += step) add(Packed<T, N>(data));
     }
     // Rows of threads merge in pairs, pairs of pairs and so on.
     __shared__ float means[N][THREADS], squares[N][THREADS];
 #pragma unroll
     for (int j = 0; j < N; j++) means[j][threadIdx.x] = own.mean[j], squares[j][threadIdx.x] = own.squares[j];
-    for (int reach = 1; reach < place.stride; reach *= 2) {
+    for (int reach = 1; reach < pos.stride; reach *= 2) {
         __syncthreads();
-        const int other = place.row + reach, end = min(other + reach, place.stride);
-        if (place.active && place.row % (2 * reach) == 0 && other < place.stride) {
-            const float mine = float(place.rows_of(place.row, other)), theirs = float(place.rows_of(other, end));
+        const int other = pos.row + reach, end = min(other + reach, pos.stride);
+        if (pos.active && pos.row % (2 * reach) == 0 && other < pos.stride) {
+            const float mine = float(pos.rows_of(pos.row, other)), theirs = float(pos.rows_of(other, end));
             if (theirs > 0) {
                 const float share = theirs / (mine + theirs);
 #pragma unroll
@@ -164,9 +164,9 @@ __device__ __forceinline__ void moments(const T* x, float* parts, const Shape& s
             }
         }
     }
-    if (place.active && place.row == 0) {
-        store_floats(parts + place.part(shape, 0), own.mean);
-        store_floats(parts + place.part(shape, 1), own.squares);
+    if (pos.active && pos.row == 0) {
+        store_floats(parts + pos.part(shape, 0), own.mean);
+        store_floats(parts + pos.part(shape, 1), own.squares);
     }
 }
 
@@ -196,19 +196,19 @@ __device__ __forceinline__ void write_silu(
     const T* x, const Parameter<T>& weights, const Parameter<T>& biases, const float* means, const float* rstds, T* y, const Shape& shape
 ) {
     // Backwards: what was read last may still be in a cache.
-    const Place<N> place(shape, gridDim.x - 1 - blockIdx.x, blockIdx.y);
-    if (!place.active) return;
+    const Position<N> pos(shape, gridDim.x - 1 - blockIdx.x, blockIdx.y);
+    if (!pos.active) return;
     float mean[N], scale[N], bias[N];
     {
         float weight[N];
-        load_per_group(means, shape, place.b, place.channel, mean);
-        load_per_group(rstds, shape, place.b, place.channel, scale);
-        weights.load_at(place.channel, weight);
-        biases.load_at(place.channel, bias);
+        load_per_group(means, shape, pos.b, pos.channel, mean);
+        load_per_group(rstds, shape, pos.b, pos.channel, scale);
+        weights.load_at(pos.channel, weight);
+        biases.load_at(pos.channel, bias);
 #pragma unroll
         for (int j = 0; j < N; j++) scale[j] *= weight[j];
     }
-    const int64_t step = int64_t(place.stride) * shape.C, first = place.offset(shape) + int64_t(place.row) * shape.C;
+    const int64_t step = int64_t(pos.stride) * shape.C, first = pos.offset(shape) + int64_t(pos.row) * shape.C;
     const T* from = x + first;
     T* to = y + first;
     const auto write = [&](const Packed<T, N>& pack, T* out) {
@@ -221,15 +221,15 @@ __device__ __forceinline__ void write_silu(
         }
         store(out, values);
     };
-    int row = place.row;
-    for (; row + 3 * place.stride < place.rows; row += UNROLL * place.stride, from += UNROLL * step, to += UNROLL * step) {
+    int row = pos.row;
+    for (; row + 3 * pos.stride < pos.rows; row += UNROLL * pos.stride, from += UNROLL * step, to += UNROLL * step) {
         const Packed<T, N> packs[UNROLL] = {
             Packed<T, N>(from), Packed<T, N>(from + step), Packed<T, N>(from + 2 * step), Packed<T, N>(from + 3 * step)
         };
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) write(packs[u], to + u * step);
     }
-    for (; row < place.rows; row += place.stride, from += step, to += step) write(Packed<T, N>(from), to);
+    for (; row < pos.rows; row += pos.stride, from += step, to += step) write(Packed<T, N>(from), to);
 }
 
 template <class T, int N>
@@ -237,13 +237,13 @@ __device__ __forceinline__ void strip_sums(
     const T* grad_y, const T* x, const Parameter<T>& weights, const Parameter<T>& biases, const float* means, const float* rstds, float* parts,
     const Shape& shape
 ) {
-    const Place<N> place(shape, blockIdx.x, blockIdx.y);
+    const Position<N> pos(shape, blockIdx.x, blockIdx.y);
     float sums[N] = {}, dots[N] = {};
-    if (place.active) {
-        const Normal<N> normal(means, rstds, weights, biases, shape, place.b, place.channel);
-        const int64_t step = int64_t(place.stride) * shape.C, first = place.offset(shape) + int64_t(place.row) * shape.C;
+    if (pos.active) {
+        const Normal<N> normal(means, rstds, weights, biases, shape, pos.b, pos.channel);
+        const int64_t step = int64_t(pos.stride) * shape.C, first = pos.offset(shape) + int64_t(pos.row) * shape.C;
         const T *dy = grad_y + first, *data = x + first;
-        for (int row = place.row; row < place.rows;) {
+        for (int row = pos.row; row < pos.rows;) {
             float some[N] = {}, along[N] = {};
             const auto add = [&](const Packed<T, N>& grads, const Packed<T, N>& values) {
                 float g[N], v[N];
@@ -257,14 +257,14 @@ __device__ __forceinline__ void strip_sums(
                     along[j] += grad_n * x_hat;
                 }
             };
-            const int end = min(place.rows, row + CHAIN * place.stride);
-            for (; row + place.stride < end; row += 2 * place.stride, dy += 2 * step, data += 2 * step) {
+            const int end = min(pos.rows, row + CHAIN * pos.stride);
+            for (; row + pos.stride < end; row += 2 * pos.stride, dy += 2 * step, data += 2 * step) {
                 const Packed<T, N> grads[2] = {Packed<T, N>(dy), Packed<T, N>(dy + step)};
                 const Packed<T, N> values[2] = {Packed<T, N>(data), Packed<T, N>(data + step)};
                 add(grads[0], values[0]);
                 add(grads[1], values[1]);
             }
-            for (; row < end; row += place.stride, dy += step, data += step) add(Packed<T, N>(dy), Packed<T, N>(data));
+            for (; row < end; row += pos.stride, dy += step, data += step) add(Packed<T, N>(dy), Packed<T, N>(data));
 #pragma unroll
             for (int j = 0; j < N; j++) sums[j] += some[j], dots[j] += along[j];
         }
@@ -272,9 +272,9 @@ __device__ __forceinline__ void strip_sums(
     __shared__ float shared[2][N][THREADS];
 #pragma unroll
     for (int j = 0; j < N; j++) shared[0][j][threadIdx.x] = sums[j], shared[1][j][threadIdx.x] = dots[j];
-    for (int reach = 1; reach < place.stride; reach *= 2) {
+    for (int reach = 1; reach < pos.stride; reach *= 2) {
         __syncthreads();
-        if (place.active && place.row % (2 * reach) == 0 && place.row + reach < place.stride) {
+        if (pos.active && pos.row % (2 * reach) == 0 && pos.row + reach < pos.stride) {
             const int at = threadIdx.x + reach * shape.columns;
 #pragma unroll
             for (int j = 0; j < N; j++) {
@@ -283,9 +283,9 @@ __device__ __forceinline__ void strip_sums(
             }
         }
     }
-    if (place.active && place.row == 0) {
-        store_floats(parts + place.part(shape, 0), sums);
-        store_floats(parts + place.part(shape, 1), dots);
+    if (pos.active && pos.row == 0) {
+        store_floats(parts + pos.part(shape, 0), sums);
+        store_floats(parts + pos.part(shape, 1), dots);
     }
 }
 
@@ -294,15 +294,15 @@ __device__ __forceinline__ void write_grad(
     const T* grad_y, const T* x, const Parameter<T>& weights, const Parameter<T>& biases, const float* means, const float* rstds,
     const float* mean_sums, const float* mean_dots, T* grad_x, const Shape& shape
 ) {
-    const Place<N> place(shape, gridDim.x - 1 - blockIdx.x, blockIdx.y);
-    if (!place.active) return;
-    const Normal<N> normal(means, rstds, weights, biases, shape, place.b, place.channel);
+    const Position<N> pos(shape, gridDim.x - 1 - blockIdx.x, blockIdx.y);
+    if (!pos.active) return;
+    const Normal<N> normal(means, rstds, weights, biases, shape, pos.b, pos.channel);
     float sum[N], dot[N];
-    load_per_group(mean_sums, shape, place.b, place.channel, sum);
-    load_per_group(mean_dots, shape, place.b, place.channel, dot);
+    load_per_group(mean_sums, shape, pos.b, pos.channel, sum);
+    load_per_group(mean_dots, shape, pos.b, pos.channel, dot);
     // A group of one value is normalised to 0 whatever the value is.
     const bool constant = int64_t(shape.per_group()) * shape.S == 1;
-    const int64_t step = int64_t(place.stride) * shape.C, first = place.offset(shape) + int64_t(place.row) * shape.C;
+    const int64_t step = int64_t(pos.stride) * shape.C, first = pos.offset(shape) + int64_t(pos.row) * shape.C;
     const T *dy = grad_y + first, *from = x + first;
     T* to = grad_x + first;
     const auto write = [&](const Packed<T, N>& grads, const Packed<T, N>& values, T* out) {
@@ -318,14 +318,14 @@ __device__ __forceinline__ void write_grad(
         }
         store(out, v);
     };
-    int row = place.row;
-    for (; row + place.stride < place.rows; row += 2 * place.stride, dy += 2 * step, from += 2 * step, to += 2 * step) {
+    int row = pos.row;
+    for (; row + pos.stride < pos.rows; row += 2 * pos.stride, dy += 2 * step, from += 2 * step, to += 2 * step) {
         const Packed<T, N> grads[2] = {Packed<T, N>(dy), Packed<T, N>(dy + step)};
         const Packed<T, N> values[2] = {Packed<T, N>(from), Packed<T, N>(from + step)};
         write(grads[0], values[0], to);
         write(grads[1], values[1], to + step);
     }
-    for (; row < place.rows; row += place.stride, dy += step, from += step, to += step) write(Packed<T, N>(dy), Packed<T, N>(from), to);
+    for (; row < pos.rows; row += pos.stride, dy += step, from += step, to += step) write(Packed<T, N>(dy), Packed<T, N>(from), to);
 }
 
 template <class T>
@@ -348,13 +348,13 @@ __device__ __forceinline__ void finish(
     if (blockIdx.x < group_blocks) {
         const int lane = threadIdx.x % 32, group = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
         if (group >= shape.B * shape.G) return;
-        const float* of_picture = totals + int64_t(group / shape.G) * 2 * C;
+        const float* of_image = totals + int64_t(group / shape.G) * 2 * C;
         double sum = 0, dot = 0;
         for (int c = lane; c < per_group; c += 32) {
             const int channel = group % shape.G * per_group + c;
             const double weight = weights.at(channel);
-            sum += weight * of_picture[channel];
-            dot += weight * of_picture[C + channel];
+            sum += weight * of_image[channel];
+            dot += weight * of_image[C + channel];
         }
         sum = warp_sum(sum);
         dot = warp_sum(dot);
@@ -382,13 +382,13 @@ __device__ __forceinline__ void finish(
 extern "C" __global__ void __launch_bounds__(THREADS)
     ov3_group_norm_silu_merge(const float* parts, float eps, float* mean, float* rstd, const __grid_constant__ Shape shape) {
     const int per_group = shape.per_group(), b = blockIdx.x / shape.G, first = blockIdx.x % shape.G * per_group;
-    const float* of_picture = parts + int64_t(b) * shape.strips * 2 * shape.C + first;
+    const float* of_image = parts + int64_t(b) * shape.strips * 2 * shape.C + first;
     const auto over_parts = [&](const auto& value) {
         double total = 0;
         for (int i = threadIdx.x; i < shape.strips * per_group; i += THREADS) {
             const int strip = i / per_group, channel = i % per_group;
             const int64_t left = shape.S - int64_t(strip) * shape.rows;
-            const float* part = of_picture + int64_t(strip) * 2 * shape.C + channel;
+            const float* part = of_image + int64_t(strip) * 2 * shape.C + channel;
             total += value(part[0], part + shape.C, double(left < shape.rows ? left : shape.rows));
         }
         return block_sum(total) / (double(per_group) * double(shape.S));
@@ -403,7 +403,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
-// parts [B, strips, 2, C] -> totals [B, 2, C]: sums over the strips, 32 of a picture's 2 C to a block, which has 8 threads for each.
+// parts [B, strips, 2, C] -> totals [B, 2, C]: sums over the strips, 32 of an image's 2 C to a block, which has 8 threads for each.
 extern "C" __global__ void __launch_bounds__(THREADS)
     ov3_group_norm_silu_totals(const float* parts, float* totals, const __grid_constant__ Shape shape) {
     constexpr int LANES = THREADS / 32;

@@ -214,8 +214,8 @@ class _Weights:
         return _Weights(unit, row.reshape(1) / unit, (column / unit).contiguous())
 
 
-def _with_factor(largest: Tensor, log_sum: Tensor, weight: Tensor) -> list[Tensor]:
-    return [largest.contiguous(), torch.exp(-log_sum) * (0.5 * weight)]
+def _with_factor(m_i: Tensor, log_sum: Tensor, weight: Tensor) -> list[Tensor]:
+    return [m_i.contiguous(), torch.exp(-log_sum) * (0.5 * weight)]
 
 
 @dataclass

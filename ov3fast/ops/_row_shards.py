@@ -71,17 +71,17 @@ class RowShards:
             if rank != self.rank:
                 yield rank, part
 
-    def merge(self, largest: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    def merge(self, m_i: Tensor, l_i: Tensor) -> tuple[Tensor, Tensor]:
         """A log-sum-exp's running (max, sum of exponentials below it) on each rank -> the same over all ranks."""
         if self.group is None:
-            return largest, total
+            return m_i, l_i
         import torch.distributed as dist
 
-        overall = largest.clone()
+        overall = m_i.clone()
         dist.all_reduce(overall, dist.ReduceOp.MAX, group=self.group)
-        total = total * (largest - overall).exp_()
-        dist.all_reduce(total, group=self.group)
-        return overall, total
+        l_i = l_i * (m_i - overall).exp_()
+        dist.all_reduce(l_i, group=self.group)
+        return overall, l_i
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """[N, ...] of partial sums -> this rank's rows of their sum over the ranks."""

@@ -125,8 +125,8 @@ def _forward_rows(image, text, scale, bias, kind, offset):
     a, b = _normalise(image), _normalise(text)
     rows = a.new_empty((2, len(a)) if kind == "softmax" else len(a))
     own = a.new_empty(len(a))
-    largest = a.new_full((len(b),), -torch.inf)
-    total = torch.zeros_like(largest)
+    m_i = a.new_full((len(b),), -torch.inf)
+    l_i = torch.zeros_like(m_i)
     for chunk, column in _chunks(len(a), len(b), offset):
         z = scale * (a[chunk] @ b.T)
         if kind == "sigmoid":
@@ -138,9 +138,9 @@ def _forward_rows(image, text, scale, bias, kind, offset):
         own[chunk][: len(pairs)] = pairs
         rows[0, chunk] = z.amax(1)
         rows[1, chunk] = (z - rows[0, chunk, None]).exp_().sum(1).log_()
-        before, largest = largest, torch.maximum(largest, z.amax(0))
-        total = total * (before - largest).exp_() + z.sub_(largest).exp_().sum(0)
-    return (rows, torch.stack([largest, total]), own) if kind == "softmax" else (rows, None, None)
+        before, m_i = m_i, torch.maximum(m_i, z.amax(0))
+        l_i = l_i * (before - m_i).exp_() + z.sub_(m_i).exp_().sum(0)
+    return (rows, torch.stack([m_i, l_i]), own) if kind == "softmax" else (rows, None, None)
 
 
 def _backward_rows(image, text, scale, bias, kind, offset, r, c, row_weight, column_weight, need_image, need_text):
@@ -235,8 +235,8 @@ def _over_blocks(forward_rows, shards, views, text, scale, bias, kind):
 
 def _add_exponentials(a, b):
     """Of two sums of exponentials, each as (max, log of the sum below it), the sum."""
-    largest = torch.maximum(a[0], b[0])
-    return torch.stack([largest, torch.logaddexp(a[0] - largest + a[1], b[0] - largest + b[1])])
+    m_i = torch.maximum(a[0], b[0])
+    return torch.stack([m_i, torch.logaddexp(a[0] - m_i + a[1], b[0] - m_i + b[1])])
 
 
 def over_ranks(forward_rows, backward_rows, project=_project):
@@ -257,8 +257,8 @@ def over_ranks(forward_rows, backward_rows, project=_project):
             if kind == "sigmoid":
                 found.append(((rows.sum(dtype=torch.float64) * share).to(wide), rows.new_empty(2, 0), rows.new_empty(2, 0)))
                 continue
-            largest, total = (shards.own(x) for x in shards.merge(*columns))
-            columns = torch.stack([largest, total.log()])
+            m_i, l_i = (shards.own(x) for x in shards.merge(*columns))
+            columns = torch.stack([m_i, l_i.log()])
             losses = (rows[0] - own) + rows[1] + (columns[0] - own) + columns[1]
             found.append(((losses.sum(dtype=torch.float64) * (share / 2)).to(wide), rows, columns))
         # A CPU tensor would keep Inductor from capturing CUDA graphs; alone, a rank knows its size.

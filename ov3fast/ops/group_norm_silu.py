@@ -3,7 +3,7 @@
     n_bcs = (x_bcs - mean_bg) * rstd_bg * weight_c + bias_c,    g = c // (C / G),    rstd = 1 / sqrt(var + eps), biased variance
     y_bcs = n_bcs * sigmoid(n_bcs)
 
-Shapes: x, y [B, C, ...] with any number of places s behind; weight, bias [C]; mean and rstd [B, G] over a group's channels and places.
+Shapes: x, y [B, C, ...] with any number of spatial positions s behind; weight, bias [C]; mean and rstd [B, G] over a group's channels and positions.
 Storage float32, bfloat16 or float64 (float16 on GPUs); statistics in float32 (float64 for float64). weight and bias are of x's dtype or
 float32. A 4-D channels_last or 5-D channels_last_3d x gives y and dx in that memory format; everything else gives contiguous ones.
 Saved for backward: x, weight, bias, mean, rstd; n is computed again.
@@ -70,13 +70,13 @@ def _backward_eager(grad_y, x, weight, bias, mean, rstd, need_x, need_weight, ne
     groups = mean.shape[1]
     x_BGcS, weight_GcS, bias_GcS, wide = _grouped(x, groups, weight, bias)
     grad_y_BGcS, *_ = _grouped(grad_y.to(wide), groups, weight, bias)
-    places, per_group = tuple(range(3, x_BGcS.ndim)), (*mean.shape, *[1] * (x_BGcS.ndim - 2))
+    spatial, per_group = tuple(range(3, x_BGcS.ndim)), (*mean.shape, *[1] * (x_BGcS.ndim - 2))
     mean, rstd = mean.view(per_group), rstd.view(per_group)
 
     x_hat = (x_BGcS - mean).mul_(rstd)
     grad_n = torch.ops.aten.silu_backward(grad_y_BGcS, (x_hat * weight_GcS).add_(bias_GcS))
-    sums = grad_n.sum(places, keepdim=True)
-    dots = (grad_n * x_hat).sum(places, keepdim=True)
+    sums = grad_n.sum(spatial, keepdim=True)
+    dots = (grad_n * x_hat).sum(spatial, keepdim=True)
 
     none = x.new_empty(0)
     grad_weight = dots.sum(0).view(-1).to(weight.dtype) if need_weight else none
@@ -92,7 +92,7 @@ def _backward_eager(grad_y, x, weight, bias, mean, rstd, need_x, need_weight, ne
 
 
 def _grouped(x, groups, weight, bias):
-    """x [B, C, ...] as [B, G, c, ...] with at least one axis of places, weight and bias to go with it, and the dtype to compute in."""
+    """x [B, C, ...] as [B, G, c, ...] with at least one spatial axis, weight and bias to go with it, and the dtype to compute in."""
     wide = _check.accumulate_dtype(x.dtype)
     per_group = x.shape[1] // groups
     view = x.unflatten(1, (groups, per_group))
@@ -102,7 +102,7 @@ def _grouped(x, groups, weight, bias):
 
 
 def _group_mean(value_BGcS, wide):
-    """Over the places first: one reduction over all would add a channels_last tensor up in one long chain."""
+    """Over the spatial axes first: one reduction over all would add a channels_last tensor up in one long chain."""
     return value_BGcS.mean(tuple(range(3, value_BGcS.ndim)), keepdim=True, dtype=wide).mean(2, keepdim=True)
 
 

@@ -16,7 +16,7 @@ from ov3fast.kernels.lib import config as configs
 from ov3fast.kernels.lib.common import TYPES
 from ov3fast.kernels.lib.config import Config
 
-WAYS = {"tma": (1, 0), "warp-specialized": (1, 1)}
+VARIANTS = {"tma": (1, 0), "warp-specialized": (1, 1)}
 # queries, keys, heads, head_dim, causal, prefix_len
 CASES = {
     "one": (1, 1, 1, 8, False, 0),
@@ -28,9 +28,9 @@ CASES = {
 }
 
 
-def within(q, way):
-    """The row of `way` for q's kind of head, in small blocks."""
-    described, specialized = way
+def within(q, variant):
+    """The row of `variant` for q's kind of head, in small blocks."""
+    described, specialized = variant
     blocks = {"BLOCK_QUERIES": 32, "BLOCK_KEYS": 32, "TMA": described, "WARP_SPECIALIZED": specialized}
     return configs.trying({("flash_attention_forward", TYPES[q.dtype], size_class(q.shape[-1])): Config(blocks)})
 
@@ -67,14 +67,14 @@ def attend(*args):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("case", CASES)
-def test_parity_and_the_same_bits(case, way, dtype, launched):
+def test_parity_and_the_same_bits(case, variant, dtype, launched):
     """Within the budget, and to the bit what the plain loads give in the same blocks."""
     *sizes, causal, prefix_len = CASES[case]
     q, k, v = inputs(*sizes, dtype)
     how = {"causal": causal, "prefix_len": prefix_len}
-    with within(q, WAYS[way]):
+    with within(q, VARIANTS[variant]):
         out, lse = attend(q, k, v, causal, prefix_len, sizes[-1] ** -0.5)
     assert len(launched) == 1
     check(out, q, k, v, how)
@@ -85,7 +85,7 @@ def test_parity_and_the_same_bits(case, way, dtype, launched):
 @pytest.mark.parametrize("scale", [-0.2, 0.0, 0.3])
 def test_scale(scale, launched):
     q, k, v = inputs(40, 40, 1, 64, torch.bfloat16)
-    with within(q, WAYS["warp-specialized"]):
+    with within(q, VARIANTS["warp-specialized"]):
         check(flash_attention(q, k, v, scale=scale), q, k, v, {"scale": scale})
     assert launched
 
@@ -94,7 +94,7 @@ def test_packed_and_heads_in_front(launched):
     """Views of qkv, and of tensors [B,H,N,D]."""
     qkv = testing.make(2, 37, 3, 2, 64).bfloat16()
     q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in qkv.unbind(2))
-    with within(qkv, WAYS["tma"]):
+    with within(qkv, VARIANTS["tma"]):
         packed, apart = flash_attention_qkvpacked(qkv, causal=True), flash_attention(q, k, v, causal=True)
     assert len(launched) == 2
     check(packed, *qkv.unbind(2), {"causal": True})
@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_loaded_without(launched):
     calls["no keys"] = q, k[:, :0], v[:, :0]
     for name, (q, k, v) in calls.items():
         assert not tma.fits(q, k, v), name
-        with within(q, WAYS["tma"]):
+        with within(q, VARIANTS["tma"]):
             check(flash_attention(q, k, v), q, k, v, {})
     assert not launched
 

@@ -19,11 +19,11 @@ BACKWARD = Kernel(
 )
 
 
-def _places(x):
-    """Whether x is laid out channels last, and its numbers B, C and S of places."""
-    places = x.shape[2:].numel()
-    channels_last = memory_format(x) != torch.contiguous_format or (places == 1 and x.is_contiguous())
-    return int(channels_last), (*x.shape[:2], places)
+def _layout_of(x):
+    """Whether x is laid out channels last, and its sizes B, C and S, the number of spatial positions."""
+    spatial = x.shape[2:].numel()
+    channels_last = memory_format(x) != torch.contiguous_format or (spatial == 1 and x.is_contiguous())
+    return int(channels_last), (*x.shape[:2], spatial)
 
 
 def _layout(x, channels_last, sizes, like):
@@ -38,7 +38,7 @@ def _layout(x, channels_last, sizes, like):
 
 
 def _forward(x, num_groups, weight, bias, eps):
-    channels_last, sizes = _places(x)
+    channels_last, sizes = _layout_of(x)
     y = torch.empty_like(x, memory_format=memory_format(x))
     mean = x.new_empty(x.shape[0], num_groups, dtype=torch.float32)
     rstd = torch.empty_like(mean)
@@ -52,7 +52,7 @@ def _forward(x, num_groups, weight, bias, eps):
 
 
 def _backward(grad_y, x, weight, bias, mean, rstd, need_x, need_weight, need_bias):
-    channels_last, sizes = _places(x)
+    channels_last, sizes = _layout_of(x)
     none = x.new_empty(0)
     grad_x = torch.empty_like(x, memory_format=memory_format(x)) if need_x else none
     grad_weight, grad_bias = (wide(torch.empty_like(weight, dtype=torch.float32)) for _ in range(2))

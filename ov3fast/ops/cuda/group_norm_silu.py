@@ -6,7 +6,7 @@ from .. import _dispatch
 from ..group_norm_silu import memory_format
 from . import SUFFIX, THREADS, Launch, Struct, run, unavailable_reason, unsupported_reason
 
-# Of a strip: places of large maps, and how many strips small maps are cut into to keep a GPU busy. Neither depends on the GPU, so no result does.
+# Of a strip: positions of large maps, and how many strips small maps are cut into to keep a GPU busy. Neither depends on the GPU, so no result does.
 PLACES = 256
 BLOCKS = 256
 
@@ -16,7 +16,7 @@ FASTER = {"packs": "cuda", "single elements": "triton"}
 
 
 class Plan:
-    """How the kernels go through x, as N channels to a thread: the places of a strip, the tiles of channels, the grid, and their Shape."""
+    """How the kernels go through x, as N channels to a thread: the positions of a strip, the tiles of channels, the grid, and their Shape."""
 
     def __init__(self, x: torch.Tensor, groups: int, *others: torch.Tensor):
         self.B, self.C = x.shape[:2]

@@ -33,45 +33,15 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 MIXED = "mixed"
 """bfloat16 with float32 parameters, as in training under autocast."""
 
-# The operator's operands, as its CPU backend names them -> what tells the dtype, the parameter that may be wider, and the size.
-SIZES: dict[str, Callable[..., tuple[Any, Tensor | None, tuple[int, ...]]]] = {
-    "linear": lambda x, weight: (x, weight, (_rows(x), *weight.shape[::-1])),
-    "mlp": lambda x, w1: (x, w1, (_rows(x), *w1.shape[::-1])),
-    "flash_attention": lambda q: (q, None, (q.shape[0] * q.shape[2], q.shape[1], q.shape[3])),
-    "flash_attention_qkvpacked": lambda qkv: (qkv, None, (qkv.shape[0] * qkv.shape[3], qkv.shape[1], qkv.shape[4])),
-    "contrastive_loss": lambda image, text: (image, None, tuple(text.shape)),
-    "linear_cross_entropy": lambda hidden, weight: (hidden, None, (_rows(hidden), *weight.shape[::-1])),
-    "linear_cross_entropy_total": lambda hidden, weight: (hidden, None, (_rows(hidden), *weight.shape[::-1])),
-    "layer_norm": lambda x, weight: (x, weight, (_rows(x), x.shape[-1])),
-    "group_norm_silu": lambda x, weight: (x, weight, (x.shape[0], x.shape[1], x[0, 0].numel())),
-    "patch_embed": lambda latents, weight: (weight, None, (latents.shape[0], latents[0, 0].numel(), weight.shape[0])),
-    "latent_projection": lambda tokens, weight: (tokens, weight, (_rows(tokens), *weight.shape[::-1])),
-    "noise_projection": lambda z: (z, None, (_rows(z), z.shape[-1])),
-}
-DIMENSIONS = {
-    "linear": "rows, inputs, outputs",
-    "mlp": "rows, width, hidden width",
-    "flash_attention": "sequences x heads, queries, head_dim",
-    "contrastive_loss": "pairs, width",
-    "linear_cross_entropy": "rows, width, classes",
-    "linear_cross_entropy_total": "rows, width, classes",
-    "layer_norm": "rows, width",
-    "group_norm_silu": "samples, channels, pixels",
-    "patch_embed": "samples, pixels, width",
-    "latent_projection": "rows, width, outputs",
-    "noise_projection": "rows, width",
-}
-SHARED = {"flash_attention_qkvpacked": "flash_attention"}
-"""Operators that take another's rows: they are the same sums."""
+Measure = Callable[..., tuple[Any, Tensor | None, tuple[int, ...]]]
+"""The operands that an operator's CPU backend names -> what tells the dtype, the parameter that may be wider, and the size."""
 
-PRODUCTS = {
-    "linear": "eager",
-    "mlp": "eager",
-    "latent_projection": "eager",
-    "flash_attention": "sdpa",
-    "linear_cross_entropy": "eager",
-    "linear_cross_entropy_total": "eager",
-}
+SIZES: dict[str, Measure] = {}
+DIMENSIONS: dict[str, str] = {}
+"""Operator -> what its sizes count."""
+SHARED: dict[str, str] = {}
+"""Operators that take another's rows: they are the same sums."""
+PRODUCTS: dict[str, str] = {}
 """Operators that are mostly matrix products, and the backend that has PyTorch compute them. contrastive_loss is not among them: its
 eager backend takes five times our kernels' memory, and on the chip measured four times their time."""
 
@@ -84,7 +54,8 @@ TABLE = Path(__file__).with_name("choices.csv")
 COLUMNS = ("chip", "operator", "direction", "dtype", "size", "backend", "ratio", "over")
 
 
-def _rows(x: Tensor) -> int:
+def rows(x: Tensor) -> int:
+    """Of a tensor [..., K]."""
     return x.shape[:-1].numel()
 
 
@@ -114,8 +85,19 @@ class Given(TypedDict):
     slower_than_backward: Callable[..., tuple[str, ...]]
 
 
-def by_evidence(op: str) -> Given:
-    """The arguments of `register` that have the CPU kernels of `op` give way to what is faster."""
+def by_evidence(op: str, dimensions: str, size: Measure, *, products: str | None = None) -> Given:
+    """The arguments of `_dispatch.register` that have the CPU kernels of `op` give way to what is faster.
+
+    dimensions: what the sizes count ("rows, width"), or the operator whose rows count for this one too. products: the backend that has PyTorch
+    compute it, for operators that are mostly matrix products.
+    """
+    SIZES[op] = size
+    if dimensions in DIMENSIONS:
+        SHARED[op] = dimensions
+    else:
+        DIMENSIONS[op] = dimensions
+    if products is not None:
+        PRODUCTS[op] = products
     return {"slower_than": functools.partial(_faster, op, 0), "slower_than_backward": functools.partial(_faster, op, 1)}
 
 

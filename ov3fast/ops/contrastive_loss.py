@@ -33,7 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _check, _dispatch, _operator, _row_shards
+from ..kernels.contrastive.config import FEW
+from . import _check, _choice, _dispatch, _operator, _row_shards, cpu
 
 KINDS = ("softmax", "sigmoid")
 SMALLEST_NORM = 1e-12
@@ -352,4 +353,77 @@ _contrastive_loss = _operator.define(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     backward_fake=_fake_backward,
     differentiable_backward=_differentiable_backward,
+)
+
+
+# ---- the CPU kernels, csrc/cpu/contrastive_loss.cpp
+
+_FORWARD = cpu.Kernel(
+    "contrastive_loss_forward",
+    "T* x, int64_t x_stride, T* y, int64_t y_stride, float* scale, float* bias, int64_t sigmoid, int64_t offset, "
+    "float* rows, float* columns, float* own, int64_t n, int64_t N, int64_t D",
+)
+_BACKWARD = cpu.Kernel(
+    "contrastive_loss_backward",
+    "T* x, int64_t x_stride, T* y, int64_t y_stride, float* scale, float* bias, int64_t sigmoid, int64_t offset, float* r, "
+    "float* c_max, float* c_log, float* row_weight, float* column_weight, T* grad_x, float* grad_y, double* grad_scale, "
+    "double* grad_bias, int64_t n, int64_t N, int64_t D",
+)
+_PROJECT = cpu.Kernel(
+    "contrastive_loss_project",
+    "float* grad, T* x, int64_t x_stride, T* out, int64_t R, int64_t D",
+)
+
+
+def _operands(image, text):
+    """image and text as the kernels take them."""
+    if image.dtype == torch.bfloat16 and len(text) <= FEW:
+        image, text = image.float(), text.float()
+    return cpu.rows(image), cpu.rows(text)
+
+
+def _forward_rows_cpu(image, text, scale, bias, kind, offset):
+    image, text = _operands(image, text)
+    softmax = kind == "softmax"
+    lse = scale.new_empty((2, len(image)) if softmax else len(image))
+    columns, own = (scale.new_empty(2, len(text)), scale.new_empty(len(image))) if softmax else (None, None)
+    _FORWARD(
+        image.dtype, image, image.stride(0), text, text.stride(0), scale, bias,
+        not softmax, offset, lse, columns, own, len(image), *text.shape,
+    )  # fmt: skip
+    return lse, columns, own
+
+
+def _backward_rows_cpu(image, text, scale, bias, kind, offset, r, c, row_weight, column_weight, need_image, need_text):
+    dtype = image.dtype
+    image, text = _operands(image, text)
+    c_max, c_log = (None, None) if c is None else map(cpu.wide, c)
+    grad_image = torch.empty_like(image, memory_format=torch.contiguous_format) if need_image else None
+    grad_text = None
+    if need_text:
+        # The first rows write it, so there have to be some.
+        grad_text = (torch.empty if len(image) else torch.zeros)(text.shape, dtype=torch.float32)
+    grad_scale, grad_bias = (torch.empty((), dtype=torch.float64) for _ in range(2))
+    _BACKWARD(
+        image.dtype, image, image.stride(0), text, text.stride(0), scale, bias,
+        kind == "sigmoid", offset, cpu.wide(r), c_max, c_log, row_weight, cpu.wide(column_weight),
+        cpu.pointer(grad_image, need_image), cpu.pointer(grad_text, need_text), grad_scale, grad_bias, len(image), *text.shape,
+    )  # fmt: skip
+    return None if grad_image is None else grad_image.to(dtype), grad_text, grad_scale, grad_bias
+
+
+def _project_cpu(grad, x):
+    x_ND = cpu.rows(x)
+    # A rank's part of a larger sum would keep all of it alive.
+    in_place = x.dtype == grad.dtype and grad.untyped_storage().nbytes() == grad.nbytes
+    out = grad if in_place else torch.empty_like(x, memory_format=torch.contiguous_format)
+    _PROJECT(x.dtype, grad, x_ND, x_ND.stride(0), out, *x.shape)
+    return out
+
+
+cpu.register(
+    "contrastive_loss",
+    *over_ranks(_forward_rows_cpu, _backward_rows_cpu, _project_cpu),
+    operands=("image", "text"),
+    **_choice.by_evidence("contrastive_loss", "pairs, width", lambda image, text: (image, None, tuple(text.shape))),
 )

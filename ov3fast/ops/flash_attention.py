@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import _attention_peers as peers
-from . import _check, _dispatch, _operator
+from . import _check, _choice, _dispatch, _operator, cpu
 
 
 def reference(
@@ -269,3 +269,87 @@ _flash_attention_qkvpacked = _operator.define(
     backward_fake=_fake_backward_packed,
     differentiable_backward=_differentiable_backward_packed,
 )
+
+
+# ---- the CPU kernels, csrc/cpu/flash_attention.cpp
+
+_FORWARD = cpu.Kernel(
+    "flash_attention_forward",
+    "T* q, int64_t q_batch, int64_t q_row, int64_t q_head, T* k, int64_t k_batch, int64_t k_row, int64_t k_head, T* v, "
+    "int64_t v_batch, int64_t v_row, int64_t v_head, T* out, float* lse, int64_t B, int64_t H, int64_t Nq, int64_t Nk, "
+    "int64_t D, int64_t causal, int64_t prefix, double scale",
+)
+_BACKWARD = cpu.Kernel(
+    "flash_attention_backward",
+    "T* grad_out, int64_t grad_batch, int64_t grad_row, int64_t grad_head, T* q, int64_t q_batch, int64_t q_row, "
+    "int64_t q_head, T* k, int64_t k_batch, int64_t k_row, int64_t k_head, T* v, int64_t v_batch, int64_t v_row, "
+    "int64_t v_head, T* out, float* lse, T* grad_q, T* grad_k, T* grad_v, int64_t apart, int64_t B, int64_t H, int64_t Nq, "
+    "int64_t Nk, int64_t D, int64_t causal, int64_t prefix, double scale",
+)
+
+LARGEST_HEAD = 256
+
+
+def _sizes(q, k):
+    batch, queries, heads, head_dim = q.shape
+    return batch, heads, queries, k.shape[1], head_dim
+
+
+def _forward_cpu(q, k, v, causal, prefix_len, scale):
+    q, k, v = map(cpu.unit_stride, (q, k, v))
+    batch, heads, queries, *_ = sizes = _sizes(q, k)
+    out, lse = cpu.empty_like(q), cpu.empty(q, (batch, heads, queries), dtype=torch.float32)
+    _FORWARD(
+        q.dtype, q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], out, lse,
+        *sizes, causal, prefix_len, float(scale),
+    )  # fmt: skip
+    return out, lse
+
+
+def _backward_cpu(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
+    grads = cpu.empty_like(q), cpu.empty_like(k), cpu.empty_like(v)
+    _gradients(grad_out, q, k, v, out, lse, causal, prefix_len, scale, grads, q.shape[2] * q.shape[3])
+    return grads
+
+
+def _forward_packed_cpu(qkv, *rest):
+    return _forward_cpu(*cpu.unit_stride(qkv).unbind(2), *rest)
+
+
+def _backward_packed_cpu(grad_out, qkv, out, lse, causal, prefix_len, scale):
+    qkv = cpu.unit_stride(qkv)
+    grad = cpu.empty_like(qkv)
+    q, k, v = qkv.unbind(2)
+    _gradients(grad_out, q, k, v, out, lse, causal, prefix_len, scale, grad.unbind(2), grad.shape[2:].numel())
+    return grad
+
+
+def _gradients(grad_out, q, k, v, out, lse, causal, prefix_len, scale, grads, row):
+    """Writes dq, dk, dv; their rows are `row` elements apart."""
+    grad_out, q, k, v = map(cpu.unit_stride, (grad_out, q, k, v))
+    _BACKWARD(
+        q.dtype, grad_out, *grad_out.stride()[:3], q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3],
+        out.contiguous(), lse.contiguous(), *grads, row, *_sizes(q, k), causal, prefix_len, float(scale),
+    )  # fmt: skip
+
+
+def _unsupported_reason(q):
+    if q.shape[-1] > LARGEST_HEAD:
+        return f"head_dim must be at most {LARGEST_HEAD}, got {q.shape[-1]}"
+    return cpu.unsupported_reason(q)
+
+
+cpu.register(
+    "flash_attention", _forward_cpu, _backward_cpu, operands=("q",), unsupported_reason=_unsupported_reason,
+    **_choice.by_evidence(
+        "flash_attention", "sequences x heads, queries, head_dim",
+        lambda q: (q, None, (q.shape[0] * q.shape[2], q.shape[1], q.shape[3])), products="sdpa",
+    ),
+)  # fmt: skip
+cpu.register(
+    "flash_attention_qkvpacked", _forward_packed_cpu, _backward_packed_cpu, operands=("qkv",), unsupported_reason=_unsupported_reason,
+    **_choice.by_evidence(
+        "flash_attention_qkvpacked", "flash_attention",
+        lambda qkv: (qkv, None, (qkv.shape[0] * qkv.shape[3], qkv.shape[1], qkv.shape[4])),
+    ),
+)  # fmt: skip

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _check, _dispatch, _operator
+from . import _check, _choice, _dispatch, _operator, cpu
 from ._patches import from_patches, to_patches
 
 
@@ -103,4 +103,58 @@ _latent_projection = _operator.define(
     " bool need_tokens, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     backward_fake=_fake_backward,
     differentiable_backward=_backward_eager,
+)
+
+
+# ---- the CPU kernels, csrc/cpu/latent_projection.cpp
+
+_FORWARD = cpu.Kernel(
+    "latent_projection_forward",
+    "T* tokens, int64_t batch_stride, int64_t row_stride, T* w, int64_t w_stride, T* bias, T* x, int64_t B, int64_t C, "
+    "int64_t p, int64_t h, int64_t wide, int64_t D",
+)
+_BACKWARD = cpu.Kernel(
+    "latent_projection_backward",
+    "T* grad_x, int64_t x_batch_stride, int64_t channel_stride, int64_t line_stride, T* tokens, int64_t batch_stride, "
+    "int64_t row_stride, T* w, int64_t w_stride, T* grad_tokens, T* grad_w, T* grad_bias, int64_t B, int64_t C, int64_t p, "
+    "int64_t h, int64_t wide, int64_t D",
+)
+
+
+def _forward_cpu(tokens, weight, bias, patch_size, grid_h, grid_w):
+    tokens, weight = cpu.unit_stride(tokens), cpu.rows(weight)
+    channels = weight.shape[0] // patch_size**2
+    x = cpu.empty(tokens, (tokens.shape[0], channels, grid_h * patch_size, grid_w * patch_size))
+    _FORWARD(
+        tokens.dtype, tokens, *tokens.stride()[:2], weight, weight.stride(0),
+        cpu.dense(bias), x, tokens.shape[0], channels, patch_size, grid_h, grid_w, tokens.shape[2],
+    )  # fmt: skip
+    return x
+
+
+def _backward_cpu(grad_x, tokens, weight, patch_size, need_tokens, need_weight, need_bias):
+    grad_x, tokens, weight = cpu.unit_stride(grad_x), cpu.unit_stride(tokens), cpu.rows(weight)
+    batch, channels, height, width = grad_x.shape
+    needs = need_tokens, need_weight, need_bias
+    shapes = tokens.shape, weight.shape, weight.shape[:1]
+    grads = tuple(cpu.empty(grad_x, shape, need) for shape, need in zip(shapes, needs, strict=True))
+    _BACKWARD(
+        grad_x.dtype, grad_x, *grad_x.stride()[:3], tokens, *tokens.stride()[:2],
+        weight, weight.stride(0), *map(cpu.pointer, grads, needs),
+        batch, channels, patch_size, height // patch_size, width // patch_size, tokens.shape[2],
+    )  # fmt: skip
+    return grads
+
+
+cpu.register(
+    "latent_projection",
+    _forward_cpu,
+    _backward_cpu,
+    operands=("tokens", "weight"),
+    **_choice.by_evidence(
+        "latent_projection",
+        "rows, width, outputs",
+        lambda tokens, weight: (tokens, weight, (_choice.rows(tokens), *weight.shape[::-1])),
+        products="eager",
+    ),
 )

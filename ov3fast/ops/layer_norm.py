@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _check, _dispatch, _operator
+from . import _check, _choice, _dispatch, _operator, cpu
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-6, *, residual: Tensor | None = None):
@@ -124,4 +124,55 @@ _layer_norm = _operator.define(
     " bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     backward_fake=_fake_backward,
     differentiable_backward=_backward_eager,  # aten's layer norm, whose formulas hold to any order
+)
+
+
+# ---- the CPU kernels, csrc/cpu/layer_norm.cpp
+
+_FORWARD = cpu.Kernel(
+    "layer_norm_forward",
+    "T* x, int64_t x_stride, T* residual, int64_t residual_stride, float* weight, float* bias, double eps, T* y, T* h, "
+    "float* mean, float* rstd, int64_t R, int64_t D",
+)
+_BACKWARD = cpu.Kernel(
+    "layer_norm_backward",
+    "T* grad_y, int64_t grad_y_stride, T* grad_h, int64_t grad_h_stride, T* h, int64_t h_stride, float* weight, float* mean, "
+    "float* rstd, T* grad_x, float* grad_weight, float* grad_bias, int64_t R, int64_t D",
+)
+
+
+def _forward_cpu(x, weight, bias, residual, eps):
+    x_RD, x_stride, *sizes = cpu.matrix(x)
+    residual_RD, residual_stride, *_ = cpu.NO_ROWS if residual is None else cpu.matrix(residual)
+    y, h = cpu.empty_like(x), cpu.empty_like(x, residual is not None)
+    mean = cpu.empty(x, x.shape[:-1], dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    _FORWARD(
+        x.dtype, x_RD, x_stride, residual_RD, residual_stride,
+        cpu.wide(weight), cpu.wide(bias), float(eps), y, cpu.pointer(h, residual is not None), mean, rstd, *sizes,
+    )  # fmt: skip
+    return y, h, mean, rstd
+
+
+def _backward_cpu(grad_y, grad_h, h, weight, mean, rstd, need_x, need_weight, need_bias):
+    grad_y_RD, grad_y_stride, *_ = cpu.matrix(grad_y)
+    grad_h_RD, grad_h_stride, *_ = cpu.NO_ROWS if grad_h is None else cpu.matrix(grad_h)
+    h_RD, h_stride, *sizes = cpu.matrix(h)
+    grad_x, wide_weight = cpu.empty_like(h, need_x), cpu.wide(weight)
+    grad_weight, grad_bias = cpu.empty_like(wide_weight, need_weight), cpu.empty_like(wide_weight, need_bias)
+    _BACKWARD(
+        h.dtype, grad_y_RD, grad_y_stride, grad_h_RD, grad_h_stride, h_RD, h_stride, wide_weight, mean, rstd,
+        cpu.pointer(grad_x, need_x), cpu.pointer(grad_weight, need_weight), cpu.pointer(grad_bias, need_bias), *sizes,
+    )  # fmt: skip
+    if weight.dtype != torch.float32:
+        grad_weight, grad_bias = grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+    return grad_x, grad_weight, grad_bias
+
+
+cpu.register(
+    "layer_norm",
+    _forward_cpu,
+    _backward_cpu,
+    operands=("x", "weight"),
+    **_choice.by_evidence("layer_norm", "rows, width", lambda x, weight: (x, weight, (_choice.rows(x), x.shape[-1]))),
 )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _check, _dispatch, _operator
+from . import _check, _choice, _dispatch, _operator, cpu
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -86,4 +86,53 @@ _linear = _operator.define(
     " -> (Tensor, Tensor, Tensor)",
     backward_fake=_fake_backward,
     differentiable_backward=_backward_eager,
+)
+
+
+# ---- the CPU kernels, csrc/cpu/linear.cpp
+
+_FORWARD = cpu.Kernel(
+    "linear_forward",
+    "T* x, int64_t x_stride, P* w, int64_t w_stride, P* bias, T* y, int64_t R, int64_t K, int64_t N",
+    mixed=True,
+)
+_BACKWARD = cpu.Kernel(
+    "linear_backward",
+    "T* grad_y, int64_t grad_stride, T* x, int64_t x_stride, P* w, int64_t w_stride, T* grad_x, P* grad_w, P* grad_bias, "
+    "int64_t R, int64_t K, int64_t N",
+    mixed=True,
+)
+
+
+def _forward_cpu(x, weight, bias):
+    x_RK, x_stride, *sizes = cpu.matrix(x)
+    weight, w_stride, outputs, _ = cpu.matrix(weight)
+    y = cpu.empty(x, (*x.shape[:-1], outputs))
+    _FORWARD(x.dtype, x_RK, x_stride, weight, w_stride, cpu.dense(bias), y, *sizes, outputs, parameters=weight.dtype)
+    return y
+
+
+def _backward_cpu(grad_y, x, weight, need_x, need_weight, need_bias):
+    grad_y_RN, grad_stride, *_ = cpu.matrix(grad_y)
+    x_RK, x_stride, *sizes = cpu.matrix(x)
+    w_NK, w_stride, outputs, _ = cpu.matrix(weight)
+    grads = cpu.empty_like(x, need_x), cpu.empty_like(weight, need_weight), cpu.empty(weight, (outputs,), need_bias)
+    _BACKWARD(
+        x.dtype, grad_y_RN, grad_stride, x_RK, x_stride, w_NK, w_stride,
+        *map(cpu.pointer, grads, (need_x, need_weight, need_bias)), *sizes, outputs, parameters=weight.dtype,
+    )  # fmt: skip
+    return grads
+
+
+cpu.register(
+    "linear",
+    _forward_cpu,
+    _backward_cpu,
+    operands=("x", "weight"),
+    **_choice.by_evidence(
+        "linear",
+        "rows, inputs, outputs",
+        lambda x, weight: (x, weight, (_choice.rows(x), *weight.shape[::-1])),
+        products="eager",
+    ),
 )

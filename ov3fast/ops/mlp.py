@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _check, _dispatch, _operator
+from . import _check, _choice, _dispatch, _operator, cpu
 
 # The public name -> PyTorch's.
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}
@@ -139,4 +139,68 @@ _mlp = _operator.define(
     " bool need_x, bool need_w1, bool need_b1, bool need_w2, bool need_b2) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     backward_fake=_fake_backward,
     differentiable_backward=_differentiable_backward,
+)
+
+
+# ---- the CPU kernels, csrc/cpu/mlp.cpp
+
+_FORWARD = cpu.Kernel(
+    "mlp_forward",
+    "T* x, int64_t x_stride, P* w1, int64_t w1_stride, P* b1, P* w2, int64_t w2_stride, P* b2, T* y, T* h, int64_t kind, "
+    "int64_t R, int64_t K, int64_t H, int64_t D",
+    mixed=True,
+)
+_BACKWARD = cpu.Kernel(
+    "mlp_backward",
+    "T* grad_y, int64_t grad_stride, T* x, int64_t x_stride, T* h, int64_t h_stride, P* w1, int64_t w1_stride, P* w2, "
+    "int64_t w2_stride, T* grad_x, P* grad_w1, P* grad_b1, P* grad_w2, P* grad_b2, int64_t kind, int64_t R, int64_t K, "
+    "int64_t H, int64_t D",
+    mixed=True,
+)
+
+_KINDS = {"gelu": 0, "gelu_tanh": 1}
+
+
+def _forward_cpu(x, w1, b1, w2, b2, activation):
+    x_RK, x_stride, *sizes = cpu.matrix(x)
+    w1, w1_stride, hidden, _ = cpu.matrix(w1)
+    w2, w2_stride, outputs, _ = cpu.matrix(w2)
+    before = x.shape[:-1]
+    y, h = cpu.empty(x, (*before, outputs)), cpu.empty(x, (*before, hidden))
+    _FORWARD(
+        x.dtype, x_RK, x_stride, w1, w1_stride, cpu.dense(b1), w2, w2_stride, cpu.dense(b2), y, h,
+        _KINDS[activation], *sizes, hidden, outputs, parameters=w1.dtype,
+    )  # fmt: skip
+    return y, h
+
+
+def _backward_cpu(grad_y, x, h, w1, b1, w2, activation, need_x, need_w1, need_b1, need_w2, need_b2):
+    grad_RD, grad_stride, *_ = cpu.matrix(grad_y)
+    x_RK, x_stride, *sizes = cpu.matrix(x)
+    h_RH, h_stride, *_ = cpu.matrix(h)
+    w1_HK, w1_stride, hidden, _ = cpu.matrix(w1)
+    w2_DH, w2_stride, outputs, _ = cpu.matrix(w2)
+    grads = (
+        cpu.empty_like(x, need_x),
+        cpu.empty_like(w1, need_w1),
+        cpu.empty(w1, (hidden,), need_b1),
+        cpu.empty_like(w2, need_w2),
+        cpu.empty(w1, (outputs,), need_b2),
+    )
+    _BACKWARD(
+        x.dtype, grad_RD, grad_stride, x_RK, x_stride, h_RH, h_stride, w1_HK, w1_stride, w2_DH, w2_stride,
+        *map(cpu.pointer, grads, (need_x, need_w1, need_b1, need_w2, need_b2)),
+        _KINDS[activation], *sizes, hidden, outputs, parameters=w1.dtype,
+    )  # fmt: skip
+    return grads
+
+
+cpu.register(
+    "mlp",
+    _forward_cpu,
+    _backward_cpu,
+    operands=("x", "w1"),
+    **_choice.by_evidence(
+        "mlp", "rows, width, hidden width", lambda x, w1: (x, w1, (_choice.rows(x), *w1.shape[::-1])), products="eager"
+    ),
 )

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _check, _dispatch, _operator, random
+from . import _check, _choice, _dispatch, _operator, cpu, random
 
 
 def reference(z: Tensor, sigma: Tensor, weight: Tensor, bias: Tensor | None = None, *, rng: Tensor) -> Tensor:
@@ -123,4 +123,56 @@ _noise_projection = _operator.define(
     " bool need_z, bool need_sigma, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)",
     backward_fake=_fake_backward,
     differentiable_backward=_differentiable_backward,
+)
+
+
+# ---- the CPU kernels, csrc/cpu/noise_projection.cpp
+
+_FORWARD = cpu.Kernel(
+    "noise_projection_forward",
+    "T* z, int64_t batch_stride, int64_t row_stride, float* sigma, T* w, int64_t w_stride, T* bias, int64_t* rng, T* y, "
+    "int64_t B, int64_t N, int64_t K, int64_t D",
+)
+_BACKWARD = cpu.Kernel(
+    "noise_projection_backward",
+    "T* grad_y, int64_t grad_stride, T* z, int64_t batch_stride, int64_t row_stride, float* sigma, T* w, int64_t w_stride, "
+    "int64_t* rng, T* grad_z, float* grad_sigma, T* grad_w, T* grad_bias, int64_t B, int64_t N, int64_t K, int64_t D",
+)
+
+
+def _instances(z):
+    """[B, ..., K] -> [B, N, K] whose last axis is contiguous."""
+    return cpu.unit_stride(z.reshape(z.shape[0], z.shape[1:-1].numel(), z.shape[-1]))
+
+
+def _forward_cpu(z, sigma, weight, bias, rng):
+    z_BNK, weight = _instances(z), cpu.rows(weight)
+    y = cpu.empty(z, (*z.shape[:-1], weight.shape[0]))
+    _FORWARD(
+        z.dtype, z_BNK, z_BNK.stride(0), z_BNK.stride(1), cpu.wide(sigma), weight, weight.stride(0),
+        cpu.dense(bias), rng.contiguous(), y, *z_BNK.shape, weight.shape[0],
+    )  # fmt: skip
+    return y
+
+
+def _backward_cpu(grad_y, z, sigma, weight, rng, need_z, need_sigma, need_weight, need_bias):
+    z_BNK, grad_RD, weight = _instances(z), cpu.rows(grad_y), cpu.rows(weight)
+    grad_z, grad_weight = cpu.empty(z, z.shape, need_z), cpu.empty(z, weight.shape, need_weight)
+    grad_bias = cpu.empty(z, weight.shape[:1], need_bias)
+    wide_sigma = cpu.wide(sigma)
+    grad_sigma = cpu.empty_like(wide_sigma, need_sigma)
+    _BACKWARD(
+        z.dtype, grad_RD, grad_RD.stride(0), z_BNK, z_BNK.stride(0), z_BNK.stride(1), wide_sigma,
+        weight, weight.stride(0), rng.contiguous(), cpu.pointer(grad_z, need_z), cpu.pointer(grad_sigma, need_sigma),
+        cpu.pointer(grad_weight, need_weight), cpu.pointer(grad_bias, need_bias), *z_BNK.shape, weight.shape[0],
+    )  # fmt: skip
+    return grad_z, grad_sigma.to(sigma.dtype if need_sigma else z.dtype), grad_weight, grad_bias
+
+
+cpu.register(
+    "noise_projection",
+    _forward_cpu,
+    _backward_cpu,
+    operands=("z",),
+    **_choice.by_evidence("noise_projection", "rows, width", lambda z: (z, None, (_choice.rows(z), z.shape[-1]))),
 )

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _check, _dispatch, _operator, random
+from . import _check, _choice, _dispatch, _operator, cpu, random
 from ._patches import from_patches, to_patches
 
 
@@ -236,4 +236,68 @@ _patch_embed = _operator.define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     backward_fake=_fake_backward,
     differentiable_backward=_differentiable_backward,
+)
+
+
+# ---- the CPU kernels, csrc/cpu/patch_embed.cpp
+
+_FORWARD = cpu.Kernel(
+    "patch_embed_forward",
+    "void* latents, int64_t batch_stride, int64_t channel_stride, int64_t line_stride, int64_t is_wide, T* w, "
+    "int64_t w_stride, T* bias, T* pos, T* cls, int64_t* rng, double scale, double shift, int64_t moments, T* y, int64_t B, "
+    "int64_t C, int64_t p, int64_t h, int64_t wide, int64_t D",
+)
+_BACKWARD = cpu.Kernel(
+    "patch_embed_backward",
+    "T* grad_y, int64_t grad_batch_stride, int64_t grad_row_stride, int64_t has_cls, void* latents, int64_t batch_stride, "
+    "int64_t channel_stride, int64_t line_stride, int64_t is_wide, T* w, int64_t w_stride, int64_t* rng, double scale, "
+    "double shift, int64_t moments, void* grad_latents, T* grad_w, T* grad_bias, T* grad_pos, T* grad_cls, int64_t B, "
+    "int64_t C, int64_t p, int64_t h, int64_t wide, int64_t D",
+)
+
+
+def _sizes(latents, weight, patch_size, moments):
+    """B, C, p, h, w, D."""
+    batch, channels, height, width = latents.shape
+    return batch, channels // 2 if moments else channels, patch_size, height // patch_size, width // patch_size, weight.shape[0]
+
+
+def _forward_cpu(latents, weight, bias, pos_embed, cls_token, rng, patch_size, scale, shift, moments):
+    latents, weight = cpu.unit_stride(latents), cpu.rows(weight)
+    batch, _, _, h, w, width = sizes = _sizes(latents, weight, patch_size, moments)
+    y = cpu.empty(weight, (batch, h * w + (cls_token is not None), width))
+    _FORWARD(
+        weight.dtype, latents, *latents.stride()[:3], latents.dtype == torch.float32, weight, weight.stride(0),
+        cpu.dense(bias), cpu.dense(pos_embed), cpu.dense(cls_token), cpu.dense(rng), float(scale), float(shift), moments, y, *sizes,
+    )  # fmt: skip
+    return y
+
+
+def _backward_cpu(
+    grad_y, latents, weight, rng, patch_size, scale, shift, moments, need_latents, need_weight, need_bias, need_pos, need_cls
+):
+    grad_y, latents, weight = cpu.unit_stride(grad_y), cpu.unit_stride(latents), cpu.rows(weight)
+    _, _, _, h, w, width = sizes = _sizes(latents, weight, patch_size, moments)
+    needs = need_latents, need_weight, need_bias, need_pos, need_cls
+    likes = latents if need_latents else grad_y, grad_y, grad_y, grad_y, grad_y
+    shapes = latents.shape, weight.shape, (width,), grad_y.shape[1:], (width,)
+    grads = tuple(cpu.empty(like, shape, need) for like, shape, need in zip(likes, shapes, needs, strict=True))
+    _BACKWARD(
+        weight.dtype, grad_y, *grad_y.stride()[:2], grad_y.shape[1] > h * w,
+        latents, *latents.stride()[:3], latents.dtype == torch.float32, weight, weight.stride(0), cpu.dense(rng),
+        float(scale), float(shift), moments, *map(cpu.pointer, grads, needs), *sizes,
+    )  # fmt: skip
+    return grads
+
+
+cpu.register(
+    "patch_embed",
+    _forward_cpu,
+    _backward_cpu,
+    operands=("latents", "weight"),
+    **_choice.by_evidence(
+        "patch_embed",
+        "samples, pixels, width",
+        lambda latents, weight: (weight, None, (latents.shape[0], latents[0, 0].numel(), weight.shape[0])),
+    ),
 )

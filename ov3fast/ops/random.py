@@ -33,7 +33,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _check, _dispatch, _operator
+from . import _check, _dispatch, _operator, cpu
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIER_A, _MULTIPLIER_B = 0xD2511F53, 0xCD9E8D57
@@ -133,3 +133,25 @@ def _fake(shape, rng, dtype):
 
 _dispatch.register("random_normal", "eager", reference)
 _random_normal = _operator.define("random_normal", "(SymInt[] shape, Tensor rng, ScalarType dtype) -> Tensor", fake=_fake)
+
+
+# ---- the CPU kernels, csrc/cpu/random_normal.cpp
+
+_NORMAL = cpu.Kernel(
+    "random_normal",
+    "int64_t* rng, T* out, int64_t n",
+)
+_WORDS = cpu.Kernel(
+    "random_words",
+    "int64_t* rng, uint32_t* out, int64_t n",
+    dtypes=(torch.float32,),
+)
+
+
+def _forward_cpu(shape, rng, dtype):
+    out = torch.empty(shape, dtype=dtype)
+    _NORMAL(dtype, rng.contiguous(), out, out.numel())
+    return out
+
+
+cpu.register("random_normal", _forward_cpu, operands=("rng", "dtype"))

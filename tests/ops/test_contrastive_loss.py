@@ -220,7 +220,7 @@ EDGES = [1, 7, 8, 9, 47, 48, 49, 63, 64, 65, 193]
 @pytest.fixture
 def rounded_gradients(monkeypatch):
     """Gradients by logits in the features' dtype however few the columns."""
-    file = "ov3fast.kernels.contrastive.launch" if triton.INTERPRETED else "ov3fast.ops.cpu.contrastive_loss"
+    file = "ov3fast.kernels.contrastive.launch" if triton.INTERPRETED else "ov3fast.ops.contrastive_loss"
     monkeypatch.setattr(importlib.import_module(file), "FEW", 0)
 
 

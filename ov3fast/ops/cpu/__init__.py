@@ -1,25 +1,25 @@
 """The CPU backend: C++ kernels of csrc/cpu, called through ctypes.
 
 One library per instruction set was built at installation; the widest that this processor runs is loaded at the first call, or the one
-that OV3FAST_CPU_ISA names (a narrower one, for tests). Each operator's file here declares its kernels, lays out their arguments and
-registers itself. A library is loaded once its kernels have the types that the declarations say.
+that OV3FAST_CPU_ISA names (a narrower one, for tests). An operator's file declares its kernels, lays out their arguments with what stands
+here, and registers them. A library is loaded once its kernels have the types that the declarations say.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import importlib
 import math
 import os
-import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from .. import _dispatch
 
 FOLDER = Path(os.environ.get("OV3FAST_NATIVE") or Path(__file__).parents[2] / "_native")
 """Where the libraries lie; OV3FAST_NATIVE names another build of them, as `make sanitize` does."""
@@ -95,6 +95,22 @@ def unsupported_reason(*operands: Tensor | torch.dtype | None) -> str | None:
         if dtype not in _SUFFIX and dtype != torch.int64:
             return f"it does not take {dtype}"
     return None
+
+
+def register(
+    op: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    *,
+    operands: tuple[str, ...],
+    unsupported_reason: Callable[..., str | None] = unsupported_reason,
+    **choice: Any,
+) -> None:
+    """Make these functions the backend "cpu" of `op`, which gives way to others by `choice`, from `_choice.by_evidence`."""
+    _dispatch.register(
+        op, "cpu", forward, backward, operands=operands, unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason,
+        **choice,
+    )  # fmt: skip
 
 
 _PLAIN = frozenset({int, float, bool, type(None)})
@@ -232,7 +248,3 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 def pointer(tensor: Tensor | None, needed: bool) -> Tensor | None:
     """The tensor, or None (null in C++: do not compute) where it is not asked for."""
     return tensor if needed else None
-
-
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")

@@ -21,6 +21,7 @@ WORDS = {
     "OV3FAST_TUNED": Word(
         "0: what `ov3fast tune --device cpu` found on this machine is ignored", "it wins over the shipped table"
     ),
+    "OV3FAST_EXCHANGE_TIMEOUT": Word("seconds that ranks wait for each other before the contrastive loss's exchange", "600"),
     "OV3FAST_TRACEBACK": Word("any text: errors of the command line show where they came from", "one line, exit code 2"),
     "OV3FAST_NATIVE": Word(
         "folder of another build of the CPU and CUDA kernels, as `make sanitize` uses", "the installed build"
@@ -32,6 +33,18 @@ WORDS = {
     "OV3FAST_OTHER_TRITON": Word("tests only: folder with another Triton, whose compiled code is executed too", "none"),
     "OV3FAST_INTERPRETER_EXAMPLES": Word("tests only: hypothesis' examples under Triton's interpreter", "4"),
 }
+
+
+def exchange_timeout() -> float:
+    """OV3FAST_EXCHANGE_TIMEOUT in seconds. ValueError for what is no positive number."""
+    text = os.environ.get("OV3FAST_EXCHANGE_TIMEOUT") or "600"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e9:
+        raise ValueError(f"OV3FAST_EXCHANGE_TIMEOUT must be a positive number of seconds, got {text!r}")
+    return seconds
 
 
 def report() -> dict[str, str]:

@@ -74,13 +74,14 @@ class Objective(nn.Module):
     dict.
     """
 
-    def __init__(self, config: ObjectiveConfig, lpips: nn.Module | None = None):
+    def __init__(self, config: ObjectiveConfig, lpips: nn.Module | None = None, exchange: str = "gather"):
+        """exchange: how texts cross the ranks in the contrastive part (see ops.contrastive_loss)."""
         super().__init__()
         if config.lpips_weight > 0 and lpips is None:
             raise ValueError(
                 "Objective: lpips_weight is above 0, so lpips must be a module; see ov3fast.models.perceptual.LPIPS"
             )
-        self.config, self.lpips = config, lpips
+        self.config, self.lpips, self.exchange = config, lpips, exchange
 
     def forward(self, outputs: Any, **inputs: Any) -> dict[str, Tensor]:
         """combine(parts(outputs, ...))."""
@@ -148,6 +149,7 @@ class Objective(nn.Module):
             kind=self.config.contrastive,
             logit_bias=logit_bias if self.config.contrastive == "sigmoid" else None,
             group=group,
+            exchange=self.exchange,
         )  # fmt: skip
 
 

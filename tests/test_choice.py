@@ -173,7 +173,7 @@ def test_an_unknown_chip_takes_pytorchs_products_and_our_other_kernels(chip):
     assert _dispatch.chosen("flash_attention", "", q, q, q, False, 0, 1.0) == "sdpa"
     assert _dispatch.chosen("layer_norm", "", torch.empty(8, 16), torch.empty(16), None, None, 1e-6) == "cpu"
     features = torch.empty(8, 16)
-    assert _dispatch.chosen("contrastive_loss", "", features, features, torch.ones(()), None, "softmax", "") == "cpu"
+    assert _dispatch.chosen("contrastive_loss", "", features, features, torch.ones(()), None, "softmax", "", "gather") == "cpu"
     for op, backend in _choice.PRODUCTS.items():
         assert (op, backend) not in _trials.OUT_OF_BOUNDS
 

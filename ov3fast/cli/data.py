@@ -1,15 +1,21 @@
-"""ov3fast data demo, ov3fast data check."""
+"""ov3fast data demo, check, encode."""
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from ov3fast.cli import PROGRAM
 from ov3fast.cli.options import parse
+
+if TYPE_CHECKING:
+    from ov3fast.data.config import DataConfig
 
 
 @dataclass
@@ -34,8 +40,49 @@ class DataCheck:
     """Folder, tar, glob pattern or brace pattern ({00000..00003}.tar)."""
 
 
+@dataclass
+class DataEncode:
+    """Run the frozen VAE once over every crop of every sample and keep its moments, for `train --data.latents OUT`.
+
+    Give the same command again to go on; torchrun, or --process 0/4 and so on, shares the work.
+    """
+
+    shards: tyro.conf.Positional[tuple[str, ...]] = ()
+    """The run's sources in their order: folders, tars or patterns. With --recipe they may be left out."""
+    out: Path = Path("latents")
+    """A folder for each size is made in it."""
+    recipe: str | None = None
+    """Take sources, VAE, crops, seed and sizes from a recipe: a name, a .json or .yaml file. Other flags then change it."""
+    vae: str | None = None
+    """Folder or hub id of the VAE, or "small"."""
+    image_size: tuple[int, ...] = ()
+    """Sizes in pixels; default: 256, or the recipe's stages'."""
+    variants: int | None = None
+    """Crops of a sample that are kept; default: 1, or the recipe's data.variants."""
+    crop: Literal["inception", "center"] | None = None
+    """Default: inception, or the recipe's."""
+    min_area: float | None = None
+    interpolation: Literal["bicubic", "bilinear"] | None = None
+    flip: bool | None = None
+    background: Literal["random", "white", "mixed"] | None = None
+    seed: int | None = None
+    """The run's data.seed, which names the crops."""
+    latent_convention: Literal["openvision3", "flux"] | None = None
+    """That of the model which will be trained; default: openvision3."""
+    vae_dtype: Literal["fp32", "bf16"] | None = None
+    """What the VAE computes in, and what is kept; default: fp32, or the recipe's."""
+    vae_batch: int | None = None
+    """Images per call of the VAE; a run with the same vae_batch has the same bits without the cache. Default: 4, or the recipe's."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; default: a GPU where there is one."""
+    workers: int = 2
+    """Threads that decode and crop ahead of the VAE."""
+    process: str | None = None
+    """K/N: this is process K (from 0) of N; default: torchrun's, or the only one."""
+
+
 def run(arguments: list[str]) -> int:
-    """`data demo` builds the demo set; `data check PATH` reads shards and counts what is broken."""
+    """`data demo`, `data check PATH`, `data encode SHARDS`."""
     kind, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if kind == "demo":
         given = parse(DataDemo, rest, "data demo")
@@ -50,7 +97,113 @@ def run(arguments: list[str]) -> int:
         summary = summarise(given.path)
         print(summary)
         return 0 if summary.complete else 1
+    if kind == "encode":
+        return _encode(parse(DataEncode, rest, "data encode"))
     if kind in ("-h", "--help"):
-        print(f"usage: {PROGRAM} data demo [options]\n       {PROGRAM} data check PATH")
+        print(
+            f"usage: {PROGRAM} data demo [options]\n       {PROGRAM} data check PATH\n"
+            f"       {PROGRAM} data encode SHARDS... --vae VAE --out FOLDER [options]"
+        )
         return 0
-    raise ValueError(f"data takes demo or check; got {kind!r}")
+    raise ValueError(f"data takes demo, check or encode; got {kind!r}")
+
+
+# ---- data encode -----------------------------------------------------------------------------------------------------
+
+
+def _encode(given: DataEncode) -> int:
+    from ov3fast.data.latent_shards import write_latents
+    from ov3fast.models.pretrained import check_device
+    from ov3fast.training import build
+
+    vae, subfolder, settings, config, sizes = _wanted(given)
+    process, processes = _share(given.process)
+    device = _device(given.device, check_device)
+    frozen = build.build_vae(vae, subfolder, settings["vae_dtype"]).to(device)
+    for size in sizes:
+        if size < 1 or size % frozen.stride:
+            raise ValueError(f"--image-size: must be a multiple of the VAE's stride of {frozen.stride} pixels, got {size}")
+    for size in sizes:
+        facts = build.vae_facts(frozen, size, settings["latent_convention"], settings["vae_batch"])
+        began, progress = time.monotonic(), _Progress(f"{size} px")
+        done = write_latents(
+            config, given.out, size, lambda images: frozen.moments(images.to(device)), facts,
+            process=process, processes=processes, workers=given.workers, progress=progress,
+        )  # fmt: skip
+        rate = done * config.variants / max(time.monotonic() - began, 1e-9)
+        print(
+            f"{size} px: {done} samples encoded in {config.variants} crops each, {rate:.1f} images/s; in {given.out / str(size)}"
+        )
+    return 0
+
+
+def _wanted(given: DataEncode) -> tuple[str, str | None, dict[str, Any], DataConfig, tuple[int, ...]]:
+    """(VAE, its subfolder, settings of the VAE, the data, sizes): the recipe's, or the defaults, and the flags on top."""
+    from ov3fast.data.config import DataConfig, SourceConfig
+
+    config, sizes, vae, subfolder = DataConfig(variants=1), (256,), None, None
+    settings: dict[str, Any] = {"latent_convention": "openvision3", "vae_dtype": "fp32", "vae_batch": 4}
+    if given.recipe is not None:
+        from ov3fast.recipes import SUFFIXES, get_recipe, read_recipe
+
+        recipe = read_recipe(given.recipe) if Path(given.recipe).suffix in SUFFIXES else get_recipe(given.recipe)
+        recipe = recipe.resolve()
+        config, sizes = recipe.data, tuple(dict.fromkeys(stage.image_size for stage in recipe.stages))
+        vae, subfolder = recipe.model.vae, recipe.model.vae_subfolder
+        settings |= {"latent_convention": recipe.model.latent_convention, "vae_dtype": recipe.vae_dtype}
+        settings["vae_batch"] = recipe.vae_batch or settings["vae_batch"]
+    if given.vae is not None:
+        vae, subfolder = given.vae, None
+    if vae is None:
+        raise ValueError('data encode: --vae is needed: a folder, a hub id, or "small" (or a --recipe, which names one)')
+    if given.shards:
+        config = dataclasses.replace(config, sources=tuple(SourceConfig(path=path, paired=False) for path in given.shards))
+    if not config.sources:
+        raise ValueError("data encode: give the shards: folders, tars or patterns, in the order of the run's sources")
+    changes = {
+        name: getattr(given, name) for name in ("variants", "crop", "min_area", "interpolation", "flip", "background", "seed")
+    }
+    config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
+    if config.variants is None:
+        raise ValueError(
+            "data encode: the recipe's data.variants is None (a new crop every time); give --variants and set it in the run"
+        )
+    settings |= {name: getattr(given, name) for name in settings if getattr(given, name) is not None}
+    if settings["vae_batch"] < 1:
+        raise ValueError(f"--vae-batch must be at least 1, got {settings['vae_batch']}")
+    return vae, subfolder, settings, config, given.image_size or sizes
+
+
+def _share(process: str | None) -> tuple[int, int]:
+    """(this process, of how many)."""
+    if process is None:
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    number, slash, count = process.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise ValueError(f"--process takes K/N with K from 0 to N - 1, got {process!r}")
+    return int(number), int(count)
+
+
+def _device(name: str | None, check: Any) -> Any:
+    import torch
+
+    if name is not None:
+        return check(name, "data encode")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+
+
+class _Progress:
+    """A line every few seconds on standard error."""
+
+    EVERY_S = 5.0
+
+    def __init__(self, what: str) -> None:
+        self.what, self.last = what, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() - self.last >= self.EVERY_S:
+            import sys
+
+            self.last = time.monotonic()
+            print(f"{self.what}: {done:,} of {total:,} samples", file=sys.stderr, flush=True)

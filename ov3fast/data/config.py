@@ -59,6 +59,9 @@ class DataConfig:
     variants: int | None = None
     """Number of different augmentations of a sample, which repeat after that many passes (so that latents can be
     cached); None: a new one every time."""
+    latents: str | None = None
+    """Folder that `ov3fast data encode` filled: each stage reads the VAE's moments of its size there in place of the images, and
+    images only for pixel losses. Needs variants; None: images are encoded as they come."""
     cache_images: bool = False
     """Decode everything once at the start and keep it in memory."""
     workers: int = 0

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -58,6 +59,16 @@ class Batch:
     """Units drawn from each source up to and including this step: where a next stage starts."""
     skips: tuple[Skip, ...] = field(default=())
     """Samples found unusable while this batch was made."""
+    moments: Tensor | None = None
+    """[M, 2C, h, w] in the VAE's dtype, where the loader has `latents`."""
+
+
+class Latents(Protocol):
+    """Moments of the VAE by sample and variant: latent_shards.LatentShards."""
+
+    def skip(self, index: int) -> Skip | None: ...
+
+    def __call__(self, index: np.ndarray, variant: np.ndarray, keys: Sequence[str]) -> Tensor: ...
 
 
 class Loader:
@@ -91,6 +102,8 @@ class Loader:
             Order(source.unit_lengths, int(hash_rng.bits(seed, hash_rng.ORDER, k)), window)
             for k, source in enumerate(self.sources)
         ]
+        self.latents: Latents | None = None
+        """Where set, every batch has its moments, and a sample that they lack is skipped."""
         self.skips = SkipCounter(self.store.n, self.config.skip_budget)
         if self.store.uncounted:
             self.skips.note("truncated_tar", self.store.uncounted)
@@ -132,9 +145,9 @@ class Loader:
             yield batch
 
     def batch(self, step: int, pixels: bool = True) -> Batch:
-        """The batch of a step. pixels=False leaves the images out (with `cache_images`, so that skips are known)."""
-        if not pixels and not self.config.cache_images:
-            raise ValueError("pixels: False needs data.cache_images, else broken images would be found too late")
+        """The batch of a step. pixels=False leaves the images out (with `cache_images` or `latents`, so that skips are known)."""
+        if not pixels and not self.config.cache_images and self.latents is None:
+            raise ValueError("pixels: False needs data.cache_images or latents, else broken images would be found too late")
         skips: dict[int, Skip] = {}
         images: dict[int, object] = {}  # decoded in this batch, by global number
         index: list[int] = []
@@ -163,7 +176,7 @@ class Loader:
         rows, variants = np.array(index, np.int64), np.array(variant, np.int64)
         return Batch(
             step=step,
-            images=self._pixels(rows, variants, images) if pixels else None,
+            images=self.crops(rows, variants, images) if pixels else None,
             index=torch.from_numpy(rows),
             variant=torch.from_numpy(variants),
             keys=keys,
@@ -173,6 +186,7 @@ class Loader:
             planned=np.concatenate(planned),
             cursors=self.cursors(step + 1),
             skips=tuple(skips.values()),
+            moments=None if self.latents is None else self.latents(rows, variants, keys),
         )
 
     def _draw(self, k: int, positions: np.ndarray, units: np.ndarray, pixels: bool, images: dict, skips: dict) -> list[_Drawn]:
@@ -213,6 +227,9 @@ class Loader:
         """The first `views` of the samples that can be read; the others are noted in `skips`."""
         found: list[tuple[int, Sample]] = []
         for index in members:
+            if self.latents is not None and (skip := self.latents.skip(index)) is not None:
+                skips[index] = skip
+                continue
             try:
                 images[index], sample = self.store.sample(index, decode=pixels)
             except SampleError as error:
@@ -243,9 +260,10 @@ class Loader:
 
     def pixels(self, index: Tensor, variant: Tensor) -> Tensor:
         """Pictures by global number and variant, int64 [M] each -> float32 [M, 3, S, S] in [-1, 1]; what a batch holds."""
-        return self._pixels(np.asarray(index, np.int64), np.asarray(variant, np.int64), {})
+        return self.crops(np.asarray(index, np.int64), np.asarray(variant, np.int64), {})
 
-    def _pixels(self, index: np.ndarray, variant: np.ndarray, images: dict) -> Tensor:
+    def crops(self, index: np.ndarray, variant: np.ndarray, images: Mapping[int, Any]) -> Tensor:
+        """As `pixels`; images: those that are decoded already, by global number."""
         config, size = self.config, self.image_size
         pictures = [images[i] if i in images else self.store.image(i) for i in index.tolist()]
         sizes = np.array([picture.size for picture in pictures], np.float64).reshape(-1, 2)

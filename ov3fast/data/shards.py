@@ -202,25 +202,30 @@ class ShardDataset:
         return shard
 
     def _read(self, i: int, decode: bool) -> Sample:
+        key, members, shard = self._find(i)
+        captions, meta, refused = self._texts(i, key, members, shard)
+        image = None
+        if decode:
+            try:
+                image = decode_image(_image_bytes(i, key, members, shard), self.max_image_pixels)
+            except ImageError as error:
+                raise SampleError(Skip(i, key, error.reason, str(error))) from None
+        return Sample(key, image, captions, meta, refused)
+
+    def image_bytes(self, i: int) -> tuple[str, bytes]:
+        """(key, the image file) of a sample. Raises SampleError where there is none."""
+        key, members, shard = self._find(i)
+        return key, _image_bytes(i, key, members, shard)
+
+    def _find(self, i: int) -> tuple[str, dict[str, Member], OpenShard]:
+        """A sample's key and files, and the shard that holds them."""
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
         number = int(np.searchsorted(self._starts, i, side="right")) - 1
         place, shard = i - int(self._starts[number]), self._shard(number)
-        path = self.shards[number].path
         if place >= len(shard.samples):
-            raise SampleError(_missing(i, place, path, shard))
-        key, members = shard.samples[place]
-        captions, meta, refused = self._texts(i, key, members, shard)
-        image = None
-        if decode:
-            suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in members), None)
-            if suffix is None:
-                raise SampleError(Skip(i, key, "missing_image", f"the tar has only {', '.join(members)}"))
-            try:
-                image = decode_image(shard.content(members[suffix]), self.max_image_pixels)
-            except ImageError as error:
-                raise SampleError(Skip(i, key, error.reason, str(error))) from None
-        return Sample(key, image, captions, meta, refused)
+            raise SampleError(_missing(i, place, self.shards[number].path, shard))
+        return *shard.samples[place], shard
 
     def _texts(self, i: int, key: str, members: dict[str, Member], shard: OpenShard) -> tuple[dict, dict, dict]:
         """(captions, metadata, what is no caption)."""
@@ -245,6 +250,13 @@ class ShardDataset:
             read_captions({"txt": text_of_bytes(shard.content(members[".txt"])).strip()}, captions, refused)
         read_captions(shard.captions.get(key, {}), captions, refused)
         return captions, meta, refused
+
+
+def _image_bytes(i: int, key: str, members: dict[str, Member], shard: OpenShard) -> bytes:
+    suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in members), None)
+    if suffix is None:
+        raise SampleError(Skip(i, key, "missing_image", f"the tar has only {', '.join(members)}"))
+    return shard.content(members[suffix])
 
 
 def _missing(i: int, place: int, path: Path, shard: OpenShard) -> Skip:

@@ -47,6 +47,10 @@ class Source:
         """Units per shard, for the order."""
         return self.dataset.lengths if self.groups is None else [len(self.groups)]
 
+    def contents(self) -> list[tuple[str, int]]:
+        """(name, samples) of each shard."""
+        return [(shard.path.name, shard.samples) for shard in self.dataset.shards]
+
     def members(self, unit: int) -> np.ndarray:
         """Global numbers of a unit's samples."""
         return np.array([self.offset + unit]) if self.groups is None else self.groups[unit]

@@ -76,7 +76,7 @@ def contrastive_loss(image: Shape, text: Shape, *_: Any) -> int:
 
 def contrastive_loss_backward(
     grad_loss: Shape, image: Shape, text: Shape, scale: Shape, bias: Shape | None, r: Shape, c: Shape, sizes: Shape, kind: str, group: str,
-    need_image: bool, need_text: bool, *_: Any,
+    exchange: str, need_image: bool, need_text: bool, *_: Any,
 ) -> int:  # fmt: skip
     return (1 + need_image + need_text) * _product(image, text)
 

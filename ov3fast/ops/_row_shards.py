@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ov3fast import environment
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,33 @@ class RowShards:
             if rank != self.rank:
                 yield rank, part
 
+    def ring(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(rank, its rows) for every rank: this one's, then those of the ranks before it, each passed on by the neighbour while the one
+        before it is worked on. Two ranks' rows are held at a time."""
+        owner, block = self.rank, x.contiguous()
+        for hop in range(self.world):
+            following = (owner - 1) % self.world
+            last = hop == self.world - 1
+            arriving = None if last else self._pass_on(block, x.new_empty((self.sizes[following], *x.shape[1:])))
+            yield owner, block
+            if arriving is not None:
+                owner, block, arriving = following, arriving.wait(), None
+
+    def ring_sums(self) -> RingSums:
+        """Sums over the ranks of what each computes for the blocks of `ring`."""
+        return RingSums(self)
+
+    def _pass_on(self, sent: Tensor, room: Tensor, tag: int = 0) -> _Arriving:
+        """Starts to send a block to the next rank and to receive the one before's into `room`."""
+        import torch.distributed as dist
+
+        ends = ((dist.isend, sent, 1), (dist.irecv, room, -1))
+        operations = [
+            dist.P2POp(act, x.view(torch.uint8), group=self.group, tag=tag, group_peer=(self.rank + step) % self.world)
+            for act, x, step in ends if x.numel()
+        ]  # fmt: skip
+        return _Arriving(sent, room, dist.batch_isend_irecv(operations) if operations else [])
+
     def merge(self, m_i: Tensor, l_i: Tensor) -> tuple[Tensor, Tensor]:
         """A log-sum-exp's running (max, sum of exponentials below it) on each rank -> the same over all ranks."""
         if self.group is None:
@@ -99,8 +129,56 @@ class RowShards:
         return out[: self.sizes[self.rank]]
 
 
+class _Arriving:
+    """A block on its way; the one that is sent is kept until it has left."""
+
+    def __init__(self, sent: Tensor, room: Tensor, works: list[Any]) -> None:
+        self.sent, self.room, self.works = sent, room, works
+
+    def wait(self) -> Tensor:
+        for work in self.works:
+            work.wait()
+        return self.room
+
+
+class RingSums:
+    """Partial sums that travel one hop behind the blocks of `RowShards.ring` and end at the blocks' owners.
+
+        for owner, block in shards.ring(x):
+            sums.expect(owner, like)       # what the ranks before have summed for this block is on its way
+            sums.add(partial)              # [sizes[owner], ...]
+        own = sums.home()
+
+    A block's sum runs over the ranks from its owner on, so its bits depend on the number of ranks alone.
+    """
+
+    def __init__(self, shards: RowShards) -> None:
+        self.shards, self._sum = shards, None
+        self._arriving: _Arriving | None = None
+
+    def expect(self, owner: int, like: Tensor) -> None:
+        """like: of the dtype, device and trailing shape of the sums."""
+        if self._sum is not None:
+            room = like.new_empty((self.shards.sizes[owner], *like.shape[1:]))
+            self._arriving = self.shards._pass_on(self._sum, room, tag=1)
+
+    def add(self, partial: Tensor) -> None:
+        self._sum = partial if self._arriving is None else self._arriving.wait().add_(partial)
+
+    def home(self) -> Tensor:
+        """This rank's rows of the sum over all ranks."""
+        assert self._sum is not None
+        if self.shards.world == 1:
+            return self._sum
+        room = self._sum.new_empty((self.shards.sizes[self.shards.rank], *self._sum.shape[1:]))
+        return self.shards._pass_on(self._sum, room, tag=1).wait()
+
+
 def deal(op: str, group_name: str, rows: int, facts: dict[str, int], device: torch.device) -> RowShards:
-    """The sizes of all ranks, told to each. `facts` are integers that must be equal on all: ValueError on every rank if not."""
+    """The sizes of all ranks, told to each. `facts` are integers that must be equal on all: ValueError on every rank if not.
+
+    RuntimeError where a rank doesn't come to it within OV3FAST_EXCHANGE_TIMEOUT seconds.
+    """
     if not group_name:
         return RowShards(None, 0, (rows,))
     import torch.distributed as dist
@@ -110,7 +188,14 @@ def deal(op: str, group_name: str, rows: int, facts: dict[str, int], device: tor
     on_cpu = any(kind.startswith("cpu:") for kind in str(dist.get_backend_config(group)).split(","))
     mine = torch.tensor([rows, *facts.values()], device="cpu" if on_cpu else device)
     told = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(told, mine, group=group)
+    limit = environment.exchange_timeout()
+    try:
+        dist.all_gather(told, mine, group=group, async_op=True).wait(timedelta(seconds=limit))
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{op}: not every rank of the group came to the exchange within {limit:g} s (OV3FAST_EXCHANGE_TIMEOUT): one of them has "
+            f"failed, or has no {op} in this step ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__})"
+        ) from None
     sizes, *columns = zip(*(values.tolist() for values in told), strict=True)
     for name, values in zip(facts, columns, strict=True):
         if len(set(values)) > 1:

@@ -27,7 +27,8 @@ Source: CLIP, arXiv 2103.00020, figure 3; SigLIP, arXiv 2303.15343, equation 2; 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,7 @@ from ..kernels.contrastive.config import FEW
 from . import _check, _choice, _dispatch, _operator, _row_shards, cpu
 
 KINDS = ("softmax", "sigmoid")
+EXCHANGES = ("gather", "ring")
 SMALLEST_NORM = 1e-12
 
 # Rows are taken in chunks of about this many logits, by shape alone, so that the order of sums never changes.
@@ -69,6 +71,7 @@ def contrastive_loss(
     kind: str = "softmax",
     logit_bias: Tensor | None = None,
     group: Any = None,
+    exchange: str = "gather",
     impl: str | None = None,
 ) -> Tensor:
     """Contrastive loss of N pairs (image_i, text_i); the features are normalised inside.
@@ -82,6 +85,8 @@ def contrastive_loss(
         the columns of all ranks, and each rank gets its share of the loss: the mean of the shares over the ranks is the loss of all
         pairs, and gradients averaged over the ranks, as DDP does, are that loss's. logit_scale and logit_bias must be equal on all
         ranks, and all ranks have to run the backward, or none.
+    exchange: how texts cross the group's ranks: "gather" brings all of them to every rank, "ring" passes them from rank to rank, in both
+        directions of the derivative, so that a rank holds two ranks' texts at a time. The next ones travel while tiles are computed.
     impl: a backend by name; None picks one.
 
     Returns a scalar: float32 (float64 for float64), under torch.autocast too; 0 for N = 0. All tensors get gradients; memory is linear in N.
@@ -94,6 +99,8 @@ def contrastive_loss(
     if image.ndim not in (2, 3) or (image.ndim == 3 and len(image) == 0):
         raise ValueError(f"{op}: image must be [N, D], or [V, N, D] with V >= 1 views, got shape {tuple(image.shape)}")
     _check.parameter(op, "text", text, tuple(image.shape[-2:]), image, "like image")
+    if exchange not in EXCHANGES:
+        raise ValueError(f"{op}: exchange must be one of {', '.join(EXCHANGES)}; got {exchange!r}")
     if kind not in KINDS:
         raise ValueError(f"{op}: kind must be one of {', '.join(KINDS)}; got {kind!r}")
     if kind == "softmax" and logit_bias is not None:
@@ -101,7 +108,7 @@ def contrastive_loss(
     logit_scale = _scalar(op, "logit_scale", logit_scale, image)
     if logit_bias is not None:
         logit_bias = _scalar(op, "logit_bias", logit_bias, image)
-    losses = _contrastive_loss(impl, image, text, logit_scale, logit_bias, kind, _row_shards.name_of(op, group))[0]
+    losses = _contrastive_loss(impl, image, text, logit_scale, logit_bias, kind, _row_shards.name_of(op, group), exchange)[0]
     return losses if image.ndim == 2 else losses.mean()
 
 
@@ -216,11 +223,11 @@ def _join(image, parts):
     return torch.stack(parts) if image.ndim == 3 else parts[0]
 
 
-def _over_blocks(forward_rows, shards, views, text, scale, bias, kind):
+def _over_blocks(forward_rows, shards, blocks, views, text, scale, bias, kind):
     """`forward_rows` of each view against the columns of all ranks, one rank's after another's: those of the others arrive meanwhile."""
     rows, own = [None] * len(views), [None] * len(views)
     columns = [[scale.new_empty((2, 0))] * shards.world for _ in views]
-    for rank, block in shards.exchange(text):
+    for rank, block in blocks:
         if rank != shards.rank and len(block) == 0:
             continue
         # Outside this rank's own block there are no pairs: with this offset every row's would lie left of it.
@@ -231,6 +238,7 @@ def _over_blocks(forward_rows, shards, views, text, scale, bias, kind):
                 rows[v], own[v] = part, block_own
             else:
                 rows[v] = _add_exponentials(rows[v], part) if kind == "softmax" else rows[v] + part
+        del block  # else it would be kept while the one after the next arrives
     return zip(rows, [torch.cat(parts, 1) if kind == "softmax" else None for parts in columns], own, strict=True)
 
 
@@ -243,18 +251,19 @@ def _add_exponentials(a, b):
 def over_ranks(forward_rows, backward_rows, project=_project):
     """A backend's functions on rectangles -> its forward and backward of the operator, ranks and normalisation included."""
 
-    def forward(image, text, scale, bias, kind, group):
+    def forward(image, text, scale, bias, kind, group, exchange):
         wide = _check.accumulate_dtype(image.dtype)
         views = _split(image, image)
         facts = {
             "the width of image": image.shape[-1], "kind": KINDS.index(kind), "the dtype's size": image.element_size(),
-            "the number of views": len(views),
+            "the number of views": len(views), "exchange": EXCHANGES.index(exchange),
         }  # fmt: skip
         shards = _row_shards.deal("contrastive_loss", group, len(text), facts, image.device)
         share = shards.world / max(shards.total, 1)
         scale, bias = scale.to(wide), None if bias is None else bias.to(wide)
         found = []
-        for rows, columns, own in _over_blocks(forward_rows, shards, views, text, scale, bias, kind):
+        blocks = shards.ring(text) if exchange == "ring" else shards.exchange(text)
+        for rows, columns, own in _over_blocks(forward_rows, shards, blocks, views, text, scale, bias, kind):
             if kind == "sigmoid":
                 found.append(((rows.sum(dtype=torch.float64) * share).to(wide), rows.new_empty(2, 0), rows.new_empty(2, 0)))
                 continue
@@ -266,39 +275,96 @@ def over_ranks(forward_rows, backward_rows, project=_project):
         sizes = torch.tensor(shards.sizes) if group else scale.new_empty(0, dtype=torch.int64)
         return *(_join(image, parts) for parts in zip(*found, strict=True)), sizes
 
-    def backward(grad_loss, image, text, scale, bias, r, c, sizes, kind, group, need_image, need_text):
+    def backward(grad_loss, image, text, scale, bias, r, c, sizes, kind, group, exchange, need_image, need_text):
         wide = _check.accumulate_dtype(image.dtype)
         resolved = _row_shards.resolve(group) if group else None
         rank, sizes = (0, [len(text)]) if resolved is None else (resolved.rank(), sizes.tolist())
         shards = _row_shards.RowShards(resolved, rank, tuple(sizes))
         wide_scale, wide_bias = scale.to(wide), None if bias is None else bias.to(wide)
         weights = grad_loss.to(wide) * (shards.world / max(shards.total, 1))
-        all_text = shards.gather(text)
-        found = []
+        views = []
         for view, weight, rows, columns in zip(*(_split(image, x) for x in (image, weights, r, c)), strict=True):
-            all_c = all_weights = None
+            all_columns = None
             if kind == "softmax":
-                *all_c, all_weights = shards.gather(torch.stack([*columns, weight.expand_as(columns[0])], dim=1)).unbind(1)
-            grad_image, grad_b, grad_scale, grad_bias = backward_rows(
-                view, all_text, wide_scale, wide_bias, kind, shards.offset,
-                rows, all_c, weight, all_weights, need_image, need_text,
-            )  # fmt: skip
-            found.append(
-                (
-                    grad_image if need_image else image.new_empty(0),
-                    project(shards.reduce_scatter(grad_b), text) if need_text else text.new_empty(0),
-                    grad_scale.to(scale.dtype),
-                    grad_bias.to(scale.dtype if bias is None else bias.dtype),
+                all_columns = shards.gather(torch.stack([*columns, weight.expand_as(columns[0])], dim=1)).unbind(1)
+            views.append(_View(view, weight, rows, all_columns))
+        rectangle = functools.partial(_backward_view, backward_rows, wide_scale, wide_bias, kind)
+        if exchange == "ring":
+            grad_images, grad_b, *by_scalars = _backward_ring(rectangle, shards, views, text, wide, need_image, need_text)
+            grad_text = project(grad_b, text) if need_text else None
+            grad_scale, grad_bias = by_scalars
+        else:
+            all_text, found = shards.gather(text), []
+            for view in views:
+                by_image, by_text, *by_scalars = rectangle(
+                    view, view.image, all_text, shards.offset, slice(None), need_image, need_text
                 )
-            )
-        grad_images, *others = zip(*found, strict=True)
-        grad_image = _join(image, grad_images) if need_image else grad_images[0]
-        return grad_image, *(functools.reduce(torch.add, grads) for grads in others)
+                by_text = project(shards.reduce_scatter(by_text), text) if need_text else text.new_empty(0)
+                kinds = (scale.dtype, scale.dtype if bias is None else bias.dtype)
+                found.append((by_image, by_text, *(grad.to(dtype) for grad, dtype in zip(by_scalars, kinds, strict=True))))
+            grad_images, *others = zip(*found, strict=True)
+            grad_text, grad_scale, grad_bias = (functools.reduce(torch.add, grads) for grads in others)
+        return (
+            _join(image, grad_images) if need_image else image.new_empty(0),
+            text.new_empty(0) if grad_text is None else grad_text,
+            grad_scale.to(scale.dtype),
+            grad_bias.to(scale.dtype if bias is None else bias.dtype),
+        )
 
     return forward, backward
 
 
-def _fake(image, text, scale, bias, kind, group):
+class _View(NamedTuple):
+    """What the backward needs of one view."""
+
+    image: Tensor
+    weight: Tensor
+    rows: Tensor
+    columns: Sequence[Tensor] | None
+    """softmax: the (max, log-sum) and the weight of every column of all ranks, [N] each."""
+
+
+def _backward_view(backward_rows, scale, bias, kind, view, image, text, offset, columns, need_image, need_text):
+    """`backward_rows` of one view against the texts of the slice `columns` of all ranks' columns."""
+    c = weights = None
+    if view.columns is not None:
+        *c, weights = (x[columns] for x in view.columns)
+    return backward_rows(image, text, scale, bias, kind, offset, view.rows, c, view.weight, weights, need_image, need_text)
+
+
+def _backward_ring(rectangle, shards, views, text, wide, need_image, need_text):
+    """The gradients by each view, by the own texts with their norms held fixed, by s and by t, with the texts passed round.
+
+    A view's gradient is the sum of one part for each rank's texts, so parts are computed from wide features: in 16 bits each would be
+    rounded by itself.
+    """
+    images = [view.image if shards.world == 1 else view.image.to(wide) for view in views]
+    starts = [sum(shards.sizes[:rank]) for rank in range(shards.world + 1)]
+    grad_images, grad_scale, grad_bias = [None] * len(views), 0, 0
+    sums, like = shards.ring_sums(), text.new_empty((0, text.shape[1]), dtype=wide)
+    for rank, block in shards.ring(text):
+        if need_text:
+            sums.expect(rank, like)
+        offset = 0 if rank == shards.rank else -len(text)  # as in _over_blocks
+        block = block.to(images[0].dtype)
+        grad_block = None
+        for v, (view, image) in enumerate(zip(views, images, strict=True)):
+            columns = slice(starts[rank], starts[rank + 1])
+            by_image, by_text, by_scale, by_bias = rectangle(view, image, block, offset, columns, need_image, need_text)
+            if need_image:
+                grad_images[v] = by_image if grad_images[v] is None else grad_images[v].add_(by_image)
+            if need_text:
+                grad_block = by_text if grad_block is None else grad_block.add_(by_text)
+            grad_scale, grad_bias = grad_scale + by_scale, grad_bias + by_bias
+        del block
+        if need_text:
+            sums.add(grad_block)
+    if need_image:
+        grad_images = [grad.to(view.image.dtype) for grad, view in zip(grad_images, views, strict=True)]
+    return grad_images, sums.home() if need_text else None, grad_scale, grad_bias
+
+
+def _fake(image, text, scale, bias, kind, group, exchange):
     wide = _check.accumulate_dtype(image.dtype)
     views = image.shape[:-2]
     lse = image.new_empty((*views, 2, len(text) if kind == "softmax" else 0), dtype=wide)
@@ -309,7 +375,7 @@ def _fake(image, text, scale, bias, kind, group):
     return image.new_empty(views, dtype=wide), lse, torch.empty_like(lse), sizes
 
 
-def _fake_backward(grad_loss, image, text, scale, bias, r, c, sizes, kind, group, need_image, need_text):
+def _fake_backward(grad_loss, image, text, scale, bias, r, c, sizes, kind, group, exchange, need_image, need_text):
     return (
         image.new_empty(image.shape if need_image else 0),
         text.new_empty(text.shape if need_text else 0),
@@ -318,7 +384,7 @@ def _fake_backward(grad_loss, image, text, scale, bias, r, c, sizes, kind, group
     )
 
 
-def _specification(image, text, scale, bias, kind, group):
+def _specification(image, text, scale, bias, kind, group, exchange):
     if group:
         raise NotImplementedError(
             "contrastive_loss: with a group there is no forward-mode, batched, nested or second derivative; take it over one rank's pairs"
@@ -327,29 +393,29 @@ def _specification(image, text, scale, bias, kind, group):
     return (_join(image, losses),)
 
 
-def _differentiable_backward(grad_loss, image, text, scale, bias, r, c, sizes, kind, group, *needs):
+def _differentiable_backward(grad_loss, image, text, scale, bias, r, c, sizes, kind, group, exchange, *needs):
     no_bias = torch.zeros_like(scale) if bias is None else bias
     return _operator.gradients(
-        lambda i, t, s, b: _specification(i, t, s, b, kind, group)[0], (image, text, scale, no_bias), grad_loss
+        lambda i, t, s, b: _specification(i, t, s, b, kind, group, exchange)[0], (image, text, scale, no_bias), grad_loss
     )
 
 
 def _save(inputs, output):
-    image, text, scale, bias, kind, group = inputs
-    return _operator.Saved((image, text, scale, bias, *output[1:]), (kind, group), constants=output[1:])
+    image, text, scale, bias, *settings = inputs
+    return _operator.Saved((image, text, scale, bias, *output[1:]), tuple(settings), constants=output[1:])
 
 
 _dispatch.register("contrastive_loss", "eager", *over_ranks(_forward_rows, _backward_rows))
 _contrastive_loss = _operator.define(
     "contrastive_loss",
-    "(Tensor image, Tensor text, Tensor logit_scale, Tensor? logit_bias, str kind, str group)"
+    "(Tensor image, Tensor text, Tensor logit_scale, Tensor? logit_bias, str kind, str group, str exchange)"
     " -> (Tensor loss, Tensor row_lse, Tensor column_lse, Tensor sizes)",
     fake=_fake,
     specification=_specification,
     save=_save,
     gradients={"image": 0, "text": 1, "logit_scale": 2, "logit_bias": 3},
     backward_schema="(Tensor grad_loss, Tensor image, Tensor text, Tensor logit_scale, Tensor? logit_bias, Tensor row_lse,"
-    " Tensor column_lse, Tensor sizes, str kind, str group, bool need_image, bool need_text)"
+    " Tensor column_lse, Tensor sizes, str kind, str group, str exchange, bool need_image, bool need_text)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     backward_fake=_fake_backward,
     differentiable_backward=_differentiable_backward,

@@ -171,6 +171,9 @@ class Recipe:
     contrastive_over: Literal["batch", "micro-batch"] = "batch"
     """With accumulate > 1: which texts an image is told apart from. "batch" is exact (the loss of the unaccumulated step) for one
     more forward pass of the encoder and the text encoder; "micro-batch" has fewer negatives."""
+    contrastive_exchange: Literal["gather", "ring"] = "gather"
+    """How texts cross the ranks in the contrastive loss: "gather" brings all to every rank; "ring" passes them on from rank to rank,
+    two ranks' at a time in memory, while tiles are computed. The same loss; another order of sums."""
     activation_checkpointing: bool = False
     """Recompute each transformer block in the backward pass: less memory, about a third more time."""
     impl: str | None = None
@@ -197,6 +200,9 @@ class Recipe:
     """Folder or hub id of the VAE, or "small"; None: model.vae."""
     vae_dtype: Literal["fp32", "bf16"] = "fp32"
     """What the frozen VAE computes in; the authors' script encodes in fp32."""
+    vae_batch: int | None = None
+    """Images per call of the VAE's encoder, the last call padded, so that an image's latents are the same bits in every batch: with
+    it a run that reads data.latents equals the run that encodes as it goes. None: a micro-batch in one call."""
     checkpoint_steps: int | None = None
     """Checkpoint every so many steps."""
     checkpoint_minutes: float | None = 10.0
@@ -240,10 +246,17 @@ class Recipe:
             raise ValueError(
                 f"recipe: objective.contrastive is {self.objective.contrastive!r}, model.contrastive {self.model.contrastive!r}; set both"
             )
+        if self.data.latents is not None and (self.cache_latents or not self.data.variants):
+            raise ValueError(
+                f"recipe: data.latents needs data.variants, the number of crops that it holds, and cache_latents off; got "
+                f"{self.data.variants} and {self.cache_latents}"
+            )
         if self.cache_latents and not (self.data.variants and self.data.cache_images):
             raise ValueError(
                 f"recipe: cache_latents needs data.variants and data.cache_images, got {self.data.variants} and {self.data.cache_images}"
             )
+        if self.vae_batch is not None and self.vae_batch < 1:
+            raise ValueError(f"recipe: vae_batch must be at least 1 or None, got {self.vae_batch}")
         if self.restrict_vocabulary and self.model.tokenizer != "wordpiece":
             raise ValueError(
                 f"recipe: restrict_vocabulary works on wordpiece only, got model.tokenizer {self.model.tokenizer!r}"

@@ -52,10 +52,7 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> O
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = OpenVision3(config, tokenizer=tokenizer)
-    dtype = torch.float32 if recipe.vae_dtype == "fp32" else torch.bfloat16
-    # Convolutions are about twice as fast with the channels last, on CPUs in float32 as on GPUs in bfloat16.
-    vae = FrozenVAE.from_pretrained(config.vae, config.vae_subfolder, dtype=dtype).to(memory_format=torch.channels_last)
-    model.set_vae(vae)
+    model.set_vae(build_vae(config.vae, config.vae_subfolder, recipe.vae_dtype))
     model.to(device).train()
     model.set_activation_checkpointing(recipe.activation_checkpointing)
     if recipe.compile:
@@ -66,6 +63,22 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> O
             transformer = getattr(model, name).transformer
             transformer.forward = torch.compile(transformer.forward)
     return model
+
+
+def build_vae(path: str, subfolder: str | None, dtype: str) -> FrozenVAE:
+    """The frozen VAE as training computes with it. dtype: "fp32" or "bf16"."""
+    vae = FrozenVAE.from_pretrained(path, subfolder, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
+    # Convolutions are about twice as fast with the channels last, on CPUs in float32 as on GPUs in bfloat16.
+    return vae.to(memory_format=torch.channels_last)
+
+
+def vae_facts(vae: FrozenVAE, image_size: int, convention: str, batch: int | None) -> dict[str, Any]:
+    """What a cache of the VAE's moments depends on, by the names of the recipe's fields (see data.latent_shards.facts)."""
+    side = image_size // vae.stride
+    return {
+        "vae": weights_hash(vae), "vae_dtype": "fp32" if vae.dtype == torch.float32 else "bf16", "vae_batch": batch,
+        "latent_convention": convention, "shape": [2 * vae.channels, side, side],
+    }  # fmt: skip
 
 
 def check_compiler(device: torch.device) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ov3fast import ops
+from ov3fast.data import latent_shards
 from ov3fast.data.loader import Batch, Loader
 from ov3fast.data.skips import SkipCounter
 from ov3fast.data.store import SampleStore
@@ -61,8 +62,15 @@ class Inputs:
         return self.loaders[0].cursors(step)
 
     def prepare(self, progress: Callable[[int, int], None]) -> None:
-        """Fills the cache of latents, or reads the one that run_dir holds. progress(images done, of)."""
+        """Opens data.latents; or fills the cache of latents, or reads the one that run_dir holds. progress(images done, of)."""
         recipe, vae, config, loader = self.recipe, self.model.get_vae(), self.recipe.model, self.loaders[0]
+        if recipe.data.latents is not None:
+            size = self.stage.image_size
+            kept = latent_shards.LatentShards(recipe.data.latents, size)
+            given = build.vae_facts(vae, size, config.latent_convention, recipe.vae_batch)
+            kept.check(latent_shards.facts(recipe.data, self.store, size, **given))
+            for loader in self.loaders:
+                loader.latents = kept
         if not recipe.cache_latents:
             return
         path = recipe.run_dir / "latents" / f"{self.stage.image_size}.safetensors"
@@ -83,7 +91,9 @@ class Inputs:
 
     def start(self, step: int, stop: int | None) -> None:
         """The next call of next() is for this step of the stage."""
-        self._batches = [loader.batches(step, stop, pixels=self.cache is None) for loader in self.loaders]
+        self._batches = [
+            loader.batches(step, stop, pixels=self.cache is None and loader.latents is None) for loader in self.loaders
+        ]
 
     def next(self, step: int) -> tuple[list[MicroBatch], np.ndarray]:
         """This rank's micro-batches, and the numbers of the samples of all ranks in their order."""
@@ -180,13 +190,15 @@ class Inputs:
         device, vae, config = self.ranks.device, self.model.get_vae(), self.recipe.model
         sample = config.posterior == "sample"
         with self.timer("vae encode"):
+            if self.cache is not None and not sample:
+                return self.cache(batch.index, batch.variant).to(device)
             if self.cache is not None:
-                values = self.cache(batch.index, batch.variant).to(device)
-            elif sample:
-                values = vae.moments(batch.images.to(device)).float()
+                moments = self.cache(batch.index, batch.variant).to(device)
+            elif batch.moments is not None:
+                moments = batch.moments.to(device, non_blocking=True)
             else:
-                values = vae.encode(batch.images.to(device), "mean", config.latent_convention).float()
-            if sample:
-                rng = ops.random.advance(rng, first * values[0].numel() // 2).to(device)
-                values = vae.from_moments(values, "sample", config.latent_convention, rng)
-            return values
+                moments = latent_shards.in_full_batches(vae.moments, batch.images.to(device), self.recipe.vae_batch)
+            if not sample:
+                return vae.from_moments(moments, "mean", config.latent_convention).float()
+            rng = ops.random.advance(rng, first * moments[0].numel() // 2).to(device)
+            return vae.from_moments(moments.float(), "sample", config.latent_convention, rng)

@@ -215,7 +215,7 @@ class Run:
             build_lpips(recipe.lpips, self.ranks.device, fetch) if config.lpips_weight > 0 and config.rec_weight > 0 else None
         )
         step: Step | CapturedStep = Step(
-            self.model, self.runner, Objective(config, lpips), self.ranks, self.timer,
+            self.model, self.runner, Objective(config, lpips, recipe.contrastive_exchange), self.ranks, self.timer,
             bf16=recipe.precision == "bf16", exact_contrastive=recipe.contrastive_over == "batch",
         )  # fmt: skip
         if recipe.capture:

@@ -28,8 +28,8 @@ def inputs(kind, dtype, pairs=PAIRS, width=WIDTH):
 
 def both_ways(image, text, scale, bias, kind):
     """Loss, and the gradients by image, text, scale (and bias) for an upstream gradient of 3."""
-    loss, r, c, sizes = FORWARD(image, text, scale, bias, kind, "")
-    grads = BACKWARD(torch.tensor(3.0), image, text, scale, bias, r, c, sizes, kind, "", True, True)
+    loss, r, c, sizes = FORWARD(image, text, scale, bias, kind, "", "gather")
+    grads = BACKWARD(torch.tensor(3.0), image, text, scale, bias, r, c, sizes, kind, "", "gather", True, True)
     return loss, *grads[: 3 if bias is None else 4]
 
 

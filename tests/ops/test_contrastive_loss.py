@@ -137,9 +137,9 @@ def test_opcheck(layout):
         image, text, *scalars = (v.float() for v in inputs(4, 8, kind))
         image, text = (testing.LAYOUTS[layout](t).requires_grad_() for t in (image, text))
         scale, bias = [s.requires_grad_() for s in scalars] + [None] * (2 - len(scalars))
-        torch.library.opcheck(torch.ops.ov3fast.contrastive_loss, (image, text, scale, bias, kind, "", ""))
+        torch.library.opcheck(torch.ops.ov3fast.contrastive_loss, (image, text, scale, bias, kind, "", "gather", ""))
         views = testing.LAYOUTS[layout](torch.stack([image.detach(), text.detach()])).requires_grad_()
-        torch.library.opcheck(torch.ops.ov3fast.contrastive_loss, (views, text, scale, bias, kind, "", ""))
+        torch.library.opcheck(torch.ops.ov3fast.contrastive_loss, (views, text, scale, bias, kind, "", "gather", ""))
 
 
 @pytest.mark.backend_independent
@@ -299,4 +299,4 @@ def test_backend(implementation):
     ours = "triton" if implementation == "triton" else "cpu"
     for dtype, name in ((torch.float32, ours), (torch.bfloat16, ours), (torch.float64, "eager")):
         x = torch.ones(2, 3, dtype=dtype)
-        assert _dispatch.chosen("contrastive_loss", "", x, x, torch.tensor(1.0), None, "softmax", "") == name
+        assert _dispatch.chosen("contrastive_loss", "", x, x, torch.tensor(1.0), None, "softmax", "", "gather") == name

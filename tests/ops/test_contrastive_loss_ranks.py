@@ -1,7 +1,10 @@
-"""The contrastive loss over 1, 2 and 3 gloo ranks against one process, in float64: three processes, started once."""
+"""The contrastive loss over 1, 2, 3 and 4 gloo ranks against one process, in float64: four processes, started once."""
 
 import functools
 import multiprocessing
+import os
+import time
+import weakref
 
 import pytest
 import torch
@@ -14,17 +17,24 @@ from ov3fast.ops.contrastive_loss import contrastive_loss, reference
 pytestmark = pytest.mark.backend_independent
 
 WIDTH = 6
-SPLITS = {1: [(4,), (0,)], 2: [(3, 3), (5, 1), (4, 0)], 3: [(2, 2, 2), (1, 4, 2), (0, 0, 0)]}
-CHECKS = ["shares", "views", "ddp", "low_precision", "exchange", "reduce_scatter", "disagreement", "compiled", "outsider"]
+SPLITS = {
+    1: [(4,), (0,)], 2: [(3, 3), (5, 1), (4, 0)], 3: [(2, 2, 2), (1, 4, 2), (0, 0, 0)], 4: [(2, 2, 2, 2), (3, 0, 1, 2)],
+}  # fmt: skip
+RANKS = 4
+EXCHANGES = ("gather", "ring")
+CHECKS = [
+    "shares", "views", "ring", "ring_memory", "ddp", "low_precision", "exchange", "reduce_scatter", "disagreement", "compiled", "outsider",
+    "absence",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
-    """check -> what each of the three ranks says: 'passed' or its traceback."""
+    """check -> what each of the ranks says: 'passed' or its traceback."""
     folder = tmp_path_factory.mktemp("ranks")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "ov3fast.ops", "ov3fast.testing"])
-    ranks = [context.Process(target=run_rank, args=(rank, 3, str(folder))) for rank in range(3)]
+    ranks = [context.Process(target=run_rank, args=(rank, RANKS, str(folder))) for rank in range(RANKS)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -32,13 +42,13 @@ def outcome(tmp_path_factory):
     stuck = [rank for rank, process in enumerate(ranks) if process.is_alive()]
     for rank in stuck:
         ranks[rank].kill()
-    told = [torch.load(folder / f"{rank}.pt") if (folder / f"{rank}.pt").exists() else {} for rank in range(3)]
+    told = [torch.load(folder / f"{rank}.pt") if (folder / f"{rank}.pt").exists() else {} for rank in range(RANKS)]
     return {check: [said.get(check, "never came to it") for said in told] for check in CHECKS}
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_ranks(outcome, check):
-    assert outcome[check] == ["passed"] * 3, "\n".join(outcome[check])
+    assert outcome[check] == ["passed"] * RANKS, "\n".join(outcome[check])
 
 
 def run_rank(rank, world, folder):
@@ -46,7 +56,7 @@ def run_rank(rank, world, folder):
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    groups = {size: dist.new_group(list(range(size))) for size in (1, 2)} | {3: dist.group.WORLD}
+    groups = {size: dist.new_group(list(range(size))) for size in (1, 2, 3)} | {4: dist.group.WORLD}
     said = {}
     for check in CHECKS:
         try:
@@ -55,7 +65,8 @@ def run_rank(rank, world, folder):
         except Exception:
             said[check] = traceback.format_exc(limit=-3)
         torch.save(said, f"{folder}/{rank}.pt")
-        dist.barrier()
+        if check != CHECKS[-1]:
+            dist.barrier()
     dist.destroy_process_group()
 
 
@@ -85,11 +96,12 @@ def check_shares(rank, groups):
     for world, group in groups.items():
         for sizes in SPLITS[world] if rank < world else []:
             for kind in ("softmax", "sigmoid"):
-                for upstream in (torch.ones(world).double(), torch.tensor([0.5, -2.0, 3.0]).double()[:world]):
-                    compare(rank, group, sizes, kind, upstream)
+                for upstream in (torch.ones(world).double(), torch.tensor([0.5, -2.0, 3.0, 1.5]).double()[:world]):
+                    for exchange in EXCHANGES:
+                        compare(rank, group, sizes, kind, upstream, exchange)
 
 
-def compare(rank, group, sizes, kind, upstream):
+def compare(rank, group, sizes, kind, upstream, exchange):
     image, text = (t.requires_grad_() for t in everyone(sizes))
     scale, bias = scalars(kind)
     leaves = [image, text, scale] + ([] if bias is None else [bias])
@@ -99,7 +111,7 @@ def compare(rank, group, sizes, kind, upstream):
 
     own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     mine = [image[own].detach().requires_grad_(), text[own].detach().requires_grad_(), *scalars(kind)]
-    share = contrastive_loss(*mine[:3], kind=kind, logit_bias=mine[3], group=group)
+    share = contrastive_loss(*mine[:3], kind=kind, logit_bias=mine[3], group=group, exchange=exchange)
     got = torch.autograd.grad(upstream[rank] * share, [leaf for leaf in mine if leaf is not None])
     mean = share.detach().clone()
     dist.all_reduce(mean, group=group)
@@ -117,26 +129,89 @@ def check_views(rank, groups):
     for world, group in groups.items():
         for sizes in SPLITS[world] if rank < world else []:
             for kind in ("softmax", "sigmoid"):
-                own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-                text = testing.make(sum(sizes), WIDTH, seed=1, dtype=torch.float64)
-                image = testing.make(3, sum(sizes), WIDTH, dtype=torch.float64)
-                scale, bias = scalars(kind)
-                results = []
-                for views in (
-                    lambda f, x, *rest: f(x, *rest),
-                    lambda f, x, *rest: torch.stack([f(v, *rest) for v in x]).mean(),
-                ):
-                    mine = [image[:, own].clone().requires_grad_(), text[own].clone().requires_grad_(), scale]
-
-                    def loss(x, y, s, kind=kind, bias=bias, group=group):
-                        return contrastive_loss(x, y, s, kind=kind, logit_bias=bias, group=group)
-
-                    share = views(loss, *mine)
-                    results.append([share, *torch.autograd.grad(share, mine)])
-                for together, apart in zip(*results, strict=True):
-                    close(together, apart)
+                for exchange in EXCHANGES:
+                    compare_views(rank, group, sizes, kind, exchange)
     sent = [texts_sent(views) for views in (1, 3)]
     assert sent[0] == sent[1] > 0, sent
+
+
+def compare_views(rank, group, sizes, kind, exchange):
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    text = testing.make(sum(sizes), WIDTH, seed=1, dtype=torch.float64)
+    image = testing.make(3, sum(sizes), WIDTH, dtype=torch.float64)
+    scale, bias = scalars(kind)
+
+    def loss(x, y, s):
+        return contrastive_loss(x, y, s, kind=kind, logit_bias=bias, group=group, exchange=exchange)
+
+    results = []
+    for views in (lambda x, *rest: loss(x, *rest), lambda x, *rest: torch.stack([loss(v, *rest) for v in x]).mean()):
+        mine = [image[:, own].clone().requires_grad_(), text[own].clone().requires_grad_(), scale]
+        share = views(*mine)
+        results.append([share, *torch.autograd.grad(share, mine)])
+    for together, apart in zip(*results, strict=True):
+        close(together, apart)
+
+
+def check_ring(rank, groups):
+    """Blocks come from the ranks before, each asked for before the one in hand is worked on; sums come home."""
+    sizes = (2, 0, 3, 1)
+    shards = _row_shards.RowShards(dist.group.WORLD, rank, sizes)
+    everyones = testing.make(6, 4, dtype=torch.bfloat16).split(sizes)
+    started, real = [], dist.batch_isend_irecv
+    dist.batch_isend_irecv = lambda operations: started.append(len(operations)) or real(operations)
+    try:
+        sums, order = shards.ring_sums(), []
+        for hop, (owner, block) in enumerate(shards.ring(everyones[rank])):
+            assert (
+                hop == RANKS - 1
+                or len(started) + sum(sizes[(rank - s) % 4] + sizes[(rank - s - 1) % 4] == 0 for s in range(hop)) > hop
+            )
+            order.append(owner)
+            testing.assert_same_bits([block], [everyones[owner]])
+            sums.expect(owner, block.double())
+            sums.add(block.double() * (rank + 1))
+    finally:
+        dist.batch_isend_irecv = real
+    assert order == [(rank - hop) % RANKS for hop in range(RANKS)]
+    assert torch.equal(sums.home(), everyones[rank].double() * 10)
+
+
+def check_ring_memory(rank, groups):
+    """What is received and kept at a time: two ranks' texts in the forward, and two ranks' sums beside them in the backward."""
+    held, most, real = [], 0, torch.Tensor.new_empty
+
+    def counting(self, size, *args, **options):
+        nonlocal most
+        made = real(self, size, *args, **options)
+        if made.ndim == 2 and made.shape[1] == 96:
+            held.append(weakref.ref(made))
+            most = max(most, sum(len(x()) for x in held if x() is not None))
+        return made
+
+    mine = [testing.make(8, 96, seed=seed, dtype=torch.float64).requires_grad_() for seed in range(2)]
+    torch.Tensor.new_empty = counting
+    try:
+        loss = contrastive_loss(*mine, scalars("softmax")[0], group=dist.group.WORLD, exchange="ring")
+        forward, most = most, 0
+        loss.backward()
+    finally:
+        torch.Tensor.new_empty = real
+    assert forward == 2 * 8 and most == 4 * 8, (forward, most)
+
+
+def check_absence(rank, groups):
+    """A rank that doesn't come to it: the others are told within the time that was set. The last check, since the group is lost then."""
+    os.environ["OV3FAST_EXCHANGE_TIMEOUT"] = "2"
+    if rank == 1:
+        time.sleep(4)
+        return
+    began = time.monotonic()
+    with pytest.raises(
+        RuntimeError, match=r"not every rank of the group came to the exchange within 2 s \(OV3FAST_EXCHANGE_TIMEOUT\)"
+    ):
+        contrastive_loss(*everyone((2,)), scalars("softmax")[0], group=dist.group.WORLD)
+    assert time.monotonic() - began < 20
 
 
 def texts_sent(views):
@@ -185,7 +260,12 @@ class Towers(torch.nn.Module):
 
 def check_ddp(rank, groups):
     """DDP's averaged gradients are the full batch's, of the towers, the scale and the bias."""
-    sizes = (3, 1, 2)
+    for exchange in EXCHANGES:
+        compare_ddp(rank, exchange)
+
+
+def compare_ddp(rank, exchange):
+    sizes = (3, 1, 2, 1)
     own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     x, y = everyone(sizes)
     alone, parallel = Towers(), Towers()
@@ -193,30 +273,32 @@ def check_ddp(rank, groups):
     reference(image, text, scale, kind="sigmoid", logit_bias=bias).backward()
     replica = torch.nn.parallel.DistributedDataParallel(parallel)
     image, text, scale, bias = replica(x[own], y[own])
-    contrastive_loss(image, text, scale, kind="sigmoid", logit_bias=bias, group=dist.group.WORLD).backward()
+    contrastive_loss(image, text, scale, kind="sigmoid", logit_bias=bias, group=dist.group.WORLD, exchange=exchange).backward()
     for got, expected in zip(parallel.parameters(), alone.parameters(), strict=True):
         close(got.grad, expected.grad)
 
 
 def check_low_precision(rank, groups):
     for dtype in (torch.float32, torch.bfloat16):
-        sizes = (2, 3, 1)
-        own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-        image, text = (t.requires_grad_() for t in everyone(sizes, dtype))
-        scale, _ = scalars("softmax", torch.float32)
-        expected = torch.autograd.grad(reference(image, text, scale), (image, text))
-        mine = [t[own].detach().requires_grad_() for t in (image, text)]
-        share = contrastive_loss(*mine, scale, group=dist.group.WORLD)
-        assert share.dtype == torch.float32
-        for got, whole in zip(torch.autograd.grad(share, mine), expected, strict=True):
-            torch.testing.assert_close(got / 3, whole[own], rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-5)
+        for exchange in EXCHANGES:
+            sizes = (2, 3, 1, 2)
+            own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+            image, text = (t.requires_grad_() for t in everyone(sizes, dtype))
+            scale, _ = scalars("softmax", torch.float32)
+            expected = torch.autograd.grad(reference(image, text, scale), (image, text))
+            mine = [t[own].detach().requires_grad_() for t in (image, text)]
+            share = contrastive_loss(*mine, scale, group=dist.group.WORLD, exchange=exchange)
+            assert share.dtype == torch.float32
+            for got, whole in zip(torch.autograd.grad(share, mine), expected, strict=True):
+                assert got.dtype == dtype
+                torch.testing.assert_close(got / 4, whole[own], rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-5)
 
 
 def check_exchange(rank, groups):
     """A rank has its own rows at once, before the others have come to the exchange at all; then theirs, in rank order."""
-    sizes = (2, 0, 3)
+    sizes = (2, 0, 3, 1)
     shards = _row_shards.RowShards(dist.group.WORLD, rank, sizes)
-    everyones = testing.make(5, 4, dtype=torch.bfloat16).split(sizes)
+    everyones = testing.make(6, 4, dtype=torch.bfloat16).split(sizes)
     store = dist.distributed_c10d._get_default_store()
     if rank:
         store.wait([f"rank {rank - 1} has its own"])
@@ -224,17 +306,17 @@ def check_exchange(rank, groups):
     first = next(arriving)
     store.set(f"rank {rank} has its own", "yes")
     got = [first, *arriving]
-    assert [r for r, _ in got] == [rank, *(r for r in range(3) if r != rank)]
+    assert [r for r, _ in got] == [rank, *(r for r in range(RANKS) if r != rank)]
     for r, rows in got:
         testing.assert_same_bits([rows], [everyones[r]])
 
 
 def check_reduce_scatter(rank, groups):
     """The two ways to reduce and scatter agree, for unequal sizes."""
-    sizes = (2, 0, 3)
+    sizes = (2, 0, 3, 1)
     shards = _row_shards.RowShards(dist.group.WORLD, rank, sizes)
-    x = testing.make(5, 4, seed=rank)
-    expected = shards.own(sum(testing.make(5, 4, seed=other) for other in range(3)))
+    x = testing.make(6, 4, seed=rank)
+    expected = shards.own(sum(testing.make(6, 4, seed=other) for other in range(RANKS)))
     close(shards.reduce_scatter(x.clone()), expected)
     real, dist.get_backend = dist.get_backend, lambda group=None: "nccl"
     try:
@@ -247,12 +329,15 @@ def check_disagreement(rank, groups):
     """Ranks that disagree are all told so; none hangs."""
     width = WIDTH + (rank == 1)
     x = testing.make(2, width)
-    words = rf"the width of image must be the same on all ranks of the group, got \[{WIDTH}, {WIDTH + 1}, {WIDTH}\]"
+    words = rf"the width of image must be the same on all ranks of the group, got \[{WIDTH}, {WIDTH + 1}, {WIDTH}, {WIDTH}\]"
     with pytest.raises(ValueError, match=words):
         contrastive_loss(x, x, scalars("softmax")[0], group=dist.group.WORLD)
-    with pytest.raises(ValueError, match=r"kind must be the same on all ranks of the group, got \[0, 1, 0\]"):
+    with pytest.raises(ValueError, match=r"kind must be the same on all ranks of the group, got \[0, 1, 0, 0\]"):
         x = testing.make(2, WIDTH)
         contrastive_loss(x, x, scalars("softmax")[0], kind="sigmoid" if rank == 1 else "softmax", group=dist.group.WORLD)
+    with pytest.raises(ValueError, match=r"exchange must be the same on all ranks of the group, got \[0, 0, 1, 0\]"):
+        exchange = "ring" if rank == 2 else "gather"
+        contrastive_loss(x, x, scalars("softmax")[0], exchange=exchange, group=dist.group.WORLD)
 
 
 def check_compiled(rank, groups):

@@ -13,10 +13,15 @@ def test_sizes_go_by_the_cpu_where_the_group_can(monkeypatch, config, device):
     """ "meta" stands for a GPU: what lies there can't be read without waiting, and here not at all."""
     devices = []
 
-    def all_gather(told, mine, group):
+    class Work:
+        def wait(self, timeout):
+            assert timeout.total_seconds() == 600
+
+    def all_gather(told, mine, group, async_op):
         devices.append(mine.device.type)
         for rank, values in enumerate(told):
             values.copy_(mine + rank * torch.tensor([1, 0], device=mine.device))
+        return Work()
 
     monkeypatch.setattr(_row_shards, "resolve", lambda name: "group")
     replaced = {

@@ -153,7 +153,8 @@ class RingSums:
     """
 
     def __init__(self, shards: RowShards) -> None:
-        self.shards, self._sum = shards, None
+        self.shards = shards
+        self._sum: Tensor | None = None
         self._arriving: _Arriving | None = None
 
     def expect(self, owner: int, like: Tensor) -> None:

@@ -340,7 +340,8 @@ def _backward_ring(rectangle, shards, views, text, wide, need_image, need_text):
     """
     images = [view.image if shards.world == 1 else view.image.to(wide) for view in views]
     starts = [sum(shards.sizes[:rank]) for rank in range(shards.world + 1)]
-    grad_images, grad_scale, grad_bias = [None] * len(views), 0, 0
+    grad_images: list[Any] = [None] * len(views)
+    grad_scale = grad_bias = 0
     sums, like = shards.ring_sums(), text.new_empty((0, text.shape[1]), dtype=wide)
     for rank, block in shards.ring(text):
         if need_text:

@@ -492,6 +492,55 @@ def encoder(dtype: str, targets: tuple[float | None, float | None], batch: int =
         yield Case("ViT-B/2 encoder", direction, None, f"{batch} x [16,32,32]", dtype, variants, units * flops, target=target)
 
 
+def demo_step(dtype: str, images: int = 144, classes: int = 600, target: float | None = None) -> Iterator[Case]:
+    """A whole optimizer step of the demo's recipe on a made-up batch; `eager` is the same step on PyTorch's products."""
+    from dataclasses import replace
+
+    from ov3fast.losses import Objective
+    from ov3fast.models.openvision3 import OpenVision3
+    from ov3fast.models.vae import SMALL, FrozenVAE
+    from ov3fast.recipes import get_recipe
+    from ov3fast.training.distributed import Ranks
+    from ov3fast.training.footprint import blank_micro_batch
+    from ov3fast.training.optimizer import AdamW
+    from ov3fast.training.plan import make_plan
+    from ov3fast.training.step import Step
+    from ov3fast.training.timing import Timer
+
+    recipe = get_recipe("demo")
+    text, caption = (replace(part, vocab_size=classes) for part in (recipe.model.text, recipe.model.caption))
+    recipe = replace(recipe, model=replace(recipe.model, text=text, caption=caption), precision=dtype)
+    stage, device = recipe.stages[0], torch.device("cpu")
+    model = OpenVision3(recipe.model)
+    vae = FrozenVAE.from_pretrained(SMALL, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    model.set_vae(vae)
+    model.train()
+    batch = blank_micro_batch(recipe, stage, images, vae)
+    batch.latents.normal_()
+    batch.text_ids.random_(5, classes)
+    batch.caption_ids.random_(5, classes)
+    batch.pairs = torch.arange(batch.pairs.numel()).view_as(batch.pairs)
+    for rows in (batch.caption_rows, batch.latent_rows, batch.pixel_rows):
+        rows.copy_(torch.arange(len(rows)))
+    step = Step(
+        model, model, Objective(recipe.stage_objective(stage), None), Ranks(0, 1, device), Timer(device),
+        bf16=dtype == "bf16", exact_contrastive=False,
+    )  # fmt: skip
+    optimizer = AdamW(model, recipe.optimizer)
+
+    def update() -> None:
+        step([batch])
+        step.update(optimizer)
+        optimizer.zero_grad()
+
+    def eager() -> None:
+        with ops.use("eager"):
+            update()
+
+    flops = make_plan(recipe).stages[0].flops_per_sample * images
+    yield Case("demo step", "both", None, f"{images} images", dtype, {OURS: update, "eager": eager}, flops, target=target)
+
+
 Makers = list[tuple[str, str, Callable[..., Iterator[Case]], tuple]]
 
 
@@ -568,7 +617,7 @@ def full(on_gpu: bool) -> Makers:
         *(("adamw_ema_", kind, adamw_ema, ()) for kind in DTYPES),
         ("ViT-B/2 encoder", "bf16", encoder, ((1.15, 1.15),)),
         ("ViT-B/2 encoder", "fp32", encoder, ((1.1, 1.1),)),
-        *([] if on_gpu else small()),
+        *([] if on_gpu else [("demo step", "bf16", demo_step, (144, 600, 1.55)), *small()]),
         ("contrastive_loss", "bf16", contrastive, (65536, 512, None, False)),
     ]
     if on_gpu:

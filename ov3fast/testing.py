@@ -202,12 +202,16 @@ def assert_same_bits_on_threads(run: Callable[[], Sequence[Tensor]], threads: Se
 
 
 def results(function: Callable[..., Any], inputs: Sequence[Any], floats: Sequence[int]) -> list[Tensor]:
-    """Outputs, then the gradient of each input whose position is in `floats`, for upstream gradients that depend on shapes alone."""
+    """Outputs, then the gradient of each input whose position is in `floats`, for upstream gradients that depend on shapes alone.
+
+    An output that no such input reaches has no upstream gradient.
+    """
     leaves = {i: inputs[i].detach().requires_grad_() for i in floats}
     returned = function(*[leaves.get(i, v) for i, v in enumerate(inputs)])
     outputs = list(returned) if isinstance(returned, (tuple, list)) else [returned]
     upstream = [make(*out.shape, seed=77 + n).to(out) for n, out in enumerate(outputs)]
-    grads = torch.autograd.grad(outputs, list(leaves.values()), upstream) if leaves else []
+    pairs = [(out, grad) for out, grad in zip(outputs, upstream, strict=True) if out.requires_grad]
+    grads = torch.autograd.grad([out for out, _ in pairs], list(leaves.values()), [grad for _, grad in pairs]) if leaves else []
     return [*(out.detach() for out in outputs), *grads]
 
 

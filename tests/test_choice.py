@@ -205,7 +205,7 @@ def test_a_choice_is_looked_up_once_per_kind_of_call(chip, monkeypatch):
     x, weight = torch.ones(4, 8), torch.ones(16, 8)
     for _ in range(3):
         ops.linear(x, weight)
-    assert len(asked) == 1
+    assert len(asked) == len(set(asked)), "forward and backward"
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_a_trials_size_is_what_its_call_is_looked_up_by(trial, chip, monkeypatch
     chip("zen4")
     asked = []
     monkeypatch.setattr(_choice, "backend_for", lambda *call: asked.append(call) or "cpu")
-    monkeypatch.setattr(_dispatch.Selector, "_function", lambda self, name: (_ for _ in ()).throw(InterruptedError))
+    monkeypatch.setattr(_dispatch.Selector, "_function", lambda self, *call: (_ for _ in ()).throw(InterruptedError))
     function, leaves = _trials.call(trial)
     with pytest.raises(InterruptedError):
         function(*leaves)

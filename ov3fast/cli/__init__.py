@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import NamedTuple
 
-from ov3fast import terminal
+from ov3fast import cpus, terminal
 
 PROGRAM = "ov3fast"
 USER_ERROR, INTERRUPTED = 2, 130
@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Ctrl-C; 141 where the reader of the output went away.
     """
     terminal.tolerate_encoding()
+    cpus.limit_threads()
     arguments = list(sys.argv[1:] if argv is None else argv)
     arguments, verbose = _without(arguments, "-v", "--verbose")
     arguments, quiet = _without(arguments, "-q", "--quiet")

@@ -45,6 +45,9 @@ class Backend:
     """Backends that are faster on these operands, the best first: one that can takes the call over, unless this one is asked for."""
     slower_than_backward: Callable[..., Sequence[str]]
     """The same for backward calls."""
+    differentiable: Callable[..., Callable[..., Any] | None]
+    """The forward as a function that PyTorch's own autograd differentiates, or None where these operands have none. An eager call that goes
+    forward and backward on this backend runs it, without a node of ours: the operator's arguments -> its outputs that have gradients."""
 
 
 _order = list(PREFERENCE)
@@ -73,6 +76,7 @@ def register(
     unsupported_reason: Callable[..., str | None] = _no_reason,
     slower_than: Callable[..., Sequence[str]] = _no_backends,
     slower_than_backward: Callable[..., Sequence[str]] | None = None,
+    differentiable: Callable[..., Callable[..., Any] | None] = _no_reason,
 ) -> None:
     """Make `name` a backend of `op`; see Backend. forward and backward take the registered operator's arguments, without `impl`.
 
@@ -86,7 +90,14 @@ def register(
     if name not in _order:
         _order.insert(len(_order) if before is None else _order.index(before), name)
     _backends.setdefault(op, {})[name] = Backend(
-        forward, backward, operands, unavailable_reason, unsupported_reason, slower_than, slower_than_backward or slower_than
+        forward,
+        backward,
+        operands,
+        unavailable_reason,
+        unsupported_reason,
+        slower_than,
+        slower_than_backward or slower_than,
+        differentiable,
     )
     forget_choices()
 
@@ -162,7 +173,7 @@ class Selector:
     def __call__(self, request: Request, args: Sequence[Any]) -> Callable[..., Any]:
         """The function to run. RuntimeError, with the reason, where none can."""
         if not self._remembers:
-            return self._function(self.select_backend(request, args))
+            return self._function(self.select_backend(request, args), request, args)
         key: list[Any] = [request]
         for arg in args:
             if isinstance(arg, Tensor):
@@ -176,7 +187,7 @@ class Selector:
             self._check(*args)
             if len(self._choices) >= 4096:
                 self._choices.clear()
-            found = self._choices[choice] = self._function(self.select_backend(request, args))
+            found = self._choices[choice] = self._function(self.select_backend(request, args), request, args)
         return found
 
     def forget(self) -> None:
@@ -205,11 +216,28 @@ class Selector:
                 return next((n for n in faster if n in backends and self._obstacle(backends[n], args) is None), name)
         raise RuntimeError(f"{self.op}: no backend takes this call; see `ov3fast doctor`")
 
-    def _function(self, name: str) -> Callable[..., Any]:
+    def _function(self, name: str, request: Request, args: Sequence[Any]) -> Callable[..., Any]:
+        """The function of the contract, or one that PyTorch differentiates, which then has that of the contract as `contract`."""
         backend = _backends[self.op][name]
         function = backend.backward if self.backward else backend.forward
         assert function is not None
+        whole = None if self.backward else backend.differentiable(*self._operands(backend, args))
+        if whole is not None and self._goes_back_on(name, request, args):
+            assert whole is not function, "only the one that PyTorch differentiates may be marked as that"
+            whole.contract = function  # type: ignore[attr-defined]
+            return whole
         return function
+
+    def _goes_back_on(self, name: str, request: Request, args: Sequence[Any]) -> bool:
+        """Whether the backward of this forward call would be that backend's too."""
+        if decode(request) == name:
+            return True
+        for other in _order:
+            backend = _backends[self.op].get(other)
+            if backend is not None and backend.backward is not None and self._obstacle(backend, args) is None:
+                faster = backend.slower_than_backward(*self._operands(backend, args))
+                return name in faster[:1] if faster else other == name
+        return False
 
     def _obstacle(self, backend: Backend, args: Sequence[Any]) -> str | None:
         if self.backward and backend.backward is None:

@@ -85,7 +85,8 @@ class Operator:
     def _call_plain(self, request: str, args: tuple[Any, ...]) -> Any:
         function = self.select(request, args)
         if self.apply is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return self.apply(*args, request, function)
+            if not hasattr(function, "contract"):  # else PyTorch's own nodes do
+                return self.apply(*args, request, function)
         # A backend's forward may have another beside it that keeps nothing for a backward.
         return _without_autocast(getattr(function, "inference", function), args)
 
@@ -110,7 +111,8 @@ class Operator:
     def run(self, *args: Any) -> Any:
         """The forward, on the backend that the last argument asks for."""
         *inputs, word = args
-        return _without_autocast(self.select(_dispatch.decode(word), inputs), inputs)
+        function = self.select(_dispatch.decode(word), inputs)
+        return _without_autocast(getattr(function, "contract", function), inputs)
 
     def define_backward(
         self,

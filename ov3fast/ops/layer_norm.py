@@ -67,6 +67,13 @@ def _forward_eager(x, weight, bias, residual, eps):
     return y.to(x.dtype), x.new_empty(0) if residual is None else h, mean[..., 0], rstd[..., 0]
 
 
+def _differentiable(x, weight, bias, residual, eps):
+    h = (x if residual is None else x + residual).contiguous()
+    if weight.dtype != x.dtype:
+        return reference(h, weight, bias, eps), h
+    return F.layer_norm(h, h.shape[-1:], weight, bias, eps), h
+
+
 def _backward_eager(grad_y, grad_h, h, weight, mean, rstd, need_x, need_weight, need_bias):
     wide = _check.accumulate_dtype(h.dtype)
     grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
@@ -110,7 +117,11 @@ def _save(inputs, output):
     return _operator.Saved((h, weight, mean, rstd), constants=(mean, rstd))
 
 
-_dispatch.register("layer_norm", "eager", _forward_eager, _backward_eager)
+_dispatch.register(
+    "layer_norm", "eager", _forward_eager, _backward_eager, operands=("x",),
+    # PyTorch's own backward in 16 bits adds up the gradients of weight and bias in them.
+    differentiable=lambda x: _differentiable if x.dtype in (torch.float32, torch.float64) else None,
+)  # fmt: skip
 _layer_norm = _operator.define(
     "layer_norm",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float eps) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",

@@ -51,6 +51,10 @@ def _forward_eager(x, weight, bias):
     return reference(_rows(x).contiguous(), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
+def _differentiable(x, weight, bias):
+    return reference(x, weight, bias) if x.is_contiguous() else _forward_eager(x, weight, bias)
+
+
 def _backward_eager(grad_y, x, weight, need_x, need_weight, need_bias):
     grad_y, none = _rows(grad_y), grad_y.new_empty(0)
     return (
@@ -72,7 +76,7 @@ def _fake_backward(grad_y, x, weight, need_x, need_weight, need_bias):
     )
 
 
-_dispatch.register("linear", "eager", _forward_eager, _backward_eager)
+_dispatch.register("linear", "eager", _forward_eager, _backward_eager, differentiable=lambda: _differentiable)
 _linear = _operator.define(
     "linear",
     "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",

@@ -25,8 +25,10 @@ from . import _check, _choice, _dispatch, _operator, cpu
 
 REDUCTIONS = ("mean", "sum", "none")
 
-# Rows are taken in chunks of about this many logits, by shape alone, so that the order of sums never changes.
-CHUNK_LOGITS = 2**23
+# Logits are made in tiles of about this many, by shape alone, so that the order of sums never changes. A tile has up to CLASSES classes, or
+# more where there are few rows.
+CHUNK_LOGITS = 2**22
+CLASSES = 1024
 
 
 def reference(hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
@@ -101,21 +103,33 @@ def _spread(x: Tensor, rows: Tensor | None, size: int) -> Tensor:
     return x if rows is None else x.new_zeros((*x.shape[:-1], size)).index_copy_(-1, rows, x)
 
 
-def _chunks(rows: int, classes: int) -> list[slice]:
-    size = max(1, CHUNK_LOGITS // max(classes, 1))
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+def _tiles(rows: int, classes: int) -> tuple[list[slice], list[slice]]:
+    """Slices of rows and of classes, whose rectangles are the tiles."""
+    tall = max(1, min(rows, CHUNK_LOGITS // max(1, min(classes, CLASSES))))
+    broad = max(1, CHUNK_LOGITS // tall)
+    return (
+        [slice(start, min(start + tall, rows)) for start in range(0, rows, tall)],
+        [slice(start, min(start + broad, classes)) for start in range(0, classes, broad)],
+    )
 
 
 def _forward_eager(hidden, weight, labels, ignore_index):
-    # In chunks, where the reference has all T x V logits at once; lse is for the backward.
+    # In tiles, where the reference has all T x V logits at once; lse is for the backward.
     check_labels(labels, len(weight), ignore_index)
     wide = _check.accumulate_dtype(hidden.dtype)
     h, y, rows = _counted(hidden, labels, ignore_index)
     nll, lse = h.new_empty(len(h), dtype=wide), h.new_empty((2, len(h)), dtype=wide)
-    for chunk in _chunks(len(h), len(weight)):
-        z = (h[chunk] @ weight.T).to(wide)
-        largest, own = z.amax(1), z.gather(1, y[chunk, None])[:, 0]
-        log_sum = z.sub_(largest[:, None]).exp_().sum(1).log_()
+    chunks, blocks = _tiles(len(h), len(weight))
+    for chunk in chunks:
+        largest, total, own = nll.new_full((len(h[chunk]),), -torch.inf), nll.new_zeros(()), nll[chunk]
+        for block in blocks:
+            z = (h[chunk] @ weight[block].T).to(wide)
+            label = y[chunk, None] - block.start
+            value = z.gather(1, label.clamp(0, z.shape[1] - 1))
+            own.copy_(torch.where((label >= 0) & (label < z.shape[1]), value, own[:, None])[:, 0])
+            before, largest = largest, torch.maximum(largest, z.amax(1))
+            total = total * (before - largest).exp_() + z.sub_(largest[:, None]).exp_().sum(1)
+        log_sum = total.log_()
         lse[0, chunk], lse[1, chunk] = largest, log_sum
         nll[chunk] = (largest - own) + log_sum
     return _spread(nll, rows, len(hidden)), _spread(lse, rows, len(hidden))
@@ -125,26 +139,46 @@ def _backward_eager(grad_nll, hidden, weight, labels, lse, ignore_index, need_hi
     h, y, rows = _counted(hidden, labels, ignore_index)
     if rows is not None:
         grad_nll, lse = grad_nll[rows], lse[:, rows]
-    grad_h = torch.empty_like(h, memory_format=torch.contiguous_format) if need_hidden else None
-    grad_weight = torch.zeros_like(weight, dtype=lse.dtype, memory_format=torch.contiguous_format) if need_weight else None
-    for chunk in _chunks(len(h), len(weight)):
-        z = (h[chunk] @ weight.T).to(lse.dtype)
-        p = z.sub_(lse[0, chunk, None]).sub_(lse[1, chunk, None]).exp_()
-        upstream = grad_nll[chunk, None]
-        # The one-hot comes off before the storage dtype rounds p = 1 - small to 1.
-        g = p.mul_(upstream).scatter_add_(1, y[chunk, None], -upstream).to(h.dtype)
-        if grad_h is not None:
-            torch.mm(g, weight, out=grad_h[chunk])
-        if grad_weight is not None and h.dtype == lse.dtype:
-            grad_weight.addmm_(g.T, h[chunk])
-        elif grad_weight is not None:
-            grad_weight += g.T @ h[chunk]
-    if grad_h is not None and rows is not None:
-        grad_h = torch.zeros_like(hidden, memory_format=torch.contiguous_format).index_copy_(0, rows, grad_h)
+    chunks, blocks = _tiles(len(h), len(weight))
+    # Classes outside, so that of the sums over tiles only those for hidden are kept in the wide dtype.
+    grad_h = h.new_zeros(h.shape, dtype=lse.dtype) if need_hidden else None
+    grad_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else None
+    for block in blocks:
+        w, grad_w = weight[block], None
+        for chunk in chunks:
+            z = (h[chunk] @ w.T).to(lse.dtype)
+            p = z.sub_(lse[0, chunk, None]).sub_(lse[1, chunk, None]).exp_()
+            upstream, label = grad_nll[chunk, None], y[chunk, None] - block.start
+            here = (label >= 0) & (label < len(w))
+            # The one-hot comes off before the storage dtype rounds p = 1 - small to 1.
+            p.mul_(upstream).scatter_add_(1, label.clamp(0, len(w) - 1), torch.where(here, -upstream, 0.0))
+            g = p.to(h.dtype)
+            if grad_h is not None:
+                _add_product(grad_h[chunk], g, w)
+            if grad_weight is not None:
+                if len(chunks) == 1:
+                    torch.mm(g.T, h[chunk], out=grad_weight[block])
+                else:
+                    grad_w = p.new_zeros(w.shape) if grad_w is None else grad_w
+                    _add_product(grad_w, g.T, h[chunk])
+        if grad_w is not None:
+            grad_weight[block] = grad_w
+    if grad_h is not None:
+        grad_h = grad_h.to(h.dtype)
+        if rows is not None:
+            grad_h = torch.zeros_like(hidden, memory_format=torch.contiguous_format).index_copy_(0, rows, grad_h)
     return (
         hidden.new_empty(0) if grad_h is None else grad_h,
-        weight.new_empty(0) if grad_weight is None else grad_weight.to(weight.dtype),
+        weight.new_empty(0) if grad_weight is None else grad_weight,
     )
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, where total may be of a wider dtype than the product."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def _fake(hidden, weight, labels, ignore_index):
@@ -191,10 +225,27 @@ _linear_cross_entropy = _operator.define(
 
 
 def _total_eager(hidden, weight, labels, ignore_index, mean, need_hidden, need_weight):
+    if [len(slices) for slices in _tiles(len(hidden), len(weight))] == [1, 1]:
+        return _total_of_tile(hidden, weight, labels, ignore_index, mean, need_hidden, need_weight)
     nll, lse = _forward_eager(hidden, weight, labels, ignore_index)
     factor = mean_factor(int((labels != ignore_index).sum())) if mean else 1.0
     grads = _backward_eager(torch.full_like(nll, factor), hidden, weight, labels, lse, ignore_index, need_hidden, need_weight)
     return nll.sum() * factor, *grads
+
+
+def _total_of_tile(hidden, weight, labels, ignore_index, mean, need_hidden, need_weight):
+    """The logits of one tile are made once, and the gradients take their place."""
+    check_labels(labels, len(weight), ignore_index)
+    h, y, rows = _counted(hidden, labels, ignore_index)
+    logs = (h @ weight.T).to(_check.accumulate_dtype(h.dtype)).log_softmax(1)
+    factor = mean_factor(len(h)) if mean else 1.0
+    loss = logs.gather(1, y[:, None]).sum() * -factor
+    g = logs.exp_().mul_(factor)
+    g = g.scatter_add_(1, y[:, None], g.new_full((len(h), 1), -factor)).to(h.dtype)
+    grad_h = g @ weight if need_hidden else hidden.new_empty(0)
+    if need_hidden and rows is not None:
+        grad_h = torch.zeros_like(hidden, memory_format=torch.contiguous_format).index_copy_(0, rows, grad_h)
+    return loss, grad_h, g.T @ h if need_weight else weight.new_empty(0)
 
 
 def _scale_eager(grad_loss, grad_hidden, grad_weight):

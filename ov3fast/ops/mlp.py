@@ -108,6 +108,10 @@ def _fake_backward(grad_y, x, h, w1, b1, w2, activation, need_x, need_w1, need_b
     )
 
 
+def _differentiable(x, w1, b1, w2, b2, activation):
+    return (reference(_rows(x), w1, b1, w2, b2, activation=activation).view(*x.shape[:-1], w2.shape[0]),)
+
+
 def _specification(x, w1, b1, w2, b2, activation):
     return (reference(x, w1, b1, w2, b2, activation=activation),)
 
@@ -124,7 +128,7 @@ def _save(inputs, output):
     return _operator.Saved((x, output[1], w1, b1, w2), (activation,), constants=(output[1],))
 
 
-_dispatch.register("mlp", "eager", _forward_eager, _backward_eager)
+_dispatch.register("mlp", "eager", _forward_eager, _backward_eager, differentiable=lambda: _differentiable)
 _mlp = _operator.define(
     "mlp",
     "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation) -> (Tensor y, Tensor h)",

@@ -161,7 +161,7 @@ def _backward_eager(grad_nll, hidden, weight, labels, lse, ignore_index, need_hi
                 else:
                     grad_w = p.new_zeros(w.shape) if grad_w is None else grad_w
                     _add_product(grad_w, g.T, h[chunk])
-        if grad_w is not None:
+        if grad_weight is not None and grad_w is not None:
             grad_weight[block] = grad_w
     if grad_h is not None:
         grad_h = grad_h.to(h.dtype)

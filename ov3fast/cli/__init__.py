@@ -48,6 +48,7 @@ COMMANDS = {
     "caption": Command("caption", "Images or folders -> a caption each.", prints=True),
     "reconstruct": Command("reconstruct", "Image in, image out; a folder in, a folder out."),
     "export": Command("export", "A model for other libraries: transformers, open_clip."),
+    "serve": Command("serve", "A model behind HTTP, with a page to try it; needs the extra `serve`."),
     "data": Command(
         "data", "`data demo` builds the demo set; `data check PATH` reads shards and counts what is broken.", prints=True
     ),

@@ -1,4 +1,4 @@
-"""Metadata of image files: the orientation that it asks for, and a file without it where it is broken."""
+"""Metadata of image files: the orientation that it asks for, the number of frames, and a file without it where it is broken."""
 
 from __future__ import annotations
 
@@ -30,6 +30,65 @@ def orientation(image: Image.Image) -> Image.Transpose | None:
         method.ROTATE_270, method.TRANSVERSE, method.ROTATE_90,
     )  # fmt: skip
     return turns[value - 2] if isinstance(value, int) and 2 <= value <= 8 else None
+
+
+def frames(data: bytes, limit: int) -> int:
+    """How many frames or pages a file says it has, or limit + 1 where it has more; 1 for what can't be followed.
+
+    From the containers' own words: Pillow would walk through all of a GIF's or TIFF's frames, however many.
+    """
+    try:
+        if data[:4] == b"GIF8":
+            return _gif_frames(data, limit)
+        if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            return _tiff_pages(data, limit)
+        if data.startswith(_PNG):
+            place = data.find(b"acTL", 0, 1 << 16)
+            return min(struct.unpack_from(">I", data, place + 4)[0], limit + 1) if place > 0 else 1
+        if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+            return _webp_frames(data, limit)
+    except (struct.error, IndexError):
+        pass  # cut short: decoding says so
+    return 1
+
+
+def _gif_frames(data: bytes, limit: int) -> int:
+    def color_table(flags: int) -> int:
+        return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
+
+    count, place = 0, 13 + color_table(data[10])
+    while count <= limit and data[place] != 0x3B:
+        if data[place] == 0x2C:
+            count += 1
+            place += 11 + color_table(data[place + 9])
+        else:
+            place += 2
+        while data[place]:  # sub-blocks
+            place += 1 + data[place]
+        place += 1
+    return count
+
+
+def _tiff_pages(data: bytes, limit: int) -> int:
+    order = "<" if data[:2] == b"II" else ">"
+    big = data[2:4] in (b"+\0", b"\0+")
+    offset, length, entry, at = ("Q", "Q", 20, 8) if big else ("I", "H", 12, 4)
+    count = 0
+    (place,) = struct.unpack_from(order + offset, data, at)
+    while place and count <= limit:
+        count += 1
+        (entries,) = struct.unpack_from(order + length, data, place)
+        (place,) = struct.unpack_from(order + offset, data, place + struct.calcsize(length) + entry * entries)
+    return count
+
+
+def _webp_frames(data: bytes, limit: int) -> int:
+    count, place = 0, 12
+    while place + 8 <= len(data) and count <= limit:
+        kind, length = struct.unpack_from("<4sI", data, place)
+        count += kind == b"ANMF"
+        place += 8 + length + length % 2
+    return max(count, 1)
 
 
 def without_metadata(data: bytes) -> bytes:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ov3fast.data.image_metadata import orientation, without_metadata
+from ov3fast.data.image_metadata import frames, orientation, without_metadata
 from ov3fast.data.limits import MAX_IMAGE_PIXELS
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
 class ImageError(ValueError):
-    """An image that can't be used. `reason` is one of broken_image, truncated_image, too_large, unsupported_depth,
+    """An image that can't be used. `reason` is one of broken_image, truncated_image, too_large, too_many_frames, unsupported_depth,
     unsupported_format."""
 
     def __init__(self, reason: str, detail: str):
@@ -49,11 +49,14 @@ class ImageError(ValueError):
         self.reason = reason
 
 
-def decode_image(data: bytes, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+def decode_image(data: bytes, max_image_pixels: int = MAX_IMAGE_PIXELS, max_frames: int | None = None) -> Image.Image:
     """An upright Pillow image of mode RGB, or RGBA where there is transparency; its `info` is empty.
 
-    Raises ImageError, whatever the bytes are.
+    max_frames: of an animation or a file of several pages, where they are to be counted at all. Raises ImageError, whatever the
+    bytes are.
     """
+    if max_frames is not None and (found := frames(data, max_frames)) > max_frames:
+        raise ImageError("too_many_frames", f"at least {found} frames, the limit is {max_frames}")
     try:
         return _decode(data, max_image_pixels)
     except ImageError as error:

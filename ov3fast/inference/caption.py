@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ov3fast.data.images import ImageError
+from ov3fast.inference.batches import batch_invariant
 from ov3fast.inference.encode import Options, decoded, find_sources, image_side
 from ov3fast.inference.load import VisionTower
 from ov3fast.models.openvision3 import OpenVision3
@@ -60,7 +61,8 @@ def _caption_each(model: OpenVision3, sources: dict, size: int, options: Options
 
 def _captions(model: OpenVision3, batch: list[tuple[str, torch.Tensor | ImageError]], beams: int) -> list[Captioned]:
     pictures = [found for _, found in batch if not isinstance(found, ImageError)]
-    texts = iter(model.caption(torch.stack(pictures), beams=beams) if pictures else [])
+    with batch_invariant(model):
+        texts = iter(model.caption(torch.stack(pictures), beams=beams) if pictures else [])
     return [
         Captioned(name, None, f"{found.reason}: {found}") if isinstance(found, ImageError) else Captioned(name, next(texts))
         for name, found in batch

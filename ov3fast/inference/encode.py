@@ -20,6 +20,7 @@ from ov3fast.data.images import ImageError
 from ov3fast.data.limits import MAX_IMAGE_PIXELS
 from ov3fast.data.preprocess import preprocess, read_image, square
 from ov3fast.data.skips import DataError, Skip, SkipCounter
+from ov3fast.inference.batches import batch_invariant
 from ov3fast.inference.embeddings import Embeddings, check_output, write_embeddings
 from ov3fast.inference.images import find_images
 from ov3fast.inference.load import VisionTower
@@ -43,6 +44,7 @@ class Options:
     tokens: bool = True
     max_image_pixels: int = MAX_IMAGE_PIXELS
     progress: bool = False
+    batch_invariant: bool = True
 
 
 class Written(NamedTuple):
@@ -64,15 +66,17 @@ def encode(
     tokens: bool = True,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     progress: bool = False,
+    batch_invariant: bool = True,
 ) -> Embeddings:
     """Encodes images, batch by batch, while `workers` threads decode ahead.
 
     model: from load_model, in eval mode. images: files and folders, and what `ov3fast.preprocess` takes otherwise (Pillow images,
     arrays, tensors), which are named by their place in the list. image_size: pixels, default the model's; images are resized to it
-    and centre-cropped. tokens: False keeps the pooled features alone. Images that can't be read are warned of, and named in
-    `skipped`. FileNotFoundError or ValueError for wrong paths or a wrong size, DataError if no image is left.
+    and centre-cropped. tokens: False keeps the pooled features alone. batch_invariant: on a CPU an image's values have the same bits
+    whatever batch_size is (see inference.batches); False lets operators be chosen by speed alone. Images that can't be read are warned
+    of, and named in `skipped`. FileNotFoundError or ValueError for wrong paths or a wrong size, DataError if no image is left.
     """
-    options = Options(image_size, batch_size, workers, interpolation, tokens, max_image_pixels, progress)
+    options = Options(image_size, batch_size, workers, interpolation, tokens, max_image_pixels, progress, batch_invariant)
     job = _Job(model, images, options, _Memory(), _Memory() if tokens else None)
     job.run()
     return job.embeddings()
@@ -192,21 +196,32 @@ class _Job:
             raise DataError(f"encode: none of the {len(self.sources)} images could be read ({skips})")
 
     def embeddings(self) -> Embeddings:
-        about = {
-            "latents": self.model.encoder.latent_convention,
-            "image_size": str(self.size),
-            "preprocess": f"white background, shorter side resized ({self.options.interpolation}, antialias), centre crop, [-1, 1]",
-        }
         count = len(self.names)
         tokens = None if self.tokens is None else self.tokens.tensor(count)
-        return Embeddings(self.pooled.tensor(count), tokens, self.names, self.skipped, about)
+        return Embeddings(
+            self.pooled.tensor(count),
+            tokens,
+            self.names,
+            self.skipped,
+            about(self.model, self.size, self.options.interpolation),
+        )
 
     def _encode(self, names: list[str], batch: list[Tensor]) -> None:
-        pooled, tokens = self.model.encode(torch.stack(batch))
+        with batch_invariant(self.model) if self.options.batch_invariant else contextlib.nullcontext():
+            pooled, tokens = self.model.encode(torch.stack(batch))
         self.pooled.append(pooled.float().cpu())
         if self.tokens is not None:
             self.tokens.append(tokens.float().cpu())
         self.names += names
+
+
+def about(model: OpenVision3 | VisionTower, size: int, interpolation: str = "bicubic") -> dict[str, str]:
+    """How embeddings were made: `Embeddings.about`."""
+    return {
+        "latents": model.encoder.latent_convention,
+        "image_size": str(size),
+        "preprocess": f"white background, shorter side resized ({interpolation}, antialias), centre crop, [-1, 1]",
+    }
 
 
 def image_side(model: OpenVision3 | VisionTower, options: Options, what: str) -> int:

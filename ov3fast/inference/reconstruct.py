@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ov3fast.data.preprocess import read_image, square, to_pillow
 from ov3fast.data.skips import SkipWarning
+from ov3fast.inference.batches import batch_invariant
 from ov3fast.inference.images import cropped, find_images
 from ov3fast.inference.load import VisionTower
 from ov3fast.io import atomic_write, check_writable, check_writable_folder
@@ -63,13 +64,20 @@ def reconstruct_image(
     vision = model.config.vision
     image = to_pillow(image)
     picture = cropped(image, stride) if keep_size else square(image, vision.image_size if size is None else size, interpolation)
-    moments = model.encode_to_moments(picture[None])
+    with batch_invariant(model):
+        return reconstruct_batch(model, picture[None])[0]
+
+
+def reconstruct_batch(model: OpenVision3, pictures: Tensor) -> list[Reconstructed]:
+    """Prepared pictures, float32 [B, 3, H, W] in [-1, 1] -> what `reconstruct_image` gives for each."""
+    patch = model.config.vision.patch_size
+    moments = model.encode_to_moments(pictures)
     latents = model.get_vae().from_moments(moments)
     _, tokens = model.encode_moments(moments)
-    latents_hat = model.decode(tokens, (latents.shape[2] // vision.patch_size, latents.shape[3] // vision.patch_size))
-    original = _to_uint8(picture)
-    found, alone = (_to_uint8(model.decode_latents(z.float())[0].cpu()) for z in (latents_hat, latents))
-    return Reconstructed(original, found, alone, _psnr(found, original), _psnr(alone, original))
+    latents_hat = model.decode(tokens, (latents.shape[2] // patch, latents.shape[3] // patch))
+    found, alone = (_to_uint8(model.decode_latents(z.float()).cpu()) for z in (latents_hat, latents))
+    rows = zip(_to_uint8(pictures), found, alone, strict=True)
+    return [Reconstructed(own, seen, vae, _psnr(seen, own), _psnr(vae, own)) for own, seen, vae in rows]
 
 
 def reconstruct_file(

@@ -116,6 +116,11 @@ def use(name: str) -> Iterator[None]:
         _override = before
 
 
+def override() -> str | None:
+    """The backend that `use` or OV3FAST_IMPL names."""
+    return _override
+
+
 def table() -> dict[str, dict[str, str]]:
     """op -> backend -> 'ready', or the reason why it can't run here."""
     return {

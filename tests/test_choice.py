@@ -10,7 +10,7 @@ import torch
 
 from benches import rule
 from ov3fast import ops
-from ov3fast.ops import _chip, _choice, _dispatch, _trials
+from ov3fast.ops import _calls, _chip, _choice, _dispatch, _trials
 
 CPUINFO = """processor\t: 0
 vendor_id\t: {vendor}
@@ -209,14 +209,16 @@ def test_a_choice_is_looked_up_once_per_kind_of_call(chip, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "trial", [t for t in _trials.trials() if math.prod(t.size) < 2**31], ids=lambda t: "-".join(map(str, t))
+    "trial",
+    [t for t in _trials.trials() if math.prod(t.size) < 2**31],
+    ids=lambda t: "-".join((t.call.name, t.dtype, *map(str, t.size))),
 )
 def test_a_trials_size_is_what_its_call_is_looked_up_by(trial, chip, monkeypatch):
     chip("zen4")
     asked = []
     monkeypatch.setattr(_choice, "backend_for", lambda *call: asked.append(call) or "cpu")
     monkeypatch.setattr(_dispatch.Selector, "_function", lambda self, *call: (_ for _ in ()).throw(InterruptedError))
-    function, leaves = _trials.call(trial)
+    function, leaves = _trials.prepare(trial)
     with pytest.raises(InterruptedError):
         function(*leaves)
     assert asked == [(trial.operator, "forward", trial.dtype, trial.size)]
@@ -285,7 +287,9 @@ def test_tune_measures_keeps_and_is_deterministic_afterwards(chip, monkeypatch, 
     from ov3fast import cli
 
     chip("zen4")
-    monkeypatch.setattr(_trials, "SIZES", {"linear": ((8, 16, 24),), "layer_norm": ((8, 16),)})
+    small = {"linear": (8, 16, 24), "layer_norm-residual": (8, 16)}
+    calls = [replace(call, measured=(small[call.name],)) for call in _calls.every() if call.name in small]
+    monkeypatch.setattr(_calls, "every", lambda: calls)
     speeds = {"cpu": 2.0, "eager": 1.0}
     monkeypatch.setattr(_trials, "medians", lambda run, names, budget: {name: speeds[name] for name in names})
     assert cli.main(["tune", "--device", "cpu", "--only", "linear", "--dtype", "fp32"]) == 0
@@ -300,6 +304,7 @@ def test_tune_measures_keeps_and_is_deterministic_afterwards(chip, monkeypatch, 
 
 def test_a_measurement_of_one_call(chip):
     chip("zen4")
-    found = _trials.measure(_trials.Trial("linear", "mixed", (8, 16, 24)), budget=0.01)
+    linear = next(call for call in _calls.every() if call.op == "linear")
+    found = _trials.measure(_trials.Trial(linear, "mixed", (8, 16, 24)), budget=0.01)
     assert [(c.direction, c.dtype) for c in found] == [("forward", "mixed"), ("backward", "mixed")]
     assert {c.backend for c in found} | {c.over for c in found} <= {"cpu", "eager"} and all(c.ratio > 0 for c in found)

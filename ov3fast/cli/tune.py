@@ -44,7 +44,7 @@ def tune_cpu(options: TuneOptions) -> None:
     console = terminal.console()
     planned = list(_trials.trials(options.only, options.dtype))
     if not planned:
-        known = ", ".join(_trials.SIZES)
+        known = ", ".join(dict.fromkeys(trial.operator for trial in _trials.trials()))
         raise ValueError(f"--only {options.only!r} --dtype {options.dtype!r} leaves no operator; there are {known}")
     kept = {_key(choice): choice for choice in _choice.load_tuned()}
     for number, trial in enumerate(planned, 1):

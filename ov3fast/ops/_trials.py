@@ -1,4 +1,4 @@
-"""Calls of the operators by size, and which backend is fastest on them here: what `ov3fast tune --device cpu` measures."""
+"""Which backend is fastest on the operators' calls here: what `ov3fast tune --device cpu` measures."""
 
 from __future__ import annotations
 
@@ -6,23 +6,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _choice, _dispatch, random
+from . import _calls, _choice, _dispatch
 from ._choice import MIXED, Choice
-from .contrastive_loss import contrastive_loss
-from .flash_attention import flash_attention
-from .group_norm_silu import group_norm_silu
-from .latent_projection import latent_projection
-from .layer_norm import layer_norm
-from .linear import linear
-from .linear_cross_entropy import linear_cross_entropy
-from .mlp import mlp
-from .noise_projection import noise_projection
-from .patch_embed import patch_embed
 
 BACKENDS = tuple(
     name for name in _dispatch.PREFERENCE if name not in ("cuda", "triton", "flash_attn_3", "flash_attn", "cudnn", "xformers")
@@ -38,117 +28,58 @@ WITHIN = 0.97
 FAR = 4.0
 """A backend this many times slower than the fastest is timed once."""
 
-SIZES = {
-    "linear": ((2304, 192, 576), (256, 768, 768), (2048, 768, 2304)),
-    "mlp": ((2304, 192, 768), (256, 768, 3072), (1024, 768, 3072)),
-    "flash_attention": ((432, 17, 64), (96, 256, 64), (16, 1024, 64)),
-    "contrastive_loss": ((144, 192), (2048, 768)),
-    "linear_cross_entropy": ((240, 192, 600), (512, 768, 16000)),
-    "linear_cross_entropy_total": ((240, 192, 600), (512, 768, 16000)),
-    "layer_norm": ((2304, 192), (2048, 768), (16384, 768)),
-    "group_norm_silu": ((8, 64, 4096), (1, 128, 65536)),
-    "patch_embed": ((144, 64, 192), (64, 1024, 768)),
-    "latent_projection": ((768, 192, 64), (16384, 768, 64)),
-    "noise_projection": ((768, 192), (4096, 768)),
-}
-"""Operator -> the sizes tried, in the dimensions of _choice.DIMENSIONS."""
-
-WITH_MIXED = ("linear", "mlp")
-
 
 class Trial(NamedTuple):
-    operator: str
+    call: _calls.Call
     dtype: str
-    size: tuple[int, ...]
+    arguments: tuple[int, ...]
+    """The call's size."""
+
+    @property
+    def operator(self) -> str:
+        return self.call.op
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """As the choice counts it."""
+        return self.call.counted(*self.arguments)
 
 
 def trials(only: str = "", dtype: str = "") -> Iterator[Trial]:
     """Those whose operator contains `only`, in one dtype or all."""
-    for op, sizes in SIZES.items():
-        for kind in (*_choice.DTYPES.values(), *([MIXED] if op in WITH_MIXED else [])):
-            for size in sizes:
-                if only in op and dtype in kind:
-                    yield Trial(op, kind, size)
+    for call in _calls.every():
+        for kind in (*_choice.DTYPES.values(), *([MIXED] if call.parameters else [])):
+            for size in call.measured:
+                if only in call.op and dtype in kind:
+                    yield Trial(call, kind, size)
 
 
-def call(trial: Trial) -> tuple[Callable[..., Tensor], list[Tensor]]:
+def prepare(trial: Trial) -> tuple[Callable[..., Any], list[Tensor]]:
     """A function and its leaves, which all want gradients. Random values, the same each time."""
     activations = torch.float32 if trial.dtype == "fp32" else torch.bfloat16
-    parameters = torch.float32 if trial.dtype == MIXED else activations
     generator = torch.Generator().manual_seed(0)
 
-    def values(*shape: int, dtype: torch.dtype = parameters) -> Tensor:
-        return torch.randn(shape, generator=generator).mul_(shape[-1] ** -0.5).to(dtype).requires_grad_()
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(shape, generator=generator).mul_(scale)
 
-    op, size = trial.operator, trial.size
-    if op == "linear":
-        rows, inputs, outputs = size
-        return linear, [values(rows, inputs, dtype=activations), values(outputs, inputs), values(outputs)]
-    if op == "mlp":
-        rows, width, hidden = size
-        matrices = [values(hidden, width), values(hidden), values(width, hidden), values(width)]
-        return mlp, [values(rows, width, dtype=activations), *matrices]
-    if op == "flash_attention":
-        sequences, tokens, width = size
-        return flash_attention, [values(sequences // 4, tokens, 4, width) for _ in range(3)]
-    if op == "contrastive_loss":
-        return contrastive_loss, [values(*size), values(*size), torch.tensor(20.0, requires_grad=True)]
-    if op.startswith("linear_cross_entropy"):
-        rows, width, classes = size
-        labels = torch.randint(classes, (rows,), generator=generator)
-        reduction = "mean" if op.endswith("total") else "none"
-        return lambda h, w: linear_cross_entropy(h, w, labels, reduction=reduction), [
-            values(rows, width),
-            values(classes, width),
-        ]
-    if op == "layer_norm":
-        residual = values(*size).detach()
-        return lambda x, w, b: layer_norm(x, w, b, residual=residual)[0], [values(*size), values(size[1]), values(size[1])]
-    if op == "group_norm_silu":
-        samples, channels, pixels = size
-        side = math.isqrt(pixels)
-        x = values(samples, channels, side, pixels // side).detach().to(memory_format=torch.channels_last).requires_grad_()
-        return lambda x, w, b: group_norm_silu(x, 32, w, b), [x, values(channels), values(channels)]
-    if op == "patch_embed":
-        samples, pixels, width = size
-        side = math.isqrt(pixels)
-        latents = values(samples, 16, side, side, dtype=torch.float32).detach()
-        return lambda *p: patch_embed(latents, *p), [
-            values(width, 64),
-            values(width),
-            values(1 + pixels // 4, width),
-            values(width),
-        ]
-    if op == "latent_projection":
-        rows, width, outputs = size
-        side = 16 if rows % 256 == 0 else 1
-        features = values(rows // side**2, side**2, width)
-        return lambda t, w, b: latent_projection(t, w, b, grid=(side, side)), [
-            features,
-            values(outputs, width),
-            values(outputs),
-        ]
-    if op == "noise_projection":
-        rows, width = size
-        sigma, rng = torch.rand(rows // 16, generator=generator), random.make_rng(1, device="cpu")
-        z = values(rows // 16, 16, width).detach()
-        return lambda w, b: noise_projection(z, sigma, w, b, rng=rng), [values(width, width), values(width)]
-    raise ValueError(f"no trial of {op}")
+    parameters = torch.float32 if trial.dtype == MIXED else activations
+    bound = _calls.Bound(trial.call, trial.call.make(draw, trial.arguments, activations, parameters))
+    return bound(trial.call.function), bound.leaves
 
 
 def measure(trial: Trial, budget: float) -> list[Choice]:
     """The choices for its forward and its backward call, from medians of turns for about `budget` seconds each."""
     settle()
     op = trial.operator
-    function, leaves = call(trial)
-    upstream = torch.ones_like(function(*leaves))
+    function, leaves = prepare(trial)
+    upstream = [torch.ones_like(out) for out in _outputs(function(*leaves))]
 
     def forward() -> None:
         with torch.no_grad():
             function(*leaves)
 
     def both() -> None:
-        torch.autograd.grad(function(*leaves), leaves, upstream)
+        torch.autograd.grad(_outputs(function(*leaves)), leaves, upstream)
 
     names = [n for n in BACKENDS if _dispatch.table()[op].get(n) == "ready" and (op, n) not in OUT_OF_BOUNDS]
     total = op == "linear_cross_entropy_total"
@@ -160,6 +91,10 @@ def measure(trial: Trial, budget: float) -> list[Choice]:
         after_it = {name: both_times[name] - forward_times[name] + first for name in names}
         choices.append(pick(op, "backward", trial.dtype, trial.size, after_it))
     return choices
+
+
+def _outputs(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def settle() -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _check, _dispatch, _flat_lists, _operator, cpu
+from ._calls import Call
 
 # The update runs over consecutive tensors of about this many elements at a time, so that they stay in the cache.
 BUCKET = 2**18
@@ -310,3 +311,28 @@ cpu.register(
     operands=("params", "grads", "exp_avgs", "exp_avg_sqs", "ema", "schedule"),
     unsupported_reason=_unsupported_reason,
 )
+
+
+# ---- how it is called
+
+
+def _states(draw, *sizes):
+    """params, grads, m, v, ema, one after the other."""
+    params, grads, m, v, ema = ([draw(size) for size in sizes] for _ in range(5))
+    return [*params, *grads, *m, *(value.abs() for value in v), *ema]
+
+
+def _step(function, *tensors):
+    """The norm, and all that changes, of copies."""
+    count = len(tensors) // 5
+    lists = [[t.clone() for t in tensors[i * count : (i + 1) * count]] for i in range(5)]
+    norm = function(*lists, step=3, lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, max_norm=1.0, ema_decay=0.99)
+    return [norm, *lists[0], *lists[2], *lists[3], *lists[4]]
+
+
+CALLS = [
+    Call(
+        "adamw_ema_", adamw_ema_, reference, _states, apply=_step, least=(3,), tiny=(5, 1001, 64, 1), real=(768 * 3072, 768, 768 * 768, 1, 33),
+        single=tuple(range(8, 25)), differentiable=False, refused={"cuda": (torch.float16,)},
+    )
+]  # fmt: skip

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from ..kernels.contrastive.config import FEW
 from . import _check, _choice, _dispatch, _operator, _row_shards, cpu
+from ._calls import Call
 
 KINDS = ("softmax", "sigmoid")
 EXCHANGES = ("gather", "ring")
@@ -494,3 +495,23 @@ cpu.register(
     operands=("image", "text"),
     **_choice.by_evidence("contrastive_loss", "pairs, width", lambda image, text: (image, None, tuple(text.shape))),
 )
+
+
+# ---- how it is called
+
+
+def _features(draw, pairs, width):
+    return [draw(pairs, width), draw(pairs, width), torch.tensor(7.0), torch.tensor(-3.0)]
+
+
+CALLS = [
+    Call(
+        "contrastive_loss", contrastive_loss, reference, lambda draw, pairs, width: _features(draw, pairs, width)[:3], label="softmax",
+        least=(3, 4), tiny=(150, 40), real=(4096, 768), measured=((144, 192), (2048, 768)), single=(2,),
+    ),
+    Call(
+        "contrastive_loss", contrastive_loss, reference, _features, label="sigmoid",
+        apply=lambda f, image, text, scale, bias: f(image, text, scale, kind="sigmoid", logit_bias=bias),
+        least=(3, 4), tiny=(150, 40), real=(4096, 768), single=(2, 3),
+    ),
+]  # fmt: skip

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import _attention_peers as peers
 from . import _check, _choice, _dispatch, _operator, cpu
+from ._calls import Call
 
 
 def reference(
@@ -353,3 +354,28 @@ cpu.register(
         lambda qkv: (qkv, None, (qkv.shape[0] * qkv.shape[3], qkv.shape[1], qkv.shape[4])),
     ),
 )  # fmt: skip
+
+
+# ---- how it is called
+
+
+def _qkv(draw, batch, queries, keys, heads, head_dim):
+    return [draw(batch, queries, heads, head_dim), draw(batch, keys, heads, head_dim), draw(batch, keys, heads, head_dim)]
+
+
+CALLS = [
+    Call(
+        "flash_attention", flash_attention, reference, _qkv, least=(1, 4, 3, 2, 3), tiny=(1, 70, 90, 2, 24), real=(8, 1024, 1024, 12, 64),
+        measured=((108, 17, 17, 4, 64), (24, 256, 256, 4, 64), (4, 1024, 1024, 4, 64)),
+        counted=lambda batch, queries, keys, heads, head_dim: (batch * heads, queries, head_dim),
+    ),
+    Call(
+        "flash_attention", flash_attention, reference, _qkv, label="causal", apply=lambda f, q, k, v: f(q, k, v, causal=True, prefix_len=5),
+        least=(1, 4, 7, 2, 3), tiny=(2, 130, 140, 1, 72), real=(4, 777, 1029, 8, 72),
+    ),
+    Call(
+        "flash_attention_qkvpacked", flash_attention_qkvpacked, lambda qkv: reference(*qkv.unbind(2)),
+        lambda draw, batch, tokens, heads, head_dim: [draw(batch, tokens, 3, heads, head_dim)],
+        least=(1, 4, 2, 3), tiny=(2, 75, 2, 16), real=(16, 257, 12, 64),
+    ),
+]  # fmt: skip

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .._contracts import memory_format
 from . import _check, _choice, _dispatch, _operator, cpu
+from ._calls import Call
 
 
 def reference(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
@@ -236,3 +237,29 @@ cpu.register(
         "group_norm_silu", "samples, channels, pixels", lambda x, weight: (x, weight, (x.shape[0], x.shape[1], x[0, 0].numel()))
     ),
 )
+
+
+# ---- how it is called
+
+
+def _arguments(draw, batch, channels, height, width):
+    return [draw(batch, channels, height, width), draw(channels) + 1, draw(channels)]
+
+
+def _channels_last(draw, *size):
+    x, weight, bias = _arguments(draw, *size)
+    return [x.contiguous(memory_format=torch.channels_last), weight, bias]
+
+
+CALLS = [
+    Call(
+        "group_norm_silu", group_norm_silu, reference, arguments, label=label,
+        apply=lambda f, x, weight, bias: f(x, next(groups for groups in (32, 4, 2) if x.shape[1] % groups == 0), weight, bias),
+        least=(2, 6, 3, 2), tiny=(2, 12, 13, 11), real=(4, 128, 128, 128), measured=measured,
+        counted=lambda batch, channels, height, width: (batch, channels, height * width), refused=refused,
+    )
+    for arguments, label, measured, refused in (
+        (_arguments, "", (), {"cuda": (torch.float32, torch.bfloat16, torch.float16)}),
+        (_channels_last, "channels_last", ((8, 64, 64, 64), (1, 128, 256, 256)), {}),
+    )
+]  # fmt: skip

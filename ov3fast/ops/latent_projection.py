@@ -10,12 +10,14 @@ Source: OpenVision 3, section 3 (the reconstruction branch's linear output).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _check, _choice, _dispatch, _operator, cpu
+from ._calls import Call
 from ._patches import from_patches, to_patches
 
 
@@ -162,3 +164,18 @@ cpu.register(
         products="eager",
     ),
 )
+
+
+# ---- how it is called
+
+CALLS = [
+    Call(
+        "latent_projection", latent_projection, reference,
+        lambda draw, batch, side, width, channels: [
+            draw(batch, side * side, width), draw(4 * channels, width, scale=width**-0.5), draw(4 * channels),
+        ],
+        apply=lambda f, tokens, weight, bias: f(tokens, weight, bias, grid=(math.isqrt(tokens.shape[1]),) * 2),
+        least=(2, 2, 5, 2), tiny=(3, 6, 40, 4), real=(64, 16, 768, 16), measured=((3, 16, 192, 16), (64, 16, 768, 16)),
+        counted=lambda batch, side, width, channels: (batch * side * side, width, 4 * channels),
+    )
+]  # fmt: skip

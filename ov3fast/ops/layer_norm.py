@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _check, _choice, _dispatch, _operator, cpu
+from ._calls import Call
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-6, *, residual: Tensor | None = None):
@@ -187,3 +188,22 @@ cpu.register(
     operands=("x", "weight"),
     **_choice.by_evidence("layer_norm", "rows, width", lambda x, weight: (x, weight, (_choice.rows(x), x.shape[-1]))),
 )
+
+
+# ---- how it is called
+
+
+def _arguments(draw, rows, width):
+    return [draw(rows, width), draw(width) + 1, draw(width), draw(rows, width)]
+
+
+CALLS = [
+    Call(
+        "layer_norm", layer_norm, reference, lambda draw, rows, width: _arguments(draw, rows, width)[:3],
+        least=(3, 6), tiny=(37, 130), real=(16448, 768),
+    ),
+    Call(
+        "layer_norm", layer_norm, reference, _arguments, label="residual", apply=lambda f, x, w, b, residual: f(x, w, b, residual=residual),
+        least=(3, 6), tiny=(37, 130), real=(8224, 1152), measured=((2304, 192), (2048, 768), (16384, 768)),
+    ),
+]  # fmt: skip

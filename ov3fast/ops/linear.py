@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _check, _choice, _dispatch, _operator, cpu
+from ._calls import Call
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -140,3 +141,14 @@ cpu.register(
         products="eager",
     ),
 )
+
+
+# ---- how it is called
+
+CALLS = [
+    Call(
+        "linear", linear, reference, lambda draw, rows, k, n: [draw(rows, k), draw(n, k, scale=k**-0.5), draw(n)],
+        least=(3, 4, 5), tiny=(150, 72, 140), real=(16448, 768, 2304), measured=((2304, 192, 576), (256, 768, 768), (2048, 768, 2304)),
+        parameters=(1, 2),
+    )
+]  # fmt: skip

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .._contracts import check_labels
 from . import _check, _choice, _dispatch, _operator, cpu
+from ._calls import Call
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -366,3 +367,27 @@ for _op, _functions in (("linear_cross_entropy", (_forward_cpu, _backward_cpu)),
             _op, "rows, width, classes", lambda hidden, weight: (hidden, None, (_choice.rows(hidden), *weight.shape[::-1])), products="eager"
         ),
     )  # fmt: skip
+
+
+# ---- how it is called
+
+
+def _arguments(draw, tokens, width, classes):
+    return [draw(tokens, width), draw(classes, width, scale=width**-0.5), torch.arange(tokens) * 7919 % classes]
+
+
+def _partly_labelled(draw, tokens, width, classes):
+    *rest, labels = _arguments(draw, tokens, width, classes)
+    labels[1::5] = -100
+    return [*rest, labels]
+
+
+CALLS = [
+    Call(
+        op, linear_cross_entropy, reference, arguments, label=label,
+        apply=lambda f, hidden, weight, labels, reduction=reduction: f(hidden, weight, labels, reduction=reduction),
+        least=(4, 3, 5), tiny=(20, 24, 100), real=(2048, 768, 32000), measured=measured,
+    )
+    for op, reduction in (("linear_cross_entropy", "none"), ("linear_cross_entropy_total", "mean"))
+    for arguments, label, measured in ((_partly_labelled, "", ()), (_arguments, "all labelled", ((240, 192, 600), (512, 768, 16000))))
+]  # fmt: skip

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _check, _choice, _dispatch, _operator, cpu
+from ._calls import Call
 
 # The public name -> PyTorch's.
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}
@@ -208,3 +209,21 @@ cpu.register(
         "mlp", "rows, width, hidden width", lambda x, w1: (x, w1, (_choice.rows(x), *w1.shape[::-1])), products="eager"
     ),
 )
+
+
+# ---- how it is called
+
+
+def _arguments(draw, rows, width, hidden):
+    return [
+        draw(rows, width), draw(hidden, width, scale=width**-0.5), draw(hidden), draw(width, hidden, scale=hidden**-0.5), draw(width),
+    ]  # fmt: skip
+
+
+CALLS = [
+    Call(
+        "mlp", mlp, reference, _arguments, label=activation, apply=lambda f, *a, activation=activation: f(*a, activation=activation),
+        least=(3, 4, 5), tiny=(70, 40, 150), real=(8224, 768, 3072), measured=measured, parameters=(1, 2, 3, 4),
+    )
+    for activation, measured in (("gelu", ((2304, 192, 768), (256, 768, 3072), (1024, 768, 3072))), ("gelu_tanh", ()))
+]  # fmt: skip

@@ -13,10 +13,12 @@ Source: OpenVision 3, eq. 3 (x~ = x + sigma eps, one sigma per instance).
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _check, _choice, _dispatch, _operator, cpu, random
+from ._calls import Call
 
 
 def reference(z: Tensor, sigma: Tensor, weight: Tensor, bias: Tensor | None = None, *, rng: Tensor) -> Tensor:
@@ -176,3 +178,22 @@ cpu.register(
     operands=("z",),
     **_choice.by_evidence("noise_projection", "rows, width", lambda z: (z, None, (_choice.rows(z), z.shape[-1]))),
 )
+
+
+# ---- how it is called
+
+
+def _arguments(draw, batch, tokens, width, features):
+    return [
+        draw(batch, tokens, width), draw(batch).abs(), draw(features, width, scale=width**-0.5), draw(features),
+        random.make_rng(5, 3, device=torch.get_default_device()),
+    ]  # fmt: skip
+
+
+CALLS = [
+    Call(
+        "noise_projection", noise_projection, reference, _arguments, apply=lambda f, *a: f(*a[:-1], rng=a[-1]),
+        least=(2, 3, 4, 5), tiny=(3, 50, 40, 72), real=(64, 256, 768, 768), measured=((48, 16, 192, 192), (256, 16, 768, 768)),
+        counted=lambda batch, tokens, width, features: (batch * tokens, width), data=(0, 1), single=(1,),
+    )
+]  # fmt: skip

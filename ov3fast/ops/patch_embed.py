@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _check, _choice, _dispatch, _operator, cpu, random
+from ._calls import Call
 from ._patches import from_patches, to_patches
 
 
@@ -301,3 +302,31 @@ cpu.register(
         lambda latents, weight: (weight, None, (latents.shape[0], latents[0, 0].numel(), weight.shape[0])),
     ),
 )
+
+
+# ---- how it is called
+
+
+def _arguments(draw, batch, channels, side, width):
+    return [
+        draw(batch, channels, side, side), draw(width, 4 * channels, scale=(4 * channels) ** -0.5), draw(width),
+        draw(1 + side * side // 4, width), draw(width),
+    ]  # fmt: skip
+
+
+def _moments(draw, batch, channels, side, width):
+    _, *parameters = _arguments(draw, batch, channels, side, width)
+    return [draw(batch, 2 * channels, side, side), *parameters, random.make_rng(5, 3, device=torch.get_default_device())]
+
+
+CALLS = [
+    Call(
+        "patch_embed", patch_embed, reference, _moments, apply=lambda f, *a: f(*a[:-1], scale=0.36, shift=0.12, moments=True, rng=a[-1]),
+        least=(2, 2, 4, 5), tiny=(3, 4, 12, 72), real=(64, 16, 32, 768), data=(0,),
+    ),
+    Call(
+        "patch_embed", patch_embed, reference, _arguments, label="latents",
+        least=(2, 2, 4, 5), tiny=(3, 4, 12, 72), real=(64, 16, 32, 768), measured=((144, 16, 8, 192), (64, 16, 32, 768)),
+        counted=lambda batch, channels, side, width: (batch, side * side, width), data=(0,), single=(0,),
+    ),
+]  # fmt: skip

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from . import _check, _dispatch, _operator, cpu
+from ._calls import Call
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIER_A, _MULTIPLIER_B = 0xD2511F53, 0xCD9E8D57
@@ -155,3 +156,13 @@ def _forward_cpu(shape, rng, dtype):
 
 
 cpu.register("random_normal", _forward_cpu, operands=("rng", "dtype"))
+
+
+# ---- how it is called
+
+CALLS = [
+    Call(
+        "random_normal", normal, reference, lambda draw, *shape: [make_rng(5, 3, device=torch.get_default_device()), draw(*shape)],
+        apply=lambda f, rng, like: f(like.shape, rng, like.dtype), least=(3,), tiny=(3, 7, 1001), real=(64, 256, 768), differentiable=False,
+    )
+]  # fmt: skip

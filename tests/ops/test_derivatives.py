@@ -5,98 +5,52 @@ import warnings
 
 import pytest
 import torch
+from kernel_tools.samples import Sample
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from ov3fast import ops, testing
-from ov3fast.ops import _dispatch, random
+from ov3fast.ops import _calls, _dispatch, random
 
 make = testing.make
 RNG = random.make_rng(3)
-LABELS = torch.tensor([0, 2, -100, 1])
 
 pytestmark = pytest.mark.backend_independent
 
 
-def reference(name):
-    return importlib.import_module(f"ov3fast.ops.{name}").reference
+def case_of(call, apply=None):
+    """(the operator, its specification, inputs): functions of the differentiable arguments, with one output."""
+    sample = Sample(call)
+    inputs = sample.inputs("least", torch.float64)
+    positions = sample.leaves(inputs)
+
+    def of_leaves(function):
+        def run(*leaves):
+            arguments = [value.to(leaves[0].device) for value in inputs]
+            for i, leaf in zip(positions, leaves, strict=True):
+                arguments[i] = leaf
+            value = (apply or call.apply)(function, *arguments)
+            return value if isinstance(value, torch.Tensor) else sum(output.sin() for output in value)
+
+        return run
+
+    return of_leaves(call.function), of_leaves(call.reference), tuple(inputs[i] for i in positions)
 
 
-def labelled(function, reduction):
-    return lambda hidden, weight: function(hidden, weight, LABELS.to(hidden.device), reduction=reduction)
+def summed(function, hidden, weight, labels):
+    return function(hidden, weight, labels, reduction="sum")
 
 
-def both_outputs(function):
-    return lambda x, w, b, r: sum(value.sin() for value in function(x, w, b, residual=r))
-
-
-def sigmoid(function):
-    return lambda image, text, scale, bias: function(image, text, scale, kind="sigmoid", logit_bias=bias)
-
-
-def with_noise(function):
-    return lambda z, sigma, w, b: function(z, sigma, w, b, rng=RNG.to(z.device))
-
-
-def sampled(function):
-    return lambda z, w, b, p, c: function(z, w, b, p, c, moments=True, rng=RNG.to(z.device), scale=0.5, shift=0.1)
-
-
-QKV = make(1, 4, 2, 3), make(1, 3, 2, 3, seed=1), make(1, 3, 2, 3, seed=2)
-PAIRS = make(3, 4), make(3, 4, seed=1), torch.tensor(2.5, dtype=torch.float64)
-HEAD = make(4, 3), make(5, 3, seed=1)
-# label -> (the operator, its specification, inputs)
 CASES = {
-    "linear": (ops.linear, reference("linear"), (make(3, 4), make(5, 4), make(5))),
-    "mlp": (ops.mlp, reference("mlp"), (make(3, 4), make(5, 4), make(5), make(6, 5), make(6))),
-    "layer_norm": (ops.layer_norm, reference("layer_norm"), (make(3, 6), make(6), make(6, seed=1))),
-    "layer_norm, residual": (
-        both_outputs(ops.layer_norm), both_outputs(reference("layer_norm")), (make(3, 6), make(6), make(6, seed=1), make(3, 6, seed=4)),
-    ),
-    "flash_attention": (
-        lambda q, k, v: ops.flash_attention(q, k, v, causal=True), lambda q, k, v: reference("flash_attention")(q, k, v, causal=True), QKV,
-    ),
-    "flash_attention_qkvpacked": (
-        ops.flash_attention_qkvpacked, lambda qkv: reference("flash_attention")(*qkv.unbind(2)), (make(1, 4, 3, 2, 3),),
-    ),
-    "contrastive_loss, softmax": (ops.contrastive_loss, reference("contrastive_loss"), PAIRS),
-    "contrastive_loss, sigmoid": (
-        sigmoid(ops.contrastive_loss), sigmoid(reference("contrastive_loss")), (*PAIRS, torch.tensor(-1.0, dtype=torch.float64)),
-    ),
-    "group_norm_silu": (
-        lambda x, w, b: ops.group_norm_silu(x, 2, w, b), lambda x, w, b: reference("group_norm_silu")(x, 2, w, b),
-        (make(2, 4, 3, 2), make(4), make(4, seed=1)),
-    ),
-    "latent_projection": (
-        lambda t, w, b: ops.latent_projection(t, w, b, grid=(2, 3)), lambda t, w, b: reference("latent_projection")(t, w, b, grid=(2, 3)),
-        (make(2, 6, 5), make(8, 5), make(8)),
-    ),
-    "noise_projection": (
-        with_noise(ops.noise_projection), with_noise(reference("noise_projection")), (make(2, 3, 4), make(2), make(5, 4), make(5)),
-    ),
-    "patch_embed": (
-        sampled(ops.patch_embed), sampled(reference("patch_embed")),
-        (make(2, 4, 4, 4), make(5, 8), make(5), make(5, 5), make(5, seed=2)),
-    ),
-    "linear_cross_entropy, none": (
-        labelled(ops.linear_cross_entropy, "none"), labelled(reference("linear_cross_entropy"), "none"), HEAD,
-    ),
-    "linear_cross_entropy, mean": (
-        labelled(ops.linear_cross_entropy, "mean"), labelled(reference("linear_cross_entropy"), "mean"), HEAD,
-    ),
-    "linear_cross_entropy, sum": (
-        labelled(ops.linear_cross_entropy, "sum"), labelled(reference("linear_cross_entropy"), "sum"), HEAD,
-    ),
-}  # fmt: skip
+    call.name: case_of(call)
+    for call in _calls.every()
+    if call.differentiable and call.label not in ("all labelled", "gelu_tanh")
+}
+TOTAL = next(call for call in _calls.every() if call.op == "linear_cross_entropy_total")
+CASES["linear_cross_entropy_total-sum"] = case_of(TOTAL, summed)
 DTYPES = [torch.float64, torch.float32]
 cases = pytest.mark.parametrize("case", CASES)
 dtypes = pytest.mark.parametrize("number", [0, 1], ids=["wide", "single"])
-
-
-def test_every_operator_is_here():
-    """adamw_ema_ and random_normal, which have no gradient, have tests of their own; "mean" and "sum" are linear_cross_entropy_total."""
-    named = {case.split(",")[0] for case in CASES}
-    assert named == set(ops.table()) - {"adamw_ema_", "random_normal", "linear_cross_entropy_total"}
 
 
 def tangents(inputs):
@@ -156,7 +110,7 @@ def test_is_the_specifications(case, number, derivative):
     ours, plain, values = CASES[case]
     inputs = [value.to(DTYPES[number]) for value in values]
     expected = flat(derivative(plain, inputs))
-    keeps_gradients = case.endswith(("mean", "sum")) and number == 1
+    keeps_gradients = "total" in case and number == 1
     if keeps_gradients and derivative in (penalty, third_order):
         with pytest.raises(NotImplementedError, match="linear_cross_entropy can with reduction='none'"):
             derivative(ours, inputs)
@@ -201,7 +155,7 @@ def test_flops_are_counted(case):
         return forward.get_total_flops(), backward.get_total_flops()
 
     ours, theirs = count(function), count(plain)
-    if case.endswith(("mean", "sum")):  # the forward computes the gradients
+    if "total" in case:  # the forward computes the gradients
         assert ours == (sum(theirs), 0)
     elif case.startswith(("flash", "contrastive", "linear_cross")):
         assert ours == (theirs[0], theirs[1] + theirs[0] // (2 if case.startswith("flash") else 1))

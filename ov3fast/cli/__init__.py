@@ -49,6 +49,8 @@ COMMANDS = {
     "reconstruct": Command("reconstruct", "Image in, image out; a folder in, a folder out."),
     "export": Command("export", "A model for other libraries: transformers, open_clip."),
     "serve": Command("serve", "A model behind HTTP, with a page to try it; needs the extra `serve`."),
+    "statistics": Command("statistics", "Mean and variance of each element of the tokens of images, for a generator."),
+    "fid": Command("fid", "FID and its kin of images against a reference, under a named protocol.", prints=True),
     "data": Command(
         "data", "`data demo` builds the demo set; `data check PATH` reads shards and counts what is broken.", prints=True
     ),

@@ -17,14 +17,13 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
 from torch import Tensor
 
+from ov3fast.generation.moments import ElementMoments
+from ov3fast.generation.statistics import EPS
 from ov3fast.interop._tower import loaded, vae_config
 from ov3fast.models.config import DecoderConfig, VisionConfig, to_dict
 from ov3fast.models.openvision3 import OpenVision3
 from ov3fast.models.vae import FrozenVAE
 from ov3fast.models.vit import ViTDecoder, ViTEncoder
-
-EPS = 1e-5
-"""Added to the variance before its root, as RAE does."""
 
 
 class AutoencoderOpenVision3(ModelMixin, ConfigMixin):
@@ -122,16 +121,12 @@ class AutoencoderOpenVision3(ModelMixin, ConfigMixin):
 @torch.no_grad()
 def latent_statistics(autoencoder: Any, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Exact mean and (biased) variance [D, h, w] of the un-normalised latents of batches of images: float64 sums by Chan's rule, so that
-    neither batch size nor order matters beyond rounding. ValueError without an image."""
-    count, mean, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    neither batch size nor order matters beyond rounding (`ov3fast statistics` writes them). ValueError without an image."""
+    moments = ElementMoments()
     for images in batches:
         latent = autoencoder.encode(images).latent
-        own_mean, deviation = autoencoder._statistics(latent)
-        z = (latent * deviation + own_mean).double().cpu()
-        centre = z.mean(0)
-        difference, total = centre - mean, count + len(z)
-        squares = squares + (z - centre).square().sum(0) + difference.square() * count * len(z) / total
-        mean, count = mean + difference * len(z) / total, total
-    if not count:
+        mean, deviation = autoencoder._statistics(latent)
+        moments.add(latent * deviation + mean)
+    if not moments.count:
         raise ValueError("latent_statistics: got no image")
-    return mean, squares / count
+    return moments.mean, moments.var

@@ -1,0 +1,129 @@
+"""Parts of the generators: RMS norm, SwiGLU, attention with 2-D rotary positions, embeddings of time and condition.
+
+Legend: B batch, N tokens, D width, H heads, P = D / H, F frequencies.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ov3fast import ops
+from ov3fast.models.transformer import Linear
+
+EPS = 1e-6
+THETA = 1e4
+FREQUENCIES = 256
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(a) * b), (a, b) = w12(x); hidden = 2/3 of mlp_ratio times the width, so that it costs what a plain MLP does."""
+
+    def __init__(self, width: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        hidden = int(2 / 3 * mlp_ratio * width)
+        self.w12 = Linear(width, 2 * hidden)
+        self.w3 = Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, -1)
+        return self.w3(F.silu(gate) * value)
+
+
+def rotary_angles(height: int, width: int, head_dim: int, prefix: int = 0) -> Tensor:
+    """Angles [prefix + height * width, P / 2] of a grid in row-major order: the first half turns with the row, the second with the
+    column; those of `prefix` tokens before it are zero. ValueError unless P is a multiple of 4."""
+    if head_dim % 4:
+        raise ValueError(f"rotary positions in two dimensions need a head of a multiple of 4 channels, got {head_dim}")
+    frequencies = THETA ** (-torch.arange(0, head_dim // 2, 2) / (head_dim // 2))
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    angles = torch.cat([place.reshape(-1, 1) * frequencies for place in (rows, columns)], 1)
+    return torch.cat([angles.new_zeros(prefix, head_dim // 2), angles])
+
+
+def rotate(x_BNHP: Tensor, angles: Tensor) -> Tensor:
+    """Turns neighbouring channels (2i, 2i + 1) of each token by its angles [N, P / 2]."""
+    cos, sin = angles.cos()[:, None].to(x_BNHP.dtype), angles.sin()[:, None].to(x_BNHP.dtype)
+    even, odd = x_BNHP.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+
+class RotaryAttention(nn.Module):
+    """Self-attention with biases, rotary positions, and RMS norm on q and k where asked."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
+        self.q_norm = nn.RMSNorm(width // heads, EPS) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(width // heads, EPS) if qk_norm else nn.Identity()
+
+    def forward(self, x_BND: Tensor, angles: Tensor) -> Tensor:
+        q, k, v = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
+        return self.proj(ops.flash_attention(q, k, v).flatten(2))
+
+
+class Block(nn.Module):
+    """A pre-norm block; with `conditioned`, adaLN-zero by a condition [B, 1 or N, D]:
+
+    x = x + gate1 attention(norm1(x) (1 + scale1) + shift1);   x = x + gate2 swiglu(norm2(x) (1 + scale2) + shift2)
+    """
+
+    def __init__(self, width: int, heads: int, *, conditioned: bool, qk_norm: bool) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.RMSNorm(width, EPS), nn.RMSNorm(width, EPS)
+        self.attn = RotaryAttention(width, heads, qk_norm)
+        self.mlp = SwiGLU(width)
+        self.modulation = Linear(width, 6 * width) if conditioned else None
+
+    def forward(self, x_BND: Tensor, angles: Tensor, condition: Tensor | None = None) -> Tensor:
+        if self.modulation is None:
+            x_BND = x_BND + self.attn(self.norm1(x_BND), angles)
+            return x_BND + self.mlp(self.norm2(x_BND))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition)).chunk(6, -1)
+        x_BND = x_BND + gate1 * self.attn(self.norm1(x_BND) * (1 + scale1) + shift1, angles)
+        return x_BND + gate2 * self.mlp(self.norm2(x_BND) * (1 + scale2) + shift2)
+
+
+class FinalLayer(nn.Module):
+    """norm -> adaLN by a condition [B, 1 or N, D] -> channels; zero at the start. Without a condition, no adaLN."""
+
+    def __init__(self, width: int, channels: int, *, conditioned: bool) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width, EPS)
+        self.modulation = Linear(width, 2 * width) if conditioned else None
+        self.linear = Linear(width, channels)
+
+    def forward(self, x_BND: Tensor, condition: Tensor | None = None) -> Tensor:
+        x_BND = self.norm(x_BND)
+        if self.modulation is not None:
+            shift, scale = self.modulation(F.silu(condition)).chunk(2, -1)
+            x_BND = x_BND * (1 + scale) + shift
+        return self.linear(x_BND)
+
+
+class TimeEmbedding(nn.Module):
+    """t [B] -> [B, D]: frozen Gaussian Fourier features of F frequencies, then an MLP of two layers."""
+
+    frequencies: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.randn(FREQUENCIES))
+        self.fc1, self.fc2 = Linear(2 * FREQUENCIES, width), Linear(width, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = 2 * torch.pi * t.float()[:, None] * self.frequencies.float()
+        features = torch.cat([angles.sin(), angles.cos()], -1)
+        return self.fc2(F.silu(self.fc1(features.to(self.fc1.weight.dtype))))
+
+
+def sincos_positions(height: int, width: int, channels: int) -> Tensor:
+    """Fixed positions [N, D] of a grid: D / 4 sines and cosines each of the row and of the column."""
+    frequencies = THETA ** (-torch.arange(channels // 4) / (channels // 4))
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    parts = [wave(place.reshape(-1, 1) * frequencies) for place in (rows, columns) for wave in (torch.sin, torch.cos)]
+    return torch.cat(parts, 1)

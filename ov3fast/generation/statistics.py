@@ -1,0 +1,150 @@
+"""Statistics of tokens as latents: per element, exact, stored with where they come from.
+
+    z <- (z - mean) / sqrt(var + 1e-5)      mean, var [C, H, W] over the images; var is the population's (RAE, calculate_stat.py)
+
+`ov3fast statistics MODEL IMAGES --out FILE` writes them. They hold for one model, one image size and one way of cropping: what reads
+them compares `about`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ov3fast.data.images import ImageError
+from ov3fast.data.skips import DataError
+from ov3fast.generation.moments import ElementMoments
+from ov3fast.inference.encode import Options, decoded, find_sources, image_side
+from ov3fast.inference.load import VisionTower
+from ov3fast.io import atomic_write, check_writable
+from ov3fast.models.openvision3 import OpenVision3
+
+if TYPE_CHECKING:
+    from ov3fast.data.preprocess import ImageLike
+
+EPS = 1e-5
+"""Added to the variance before its root, as RAE does."""
+DIFFUSERS_EPS = 1e-5
+"""diffusers' AutoencoderRAE divides by latents_std + 1e-5 instead."""
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """mean, var: float64 [C, H, W]. about: "images" (their number), "image_size", "latents" (the VAE's convention), "preprocess"."""
+
+    mean: Tensor
+    var: Tensor
+    about: dict[str, str]
+
+    def normalize(self, z: Tensor) -> Tensor:
+        """Latents [B, C, H, W] -> about zero mean and unit variance, in z's dtype. ValueError for another shape."""
+        self._check(z)
+        return ((z - self.mean.to(z)) / (self.var + EPS).sqrt().to(z)).to(z.dtype)
+
+    def denormalize(self, z: Tensor) -> Tensor:
+        """The inverse."""
+        self._check(z)
+        return (z * (self.var + EPS).sqrt().to(z) + self.mean.to(z)).to(z.dtype)
+
+    def to_rae(self) -> dict[str, Tensor]:
+        """{"mean", "var"} float32 [C, H, W], what RAE's normalization_stat_path holds (torch.save it)."""
+        return {"mean": self.mean.float(), "var": self.var.float()}
+
+    def to_diffusers(self) -> dict[str, Tensor]:
+        """{"latents_mean", "latents_std"} float32 for AutoencoderRAE, whose division by latents_std + 1e-5 then equals ours."""
+        return {"latents_mean": self.mean.float(), "latents_std": ((self.var + EPS).sqrt() - DIFFUSERS_EPS).float()}
+
+    def save(self, path: str | Path) -> Path:
+        """Writes a .safetensors file; its metadata is `about`."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        with atomic_write(path) as temporary:
+            save_file({"mean": self.mean, "var": self.var}, temporary, {"about": json.dumps(self.about)})
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> LatentStatistics:
+        """What `save` wrote. FileNotFoundError, or ValueError for another kind of file."""
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"statistics: no file {path}")
+        try:
+            with safe_open(path, "pt") as file:
+                return cls(file.get_tensor("mean"), file.get_tensor("var"), json.loads((file.metadata() or {})["about"]))
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"statistics: {path} is no file of `ov3fast statistics` ({error})") from None
+
+    def _check(self, z: Tensor) -> None:
+        if z.ndim != 4 or z.shape[1:] != self.mean.shape:
+            raise ValueError(
+                f"statistics: latents must have shape [B, {', '.join(map(str, self.mean.shape))}]; got {tuple(z.shape)}"
+            )
+
+
+def as_latents(tokens: Tensor) -> Tensor:
+    """Tokens [B, N, C] of a square grid -> [B, C, H, W]. ValueError where N is no square."""
+    side = round(tokens.shape[1] ** 0.5)
+    if side * side != tokens.shape[1]:
+        raise ValueError(f"as_latents: the number of tokens must be a square, got {tokens.shape[1]}")
+    return tokens.transpose(1, 2).unflatten(2, (side, side))
+
+
+def as_tokens(latents: Tensor) -> Tensor:
+    """The inverse of as_latents."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+@torch.inference_mode()
+def token_statistics(
+    model: OpenVision3 | VisionTower,
+    images: ImageLike | Sequence[ImageLike],
+    *,
+    out: str | Path | None = None,
+    **options: object,
+) -> LatentStatistics:
+    """Statistics of a model's tokens of images, file after file; images and options as for `ov3fast.encode`.
+
+    Only distributed ranks share their sums: give each its part of the images. Images that can't be read are left out and counted in
+    about["skipped"]. DataError if none is left; `out` is written where given.
+    """
+    if out is not None:
+        check_writable(out)
+    chosen = Options(**options)  # type: ignore[arg-type]
+    size, moments, batch, skipped = image_side(model, chosen, "statistics"), ElementMoments(), [], 0
+
+    def take() -> None:
+        if batch:
+            moments.add(as_latents(model.encode(torch.stack(batch))[1]))
+            batch.clear()
+
+    for _, picture in decoded(find_sources(images), size, chosen):
+        if isinstance(picture, ImageError):
+            skipped += 1
+            continue
+        batch.append(picture)
+        if len(batch) == chosen.batch_size:
+            take()
+    take()
+    moments.all_reduce()
+    if not moments.count:
+        raise DataError(f"statistics: none of the images could be read ({skipped} skipped)")
+    about = {
+        "images": str(moments.count),
+        "skipped": str(skipped),
+        "image_size": str(size),
+        "latents": model.encoder.latent_convention,
+        "preprocess": f"white background, shorter side resized ({chosen.interpolation}, antialias), centre crop, [-1, 1]",
+    }
+    statistics = LatentStatistics(moments.mean, moments.var, about)
+    if out is not None:
+        statistics.save(out)
+    return statistics

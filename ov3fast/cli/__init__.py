@@ -52,7 +52,9 @@ COMMANDS = {
     "statistics": Command("statistics", "Mean and variance of each element of the tokens of images, for a generator."),
     "fid": Command("fid", "FID and its kin of images against a reference, under a named protocol.", prints=True),
     "data": Command(
-        "data", "`data demo` builds the demo set; `data check PATH` reads shards and counts what is broken.", prints=True
+        "data",
+        "demo: build the demo set; check: count what is broken; index: index shards; encode: keep the VAE's moments.",
+        prints=True,
     ),
     "doctor": Command("doctor", "What this machine can run: packages, tools, and every operator's backends.", prints=True),
     "bench": Command("bench", "The operator table on this machine; needs a checkout of the repository."),

@@ -1,4 +1,4 @@
-"""ov3fast data demo, check, encode."""
+"""ov3fast data demo, check, index, encode."""
 
 from __future__ import annotations
 
@@ -38,6 +38,18 @@ class DataCheck:
 
     path: tyro.conf.Positional[str]
     """Folder, tar, glob pattern or brace pattern ({00000..00003}.tar)."""
+
+
+@dataclass
+class DataIndex:
+    """Write an index beside every tar and index.json into every folder, so that a start looks into none of them."""
+
+    shards: tyro.conf.Positional[tuple[str, ...]]
+    """Folders, tars or patterns; a folder or a tar may be a URL."""
+    workers: int | None = None
+    """Processes; default: the CPUs."""
+    again: bool = False
+    """Index tars anew that have an index."""
 
 
 @dataclass
@@ -82,7 +94,7 @@ class DataEncode:
 
 
 def run(arguments: list[str]) -> int:
-    """`data demo`, `data check PATH`, `data encode SHARDS`."""
+    """`data demo`, `data check PATH`, `data index SHARDS`, `data encode SHARDS`."""
     kind, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if kind == "demo":
         given = parse(DataDemo, rest, "data demo")
@@ -97,15 +109,23 @@ def run(arguments: list[str]) -> int:
         summary = summarise(given.path)
         print(summary)
         return 0 if summary.complete else 1
+    if kind == "index":
+        given = parse(DataIndex, rest, "data index")
+        from ov3fast.data.shards import index_shards
+
+        found = index_shards(list(given.shards), given.workers, given.again)
+        print(f"{sum(shard.samples for shard in found):,} samples in {len(found):,} shards indexed")
+        return 0
     if kind == "encode":
         return _encode(parse(DataEncode, rest, "data encode"))
     if kind in ("-h", "--help"):
         print(
             f"usage: {PROGRAM} data demo [options]\n       {PROGRAM} data check PATH\n"
+            f"       {PROGRAM} data index SHARDS... [options]\n"
             f"       {PROGRAM} data encode SHARDS... --vae VAE --out FOLDER [options]"
         )
         return 0
-    raise ValueError(f"data takes demo, check or encode; got {kind!r}")
+    raise ValueError(f"data takes demo, check, index or encode; got {kind!r}")
 
 
 # ---- data encode -----------------------------------------------------------------------------------------------------

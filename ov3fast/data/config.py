@@ -14,9 +14,10 @@ class SourceConfig:
     """One source of samples and its share of every batch."""
 
     path: str
-    """Folder of tar shards, a tar, a glob or brace pattern, a wids index, or "demo:<part>" for a part of the demo set."""
+    """Folder of tar shards, a tar, a glob or brace pattern, a wids index (each may be a URL), "demo:<part>" for a part of the demo set,
+    or "source:module:function" for a SampleSource of one's own."""
     fraction: float = 1.0
-    """Share of the images of a batch; the sources' fractions are normalised, and kept exactly in every batch."""
+    """Share of the images; the sources' fractions are normalised, and kept as `data.mixing` says."""
     group_by: str | None = None
     """Metadata field that names the concept: the source is then drawn by concept, `views` different samples of each."""
     views: int = 1
@@ -56,6 +57,10 @@ class DataConfig:
     background: Literal["random", "white", "mixed"] = "random"
     """Background of transparent images in training: a random plain colour, white as in evaluation, or mixed (three variants of
     four on white)."""
+    mixing: Literal["batch", "stream"] = "batch"
+    """"batch": every batch holds the same number of each source, its fraction rounded where it doesn't divide, and ranks must divide
+    it. "stream": the fractions hold exactly, to one sample, over the whole stream, whatever batch and ranks; for sources with one view
+    that are all paired or none."""
     variants: int | None = None
     """Number of different augmentations of a sample, which repeat after that many passes (so that latents can be
     cached); None: a new one every time."""
@@ -66,6 +71,15 @@ class DataConfig:
     """Decode everything once at the start and keep it in memory."""
     workers: int = 0
     """Processes that make batches ahead of time; 0: in the training process. The batches do not depend on it."""
+    threads: int = 1
+    """Threads of each process that read, decode and crop; the batches do not depend on it. Behind URLs 16 and more hide their
+    latency."""
+    cache_dir: str | None = None
+    """Folder that keeps whole tars behind URLs; None: the bytes of each sample are fetched when it is read."""
+    cache_gib: float = 100.0
+    """How much cache_dir may hold; two windows of shards at the least."""
+    read_ahead: int = 0
+    """Steps ahead of which tars are brought into cache_dir."""
     shard_window: int = 0
     """Mix the samples of this many shards at a time; 0: of all (see data.order)."""
     skip_budget: float = 0.01
@@ -82,12 +96,16 @@ class DataConfig:
             raise ValueError(f"skip_budget: got {self.skip_budget}; it takes a share from 0 to 1")
         if self.max_image_pixels < 1:
             raise ValueError(f"max_image_pixels: got {self.max_image_pixels}; it takes 1 or more")
-        if self.workers < 0:
-            raise ValueError(f"workers: got {self.workers}; it takes 0 or more")
+        for name, least in (("workers", 0), ("threads", 1), ("read_ahead", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: got {getattr(self, name)}; it takes {least} or more")
+        if self.cache_gib <= 0:
+            raise ValueError(f"cache_gib: got {self.cache_gib}; it takes a number above 0")
         for name, given, known in (
             ("crop", self.crop, ("inception", "center")),
             ("interpolation", self.interpolation, ("bicubic", "bilinear")),
             ("background", self.background, ("random", "white", "mixed")),
+            ("mixing", self.mixing, ("batch", "stream")),
         ):
             if given not in known:
                 raise ValueError(f"{name}: got {given!r}; it takes {' or '.join(map(repr, known))}")

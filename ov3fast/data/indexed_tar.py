@@ -1,18 +1,25 @@
-"""One tar shard, memory-mapped, its files grouped into samples: random access to sample i, up to where it was cut short.
+"""One tar shard, its files grouped into samples: random access to sample i, up to where it was cut short.
 
 A sample is what has one key: the path up to the first dot of the file name, as in webdataset. Its files need not be
-neighbours, since the whole tar is looked through when it is opened.
+neighbours, since the whole tar is looked through when it is opened, unless it has been before: see tar_index. A local tar is
+memory-mapped, of one behind a URL the bytes of a sample are fetched when it is read.
 """
 
 from __future__ import annotations
 
 import json
 import mmap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ov3fast.data import tar_index
 from ov3fast.data.captions import sidecar
 from ov3fast.data.skips import DataError
-from ov3fast.data.tar_members import Contents, Member, read_contents
+from ov3fast.data.tar_members import BLOCK, Contents, Member, read_contents
+from ov3fast.data.urls import Url
+
+GAP = 1 << 16
+"""Bytes between two files of a sample that are fetched along with them."""
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstandard", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 
@@ -25,7 +32,8 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 class OpenShard:
-    """A memory-mapped tar; any file can be opened, and what is wrong with it is noted.
+    """A tar; any file can be opened, and what is wrong with it is noted. local: a copy of what lies behind a URL. use_index=False looks
+    through it even where it has an index.
 
     samples: (key, {suffix: member}) in the order of their first members.
     cut: where the tar was cut short, None if it is whole; lost: samples known to be lost to the cut.
@@ -34,21 +42,50 @@ class OpenShard:
     captions: what `join_captions` left beside the tar, key -> {name: text}.
     """
 
-    def __init__(self, path: Path):
-        self._data: mmap.mmap | bytes = b""
-        if path.stat().st_size:
-            with open(path, "rb") as file:
+    def __init__(self, path: Path | Url, size: int | None = None, local: Path | None = None, use_index: bool = True):
+        self._data: mmap.mmap | bytes | _Remote = b""
+        if isinstance(path, Url) and local is None:
+            self._data = _Remote(path, path.size() if size is None else size)
+        elif (local or path).stat().st_size:
+            with open(local or path, "rb") as file:
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        contents = read_contents(self._data)
+        self.samples: Sequence[tuple[str, dict[str, Member]]]
+        content = tar_index.read(path) if use_index else None
+        known = None if content is None else tar_index.unpack(content, len(self._data), self.head())
+        if known is not None:
+            self.samples, self.cut, self.left_out, self.lost = known
+        else:
+            self._look_through()
+        self.captions = _joined(path)
+        self.problem = self._problem() if self.cut is not None and not len(self.samples) else None
+
+    def _look_through(self) -> None:
+        contents = read_contents(_Pieces(self._data) if isinstance(self._data, _Remote) else self._data)
         self.cut, self.left_out, self.lost = contents.cut, contents.left_out, 0
         samples = self._group(contents)
         self._drop_cut_sample(samples)
         self.samples = list(samples.items())
-        self.captions = _joined(path)
-        self.problem = self._problem() if self.cut is not None and not self.samples else None
+
+    def head(self) -> bytes:
+        """The first block."""
+        return bytes(self._data[:BLOCK])
+
+    @property
+    def size(self) -> int:
+        return len(self._data)
 
     def content(self, member: Member) -> bytes:
         return self._data[member.start : member.start + member.size]
+
+    def reader(self, files: dict[str, Member]) -> Callable[[Member], bytes]:
+        """`content` for files of one sample that are all wanted: behind a URL they come with one request."""
+        if not isinstance(self._data, _Remote):
+            return self.content
+        start, end = min(m.start for m in files.values()), max(m.start + m.size for m in files.values())
+        if end - start > sum(m.size for m in files.values()) + GAP:
+            return self.content
+        span = self._data[start:end]
+        return lambda member: span[member.start - start : member.start - start + member.size]
 
     def close(self) -> None:
         if isinstance(self._data, mmap.mmap):
@@ -90,13 +127,49 @@ class OpenShard:
         self.lost = 1
 
 
-def _joined(path: Path) -> dict:
+class _Remote:
+    """A file behind a URL as bytes that can be sliced."""
+
+    def __init__(self, url: Url, size: int):
+        self.url, self.size = url, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, place: slice) -> bytes:
+        start, end, _ = place.indices(self.size)
+        return self.url.read(start, end)
+
+
+class _Pieces:
+    """The same for one who walks through the headers: what is asked for comes out of larger pieces."""
+
+    PIECE = 1 << 20
+
+    def __init__(self, remote: _Remote):
+        self._remote, self._first, self._piece = remote, 0, b""
+
+    def __len__(self) -> int:
+        return len(self._remote)
+
+    def __getitem__(self, place: slice | int) -> bytes | int:
+        if isinstance(place, int):
+            return self[place : place + 1][0]
+        start, end, _ = place.indices(len(self))
+        if not self._first <= start <= end <= self._first + len(self._piece):
+            self._first, self._piece = start, self._remote[start : max(end, start + self.PIECE)]
+        return self._piece[start - self._first : end - self._first]
+
+
+def _joined(path: Path | Url) -> dict:
     """Captions that `join_captions` left beside the shard: key -> {name: text}."""
-    file = sidecar(path)
-    if not file.exists():
+    file = path.with_suffix(".captions.json") if isinstance(path, Url) else sidecar(path)
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
         return {}
     try:
-        joined = json.loads(file.read_text(encoding="utf-8"))
+        joined = json.loads(content.decode("utf-8"))
         if not isinstance(joined, dict) or not all(isinstance(captions, dict) for captions in joined.values()):
             raise ValueError("it is no object of objects")
     except ValueError as error:

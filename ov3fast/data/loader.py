@@ -10,9 +10,11 @@ backgrounds and captions are functions of (seed, sample, variant), where the var
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ov3fast.data import hash_rng, transforms
+from ov3fast.data import hash_rng, mixing, transforms
 from ov3fast.data.captions import pick_caption
 from ov3fast.data.config import DataConfig
 from ov3fast.data.order import Order
@@ -93,7 +95,11 @@ class Loader:
         self.store = data if isinstance(data, SampleStore) else SampleStore(data)
         self.config, self.sources = self.store.config, self.store.sources
         self.image_size, self.batch_size, self.rank, self.world, self.train = image_size, batch_size, rank, world, train
-        self.units = _units(self.sources, batch_size, world)
+        self.weights = mixing.weights([source.config.fraction for source in self.sources])
+        if self.config.mixing == "batch":
+            self.units = _units(self.sources, batch_size, world)
+        else:
+            _check_stream(self.sources, batch_size, world)
         self.start = tuple(cursors) if cursors is not None else (0,) * len(self.sources)
         if len(self.start) != len(self.sources):
             raise ValueError(f"cursors: got {len(self.start)} of them; there are {len(self.sources)} sources")
@@ -102,6 +108,9 @@ class Loader:
             Order(source.unit_lengths, int(hash_rng.bits(seed, hash_rng.ORDER, k)), window)
             for k, source in enumerate(self.sources)
         ]
+        self._pool: tuple[int, ThreadPoolExecutor] | None = None
+        self._fetcher: tuple[int, ThreadPoolExecutor] | None = None
+        self._asked_for: dict[tuple[int, int], None] = {}
         self.latents: Latents | None = None
         """Where set, every batch has its moments, and a sample that they lack is skipped."""
         self.skips = SkipCounter(self.store.n, self.config.skip_budget)
@@ -121,7 +130,13 @@ class Loader:
 
     def cursors(self, step: int) -> tuple[int, ...]:
         """Units drawn from each source before this step."""
-        return tuple(start + step * units for start, units in zip(self.start, self.units, strict=True))
+        return tuple(start + count for start, count in zip(self.start, self._drawn_before(step, 0, 1), strict=True))
+
+    def _drawn_before(self, step: int, rank: int, world: int) -> list[int]:
+        """Units that this loader draws from each source before the share of `rank` among `world` in a step."""
+        if self.config.mixing == "stream":
+            return mixing.drawn(step * self.batch_size + rank * self.batch_size // world, self.weights)
+        return [step * units + rank * units // world for units in self.units]
 
     def epoch(self, step: int) -> float:
         """Passes over the first source before this step."""
@@ -157,11 +172,18 @@ class Loader:
         text: list[str] = []
         pairs: list[np.ndarray] = []
         planned: list[np.ndarray] = []
-        for k, (source, units, cursor) in enumerate(zip(self.sources, self.units, self.cursors(step), strict=True)):
-            positions = cursor + np.arange(units)
+        edges = zip(
+            self._drawn_before(step, 0, 1), self._drawn_before(step, self.rank, self.world),
+            self._drawn_before(step, self.rank + 1, self.world), self._drawn_before(step + 1, 0, 1), strict=True,
+        )  # fmt: skip
+        self._read_ahead(step)
+        for k, (source, start, (first_unit, low, high, last_unit)) in enumerate(
+            zip(self.sources, self.start, edges, strict=True)
+        ):
+            positions = start + np.arange(first_unit, last_unit)
             chosen = self.orders[k][positions]
             planned.append(source.offset + chosen)
-            mine = slice(self.rank * units // self.world, (self.rank + 1) * units // self.world)
+            mine = slice(low - first_unit, high - first_unit)
             drawn = self._draw(k, positions[mine], chosen[mine], pixels, images, skips)
             views, first = source.config.views, len(index)
             for view in range(views):
@@ -195,9 +217,10 @@ class Loader:
         epochs = positions // source.units
         members = self._members(k, units, epochs)
         uniforms = hash_rng.uniform(seed, hash_rng.CAPTION, k, units, epochs).tolist()
+        ready = self._read_many([index for group in members for index in group[: source.config.views]], pixels)
         drawn = []
         for position, epoch, u, candidates in zip(positions.tolist(), epochs.tolist(), uniforms, members, strict=True):
-            found = self._usable(candidates, source.config.views, pixels, images, skips)
+            found = self._usable(candidates, source.config.views, pixels, images, skips, ready)
             attempt = 0
             while not found:
                 if attempt == SUBSTITUTES:
@@ -207,7 +230,7 @@ class Loader:
                     )
                 other = hash_rng.bits(seed, hash_rng.SUBSTITUTE, k, position, attempt) % np.uint64(source.units)
                 [candidates] = self._members(k, np.array([other], np.int64), np.array([epoch]))
-                found = self._usable(candidates, source.config.views, pixels, images, skips)
+                found = self._usable(candidates, source.config.views, pixels, images, skips, ready)
                 attempt += 1
             drawn.append(self._drawn(source, epoch, u, found))
         return drawn
@@ -223,7 +246,55 @@ class Loader:
         flat = flat[np.lexsort((ranks, which))]
         return [part.tolist() for part in np.split(flat, np.cumsum(lengths)[:-1])]
 
-    def _usable(self, members: list[int], views: int, pixels: bool, images: dict, skips: dict) -> list[tuple[int, Sample]]:
+    def _read_many(self, indices: list[int], pixels: bool) -> dict[int, Any]:
+        """Global number -> (image, sample), or the SampleError; in threads, where the config has some."""
+        if self.config.threads == 1 or self.config.cache_images:
+            return {}
+
+        def read(index: int) -> Any:
+            if self.latents is not None and self.latents.skip(index) is not None:
+                return None
+            try:
+                return self.store.sample(index, decode=pixels)
+            except SampleError as error:
+                return error
+
+        indices = list(dict.fromkeys(indices))
+        return dict(zip(indices, self._in_threads(read, indices), strict=True))
+
+    def _in_threads(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        if self.config.threads == 1 or len(items) < 2:
+            return list(map(function, items))
+        if self._pool is None or self._pool[0] != os.getpid():  # threads don't survive a fork
+            self._pool = os.getpid(), ThreadPoolExecutor(self.config.threads)
+        return list(self._pool[1].map(function, items))
+
+    def _read_ahead(self, step: int) -> None:
+        """Sets out to bring the tars of a later step into the cache."""
+        ahead, sources = self.config.read_ahead, [k for k, source in enumerate(self.sources) if source.fetches]
+        if not ahead or not sources:
+            return
+        low = self._drawn_before(step + ahead, self.rank, self.world)
+        high = self._drawn_before(step + ahead, self.rank + 1, self.world)
+        for k in sources:
+            source = self.sources[k]
+            for unit in self.orders[k][self.start[k] + np.arange(low[k], high[k])].tolist():
+                for index in source.members(unit)[: source.config.views].tolist():
+                    shard = source.dataset.shard_of(index - source.offset)
+                    if (k, shard) not in self._asked_for:
+                        self._asked_for[k, shard] = None
+                        if len(self._asked_for) > 4096:
+                            del self._asked_for[next(iter(self._asked_for))]
+                        if self._fetcher is None or self._fetcher[0] != os.getpid():
+                            self._fetcher = os.getpid(), ThreadPoolExecutor(4)
+                        self._fetcher[1].submit(source.dataset.fetch, index - source.offset)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pool": None, "_fetcher": None, "_asked_for": {}}
+
+    def _usable(
+        self, members: list[int], views: int, pixels: bool, images: dict, skips: dict, ready: dict[int, Any]
+    ) -> list[tuple[int, Sample]]:
         """The first `views` of the samples that can be read; the others are noted in `skips`."""
         found: list[tuple[int, Sample]] = []
         for index in members:
@@ -231,7 +302,10 @@ class Loader:
                 skips[index] = skip
                 continue
             try:
-                images[index], sample = self.store.sample(index, decode=pixels)
+                given = ready[index] if index in ready else self.store.sample(index, decode=pixels)
+                if isinstance(given, SampleError):
+                    raise given
+                images[index], sample = given
             except SampleError as error:
                 skips[index] = error.skip
                 continue
@@ -265,7 +339,7 @@ class Loader:
     def crops(self, index: np.ndarray, variant: np.ndarray, images: Mapping[int, Any]) -> Tensor:
         """As `pixels`; images: those that are decoded already, by global number."""
         config, size = self.config, self.image_size
-        pictures = [images[i] if i in images else self.store.image(i) for i in index.tolist()]
+        pictures = self._in_threads(lambda i: images[i] if i in images else self.store.image(i), index.tolist())
         sizes = np.array([picture.size for picture in pictures], np.float64).reshape(-1, 2)
         background = None
         if self.train and config.crop == "inception":
@@ -281,9 +355,12 @@ class Loader:
                 background[variant % 4 != 3] = 255
         gap = 1.5 if self.train else None
         out = np.full((len(index), size, size, 4), 255, np.uint8)
-        for row, picture, box in zip(out, pictures, boxes.tolist(), strict=True):
-            resized = transforms.crop_resize(picture, box, size, config.interpolation, gap)
-            row[..., : resized.shape[-1]] = resized
+
+        def crop(number: int) -> None:
+            resized = transforms.crop_resize(pictures[number], boxes[number].tolist(), size, config.interpolation, gap)
+            out[number, ..., : resized.shape[-1]] = resized
+
+        self._in_threads(crop, range(len(index)))
         if self.train and config.flip:
             mirrored = hash_rng.uniform(config.seed, hash_rng.FLIP, index, variant) < 0.5
             out[mirrored] = out[mirrored, :, ::-1]
@@ -299,6 +376,16 @@ class _Drawn:
     samples: tuple[Sample, ...]
     text: str
     captions: list[str]
+
+
+def _check_stream(sources: list[Source], batch_size: int, world: int) -> None:
+    """ValueError for what mixing="stream" doesn't do."""
+    if any(source.config.views > 1 for source in sources):
+        raise ValueError('mixing: "stream" takes sources with one view of a text; "batch" takes several')
+    if len({source.config.paired for source in sources}) > 1:
+        raise ValueError('mixing: "stream" takes sources that all have text or none: a rank may get no sample of one of them')
+    if batch_size % world:
+        raise ValueError(f"batch_size: {batch_size} images can't be shared evenly by {world} ranks")
 
 
 def _units(sources: list[Source], batch_size: int, world: int) -> list[int]:

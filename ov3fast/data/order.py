@@ -49,6 +49,8 @@ class Order:
         self.window = window if 0 < window < len(self.lengths) else 0
         if self.n == 0:
             raise ValueError("lengths: there is no sample to order; check the shards")
+        self._first = np.concatenate([[0], np.cumsum(self.lengths)])  # where each shard's samples start in the set
+        self._shards: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def __getitem__(self, positions: np.ndarray | int) -> np.ndarray:
         """Sample numbers, int64, at the global positions (int64, any shape, >= 0)."""
@@ -63,18 +65,26 @@ class Order:
     def _epoch(self, epoch: int, places: np.ndarray) -> np.ndarray:
         if not self.window:
             return permute(places, self.n, self.seed, epoch)
-        shards = permute(np.arange(len(self.lengths)), len(self.lengths), self.seed, epoch, 0)
-        starts = np.concatenate([[0], np.cumsum(self.lengths[shards])])  # where each shard starts in this epoch
-        first = np.concatenate([[0], np.cumsum(self.lengths)])  # where each shard's samples start in the set
-        edges = starts[np.append(np.arange(0, len(shards), self.window), len(shards))]
+        shards, starts, edges = self._order_of_shards(epoch)
         blocks = np.searchsorted(edges, places, side="right") - 1
         samples = np.empty_like(places)
         for block in np.unique(blocks):
             here, start, size = blocks == block, edges[block], int(edges[block + 1] - edges[block])
             inside = start + permute(places[here] - start, size, self.seed, epoch, 1 + int(block))
             shard = np.searchsorted(starts, inside, side="right") - 1
-            samples[here] = first[shards[shard]] + inside - starts[shard]
+            samples[here] = self._first[shards[shard]] + inside - starts[shard]
         return samples
+
+    def _order_of_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The epoch's shards in their order, where each starts, and where each block of `window` shards starts: three numbers a shard."""
+        if epoch not in self._shards:
+            shards = permute(np.arange(len(self.lengths)), len(self.lengths), self.seed, epoch, 0)
+            starts = np.concatenate([[0], np.cumsum(self.lengths[shards])])
+            edges = starts[np.append(np.arange(0, len(shards), self.window), len(shards))]
+            while len(self._shards) > 1:  # a batch may lie in two epochs
+                self._shards.pop(next(iter(self._shards)))
+            self._shards[epoch] = shards, starts, edges
+        return self._shards[epoch]
 
 
 def order_hash(previous: str, keys: Iterable[str | int]) -> str:

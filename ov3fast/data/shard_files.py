@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ov3fast.data import tar_index
 from ov3fast.data.indexed_tar import OpenShard
 from ov3fast.data.skips import DataError, SkipWarning, Tally, printable
 from ov3fast.data.tar_members import is_foreign
+from ov3fast.data.urls import Url, is_url
 
 INDEX = "index.json"
 _COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
@@ -27,10 +30,19 @@ _COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 class Shard:
     """A tar file and the number of samples that the index (or, without one, a look into the tar) gives it."""
 
-    path: Path
+    path: Path | Url
     samples: int
     truncated: bool = False
     """It is known to be cut short."""
+    size: int | None = None
+    """Bytes, where the index tells them."""
+
+    def stamp(self) -> tuple[str, int, int, int]:
+        """(path, samples, bytes, time of the last change in ns, 0 behind a URL): what changes with the file."""
+        if isinstance(self.path, Url):
+            return str(self.path), self.samples, self.size or 0, 0
+        status = self.path.stat()
+        return str(self.path), self.samples, status.st_size, status.st_mtime_ns
 
 
 @dataclass
@@ -41,13 +53,14 @@ class FoundShards:
     left_out: Tally = field(default_factory=Tally)
     uncounted: int = 0
     """Samples known to be lost to cuts that no index counts, so that they have no number in the set."""
-    looked_into: set[Path] = field(default_factory=set)
+    looked_into: set[Path | Url] = field(default_factory=set)
     """Tars that were opened; for the others the index stands."""
 
 
 def find_shards(shards: str | Path | Sequence[str | Path]) -> list[Shard]:
     """The tars of a folder (by its `index.json` where there is one), a tar, a glob pattern (`*.tar`), a brace pattern
-    (`{00000..00003}.tar`), a wids index file, or a list of these; "~" is the home folder.
+    (`{00000..00003}.tar`), a wids index file, or a list of these; "~" is the home folder. A folder, a tar, an index or a brace
+    pattern may also be a URL that fsspec reads.
 
     Warns of what is left out. Raises FileNotFoundError when a path is missing and DataError when there is no tar with a sample.
     """
@@ -81,12 +94,22 @@ def find_tars(shards: str | Path | Sequence[str | Path]) -> FoundShards:
     return found
 
 
-def _expanded(item: str | Path) -> list[Path]:
+def _expanded(item: str | Path | Url) -> list[Path | Url]:
     """The paths that a pattern expands to."""
-    path = Path(item).expanduser()
-    if path.exists():
-        return [path]
-    text = str(path)
+    if is_url(item):
+        path: Path | Url = Url(str(item))
+        text = str(path)
+        if glob.has_magic(text):
+            raise DataError(
+                f"shards: patterns with * can't be listed behind a URL, got {text}; give the folder, or {{00000..00003}}"
+            )
+        if "{" not in text:
+            return [path]
+    else:
+        path = Path(item).expanduser()
+        if path.exists():
+            return [path]
+        text = str(path)
     if re.search(r"\{[^{}]*(,|\.\.)[^{}]*\}", text):
         from braceexpand import UnbalancedBracesError, braceexpand
 
@@ -102,7 +125,10 @@ def _expanded(item: str | Path) -> list[Path]:
     raise FileNotFoundError(f"shards: there is no file or folder {path}")
 
 
-def _find(path: Path, found: FoundShards) -> None:
+def _find(path: Path | Url, found: FoundShards) -> None:
+    if isinstance(path, Url):
+        _find_url(path, found)
+        return
     if path.is_dir() and (path / INDEX).exists():
         path = path / INDEX
     if path.suffix == ".json":
@@ -120,10 +146,64 @@ def _find(path: Path, found: FoundShards) -> None:
         _look_into(path, found)
 
 
-def tars_in(folder: Path, left_out: Tally) -> list[Path]:
-    """All tars of a folder, listed in its index or not."""
+def _find_url(url: Url, found: FoundShards) -> None:
+    if url.suffix == ".tar":
+        _by_its_index(url, found)
+        return
+    index = url if url.suffix == ".json" else url / INDEX
+    try:
+        content = index.read_bytes()
+    except FileNotFoundError:
+        if index is url:
+            raise FileNotFoundError(f"shards: there is no index {url}") from None
+        tars = [name for name in url.names() if name.endswith(".tar") and not is_foreign(name)]
+        if not tars:
+            raise DataError(f"shards: {url} holds neither {INDEX} nor a .tar file") from None
+        for name in tars:
+            _by_its_index(url / name, found)
+        return
+    for name, samples, entry in _entries(index, content):
+        if samples:
+            found.shards.append(Shard(index.parent / name, samples, bool(entry.get("truncated")), entry.get("filesize")))
+
+
+def _by_its_index(url: Url, found: FoundShards) -> None:
+    """A tar behind a URL, which is not looked through for its samples' number."""
+    content = tar_index.read(url)
+    counted = None if content is None else tar_index.count(content)
+    if counted is None:
+        raise DataError(f"shards: {url} has no index beside it; make one with `ov3fast data index {url.parent}`")
+    if counted[0]:
+        found.shards.append(Shard(url, counted[0], size=counted[1]))
+
+
+def tars_to_index(shards: str | Path | Sequence[str | Path]) -> list[tuple[Path | Url | None, list[Path | Url]]]:
+    """(folder, its tars) for each folder that is named, (None, [tar]) for a tar that is named by itself. DataError where there is none."""
+    named: list[tuple[Path | Url | None, list[Path | Url]]] = []
+    for item in [shards] if isinstance(shards, str | Path) else list(shards):
+        for path in _expanded(item):
+            if path.suffix.lower() == ".tar":
+                named.append((None, [path]))
+            elif isinstance(path, Url):
+                named.append((path, [path / name for name in path.names() if name.endswith(".tar") and not is_foreign(name)]))
+            elif path.is_dir():
+                named.append((path, [*tars_in(path, Tally())]))
+            else:
+                raise DataError(f"shards: {path} is neither a folder nor a tar; give those to index")
+    if not any(tars for _, tars in named):
+        raise DataError(
+            f"shards: there is no .tar file in {', '.join(map(str, [shards] if isinstance(shards, str | Path) else shards))}"
+        )
+    return named
+
+
+def tars_in(folder: Path, left_out: Tally, listed: Set[str] = frozenset()) -> list[Path]:
+    """All tars of a folder but those whose names are `listed`."""
     tars = []
-    for path in sorted(folder.iterdir()):
+    for name in sorted(os.listdir(folder)):
+        if name in listed:
+            continue
+        path = folder / name
         if _COMPRESSED.search(path.name):
             left_out.add("compressed_tar", str(path))
         elif path.suffix.lower() == ".tar":
@@ -164,8 +244,30 @@ def _look_into(path: Path, found: FoundShards, listed: int | None = None, cut_be
 
 
 def _from_index(path: Path, found: FoundShards) -> None:
+    sizes = _sizes(path.parent)
+    listed = set()
+    for url, samples, entry in _entries(path, path.read_bytes()):
+        tar = path.parent / url
+        listed.add(url)
+        try:
+            size = sizes[url] if url in sizes else tar.stat().st_size
+        except OSError:
+            raise FileNotFoundError(f"shards: {path} lists {url}, which is not there") from None
+        if is_foreign(tar.name):
+            found.left_out.add("foreign_archive", str(tar))
+        elif entry.get("filesize") == size and not entry.get("truncated"):
+            if samples:
+                found.shards.append(Shard(tar, samples, size=size))
+        else:
+            _look_into(tar, found, samples, bool(entry.get("truncated")))
+    if path.name == INDEX:
+        _unlisted(path.parent, listed, found.left_out)
+
+
+def _entries(path: Path | Url, content: bytes) -> list[tuple[str, int, dict[str, Any]]]:
+    """(tar, samples, the whole entry) of each shard in a wids index."""
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = json.loads(content.decode("utf-8"))
         entries = [(str(entry["url"]), int(entry["nsamples"]), entry) for entry in index.get("shardlist", [])]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
@@ -173,24 +275,18 @@ def _from_index(path: Path, found: FoundShards) -> None:
         ) from None
     if not entries:
         raise DataError(f"shards: the index {path} lists no shard")
-    for url, samples, entry in entries:
-        tar = path.parent / url
-        if not tar.exists():
-            raise FileNotFoundError(f"shards: {path} lists {url}, which is not there")
-        if is_foreign(tar.name):
-            found.left_out.add("foreign_archive", str(tar))
-        elif entry.get("filesize") == tar.stat().st_size and not entry.get("truncated"):
-            if samples:
-                found.shards.append(Shard(tar, samples))
-        else:
-            _look_into(tar, found, samples, bool(entry.get("truncated")))
-    if path.name == INDEX:
-        _unlisted(path.parent, {(path.parent / url).resolve() for url, _, _ in entries}, found.left_out)
+    return entries
 
 
-def _unlisted(folder: Path, listed: Iterable[Path], left_out: Tally) -> None:
+def _sizes(folder: Path) -> dict[str, int]:
+    """Name -> bytes of the tars in a folder; a hundred thousand of them in a second."""
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.stat().st_size for entry in entries if entry.name.endswith(".tar") and entry.is_file()}
+
+
+def _unlisted(folder: Path, listed: set[str], left_out: Tally) -> None:
     """Tars of a folder that its index leaves out."""
-    listed = set(listed)
-    for tar in tars_in(folder, left_out):
-        if tar.resolve() not in listed:
+    elsewhere = {(folder / url).resolve() for url in listed if os.path.dirname(url)}
+    for tar in tars_in(folder, left_out, listed):
+        if not elsewhere or tar.resolve() not in elsewhere:
             left_out.add("not_in_index", f"{tar}; write the index again with write_index")

@@ -20,7 +20,9 @@ from ov3fast.data.captions import texts_under
 from ov3fast.data.config import DataConfig, SourceConfig
 from ov3fast.data.shards import Sample, ShardDataset
 from ov3fast.data.skips import DataError, SampleError, Skip
+from ov3fast.data.source import PREFIX, GivenSource, given_source
 from ov3fast.data.transforms import premultiplied
+from ov3fast.data.urls import LocalCache, is_url
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,9 +33,13 @@ LOOKED_AT = 16  # samples read at the start to see whether the configured keys e
 class Source:
     """One source: its dataset, where its numbers start, and its units (concepts, or single samples)."""
 
-    def __init__(self, config: SourceConfig, offset: int, max_image_pixels: int):
+    def __init__(self, config: SourceConfig, offset: int, max_image_pixels: int, cache: LocalCache | None = None):
         self.config, self.offset = config, offset
-        self.dataset = ShardDataset(resolve(config.path), max_image_pixels)
+        self.dataset: ShardDataset | GivenSource
+        if config.path.startswith(PREFIX):
+            self.dataset = given_source(config.path)
+        else:
+            self.dataset = ShardDataset(resolve(config.path), max_image_pixels, cache)
         self.groups: list[np.ndarray] | None = None  # concept -> global numbers of its samples
         if config.group_by is not None:
             self.groups = self._group(config.group_by)
@@ -49,7 +55,20 @@ class Source:
 
     def contents(self) -> list[tuple[str, int]]:
         """(name, samples) of each shard."""
+        if isinstance(self.dataset, GivenSource):
+            return [(self.dataset.name, len(self.dataset))]
         return [(shard.path.name, shard.samples) for shard in self.dataset.shards]
+
+    def stamps(self) -> list[tuple[str, int, int, int]]:
+        """Of each shard what changes with its file (see Shard.stamp)."""
+        if isinstance(self.dataset, GivenSource):
+            return [(self.dataset.name, len(self.dataset), 0, 0)]
+        return [shard.stamp() for shard in self.dataset.shards]
+
+    @property
+    def fetches(self) -> bool:
+        """Whether tars are brought into a cache."""
+        return isinstance(self.dataset, ShardDataset) and self.dataset.cache is not None
 
     def members(self, unit: int) -> np.ndarray:
         """Global numbers of a unit's samples."""
@@ -81,8 +100,9 @@ class SampleStore:
         self.config = config
         self.sources: list[Source] = []
         self.n = 0
+        cache = None if config.cache_dir is None else LocalCache(config.cache_dir, config.cache_gib)
         for source in config.sources:
-            self.sources.append(Source(source, self.n, config.max_image_pixels))
+            self.sources.append(Source(source, self.n, config.max_image_pixels, cache))
             self.n += len(self.sources[-1].dataset)
             self._check_keys(self.sources[-1])
         self._offsets = np.array([source.offset for source in self.sources])
@@ -173,7 +193,7 @@ def _first(dataset: ShardDataset, count: int) -> Iterator[Sample]:
 
 def resolve(path: str) -> str | Path:
     """ "demo:pairs-train" -> that folder of the demo set in the default cache; anything else as it is."""
-    if not path.startswith("demo:"):
+    if is_url(path) or not path.startswith("demo:"):
         return path
     folder = default_cache_dir() / "demo" / path.removeprefix("demo:")
     if not folder.exists():

@@ -42,6 +42,10 @@ FREE_TO_CHANGE = frozenset(
         "compare_rounds",
         "save_latents",
         "data.workers",
+        "data.threads",
+        "data.cache_dir",
+        "data.cache_gib",
+        "data.read_ahead",
         "data.cache_images",
         "data.skip_budget",
     }

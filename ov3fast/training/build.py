@@ -93,11 +93,7 @@ def check_compiler(device: torch.device) -> None:
 def latents_key(recipe: Recipe, stage: Stage, store: SampleStore, vae: FrozenVAE) -> str:
     """Cache key of a stage's latents: everything that their bits depend on."""
     data = dataclasses.asdict(recipe.data)
-    shards = [
-        (str(s.path), s.samples, s.path.stat().st_size, s.path.stat().st_mtime_ns)
-        for source in store.sources
-        for s in source.dataset.shards
-    ]
+    shards = [stamp for source in store.sources for stamp in source.stamps()]
     facts: dict[str, Any] = {
         "data": {key: data[key] for key in ("sources", "seed", "crop", "min_area", "interpolation", "flip", "background", "variants")},
         "shards": shards,

@@ -1,0 +1,91 @@
+"""What the loader reads samples from: tar shards, or anything with this protocol.
+
+class Rows:                                    # an Energon, Lance or Parquet reader, say
+    def __len__(self): ...
+    def keys(self, indices): ...
+    def read(self, index, decode=True): ...    # -> data.Sample
+
+SourceConfig(path="source:my_package.readers:rows")         # rows() makes one; "source:my_package.readers:rows:train" calls rows("train")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, Protocol, runtime_checkable
+
+from ov3fast.data.shards import Sample
+from ov3fast.data.skips import DataError, SampleError
+
+PREFIX = "source:"
+
+
+@runtime_checkable
+class SampleSource(Protocol):
+    """Random access to a fixed set of samples, numbered from 0.
+
+    Order, resuming, mixing, crops and captions are the loader's, so that a source has no state of its own. Worker processes and threads
+    call it, so it must be picklable, or survive a fork, and be safe in threads. It may have `lengths`, the samples of each shard, which
+    the order then keeps together (`data.shard_window`).
+    """
+
+    def __len__(self) -> int:
+        """The number of samples."""
+
+    def keys(self, indices: Sequence[int]) -> list[str]:
+        """Their keys: names that stay with the samples."""
+
+    def read(self, index: int, decode: bool = True) -> Sample:
+        """One sample; image None unless `decode`. Raises SampleError for one that must be skipped."""
+
+
+class GivenSource:
+    """A SampleSource as the store takes it."""
+
+    def __init__(self, source: SampleSource, name: str):
+        self.source, self.name, self.uncounted = source, name, 0
+        self.lengths = [int(length) for length in getattr(source, "lengths", [len(source)])]
+        if not len(source) or sum(self.lengths) != len(source):
+            raise DataError(f"path: {name} has {len(source)} samples, and shards of {sum(self.lengths)}")
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, i: int, decode: bool = True) -> Sample:
+        return self.source.read(i, decode)
+
+    def text(self, i: int) -> Sample:
+        return self.read(i, decode=False)
+
+    def __getitem__(self, i: int) -> Sample:
+        return self.read(i)
+
+    def keys(self, indices: Sequence[int]) -> list[str]:
+        return self.source.keys(indices)
+
+    def image_bytes(self, i: int) -> tuple[str, bytes]:
+        """(key, the decoded picture's pixels): what stands for the image file."""
+        sample = self.read(i)
+        assert sample.image is not None
+        return sample.key, sample.image.tobytes()
+
+
+def given_source(path: str) -> GivenSource:
+    """The source that "source:module:name" or "source:module:name:argument" names. DataError where there is none, or it lacks a method."""
+    module, _, rest = path.removeprefix(PREFIX).partition(":")
+    name, _, argument = rest.partition(":")
+    try:
+        make: Any = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise DataError(
+            f"path: {path!r} can't be imported ({error}); it takes source:MODULE:FUNCTION, or source:MODULE:FUNCTION:ARGUMENT"
+        ) from None
+    source = make(argument) if argument else make()
+    if not isinstance(source, SampleSource):
+        raise DataError(
+            f"path: {path!r} gave {type(source).__name__}, which lacks one of __len__, keys and read (data.SampleSource)"
+        )
+    return GivenSource(source, path)
+
+
+__all__ = ["GivenSource", "SampleError", "SampleSource", "given_source"]

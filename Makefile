@@ -62,6 +62,7 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 
 # The documentation site, build/site/index.html; without network. A dead link ends it.
 docs: .venv/dev

@@ -69,7 +69,7 @@ class _Server(uvicorn.Server):
                 http=Protocol,
                 ws="none",
                 lifespan="on",
-                log_level="warning",
+                log_level="error",  # a warning a broken request would let anyone fill the log
                 access_log=False,
                 server_header=False,
                 limit_concurrency=limits.max_connections,

@@ -172,6 +172,9 @@ class Service:
         """The futures' results, or ClientDisconnect as soon as the client leaves: what still waits of its items is then dropped."""
         leaving = asyncio.ensure_future(_gone(request))
         results = asyncio.gather(*map(asyncio.wrap_future, futures))
+        results.add_done_callback(
+            lambda done: done.cancelled() or done.exception()
+        )  # else asyncio complains that nobody looked
         try:
             both: set[asyncio.Future[Any]] = {leaving, results}
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""The first code block of each door's page runs as it stands, in a folder with a run and a photo."""
+"""The first code block of each door's page, of Serve a model and of Many images runs as it stands, in a folder with a run and a photo."""
 
 import os
 import re
@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "interop"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGES = sorted([*DOCS.glob("interop/*.md"), *(page for page in (DOCS / "serve.md", DOCS / "bulk.md") if page.exists())])
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_first_example_runs(page, model_folder, photo, tmp_path):
     language, code = re.search(r"```(\w+)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL).groups()
     assert language == "python"
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "demo").symlink_to(model_folder)
     photo.save(tmp_path / "photo.jpg")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(DOCS.parents[1])}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(DOCS.parent)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

@@ -6,6 +6,7 @@ Tensors are made on the default device; on a GPU the libraries of peers.py take 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ov3fast import ops
+from ov3fast.models.vae import FLUX_VAE
 from ov3fast.ops import _dispatch
 
 from . import peers
@@ -22,6 +24,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MIXED = "mixed"
 """bf16 with fp32 parameters, as in training under autocast."""
 OURS = "ov3fast"
+TINY_VAE = {"block_out_channels": [16, 16], "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
+            "layers_per_block": 1, "norm_num_groups": 4}  # fmt: skip
+"""What a VAE for Triton's interpreter changes of FLUX's."""
 
 
 @dataclass
@@ -122,6 +127,27 @@ def contrastive(dtype: str, n: int, d: int, target: float | None, peers: bool = 
         note_memory=True,
         result_bytes=results,
     )
+
+
+def sigmoid_loss(dtype: str, n: int, d: int) -> Iterator[Case]:
+    """contrastive_loss of SigLIP's kind. The whole N x N matrix of eager PyTorch does not fit beyond some rows, and is left out there."""
+    image, text = (randn(n, d, dtype=DTYPES[dtype], grad=True) for _ in range(2))
+    scale, bias = torch.tensor(10.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
+
+    def ours(image, text, scale, bias):
+        return ops.contrastive_loss(image, text, scale, kind="sigmoid", logit_bias=bias)
+
+    def peer(image, text, scale, bias):
+        logits = scale * (F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T) + bias
+        signs = 2 * torch.eye(len(image), dtype=logits.dtype) - 1
+        return -F.logsigmoid(signs * logits).sum() / len(image)
+
+    functions = {OURS: ours, **({"eager": peer, "compile": compiled(peer)} if n <= 16384 else {}), **peers.sigmoid_loss()}
+    variants = {name: both(function, image, text, scale, bias) for name, function in functions.items()}
+    yield Case(
+        "contrastive_loss", "both", None, f"sigmoid [{n},{d}]", dtype, variants, 6.0 * n * n * d,
+        note_memory=True, result_bytes=2 * image.nbytes,
+    )  # fmt: skip
 
 
 def cross_entropy(dtype: str, target: float | None, shape: tuple[int, int, int] = (2048, 768, 32000)) -> Iterator[Case]:
@@ -428,16 +454,17 @@ def latent_projection(dtype: str, shape: tuple[int, int, int] = (64, 16, 768)) -
         )  # fmt: skip
 
 
-def random_normal(dtype: str) -> Iterator[Case]:
-    shape, rng = (64, 256, 768), ops.random.make_rng(1, device=torch.get_default_device())
-    kind = DTYPES[dtype]
+def random_normal(dtype: str, shape: tuple[int, int, int] = (64, 256, 768)) -> Iterator[Case]:
+    rng, kind = ops.random.make_rng(1, device=torch.get_default_device()), DTYPES[dtype]
     variants = {OURS: lambda: ops.random.normal(shape, rng, kind), "eager": lambda: torch.randn(shape, dtype=kind)}
-    yield Case("random_normal", "forward", (), "[64,256,768]", dtype, variants, bytes=64.0 * 256 * 768 * kind.itemsize)
+    name, elements = f"[{','.join(map(str, shape))}]", float(math.prod(shape))
+    yield Case("random_normal", "forward", (), name, dtype, variants, bytes=elements * kind.itemsize)
 
 
-def adamw_ema(dtype: str) -> Iterator[Case]:
+def adamw_ema(dtype: str, width: int = 768, blocks: int = 4) -> Iterator[Case]:
     """A step of a tower's blocks against torch's fused AdamW, clipping and averaging."""
-    sizes = [(3072, 768), (768, 3072), (2304, 768), (768, 768), (3072,), (768,)] * 4
+    hidden = 4 * width
+    sizes = [(hidden, width), (width, hidden), (3 * width, width), (width, width), (hidden,), (width,)] * blocks
     numbers = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
     def state():
@@ -466,22 +493,31 @@ def adamw_ema(dtype: str) -> Iterator[Case]:
     )
 
 
-def encoder(dtype: str, targets: tuple[float | None, float | None], batch: int = 8, depth: int = 12) -> Iterator[Case]:
+def encoder(
+    dtype: str,
+    targets: tuple[float | None, float | None],
+    batch: int = 8,
+    depth: int = 12,
+    sizes: tuple[int, int, int, int] = (768, 12, 3072, 256),
+) -> Iterator[Case]:
+    """`sizes`: width, heads, hidden width, pixels of an image's side."""
     from ov3fast.models.config import VisionConfig
     from ov3fast.models.flops import encoder_flops
     from ov3fast.models.vit import ViTEncoder
 
-    config = VisionConfig(width=768, depth=depth, heads=12, mlp_dim=3072, image_size=256, embed_dim=768)
+    width, heads, hidden, pixels = sizes
+    side = pixels // 8
+    config = VisionConfig(width=width, depth=depth, heads=heads, mlp_dim=hidden, image_size=pixels, embed_dim=width)
     ours = ViTEncoder(config).to(DTYPES[dtype])
     ours.output_tokens = False
-    peer = PlainEncoder(768, depth, 12, 3072, 256, 768).to(DTYPES[dtype])
-    latents = randn(batch, 16, 32, 32, dtype=DTYPES[dtype])
+    peer = PlainEncoder(width, depth, heads, hidden, side * side // 4, width).to(DTYPES[dtype])
+    latents = randn(batch, 16, side, side, dtype=DTYPES[dtype])
     modules = {OURS: ours, "eager": peer, "compile": torch.compile(peer, dynamic=False)}
-    flops = batch * encoder_flops(config, 256)
+    flops = batch * encoder_flops(config, side * side // 4)
 
     def step(module: nn.Module) -> Callable[[], object]:
         parameters = [p for p in (module._orig_mod if hasattr(module, "_orig_mod") else module).parameters()]
-        upstream = torch.randn(batch, 768).to(DTYPES[dtype])
+        upstream = torch.randn(batch, width).to(DTYPES[dtype])
         return lambda: torch.autograd.grad(module(latents), parameters, upstream)
 
     for direction, make, units, target in (
@@ -489,7 +525,49 @@ def encoder(dtype: str, targets: tuple[float | None, float | None], batch: int =
         ("both", step, 3, targets[1]),
     ):
         variants = {n: make(m) for n, m in modules.items()}
-        yield Case("ViT-B/2 encoder", direction, None, f"{batch} x [16,32,32]", dtype, variants, units * flops, target=target)
+        name = f"{batch} x [16,{side},{side}]"
+        yield Case("ViT-B/2 encoder", direction, None, name, dtype, variants, units * flops, target=target)
+
+
+# ---- the VAE --------------------------------------------------------------------------------------------------------
+
+
+def vae(dtype: str, config: dict, pixels: int, batch: int = 1) -> Iterator[Case]:
+    """Encoding and decoding of FLUX's VAE, against the same weights as diffusers computes: GroupNorm, SiLU and upsampling by themselves, NCHW."""
+    from ov3fast.models.vae import FrozenVAE
+
+    ours = FrozenVAE.from_config(config).to(DTYPES[dtype])
+    peer = _plain_vae(config).to(DTYPES[dtype])
+    images, latents = randn(batch, ours.channels, pixels // ours.stride, pixels // ours.stride, dtype=DTYPES[dtype])
+
+    def encode(images):
+        return peer.encode(images).latent_dist.parameters
+
+    def decode(latents):
+        return peer.decode(latents).sample
+
+    for name, function, plain, x in (
+        ("VAE encode", ours.moments, encode, images),
+        ("VAE decode", ours.decode, decode, latents),
+    ):
+        functions = {OURS: function, "eager": plain, "compile": compiled(plain)}
+        channels = 3 if x is images else ours.channels
+        yield Case(
+            name, "forward", None, f"{batch} x {channels} x {x.shape[2]} x {x.shape[3]}", dtype,
+            {n: forward(f, x) for n, f in functions.items()}, target=2.0,
+        )  # fmt: skip
+
+
+def _plain_vae(config: dict) -> nn.Module:
+    from ov3fast.models.autoencoder import Autoencoder, AutoencoderConfig
+    from ov3fast.models.group_norm_silu import GroupNormSiLU
+
+    module = Autoencoder(AutoencoderConfig.from_json(config)).requires_grad_(False).eval()
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, GroupNormSiLU):
+                setattr(parent, name, nn.Sequential(nn.GroupNorm(child.num_groups, len(child.weight), child.eps), nn.SiLU()))
+    return module
 
 
 def demo_step(dtype: str, images: int = 144, classes: int = 600, target: float | None = None) -> Iterator[Case]:
@@ -557,6 +635,13 @@ def tiny() -> Makers:
         ("group_norm_silu", "bf16", group_norm, (None, (1, 32, 8, 8))),
         ("mlp", "bf16", mlp, (None, (20, 24, 40))),
         ("layer_norm + residual", "bf16", layer_norm, ((20, 24),)),
+        ("linear", "bf16", linear, ((20, 24, 40),)),
+        ("latent_projection", "bf16", latent_projection, ((2, 2, 24),)),
+        ("random_normal", "bf16", random_normal, ((2, 3, 40),)),
+        ("adamw_ema_", "bf16", adamw_ema, (8, 1)),
+        ("ViT-B/2 encoder", "bf16", encoder, (none, 2, 1, (32, 2, 64, 32))),
+        ("contrastive_loss", "bf16", sigmoid_loss, (30, 24)),
+        ("VAE", "bf16", vae, ({**FLUX_VAE, **TINY_VAE}, 16)),
     ]
 
 
@@ -625,6 +710,8 @@ def full(on_gpu: bool) -> Makers:
         makers += [("flash_attention", "bf16", attention, (shape, (None, None))) for shape in large]
         makers += [("ViT-B/2 encoder", "bf16", encoder, ((None, None), batch)) for batch in (64, 256)]
         makers += [("contrastive_loss", "bf16", contrastive, (rows, 768, None, False)) for rows in (32768, 65536)]
+        makers += [("contrastive_loss", "bf16", sigmoid_loss, (rows, 768)) for rows in (8192, 32768, 65536)]
+        makers += [("VAE", "bf16", vae, (FLUX_VAE, pixels)) for pixels in (256, 1024)]
         makers += [("linear_cross_entropy", "bf16", cross_entropy, (None, (16384, 768, 32000)))]
     return makers
 

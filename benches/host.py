@@ -1,6 +1,9 @@
-"""Host time of a call of the CPU backend: what Python, the dispatcher and autograd take around the kernel, on tensors too small to matter.
+"""Host time of a call: what Python, the dispatcher and autograd take around the kernels, on tensors too small to matter.
 
-    python -m benches.host [--before OLD_TREE] [--out benches/results/host-cpu.csv]
+    python -m benches.host [--backend cpu | triton] [--before OLD_TREE] [--out benches/results/host-BACKEND.csv]
+
+The Triton backend needs no GPU for that: it runs on CPU tensors, its kernels are compiled for sm_90, and where the driver would launch one,
+a function returns (tools/gpu/pretend.py). PyTorch's own kernels between ours (products, sums) take a CPU's host time there, not a GPU's.
 
 The thread's own CPU time, the least of many rounds, so a busy machine changes little. With --before, another checkout (its kernels built) is
 measured in turn with this one, in a process of its own, and both stand in the table.
@@ -17,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -38,9 +42,10 @@ def least(run: Callable[[], object], rounds: int = 40, inner: int = 25) -> float
     return min(times)
 
 
-def measure() -> dict[str, float]:
+def measure(backend: str) -> dict[str, float]:
     """ "op direction" -> microseconds, with the ov3fast that is imported."""
     from ov3fast import ops
+    from tools.gpu import pretend
 
     torch.set_num_threads(1)
     gc.disable()
@@ -52,7 +57,7 @@ def measure() -> dict[str, float]:
         "mlp": (ops.mlp, (x, weight, bias, weight, bias)),
     }
     found = {}
-    with ops.use("cpu"):
+    with pretend.host() if backend == "triton" else nullcontext(), ops.use(backend):
         for name, (function, values) in calls.items():
             leaves = [value.clone().requires_grad_() for value in values]
             upstream = torch.ones_like(function(*values))
@@ -63,8 +68,8 @@ def measure() -> dict[str, float]:
     return found
 
 
-def _in_tree(tree: Path) -> dict[str, float]:
-    command = [sys.executable, str(Path(__file__).resolve()), "--json"]
+def _in_tree(tree: Path, backend: str) -> dict[str, float]:
+    command = [sys.executable, str(Path(__file__).resolve()), "--json", "--backend", backend]
     done = subprocess.run(
         command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True, text=True, check=True
     )
@@ -73,18 +78,19 @@ def _in_tree(tree: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", choices=("cpu", "triton"), default="cpu")
     parser.add_argument("--before", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.json:
-        print(json.dumps(measure()))
+        print(json.dumps(measure(options.backend)))
         return
     trees = {"before": options.before, "after": Path(__file__).resolve().parents[1]}
     runs = {name: [] for name, tree in trees.items() if tree}
     for _ in range(ROUNDS):
         for name, found in runs.items():
-            found.append(_in_tree(trees[name]))
+            found.append(_in_tree(trees[name], options.backend))
     best = {name: {key: min(run[key] for run in found) for key in found[0]} for name, found in runs.items()}
     from benches.timing import machine
 

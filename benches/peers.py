@@ -18,6 +18,8 @@ def attention(dtype: str) -> dict[str, Callable[..., Tensor]]:
     if dtype != "fp32" and torch.get_default_device().type == "cuda":
         backends = {"sdpa cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa flash": SDPBackend.FLASH_ATTENTION}
         found |= {name: functools.partial(_sdpa, backend) for name, backend in backends.items()}
+    if frontend := _module("cudnn.sdpa.fwd.torch_op") if dtype != "fp32" else None:
+        found["cudnn frontend"] = lambda q, k, v: frontend.sdpa(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
     if flash := _module("flash_attn") if dtype != "fp32" else None:
         found["flash_attn"] = flash.flash_attn_func
     if hopper := _module("flash_attn_interface") if dtype != "fp32" else None:
@@ -32,6 +34,16 @@ def attention(dtype: str) -> dict[str, Callable[..., Tensor]]:
 def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with sdpa_kernel(backend):
         return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+
+def sigmoid_loss() -> dict[str, Callable[..., Tensor]]:
+    """name -> function of image and text [N,D], the logits' scale and their bias."""
+    found = {}
+    if siglip := _module("siglip_kernel"):
+        found["siglip-kernel"] = lambda image, text, scale, bias: siglip.fused_siglip_loss(
+            F.normalize(image, dim=-1), F.normalize(text, dim=-1), scale.log(), bias
+        )
+    return found
 
 
 def linear_cross_entropy() -> dict[str, Callable[..., Tensor]]:

@@ -15,6 +15,7 @@ import triton.language as tl
 from .._contracts import memory_format
 from .lib.common import TYPES, cdiv, rounded, sum_over_rows
 from .lib.config import ANY, TABLE, Config, pick
+from .lib.launch import kernel
 
 # Size classes: "channels_last"; otherwise "plain", or "small" below 256 spatial positions.
 for _name in ("group_norm_silu_forward", "group_norm_silu_backward"):
@@ -81,7 +82,7 @@ def _silu_gradient(grad_y, n):
     return grad_y * gate * (1.0 + n * (1.0 - gate))
 
 
-@triton.jit
+@kernel
 def group_norm_silu_forward_partials(
     x, stride_b, stride_row, partials, channels, spatial, strips, strip_spatial, channel_blocks,
     CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -120,7 +121,7 @@ def group_norm_silu_forward_partials(
     tl.store(partials + channels + c, squares, mask=c < channels)
 
 
-@triton.jit
+@kernel
 def group_norm_silu_statistics(
     partials, mean, rstd, channels, groups, spatial, strips, strip_spatial, eps, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -154,7 +155,7 @@ def group_norm_silu_statistics(
     tl.store(rstd + program, 1.0 / tl.sqrt(variance + eps))
 
 
-@triton.jit
+@kernel
 def group_norm_silu_forward(
     x, stride_b, stride_row, weight, bias, mean, rstd, y, channels, spatial, groups, channel_blocks, spatial_blocks,
     CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -182,7 +183,7 @@ def _tile_of(
     return s, c, program // (channel_blocks * spatial_blocks)
 
 
-@triton.jit
+@kernel
 def group_norm_silu_backward_partials(
     grad_y, grad_stride_b, grad_stride_row, x, stride_b, stride_row, weight, bias, mean, rstd, partials,
     channels, spatial, groups, strips, strip_spatial, channel_blocks,
@@ -215,7 +216,7 @@ def group_norm_silu_backward_partials(
     tl.store(partials + channels + c, dots, mask=c < channels)
 
 
-@triton.jit
+@kernel
 def group_norm_silu_backward_groups(partials, weight, means, channels, groups, spatial, strips, BLOCK: tl.constexpr):
     """Means over a group of w dn and of w dn x_hat: means [B, G, 2]."""
     program = tl.program_id(0)
@@ -236,7 +237,7 @@ def group_norm_silu_backward_groups(partials, weight, means, channels, groups, s
     tl.store(means + 2 * program + 1, tl.sum(dots, 0) / values)
 
 
-@triton.jit
+@kernel
 def group_norm_silu_backward_channels(
     partials, grad_weight, grad_bias, channels, rows, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
@@ -254,7 +255,7 @@ def group_norm_silu_backward_channels(
     tl.store(grad_weight + c, rounded(tl.sum(dots, 0), dtype), mask=c < channels)
 
 
-@triton.jit
+@kernel
 def group_norm_silu_backward(
     grad_y, grad_stride_b, grad_stride_row, x, stride_b, stride_row, weight, bias, mean, rstd, means, grad_x,
     channels, spatial, groups, channel_blocks, spatial_blocks,

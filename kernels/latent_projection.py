@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .lib.common import TYPES, cdiv, dot, rounded
 from .lib.config import ANY, TABLE, Config, pick
+from .lib.launch import kernel
 from .lib.patches import patch_offsets, shares_of
 from .lib.reduce import merge, splits_of, strips_of, sum_splits
 
@@ -34,7 +35,7 @@ def _row_offsets(m, stride_b, stride_n, tokens):
     return (m // tokens).to(tl.int64) * stride_b + (m % tokens).to(tl.int64) * stride_n
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@kernel(do_not_specialize=["tokens"])
 def latent_projection_forward(
     token_rows, stride_b, stride_n, weight, weight_stride, bias, x, rows, tokens, grid_w, values, width, tiles,
     PATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -66,7 +67,7 @@ def _gathered(
     return tl.load(grad_x + patch_offsets(m, k, tokens, grid_w, stride_b, stride_c, stride_h, PATCH), mask=mask, other=0.0)
 
 
-@triton.jit
+@kernel
 def latent_projection_grad_tokens(
     grad_x, stride_b, stride_c, stride_h, weight, weight_stride, grad_tokens,
     rows, tokens, grid_w, values, width, shares, share_tiles,
@@ -99,7 +100,7 @@ def latent_projection_grad_tokens(
         tl.store(at, rounded(total, grad_tokens.dtype.element_ty), mask=(m < rows)[:, None] & (d < width)[None, :])
 
 
-@triton.jit
+@kernel
 def latent_projection_grad_weight(
     grad_x, stride_b, stride_c, stride_h, token_rows, token_stride_b, token_stride_n, partials,
     rows, tokens, grid_w, values, width, split_rows, tiles_k, tiles_d,
@@ -121,7 +122,7 @@ def latent_projection_grad_weight(
     tl.store(at, rounded(total, partials.dtype.element_ty), mask=(k < values)[:, None] & (d < width)[None, :])
 
 
-@triton.jit
+@kernel
 def latent_projection_grad_bias(
     grad_x, stride_b, stride_c, stride_h, partials, rows, tokens, grid_w, values, strip_rows, tiles,
     PATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -7,11 +7,11 @@ keeps the weight in registers and writes one partial sum of each parameter's gra
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from .lib.common import TYPES, cdiv, rounded
 from .lib.config import ANY, TABLE, Config, pick
+from .lib.launch import kernel
 from .lib.reduce import merge, strips_of
 from .lib.rows import empty, row_offsets, rows
 
@@ -28,7 +28,7 @@ TABLE["layer_norm_backward"] = {
 }
 
 
-@triton.jit
+@kernel
 def _layer_norm_forward(
     x, x_inner, x_outer_stride, x_inner_stride, residual, residual_inner, residual_outer_stride, residual_inner_stride,
     weight, bias, y, h, mean, rstd, rows, width, eps, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -58,7 +58,7 @@ def _layer_norm_forward(
     tl.store(y + out, rounded(result, y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def _layer_norm_backward(
     grad_y, grad_y_inner, grad_y_outer_stride, grad_y_inner_stride, grad_h, grad_h_inner, grad_h_outer_stride, grad_h_inner_stride,
     h, h_inner, h_outer_stride, h_inner_stride, weight, mean, rstd, grad_x, weight_partials, bias_partials,
@@ -113,9 +113,8 @@ def _size(width: int) -> str:
 
 def forward(x, weight, bias, residual, eps):
     """x, residual [..., D], any strides; weight, bias [D]. Returns y, h (empty without a residual), mean, rstd."""
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    h = torch.empty_like(y) if residual is not None else x.new_empty(0)
-    mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    y, h = empty(x, x.shape), empty(x, x.shape, residual is not None)
+    mean = empty(x, x.shape[:-1], dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if x.numel():
         x_rows, more = rows(x), None if residual is None else rows(residual)
@@ -136,7 +135,7 @@ def backward(grad_y, grad_h, h, weight, mean, rstd, need_x, need_weight, need_bi
         return grad_x, grad_weight.zero_(), grad_bias.zero_()
     h_rows, upstream, more = rows(h), rows(grad_y), None if grad_h is None else rows(grad_h)
     strips, length = strips_of(h_rows.count)
-    partials = h.new_empty((need_weight + need_bias, strips, h_rows.width), dtype=torch.float32)
+    partials = empty(h, (need_weight + need_bias, strips, h_rows.width), dtype=torch.float32)
     config = pick("layer_norm_backward", TYPES[h.dtype], _size(h_rows.width))
     _layer_norm_backward[strips,](
         *upstream.arguments, *(NO_ROWS if more is None else more.arguments), *h_rows.arguments, weight.contiguous(), mean, rstd,

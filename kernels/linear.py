@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from .lib import gemm
 from .lib.common import rounded
 from .lib.config import TABLE
 from .lib.gemm import multiply, product_rows, square, tile_position
+from .lib.launch import kernel
 from .lib.reduce import column_sums
 from .lib.rows import Rows, empty, row_offsets, rows
 
@@ -23,7 +23,7 @@ from .lib.rows import Rows, empty, row_offsets, rows
 TABLE["linear"] = product_rows(square(32), square(64), square(64))
 
 
-@triton.jit
+@kernel
 def _linear(
     x, x_inner, x_outer_stride, x_inner_stride, weight, weight_stride, bias, y, rows, columns, depth,
     TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,

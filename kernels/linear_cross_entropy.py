@@ -16,13 +16,13 @@ traffic (300 MB at D = 768) takes less time than the chunk's three products.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._contracts import check_labels
 from .lib.common import TYPES
 from .lib.config import ANY, TABLE, Config, pick
+from .lib.launch import kernel
 from .lib.products import add_product, room_for_rows
 
 # Size classes: none.
@@ -35,7 +35,7 @@ TABLE["cross_entropy_rows"] = {
 CHUNK_BYTES = 2**27
 
 
-@triton.jit
+@kernel
 def cross_entropy_rows(
     logits,
     labels,

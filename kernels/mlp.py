@@ -17,6 +17,7 @@ from .lib.common import cdiv, rounded
 from .lib.config import TABLE
 from .lib.gelu import gelu, gelu_and_slope
 from .lib.gemm import halves, multiply, product_rows, square, tile_position
+from .lib.launch import kernel
 from .lib.reduce import column_sums, merge
 from .lib.rows import empty, row_offsets, rows
 
@@ -40,7 +41,7 @@ def _forward_epilogue(total, row, column, b1, h, a, rows, hidden, EXACT: tl.cons
     tl.store(a + at, rounded(gelu(kept.to(tl.float32), EXACT, dtype != tl.float32), dtype), mask=mask)
 
 
-@triton.jit
+@kernel
 def _mlp_forward(
     x, x_inner, x_outer_stride, x_inner_stride, w1, w1_stride, b1, h, a, rows, hidden, width,
     EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -79,7 +80,7 @@ def _backward_epilogue(
             tl.store(b1_partials + m.to(tl.int64) * hidden + column, column_sum, mask=column < hidden)
 
 
-@triton.jit
+@kernel
 def _mlp_backward(
     grad_y, grad_y_inner, grad_y_outer_stride, grad_y_inner_stride, w2, w2_stride, h, h_inner, h_outer_stride, h_inner_stride,
     grad_h, a, b1_partials, rows, hidden, features,

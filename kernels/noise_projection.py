@@ -16,6 +16,7 @@ import triton.language as tl
 from .lib import philox
 from .lib.common import TYPES, cdiv, rounded
 from .lib.config import ANY, TABLE, Config, pick
+from .lib.launch import kernel
 from .lib.reduce import column_sums
 from .lib.rows import rows as as_rows
 
@@ -39,7 +40,7 @@ def _noise(seed, offset, m, first, width, BLOCK_N: tl.constexpr, IN_ORDER: tl.co
         return philox.normal_at(seed, offset, m.to(tl.int64)[:, None] * width + (first + tl.arange(0, BLOCK_N))[None, :])
 
 
-@triton.jit
+@kernel
 def noise_projection_draw(
     z, stride_b, stride_n, sigma, rng, x, grad_z, sigma_partials, tokens, rows, width, tiles,
     IN_ORDER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -67,7 +68,7 @@ def noise_projection_draw(
         tl.store(sigma_partials + tile.to(tl.int64) * rows + m, sums, mask=m < rows)
 
 
-@triton.jit
+@kernel
 def noise_projection_grad_sigma(sigma_partials, grad_sigma, tokens, rows, tiles, BLOCK: tl.constexpr):
     """Adds up sigma_partials [tiles, rows] over tiles and the rows of each instance."""
     b = tl.program_id(0)

@@ -16,6 +16,7 @@ import triton.language as tl
 from .lib import philox
 from .lib.common import TYPES, cdiv, dot, rounded
 from .lib.config import ANY, TABLE, Config, pick
+from .lib.launch import kernel
 from .lib.patches import patch_offsets, shares_of
 from .lib.reduce import merge, splits_of, sum_batches, sum_splits
 
@@ -74,7 +75,7 @@ def _patches(
     return rounded(tl.where(mask, (value - shift) * scale, 0.0), dtype)
 
 
-@triton.jit(do_not_specialize=["channels", "grid_w"])
+@kernel(do_not_specialize=["channels", "grid_w"])
 def patch_embed_forward(
     latents, stride_b, stride_c, stride_h, weight, weight_stride, bias, pos_embed, cls_token, rng, scale, shift, y,
     rows, tokens, grid_w, channels, features, shares, share_tiles,
@@ -127,7 +128,7 @@ def patch_embed_forward(
             tl.store(at, tl.broadcast_to(rounded(first, dtype)[None, :], (BLOCK_M, BLOCK_N)), mask=mask & (n == 0)[:, None])
 
 
-@triton.jit(do_not_specialize=["channels", "grid_w"])
+@kernel(do_not_specialize=["channels", "grid_w"])
 def patch_embed_grad_latents(
     grad_y, grad_stride_b, grad_stride_n, weight, weight_stride, latents, stride_b, stride_c, stride_h, rng, scale, grad_latents,
     rows, tokens, grid_w, channels, features, tiles,
@@ -165,7 +166,7 @@ def patch_embed_grad_latents(
         tl.store(at + channels * area, rounded(grad_logvar, grad_latents.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["channels", "grid_w"])
+@kernel(do_not_specialize=["channels", "grid_w"])
 def patch_embed_grad_weight(
     grad_y, grad_stride_b, grad_stride_n, latents, stride_b, stride_c, stride_h, rng, scale, shift, partials,
     rows, tokens, grid_w, channels, features, split_rows, tiles_d, tiles_k,

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from .lib import philox
 from .lib.common import TYPES, cdiv, rounded
 from .lib.config import ANY, TABLE, Config, pick
+from .lib.launch import kernel
 
 # Size classes: none.
 TABLE["random_normal"] = {(ANY, ANY, ANY): Config({"BLOCK": 1024}, warps=4, stages=1)}
 TABLE["random_words"] = {(ANY, ANY, ANY): Config({"BLOCK": 1024}, warps=4, stages=1)}
 
 
-@triton.jit
+@kernel
 def random_normal(rng, out, n, BLOCK: tl.constexpr):
     seed, offset = tl.load(rng), tl.load(rng + 1)
     start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -29,7 +29,7 @@ def random_normal(rng, out, n, BLOCK: tl.constexpr):
         tl.store(out + start + element, values, mask=start + element < n)
 
 
-@triton.jit
+@kernel
 def random_words(rng, out, n, BLOCK: tl.constexpr):
     """The stream's first n words, int32: what the tests compare."""
     seed, offset = tl.load(rng), tl.load(rng + 1)

@@ -30,6 +30,10 @@ WORDS = {
         "when installing: 1 builds the CUDA kernels, 0 leaves them out", "built where there is an NVIDIA driver"
     ),
     "OV3FAST_AOT_CACHE": Word("folder for results of `python -m ov3fast.kernels.aot`", "in the temporary directory"),
+    "OV3FAST_LAUNCHER": Word(
+        "`triton`: every Triton kernel is launched by Triton itself, and not by our launcher, which takes the host less time",
+        "ours",
+    ),
     "OV3FAST_OTHER_TRITON": Word("tests only: folder with another Triton, whose compiled code is executed too", "none"),
     "OV3FAST_INTERPRETER_EXAMPLES": Word("tests only: hypothesis' examples under Triton's interpreter", "4"),
 }

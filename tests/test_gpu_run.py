@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ov3fast.kernels.lib import config as configs
 from tools.gpu import diagnose, machine, plans, results
 from tools.gpu.jobs import Job, run_all
 from tools.gpu.rows import LARGEST_FILE, Rows, bad
@@ -158,6 +159,58 @@ def test_what_comes_back_becomes_tables_and_a_sentence(tmp_path):
     results.take_over(tmp_path / "run", tmp_path, readme)  # again, over its own sentence
 
 
+def tried(rows, config, ms, operator="mlp", size="3x4", status="ok"):
+    where = dict(
+        direction="both", dtype="bf16", size=size, kernel="mlp_forward", kind="bf16", size_class="large", architecture="sm_90"
+    )
+    before = {"blocks": {"BLOCK_M": 128}, "warps": 8, "stages": 4}
+    rows.write(
+        operator, "tune", status, **where, before=before, config=config, before_ms=2.0, **({"ms": ms} if status == "ok" else {})
+    )
+
+
+def test_rows_of_configuration_that_won_are_picked_from_then_on(tmp_path, monkeypatch):
+    readme, measured = tmp_path / "README.md", tmp_path / "measured.csv"
+    readme.write_text("**Nothing here has been run on a GPU yet**")
+    other = "mlp_backward,bf16,large,sm_90,{},4,1,0.900,Other GPU,2,3,abc\n"
+    measured.write_text(",".join(configs.COLUMNS) + "\n" + other)
+    rows = Rows(written(tmp_path / "run") / "diagnose.jsonl")
+    better, sometimes, worse, broken = ({"blocks": {"BLOCK_M": 64}, "warps": 4, "stages": n} for n in (1, 2, 3, 4))
+    for size in ("3x4", "5x6"):
+        tried(rows, better, 1.0 if size == "3x4" else 2.2, size=size)
+        tried(rows, worse, 1.99, size=size)
+    tried(rows, sometimes, 0.1)
+    tried(rows, broken, 0.0, status="left out")
+    results.take_over(tmp_path / "run", tmp_path, readme, measured)
+    lines = measured.read_text().splitlines()
+    assert lines[1] == other.strip() and lines[2].startswith("mlp_forward,bf16,large,sm_90,") and "0.742,Some GPU" in lines[2]
+    assert len(lines) == 3
+
+    monkeypatch.setattr(configs, "MEASURED", measured)
+    configs.measured.cache_clear()
+    import ov3fast.kernels.mlp  # noqa: F401  (whose rows it replaces)
+
+    won = configs.Config({"BLOCK_M": 64}, 4, 1)
+    assert configs.pick("mlp_forward", "bf16", "large", "sm_90") == won
+    assert configs.pick("mlp_forward", "bf16", "large", "sm_90", tuned=False) != won
+    assert configs.pick("mlp_forward", "bf16", "large", "sm_100") != won
+    configs.measured.cache_clear()
+
+
+def test_neighbours_of_a_row():
+    from ov3fast.kernels.attention import config as rows
+    from tools.gpu import tuning
+
+    row = rows.TABLE["flash_attention_grad_q"]["any", "64", "any"]
+    found = tuning.neighbours(("flash_attention_grad_q", "bf16", "64"), row)
+    assert row not in found and len(found) <= tuning.MOST and len({str(config) for config in found}) == len(found)
+    assert {config.stages for config in found} >= {row.stages + 1, row.stages - 1} and {config.warps for config in found} == {
+        4,
+        8,
+    }
+    assert any(config.blocks != row.blocks for config in found)
+
+
 def test_nothing_is_written_unless_all_of_it_can_be(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("Nothing to replace.")
@@ -195,3 +248,5 @@ def test_plans_name_every_operator():
     assert set(plans.OPERATORS) == {sample.op for sample in module.SAMPLES}
     assert {f"{name}" for name in diagnose.PROFILED} <= {sample.name for sample in module.SAMPLES}
     assert set(plans.CASES) == {operator for operator, *_ in cases.full(on_gpu=True)}
+    assert set(plans.CASES) == {operator for operator, *_ in cases.tiny()}
+    assert set(plans.TUNED) < set(plans.CASES)

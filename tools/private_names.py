@@ -48,6 +48,9 @@ NAMES = {
     ),
     "a step's memory on fake tensors (ov3fast/training/footprint.py)": ("torch._subclasses.fake_tensor.FakeTensorMode",),
     "fences that Triton before 3.9 leaves out (kernels/lib/fences.py)": ("triton.knobs.runtime.add_stages_inspection_hook", "triton.knobs.runtime.scope"),
+    "launches without Triton's cost per call (kernels/lib/launch.py)": (
+        "triton.knobs.runtime.launch_enter_hook", "triton.knobs.runtime.launch_exit_hook",
+    ),
     "a pretended GPU (tools/gpu/pretend.py), and names of launches": (
         "torch._C.DispatchKey.CPU", "torch._C.DispatchKeySet", "torch._subclasses.FakeTensor", "torch._subclasses.FakeTensorMode",
         "torch.cuda._exchange_device", "torch.cuda._maybe_exchange_device", "triton.knobs.runtime", "triton.knobs.runtime.jit_cache_hook",

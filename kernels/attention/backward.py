@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ..lib.common import rounded
+from ..lib.launch import kernel
 from .tiles import (
     INF,
     LOG2_E,
@@ -66,7 +67,7 @@ def _row_sums(a, b, D1: tl.constexpr):
     return total
 
 
-@triton.jit(do_not_specialize=plain("grad_out", "q", "k", "v", "out", "grad_q"))
+@kernel(do_not_specialize=plain("grad_out", "q", "k", "v", "out", "grad_q"))
 def flash_attention_grad_q(
     grad_out, q, k, v, out, lse, grad_q, delta, weight,
     grad_out_b, grad_out_n, grad_out_h, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, out_b, out_n, out_h, grad_q_b, grad_q_n, grad_q_h,
@@ -173,7 +174,7 @@ def _key_gradients(
     return grad_k, grad_v
 
 
-@triton.jit(do_not_specialize=plain("grad_out", "q", "k", "v", "grad_k", "grad_v"))
+@kernel(do_not_specialize=plain("grad_out", "q", "k", "v", "grad_k", "grad_v"))
 def flash_attention_grad_kv(
     grad_out, q, k, v, lse, delta, weight, grad_k, grad_v,
     grad_out_b, grad_out_n, grad_out_h, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..lib.common import rounded
+from ..lib.launch import kernel
 from .tiles import (
     INF,
     LN_2,
@@ -50,7 +51,7 @@ def _attend(
     return out, m_i, l_i
 
 
-@triton.jit(do_not_specialize=plain("q", "k", "v", "out"))
+@kernel(do_not_specialize=plain("q", "k", "v", "out"))
 def flash_attention_forward(
     q, k, v, out, lse,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, out_b, out_n, out_h,

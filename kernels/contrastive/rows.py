@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from ..lib.launch import kernel
+
 SMALLEST_NORM = tl.constexpr(1e-12)
 
 
@@ -24,7 +26,7 @@ def _tile(x, row_stride, i, d, rows, width):
     return tl.load(pointers, mask=(i < rows)[:, None] & (d < width)[None, :], other=0.0).to(tl.float32)
 
 
-@triton.jit
+@kernel
 def contrastive_features(
     x,
     units,
@@ -56,7 +58,7 @@ def contrastive_features(
             tl.store(mean_parts + tl.program_id(0).to(tl.int64) * width + d, part, mask=d < width)
 
 
-@triton.jit
+@kernel
 def contrastive_merge(parts, state, count, size, FIRST: tl.constexpr, LOG: tl.constexpr, BLOCK: tl.constexpr):
     """state [2, size] of (max, sum of exponentials below it), unless FIRST, and parts [count, 2, size] of such -> state.
 
@@ -82,7 +84,7 @@ def contrastive_merge(parts, state, count, size, FIRST: tl.constexpr, LOG: tl.co
     tl.store(state + size + j, tl.log(l_i) if LOG else l_i, mask=inside)
 
 
-@triton.jit
+@kernel
 def contrastive_project(
     grad,
     x,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..lib.common import dot
+from ..lib.launch import kernel
 
 
 @triton.jit
@@ -50,7 +51,7 @@ def _softplus(z):
     return tl.where(z > 0, z, 0.0) + 2.0 * t * series
 
 
-@triton.jit
+@kernel
 def contrastive_statistics(
     x,
     y,
@@ -154,7 +155,7 @@ def _by_logit(
     return g
 
 
-@triton.jit
+@kernel
 def contrastive_gradients(
     x,
     y,
@@ -231,7 +232,7 @@ def contrastive_gradients(
             tl.store(column_error + tl.program_id(0).to(tl.int64) * N + j, tl.sum(lost * by_row, 0), mask=j < N)
 
 
-@triton.jit
+@kernel
 def contrastive_side(
     x,
     y,

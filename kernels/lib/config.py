@@ -1,12 +1,14 @@
 """Block sizes, warps and stages: each kernel's rows stand beside the kernel, by dtype, size class and architecture, and `pick` chooses one.
 
-Nothing tunes itself: `ov3fast tune` writes a file of better rows for one device, which `pick` prefers. A row's key is (dtype, size class, architecture),
+Nothing tunes itself. Rows that won on a GPU stand in kernels/measured.csv, written by `python -m tools.gpu.results`, and are picked before the others;
+`ov3fast tune` writes a file of better rows for one device, which `pick` prefers to both. A row's key is (dtype, size class, architecture),
 each of which may be "any"; `pick` returns the most specific row of those that name the dtype, else of the others. Size classes are words that the
 kernel's launcher chooses, documented beside its rows.
 """
 
 from __future__ import annotations
 
+import csv
 import functools
 import hashlib
 import json
@@ -35,7 +37,7 @@ class Config:
     warps: int = 4
     stages: int = 2
 
-    @property
+    @functools.cached_property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of a launch."""
         return {**self.blocks, "num_warps": self.warps, "num_stages": self.stages}
@@ -52,7 +54,7 @@ TABLE: dict[str, dict[Key, Config]] = {}
 
 
 def pick(kernel: str, dtype: str, size: str = ANY, architecture: str | None = None, *, tuned: bool = True) -> Config:
-    """The row for this call; without an architecture that of the current device, or, if `tuned`, what `ov3fast tune` found for it.
+    """The row for this call; without an architecture that of the current device. Only if `tuned`, what was measured.
 
     KeyError where the table has none.
     """
@@ -64,6 +66,8 @@ def pick(kernel: str, dtype: str, size: str = ANY, architecture: str | None = No
         if better is not None:
             return better
     rows, arch = TABLE[kernel], architecture or current_architecture()
+    if tuned and (won := measured().get((kernel, dtype, size, arch))) is not None:
+        return won
     for key in _from_specific_to_any(dtype, size, arch):
         if key in rows:
             return rows[key]
@@ -75,6 +79,7 @@ def sizes(kernel: str) -> tuple[str, ...]:
     return tuple(sorted({size for _, size, _ in TABLE[kernel]}))
 
 
+@functools.lru_cache(4096)
 def _from_specific_to_any(dtype: str, size: str, arch: str) -> list[Key]:
     keys = [(d, s, a) for d in (dtype, ANY) for s in (size, ANY) for a in (arch, ANY)]
     return sorted(keys, key=lambda key: (key[0] == ANY, key.count(ANY)))
@@ -82,7 +87,12 @@ def _from_specific_to_any(dtype: str, size: str, arch: str) -> list[Key]:
 
 def current_architecture() -> str:
     """Of the table's architectures, the one whose rows fit the current device; sm_80 for the interpreter."""
-    return _architecture(torch.cuda.current_device()) if torch.cuda.is_available() else "sm_80"
+    return _architecture(torch.cuda.current_device()) if _there_is_a_gpu() else "sm_80"
+
+
+@functools.cache
+def _there_is_a_gpu() -> bool:
+    return torch.cuda.is_available()
 
 
 @functools.cache
@@ -96,6 +106,25 @@ def _architecture(device: int) -> str:
 def has_tma() -> bool:
     """Whether the current device has a tensor memory accelerator."""
     return current_architecture() in WITH_TMA
+
+
+# --- what was measured ---
+
+MEASURED = Path(__file__).parents[1] / "measured.csv"
+COLUMNS = ("kernel", "dtype", "size", "architecture", "blocks", "warps", "stages", "share", "gpu", "torch", "triton", "commit")
+"""`share`: of the time of the call with the row that it replaces."""
+
+
+@functools.cache
+def measured() -> Mapping[tuple[str, str, str, str], Config]:
+    """(kernel, dtype, size class, architecture) -> the row that won there."""
+    with MEASURED.open(newline="", encoding="utf-8") as file:
+        return {
+            (row["kernel"], row["dtype"], row["size"], row["architecture"]): Config(
+                json.loads(row["blocks"]), int(row["warps"]), int(row["stages"])
+            )
+            for row in csv.DictReader(file)
+        }
 
 
 # --- what tuning finds ---
@@ -127,7 +156,7 @@ def tuned_path() -> Path:
 
 
 def _tuned() -> Mapping[Key, Config]:
-    return _tuned_for(torch.cuda.current_device()) if torch.cuda.is_available() else {}
+    return _tuned_for(torch.cuda.current_device()) if _there_is_a_gpu() else {}
 
 
 @functools.cache

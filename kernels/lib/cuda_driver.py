@@ -1,11 +1,11 @@
-"""NVIDIA's driver, libcuda, by ctypes: what PyTorch does not tell about it. Nothing here creates a context."""
+"""NVIDIA's driver, libcuda, by ctypes: what PyTorch does not tell about it."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 
 @functools.cache
@@ -18,9 +18,31 @@ def call(name: str, *arguments: Any) -> None:
     """RuntimeError in the driver's words where it refuses."""
     error = getattr(library(), name)(*arguments)
     if error:
-        words = ctypes.c_char_p()
-        library().cuGetErrorString(error, ctypes.byref(words))
-        raise RuntimeError(f"{name}: {(words.value or b'unknown error').decode()} ({error})")
+        refuse(name, error)
+
+
+def refuse(name: str, error: int) -> NoReturn:
+    """RuntimeError in the driver's words for what it returned."""
+    words = ctypes.c_char_p()
+    library().cuGetErrorString(error, ctypes.byref(words))
+    raise RuntimeError(f"{name}: {(words.value or b'unknown error').decode()} ({error})")
+
+
+@functools.cache
+def context(device: int) -> ctypes.c_void_p:
+    """The device's primary context, the one that PyTorch uses; never released: PyTorch does not release it either."""
+    handle, found = ctypes.c_int(), ctypes.c_void_p()
+    call("cuDeviceGet", ctypes.byref(handle), ctypes.c_int(device))
+    call("cuDevicePrimaryCtxRetain", ctypes.byref(found), handle)
+    return found
+
+
+def ensure_context(device: int) -> None:
+    """Make the device's context current in a thread that has none."""
+    found = ctypes.c_void_p()
+    call("cuCtxGetCurrent", ctypes.byref(found))
+    if not found.value:
+        call("cuCtxSetCurrent", context(device))
 
 
 @functools.cache

@@ -7,13 +7,13 @@ the order in which programs run.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .common import TYPES, cdiv, rounded
 from .config import ANY, TABLE, Config, pick
-from .rows import Rows, row_offsets, rows
+from .launch import kernel
+from .rows import Rows, empty, row_offsets, rows
 
 TABLE["column_partials"] = {(ANY, ANY, ANY): Config({"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 256}, warps=4, stages=1)}
 TABLE["column_merge"] = {(ANY, ANY, ANY): Config({"BLOCK_PARTS": 128, "BLOCK_COLUMNS": 32}, warps=8, stages=1)}
@@ -32,7 +32,7 @@ def strips_of(count: int, multiple: int = ROWS_PER_STRIP) -> tuple[int, int]:
     return cdiv(count, length), length
 
 
-@triton.jit
+@kernel
 def _column_partials(
     x, x_inner, x_outer_stride, x_inner_stride, partials, rows, width, rows_per_strip,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
@@ -53,7 +53,7 @@ def _column_partials(
     tl.store(partials + at_strip, rounded(tl.sum(total, 0), partials.dtype.element_ty), mask=columns < width)
 
 
-@triton.jit
+@kernel
 def _column_merge(partials, first, second, parts, width, BLOCK_PARTS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     """Adds up partials [1 or 2, parts, width]; the second grid axis chooses between the results."""
     which = tl.program_id(1)
@@ -73,7 +73,7 @@ def _column_merge(partials, first, second, parts, width, BLOCK_PARTS: tl.constex
         tl.store(second + columns, rounded(result, second.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def merge_splits(partials, out, n, splits, BLOCK: tl.constexpr):
     """out [n] = sum over splits of partials [splits, n]: few summands, many sums."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -86,11 +86,11 @@ def merge_splits(partials, out, n, splits, BLOCK: tl.constexpr):
 
 def column_sums(x: Rows, dtype: torch.dtype) -> Tensor:
     """Sum over the rows of x [R, width] with float32 sums, as [width] of `dtype`."""
-    result = x.tensor.new_empty(x.width, dtype=dtype)
+    result = empty(x.tensor, x.width, dtype=dtype)
     if x.count == 0 or x.width == 0:
         return result.zero_()
     strips, length = strips_of(x.count)
-    partials = result if strips == 1 else x.tensor.new_empty((strips, x.width), dtype=torch.float32)
+    partials = result if strips == 1 else empty(x.tensor, (strips, x.width), dtype=torch.float32)
     _sum_strips(x, partials, strips, length)
     if strips > 1:
         merge(partials[None], result)

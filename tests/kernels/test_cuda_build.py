@@ -129,7 +129,7 @@ def test_what_the_driver_gets(monkeypatch, tmp_path):
 
     tensor, failing = torch.ones(2), None
     (tmp_path / "some.fatbin").write_bytes(b"binary")
-    for name in ("_context", "_module", "_function"):
+    for name in ("context", "_module", "_function"):
         getattr(driver, name).cache_clear()
     monkeypatch.setattr(driver, "FOLDER", tmp_path)
     monkeypatch.setattr(cuda_driver, "library", Library)
@@ -148,5 +148,5 @@ def test_what_the_driver_gets(monkeypatch, tmp_path):
         driver.run([launch], torch.device("cuda", 1))
     assert calls[-1] == "cuCtxPopCurrent_v2"
     cuda_driver.version.cache_clear()
-    for name in ("_context", "_module", "_function"):
+    for name in ("context", "_module", "_function"):
         getattr(driver, name).cache_clear()

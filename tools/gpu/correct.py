@@ -96,7 +96,7 @@ def descriptors(checks: Checks) -> None:
 
     def way_of(way: str, width: int, causal: bool, dtype: str) -> Iterator[dict[str, Any]]:
         size = size_class(width)
-        row = configs.pick(name, dtype, f"{size} {way}", architecture if architecture in configs.WITH_DESCRIPTORS else "sm_90")
+        row = configs.pick(name, dtype, f"{size} {way}", architecture if architecture in configs.WITH_TMA else "sm_90")
         qkv = testing.make(batch, tokens, 3, heads, width).to(DEVICE, DTYPES[dtype])
         with nullcontext() if REHEARSAL else configs.trying({(name, dtype, size): row}):
             ours = [torch.ops.ov3fast.flash_attention_qkvpacked(qkv, causal, 0, width**-0.5, "triton") for _ in range(REPEATS)]
@@ -106,7 +106,7 @@ def descriptors(checks: Checks) -> None:
             testing.assert_same_bits(other, ours[0])
         yield {"direction": "forward", "ratio": round(budget.ratios([ours[0][0]])[0], 4)}
 
-    for way in ("descriptors", "specialised"):
+    for way in ("tma", "warp-specialized"):
         for width in (64, 72, 128):
             for causal in (False, True):
                 where = dict(dtype="bf16", size=f"D={width}{' causal' * causal}")

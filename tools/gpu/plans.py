@@ -26,9 +26,14 @@ CUDA_OPERATORS = ("group_norm_silu", "adamw_ema_")
 """Those that have CUDA C++ kernels."""
 CASES = (
     "flash_attention", "contrastive_loss", "linear_cross_entropy", "noise_projection", "patch_embed", "moments to tokens", "mlp", "layer_norm + residual",
-    "group_norm_silu", "linear", "latent_projection", "random_normal", "adamw_ema_", "ViT-B/2 encoder",
+    "group_norm_silu", "linear", "latent_projection", "random_normal", "adamw_ema_", "ViT-B/2 encoder", "VAE",
 )  # fmt: skip
 """Operators of benches/cases.py."""
+TUNED = (
+    "flash_attention", "contrastive_loss", "linear_cross_entropy", "noise_projection", "patch_embed", "mlp", "layer_norm + residual",
+    "group_norm_silu", "latent_projection",
+)  # fmt: skip
+"""Of those, where the time is in kernels of ours."""
 
 
 class Plan:
@@ -79,7 +84,7 @@ def run(name: str, out: Path, *, only: str = "", rehearse: bool = False, minutes
 
 def _precompile(plan: Plan) -> Job:
     only = [plan.only] if plan.only or not plan.rehearse else ["layer_norm"]
-    sizes = ["tiny"] if plan.rehearse or plan.name == "diagnose" else ["tiny", "real"]
+    sizes = ["tiny"] if plan.rehearse else ["tiny", "real"]
     job = plan.job("all", "precompile", plan.name, "--cache", str(plan.cache), "--only", *only, "--sizes", *sizes, limit=150)
     # It pretends to have a GPU: it must not find a real one, and must compile even where the rest is interpreted.
     return Job(job.name, job.command, job.limit, {**job.environment, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"})
@@ -116,6 +121,7 @@ def timed(plan: Plan) -> None:
 def diagnosed(plan: Plan) -> None:
     plan.run(diagnose.jobs(plan), plan.at_once if plan.rehearse else 6)
     plan.run(diagnose.profiles(plan))
+    plan.run([plan.job(op, "tuning", op, limit=45) for op in plan.wanted(TUNED)])
     again = sorted(
         {row["operator"].split("-")[0] for row in bad(Rows(plan.rows.path.with_name("correct.jsonl")).read())} & set(OPERATORS)
     )
@@ -143,7 +149,8 @@ def summary(name: str, rows: list[Row], seconds: float) -> str:
             key = row["operator"], row["direction"], row["dtype"]
             worst[key] = max(worst.get(key, 0.0), row["ratio"])
     lines += [f"worst error / budget: {' '.join(key)} {ratio}" for key, ratio in worst.items()]
-    lines += [describe(row) for row in rows if "ms" in row or row["check"] == "profile"]
+    lines += [describe(row) for row in rows if ("ms" in row and row["check"] != "tune") or row["check"] == "profile"]
+    lines += tuned(rows)
     verdict = "FAILED" if wrong or not rows else "passed"
     last = f"{name} {verdict}"
     text = "\n".join(lines)
@@ -151,6 +158,20 @@ def summary(name: str, rows: list[Row], seconds: float) -> str:
     if len(text) > room:
         text = text[:room].rsplit("\n", 1)[0] + "\n... the rest is in the file of rows"
     return f"{text}\n{last}"
+
+
+def tuned(rows: list[Row]) -> list[str]:
+    """For each row of configuration that was tried, the best of its neighbours."""
+    best: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        if row["check"] == "tune" and "ms" in row:
+            key = tuple(row[name] for name in ("operator", "direction", "size", "kernel", "size_class"))
+            if key not in best or row["ms"] < best[key]["ms"]:
+                best[key] = row
+    return [
+        f"tune {' '.join(key)}: {row['ms'] / row['before_ms']:.2f} of the time with {row['config']}"
+        for key, row in best.items()
+    ]
 
 
 def find(program: str) -> str | None:

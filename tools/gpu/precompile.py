@@ -9,6 +9,7 @@ does not compile.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,6 +23,7 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from ov3fast import ops
+from ov3fast.kernels.lib import config as configs
 
 from . import pretend, setting
 from .rows import Rows
@@ -64,7 +66,7 @@ def _compile(number: int) -> Compiled:
 def collect(plan: str, only: str, target: str, rows: Rows, sizes: Iterable[str]) -> pretend.Record:
     """What the plan launches: the samples in all dtypes, or the cases of the operator table."""
     with pretend.gpu(target) as record, ops.use("triton"):
-        for name, call in _timed(only, sizes) if plan == "time" else _tried(only, sizes):
+        for name, call in CALLS[plan](only, sizes):
             try:
                 call()
             except Exception as reason:
@@ -93,6 +95,29 @@ def _timed(only: str, sizes: Iterable[str]) -> Iterator[tuple[str, Callable[[], 
             # What has no Triton kernels would run others, on addresses of nothing.
             if "triton" in ops.table().get(case.operator, ("triton",)):
                 yield case.operator, case.variants[cases.OURS]
+
+
+def _diagnosed(only: str, sizes: Iterable[str]) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What the sanitizer looks at, and the rows of configuration that are tried."""
+    from benches import cases
+
+    from . import plans
+
+    yield from _tried(only, ["tiny"])
+    makers = cases.full(on_gpu=True) if "real" in sizes else cases.tiny()
+    for case in cases.table(only, dtype="bf16", makers=[maker for maker in makers if maker[0] in plans.TUNED]):
+        yield case.operator, functools.partial(_try_neighbours, case.variants[cases.OURS])
+
+
+def _try_neighbours(call: Callable[[], object]) -> None:
+    from . import tuning
+
+    for key, _, other in tuning.trials(call):
+        with configs.trying({key: other}):
+            call()
+
+
+CALLS = {"correct": _tried, "time": _timed, "diagnose": _diagnosed}
 
 
 def _with_new_parameters(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:

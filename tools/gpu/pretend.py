@@ -6,6 +6,7 @@ would compile there, which `precompile` can then do on all cores.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from ov3fast.kernels.lib import config as configs
 from ov3fast.kernels.lib import cuda_driver
+from ov3fast.kernels.lib import launch as launches
 from ov3fast.ops import _check, _dispatch
 from ov3fast.ops import triton as triton_backend
 
@@ -149,7 +151,7 @@ def gpu(target: str = "sm_90", compiles: bool = False) -> Iterator[Record]:
         "_exchange_device": exchange,
         "_maybe_exchange_device": exchange,
     }
-    caches = (triton_backend.unavailable_reason, configs._architecture, configs._tuned_for)
+    caches = (triton_backend.unavailable_reason, configs._there_is_a_gpu, configs._architecture, configs._tuned_for)
     with ExitStack() as stack:
         for name, value in there.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
@@ -171,3 +173,62 @@ def gpu(target: str = "sm_90", compiles: bool = False) -> Iterator[Record]:
         fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_Launchers(fake))
         yield record
+
+
+class _Binaries:
+    """Triton's utilities: every binary loads, as a function that its number names."""
+
+    def __init__(self) -> None:
+        self.functions: list[str] = []
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+        self.functions.append(name)
+        return 1, len(self.functions), 32, 0, 1024
+
+    def unload_module(self, module: int) -> None:
+        pass
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 * 1024}
+
+
+class _Library:
+    """libcuda, in which every call succeeds and none does anything; launches by a function written in C, to cost what a call costs."""
+
+    def __init__(self, launch: Callable[..., int] | None):
+        # Returns the floating-point exceptions that trap: none.
+        self.cuLaunchKernel = launch or ctypes.CDLL("libm.so.6").fegetexcept
+
+    def cuCtxGetCurrent(self, found: Any) -> int:  # noqa: N802
+        found._obj.value = 1
+        return 0
+
+
+@contextmanager
+def host(target: str = "sm_90", launch: Callable[..., int] | None = None) -> Iterator[list[str]]:
+    """Within the block the Triton backend takes CPU tensors for a GPU's. Kernels are compiled, and everything runs but what a driver would do.
+
+    For the host's time per call. `launch` is called in place of cuLaunchKernel. Yields the names of the functions that were loaded, whose
+    handles count from 1.
+    """
+    library, current = _Library(launch), _Driver(GPUTarget("cuda", 10 * CAPABILITIES[target][0], 32), lambda: 0)
+    current.utils = _Binaries()
+    current.launcher_cls = lambda source, metadata: lambda *arguments: None
+    caches = (triton_backend.unavailable_reason, configs._there_is_a_gpu, configs._architecture, configs._tuned_for)
+    with ExitStack() as stack:
+        there = {
+            "is_available": lambda: True, "current_device": lambda: 0,
+            "get_device_capability": lambda device=None: CAPABILITIES[target], "get_device_name": lambda device=None: f"pretended {target}",
+        }  # fmt: skip
+        for name, value in there.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        stack.enter_context(mock.patch.object(triton_backend, "INTERPRETED", True))
+        stack.enter_context(mock.patch.object(cuda_driver, "version", lambda: 13000))
+        stack.enter_context(mock.patch.object(cuda_driver, "library", lambda: library))
+        stack.enter_context(mock.patch.object(launches, "_rooms", launches._Rooms()))
+        stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", current))
+        for forget in (*(cached.cache_clear for cached in caches), _dispatch.forget_choices):
+            stack.callback(forget)
+            forget()
+        stack.callback(lambda: [kernel.forget() for kernel in launches.KERNELS])
+        yield current.utils.functions

@@ -1,19 +1,22 @@
 """Takes over what a run on a GPU brought back: python -m tools.gpu.results DIR
 
 Writes benches/results/operators-cuda.csv and step-cuda.csv (whole encoders) from time.jsonl, parity-cuda.csv from correct.jsonl, profiles-cuda.csv
-from diagnose.jsonl, and the sentence of the README that says what was run on a GPU. A file that DIR lacks leaves its tables alone; rows of a
-rehearsal are refused.
+from diagnose.jsonl, kernels/measured.csv (the rows of configuration that won, which kernels pick from then on), and the sentence of the README that
+says what was run on a GPU. A file that DIR lacks leaves its tables alone; rows of a rehearsal are refused.
 """
 
 from __future__ import annotations
 
 import csv
+import json
+import math
 import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from ov3fast.io import atomic_write
+from ov3fast.kernels.lib import config as configs
 
 from .jobs import ROOT
 from .rows import Row, Rows, bad
@@ -22,6 +25,8 @@ RESULTS = ROOT / "benches" / "results"
 README = ROOT / "README.md"
 STATUS = re.compile(r"\*\*(Nothing here has (?:been )?run on a GPU yet|Run on a GPU: [^*]*?)\.?\*\*")
 OURS = ("ov3fast", "triton", "cuda")
+GAIN = 0.97
+"""A row must take less than this share of the time of the row before it."""
 
 
 def facts(rows: Iterable[Row]) -> dict[str, str]:
@@ -92,6 +97,34 @@ def profile_table(rows: list[Row]) -> list[dict[str, str]]:
     ]
 
 
+def winners(rows: list[Row]) -> dict[tuple[str, ...], dict[str, str]]:
+    """(kernel, dtype, size class, architecture) -> the line of kernels/measured.csv, where a row beats the one before it in all cases together."""
+    machine = facts(rows)
+    shares: dict[tuple[str, ...], dict[str, dict[tuple[str, ...], float]]] = {}
+    cases: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+    for row in rows:
+        if row["check"] != "tune":
+            continue
+        key = tuple(row[name] for name in ("kernel", "kind", "size_class", "architecture"))
+        case = tuple(row[name] for name in ("operator", "direction", "dtype", "size"))
+        cases.setdefault(key, set()).add(case)
+        if row["status"] == "ok":
+            shares.setdefault(key, {}).setdefault(json.dumps(row["config"]), {})[case] = row["ms"] / row["before_ms"]
+    found = {}
+    for key, tried in shares.items():
+        everywhere = {config: means for config, means in tried.items() if means.keys() == cases[key]}
+        if not everywhere:
+            continue
+        mean = {config: math.prod(means.values()) ** (1 / len(means)) for config, means in everywhere.items()}
+        best = min(mean, key=mean.__getitem__)
+        if mean[best] < GAIN:
+            row = json.loads(best)
+            line = (*key, json.dumps(row["blocks"]), row["warps"], row["stages"], f"{mean[best]:.3f}")
+            line += tuple(machine[name] for name in ("gpu", "torch", "triton", "commit"))
+            found[key] = dict(zip(configs.COLUMNS, map(str, line), strict=True))
+    return found
+
+
 def sentence(correct: list[Row], timed: list[Row]) -> str:
     """For the README, without the stars around it."""
     machine = facts(correct or timed)
@@ -122,7 +155,7 @@ def write(rows: list[dict[str, str]], path: Path) -> None:
     print(f"written: {path}")
 
 
-def take_over(folder: Path, results: Path = RESULTS, readme: Path = README) -> None:
+def take_over(folder: Path, results: Path = RESULTS, readme: Path = README, measured: Path = configs.MEASURED) -> None:
     """FileNotFoundError where `folder` holds nothing of a run; nothing is written unless all of it can be read."""
     found = {name: Rows(folder / f"{name}.jsonl").read() for name in ("correct", "time", "diagnose")}
     if not found["correct"] and not found["time"]:
@@ -136,10 +169,15 @@ def take_over(folder: Path, results: Path = RESULTS, readme: Path = README) -> N
         tables["parity-cuda.csv"] = parity_table(found["correct"])
     if found["diagnose"]:
         tables["profiles-cuda.csv"] = profile_table(found["diagnose"])
+    rows_of_configuration = winners(found["diagnose"]) if found["diagnose"] else {}
     page = with_status(readme.read_text(encoding="utf-8"), sentence(found["correct"], found["time"]))
     for name, rows in tables.items():
         if rows:
             write(rows, results / name)
+    if rows_of_configuration:
+        with measured.open(newline="", encoding="utf-8") as file:
+            before = {tuple(row[name] for name in configs.COLUMNS[:4]): row for row in csv.DictReader(file)}
+        write(list((before | rows_of_configuration).values()), measured)
     with atomic_write(readme) as temporary:
         temporary.write_text(page, encoding="utf-8")
     print(f"written: {readme}")

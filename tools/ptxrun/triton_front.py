@@ -40,7 +40,9 @@ def _triton_type(v):
 
 
 def _jit_function(fn):
-    while type(fn).__name__ != "JITFunction":  # autotune and heuristics wrappers
+    import triton
+
+    while not isinstance(fn, triton.JITFunction):  # autotune and heuristics wrappers
         fn = fn.fn
     return fn
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ov3fast.kernels.lib.cuda_driver import call, version
+from ov3fast.kernels.lib.cuda_driver import call, context, version
 
 from . import FOLDER, THREADS, Launch, Struct
 
@@ -24,7 +24,7 @@ def run(launches: list[Launch], device: torch.device) -> None:
     """Launches one after the other on the current stream of `device`. RuntimeError with the driver's words where it refuses."""
     stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
     # The thread may have no context yet (autograd's threads), or another device's.
-    call("cuCtxPushCurrent_v2", _context(device.index))
+    call("cuCtxPushCurrent_v2", context(device.index))
     try:
         for launch in launches:
             _launch(launch, device.index, stream)
@@ -49,16 +49,6 @@ def _to_c(value: Any) -> Any:
         return ctypes.c_void_p(None if value is None else value.data_ptr())
     # The driver takes the first bytes of an int64_t where the kernel has an int32_t.
     return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)
-
-
-@functools.cache
-def _context(device: int) -> ctypes.c_void_p:
-    """The context that PyTorch uses, never released: PyTorch does not release it either."""
-    torch.cuda.init()
-    handle, context = ctypes.c_int(), ctypes.c_void_p()
-    call("cuDeviceGet", ctypes.byref(handle), ctypes.c_int(device))
-    call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
-    return context
 
 
 @functools.cache

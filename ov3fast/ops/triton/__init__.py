@@ -100,7 +100,10 @@ def launch(module: str, function: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         if not found:
             found.append(getattr(importlib.import_module(f"ov3fast.kernels.{module}"), function))
-        with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
+        device = (args[0] if isinstance(args[0], Tensor) else next(arg for arg in args if isinstance(arg, Tensor))).get_device()
+        if device < 0 or device == torch.cuda.current_device():
+            return found[0](*args)
+        with torch.cuda.device(device):
             return found[0](*args)
 
     return call

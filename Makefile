@@ -8,7 +8,7 @@ JOBS ?= 2
 
 CSRC := csrc/build.py $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
-.PHONY: demo docs test test-all test-gpu test-versions test-old-cpu gpu aot lint bench step-table sanitize clean
+.PHONY: demo docs test test-all test-gpu test-versions test-old-cpu test-doors gpu aot lint bench certificates step-table sanitize clean
 
 demo: .venv/demo
 	$(BIN)/ov3fast data demo
@@ -51,6 +51,10 @@ test-old-cpu: .venv/dev
 	$(OLD_CPU) -c "from ov3fast.ops import cpu; assert cpu.isa() == 'portable', cpu.isa()"
 	$(OLD_CPU) -m pytest -p no:cacheprovider tests/ops/test_linear.py tests/ops/test_layer_norm.py \
 	--implementations portable -k "not compile and not hypothesis"
+
+# What an export's outputs differ by from the model's, in every format: exports a demo-size model anew.
+certificates: .venv/dev
+	$(BIN)/python tools/certificates.py
 
 # Compiles every GPU kernel for every chip, without one; the table of the README's kernel page.
 aot: .venv/dev

@@ -1,0 +1,45 @@
+"""Real photos where nobody gives any: for calibration and for the certificates of exports."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ov3fast.data.preprocess import preprocess
+from ov3fast.inference.images import find_images
+
+PHOTOS = (
+    "astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png",
+    "motorcycle_left.png", "retina.jpg", "rocket.jpg",
+)  # fmt: skip
+"""The colour photos that scikit-image's wheel carries."""
+
+
+def package_photos(what: str) -> list[Path]:
+    """scikit-image's photos. ValueError where it isn't installed; `what` is the argument that would give others."""
+    found = importlib.util.find_spec("skimage")
+    folder = Path(found.origin or "").parent / "data" if found else None
+    photos = [folder / name for name in PHOTOS if (folder / name).is_file()] if folder else []
+    if not photos:
+        raise ValueError(
+            f"{what}: give images; without any, scikit-image's photos are taken, and it is not installed "
+            "(pip install 'ov3fast[export]')"
+        )
+    return photos
+
+
+def photo_batch(
+    images: Sequence[str | Path] | str | Path | None, size: int, count: int, what: str = "images"
+) -> tuple[Tensor, list[str]]:
+    """(float32 [count, 3, size, size] in [-1, 1], the files' names) of files or folders, or of `package_photos`; fewer are repeated."""
+    if images is None:
+        paths = package_photos(what)
+    else:
+        paths = list(find_images(images).values())
+    paths = paths[:count]
+    batch = torch.cat([preprocess(path, size) for path in paths])
+    return batch.repeat(-(-count // len(batch)), 1, 1, 1)[:count], [path.name for path in paths]

@@ -1,0 +1,87 @@
+"""The certificates of a demo-size model's exports, benches/results/certificates.json: made, or checked against what is committed.
+
+    python tools/certificates.py            # make certificates
+    python tools/certificates.py --check    # exits 1 where a format fails, or its parts, inputs or outputs are no longer those of the file
+
+The model has random weights of a fixed seed, the small VAE, and the demo recipe's sizes. Formats whose packages are missing are left out of a check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ov3fast import OpenVision3
+from ov3fast.interop._certificate import FILE
+from ov3fast.io import atomic_write
+from ov3fast.models.tokenizer import get_tokenizer
+from ov3fast.models.vae import FrozenVAE
+from ov3fast.recipes import get_recipe
+
+RESULTS = Path(__file__).resolve().parent.parent / "benches" / "results" / "certificates.json"
+NEEDS = {"torch": (), "onnx": ("onnxscript", "onnxruntime"), "openvino": ("openvino",)}
+WORDS = ["a red square", "a photo of a dog on the grass", "two blue boats"]
+
+
+def demo_model() -> OpenVision3:
+    """The demo recipe's model, of a fixed seed."""
+    tokenizer = get_tokenizer("wordpiece").restrict(WORDS)
+    config = get_recipe("demo").model
+    torch.manual_seed(0)
+    return OpenVision3(config.for_tokenizer(tokenizer), FrozenVAE.from_pretrained("small"), tokenizer).eval()
+
+
+def certificates() -> dict[str, Any]:
+    """Format -> its certificate, of those whose packages are here."""
+    found = {}
+    for format, names in NEEDS.items():
+        missing = [name for name in names if importlib.util.find_spec(name) is None]
+        if missing:
+            print(f"{format}: left out, {', '.join(missing)} not installed", file=sys.stderr)
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            options = {"aotinductor": True} if format == "torch" else {}
+            import_module(f"ov3fast.interop.{format}").export(demo_model(), Path(folder) / "out", **options)
+            found[format] = json.loads((Path(folder) / "out" / FILE).read_text(encoding="utf-8"))
+        for file, part in found[format]["parts"].items():
+            print(f"{format}: {file}: {', '.join(f'{name} {error:.1e}' for name, error in part['max_error'].items())}")
+    return found
+
+
+def differences(committed: dict[str, Any], made: dict[str, Any]) -> list[str]:
+    """What a certificate that is made anew says otherwise; its errors are within the budget, or it would not have been made."""
+    found = []
+    for format, values in made.items():
+        before, after = (
+            {file: (part["inputs"], part["outputs"], len(part["cases"])) for file, part in side["parts"].items()}
+            for side in (committed.get(format, {"parts": {}}), values)
+        )
+        found += [f"{format}: {file}" for file in sorted({*before, *after}) if before.get(file) != after.get(file)]
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    committed = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    made = certificates()
+    if check:
+        changed = differences(committed, made)
+        print("\n".join(f"differs from {RESULTS.name}: {line}" for line in changed) or f"as in {RESULTS.name}")
+        return 1 if changed else 0
+    with atomic_write(RESULTS) as file:
+        file.write_text(json.dumps({**committed, **made}, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,8 +15,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = ("torch==2.14.1", "torchvision==0.29.1")
-LIBRARIES = ("timm==1.0.28", "open_clip_torch==3.3.0")
-PINNED = ("diffusers", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "pillow", "scikit-image", "tyro", "rich", "pytest", "hypothesis")
+LIBRARIES = ("timm==1.0.31", "open_clip_torch==3.3.0")
+PINNED = (
+    "diffusers",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "huggingface_hub",
+    "numpy",
+    "pillow",
+    "scikit-image",
+    "tyro",
+    "rich",
+    "pytest",
+    "hypothesis",
+)
 """As constraints.txt has them."""
 TESTS = ("tests/interop", "tests/inference/test_optimize.py")
 

@@ -1,6 +1,6 @@
 """The pre-LN blocks that are known, of five libraries, under one set of names.
 
-    y = x + s1 * proj(attention(norm1(x)));   y + s2 * fc2(activation(fc1(norm2(y))))
+y = x + s1 * proj(attention(norm1(x)));   y + s2 * fc2(activation(fc1(norm2(y))))
 """
 
 from __future__ import annotations
@@ -90,7 +90,12 @@ def _apart(layer: Any, attention: Any, mlp: Any, norm1: Any, norm2: Any, **scale
 
 def _of_timm(block: Any) -> Block | None:
     attention, mlp = block.attn, block.mlp
-    linears = (getattr(attention, "qkv", None), getattr(attention, "proj", None), getattr(mlp, "fc1", None), getattr(mlp, "fc2", None))
+    linears = (
+        getattr(attention, "qkv", None),
+        getattr(attention, "proj", None),
+        getattr(mlp, "fc1", None),
+        getattr(mlp, "fc2", None),
+    )
     norms_within = [getattr(attention, name, None) for name in ("q_norm", "k_norm", "norm")] + [getattr(mlp, "norm", None)]
     norms = (block.norm1, block.norm2)
     if not _plain(*linears) or any(norm is not None and not isinstance(norm, nn.Identity) for norm in norms_within):

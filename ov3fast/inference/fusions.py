@@ -1,7 +1,7 @@
-"""What `optimize` puts in the places of others' modules: the same parameters under the same names, with the operators' forward.
+"""What `optimize` puts in the places of others' modules: the same parameters under the same names, with another forward.
 
 A module keeps its class as a base, so that `isinstance` and everything but `forward` stay; where a call asks for what the operators don't
-do (a mask, dropout in training), the base's forward answers it.
+do (a mask, dropout in training, a cache), the base's forward answers it.
 """
 
 from __future__ import annotations
@@ -10,22 +10,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ov3fast import ops
+from ov3fast.inference.blocks import Block, describe
+from ov3fast.inference.int8 import QuantizedConvolution, Range
+from ov3fast.inference.packed import Kept, PackedConvolution, packs
+from ov3fast.inference.products import Products, Ranges, observed, packed, plain, quantized, run, stacked
 from ov3fast.models.group_norm_silu import fuse_group_norm_silu
+from ov3fast.models.transformer import Block as OwnBlock
 
-ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_python": "gelu"}
-"""transformers' names of what ops.mlp computes."""
-
-LAYERS = {
-    "CLIPEncoderLayer": ("layer_norm1", "self_attn", "layer_norm2"),
-    "SiglipEncoderLayer": ("layer_norm1", "self_attn", "layer_norm2"),
-    "Siglip2EncoderLayer": ("layer_norm1", "self_attn", "layer_norm2"),
-    "Dinov2Layer": ("norm1", "attention", "norm2"),
-    "Dinov2WithRegistersLayer": ("norm1", "attention", "norm2"),
-}
-"""Class of a pre-LN block in transformers -> the names of its first norm, its attention and its second norm; the MLP is `mlp`."""
+HARMLESS = ("output_hidden_states", "return_dict", "use_cache")
+"""Words that transformers hands down to a block, which has nothing to do with them."""
+STATE = "_ov3fast"
+"""Where a fused module keeps what was made of its weights, past nn.Module's bookkeeping."""
 
 
 def units(model: nn.Module) -> dict[str, str]:
@@ -34,10 +33,10 @@ def units(model: nn.Module) -> dict[str, str]:
     for path, module in model.named_modules():
         if any(path.startswith(f"{outer}.") for outer in found):
             continue
-        name = type(module).__name__
-        if name in LAYERS:
-            found[path] = "layer norms with their sums, attention, MLP" if _activation(module.mlp) else "layer norms, attention"
-        elif name == "ResnetBlock2D" and getattr(module, "time_emb_proj", None) is None:
+        block = describe(module)
+        if block is not None:
+            found[path] = "layer norms with their sums, attention, MLP" if block.fc1 else "layer norms, attention"
+        elif type(module).__name__ == "ResnetBlock2D" and getattr(module, "time_emb_proj", None) is None:
             if isinstance(module.norm1, nn.GroupNorm) and isinstance(module.nonlinearity, nn.SiLU):
                 found[path] = "GroupNorm + SiLU"
         elif isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1 and module.weight is not None:
@@ -47,18 +46,28 @@ def units(model: nn.Module) -> dict[str, str]:
 
 def fuse(module: Any) -> None:
     """Fuses one unit, in place."""
-    name = type(module).__name__
-    if name in LAYERS:
-        norm1, attention, norm2 = LAYERS[name]
-        _take_forward(getattr(module, attention), _attention_forward)
-        _take_forward(getattr(module, norm1), _layer_norm_forward)
-        if _activation(module.mlp):
-            _take_forward(module.mlp, _mlp_forward)
-        _take_forward(module, _layer_forward(norm1, attention, norm2))
-    elif name == "ResnetBlock2D":
+    if describe(module) is not None:
+        _take_forward(module, _own_block_forward if isinstance(module, OwnBlock) else _block_forward)
+        module.__dict__[STATE] = _BlockState()
+    elif type(module).__name__ == "ResnetBlock2D":
         fuse_group_norm_silu(module)
     else:
         _take_forward(module, _layer_norm_forward)
+
+
+def convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
+    """Path -> the convolutions of an autoencoder that can be packed."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros" and module.padding != "same"
+    }
+
+
+def fuse_convolution(conv: Any) -> None:
+    """Channels-last, by a packed product; in place."""
+    _take_forward(conv, _convolution_forward)
+    conv.__dict__[STATE] = _ConvolutionState()
 
 
 def _take_forward(module: nn.Module, make: Callable[[type], Callable[..., Any]]) -> None:
@@ -73,69 +82,117 @@ def _layer_norm_forward(base: Any) -> Callable[..., Any]:
     return forward
 
 
-def _mlp_forward(base: Any) -> Callable[..., Tensor]:
+# Blocks
+
+
+class _BlockState:
+    """stacked, products: kept from call to call. ranges: calibration's, where the block is to run in int8."""
+
+    def __init__(self, ranges: Ranges | None = None) -> None:
+        self.stacked, self.products = Kept(), Kept()
+        self.ranges, self.observing = ranges, ranges is not None
+
+    def __deepcopy__(self, memo: Any) -> _BlockState:
+        made = type(self)(self.ranges)
+        made.observing = self.observing
+        return made
+
+
+def calibrate(module: Any) -> None:
+    """The fused block or convolution notes what it is given, until `calibrated`."""
+    module.__dict__[STATE] = _ConvolutionState(Range()) if isinstance(module, nn.Conv2d) else _BlockState(Ranges())
+
+
+def calibrated(module: Any) -> bool:
+    """From now on it runs in int8, where it was given something: True."""
+    state = module.__dict__[STATE]
+    state.observing = False
+    seen = state.ranges.seen if isinstance(module, nn.Conv2d) else state.ranges.qkv.seen
+    if not seen:
+        state.ranges = None
+    return seen
+
+
+def _products(module: Any, block: Block, x: Tensor) -> Products:
+    state: _BlockState = module.__dict__[STATE]
+    tensors = block.tensors()
+    if state.ranges is not None:
+        ranges = state.ranges
+        if state.observing:
+            return observed(block, ranges)
+        _refuse_gradient(x)
+        return state.products.get(tensors, lambda: quantized(block, ranges, x.dtype))
+    if packs(x, tensors):
+        return state.products.get(tensors, lambda: packed(block, x.shape[:-1].numel()))
+
+    def stack() -> tuple[Tensor, Tensor | None]:
+        fixed = not (torch.is_grad_enabled() and block.qkv[0][0].requires_grad) and not torch.compiler.is_compiling()
+        return state.stacked.get(tensors, lambda: stacked(block)) if fixed else stacked(block)
+
+    return plain(block, stack)
+
+
+def _refuse_gradient(x: Tensor) -> None:
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError("an int8 model has no gradients: its input must not require one")
+
+
+def _block_forward(base: Any) -> Callable[..., Any]:
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        asked = [*args, *(value for name, value in kwargs.items() if name not in HARMLESS)]
+        if self.training or any(value is not None and value is not False for value in asked):
+            return base.forward(self, hidden_states, *args, **kwargs)
+        block = describe(self)
+        assert block is not None
+        x, branch = run(block, _products(self, block, hidden_states), hidden_states)
+        return x + branch
+
+    return forward
+
+
+def _own_block_forward(base: Any) -> Callable[..., Any]:
+    def forward(
+        self: Any, x_BND: Tensor, branch_BND: Tensor | None, causal: bool = False, prefix_len: int = 0, cache: Any = None
+    ) -> Any:
+        if self.training or causal or cache is not None:
+            return base.forward(self, x_BND, branch_BND, causal, prefix_len, cache)
+        block = describe(self)
+        assert block is not None
+        return run(block, _products(self, block, x_BND), x_BND, branch_BND)
+
+    return forward
+
+
+# Convolutions
+
+
+class _ConvolutionState:
+    def __init__(self, ranges: Range | None = None) -> None:
+        self.products = Kept()
+        self.ranges, self.observing = ranges, ranges is not None
+
+    def __deepcopy__(self, memo: Any) -> _ConvolutionState:
+        made = type(self)(self.ranges)
+        made.observing = self.observing
+        return made
+
+
+def _convolution_forward(base: Any) -> Callable[..., Any]:
     def forward(self: Any, x: Tensor) -> Tensor:
-        activation = ACTIVATIONS[str(self.config.hidden_act)]
-        return ops.mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, activation=activation)
+        state: _ConvolutionState = self.__dict__[STATE]
+        tensors = [self.weight, self.bias]
+        if state.ranges is not None:
+            ranges = state.ranges
+            if state.observing:
+                ranges.see(x, axis=1)
+                return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
+            _refuse_gradient(x)
+            made = state.products.get(
+                tensors, lambda: QuantizedConvolution(self, ranges.scale_and_zero(), list(x.shape), x.dtype)
+            )
+            return made(x)
+        if not packs(x, tensors):
+            return base.forward(self, x)
+        return state.products.get(tensors, lambda: PackedConvolution(self, list(x.shape)))(x)
 
     return forward
-
-
-def _activation(mlp: Any) -> str | None:
-    linears = all(isinstance(getattr(mlp, name, None), nn.Linear) for name in ("fc1", "fc2"))
-    return ACTIVATIONS.get(str(mlp.config.hidden_act)) if linears and hasattr(mlp, "config") else None
-
-
-def _attention_forward(base: Any) -> Callable[..., Any]:
-    def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        if attention_mask is not None or self.training or kwargs.get("is_causal") or kwargs.get("output_attentions"):
-            return base.forward(self, hidden_states, attention_mask=attention_mask, **kwargs)
-        heads = self.num_heads if hasattr(self, "num_heads") else self.num_attention_heads
-        batch, length, _ = hidden_states.shape
-        weight, bias = _packed(self)
-        qkv = ops.linear(hidden_states, weight, bias).view(batch, length, 3, heads, -1)
-        out = ops.flash_attention_qkvpacked(qkv).reshape(batch, length, -1)
-        project = self.out_proj if hasattr(self, "out_proj") else self.o_proj
-        return ops.linear(out, project.weight, project.bias), None
-
-    return forward
-
-
-def _packed(attention: Any) -> tuple[Tensor, Tensor | None]:
-    """q, k and v as one projection: kept, and packed again once a weight has changed."""
-    parts = [attention.q_proj, attention.k_proj, attention.v_proj]
-    trained = torch.is_grad_enabled() and parts[0].weight.requires_grad
-    if trained or torch.compiler.is_compiling():
-        return _cat(parts)
-    tensors = [tensor for part in parts for tensor in (part.weight, part.bias) if tensor is not None]
-    now = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
-    kept = attention.__dict__.get("_ov3fast_packed")
-    if kept is None or kept[0] != now:
-        with torch.no_grad():
-            kept = (now, _cat(parts))
-        attention.__dict__["_ov3fast_packed"] = kept
-    return kept[1]
-
-
-def _cat(parts: list[Any]) -> tuple[Tensor, Tensor | None]:
-    bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
-    return torch.cat([part.weight for part in parts]), bias
-
-
-def _layer_forward(norm1: str, attention: str, norm2: str) -> Callable[[type], Callable[..., Any]]:
-    def make(base: Any) -> Callable[..., Tensor]:
-        def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-            if self.training:  # stochastic depth
-                return base.forward(self, hidden_states, attention_mask=attention_mask, **kwargs)
-            second = getattr(self, norm2)
-            normed = getattr(self, norm1)(hidden_states)
-            branch = getattr(self, attention)(hidden_states=normed, attention_mask=attention_mask, **kwargs)[0]
-            if hasattr(self, "layer_scale1"):
-                branch = self.layer_scale1(branch)
-            normed, x = ops.layer_norm(branch, second.weight, second.bias, second.eps, residual=hidden_states)
-            branch = self.mlp(normed)
-            return x + (self.layer_scale2(branch) if hasattr(self, "layer_scale2") else branch)
-
-        return forward
-
-    return make

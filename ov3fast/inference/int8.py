@@ -5,22 +5,17 @@
     y_o = s t_o (sum_k (q_k - z) w_q,ok) + b_o   summed in int32, rounded once to the wide dtype
 
 The first and last products of a tower or autoencoder, norms, attention's scores and softmax, and the residual stream stay in the wide dtype.
-Before a product that a layer norm feeds, the channels' ranges are evened out: the norm's weight and bias are divided by, and the product's columns multiplied with,
-r_k = sqrt(max|x_k| / max_o|w_ok|), which changes nothing in exact arithmetic (Xiao et al. 2022, arXiv 2211.10438, eq. 4 with alpha = 1/2).
-The parameters stay where they are, and the state dict as it was; the packed weights beside them are made once.
+Before a product that a layer norm feeds, the channels' ranges are evened out: the norm's weight and bias are divided by, and the product's
+columns multiplied with, r_k = sqrt(max|x_k| / max_o|w_ok|), which changes nothing in exact arithmetic (Xiao et al. 2022, arXiv 2211.10438,
+eq. 4 with alpha = 1/2). The parameters stay as they were, and so does the state dict; the packed weights beside them are made once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+import warnings
 
 import torch
 from torch import Tensor, nn
-
-from ov3fast import ops
-from ov3fast.models.transformer import Mlp
 
 LEVELS = 255
 SMALLEST = 1e-8
@@ -29,45 +24,61 @@ SMALLEST = 1e-8
 
 def unavailable_reason() -> str | None:
     """Why this machine can't, or None."""
-    if not hasattr(torch.ops.onednn, "qlinear_pointwise") or not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return "this build of PyTorch has no quantised oneDNN operators"
     if not torch.cpu._is_vnni_supported():
-        return "int8 products need VNNI instructions (AVX-512 VNNI or later), which this chip lacks"
+        return "int8 products need a chip with VNNI instructions"
     return None
 
 
-@dataclass
 class Range:
-    """What a layer's input was seen to hold."""
+    """What an input was seen to hold, per channel: of the last axis, or of axis 1 of images."""
 
-    low: float = 0.0
-    high: float = 0.0
-    largest: Tensor | None = None
-    """max|x_k| per channel of the last axis, for linear layers."""
+    def __init__(self) -> None:
+        self.low: Tensor | None = None
+        self.high: Tensor | None = None
 
-    def see(self, x: Tensor, channels: bool) -> None:
-        x = x.detach().float()
-        low, high = torch.aminmax(x)
-        self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
-        if channels:
-            largest = x.flatten(0, -2).abs().amax(0)
-            self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
+    def see(self, x: Tensor, axis: int = -1) -> None:
+        rows = x.detach().float().movedim(axis, -1).flatten(0, -2)
+        low, high = rows.amin(0), rows.amax(0)
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
 
     @property
-    def scale_and_zero(self) -> tuple[float, int]:
-        return scale_and_zero(self.low, self.high)
+    def seen(self) -> bool:
+        return self.low is not None
 
+    def largest(self) -> Tensor:
+        """max|x_k| per channel."""
+        assert self.low is not None and self.high is not None
+        return torch.maximum(self.low.abs(), self.high.abs())
 
-def scale_and_zero(low: float, high: float) -> tuple[float, int]:
-    """Of uint8 for [low, high], which holds 0."""
-    scale = max((max(high, 0.0) - min(low, 0.0)) / LEVELS, SMALLEST)
-    return scale, min(max(round(-min(low, 0.0) / scale), 0), LEVELS)
+    def scale_and_zero(self, divided_by: Tensor | float = 1.0) -> tuple[float, int]:
+        """Of uint8 for the range, which is made to hold 0."""
+        assert self.low is not None and self.high is not None
+        low, high = min(float((self.low / divided_by).min()), 0.0), max(float((self.high / divided_by).max()), 0.0)
+        scale = max((high - low) / LEVELS, SMALLEST)
+        return scale, min(max(round(-low / scale), 0), LEVELS)
 
 
 def quantize_activation(x: Tensor, scale: float, zero: int) -> Tensor:
     """uint8 of x's shape and memory format, rounded to nearest even and saturated."""
-    made = torch.quantize_per_tensor(x.float(), scale, zero, torch.quint8)
+    made = _quint8(x.float(), scale, zero)
     return torch.empty(0, dtype=torch.uint8).set_(made.untyped_storage(), 0, made.shape, made.stride())
+
+
+def _quint8(x: Tensor, scale: float, zero: int) -> Tensor:
+    # One pass; the same in plain arithmetic takes five. PyTorch warns, once, that its quantised tensors are to go.
+    global _warned
+    if _warned:
+        return torch.quantize_per_tensor(x, scale, zero, torch.quint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _warned = True
+        return torch.quantize_per_tensor(x, scale, zero, torch.quint8)
+
+
+_warned = False
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,41 +88,57 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(wide / scales.view(-1, *[1] * (wide.ndim - 1))).to(torch.int8), scales
 
 
+def evened(largest: Tensor, weight: Tensor) -> Tensor:
+    """r_k for inputs of which `largest` is max|x_k|, and the weight [O, K] that takes them."""
+    columns = weight.detach().float().abs().amax(0)
+    return (largest.clamp_min(SMALLEST) / columns.clamp_min(SMALLEST)).sqrt().clamp(1e-2, 1e2)
+
+
 class QuantizedLinear:
-    """y = linear(x) with packed int8 weights."""
+    """activation(x weight^T + bias) in `dtype`."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, scale: float, zero: int) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, scale_and_zero: tuple[float, int], dtype: torch.dtype) -> None:
         quantized, self.scales = quantize_weight(weight)
-        self.packed = torch.ops.onednn.qlinear_prepack(quantized, None)
-        self.zeros = torch.zeros(len(weight), dtype=torch.int32)
+        self.weight = torch.ops.onednn.qlinear_prepack(quantized, None)
+        self.zeros = torch.zeros(len(quantized), dtype=torch.int32)
         self.bias = None if bias is None else bias.detach().float()
-        self.scale, self.zero = scale, zero
+        self.input, self.dtype = scale_and_zero, dtype
 
-    def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.product(quantize_activation(x, self.scale, self.zero), dtype)
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.product(quantize_activation(x, *self.input))
 
-    def product(
-        self, q: Tensor, dtype: torch.dtype, out: tuple[float, int] = (1.0, 0), activation: tuple[str, str] = ("none", "")
-    ) -> Tensor:
-        """Of an input that is quantised already; `out` is the scale and zero of a uint8 result."""
+    def product(self, q: Tensor, out: tuple[float, int] | None = None, activation: tuple[str, str] = ("none", "")) -> Tensor:
+        """Of an input that is quantised already. out: scale and zero of a uint8 result; None: one in the wide dtype."""
+        (scale, zero), dtype = out or (1.0, 0), self.dtype if out is None else torch.uint8
         return torch.ops.onednn.qlinear_pointwise(
-            q, self.scale, self.zero, self.packed, self.scales, self.zeros, self.bias, *out, dtype, activation[0], [], activation[1]
+            q,
+            *self.input,
+            self.weight,
+            self.scales,
+            self.zeros,
+            self.bias,
+            scale,
+            zero,
+            dtype,
+            activation[0],
+            [],
+            activation[1],
         )
 
 
 class QuantizedConvolution:
-    """y = conv2d(x) with packed int8 weights; channels-last."""
+    """conv2d in `dtype`, channels-last."""
 
-    def __init__(self, conv: nn.Conv2d, scale: float, zero: int, shape: list[int]) -> None:
+    def __init__(self, conv: nn.Conv2d, scale_and_zero: tuple[float, int], shape: list[int], dtype: torch.dtype) -> None:
         quantized, self.scales = quantize_weight(conv.weight)
         self.geometry = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
-        self.packed = torch.ops.onednn.qconv_prepack(quantized, self.scales, scale, zero, *self.geometry, shape)
+        self.weight = torch.ops.onednn.qconv_prepack(quantized, self.scales, *scale_and_zero, *self.geometry, shape)
         self.zeros = torch.zeros(conv.out_channels, dtype=torch.int32)
         self.bias = None if conv.bias is None else conv.bias.detach().float()
-        self.scale, self.zero = scale, zero
+        self.input, self.dtype = scale_and_zero, dtype
 
-    def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        q = quantize_activation(x.contiguous(memory_format=torch.channels_last), self.scale, self.zero)
+    def __call__(self, x: Tensor) -> Tensor:
+        q = quantize_activation(x.contiguous(memory_format=torch.channels_last), *self.input)
         return torch.ops.onednn.qconv_pointwise(
-            q, self.scale, self.zero, self.packed, self.scales, self.zeros, self.bias, *self.geometry, 1.0, 0, dtype, "none", [], ""
+            q, *self.input, self.weight, self.scales, self.zeros, self.bias, *self.geometry, 1.0, 0, self.dtype, "none", [], ""
         )

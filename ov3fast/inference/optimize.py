@@ -1,6 +1,7 @@
-"""Somebody else's model, faster: the operators in the places of its modules, where they are measured to be faster.
+"""Somebody's model, faster: the operators in the places of its modules, where they are measured to be faster.
 
-fast = ov3fast.optimize(AutoencoderKL.from_pretrained(...))       # or a transformers CLIP, SigLIP or DINOv2 tower, or an own model
+fast = ov3fast.optimize(AutoencoderKL.from_pretrained(...))       # or a CLIP, SigLIP, DINOv2, timm or open_clip tower, or an own model
+small = ov3fast.optimize(model, dtype=torch.int8)                 # on CPUs: products in int8, calibrated on photos
 print(fast.report)                                                # what was replaced by what, and why not
 fast.original                                                     # the model that was given, as it was
 """
@@ -8,42 +9,25 @@ fast.original                                                     # the model th
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ov3fast.inference import fusions
-from ov3fast.inference.load import VisionTower
-from ov3fast.io import atomic_write
-from ov3fast.models.openvision3 import OpenVision3
-from ov3fast.models.vit import ViTEncoder
-from ov3fast.testing import error_and_budget
+from ov3fast.inference import choosing, fusions, int8
+from ov3fast.inference.kinds import Kind, caller, kind_of, roots, vae_of
 
 MODES = ("auto", "ours", "compile", "graph")
-TRANSFORMERS = (
-    "clip", "clip_vision_model", "siglip", "siglip_vision_model", "siglip2", "siglip2_vision_model", "dinov2", "dinov2_with_registers",
-)  # fmt: skip
-"""model_type of the transformers models that are known."""
-
-SECONDS, ROUNDS = 0.2, 7
-"""What a measurement takes: rounds of one call of each variant, until both are reached."""
-GAIN = 0.98
-"""A variant must take at most this share of eager's time to be preferred to it."""
+WIDE_CONVOLUTIONS = ("conv_in", "conv_out", "quant_conv", "post_quant_conv")
+"""The first and last convolutions of an autoencoder's halves, which int8 leaves out."""
 
 
 @dataclass
 class Report:
-    """What `optimize` did. choices: path -> "ours", "compile" or "eager"; reasons: path -> why, in words and milliseconds."""
+    """What `optimize` did. choices: path -> "ours", "compile", "eager" or "int8"; reasons: path -> why, in words and milliseconds; accuracy: of int8,
+    what is compared -> how near it came on the calibration images."""
 
     model: str
     mode: str
@@ -51,37 +35,43 @@ class Report:
     reasons: dict[str, str] = field(default_factory=dict)
     whole: str = ""
     channels_last: bool = False
+    packed: bool = False
+    accuracy: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.model}, mode {self.mode}: {self.whole}".rstrip(": ")]
         if self.channels_last:
-            lines.append("  convolutions: channels_last")
+            lines.append("  convolutions: channels_last" + (", packed" if self.packed else ""))
         groups: dict[tuple[str, str], list[str]] = {}
         for path, choice in self.choices.items():
             groups.setdefault((choice, self.reasons.get(path, "")), []).append(path)
         for (choice, reason), paths in groups.items():
             rest = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
             lines.append(f"  {paths[0]}{rest}: {choice} ({reason})")
+        lines += [f"  {name}: {value:.6g}" for name, value in self.accuracy.items()]
         return "\n".join(lines)
 
 
 def optimize(model: Any, dtype: torch.dtype | None = None, mode: str = "auto", calibration: Any = None) -> Any:
     """The same model with the operators where they are faster: same class, methods and state_dict keys, parameters shared with `model`.
 
-    model: in eval mode; a diffusers AutoencoderKL, a transformers CLIP, SigLIP or DINOv2 tower, or a model of ov3fast. dtype: another one
-    for the weights, which are then copied. mode: "auto" measures each kind of module on the input, ours against eager and torch.compile,
-    and keeps the fastest whose error is within the budget (`ov3fast.testing`), and all eager if the whole is not faster; choices
-    are kept by machine and module. "ours" and "compile" put that everywhere unmeasured; "graph" captures CUDA graphs of an own model.
-    calibration: the model's input, a tensor, or a tuple or dict of arguments; default: one random image of the config's size.
+    model: in eval mode; a model of ov3fast, a diffusers AutoencoderKL, a transformers CLIP, SigLIP or DINOv2 tower, a timm or open_clip ViT.
+    dtype: another one for the weights, which are then copied; torch.int8, on CPUs with VNNI: weights per channel, activations per tensor by
+    what `calibration` shows, the rest in bfloat16 where the chip has it. mode: "auto" measures each kind of module on the input, ours against
+    eager and torch.compile, and keeps the fastest whose error is within the budget (`ov3fast.testing`), and all eager if the whole is not
+    faster; choices are kept by machine and module. "ours" and "compile" put that everywhere unmeasured; "graph" captures CUDA graphs of an own
+    model. calibration: the model's input, a tensor of images, or a tuple or dict of arguments; default: one random image of the config's
+    size, for int8 a package's photos.
 
     The result has `.report`, and `.original`, which is `model`, unchanged. ValueError for a model that isn't known, by its name.
     """
     if mode not in MODES:
         raise ValueError(f"optimize: mode must be one of {', '.join(MODES)}; got {mode!r}")
     model = getattr(model, "__dict__", {}).get("original", model)
-    kind = _kind(model)
+    kind = kind_of(model)
     if model.training:
         raise ValueError("optimize: the model is in training mode; call eval() first")
+    _check_dtype(dtype, mode, model)
     if mode == "graph":
         if kind != "ov3fast":
             raise ValueError("optimize: mode 'graph' takes a model of ov3fast")
@@ -90,101 +80,100 @@ def optimize(model: Any, dtype: torch.dtype | None = None, mode: str = "auto", c
         captured = capture(_converted(model, dtype))
         captured.__dict__.update(original=model, report=Report(type(model).__name__, mode, whole="replays CUDA graphs"))
         return captured
-    base = _converted(model, dtype)
     report = Report(type(model).__name__, mode)
-    made = _twin(base)
-    if kind == "ov3fast":
-        report.whole = "runs on the operators as it is"
+    if dtype is torch.int8:
+        made = _quantized(model, kind, calibration, report)
     else:
+        base = _converted(model, dtype)
+        made = choosing.twin(base)
         _replace(base, made, kind, mode, calibration, report)
     made.__dict__["original"] = model
     made.__dict__["report"] = report
     return made
 
 
-def _replace(base: nn.Module, made: nn.Module, kind: str, mode: str, calibration: Any, report: Report) -> None:
-    units = fusions.units(base)
-    if not units:
+def _check_dtype(dtype: torch.dtype | None, mode: str, model: Any) -> None:
+    if dtype is None or (dtype.is_floating_point and dtype.itemsize > 1):
+        return
+    if dtype is not torch.int8:
+        kind = "float8 products have no measured path here" if dtype.is_floating_point else "these are no inference dtype here"
+        raise ValueError(f"optimize: dtype must be a floating dtype of 16 bits or more, or torch.int8; got {dtype}: {kind}")
+    if mode not in ("auto", "ours"):
+        raise ValueError(f"optimize: dtype torch.int8 goes with mode 'auto' or 'ours', got {mode!r}")
+    device = next(model.parameters()).device
+    reason = int8.unavailable_reason() if device.type == "cpu" else f"the model is on {device}"
+    if reason is not None:
+        raise ValueError(f"optimize: dtype torch.int8 runs on CPUs: {reason}")
+
+
+def _replace(base: nn.Module, made: nn.Module, kind: Kind, mode: str, calibration: Any, report: Report) -> None:
+    trees = [
+        (prefix, own, theirs, fusions.units(own)) for (prefix, own), (_, theirs) in zip(roots(base), roots(made), strict=True)
+    ]
+    if not any(units for *_, units in trees) and kind != "autoencoder":
         raise ValueError(f"optimize: {report.model} has no module that the operators replace")
     if mode != "auto":
-        for path, what in units.items():
-            _put(base, made, path, mode)
-            report.choices[path], report.reasons[path] = mode, what
+        for prefix, own, theirs, units in trees:
+            for path, what in units.items():
+                _put(own, theirs, path, mode)
+                report.choices[prefix + path], report.reasons[prefix + path] = mode, what
+        if mode == "ours":
+            _pack(made, kind)
         return
-    call = _caller(base, kind, calibration)
+    call = caller(base, kind, calibration)
     with torch.no_grad():
-        _choose(base, made, units, call, report)
-        if kind == "diffusers":
-            _try_channels_last(made, call, report)
-        eager, ours = _times([lambda: call(base), lambda: call(made)])
+        memory = choosing.Memory()
+        for prefix, own, theirs, units in trees:
+            _choose(prefix, own, theirs, units, lambda: call(base), memory, report)
+        if kind in ("autoencoder", "ov3fast"):
+            _try_convolutions(made, kind, call, report)
+        eager, ours = choosing.times([lambda: call(base), lambda: call(made)])
         report.whole = f"{ours * 1e3:.2f} ms, before {eager * 1e3:.2f} ms"
-        if ours > eager and any(choice != "eager" for choice in report.choices.values()):
-            for path in units:
-                _put(base, made, path, "eager")
-                report.choices[path], report.reasons[path] = "eager", f"the whole was not faster ({report.whole})"
+        if ours > eager and (report.channels_last or any(choice != "eager" for choice in report.choices.values())):
+            _undo(base, made, trees, report)
 
 
-def _choose(base: nn.Module, made: nn.Module, units: dict[str, str], call: Callable[[nn.Module], Any], report: Report) -> None:
+def _undo(base: Any, made: Any, trees: list[Any], report: Report) -> None:
+    for prefix, own, theirs, units in trees:
+        for path in units:
+            _put(own, theirs, path, "eager")
+            name = prefix + path
+            measured = report.reasons[name]
+            report.choices[name], report.reasons[name] = "eager", f"the whole was not faster ({report.whole}); {measured}"
+        for path, module in own.named_modules():
+            if isinstance(module, nn.Conv2d):
+                theirs.get_submodule(path).__class__ = type(module)
+                theirs.get_submodule(path).weight = module.weight
+    report.channels_last = report.packed = False
+
+
+def _choose(
+    prefix: str,
+    base: nn.Module,
+    made: nn.Module,
+    units: dict[str, str],
+    run: Callable[[], Any],
+    memory: choosing.Memory,
+    report: Report,
+) -> None:
     """The fastest of each kind of unit, measured once for all units that have the same shapes."""
-    inputs = _inputs(base, units, call)
-    known, memory = dict[str, tuple[str, str]](), _Memory()
+    inputs, known = choosing.inputs_of(base, units, run), dict[str, tuple[str, str]]()
     for path, what in units.items():
+        name = prefix + path
         if path not in inputs:
-            report.choices[path], report.reasons[path] = "eager", "not used by the calibration input"
+            report.choices[name], report.reasons[name] = "eager", "not used by the calibration input"
             continue
         unit = base.get_submodule(path)
-        key = _key(unit, inputs[path])
+        key = choosing.key_of(unit, inputs[path])
         if key not in known:
-            known[key] = memory.get(key) or _measure(unit, inputs[path], what)
+            known[key] = memory.get(key) or choosing.measure(unit, inputs[path], what)
             memory.put(key, known[key])
-        report.choices[path], report.reasons[path] = known[key]
-        _put(base, made, path, report.choices[path])
-
-
-def _measure(unit: nn.Module, inputs: tuple[Any, Any], what: str) -> tuple[str, str]:
-    """(the fastest of eager, ours and compile, what was measured)."""
-    args, kwargs = inputs
-    variants: dict[str, nn.Module] = {"eager": unit}
-    notes = [what]
-    ours = _twin(unit)
-    fusions.fuse(ours)
-    try:
-        expected, got = _tensor(unit(*args, **kwargs)), _tensor(ours(*args, **kwargs))
-        error, budget = error_and_budget(got, expected, _exact(unit, args, kwargs))
-        if error <= budget:
-            variants["ours"] = ours
-        else:
-            notes.append(f"ours: error {error:.2e} is over the budget {budget:.2e}")
-    except (ValueError, TypeError, NotImplementedError, RuntimeError) as failure:
-        notes.append(f"ours: {str(failure).splitlines()[0]}")
-    try:
-        variants["compile"] = _compiled(unit, args, kwargs)
-    except Exception as failure:  # a compiler fails in many ways, and one is enough to leave it out
-        notes.append(f"compile: {(str(failure) or type(failure).__name__).splitlines()[0]}")
-    times = dict(zip(variants, _times([lambda v=v: v(*args, **kwargs) for v in variants.values()]), strict=True))  # type: ignore[misc]
-    best = min(times, key=times.__getitem__)
-    if times[best] > GAIN * times["eager"]:
-        best = "eager"
-    notes.append(", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in times.items()))
-    return best, "; ".join(notes)
-
-
-def _exact(unit: nn.Module, args: Any, kwargs: Any) -> Tensor:
-    def wide(value: Any) -> Any:
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    return _tensor(copy.deepcopy(unit).double()(*map(wide, args), **{key: wide(value) for key, value in kwargs.items()}))
-
-
-def _compiled(unit: nn.Module, args: Any, kwargs: Any) -> nn.Module:
-    made = _twin(unit)
-    made.compile(dynamic=False)
-    made(*args, **kwargs)
-    return made
+        report.choices[name], report.reasons[name] = known[key]
+        _put(base, made, path, known[key][0])
 
 
 def _put(base: nn.Module, made: nn.Module, path: str, choice: str) -> None:
-    unit = _twin(base.get_submodule(path))
+    unit = choosing.twin(base.get_submodule(path))
     if choice == "ours":
         fusions.fuse(unit)
     elif choice == "compile":
@@ -192,172 +181,95 @@ def _put(base: nn.Module, made: nn.Module, path: str, choice: str) -> None:
     made.set_submodule(path, unit)
 
 
-def _try_channels_last(made: nn.Module, call: Callable[[nn.Module], Any], report: Report) -> None:
-    """Convolutions' weights in channels_last, own copies, where that is faster."""
-    other = _twin(made)
-    for module in other.modules():
+def _autoencoder(model: Any, kind: Kind) -> Any:
+    return model if kind == "autoencoder" else vae_of(model)
+
+
+def _pack(made: Any, kind: Kind) -> None:
+    """Packed convolutions in an autoencoder on a CPU."""
+    vae = _autoencoder(made, kind) if kind in ("autoencoder", "ov3fast") else None
+    if vae is not None and next(vae.parameters()).device.type == "cpu":
+        for conv in fusions.convolutions(vae).values():
+            fusions.fuse_convolution(conv)
+
+
+def _try_convolutions(made: Any, kind: Kind, call: Callable[[Any], Any], report: Report) -> None:
+    """Convolutions with their weights in channels_last, own copies, or packed, where that is faster."""
+    if _autoencoder(made, kind) is None:
+        return
+    other, packed = choosing.twin(made), choosing.twin(made)
+    for module in _autoencoder(other, kind).modules():
         if isinstance(module, nn.Conv2d):
             weight = module.weight.detach().clone(memory_format=torch.channels_last)
             module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
-    before, after = _times([lambda: call(made), lambda: call(other)])
-    if after < GAIN * before:
-        report.channels_last = True
-        ours, theirs = dict(made.named_modules()), dict(other.named_modules())
-        for path, module in ours.items():
-            if isinstance(module, nn.Conv2d):
-                module.weight = theirs[path].weight
+    _pack(packed, kind)
+    before, *after = choosing.times([lambda m=m: call(m) for m in (made, other, packed)])  # type: ignore[misc]
+    if min(after) >= choosing.GAIN * before:
+        return
+    report.channels_last = True
+    if after[1] <= after[0] and next(made.parameters()).device.type == "cpu":
+        _pack(made, kind)
+        report.packed = True
+        return
+    ours, theirs = (dict(_autoencoder(m, kind).named_modules()) for m in (made, other))
+    for path, module in ours.items():
+        if isinstance(module, nn.Conv2d):
+            module.weight = theirs[path].weight
 
 
-def _inputs(base: nn.Module, units: dict[str, str], call: Callable[[nn.Module], Any]) -> dict[str, tuple[Any, Any]]:
-    """Path -> (args, kwargs) of the unit's first call."""
-    seen: dict[str, tuple[Any, Any]] = {}
-
-    def note(path: str) -> Callable[..., None]:
-        return lambda _, args, kwargs: seen.setdefault(path, (args, kwargs)) and None
-
-    hooks = [base.get_submodule(path).register_forward_pre_hook(note(path), with_kwargs=True) for path in units]
-    try:
-        call(base)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen
+# int8
 
 
-def _times(calls: list[Callable[[], Any]]) -> list[float]:
-    """Medians in seconds, the variants taking turns."""
-    taken: list[list[float]] = [[] for _ in calls]
-    for call in calls:  # once without the clock
-        call()
-    end = time.perf_counter() + SECONDS * len(calls)
-    while len(taken[0]) < ROUNDS or time.perf_counter() < end:
-        for call, times in zip(calls, taken, strict=True):
-            _wait()
-            start = time.perf_counter()
-            call()
-            _wait()
-            times.append(time.perf_counter() - start)
-    return [statistics.median(times) for times in taken]
+def _quantized(model: Any, kind: Kind, calibration: Any, report: Report) -> Any:
+    wide = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    call = caller(model, kind, calibration, photos=True)
+    made = choosing.twin(_frozen(model, wide))
+    fused: list[tuple[str, Any]] = []
+    for prefix, tree in roots(made):
+        fused += [(prefix + path, tree.get_submodule(path)) for path in fusions.units(tree)]
+    vae = _autoencoder(made, kind) if kind in ("autoencoder", "ov3fast") else None
+    convolutions = [] if vae is None else list(fusions.convolutions(vae).items())
+    for _, unit in fused:
+        fusions.fuse(unit)
+    for _, conv in convolutions:
+        fusions.fuse_convolution(conv)
+    blocks = [(path, unit) for path, unit in fused if fusions.STATE in unit.__dict__]
+    inner = [(path, conv) for path, conv in convolutions if path.rpartition(".")[2] not in WIDE_CONVOLUTIONS]
+    with torch.no_grad():
+        for _, module in (*blocks, *inner):
+            fusions.calibrate(module)
+        call(made)
+        for path, module in (*blocks, *inner):
+            seen = fusions.calibrated(module)
+            report.choices[path] = "int8" if seen else "ours"
+            report.reasons[path] = "calibrated" if seen else f"not used by the calibration input, {wide}"
+        report.accuracy = _nearness(call(model), call(made))
+    products = sum(choice == "int8" for choice in report.choices.values())
+    report.whole = f"{products} modules in int8, the rest in {wide}"
+    return made
 
 
-def _wait() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+def _frozen(model: Any, dtype: torch.dtype) -> Any:
+    """A copy in `dtype`, its autoencoder too, without gradients."""
+    made = copy.deepcopy(model).to(dtype)
+    for _, tree in roots(made):
+        tree.to(dtype).requires_grad_(False)
+    return made.eval()
 
 
-def _caller(base: Any, kind: str, calibration: Any) -> Callable[[Any], Any]:
-    """A model -> its result on the calibration input."""
-    like = next(base.parameters())
-    if calibration is None:
-        side = 256 if kind == "diffusers" else _image_size(base.config)
-        images = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        calibration = images.to(like.device, like.dtype)
-    if kind == "diffusers":
-        if not isinstance(calibration, Tensor):
-            raise ValueError(
-                f"optimize: calibration of an AutoencoderKL is a tensor of images, got {type(calibration).__name__}"
-            )
-        images = calibration.to(like.device, like.dtype)
-        return lambda model: model.decode(model.encode(images).latent_dist.mode()).sample
-    if isinstance(calibration, dict):
-        return lambda model: model(**calibration)
-    if isinstance(calibration, tuple):
-        return lambda model: model(*calibration)
-    if hasattr(base, "get_image_features"):
-        return lambda model: model.get_image_features(pixel_values=calibration)
-    return lambda model: model(pixel_values=calibration)
-
-
-def _image_size(config: Any) -> int:
-    config = getattr(config, "vision_config", config)
-    return int(getattr(config, "image_size", 224))
-
-
-def _tensor(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
+def _nearness(expected: list[Tensor], got: list[Tensor]) -> dict[str, float]:
+    """Least cosine of vectors, PSNR of images in [-1, 1]."""
+    found = {}
+    for number, (truth, value) in enumerate(zip(expected, got, strict=True)):
+        truth, value = truth.float(), value.float()
+        if truth.ndim == 4:
+            found["PSNR of the reconstruction, dB"] = float(10 * torch.log10(4 / (truth - value).square().mean()))
+        else:
+            name = {2: "pooled", 3: "tokens"}.get(truth.ndim, f"output {number}")
+            found[f"least cosine, {name}"] = float(torch.cosine_similarity(truth, value, dim=-1).min())
+    return found
 
 
 def _converted(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     own = {p.dtype for p in model.parameters() if p.is_floating_point()}
     return model if dtype is None or own == {dtype} else copy.deepcopy(model).to(dtype)
-
-
-def _twin(module: Any) -> Any:
-    """New modules on the same parameters and buffers."""
-    shared: list[Tensor] = [*module.parameters(), *module.buffers()]
-    for part in module.modules():
-        if isinstance(part, ViTEncoder) and part.vae is not None:
-            shared += [*part.vae.parameters(), *part.vae.buffers()]
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
-
-
-def _kind(model: Any) -> str:
-    """ "ov3fast", "diffusers" or "transformers". ValueError for any other model."""
-    if isinstance(model, OpenVision3 | VisionTower | ViTEncoder):
-        return "ov3fast"
-    names = {cls.__name__ for cls in type(model).__mro__}
-    if "AutoencoderKL" in names:
-        return "diffusers"
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if isinstance(model, nn.Module) and model_type in TRANSFORMERS:
-        return "transformers"
-    called = type(model).__name__ + (f" (model_type {model_type!r})" if model_type else "")
-    raise ValueError(
-        f"optimize: doesn't know {called}; it takes models of ov3fast, diffusers' AutoencoderKL, and transformers models "
-        f"of type {', '.join(TRANSFORMERS)}"
-    )
-
-
-class _Memory:
-    """Choices of this machine, in a file: key -> (choice, what was measured)."""
-
-    def __init__(self) -> None:
-        self.path = Path(os.environ.get("OV3FAST_CACHE") or "~/.cache/ov3fast").expanduser() / "optimize.json"
-        try:
-            self.values = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self.values = {}
-        if not isinstance(self.values, dict):
-            self.values = {}
-
-    def get(self, key: str) -> tuple[str, str] | None:
-        found = self.values.get(key)
-        known = isinstance(found, list) and len(found) == 2 and found[0] in ("ours", "eager", "compile")
-        return (found[0], str(found[1])) if known else None
-
-    def put(self, key: str, value: tuple[str, str]) -> None:
-        if self.values.get(key) == list(value):
-            return
-        self.values[key] = list(value)
-        try:
-            with atomic_write(self.path) as temporary:
-                temporary.write_text(json.dumps(self.values, indent=1), encoding="utf-8")
-        except OSError:  # a measurement that can't be kept is made again
-            pass
-
-
-def _key(unit: nn.Module, inputs: tuple[Any, Any]) -> str:
-    def word(value: Any) -> str:
-        return (
-            f"{tuple(value.shape)}{value.stride()}{value.dtype}{value.device}"
-            if isinstance(value, Tensor)
-            else repr(value)[:200]
-        )
-
-    args, kwargs = inputs
-    from ov3fast import __version__
-
-    parts = [
-        *_machine(), __version__, torch.__version__, type(unit).__name__, repr(unit),
-        *(f"{name}{tuple(p.shape)}{p.dtype}" for name, p in unit.named_parameters()),
-        *map(word, args), *(f"{name}={word(value)}" for name, value in sorted(kwargs.items())),
-    ]  # fmt: skip
-    return f"{type(unit).__name__} {hashlib.sha256(' '.join(parts).encode()).hexdigest()[:24]}"
-
-
-def _machine() -> list[str]:
-    chip = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        chip += next((line.split(":", 1)[1] for line in lines if line.startswith("model name")), "")
-    return [platform.machine(), chip, str(torch.get_num_threads()), os.environ.get("OV3FAST_IMPL", "")]

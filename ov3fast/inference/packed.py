@@ -5,8 +5,8 @@ Called as they come, oneDNN's products lay out the weights anew in each call. He
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +15,40 @@ GELU = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 """ops.mlp's activations -> oneDNN's words for them."""
 NOTHING = ("none", "")
 
+Made = TypeVar("Made")
 
-def packs(x: Tensor) -> bool:
-    """Whether products of x's dtype and device can be packed."""
-    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+
+def packs(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
+    """Whether products of x with weights among `tensors` can be packed: on a CPU, in one dtype that oneDNN has there, without a gradient."""
+    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available() or torch.compiler.is_compiling():
         return False
-    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+    if x.dtype != torch.float32 and not (x.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())):
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
+        return False
+    return all(t is None or (t.dtype == x.dtype and t.device == x.device) for t in tensors) and x.numel() > 0
 
 
-def state(tensors: Iterable[Tensor | None]) -> list[tuple[int, int]]:
-    """What changes when one of them does."""
-    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if t is not None]
+class Kept:
+    """What was made of a module's weights, until one of them changes. A copy of the module makes its own."""
+
+    def __init__(self) -> None:
+        self.state: Any = None
+        self.value: Any = None
+
+    def get(self, tensors: Sequence[Tensor | None], make: Callable[[], Made]) -> Made:
+        now = [(t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors if t is not None]
+        if self.state != now:
+            with torch.no_grad():
+                self.value = make()
+            self.state = now
+        return self.value
+
+    def __deepcopy__(self, memo: Any) -> Kept:
+        return type(self)()
+
+    def __reduce__(self) -> Any:
+        return (type(self), ())
 
 
 class PackedLinear:
@@ -45,11 +68,9 @@ class PackedConvolution:
     """conv2d, channels-last."""
 
     def __init__(self, conv: nn.Conv2d, shape: list[int]) -> None:
-        geometry: Any = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
-        weight = conv.weight.detach().contiguous()
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, shape)
+        self.geometry = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.detach().contiguous(), *self.geometry, shape)
         self.bias = None if conv.bias is None else conv.bias.detach()
-        self.geometry = geometry
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)

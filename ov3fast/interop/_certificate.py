@@ -12,6 +12,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class Certificate:
             "runtime": runtime,
             "ov3fast": __version__,
             "torch": torch.__version__.split("+")[0],
+            "weights": digest(model),
             "images": [],
             "parts": {},
         }
@@ -72,7 +74,7 @@ class Certificate:
         if not part.example.is_floating_point():
             return [(batch, (0, 0)) for batch in BATCHES]
         if not free:
-            return [(part.example.shape[0], tuple(part.example.shape[2:]))]
+            return [(part.example.shape[0], (part.example.shape[2], part.example.shape[3]))]
         others = [(own + 2 * VAE_STRIDE * config.patch_size, own)] if 2 in part.free else []
         return [(batch, (own, own)) for batch in BATCHES] + [(2, size) for size in others]
 
@@ -88,7 +90,7 @@ class Certificate:
         found = run(given)
         errors, budgets = {}, {}
         for name, got, same, other, truth in zip(part.module.outputs, found, eager, own, exact, strict=True):
-            beyond, budget = error_and_budget(got, same, truth, lambda a=other, b=truth: error(a, b))
+            beyond, budget = error_and_budget(got, same, truth, partial(error, other, truth))
             if not beyond <= budget:
                 raise ValueError(
                     f"export: {part.name}: {name} of the exported file is off by {beyond:.2e} at batch {batch}, size {size}; "
@@ -107,11 +109,11 @@ class Certificate:
 
 
 def digest(model: Model) -> str:
-    """Of the weights that an export was made from."""
+    """Of the weights that an export was made from, the VAE's left out."""
     found = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         found.update(name.encode())
-        found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]
 
 

@@ -52,5 +52,3 @@ def required(name: str, format: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(f"export {format}: needs {name}: pip install 'ov3fast[{format}]' ({error})") from None
-
-

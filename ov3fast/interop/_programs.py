@@ -38,9 +38,9 @@ class Image(nn.Module):
 
     def __init__(self, model: Model) -> None:
         super().__init__()
-        self.encoder = encoder_of(model)
+        self.encoder: Any = encoder_of(model)
         # Within the encoder it is no submodule.
-        self.vae = self.encoder.get_vae().vae
+        self.vae: Any = self.encoder.get_vae().vae
         self.scale, self.shift = self.encoder.get_vae().scale_and_shift(self.encoder.latent_convention)
         self.post_ln = isinstance(model, OpenVision3) and model.config.tokens == "post_ln"
 
@@ -187,4 +187,4 @@ def _group_norm_silu(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = F.silu(F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps))
-    return y, *(x.new_empty(x.shape[0], groups) for _ in range(2))
+    return y, x.new_empty(x.shape[0], groups), x.new_empty(x.shape[0], groups)

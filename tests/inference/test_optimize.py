@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ov3fast
-from ov3fast.inference import optimize as module
+from ov3fast.inference import VisionTower, choosing
 from ov3fast.testing import assert_within_budget
 
 transformers = pytest.importorskip("transformers")
@@ -43,9 +43,9 @@ TOWERS = {"clip": clip, "siglip": siglip, "dinov2": dinov2, "clip_quick_gelu": l
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
     """No second of measuring, no compiler, and a memory of its own."""
-    monkeypatch.setattr(module, "SECONDS", 0.0)
-    monkeypatch.setattr(module, "ROUNDS", 1)
-    monkeypatch.setattr(module, "_compiled", lambda *_: (_ for _ in ()).throw(RuntimeError("left out")))
+    monkeypatch.setattr(choosing, "SECONDS", 0.0)
+    monkeypatch.setattr(choosing, "ROUNDS", 1)
+    monkeypatch.setattr(choosing, "compiled", lambda *_: (_ for _ in ()).throw(RuntimeError("left out")))
     monkeypatch.setenv("OV3FAST_CACHE", str(tmp_path / "cache"))
 
 
@@ -144,7 +144,7 @@ def test_auto_takes_what_is_faster(monkeypatch):
         units.append(type(calls[0].__defaults__[0]).__name__)
         return [2.0, 1.0] if units[-1] == "CLIPEncoderLayer" else [1.0, 3.0]
 
-    monkeypatch.setattr(module, "_times", measured)
+    monkeypatch.setattr(choosing, "times", measured)
     fast = ov3fast.optimize(model, mode="auto", calibration=images())
     assert units.count("CLIPEncoderLayer") == 1, "both layers are of one shape"
     for path, choice in fast.report.choices.items():
@@ -159,8 +159,8 @@ def test_auto_takes_what_is_faster(monkeypatch):
 
 def test_never_slower_as_a_whole(monkeypatch):
     model = made(dinov2)
-    monkeypatch.setattr(module, "_measure", lambda *_: ("ours", "said so"))
-    monkeypatch.setattr(module, "_times", lambda calls: [1.0, 1.2])
+    monkeypatch.setattr(choosing, "measure", lambda *_: ("ours", "said so"))
+    monkeypatch.setattr(choosing, "times", lambda calls: [1.0, 1.2])
     fast = ov3fast.optimize(model, mode="auto")
     assert set(fast.report.choices.values()) == {"eager"} and "not faster" in str(fast.report)
     assert not any(type(part).__name__.startswith("Fused") for part in fast.modules())
@@ -168,13 +168,13 @@ def test_never_slower_as_a_whole(monkeypatch):
 
 def test_what_is_over_the_budget_is_not_taken(monkeypatch):
     model = made(dinov2)
-    real = module.fusions.fuse
+    real = choosing.fusions.fuse
 
     def broken(unit):
         real(unit)
         unit.register_forward_hook(lambda _, __, out: out + 0.1)
 
-    monkeypatch.setattr(module.fusions, "fuse", broken)
+    monkeypatch.setattr(choosing.fusions, "fuse", broken)
     fast = ov3fast.optimize(model, mode="auto")
     assert set(fast.report.choices.values()) == {"eager"}
     assert "over the budget" in str(fast.report)
@@ -182,7 +182,7 @@ def test_what_is_over_the_budget_is_not_taken(monkeypatch):
 
 def test_auto_runs_on_the_autoencoder_and_channels_last_is_measured(monkeypatch):
     model = made(vae)
-    monkeypatch.setattr(module, "_times", lambda calls: [2.0, 1.0][: len(calls)])
+    monkeypatch.setattr(choosing, "times", lambda calls: [2.0, 1.0, 1.5][: len(calls)])
     fast = ov3fast.optimize(model, calibration=images(side=64))
     convolutions = [part for part in fast.modules() if isinstance(part, torch.nn.Conv2d) and part.weight.shape[2] > 1]
     assert fast.report.channels_last and all(c.weight.is_contiguous(memory_format=torch.channels_last) for c in convolutions)
@@ -195,7 +195,7 @@ def test_auto_runs_on_the_autoencoder_and_channels_last_is_measured(monkeypatch)
 @pytest.mark.full
 def test_auto_with_the_compiler(monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(module, "_Memory", lambda: type("_", (), {"get": lambda *_: None, "put": lambda *_: None})())
+    monkeypatch.setattr(choosing, "Memory", lambda: type("_", (), {"get": lambda *_: None, "put": lambda *_: None})())
     model = made(clip)
     fast = ov3fast.optimize(model, calibration={"pixel_values": images()})
     assert "compile " in str(fast.report)
@@ -205,12 +205,59 @@ def test_auto_with_the_compiler(monkeypatch):
 
 
 def test_own_models(model):
-    fast = ov3fast.optimize(model, dtype=torch.bfloat16)
+    fast = ov3fast.optimize(model, dtype=torch.bfloat16, mode="ours")
     assert fast.encoder.cls_token.dtype == torch.bfloat16 and fast.original is model
-    assert model.encoder.cls_token.dtype == torch.float32 and "as it is" in str(fast.report)
-    same = ov3fast.optimize(model)
-    assert torch.equal(same.encode(images())[0], model.encode(images())[0])
+    assert model.encoder.cls_token.dtype == torch.float32
+    same = ov3fast.optimize(model, mode="ours")
+    assert list(same.state_dict()) == list(model.state_dict())
     assert same.get_vae().vae.encoder.conv_in.weight is model.get_vae().vae.encoder.conv_in.weight
+    assert {"encoder.transformer.blocks.0", "decoder.transformer.blocks.0"} <= set(same.report.choices)
+    ids = model.text_ids(["a red square"])
+    with torch.no_grad():
+        for got, expected in zip(same.encode(images()), model.encode(images()), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(same.reconstruct(images()), model.reconstruct(images()), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(same.encode_text(ids), model.encode_text(ids), rtol=1e-4, atol=1e-5)
+        assert same.caption(images()) == model.caption(images()), "causal blocks and caches take the original's way"
+
+
+def test_own_models_are_measured(model):
+    fast = ov3fast.optimize(model, calibration=images())
+    assert fast.report.choices["text.transformer.blocks.0"] == "eager", "not on the images' way"
+    assert "eager" in fast.report.reasons["encoder.transformer.blocks.0"]
+    tower = ov3fast.optimize(VisionTower(model.encoder, model.get_vae()).eval(), mode="ours")
+    with torch.no_grad():
+        torch.testing.assert_close(tower.encode(images())[1], model.encode(images())[1], rtol=1e-4, atol=1e-5)
+
+
+def test_an_own_autoencoder_and_those_of_sd3_and_sdxl():
+    from diffusers import AutoencoderKL
+
+    from ov3fast.models.autoencoder import Autoencoder, AutoencoderConfig
+    from ov3fast.models.vae import FLUX_VAE, FrozenVAE
+
+    small = {"block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 32}
+    sdxl = {"latent_channels": 4, "use_quant_conv": True, "use_post_quant_conv": True, "shift_factor": None}
+    for config in ({**FLUX_VAE, **small}, {**FLUX_VAE, **small, **sdxl}):
+        own, theirs = Autoencoder(AutoencoderConfig.from_json(config)).eval(), AutoencoderKL.from_config(config).eval()
+        theirs.load_state_dict(own.state_dict())
+        x = images(side=64)
+        with torch.no_grad():
+            expected = theirs.encode(x).latent_dist.parameters
+            for model in (own, theirs):
+                got = ov3fast.optimize(model, mode="ours").encode(x).latent_dist.parameters
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+            frozen = ov3fast.optimize(FrozenVAE(own), mode="ours")
+            torch.testing.assert_close(frozen.moments(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_siglip2_takes_its_own_input():
+    model = made(
+        lambda: transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**SIZES, num_patches=16, patch_size=8))
+    )
+    fast = ov3fast.optimize(model)
+    assert "encoder.layers.0" in {path.removeprefix("vision_model.") for path in fast.report.choices}
+    assert not any("not used" in reason for reason in fast.report.reasons.values()), str(fast.report)
 
 
 def test_a_broken_memory_is_measured_again(tmp_path):

@@ -112,7 +112,10 @@ def test_runs_without_ov3fast(exported, model, model_folder, tmp_path, kind):
     certificate = json.loads((folder / "certificate.json").read_text())
     assert certificate["format"] == format and "astronaut.png" in certificate["images"]
     entry = certificate["parts"][f"image{suffix}"]
-    assert entry["inputs"] == {"images": ["float32", "batch", 3, "height", "width"]} and entry["outputs"] == ["pooled", "tokens"]
+    assert entry["inputs"] == {"images": ["float32", "batch", 3, "height", "width"]} and entry["outputs"] == [
+        "pooled",
+        "tokens",
+    ]
     assert {case["batch"] for case in entry["cases"]} == {1, 2, 5} and {case["height"] for case in entry["cases"]} == {32, 64}
     for case in entry["cases"]:
         assert all(0 < case["budget"][name] < 1e-3 and case["error"][name] <= 1e-3 for name in ("pooled", "tokens"))
@@ -186,5 +189,3 @@ def test_a_missing_runtime_names_the_extra(model, tmp_path, monkeypatch):
 
     with pytest.raises(ImportError, match=r"pip install 'ov3fast\[openvino\]'"):
         openvino.export(model, tmp_path / "out")
-
-

@@ -1,0 +1,167 @@
+"""A block's layers in one of four ways: by the operators (with gradients), packed, observed for calibration, or in int8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ov3fast import ops
+from ov3fast.inference.blocks import Block
+from ov3fast.inference.int8 import QuantizedLinear, Range, evened, quantize_activation
+from ov3fast.inference.packed import GELU, PackedLinear
+from ov3fast.models.transformer import EPS
+
+Norm = tuple[Tensor, Tensor | None, float]
+Layer = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Products:
+    norm1: Norm
+    qkv: Layer
+    proj: Layer
+    norm2: Norm
+    mlp: Layer
+
+
+@dataclass
+class Ranges:
+    """What calibration saw before each product."""
+
+    qkv: Range = field(default_factory=Range)
+    proj: Range = field(default_factory=Range)
+    fc1: Range = field(default_factory=Range)
+    fc2: Range = field(default_factory=Range)
+
+
+def run(block: Block, products: Products, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x [B, N, D], and the branch that is still to be added to it -> the same behind the block."""
+    batch, length, _ = x.shape
+    if branch is None:
+        normed: Any = ops.layer_norm(x, *products.norm1)
+    else:
+        normed, x = ops.layer_norm(branch, *products.norm1, residual=x)
+    qkv = products.qkv(normed).view(batch, length, 3, block.heads, -1)
+    out = ops.flash_attention_qkvpacked(qkv).reshape(batch, length, -1)
+    normed, x = ops.layer_norm(products.proj(out), *products.norm2, residual=x)
+    return x, products.mlp(normed)
+
+
+def plain(block: Block, packed_qkv: Callable[[], tuple[Tensor, Tensor | None]]) -> Products:
+    """By the operators."""
+    weight, bias = packed_qkv()
+    return Products(
+        _norm(block.norm1),
+        lambda x: ops.linear(x, weight, bias),
+        lambda x: _scaled(ops.linear(x, *block.proj), block.scale1),
+        _norm(block.norm2),
+        lambda x: _scaled(_mlp(block, x), block.scale2),
+    )
+
+
+def packed(block: Block, rows: int) -> Products:
+    """By oneDNN with weights laid out for about `rows` rows; a branch's scale is in its last weights."""
+    proj = PackedLinear(*_scaled_pair(block.proj, block.scale1), rows)
+    mlp: Layer
+    if block.fc1 is None or block.fc2 is None:
+        mlp = lambda x: _scaled(block.mlp(x), block.scale2)  # noqa: E731
+    else:
+        fc1 = PackedLinear(*block.fc1, rows, GELU[block.activation] if block.activation else ("none", ""))
+        fc2 = PackedLinear(*_scaled_pair(block.fc2, block.scale2), rows)
+        act = (lambda x: x) if block.activation else block.act
+        mlp = lambda x: fc2(act(fc1(x)))  # noqa: E731
+    return Products(_norm(block.norm1), PackedLinear(*stacked(block), rows), proj, _norm(block.norm2), mlp)
+
+
+def observed(block: Block, ranges: Ranges) -> Products:
+    """By the operators, noting what they are given."""
+    weight, bias = stacked(block)
+
+    def seen(range_: Range, x: Tensor) -> Tensor:
+        range_.see(x)
+        return x
+
+    def mlp(x: Tensor) -> Tensor:
+        if block.fc1 is None or block.fc2 is None:
+            return _scaled(block.mlp(x), block.scale2)
+        hidden = _activated(block, ops.linear(seen(ranges.fc1, x), *block.fc1))
+        return _scaled(ops.linear(seen(ranges.fc2, hidden), *block.fc2), block.scale2)
+
+    return Products(
+        _norm(block.norm1),
+        lambda x: ops.linear(seen(ranges.qkv, x), weight, bias),
+        lambda x: _scaled(ops.linear(seen(ranges.proj, x), *block.proj), block.scale1),
+        _norm(block.norm2),
+        mlp,
+    )
+
+
+def quantized(block: Block, ranges: Ranges, dtype: torch.dtype) -> Products:
+    """In int8, from what calibration saw; results in `dtype`."""
+    norm1, qkv = _evened(_norm(block.norm1), stacked(block), ranges.qkv, dtype)
+    proj = QuantizedLinear(*_scaled_pair(block.proj, block.scale1), ranges.proj.scale_and_zero(), dtype)
+    if block.fc1 is None or block.fc2 is None:
+        return Products(norm1, qkv, proj, _norm(block.norm2), lambda x: _scaled(block.mlp(x), block.scale2))
+    norm2, fc1 = _evened(_norm(block.norm2), block.fc1, ranges.fc1, dtype)
+    fc2 = QuantizedLinear(*_scaled_pair(block.fc2, block.scale2), ranges.fc2.scale_and_zero(), dtype)
+
+    def mlp(x: Tensor) -> Tensor:
+        q = quantize_activation(x, *fc1.input)
+        if block.activation is None:
+            return fc2(block.act(fc1.product(q)))
+        return fc2.product(fc1.product(q, fc2.input, GELU[block.activation]))
+
+    return Products(norm1, qkv, proj, norm2, mlp)
+
+
+def stacked(block: Block) -> tuple[Tensor, Tensor | None]:
+    """q, k and v as one projection."""
+    if len(block.qkv) == 1:
+        return block.qkv[0]
+    weights, biases = zip(*block.qkv, strict=True)
+    if all(bias is None for bias in biases):
+        return torch.cat(weights), None
+    # Some towers have no bias for keys alone.
+    some = next(bias for bias in biases if bias is not None)
+    return torch.cat(weights), torch.cat([torch.zeros_like(some) if bias is None else bias for bias in biases])
+
+
+def _evened(norm: Norm, layer: Any, range_: Range, dtype: torch.dtype) -> tuple[Norm, QuantizedLinear]:
+    weight, bias = layer
+    ratio = evened(range_.largest(), weight)
+    made = QuantizedLinear(weight.detach().float() * ratio, bias, range_.scale_and_zero(ratio), dtype)
+    scale, shift, eps = norm
+    return (scale.detach().float() / ratio, None if shift is None else shift.detach().float() / ratio, eps), made
+
+
+def _norm(module: Any) -> Norm:
+    return module.weight, module.bias, getattr(module, "eps", EPS)
+
+
+def _mlp(block: Block, x: Tensor) -> Tensor:
+    if block.fc1 is None or block.fc2 is None:
+        return block.mlp(x)
+    if block.activation is None:
+        return ops.linear(block.act(ops.linear(x, *block.fc1)), *block.fc2)
+    return ops.mlp(x, *block.fc1, *block.fc2, activation=block.activation)
+
+
+def _activated(block: Block, x: Tensor) -> Tensor:
+    if block.activation is None:
+        return block.act(x)
+    return torch.nn.functional.gelu(x, approximate=GELU[block.activation][1])
+
+
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else x * scale
+
+
+def _scaled_pair(pair: Any, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    weight, bias = pair
+    if scale is None:
+        return weight, bias
+    return weight * scale[:, None], None if bias is None else bias * scale

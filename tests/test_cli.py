@@ -383,7 +383,7 @@ def one_line(err: str) -> str:
         (("train", "--recipe", "demo", "--device", "foo"), "train: device 'foo' can't be used here"),
         (("data", "demo", "--workers", "0"), "workers: got 0; it takes 1 or more"),
         (("data", "demo", "--cache-dir", "/proc/x"), "cache_dir: nothing can be written in /proc"),
-        (("data", "nonsense"), "data takes demo or check; got 'nonsense'"),
+        (("data", "nonsense"), "data takes demo, check, index or encode; got 'nonsense'"),
         (("data", "check", "/nowhere/at/all"), "/nowhere/at/all"),
     ],
 )

@@ -41,6 +41,8 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("train", "Train a recipe (demo, base, large) or your own shards; every field of it is a flag."),
+    "watch": Command("watch", "A run in the terminal while it trains, and as a page that refreshes.", prints=True),
+    "compare": Command("compare", "Curves and metrics of several runs side by side.", prints=True),
     "plan": Command("plan", "Memory, time, cost and bound of a recipe on a number of GPUs; needs none.", prints=True),
     "evaluate": Command("evaluate", "Measure a model on held-out data and write the report."),
     "encode": Command("encode", "Images or folders -> .safetensors, .npz or .npy of pooled vectors and tokens."),

@@ -76,7 +76,7 @@ def throughput(rows: Sequence[dict[str, Any]], tables: dict[str, Any], summary: 
     cells: list[list[str]] = []
     rates: dict[str, list[float]] = {}
     for row in rows:
-        if _number(row.get("images_per_s")) is not None:
+        if number(row.get("images_per_s")) is not None:
             rates.setdefault(str(row.get("stage", "training")), []).append(row["images_per_s"])
     if rates:
         cells.append(["Training, images/s: median of the log's rows"])
@@ -86,12 +86,12 @@ def throughput(rows: Sequence[dict[str, Any]], tables: dict[str, Any], summary: 
         cells.append([f"Whole steps in turn, images/s: medians of {comparison['rounds']}"])
         cells.append(["chosen kernels", f"{comparison['images_per_s']:,.1f}", f"{ratio:.2f} x"])
         cells.append([f"impl={other}", f"{comparison['other_images_per_s']:,.1f}", "1.00 x"])
-    parts = {part: seconds for part, seconds in summary.get("seconds_by_part", {}).items() if _number(seconds) is not None}
+    parts = {part: seconds for part, seconds in summary.get("seconds_by_part", {}).items() if number(seconds) is not None}
     if total := sum(parts.values()):
         cells.append([f"Training, where {total:,.0f} s went"])
         cells += [[part, f"{100 * seconds / total:.1f} %", f"{seconds:,.1f} s"] for part, seconds in parts.items()]
     for key, label in (("peak_memory_gib", "peak memory"), ("peak_gpu_memory_gib", "peak GPU memory")):
-        if _number(summary.get(key)) is not None:
+        if number(summary.get(key)) is not None:
             cells.append([label, f"{summary[key]:.2f} GiB", ""])
     if tables["images_per_s"]:
         cells.append(["Evaluation, items/s"])
@@ -100,9 +100,10 @@ def throughput(rows: Sequence[dict[str, Any]], tables: dict[str, Any], summary: 
 
 
 def _series(rows: Sequence[dict[str, Any]], key: str, name: str) -> Series:
-    points = [(row["step"], row[key]) for row in rows if _number(row.get(key)) is not None]
+    points = [(row["step"], row[key]) for row in rows if number(row.get(key)) is not None]
     return Series(name, [x for x, _ in points], [y for _, y in points])
 
 
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
+    """The value, if it is a finite number."""
     return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None

@@ -108,11 +108,17 @@ def naming_full_disk(path: str | os.PathLike[str], *consequences: str) -> Iterat
 
 
 def _is_full_disk(error: Exception) -> bool:
-    """By its number, or by the words of those that hide it: safetensors, torch, and numpy, which counts bytes."""
+    """By its number, or by the words of those that hide it: safetensors, torch (whose zip files end at another place than it wrote to), and
+    numpy, which counts bytes."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     text = str(error)
-    return f"os error {errno.ENOSPC}" in text or "No space left" in text or bool(_SHORT_WRITE.fullmatch(text))
+    return (
+        f"os error {errno.ENOSPC}" in text
+        or "No space left" in text
+        or ("inline_container" in text and "unexpected pos" in text)
+        or bool(_SHORT_WRITE.fullmatch(text))
+    )
 
 
 def check_writable(path: str | os.PathLike[str], what: str = "out") -> Path:

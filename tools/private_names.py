@@ -46,6 +46,9 @@ NAMES = {
         "triton.backends.compiler.GPUTarget", "triton.backends.nvidia", "triton.compiler.ASTSource", "triton.knobs.cache",
         "triton.knobs.cache.dir", "triton.knobs.cache.scope", "triton.runtime.jit.JITFunction", "triton.runtime.jit.JITFunction.run",
     ),
+    "checkpoints at fsspec URLs (ov3fast/training)": (
+        "torch.distributed.checkpoint._fsspec_filesystem.FsspecReader", "torch.distributed.checkpoint._fsspec_filesystem.FsspecWriter",
+    ),
     "a step's memory on fake tensors (ov3fast/training/footprint.py)": ("torch._subclasses.fake_tensor.FakeTensorMode",),
     "fences that Triton before 3.9 leaves out (kernels/lib/fences.py)": ("triton.knobs.runtime.add_stages_inspection_hook", "triton.knobs.runtime.scope"),
     "launches without Triton's cost per call (kernels/lib/launch.py)": (

@@ -102,8 +102,8 @@ inline void update(P* p, const G* g, float* m, float* v, float* ema, float keep,
 }  // namespace
 
 // Lists of `tensors` tensors as arrays of their addresses: params P, grads P or (wide_grads[i] != 0) float, exp_avgs, exp_avg_sqs and ema
-// (or null) float; sizes: their elements; keep: 1 - lr weight_decay. max_norm: NaN for none. -> norm [1]: of all gradients;
-// with max_norm, one that is not finite leaves all else as it was.
+// (or null) float; sizes: their elements; keep: 1 - lr weight_decay. max_norm: NaN for none. norm [1]: of all
+// gradients, given (where these are shards) or NaN and computed; with max_norm, one that is not finite leaves all else as it was.
 template <class P>
 void adamw_ema(
     P* const* params, void* const* grads, const int64_t* wide_grads, float* const* exp_avgs, float* const* exp_avg_sqs, float* const* ema,
@@ -112,7 +112,7 @@ void adamw_ema(
 ) {
     const Chunks chunks(sizes, tensors);
     Buffer<double> squares(chunks.count());
-    const bool clips = max_norm == max_norm;
+    const bool clips = max_norm == max_norm, given = *norm == *norm;
     Step step = {Lerp(rest1), Lerp(ema_rest), float(beta2), float(1.0 - beta2), Twofold(1.0 / root), Twofold(size), float(eps), 1.0f, clips};
 
     const auto with_grads = [&](int64_t tensor, int64_t start, const auto& body) {
@@ -133,8 +133,10 @@ void adamw_ema(
         *norm = float(std::sqrt(total));
     };
     if (clips) {
-        parallel(chunks.count(), threads, [&](int64_t chunk, int) { measure(chunk); });
-        all();
+        if (!given) {
+            parallel(chunks.count(), threads, [&](int64_t chunk, int) { measure(chunk); });
+            all();
+        }
         if (!std::isfinite(*norm)) return;
         step.clip = float(max_norm) / (*norm + 1e-6f);
         if (step.clip > 1.0f) step.clip = 1.0f;
@@ -142,7 +144,7 @@ void adamw_ema(
     // Backwards: the last gradients may still be in a cache.
     parallel(chunks.count(), threads, [&](int64_t task, int) {
         const int64_t chunk = chunks.count() - 1 - task;
-        if (!clips) measure(chunk);
+        if (!clips && !given) measure(chunk);
         chunks.at(chunk, [&](int64_t t, int64_t start, int64_t n) {
             with_grads(t, start, [&](const auto* g) {
                 float* average = ema ? ema[t] + start : nullptr;
@@ -150,6 +152,6 @@ void adamw_ema(
             });
         });
     });
-    if (!clips) all();
+    if (!clips && !given) all();
 }
 OV3_EXPORT(adamw_ema)

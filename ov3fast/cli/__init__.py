@@ -43,6 +43,7 @@ COMMANDS = {
     "train": Command("train", "Train a recipe (demo, base, large) or your own shards; every field of it is a flag."),
     "watch": Command("watch", "A run in the terminal while it trains, and as a page that refreshes.", prints=True),
     "compare": Command("compare", "Curves and metrics of several runs side by side.", prints=True),
+    "checkpoint": Command("checkpoint", "Verify, compare or export what a training run saved.", prints=True),
     "plan": Command("plan", "Memory, time, cost and bound of a recipe on a number of GPUs; needs none.", prints=True),
     "evaluate": Command("evaluate", "Measure a model on held-out data and write the report."),
     "encode": Command("encode", "Images or folders -> .safetensors, .npz or .npy of pooled vectors and tokens."),
@@ -67,7 +68,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code.
 
-    0; 1 where `data check` found something broken; 2 for a user's error; 75 for a training run that saved and stopped; 130 for
+    0; 1 where `data check` or `checkpoint verify` found something broken, or `checkpoint diff` a difference; 2 for a user's error; 75 for a training run that saved and stopped; 130 for
     Ctrl-C; 141 where the reader of the output went away.
     """
     terminal.tolerate_encoding()

@@ -130,10 +130,14 @@ class OpenVision3(nn.Module):
             hidden, labels = self.captioner(
                 tokens[rows], caption_ids[rows], text_tokens if self.config.caption.text_prefix else None, rng
             )
-            weight = self.captioner.head.weight
-        return ModelOutput(
-            pooled, tokens, feature, latents_hat, hidden, labels, weight, self.logit_scale.exp(), self.logit_bias
-        )
+            # A view: FSDP puts hooks on what the model returns, and a parameter would gather them step after step.
+            weight = self.captioner.head.weight.view_as(self.captioner.head.weight)
+        bias = None if self.logit_bias is None else self.logit_bias.view(())
+        return ModelOutput(pooled, tokens, feature, latents_hat, hidden, labels, weight, self.logit_scale.exp(), bias)
+
+    def contrastive_features(self, latents: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """latents and text_ids as `forward` -> pooled [B, E] and text [P, E], not normalised: what the contrastive loss sees, no more."""
+        return self.encoder(latents, post_ln=self._post_ln)[0], self.text(text_ids)
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
@@ -334,12 +338,15 @@ class OpenVision3(nn.Module):
             model.set_vae(vae if isinstance(vae, FrozenVAE) else FrozenVAE.from_pretrained(vae, hub=model.encoder.vae_hub))
         return model.to(device).eval()
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Writes config.json, model.safetensors and the tokenizer to the folder `path`, all or nothing. The VAE stays out."""
+    def save_pretrained(self, path: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Writes config.json, model.safetensors and the tokenizer to the folder `path`, all or nothing. The VAE stays out.
+
+        state_dict: weights to write in place of the model's own.
+        """
         with atomic_folder(path, former=(FILE, CONFIG_FILE)) as folder:
             text = json.dumps({**self.config.to_dict(), VERSIONS: versions()}, indent=2) + "\n"
             (folder / "config.json").write_text(text, encoding="utf-8")
-            pretrained.write_tensors(self.state_dict(), folder / WEIGHTS_FILE)
+            pretrained.write_tensors(self.state_dict() if state_dict is None else state_dict, folder / WEIGHTS_FILE)
             if self._tokenizer is not None or self.config.tokenizer == "wordpiece":
                 self.tokenizer.save(folder)
 

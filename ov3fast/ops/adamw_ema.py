@@ -9,7 +9,8 @@
 params p of one dtype (float32, bfloat16 or float64) and any shapes, grads g in it or in float32; exp_avgs m, exp_avg_sqs v and
 ema in float32 (float64 for float64 parameters). bfloat16 parameters are rounded to nearest, which loses steps below
 p / 256: train on float32 weights where that matters. With max_norm, a norm that is not finite leaves all as it was (max_norm = inf
-clips nothing and keeps this guard); without max_norm it is not looked at, and everything becomes NaN.
+clips nothing and keeps this guard); without max_norm it is not looked at, and everything becomes NaN. Where the tensors are shards of
+what is trained, the norm over all shards is the caller's to give.
 Source: Loshchilov & Hutter 2019 (arXiv 1711.05101); clipping as torch.nn.utils.clip_grad_norm_.
 """
 
@@ -32,11 +33,12 @@ BUCKET = 2**18
 @torch.no_grad()
 def reference(
     params, grads, exp_avgs, exp_avg_sqs, ema=None, *,
-    step, lr, betas, eps, weight_decay, max_norm=None, ema_decay=None,
+    step, lr, betas, eps, weight_decay, max_norm=None, ema_decay=None, norm=None,
 ) -> Tensor:  # fmt: skip
     """Plain PyTorch, the specification, one tensor at a time."""
     wide = exp_avgs[0].dtype
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.to(wide)) for g in grads]))
+    if norm is None:
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.to(wide)) for g in grads]))
     if max_norm is not None and not norm.isfinite():
         return norm
     clip = 1.0 if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -66,6 +68,7 @@ def adamw_ema_(
     weight_decay: float | Sequence[float],
     max_norm: float | None = None,
     ema_decay: float | Tensor | None = None,
+    norm: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """One step: params, exp_avgs, exp_avg_sqs and ema change in place; the gradients' global norm before clipping comes back.
@@ -76,6 +79,8 @@ def adamw_ema_(
 
     step, lr and ema_decay may be scalar tensors on the parameters' device, for a step that a CUDA graph records: their values are read
     there, by no backend that runs on the CPU. Out of range they are not noticed.
+    norm: the gradients' global norm where the lists hold shards of it, a scalar in the moments' dtype on their device; it is clipped by and
+    comes back. None: that of `grads`.
     Raises TypeError or ValueError that name the argument; NotImplementedError for tensors that are differentiated in forward mode or
     transformed by torch.func: there is no derivative. As in torch.optim, a graph behind the gradients is left out.
     """
@@ -90,6 +95,10 @@ def adamw_ema_(
     _check_numbers(op, step, lr, betas, eps, max_norm, ema_decay)
     if not params:
         return torch.zeros(())
+    if norm is not None:
+        _check.tensor(op, "norm", norm, dtypes=(_check.accumulate_dtype(params[0].dtype),))
+        _check.shape(op, "norm", norm, (), "a scalar")
+        _check.same_device(op, "norm", norm, params[0])
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         numbers = {"lr": lr, "ema_decay": ema_decay}
         _refuse_derivatives(op, lists | {name: [value] for name, value in numbers.items() if isinstance(value, Tensor)})
@@ -100,7 +109,7 @@ def adamw_ema_(
             step, lr, ema_decay = 1, 0.0, None if ema_decay is None else 0.0
         return _adamw_ema_(
             impl, *(list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs, ema or [])),
-            step, lr, *betas, eps, decays, max_norm, ema_decay, schedule,
+            step, lr, *betas, eps, decays, max_norm, ema_decay, schedule, norm,
         )  # fmt: skip
 
 
@@ -180,14 +189,14 @@ def _check_numbers(op, step, lr, betas, eps, max_norm, ema_decay) -> None:
 
 # Lists at once (_foreach_*), several times as fast as the reference's loop over tensors.
 def _forward_eager(
-    params, grads, exp_avgs, exp_avg_sqs, ema, step, lr, beta1, beta2, eps, weight_decay, max_norm, ema_decay, schedule
+    params, grads, exp_avgs, exp_avg_sqs, ema, step, lr, beta1, beta2, eps, weight_decay, max_norm, ema_decay, schedule, norm
 ):
     if schedule is not None:
         return _forward_on_device(
-            params, grads, exp_avgs, exp_avg_sqs, ema, beta1, beta2, eps, weight_decay, max_norm, schedule
+            params, grads, exp_avgs, exp_avg_sqs, ema, beta1, beta2, eps, weight_decay, max_norm, schedule, norm
         )
     wide = exp_avgs[0].dtype
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=wide)))
+    norm = _norm(grads, wide) if norm is None else norm.clone()
     if max_norm is not None and not norm.isfinite():
         return norm
     clip = None if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -214,11 +223,15 @@ def _forward_eager(
     return norm
 
 
-def _forward_on_device(params, grads, exp_avgs, exp_avg_sqs, ema, beta1, beta2, eps, weight_decay, max_norm, schedule):
+def _norm(grads, wide):
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=wide)))
+
+
+def _forward_on_device(params, grads, exp_avgs, exp_avg_sqs, ema, beta1, beta2, eps, weight_decay, max_norm, schedule, norm):
     """By PyTorch, tensor by tensor, without a look at a value: for recorded steps where there is no kernel."""
     wide = exp_avgs[0].dtype
     step, lr, ema_decay = schedule.unbind()
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=wide)))
+    norm = _norm(grads, wide) if norm is None else norm.clone()
     finite = torch.ones_like(norm, dtype=torch.bool) if max_norm is None else norm.isfinite()
     clip = 1.0 if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
     root, size = (1 - beta2**step).sqrt().to(wide), (-lr / (1 - beta1**step)).to(wide)
@@ -256,7 +269,7 @@ _adamw_ema_ = _operator.define(
     "adamw_ema_",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] ema, int step,"
     " float lr, float beta1, float beta2, float eps, float[] weight_decay, float? max_norm, float? ema_decay,"
-    " Tensor? schedule) -> Tensor",
+    " Tensor? schedule, Tensor? norm) -> Tensor",
     fake=_fake,
 )
 
@@ -272,11 +285,13 @@ _STEP = cpu.Kernel(
 
 
 def _forward_cpu(
-    params, grads, exp_avgs, exp_avg_sqs, ema, step, lr, beta1, beta2, eps, weight_decay, max_norm, ema_decay, schedule
+    params, grads, exp_avgs, exp_avg_sqs, ema, step, lr, beta1, beta2, eps, weight_decay, max_norm, ema_decay, schedule, norm
 ):
     changed = [params, exp_avgs, exp_avg_sqs, *([ema] if ema else [])]
     (*states, grads), copies = _flat_lists.flatten([*changed, grads], len(changed))
-    norm = torch.empty((), dtype=torch.float32)
+    given = norm
+    # NaN asks the kernel for the norm; a given one that is NaN changes nothing, as an infinite one does.
+    norm = torch.full((), math.nan) if given is None else given.nan_to_num(nan=math.inf, posinf=math.inf)
     _STEP(
         params[0].dtype, _addresses(states[0]), _addresses(grads), _numbers([g.dtype == torch.float32 for g in grads]),
         _addresses(states[1]), _addresses(states[2]), _addresses(states[3]) if ema else None,
@@ -287,7 +302,7 @@ def _forward_cpu(
     for tensor, copy in copies:
         tensor.copy_(copy)
     torch.autograd.graph.increment_version([t for values in changed for t in values if not t.is_inference()])
-    return norm
+    return norm if given is None else given.clone()
 
 
 def _addresses(tensors):
@@ -298,7 +313,7 @@ def _numbers(values):
     return torch.tensor(values, dtype=torch.int64)
 
 
-def _unsupported_reason(params, grads, exp_avgs, exp_avg_sqs, ema, schedule):
+def _unsupported_reason(params, grads, exp_avgs, exp_avg_sqs, ema, schedule, norm):
     if schedule is not None:
         return "it takes step, lr and ema_decay as numbers"
     states = *exp_avgs, *exp_avg_sqs, *ema
@@ -308,7 +323,7 @@ def _unsupported_reason(params, grads, exp_avgs, exp_avg_sqs, ema, schedule):
 cpu.register(
     "adamw_ema_",
     _forward_cpu,
-    operands=("params", "grads", "exp_avgs", "exp_avg_sqs", "ema", "schedule"),
+    operands=("params", "grads", "exp_avgs", "exp_avg_sqs", "ema", "schedule", "norm"),
     unsupported_reason=_unsupported_reason,
 )
 

@@ -32,9 +32,14 @@ IMAGENET = 1_281_167
 FREE_TO_CHANGE = frozenset(
     {
         "run_dir",
+        "parallel",
+        "shard_size",
+        "reshard",
         "checkpoint_steps",
         "checkpoint_minutes",
         "keep",
+        "keep_every",
+        "checkpoint_dir",
         "log_every",
         "gradient_norms_every",
         "synchronize_timing",
@@ -50,7 +55,8 @@ FREE_TO_CHANGE = frozenset(
         "data.skip_budget",
     }
 )
-"""Fields that may differ when a run is resumed: none of them changes a number that the run computes."""
+"""Fields that may differ when a run is resumed: none of them changes what the run computes. (`parallel` and `shard_size` change the order of
+sums, as another number of processes does.)"""
 
 
 @dataclass(frozen=True)
@@ -180,6 +186,14 @@ class Recipe:
     two ranks' at a time in memory, while tiles are computed. The same loss; another order of sums."""
     activation_checkpointing: bool = False
     """Recompute each transformer block in the backward pass: less memory, about a third more time."""
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """How several processes hold the model: each of them whole (ddp), a share each (fsdp), or a share each within `shard_size` of them and
+    copies beyond (hsdp)."""
+    shard_size: int | None = None
+    """hsdp: processes that share one copy of the model; None: those of a node."""
+    reshard: bool = True
+    """fsdp, hsdp: free a block's gathered weights after its forward pass and gather them again in the backward pass; False keeps them:
+    more memory, a third less traffic."""
     impl: str | None = None
     """Backend of every operator that has it (see ov3fast doctor); None: each operator takes its fastest."""
     compare_impl: str | None = None
@@ -213,6 +227,10 @@ class Recipe:
     """Checkpoint after so many minutes."""
     keep: int = 2
     """Newest checkpoints that are kept."""
+    keep_every: int | None = None
+    """Checkpoints whose step is a multiple of this are kept too; None: none of them."""
+    checkpoint_dir: str | None = None
+    """Where checkpoints go: a folder or an fsspec URL (s3://bucket/run); None: run_dir/checkpoints. All processes must see it."""
     log_every: int = 10
     """Steps between two rows of the log; a row holds the means since the last."""
     gradient_norms_every: int | None = 100
@@ -242,10 +260,14 @@ class Recipe:
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"recipe: stages must have different names, got {', '.join(names)}")
-        for name in ("checkpoint_steps", "checkpoint_minutes", "gradient_norms_every"):
+        for name in ("checkpoint_steps", "checkpoint_minutes", "keep_every", "gradient_norms_every"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"recipe: {name} must be positive or None, got {value}")
+        if self.shard_size is not None and (self.shard_size < 1 or self.parallel != "hsdp"):
+            raise ValueError(
+                f"recipe: shard_size is for parallel 'hsdp' and at least 1, got {self.shard_size} with {self.parallel!r}"
+            )
         if self.objective.contrastive != self.model.contrastive:
             raise ValueError(
                 f"recipe: objective.contrastive is {self.objective.contrastive!r}, model.contrastive {self.model.contrastive!r}; set both"
@@ -276,6 +298,11 @@ class Recipe:
         if self.vae is None or self.vae == self.model.vae:
             return recipe
         return dataclasses.replace(recipe, model=dataclasses.replace(self.model, vae=self.vae, vae_subfolder=None))
+
+    @property
+    def checkpoints(self) -> str:
+        """Where checkpoints go: a folder or a URL."""
+        return self.checkpoint_dir or str(self.run_dir / "checkpoints")
 
     def stage_objective(self, stage: Stage) -> ObjectiveConfig:
         """The objective with the stage's LPIPS weight; without pixel losses where it decodes no image."""

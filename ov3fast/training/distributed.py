@@ -67,6 +67,10 @@ class Ranks:
             dist.barrier(group=self.control)
 
 
+ALONE = Ranks(0, 1, torch.device("cpu"))
+"""A process by itself."""
+
+
 def start(device: str | torch.device | None = None) -> Ranks:
     """Joins the process group described by torchrun's environment; a single process where there is none.
 

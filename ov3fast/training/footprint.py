@@ -28,6 +28,7 @@ from ov3fast.models.perceptual import LPIPS
 from ov3fast.models.vae import FrozenVAE
 from ov3fast.recipes.config import Recipe, Stage
 from ov3fast.training.distributed import Ranks
+from ov3fast.training.parallel import Parallel
 from ov3fast.training.plan import texts_and_paired
 from ov3fast.training.step import MicroBatch, Step
 from ov3fast.training.timing import Timer
@@ -74,7 +75,7 @@ def footprint(recipe: Recipe, stage: int, images: int) -> Footprint:
     model.set_activation_checkpointing(recipe.activation_checkpointing)
     ranks = Ranks(0, 1, torch.device("cpu"))
     step = Step(
-        model, model, Objective(config, lpips), ranks, Timer(ranks.device),
+        Parallel(model, recipe, ranks), Objective(config, lpips), Timer(ranks.device),
         bf16=recipe.precision == "bf16", exact_contrastive=recipe.contrastive_over == "batch",
     )  # fmt: skip
     count = min(recipe.accumulate, 2)

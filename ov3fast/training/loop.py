@@ -18,7 +18,7 @@ import gc
 import json
 import resource
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -46,9 +46,9 @@ from ov3fast.training.capture import CapturedStep
 from ov3fast.training.inputs import Inputs
 from ov3fast.training.logs import Display, RunLog, Window, describe
 from ov3fast.training.nonfinite import stop_non_finite
-from ov3fast.training.optimizer import AdamW, copy
+from ov3fast.training.optimizer import AdamW
+from ov3fast.training.parallel import Parallel, whole
 from ov3fast.training.progress import (
-    CHECKPOINTS,
     COMPARISON,
     MODEL,
     RECIPE,
@@ -58,6 +58,7 @@ from ov3fast.training.progress import (
     find_checkpoint,
     restored_state,
 )
+from ov3fast.training.saving import Saver
 from ov3fast.training.schedule import Schedule, schedule
 from ov3fast.training.signals import StopRequest
 from ov3fast.training.step import MicroBatch, Step
@@ -130,13 +131,14 @@ class Run:
             what = f"init_from {init_from}"
             pretrained.load_state(self.model, pretrained.read_tensors(initial / WEIGHTS_FILE, what), what)
             self.display.note(f"weights of {initial}")
+        self.parallel = Parallel(self.model, recipe, self.ranks)
         self.optimizer = AdamW(self.model, recipe.optimizer)
+        self.saver = Saver(recipe.checkpoints, self.ranks, keep=recipe.keep, keep_every=recipe.keep_every)
         if saved is not None:
             self._restore(saved)
         if not self.interrupted and (run_dir / SUMMARY).is_file():
             self.display.note(f"{run_dir} is complete at step {self.state.step}")
             return json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))
-        self.runner = self._runner()
         self.timer.watch(
             encoder=self.model.encoder, decoder=self.model.decoder, text=self.model.text, captioner=self.model.captioner
         )
@@ -159,8 +161,14 @@ class Run:
             while self.interrupted and not self.stopped:
                 self._stage(recipe.stages[self.state.stage])
             return self._finish()
+        except BaseException:
+            # A save that is under way ends first; the run's error is the one to be told.
+            with suppress(Exception):
+                self.saver.finish()
+            raise
         finally:
             gc.unfreeze()
+            self.saver.close()
             if self.log is not None:
                 self.log.close()
 
@@ -171,23 +179,11 @@ class Run:
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         self.state = restored_state(saved, self.recipe.stages, self.extend)
-        copy(self.model.state_dict(), saved.tensors["model"], "model")
-        self.optimizer.load(saved.tensors["optimizer"], saved.tensors.get("ema"), self.state.step)
+        for group, tensors in self._tensors().items():
+            saved.restore(group, tensors, self.ranks)
+        self.optimizer.set_steps(self.state.step)
         self.saved_at = (self.state.step, self.state.seconds)
-        self.display.note(f"resuming from {saved.path}")
-
-    def _runner(self) -> torch.nn.Module:
-        if self.ranks.group is None:
-            return self.model
-        objective = self.recipe.objective
-        all_used = min(objective.rec_weight, objective.und_weight, objective.caption_weight, objective.contrastive_weight) > 0
-        return torch.nn.parallel.DistributedDataParallel(
-            self.model,
-            device_ids=[self.ranks.device.index] if self.ranks.device.type == "cuda" else None,
-            process_group=self.ranks.group,
-            gradient_as_bucket_view=True,
-            find_unused_parameters=not all_used,
-        )
+        self.display.note(f"resuming from {saved.folder}")
 
     # ---- a stage ----
 
@@ -215,7 +211,7 @@ class Run:
             build_lpips(recipe.lpips, self.ranks.device, fetch) if config.lpips_weight > 0 and config.rec_weight > 0 else None
         )
         step: Step | CapturedStep = Step(
-            self.model, self.runner, Objective(config, lpips, recipe.contrastive_exchange), self.ranks, self.timer,
+            self.parallel, Objective(config, lpips, recipe.contrastive_exchange), self.timer,
             bf16=recipe.precision == "bf16", exact_contrastive=recipe.contrastive_over == "batch",
         )  # fmt: skip
         if recipe.capture:
@@ -250,7 +246,9 @@ class Run:
         """NonFiniteError where a loss of any rank is not finite. Returns whether any rank was told to stop."""
         fine = bool(torch.stack(list(losses.values())).isfinite().all())
         minutes = (time.monotonic() - run.began) / 60
-        bad, stop, run.minutes = self.ranks.largest(not fine, self.stop.name is not None, minutes)
+        bad, stop, run.minutes, unsaved = self.ranks.largest(not fine, self.stop.name is not None, minutes, self.saver.failed)
+        if unsaved:
+            self.saver.finish()
         if bad:
             self._stop_non_finite(run, micro_batches, losses)
         return bool(stop)
@@ -258,6 +256,7 @@ class Run:
     def _update(self, run: _StageRun, lr: float) -> Tensor:
         """Clips, updates the weights and their average; returns the gradient's norm."""
         with self.timer("optimizer"):
+            self.saver.copied()
             self.optimizer.set_lr(lr)
             run.step.update(self.optimizer)
         return self.optimizer.grad_norm
@@ -307,6 +306,7 @@ class Run:
         if last or stop or self._is_due():
             self._save()
         if stop:
+            self.saver.finish()
             self.display.note(f"{self.stop.name or 'a signal to another process'}: saved at step {state.step}, stopping")
         run.done, self.stopped = last, stop
 
@@ -339,19 +339,19 @@ class Run:
         if self.saved_at[0] == self.state.step:
             return
         with self.timer("checkpoint"):
-            if self.ranks.first:
-                tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.moments()}
-                if self.optimizer.ema is not None:
-                    tensors["ema"] = self.optimizer.ema
-                state = {
-                    "progress": dataclasses.asdict(self.state),
-                    "recipe": self.recipe.to_dict(),
-                    "world": self.ranks.world,
-                    **versions(),
-                }
-                checkpoint.save(self.recipe.run_dir / CHECKPOINTS, self.state.step, tensors, state, self.recipe.keep)
-            self.ranks.wait()
+            state = {
+                "progress": dataclasses.asdict(self.state),
+                "recipe": self.recipe.to_dict(),
+                "world": self.ranks.world,
+                **versions(),
+            }
+            self.saver.save(self.state.step, self._tensors(), state)
         self.saved_at = (self.state.step, self.state.seconds)
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds beside the state: group -> name -> tensor."""
+        tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.moments()}
+        return tensors if self.optimizer.ema is None else {**tensors, "ema": self.optimizer.ema}
 
     def _log(self, run: _StageRun, lr: float, measured: dict[str, float]) -> None:
         state = self.state
@@ -395,10 +395,12 @@ class Run:
             metrics["comparison"] = json.loads((self.recipe.run_dir / COMPARISON).read_text(encoding="utf-8"))
         if self.ranks.device.type == "cuda":
             metrics["peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.ranks.device) / 2**30
+        self.saver.finish()
+        if not self.interrupted:
+            self._export()
         if self.interrupted or not self.ranks.first:
             self.ranks.wait()
             return metrics
-        self._export()
         write_json(self.recipe.run_dir / SUMMARY, metrics)
         total = sum(seconds.values()) or 1.0
         for part, value in seconds.items():
@@ -409,16 +411,10 @@ class Run:
         self.ranks.wait()
         return metrics
 
-    @torch.no_grad()
     def _export(self) -> None:
-        ema, live = self.optimizer.ema, self.optimizer.parameters
-        kept = None
-        if ema is not None:
-            kept = {name: p.detach().clone() for name, p in live.items()}
-            copy(live, ema, "ema")
-        self.model.save_pretrained(self.recipe.run_dir / MODEL)
-        if kept is not None:
-            copy(live, kept, "model")
+        weights = {name: whole(value) for name, value in {**self.model.state_dict(), **(self.optimizer.ema or {})}.items()}
+        if self.ranks.first:
+            self.model.save_pretrained(self.recipe.run_dir / MODEL, weights)
 
 
 @dataclass

@@ -7,14 +7,16 @@ queries and scalars. State of a parameter: step, exp_avg and exp_avg_sq, as torc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ov3fast import ops
 from ov3fast.recipes.config import OptimizerConfig
+from ov3fast.training.parallel import own, place
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -32,6 +34,7 @@ class AdamW(torch.optim.Optimizer):
     """step() updates the parameters from their .grad, all in one call of the operator; one without a gradient is left as it is.
 
     param_groups: the parameters with weight decay, and those without. They share lr, betas and eps: the operator takes one each.
+    Parameters that FSDP2 sharded are updated share by share, clipped by the norm over all ranks; their state is sharded alike.
     """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, lr: float = 1e-3) -> None:
@@ -41,6 +44,7 @@ class AdamW(torch.optim.Optimizer):
         """Global norm of the gradients of the last step, before clipping: a scalar on the parameters' device. Where it is not finite,
         that step changed nothing."""
         self._schedule: Tensor | None = None
+        self._sharded = any(hasattr(p, "to_local") for p in self.parameters.values())
         with_decay = decayed(model)
         groups = [
             {"params": [p for name, p in self.parameters.items() if (name in with_decay) == decays], "weight_decay": decay}
@@ -85,7 +89,7 @@ class AdamW(torch.optim.Optimizer):
     def advance(self) -> None:
         """The host's part of a step: counts it, and says where `update` looks at which step it is."""
         steps, decay = self.steps + 1, self.config.ema_decay
-        self._set_steps(steps)
+        self.set_steps(steps)
         self._numbers = steps, self._shared("lr"), None if decay is None else min(decay, (1 + steps) / (10 + steps))
         if self._schedule is not None:
             self._schedule.copy_(torch.tensor([value or 0.0 for value in self._numbers], dtype=torch.float64))
@@ -100,12 +104,17 @@ class AdamW(torch.optim.Optimizer):
         updated = [p for p in self.parameters.values() if p.grad is not None]
         states = [self.state[p] for p in updated]
         average = config.ema_decay is not None
-        self.grad_norm = ops.adamw_ema_(
+        lists = [
             updated,
             [p.grad for p in updated],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["ema"] for state in states] if average else None,
+            *([state[key] for state in states] for key in (*MOMENTS, "ema")[: 2 + average]),
+        ]
+        norm = None
+        if self._sharded:
+            norm = norm_over_ranks(lists[1])
+            lists = [[own(t) for t in tensors] for tensors in lists]
+        self.grad_norm = ops.adamw_ema_(
+            *lists,
             step=step,
             lr=lr,
             betas=tuple(self._shared("betas")),
@@ -114,6 +123,7 @@ class AdamW(torch.optim.Optimizer):
             # With a bound, be it infinite, the operator leaves all as it is where the norm is not finite.
             max_norm=math.inf if config.clip_norm is None else config.clip_norm,
             ema_decay=ema_decay if average else None,
+            norm=norm,
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -122,7 +132,7 @@ class AdamW(torch.optim.Optimizer):
         if self.config.ema_decay is not None:
             for p in self.parameters.values():
                 self.state[p].setdefault("ema", p.detach().clone())
-        self._set_steps(self.steps)
+        self.set_steps(self.steps)
 
     def moments(self) -> dict[str, Tensor]:
         """The moments by name, as checkpoints hold them; `steps` and `ema` are kept apart."""
@@ -131,12 +141,13 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def load(self, moments: Mapping[str, Tensor], ema: Mapping[str, Tensor] | None, steps: int) -> None:
         """The inverse of `moments`. ValueError names what is missing."""
-        self._set_steps(steps)
+        self.set_steps(steps)
         copy(self.moments(), moments, "optimizer")
         if self.ema is not None:
             copy(self.ema, ema or {}, "ema")
 
-    def _set_steps(self, steps: int) -> None:
+    def set_steps(self, steps: int) -> None:
+        """Steps done."""
         step = torch.tensor(float(steps))
         for state in self.state.values():
             state["step"] = step
@@ -146,6 +157,23 @@ class AdamW(torch.optim.Optimizer):
         if any(value != self.param_groups[0][name] for value in values):
             raise ValueError(f"optimizer: {name} must be the same in all param_groups, got {', '.join(map(str, values))}")
         return self.param_groups[0][name]
+
+
+def norm_over_ranks(gradients: Sequence[Tensor]) -> Tensor:
+    """Norm of gradients of which some are sharded over all ranks; it has the same bits on every rank."""
+    shares = [g.to_local() for g in gradients if hasattr(g, "to_local")]
+    wide = torch.float64 if shares[0].dtype == torch.float64 else torch.float32
+    mesh = next(g.device_mesh for g in gradients if hasattr(g, "to_local"))
+    copies = mesh.size() // mesh.size(mesh.ndim - 1)
+    # A copy's ranks alone would do, but might add up in another order than another copy's.
+    squares = _squares(shares, wide) / copies
+    dist.all_reduce(squares)
+    wholes = [g for g in gradients if not hasattr(g, "to_local")]
+    return (squares + _squares(wholes, wide) if wholes else squares).sqrt().to(wide)
+
+
+def _squares(tensors: Sequence[Tensor], wide: torch.dtype) -> Tensor:
+    return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=wide)).double().square().sum()
 
 
 @torch.no_grad()
@@ -160,4 +188,4 @@ def copy(into: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> 
             raise ValueError(
                 f"{what}: {name} has shape {tuple(given[name].shape)} in the checkpoint, {tuple(into[name].shape)} here"
             )
-        into[name].copy_(given[name])
+        place(into[name], given[name])

@@ -12,7 +12,7 @@ from ov3fast.recipes.config import Recipe, Stage
 from ov3fast.training import checkpoint
 from ov3fast.training.distributed import Ranks
 
-RECIPE, SUMMARY, CHECKPOINTS, TOKENIZER, MODEL = "recipe.json", "summary.json", "checkpoints", "tokenizer", "model"
+RECIPE, SUMMARY, TOKENIZER, MODEL = "recipe.json", "summary.json", "tokenizer", "model"
 COMPARISON = "comparison.json"
 
 
@@ -44,28 +44,33 @@ def find_checkpoint(
 
     overwrite without resume removes what the former run left.
     """
-    folder = recipe.run_dir / CHECKPOINTS
+    folder = checkpoint.Folder(recipe.checkpoints)
     present = checkpoint.steps(folder)
-    ranks.wait()
+    if any(other != present for other in ranks.gather(present)):
+        raise ValueError(
+            f"checkpoints: the processes don't see the same in {folder}; it must be on a disk that all of them share"
+        )
     if not resume and present:
         if not overwrite:
             raise FileExistsError(
                 f"run_dir: {recipe.run_dir} holds a run that got to step {present[-1]}; resume it, overwrite it, or name another run_dir"
             )
         if ranks.first:
-            for name in (CHECKPOINTS, TOKENIZER, MODEL):
+            for step in present:
+                folder.fs.rm(f"{folder.root}/{checkpoint.PREFIX}{step:08d}", recursive=True)
+            for name in (TOKENIZER, MODEL):
                 shutil.rmtree(recipe.run_dir / name, ignore_errors=True)
             (recipe.run_dir / COMPARISON).unlink(missing_ok=True)
         ranks.wait()
     if not resume:
         return None
-    saved = checkpoint.latest(folder)
+    saved = checkpoint.latest(folder, ranks)
     if saved is None:
         note(f"no checkpoint in {folder}: starting from the beginning")
         return None
     difference = recipe.difference(saved.state["recipe"], longer=extend)
     if difference is not None:
-        raise ValueError(f"resume: {saved.path} is of another recipe ({difference}); use its recipe or another run_dir")
+        raise ValueError(f"resume: {saved.folder} is of another recipe ({difference}); use its recipe or another run_dir")
     if saved.state["world"] != ranks.world:
         note(f"resuming a run of {saved.state['world']} process(es) with {ranks.world}: the same samples, not the same bits")
     for package, version in versions().items():

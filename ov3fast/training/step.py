@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +25,8 @@ from torch import Tensor
 from ov3fast import ops
 from ov3fast.losses import Objective
 from ov3fast.models.openvision3 import ModelOutput, OpenVision3
-from ov3fast.training.distributed import Ranks
 from ov3fast.training.optimizer import AdamW
+from ov3fast.training.parallel import Parallel
 from ov3fast.training.timing import Timer
 
 
@@ -93,17 +92,15 @@ class Step:
 
     def __init__(
         self,
-        model: OpenVision3,
-        runner: torch.nn.Module,
+        parallel: Parallel,
         objective: Objective,
-        ranks: Ranks,
         timer: Timer,
         *,
         bf16: bool,
         exact_contrastive: bool,
     ) -> None:
-        """model: the bare model; runner: what is called (the model, or DistributedDataParallel of it)."""
-        self.model, self.runner, self.objective, self.ranks, self.timer = model, runner, objective, ranks, timer
+        self.parallel, self.model, self.ranks = parallel, parallel.model, parallel.ranks
+        self.objective, self.timer = objective, timer
         self.bf16, self.exact_contrastive = bf16, exact_contrastive
 
     def __call__(
@@ -117,18 +114,17 @@ class Step:
         measured: dict[str, float] = {}
         for number, micro_batch in enumerate(micro_batches):
             last = number == count - 1
-            # DistributedDataParallel exchanges gradients in the backward pass; once a step is enough.
-            hold = self.runner.no_sync() if self.ranks.group is not None and not last else nullcontext()
-            with hold:
+            with self.parallel.backward(last):
                 with _EncoderStates(self.model, enabled=measure and last) as encoder:
                     losses = self._forward(micro_batch, contrastive and contrastive.part(number, self.model))
                 if measure and last:
-                    with self.timer("measure"):
+                    with self.timer("measure"), self.parallel.measuring():
                         measured = self._branch_gradients(encoder.states, losses["rec"], losses["und"])
                 with self.timer("backward"):
                     (losses["loss"] / count).backward()
             for name, value in losses.items():
                 means[name] = means.get(name, 0) + value.detach() / count
+        self.parallel.finish()
         return means, measured
 
     def update(self, optimizer: AdamW) -> None:
@@ -145,7 +141,7 @@ class Step:
         """Losses by name, with their graphs. contrastive: computes that part in place of this micro-batch's own."""
         config = self.objective.config
         with self.autocast(), self.timer("other forward"):
-            outputs: ModelOutput = self.runner(
+            outputs: ModelOutput = self.parallel.runner(
                 micro_batch.latents, micro_batch.text_ids, micro_batch.caption_ids,
                 sigma=micro_batch.sigma, rng=micro_batch.rng, decode=config.rec_weight > 0,
                 decode_index=micro_batch.latent_rows, caption_index=micro_batch.caption_rows, text_index=micro_batch.text_index,
@@ -173,7 +169,7 @@ class Step:
             return None
         model = self.model
         with torch.no_grad(), self.autocast(), self.timer("other forward"):
-            features = [(model.encode_latents(m.latents)[0], model.text(m.text_ids)) for m in micro_batches]
+            features = [model.contrastive_features(m.latents, m.text_ids) for m in micro_batches]
         pooled, text = (torch.cat(side).requires_grad_() for side in zip(*features, strict=True))
         images, texts = ([len(feature) for feature in side] for side in zip(*features, strict=True))
         pairs, first_image = [], 0

@@ -134,3 +134,12 @@ def test_two_launches_do_all():
 
 def test_nothing_to_do():
     assert step(tensors(KINDS[0], [(0, 4)]))[0][0] == 0
+
+
+def test_a_given_norm_is_clipped_by():
+    lists = tensors((torch.float32, torch.float32))
+    own, _ = step(lists)
+    given, ran = step(lists, {**HOW, "norm": own[0].clone()})
+    assert [launch.kernel for launch, _ in ran] == ["ov3_adamw_ema_update_f32_f32"]
+    for a, b in zip(own, given, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)

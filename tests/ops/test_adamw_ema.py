@@ -316,3 +316,34 @@ def test_scheduled_numbers_are_checked():
         adamw_ema_(*lists, **(NUMBERS | {"lr": torch.ones(2)}), step=1, weight_decay=0.0, ema_decay=0.9)
     with pytest.raises(RuntimeError, match="impl='cpu' can't run this call: it takes step, lr and ema_decay as numbers"):
         adamw_ema_(*lists, **(NUMBERS | {"lr": torch.ones(())}), step=1, weight_decay=0.0, ema_decay=0.9, impl="cpu")
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+def test_shards_with_the_norm_of_the_whole(max_norm):
+    """Halves of every tensor, each updated by itself, make the whole's step."""
+    how = dict(NUMBERS, step=3, weight_decay=0.1, max_norm=max_norm, ema_decay=0.9)
+    lists = tensors(shapes=[(8, 3), (2,), (16384,)])
+    whole = copy.deepcopy(lists)
+    norm = adamw_ema_(*whole, **how)
+    for half in (0, 1):
+        shards = [[t.chunk(2)[half] for t in values] for values in lists]
+        assert adamw_ema_(*shards, **how, norm=norm) == norm
+    for got, expected in zip([t for values in lists for t in values], [t for values in whole for t in values], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("norm", [torch.nan, torch.inf])
+def test_a_norm_of_the_whole_that_is_not_finite_changes_nothing(norm):
+    lists = tensors()
+    before = [t.clone() for values in lists for t in values]
+    got = adamw_ema_(*lists, **NUMBERS, step=3, weight_decay=0.1, max_norm=1.0, ema_decay=0.9, norm=torch.tensor(norm))
+    testing.assert_same_bits([t for values in lists for t in values], before)
+    assert not got.isfinite()
+
+
+def test_a_norm_that_does_not_fit():
+    lists, how = tensors(), dict(NUMBERS, step=1, weight_decay=0.0, ema_decay=0.9)
+    with pytest.raises(TypeError, match="norm"):
+        adamw_ema_(*lists, **how, norm=torch.ones((), dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="norm"):
+        adamw_ema_(*lists, **how, norm=torch.ones(2))

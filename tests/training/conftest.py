@@ -7,14 +7,25 @@ import pytest
 import torch
 
 
-@pytest.fixture(scope="session")
-def tiny() -> ModuleType:
-    """tiny.py beside this file."""
-    spec = importlib.util.spec_from_file_location("ov3fast_tests_tiny", Path(__file__).with_name("tiny.py"))
+def beside(name: str) -> ModuleType:
+    """The module of that name beside this file."""
+    spec = importlib.util.spec_from_file_location(f"ov3fast_tests_{name}", Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """tiny.py."""
+    return beside("tiny")
+
+
+@pytest.fixture(scope="session")
+def many_ranks() -> ModuleType:
+    """many_ranks.py."""
+    return beside("many_ranks")
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,16 @@
 import json
 import subprocess
 import sys
+import threading
 import warnings
 
+import fsspec
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from ov3fast.training import checkpoint
+from ov3fast.training import checkpoint, saving
+from ov3fast.training.distributed import ALONE
 
 TENSORS = {
     "model": {"w": torch.arange(6.0).view(2, 3).t(), "b": torch.ones((), dtype=torch.bfloat16)},
@@ -15,7 +19,7 @@ TENSORS = {
 
 
 def save(folder, step, **options):
-    return checkpoint.save(folder, step, TENSORS, {"progress": {"step": step}}, **options)
+    return saving.save(folder, step, TENSORS, {"progress": {"step": step}}, **options)
 
 
 def test_round_trip(tmp_path):
@@ -42,14 +46,15 @@ def test_nothing_there():
 
 
 def damage_cut(path):
-    file = path / "optimizer.safetensors" if (path / "optimizer.safetensors").exists() else path / "model.safetensors"
+    file = path / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-3])
 
 
 def damage_bit(path):
-    content = bytearray((path / "ema.safetensors").read_bytes())
-    content[-1] ^= 1
-    (path / "ema.safetensors").write_bytes(content)
+    content = bytearray((path / "__0_0.distcp").read_bytes())
+    [chunk] = json.loads((path / "manifest.json").read_text())["tensors"]["ema/w"]["chunks"]
+    content[chunk["offset"] + chunk["bytes"] // 2] ^= 1
+    (path / "__0_0.distcp").write_bytes(content)
 
 
 def damage_state(path):
@@ -57,7 +62,7 @@ def damage_state(path):
 
 
 def damage_missing(path):
-    (path / "model.safetensors").unlink()
+    (path / "__0_0.distcp").unlink()
 
 
 def damage_manifest(path):
@@ -67,10 +72,10 @@ def damage_manifest(path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_cut, "model.safetensors has .* bytes, the manifest says"),
-        (damage_bit, "ema.safetensors is not what was written"),
+        (damage_cut, "__0_0.distcp has .* bytes, the manifest says"),
+        (damage_bit, "tensor ema/w is not what was written: __0_0.distcp was changed or cut within"),
         (damage_state, "state.json is not what was written"),
-        (damage_missing, "model.safetensors is missing"),
+        (damage_missing, "__0_0.distcp is missing"),
         (damage_manifest, "manifest.json can't be read"),
     ],
 )
@@ -91,10 +96,10 @@ def test_a_kill_while_saving_leaves_the_one_before(tmp_path):
     """The process dies in the middle of the second save, after each of its system calls that write or rename in turn."""
     code = f"""
 import os, pathlib, sys, torch
-from ov3fast.training import checkpoint
+from ov3fast.training import saving
 folder, fatal = pathlib.Path({str(tmp_path)!r}), int(sys.argv[1])
 tensors = {{"model": {{"w": torch.arange(6.0)}}, "ema": {{"w": torch.ones(3)}}}}
-checkpoint.save(folder / sys.argv[1], 1, tensors, {{"n": 1}})
+saving.save(folder / sys.argv[1], 1, tensors, {{"n": 1}})
 calls = 0
 def count(name, function):
     def wrapped(*args, **kwargs):
@@ -106,14 +111,14 @@ def count(name, function):
     return wrapped
 for name in ("fsync", "replace"):
     setattr(os, name, count(name, getattr(os, name)))
-checkpoint.shutil.rmtree = count("rmtree", checkpoint.shutil.rmtree)
-for n in range(1, 30):
+saving.shutil.rmtree = count("rmtree", saving.shutil.rmtree)
+for n in range(1, 14):
     if os.fork() == 0:
         fatal, folder_n = n, folder / f"k{{n}}"
         calls = -1000
-        checkpoint.save(folder_n, 1, tensors, {{"n": 1}}, keep=1)
+        saving.save(folder_n, 1, tensors, {{"n": 1}}, keep=1)
         calls = 0
-        checkpoint.save(folder_n, 2, tensors, {{"n": 2}}, keep=1)
+        saving.save(folder_n, 2, tensors, {{"n": 2}}, keep=1)
         os._exit(0)
     os.wait()
 """
@@ -121,11 +126,11 @@ for n in range(1, 30):
     seen = set()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for n in range(1, 30):
+        for n in range(1, 14):
             found = checkpoint.latest(tmp_path / f"k{n}")
             seen.add(found.state["n"])
             # The next save clears what the kill left behind.
-            checkpoint.save(tmp_path / f"k{n}", 3, {"model": {"w": torch.zeros(1)}}, {"n": 3}, keep=1)
+            saving.save(tmp_path / f"k{n}", 3, {"model": {"w": torch.zeros(1)}}, {"n": 3}, keep=1)
             assert checkpoint.steps(tmp_path / f"k{n}") == [3] and not list((tmp_path / f"k{n}").glob(".*"))
     assert seen == {1, 2}
 
@@ -133,7 +138,7 @@ for n in range(1, 30):
 def test_manifest_names_every_file(tmp_path):
     path = save(tmp_path, 1)
     files = json.loads((path / "manifest.json").read_text())["files"]
-    assert set(files) == {"model.safetensors", "ema.safetensors", "state.json"}
+    assert set(files) == {"__0_0.distcp", ".metadata", "state.json"}
 
 
 def test_files_that_are_not_ours_are_left_alone(tmp_path):
@@ -162,18 +167,103 @@ def test_a_step_may_be_a_link(tmp_path):
 
 
 def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, monkeypatch):
-    import safetensors.torch
-
     save(tmp_path, 1)
 
-    class SafetensorError(Exception):
-        pass
+    def full(*arguments):
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed: No space left on device")
 
-    def full(tensors, path):
-        path.write_bytes(b"half")
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(OSError, match="the disk is full"):
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="the disk is full; the checkpoint before is whole") as caught:
         save(tmp_path, 2)
+    assert caught.value.filename == str(tmp_path / "step-00000002")
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"] and checkpoint.latest(tmp_path) is not None
+
+
+def test_a_checkpoint_of_an_earlier_version(tmp_path):
+    """Files of safetensors under a manifest of their hashes."""
+    path = tmp_path / "step-00000007"
+    path.mkdir()
+    tensors = {group: {name: value.contiguous() for name, value in values.items()} for group, values in TENSORS.items()}
+    for group, values in tensors.items():
+        save_file(values, path / f"{group}.safetensors")
+    (path / "state.json").write_text(json.dumps({"progress": {"step": 7}}))
+    files = {
+        file.name: {"sha256": checkpoint.Folder(path).sha256(file.name), "bytes": file.stat().st_size}
+        for file in path.iterdir()
+    }
+    (path / "manifest.json").write_text(json.dumps({"step": 7, "files": files}))
+    found = checkpoint.latest(tmp_path)
+    into = {name: torch.full_like(value, 9.0) for name, value in tensors["model"].items()}
+    found.restore("model", into, ALONE)
+    assert found.state["progress"]["step"] == 7 and torch.equal(found.tensors["ema"]["w"], torch.zeros(3))
+    assert all(torch.equal(value, tensors["model"][name]) for name, value in into.items())
+    (path / "ema.safetensors").write_bytes((path / "ema.safetensors").read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="ema.safetensors is not what was written"):
+        checkpoint.load(path)
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    found = checkpoint.load(save(tmp_path, 1))
+    with pytest.raises(ValueError, match="model: other is missing from the checkpoint"):
+        found.restore("model", {"other": torch.zeros(2)}, ALONE)
+    with pytest.raises(ValueError, match="ema: w is unknown to this model, but in the checkpoint"):
+        found.restore("ema", {}, ALONE)
+    with pytest.raises(ValueError, match=r"ema: w has shape \(3,\) in the checkpoint, \(4,\) here"):
+        found.restore("ema", {"w": torch.zeros(4)}, ALONE)
+
+
+def test_the_step_waits_for_the_copy_alone(tmp_path, monkeypatch):
+    write, may_write, values = saving._LocalWriter.write_data, threading.Event(), torch.zeros(1000)
+
+    def slow(*arguments):
+        assert may_write.wait(60)
+        return write(*arguments)
+
+    monkeypatch.setattr(saving._LocalWriter, "write_data", slow)
+    saver = saving.Saver(tmp_path)
+    saver.save(1, {"model": {"w": values}}, {})
+    saver.copied()
+    values.fill_(1.0)  # training goes on
+    assert checkpoint.steps(tmp_path) == [] and not saver.failed
+    may_write.set()
+    saver.finish()
+    saver.close()
+    assert torch.equal(checkpoint.latest(tmp_path).tensors["model"]["w"], torch.zeros(1000))
+
+
+def test_every_so_many_stay(tmp_path):
+    saver = saving.Saver(tmp_path, keep=1, keep_every=4)
+    for step in (2, 4, 6, 8, 9, 10):
+        saver.save(step, TENSORS, {})
+    saver.finish()
+    saver.close()
+    assert checkpoint.steps(tmp_path) == [4, 8, 10]
+
+
+def test_on_a_remote_file_system():
+    where = "memory://bucket/run"
+    for step in (1, 2, 3):
+        saving.save(where, step, TENSORS, {"progress": {"step": step}}, keep=2)
+    assert checkpoint.steps(where) == [2, 3]
+    files = fsspec.filesystem("memory")
+    found = checkpoint.latest(where)
+    assert torch.equal(found.tensors["model"]["w"], TENSORS["model"]["w"])
+    # A save that was cut off has no manifest: it counts as none, and the next save removes it.
+    files.rm("/bucket/run/step-00000003/manifest.json")
+    with pytest.warns(checkpoint.CheckpointWarning):
+        assert checkpoint.latest(where).state["progress"]["step"] == 2
+    saving.save(where, 4, TENSORS, {}, keep=2)
+    assert checkpoint.steps(where) == [2, 4]
+    files.rm("/bucket", recursive=True)
+
+
+def test_differences_are_named(tmp_path):
+    a = checkpoint.load(save(tmp_path / "a", 1))
+    changed = {"model": {**TENSORS["model"], "w": TENSORS["model"]["w"] + torch.eye(3, 2)}, "ema": {"v": torch.zeros(3)}}
+    b = checkpoint.load(saving.save(tmp_path / "b", 1, changed, {}))
+    assert checkpoint.difference(a, a) == []
+    assert checkpoint.difference(a, b) == [
+        ("ema/v", f"only in {b.folder}"),
+        ("ema/w", f"only in {a.folder}"),
+        ("model/w", "2 of 6 values, by 1 at most (largest 5)"),
+    ]

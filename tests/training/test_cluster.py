@@ -15,6 +15,7 @@ from ov3fast.recipes import get_recipe
 from ov3fast.training.cluster import CHIPS, estimate
 from ov3fast.training.distributed import Ranks
 from ov3fast.training.footprint import blank_micro_batch, footprint
+from ov3fast.training.parallel import Parallel
 from ov3fast.training.plan import make_plan
 from ov3fast.training.step import Step
 from ov3fast.training.timing import Timer
@@ -46,7 +47,7 @@ def measured_peak(recipe) -> int:
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     step = Step(
-        model, model, Objective(config), Ranks(0, 1, torch.device("cpu")), Timer(torch.device("cpu")),
+        Parallel(model, recipe, Ranks(0, 1, torch.device("cpu"))), Objective(config), Timer(torch.device("cpu")),
         bf16=recipe.precision == "bf16", exact_contrastive=True,
     )  # fmt: skip
     gc.collect()  # what loading left behind would be released within the step

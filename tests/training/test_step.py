@@ -10,6 +10,7 @@ from ov3fast.losses import Objective
 from ov3fast.training import build
 from ov3fast.training.distributed import Ranks
 from ov3fast.training.inputs import Inputs
+from ov3fast.training.parallel import Parallel
 from ov3fast.training.step import Step, derive_rng, subsample
 from ov3fast.training.timing import Timer
 
@@ -35,7 +36,7 @@ def setting(tiny, data, tmp_path, accumulate=1, over="batch", **model):
     network.set_vae(vae)
     for part in micro_batches:
         part.latents = part.latents.double()
-    step = Step(network, network, objective, RANKS, timer, bf16=False, exact_contrastive=over == "batch")
+    step = Step(Parallel(network, recipe, RANKS), objective, timer, bf16=False, exact_contrastive=over == "batch")
     return network, micro_batches, step
 
 

@@ -5,9 +5,11 @@ python tiny.py FOLDER RUN_DIR [--kill-at STEP] [field=value ...]        e.g. acc
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +135,13 @@ def recipe(folder: Path, run_dir: Path, stages: Any = ((4, 32), (4, 48)), **chan
     return Recipe(**{**defaults, **changes})
 
 
+def with_stages(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe with these fields in all of its stages."""
+    return dataclasses.replace(recipe, stages=tuple(dataclasses.replace(stage, **changes) for stage in recipe.stages))
+
+
 def main(folder: str, run_dir: str, *rest: str) -> None:
-    """Runs the recipe; with --kill-at this process gets a SIGKILL in the middle of that step's update."""
+    """Runs the recipe; with --kill-at this process gets a SIGKILL in the middle of that step's update, the step before having been saved."""
     import os
     import signal
 
@@ -147,6 +154,8 @@ def main(folder: str, run_dir: str, *rest: str) -> None:
     def dying(*arguments: Any, **options: Any) -> Any:
         result = update(*arguments, **options)
         if options["step"] == fatal:
+            while not Path(run_dir, "checkpoints", f"step-{fatal - 1:08d}").is_dir():
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 

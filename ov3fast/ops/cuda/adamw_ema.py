@@ -16,10 +16,11 @@ SUMS = 1024
 
 
 def _forward(
-    params, grads, exp_avgs, exp_avg_sqs, ema, step, lr, beta1, beta2, eps, weight_decay, max_norm, ema_decay, schedule
+    params, grads, exp_avgs, exp_avg_sqs, ema, step, lr, beta1, beta2, eps, weight_decay, max_norm, ema_decay, schedule, norm
 ):
     changed = [params, exp_avgs, exp_avg_sqs, *([ema] if ema else [])]
     (params_, *states, grads_), copies = _flat_lists.flatten([*changed, grads], len(changed))
+    given = norm
     norm = torch.empty((), dtype=torch.float32, device=params[0].device)
     numbers = Struct(
         *_lerp(1 - beta1), *_lerp(1.0 - (1.0 if ema_decay is None else ema_decay)),
@@ -31,23 +32,26 @@ def _forward(
     scheduled = None if schedule is None else _on_device(schedule, beta1, beta2)
     exp_avgs_, exp_avg_sqs_, ema_ = states if ema else (*states, None)
     batches = [_batch(chosen, params_, grads_, exp_avgs_, exp_avg_sqs_, ema_, keep) for chosen in _alike(params_, grads_)]
-    run(_launches(batches, numbers, scheduled, norm), norm.device)
+    run(_launches(batches, numbers, scheduled, norm, given), norm.device)
     for tensor, copy in copies:
         tensor.copy_(copy)
     torch.autograd.graph.increment_version([t for values in changed for t in values if not t.is_inference()])
     return norm
 
 
-def _launches(batches, numbers, scheduled, norm):
-    """The sums of squares of every batch's gradients, into one row of partial sums, then the updates, of which the first writes the norm."""
+def _launches(batches, numbers, scheduled, norm, given):
+    """The sums of squares of every batch's gradients, into one row of partial sums, then the updates, of which the first writes the norm.
+
+    given: that norm, where it is known: its square is then the only partial sum."""
     blocks = [min(chunks, SUMS) for _, _, _, chunks in batches]
-    partials = norm.new_empty(sum(blocks))
+    partials = norm.new_empty(sum(blocks)) if given is None else given.square().reshape(1)
     squares: list[Launch] = []
     updates: list[Launch] = []
     done = 0
     for (params, grads, lists, chunks), count in zip(batches, blocks, strict=True):
-        kernel = f"ov3_adamw_ema_squares_{SUFFIX[grads]}"
-        squares.append(Launch("adamw_ema", kernel, (count, 1), (("lists", lists), ("partials", partials[done : done + count]))))
+        if given is None:
+            kernel, own = f"ov3_adamw_ema_squares_{SUFFIX[grads]}", partials[done : done + count]
+            squares.append(Launch("adamw_ema", kernel, (count, 1), (("lists", lists), ("partials", own))))
         kernel = f"ov3_adamw_ema_update_{SUFFIX[params]}_{SUFFIX[grads]}"
         arguments = (
             ("lists", lists),
@@ -59,7 +63,7 @@ def _launches(batches, numbers, scheduled, norm):
         updates.append(Launch("adamw_ema", kernel, (chunks, 1), (*arguments, ("norm", None if updates else norm))))
         done += count
     if not batches:
-        norm.zero_()
+        norm.copy_(0.0 if given is None else given)
     return squares + updates
 
 

@@ -1,0 +1,87 @@
+"""Started by torchrun: whole runs of the tiny recipe and single steps in float64, as a file of jobs asks.
+
+torchrun ... many_ranks.py DATA OUT JOBS.json        jobs: [{"name": ..., "do": "train" | "gradients", "fields": {...}}, ...]
+"""
+
+import importlib.util
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from ov3fast.data.store import SampleStore
+from ov3fast.losses import Objective, ObjectiveConfig
+from ov3fast.training import build, distributed, train
+from ov3fast.training.inputs import Inputs
+from ov3fast.training.parallel import Parallel, whole
+from ov3fast.training.step import Step
+from ov3fast.training.timing import Timer
+
+
+def load_tiny():
+    spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def recipe_of(tiny, folder, run_dir, micro_batches, world, **fields):
+    """36 images a step in `micro_batches` micro-batches over all processes: the same run whatever their number."""
+    recipe = tiny.recipe(
+        folder,
+        run_dir,
+        accumulate=micro_batches // world,
+        **{"stages": ((3, 32), (2, 48)), "gradient_norms_every": 3, **fields},
+    )
+    return tiny.with_stages(recipe, batch_size=36, pixel_images=12, caption_images=12)
+
+
+def gradients(recipe, ranks) -> dict[str, torch.Tensor]:
+    """Of the first step's contrastive loss, in float64: whole tensors, on every rank."""
+    store, timer = SampleStore(recipe.data), Timer(ranks.device)
+    model = build.build_model(recipe, build.build_tokenizer(recipe, store), ranks.device)
+    objective = Objective(recipe.stage_objective(recipe.stages[0]))
+    inputs = Inputs(recipe, 0, objective.config, model, store, ranks, timer, None)
+    inputs.start(0, 1)
+    micro_batches, _ = inputs.next(0)
+    model.set_vae(None)
+    model.double()
+    for part in micro_batches:
+        part.latents = part.latents.double()
+    parallel = Parallel(model, recipe, ranks)
+    losses, _ = Step(parallel, objective, timer, bf16=False, exact_contrastive=True)(micro_batches)
+    loss = ranks.total(losses["contrastive"].clone()) / ranks.world
+    found = {
+        name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None and bool(whole(p.grad).any())
+    }
+    return {"loss": loss, **found}
+
+
+def contrastive_alone(tiny, folder, run_dir, micro_batches, world, **fields):
+    recipe = recipe_of(tiny, folder, run_dir, micro_batches, world, cache_latents=False, **fields)
+    return tiny.with_stages(recipe, pixel_images=0)
+
+
+CONTRASTIVE = ObjectiveConfig(rec_weight=0.0, caption_weight=0.0)
+
+
+def main(folder: Path, out: Path, jobs: list[dict]) -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    tiny, ranks = load_tiny(), distributed.start("cpu")
+    for job in jobs:
+        fields = dict(job["fields"])
+        where, resume = out / job["name"], fields.pop("resume", False)
+        if job["do"] == "train":
+            train(recipe_of(tiny, folder, where, 12, ranks.world, **fields), resume=resume)
+        else:
+            recipe = contrastive_alone(tiny, folder, where, 12, ranks.world, objective=CONTRASTIVE, **fields)
+            found = gradients(recipe, ranks)
+            if ranks.first:
+                torch.save(found, out / f"{job['name']}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text()))

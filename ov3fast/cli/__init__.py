@@ -44,6 +44,7 @@ COMMANDS = {
     "watch": Command("watch", "A run in the terminal while it trains, and as a page that refreshes.", prints=True),
     "compare": Command("compare", "Curves and metrics of several runs side by side.", prints=True),
     "checkpoint": Command("checkpoint", "Verify, compare or export what a training run saved.", prints=True),
+    "replay": Command("replay", "A training step's losses, computed again from the checkpoint before it.", prints=True),
     "plan": Command("plan", "Memory, time, cost and bound of a recipe on a number of GPUs; needs none.", prints=True),
     "evaluate": Command("evaluate", "Measure a model on held-out data and write the report."),
     "encode": Command("encode", "Images or folders -> .safetensors, .npz or .npy of pooled vectors and tokens."),

@@ -40,6 +40,10 @@ FREE_TO_CHANGE = frozenset(
         "keep",
         "keep_every",
         "checkpoint_dir",
+        "on_spike",
+        "wall_minutes",
+        "rank_timeout_minutes",
+        "wandb",
         "log_every",
         "gradient_norms_every",
         "synchronize_timing",
@@ -231,6 +235,17 @@ class Recipe:
     """Checkpoints whose step is a multiple of this are kept too; None: none of them."""
     checkpoint_dir: str | None = None
     """Where checkpoints go: a folder or an fsspec URL (s3://bucket/run); None: run_dir/checkpoints. All processes must see it."""
+    on_spike: Literal["abort", "skip", "rollback"] = "abort"
+    """After a loss or gradient that is not finite, or a spike: end the run; go on without that step's update; or go back to the last
+    checkpoint of the stage and on without the samples since then. The samples' keys are written to run_dir."""
+    spike_factor: float | None = None
+    """A loss this many times the median of the last 64 is a spike; None: no loss is."""
+    wall_minutes: float | None = None
+    """Wall time of the job: the run saves and stops before it is over, with the exit code of a signal; None: no limit."""
+    rank_timeout_minutes: float = 30.0
+    """How long a process waits for the others before the run ends with an error; the longest wait is for a stage's cached latents."""
+    wandb: str | None = None
+    """Project of Weights & Biases that the log's rows go to as well; needs wandb."""
     log_every: int = 10
     """Steps between two rows of the log; a row holds the means since the last."""
     gradient_norms_every: int | None = 100
@@ -260,10 +275,19 @@ class Recipe:
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"recipe: stages must have different names, got {', '.join(names)}")
-        for name in ("checkpoint_steps", "checkpoint_minutes", "keep_every", "gradient_norms_every"):
+        for name in (
+            "checkpoint_steps",
+            "checkpoint_minutes",
+            "keep_every",
+            "wall_minutes",
+            "rank_timeout_minutes",
+            "gradient_norms_every",
+        ):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"recipe: {name} must be positive or None, got {value}")
+        if self.spike_factor is not None and self.spike_factor <= 1:
+            raise ValueError(f"recipe: spike_factor must be above 1 or None, got {self.spike_factor}")
         if self.shard_size is not None and (self.shard_size < 1 or self.parallel != "hsdp"):
             raise ValueError(
                 f"recipe: shard_size is for parallel 'hsdp' and at least 1, got {self.shard_size} with {self.parallel!r}"

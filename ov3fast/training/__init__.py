@@ -10,12 +10,13 @@ from typing import Any
 _EXPORTS = {
     "train": "ov3fast.training.loop",
     "EXIT_INTERRUPTED": "ov3fast.training.loop",
-    "NonFiniteError": "ov3fast.training.nonfinite",
+    "NonFiniteError": "ov3fast.training.guard",
+    "SpikeError": "ov3fast.training.guard",
     "dry_run": "ov3fast.training.plan",
     "make_plan": "ov3fast.training.plan",
 }
 
-__all__ = ["EXIT_INTERRUPTED", "NonFiniteError", "dry_run", "make_plan", "train"]
+__all__ = ["EXIT_INTERRUPTED", "NonFiniteError", "SpikeError", "dry_run", "make_plan", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,8 +21,8 @@ from typing import Any
 
 from ov3fast.recipes.config import Recipe
 from ov3fast.training.footprint import Footprint, footprint
-from ov3fast.training.loop import check_micro_batches
 from ov3fast.training.plan import StagePlan, make_plan
+from ov3fast.training.stage import check_micro_batches
 
 
 @dataclass(frozen=True)

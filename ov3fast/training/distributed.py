@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from ov3fast.models.pretrained import check_device
 
+TIME_LIMIT = timedelta(minutes=30)
 TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun sets in each process's environment."""
 
@@ -33,6 +37,8 @@ class Ranks:
     """For gradients and losses."""
     control: Any = None
     """gloo, for CPU tensors."""
+    limit: timedelta = TIME_LIMIT
+    """How long a process waits for the others before it ends with an error."""
 
     @property
     def first(self) -> bool:
@@ -44,13 +50,27 @@ class Ranks:
         if self.group is None:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
+        with self._in_time():
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
         return tensor.tolist()
+
+    def agree(self, **facts: int) -> None:
+        """ValueError on every rank, naming the first fact that is not the same on all of them."""
+        if self.group is None:
+            return
+        own = torch.tensor(list(facts.values()), dtype=torch.int64)
+        told = [torch.empty_like(own) for _ in range(self.world)]
+        with self._in_time():
+            dist.all_gather(told, own, group=self.control)
+        for name, values in zip(facts, torch.stack(told, 1).tolist(), strict=True):
+            if len(set(values)) > 1:
+                raise ValueError(f"the processes disagree: {name.replace('_', ' ')} is {values} in rank order")
 
     def total(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks of a CPU tensor, in place."""
         if self.group is not None:
-            dist.all_reduce(tensor, group=self.control)
+            with self._in_time():
+                dist.all_reduce(tensor, group=self.control)
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
@@ -58,21 +78,36 @@ class Ranks:
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value, group=self.control)
+        with self._in_time():
+            dist.all_gather_object(values, value, group=self.control)
         return values
 
     def wait(self) -> None:
         """Barrier over the ranks."""
         if self.group is not None:
-            dist.barrier(group=self.control)
+            with self._in_time():
+                dist.barrier(group=self.control)
+
+    @contextmanager
+    def _in_time(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if "imed out" not in str(error):
+                raise RuntimeError(f"another process of the run has gone: {str(error).splitlines()[0]}") from error
+            minutes = self.limit.total_seconds() / 60
+            raise RuntimeError(
+                f"another process of the run did not answer within {minutes:g} minutes (rank_timeout_minutes): it hangs, or waits elsewhere"
+            ) from error
 
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 """A process by itself."""
 
 
-def start(device: str | torch.device | None = None) -> Ranks:
-    """Joins the process group described by torchrun's environment; a single process where there is none.
+def start(device: str | torch.device | None = None, limit: timedelta = TIME_LIMIT) -> Ranks:
+    """Joins the process group described by torchrun's environment; a single process where there is none. `limit` is that of every wait
+    for the others.
 
     device: None takes this rank's GPU where there is one, else the CPU.
     """
@@ -94,10 +129,10 @@ def start(device: str | torch.device | None = None) -> Ranks:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():
         # Once for the life of the process: torchrun's store still has a group's addresses after it was destroyed.
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=limit)
         atexit.register(dist.destroy_process_group)
-    control = dist.new_group(backend="gloo") if backend != "gloo" else dist.group.WORLD
-    return Ranks(rank, world, device, dist.group.WORLD, control)
+    control = dist.new_group(backend="gloo", timeout=limit) if backend != "gloo" else dist.group.WORLD
+    return Ranks(rank, world, device, dist.group.WORLD, control, limit)
 
 
 def _check_environment() -> bool:

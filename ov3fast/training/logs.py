@@ -6,6 +6,7 @@ TensorBoard's files are rewritten from the rows that stay, so that no step appea
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -26,9 +27,12 @@ LINE_EVERY_S = 5.0
 
 
 class RunLog:
-    """Appends rows to <run_dir>/log.jsonl and <run_dir>/tensorboard. after: the step that the run goes on from, 0 for a new run."""
+    """Appends rows to <run_dir>/log.jsonl and <run_dir>/tensorboard. after: the step that the run goes on from, 0 for a new run.
 
-    def __init__(self, run_dir: Path, after: int = 0) -> None:
+    wandb: the project that they go to as well, under an id that a resumed run keeps; it takes each step once.
+    """
+
+    def __init__(self, run_dir: Path, after: int = 0, wandb: str | None = None, config: dict[str, Any] | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         kept = [row for row in read_rows(run_dir / LOG) if row["step"] <= after]
@@ -40,6 +44,7 @@ class RunLog:
         self._board = SummaryWriter(str(run_dir / TENSORBOARD))
         for row in kept:
             self._to_board(row)
+        self._wandb = None if wandb is None else _wandb_run(run_dir, wandb, config)
 
     def write(self, row: dict[str, Any]) -> None:
         """One row; it has a "step". Values that are not finite are written as null."""
@@ -47,15 +52,30 @@ class RunLog:
         self._file.write(json.dumps(plain) + "\n")
         self._file.flush()
         self._to_board(plain)
+        if self._wandb is not None:
+            self._wandb.log({key: value for key, value in plain.items() if key != "step"}, step=plain["step"])
 
     def close(self) -> None:
         self._file.close()
         self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def _to_board(self, row: dict[str, Any]) -> None:
         for key, value in row.items():
             if key != "step" and isinstance(value, int | float):
                 self._board.add_scalar(key, value, row["step"])
+
+
+def _wandb_run(run_dir: Path, project: str, config: dict[str, Any] | None) -> Any:
+    try:
+        import wandb
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "wandb: the recipe logs to Weights & Biases, and wandb is not installed: pip install wandb"
+        ) from None
+    name = hashlib.sha256(str(run_dir.absolute()).encode()).hexdigest()[:16]
+    return wandb.init(project=project, id=name, name=run_dir.name, dir=str(run_dir), config=config, resume="allow")
 
 
 class Window:

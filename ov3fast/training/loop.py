@@ -8,7 +8,8 @@
 Every step is a function of (recipe, step): sample order, augmentation, noise and sub-batches are counter-based, so a run resumed from
 a checkpoint has the same bits as one that was never stopped, in the same layout of processes. (A stage measured in minutes follows the
 clock, so its rates are those of the day.) SIGTERM, SIGUSR1 or Ctrl-C: the run saves after the current step and returns with
-metrics["interrupted"]; scripts end with EXIT_INTERRUPTED then. A loss that is not finite ends the run before it changes a weight.
+metrics["interrupted"]; scripts end with EXIT_INTERRUPTED then. A loss that is not finite ends the run before it changes a weight, or as
+recipe.on_spike says.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import json
 import resource
 import time
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,13 +40,13 @@ from ov3fast.models.openvision3 import WEIGHTS_FILE
 from ov3fast.models.perceptual import build_lpips
 from ov3fast.models.tokenizer import CONFIG_FILE as TOKENIZER_CONFIG
 from ov3fast.models.tokenizer import FILE as TOKENIZER_FILE
-from ov3fast.models.tokenizer import load_tokenizer
-from ov3fast.recipes.config import Recipe, Stage
-from ov3fast.training import build, capture, checkpoint, compare, distributed
+from ov3fast.models.tokenizer import Tokenizer, load_tokenizer
+from ov3fast.recipes.config import Recipe, Stage, leaves
+from ov3fast.training import build, capture, checkpoint, compare, distributed, plan
 from ov3fast.training.capture import CapturedStep
+from ov3fast.training.guard import MOST, NonFiniteError, SpikeError, median_if_spike, report
 from ov3fast.training.inputs import Inputs
 from ov3fast.training.logs import Display, RunLog, Window, describe
-from ov3fast.training.nonfinite import stop_non_finite
 from ov3fast.training.optimizer import AdamW
 from ov3fast.training.parallel import Parallel, whole
 from ov3fast.training.progress import (
@@ -59,10 +60,12 @@ from ov3fast.training.progress import (
     restored_state,
 )
 from ov3fast.training.saving import Saver
-from ov3fast.training.schedule import Schedule, schedule
+from ov3fast.training.schedule import schedule
 from ov3fast.training.signals import StopRequest
-from ov3fast.training.step import MicroBatch, Step
+from ov3fast.training.stage import StageRun, check_micro_batches, length
+from ov3fast.training.step import MicroBatch, Step, branches
 from ov3fast.training.timing import Timer
+from ov3fast.training.usage import Usage
 
 EXIT_INTERRUPTED = 75
 """Exit code (EX_TEMPFAIL) of a run that was told to stop and has saved: start the same command again with --resume."""
@@ -86,7 +89,8 @@ def train(
     ValueError for a resume with another recipe, naming the field; NonFiniteError; DataError.
     """
     recipe = recipe.resolve()
-    ranks = distributed.start(device)
+    ranks = distributed.start(device, timedelta(minutes=recipe.rank_timeout_minutes))
+    check_same_recipe(recipe, ranks)
     backend = ops.use(recipe.impl) if recipe.impl else nullcontext()
     with backend, StopRequest() as stop, Display(show=ranks.first) as display, naming_full_disk(recipe.run_dir):
         return Run(recipe, ranks, stop, display, extend).start(resume, overwrite, init_from)
@@ -96,8 +100,15 @@ class Run:
     """One process's part of a run."""
 
     def __init__(
-        self, recipe: Recipe, ranks: distributed.Ranks, stop: StopRequest, display: Display, extend: bool = False
+        self,
+        recipe: Recipe,
+        ranks: distributed.Ranks,
+        stop: StopRequest,
+        display: Display,
+        extend: bool = False,
+        until: int | None = None,
     ) -> None:
+        """until: the step after which a run that writes nothing ends (training.replay)."""
         self.recipe, self.ranks, self.stop, self.display = recipe, ranks, stop, display
         check_writable_folder(recipe.run_dir, "run_dir")
         check_micro_batches(recipe, ranks.world)
@@ -105,11 +116,16 @@ class Run:
             capture.check(recipe, ranks)
         if recipe.compile:
             build.check_compiler(ranks.device)
-        self.extend = extend
+        self.extend, self.until = extend, until
+        self.log: RunLog | None = None
         self.state = State()
         self.timer = Timer(ranks.device, recipe.synchronize_timing)
         self.stopped = False
+        self.reactions = 0
+        self.began = time.monotonic()
+        self.longest_step = 0.0
         self.saved_at = (0, 0.0)
+        self.usage = Usage(self.timer, ranks)
         self.row: dict[str, Any] = {}
 
     # ---- the run ----
@@ -117,6 +133,42 @@ class Run:
     def start(self, resume: bool, overwrite: bool, init_from: str | Path | None = None) -> dict[str, Any]:
         recipe, run_dir = self.recipe, self.recipe.run_dir
         saved = find_checkpoint(recipe, self.ranks, self.display.note, resume=resume, overwrite=overwrite, extend=self.extend)
+        tokenizer = self.set_up(saved, init_from)
+        if not self.interrupted and (run_dir / SUMMARY).is_file():
+            self.display.note(f"{run_dir} is complete at step {self.state.step}")
+            return json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))
+        if self.ranks.first:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_json(run_dir / RECIPE, {**recipe.to_dict(), VERSIONS: versions()})
+            if saved is None:
+                tokenizer.save(run_dir / TOKENIZER)
+            self.log = self._open_log()
+        counts = self.model.parameter_counts()
+        self.display.note(
+            f"{self.store.n:,} samples, {counts['total'] / 1e6:.2f} M parameters, vocabulary {tokenizer.vocab_size:,}, "
+            f"{self.parallel.describe()} on {self.ranks.device}, {recipe.precision}, run_dir {run_dir}"
+        )
+        # What set-up made stays to the end: the collector need not go through it in every one of its rounds.
+        gc.collect()
+        gc.freeze()
+        try:
+            while self.interrupted and not self.stopped:
+                self.train_stage(recipe.stages[self.state.stage])
+            return self._finish()
+        except BaseException:
+            # A save that is under way ends first; the run's error is the one to be told.
+            with suppress(Exception):
+                self.saver.finish()
+            raise
+        finally:
+            gc.unfreeze()
+            self.saver.close()
+            if self.log is not None:
+                self.log.close()
+
+    def set_up(self, saved: checkpoint.Checkpoint | None, init_from: str | Path | None = None) -> Tokenizer:
+        """Data, model, optimizer, and what was saved of them; returns the tokenizer."""
+        recipe, run_dir = self.recipe, self.recipe.run_dir
         self.display.note(f"recipe {recipe.name}: reading the data")
         self.store = SampleStore(recipe.data)
         initial = None if init_from is None or saved is not None else _model_folder(init_from)
@@ -136,41 +188,10 @@ class Run:
         self.saver = Saver(recipe.checkpoints, self.ranks, keep=recipe.keep, keep_every=recipe.keep_every)
         if saved is not None:
             self._restore(saved)
-        if not self.interrupted and (run_dir / SUMMARY).is_file():
-            self.display.note(f"{run_dir} is complete at step {self.state.step}")
-            return json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))
         self.timer.watch(
             encoder=self.model.encoder, decoder=self.model.decoder, text=self.model.text, captioner=self.model.captioner
         )
-        self.log = None
-        if self.ranks.first:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            write_json(run_dir / RECIPE, {**recipe.to_dict(), VERSIONS: versions()})
-            if saved is None:
-                tokenizer.save(run_dir / TOKENIZER)
-            self.log = RunLog(run_dir, after=self.state.step)
-        counts = self.model.parameter_counts()
-        self.display.note(
-            f"{self.store.n:,} samples, {counts['total'] / 1e6:.2f} M parameters, vocabulary {tokenizer.vocab_size:,}, "
-            f"{self.ranks.world} process(es) on {self.ranks.device}, {recipe.precision}, run_dir {run_dir}"
-        )
-        # What set-up made stays to the end: the collector need not go through it in every one of its rounds.
-        gc.collect()
-        gc.freeze()
-        try:
-            while self.interrupted and not self.stopped:
-                self._stage(recipe.stages[self.state.stage])
-            return self._finish()
-        except BaseException:
-            # A save that is under way ends first; the run's error is the one to be told.
-            with suppress(Exception):
-                self.saver.finish()
-            raise
-        finally:
-            gc.unfreeze()
-            self.saver.close()
-            if self.log is not None:
-                self.log.close()
+        return tokenizer
 
     @property
     def interrupted(self) -> bool:
@@ -181,29 +202,34 @@ class Run:
         self.state = restored_state(saved, self.recipe.stages, self.extend)
         for group, tensors in self._tensors().items():
             saved.restore(group, tensors, self.ranks)
-        self.optimizer.set_steps(self.state.step)
+        self.optimizer.set_steps(self.state.step - self.state.skipped)
         self.saved_at = (self.state.step, self.state.seconds)
         self.display.note(f"resuming from {saved.folder}")
 
     # ---- a stage ----
 
-    def _stage(self, stage: Stage) -> None:
+    def train_stage(self, stage: Stage) -> None:
         run = self._prepare(stage)
-        while not self.stopped and not run.finished(self.state):
+        while not self.stopped and not run.finished(self.state) and self.state.step != self.until:
             lr = run.lr(self.state)
-            micro_batches, samples = run.inputs.next(self.state.stage_step)
+            micro_batches, samples = run.inputs.next(self.state.stage_step + self.state.batches_left_out)
             if self.state.step == 0 and self.recipe.compare_impl is not None:
                 self._compare(run, micro_batches, lr)
             losses, measured = self._forward_backward(run, micro_batches, measure=self._measures())
-            stop = self._check(run, micro_batches, losses)
-            norm = self._update(run, lr)
-            self._check_norm(run, micro_batches, norm)
-            self._record(run, losses, norm, lr, measured, samples, stop)
+            stop, bad, median = self._check(run, losses)
+            norm = None
+            if not bad:
+                norm = self._update(run, lr)
+                if not bool(norm.isfinite()):  # all ranks' own; that update changed nothing
+                    losses, bad = {"gradient norm": norm}, True
+            if bad and self._react(run, micro_batches, losses, median):
+                continue
+            self._record(run, losses, None if bad else norm, lr, measured, samples, stop)
             self._checkpoint(run, stop)
         if run.inputs.skips.counts:
             self.display.note(f"skipped samples: {run.inputs.skips}")
 
-    def _prepare(self, stage: Stage) -> _StageRun:
+    def _prepare(self, stage: Stage) -> StageRun:
         """Sets up a stage at the step that the run resumes from."""
         recipe, state = self.recipe, self.state
         config = recipe.stage_objective(stage)
@@ -223,13 +249,12 @@ class Run:
                 f"{stage.name}: latents", done / total, f"{done:,} of {total:,}", last=done == total
             )
         )
-        inputs.start(state.stage_step, times.steps)
         self.display.note(
-            f"stage {stage.name}: {stage.image_size} px, {stage.batch_size} images a step, {_length(times)}, peak LR {times.peak_lr:.3g}"
+            f"stage {stage.name}: {stage.image_size} px, {stage.batch_size} images a step, {length(times)}, peak LR {times.peak_lr:.3g}"
         )
-        return _StageRun(
-            stage, times, step, inputs, time.monotonic() - state.stage_seconds, state.seconds - state.stage_seconds
-        )
+        run = StageRun(stage, times, step, inputs, sum(plan.flops_by_part(recipe, stage).values()))
+        run.begin(state)
+        return run
 
     def _measures(self) -> bool:
         """Whether this step measures each branch's gradient."""
@@ -237,23 +262,39 @@ class Run:
         return every is not None and self.state.step % every == 0
 
     def _forward_backward(
-        self, run: _StageRun, micro_batches: list[MicroBatch], measure: bool = False
+        self, run: StageRun, micro_batches: list[MicroBatch], measure: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        # A rank that exchanges other gradients than the rest would wait for ever.
+        self.ranks.agree(the_step=self.state.step, **branches(micro_batches))
         self.optimizer.zero_grad()
         return run.step(micro_batches, measure)
 
-    def _check(self, run: _StageRun, micro_batches: list[MicroBatch], losses: dict[str, Tensor]) -> bool:
-        """NonFiniteError where a loss of any rank is not finite. Returns whether any rank was told to stop."""
+    def _check(self, run: StageRun, losses: dict[str, Tensor]) -> tuple[bool, bool, float | None]:
+        """(whether any rank was told to stop, whether the step must not change the weights, for a spike the median it is held against)."""
         fine = bool(torch.stack(list(losses.values())).isfinite().all())
         minutes = (time.monotonic() - run.began) / 60
-        bad, stop, run.minutes, unsaved = self.ranks.largest(not fine, self.stop.name is not None, minutes, self.saver.failed)
+        self.longest_step = max(self.longest_step, 60 * (minutes - run.minutes)) if run.minutes else 0.0
+        factor = self.recipe.spike_factor
+        loss = float(losses["loss"]) if fine and factor is not None else 0.0
+        asked = self.stop.name is not None or self._out_of_time()
+        bad, stop, run.minutes, unsaved, worst = self.ranks.largest(not fine, asked, minutes, self.saver.failed, loss)
         if unsaved:
             self.saver.finish()
-        if bad:
-            self._stop_non_finite(run, micro_batches, losses)
-        return bool(stop)
+        median = None if bad or factor is None else median_if_spike(self.state.recent, worst, factor)
+        return bool(stop), bool(bad) or median is not None, median
 
-    def _update(self, run: _StageRun, lr: float) -> Tensor:
+    def _out_of_time(self) -> bool:
+        """Whether the job's time is nearly over: what is left is for ending two steps and for a save like the longest so far."""
+        limit = self.recipe.wall_minutes
+        if limit is None:
+            return False
+        save = self.saver.longest or min(60.0, 6.0 * limit)
+        out = time.monotonic() - self.began + 2 * self.longest_step + 2 * save > 60 * limit
+        if out:
+            self.stop.name = self.stop.name or "wall_minutes"
+        return out
+
+    def _update(self, run: StageRun, lr: float) -> Tensor:
         """Clips, updates the weights and their average; returns the gradient's norm."""
         with self.timer("optimizer"):
             self.saver.copied()
@@ -261,48 +302,79 @@ class Run:
             run.step.update(self.optimizer)
         return self.optimizer.grad_norm
 
-    def _check_norm(self, run: _StageRun, micro_batches: list[MicroBatch], norm: Tensor) -> None:
-        """NonFiniteError where the norm, which is all ranks' own, is not finite: that update changed nothing."""
-        if not bool(norm.isfinite()):
-            self._stop_non_finite(run, micro_batches, {"gradient norm": norm})
-
-    def _stop_non_finite(self, run: _StageRun, micro_batches: list[MicroBatch], values: dict[str, Tensor]) -> NoReturn:
-        stop_non_finite(
-            self.recipe.run_dir, self.ranks.rank, run.stage.name, self.state.step, self.model, micro_batches, values,
+    def _react(self, run: StageRun, micro_batches: list[MicroBatch], values: dict[str, Tensor], median: float | None) -> bool:
+        """Does what recipe.on_spike says about a step that changed nothing. Whether the run went back to a checkpoint."""
+        recipe, state = self.recipe, self.state
+        if state.step + 1 == self.until:
+            self.row = {"step": self.until, **{name: float(value) for name, value in values.items()}}
+            self.stopped = True
+            return True
+        message = report(
+            recipe.run_dir,
+            self.ranks,
+            run.stage.name,
+            state.step,
+            self.model,
+            micro_batches,
+            values,
             run.step.autocast(),
-        )  # fmt: skip
+            median,
+        )
+        self.reactions += 1
+        if recipe.on_spike == "abort" or self.reactions > MOST:
+            raise (NonFiniteError if median is None else SpikeError)(message)
+        self.display.note(message)
+        saved = None
+        if recipe.on_spike == "rollback":
+            self.saver.finish()
+            saved = checkpoint.latest(recipe.checkpoints, self.ranks)
+        if saved is None or saved.state["progress"]["stage"] != state.stage:
+            self.optimizer.set_steps(state.step - state.skipped)
+            state.skipped += 1
+            return False
+        following = state.stage_step + state.batches_left_out + 1
+        self._restore(saved)
+        self.state.batches_left_out = following - self.state.stage_step
+        run.begin(self.state)
+        if self.log is not None:
+            self.log.close()
+            self.log = self._open_log()
+        return True
 
     def _record(
         self,
-        run: _StageRun,
+        run: StageRun,
         losses: dict[str, Tensor],
-        norm: Tensor,
+        norm: Tensor | None,
         lr: float,
         measured: dict[str, float],
         samples: np.ndarray,
         stop: bool,
     ) -> None:
-        """Counts the step and, where a row is due, logs the means since the last."""
+        """Counts the step and, where a row is due, logs the means since the last. norm: None where there was no update."""
         state = self.state
         state.step += 1
         state.stage_step += 1
         state.images += run.stage.batch_size
         state.stage_seconds, state.seconds = 60 * run.minutes, run.before + 60 * run.minutes
         state.order_hash = order_hash(state.order_hash, samples.tolist())
-        run.window.add(losses, norm, run.stage.batch_size)
-        if state.step % self.recipe.log_every == 0 or measured or stop or run.finished(state):
+        if norm is not None:
+            run.window.add(losses, norm, run.stage.batch_size)
+        due = state.step % self.recipe.log_every == 0 or measured or stop or run.finished(state)
+        if due and run.window.count:
             self._log(run, lr, measured)
 
-    def _checkpoint(self, run: _StageRun, stop: bool) -> None:
+    def _checkpoint(self, run: StageRun, stop: bool) -> None:
         """Closes the stage if it has finished, and saves a checkpoint if one is due."""
         state = self.state
         last = run.finished(state)
         if last:
             state.ended = {
                 "stage_step": state.stage_step, "stage_seconds": state.stage_seconds, "cursors": state.cursors,
+                "batches_left_out": state.batches_left_out,
             }  # fmt: skip
-            state.cursors = run.inputs.cursors(state.stage_step)
-            state.stage, state.stage_step, state.stage_seconds = state.stage + 1, 0, 0.0
+            state.cursors = run.inputs.cursors(state.stage_step + state.batches_left_out)
+            state.stage, state.stage_step, state.stage_seconds, state.batches_left_out = state.stage + 1, 0, 0.0, 0
         if last or stop or self._is_due():
             self._save()
         if stop:
@@ -310,7 +382,7 @@ class Run:
             self.display.note(f"{self.stop.name or 'a signal to another process'}: saved at step {state.step}, stopping")
         run.done, self.stopped = last, stop
 
-    def _compare(self, run: _StageRun, micro_batches: list[MicroBatch], lr: float) -> None:
+    def _compare(self, run: StageRun, micro_batches: list[MicroBatch], lr: float) -> None:
         """Times the step with another backend, in turn with the chosen ones; the seconds that it takes are not the stage's."""
         recipe, began, seconds = self.recipe, time.monotonic(), dict(self.timer.seconds)
 
@@ -330,13 +402,16 @@ class Run:
 
     # ---- what is written ----
 
+    def _open_log(self) -> RunLog:
+        return RunLog(self.recipe.run_dir, self.state.step, self.recipe.wandb, self.recipe.to_dict())
+
     def _is_due(self) -> bool:
         steps, minutes = self.recipe.checkpoint_steps, self.recipe.checkpoint_minutes
         by_steps = steps is not None and self.state.step % steps == 0
         return by_steps or (minutes is not None and self.state.seconds - self.saved_at[1] >= 60 * minutes)
 
     def _save(self) -> None:
-        if self.saved_at[0] == self.state.step:
+        if self.saved_at[0] == self.state.step or self.until is not None:
             return
         with self.timer("checkpoint"):
             state = {
@@ -353,7 +428,7 @@ class Run:
         tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.moments()}
         return tensors if self.optimizer.ema is None else {**tensors, "ema": self.optimizer.ema}
 
-    def _log(self, run: _StageRun, lr: float, measured: dict[str, float]) -> None:
+    def _log(self, run: StageRun, lr: float, measured: dict[str, float]) -> None:
         state = self.state
         names, values, rate = run.window.take()
         means = (self.ranks.total(values) / self.ranks.world).tolist()
@@ -363,6 +438,7 @@ class Run:
             "images": state.images,
             "seconds": round(state.seconds, 3),
             "images_per_s": rate,
+            **self.usage.row(rate, run.flops_per_image),
             "lr": lr,
             **dict(zip(names, means, strict=True)),
             "logit_scale": float(self.model.logit_scale.detach().exp()),
@@ -417,46 +493,15 @@ class Run:
             self.model.save_pretrained(self.recipe.run_dir / MODEL, weights)
 
 
-@dataclass
-class _StageRun:
-    """A stage while it runs."""
-
-    stage: Stage
-    times: Schedule
-    step: Step | CapturedStep
-    inputs: Inputs
-    began: float
-    """When the stage would have begun, had it never been stopped: time.monotonic() less its seconds so far."""
-    before: float
-    """Seconds of the stages before."""
-    minutes: float = 0.0
-    """Of the stage, as all ranks see them."""
-    done: bool = False
-
-    def __post_init__(self) -> None:
-        self.window = Window()
-
-    def finished(self, state: State) -> bool:
-        return self.done or self.times.finished(state.stage_step, state.stage_seconds / 60)
-
-    def lr(self, state: State) -> float:
-        return self.times.lr(state.stage_step, state.stage_seconds / 60)
-
-
-def check_micro_batches(recipe: Recipe, world: int) -> None:
-    """ValueError where a stage's batch or sub-batches can't be shared evenly by processes and micro-batches."""
-    count = world * recipe.accumulate
-    for stage in recipe.stages:
-        for name in ("batch_size", "latent_images", "pixel_images", "caption_images"):
-            value = getattr(stage, name)
-            if value is not None and value % count:
+def check_same_recipe(recipe: Recipe, ranks: distributed.Ranks) -> None:
+    """ValueError on every rank, naming the field, where a rank was started with another recipe."""
+    own, *others = (dict(leaves(values)) for values in ranks.gather(recipe.to_dict()))
+    for rank, other in enumerate(others, 1):
+        for name in [*own, *(name for name in other if name not in own)]:
+            if own.get(name) != other.get(name):
                 raise ValueError(
-                    f"stage {stage.name!r}: {name} {value} is not divisible by {world} process(es) x {recipe.accumulate} micro-batch(es)"
+                    f"the processes disagree: {name} is {own.get(name)!r} for rank 0 and {other.get(name)!r} for rank {rank}"
                 )
-
-
-def _length(times: Schedule) -> str:
-    return f"{times.steps:,} steps" if times.steps is not None else f"{times.minutes:g} minutes"
 
 
 def _model_folder(path: str | Path) -> Path:

@@ -55,31 +55,38 @@ def make_plan(recipe: Recipe) -> Plan:
     encoder has none.
     """
     recipe = recipe.resolve()
-    texts, paired = texts_and_paired(recipe)
     stages = []
     for stage in recipe.stages:
         times = schedule(stage, recipe.optimizer.min_lr)
         flops = flops_per_image(recipe.model, stage.image_size)
-        towers = 4.0 if recipe.activation_checkpointing else 3.0
-        needs_pixels = recipe.stage_objective(stage).needs_pixels
-        latents = 1.0 if stage.latent_images is None else stage.latent_images / stage.batch_size
-        pixels = 0.0 if not needs_pixels else latents if stage.pixel_images is None else stage.pixel_images / stage.batch_size
-        captions = paired if stage.caption_images is None else stage.caption_images / stage.batch_size
-        again = 1.0 if recipe.accumulate > 1 and recipe.contrastive_over == "batch" else 0.0
-        by_part = {
-            "towers": (towers + again) * (flops["encoder"] + texts * flops["text"])
-            + towers * (latents * flops["decoder"] + captions * flops["captioner"]),
-            "VAE encoder": 0.0 if recipe.cache_latents else flops["vae_encoder"],
-            "VAE decoder": 2.0 * pixels * flops["vae_decoder"],
-        }
-        if needs_pixels and stage.lpips_weight > 0:
-            by_part["LPIPS"] = 4.0 * pixels * lpips_flops(recipe.lpips.backbone, stage.image_size)
+        by_part = flops_by_part(recipe, stage, flops)
         samples = None if times.steps is None else times.steps * stage.batch_size
         if stage.epochs is not None:
             samples = round(stage.epochs * stage.samples_per_epoch)
         tokens = (stage.image_size // (8 * recipe.model.vision.patch_size)) ** 2
         stages.append(StagePlan(stage, times, tokens, samples, flops, by_part))
     return Plan(recipe, tuple(stages), parameter_counts(recipe.model))
+
+
+def flops_by_part(recipe: Recipe, stage: Stage, flops: dict[str, float] | None = None) -> dict[str, float]:
+    """`StagePlan.flops_by_part`. flops: those of `flops_per_image`, where they are known already."""
+    flops = flops_per_image(recipe.model, stage.image_size) if flops is None else flops
+    texts, paired = texts_and_paired(recipe)
+    towers = 4.0 if recipe.activation_checkpointing else 3.0
+    needs_pixels = recipe.stage_objective(stage).needs_pixels
+    latents = 1.0 if stage.latent_images is None else stage.latent_images / stage.batch_size
+    pixels = 0.0 if not needs_pixels else latents if stage.pixel_images is None else stage.pixel_images / stage.batch_size
+    captions = paired if stage.caption_images is None else stage.caption_images / stage.batch_size
+    again = 1.0 if recipe.accumulate > 1 and recipe.contrastive_over == "batch" else 0.0
+    by_part = {
+        "towers": (towers + again) * (flops["encoder"] + texts * flops["text"])
+        + towers * (latents * flops["decoder"] + captions * flops["captioner"]),
+        "VAE encoder": 0.0 if recipe.cache_latents else flops["vae_encoder"],
+        "VAE decoder": 2.0 * pixels * flops["vae_decoder"],
+    }
+    if needs_pixels and stage.lpips_weight > 0:
+        by_part["LPIPS"] = 4.0 * pixels * lpips_flops(recipe.lpips.backbone, stage.image_size)
+    return by_part
 
 
 def texts_and_paired(recipe: Recipe) -> tuple[float, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ov3fast.models.config import versions
@@ -33,6 +33,12 @@ class State:
     """Units drawn from each source before this stage."""
     ended: dict[str, Any] | None = None
     """Where the stage before this one ended: its stage_step, stage_seconds and cursors, from which a longer one goes on."""
+    skipped: int = 0
+    """Steps, of those done, without an update: their loss was not finite or a spike."""
+    batches_left_out: int = 0
+    """Of this stage, when the run went back to a checkpoint and on behind what had spoilt it."""
+    recent: list[float] = field(default_factory=list)
+    """Losses of the last steps, where spikes are looked for."""
     order_hash: str = ""
     """Running sha256 of the samples' numbers, in order."""
 
@@ -100,4 +106,5 @@ def _reopen(state: State, stages: Sequence[Stage], saved: checkpoint.Checkpoint)
     cursors = state.ended["cursors"]
     state.stage -= 1
     state.stage_step, state.stage_seconds = state.ended["stage_step"], state.ended["stage_seconds"]
+    state.batches_left_out = state.ended.get("batches_left_out", 0)
     state.cursors = None if cursors is None else tuple(cursors)

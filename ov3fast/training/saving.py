@@ -58,8 +58,8 @@ class Saver:
         self._staged: Future[None] | None = None
         self._written: Future[Any] | None = None
         self._step, self._began = 0, 0.0
-        self.seconds = 0.0
-        """How long the last save took, from its start to the checkpoint's being there."""
+        self.longest = 0.0
+        """Seconds of the longest save so far, from its start to the checkpoint's being there."""
         # A run of one process.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
@@ -103,7 +103,7 @@ class Saver:
             if self.ranks.first and self.folder.local:
                 shutil.rmtree(f"{self.folder.root}/.{PREFIX}{self._step:08d}.{_WRITING}", ignore_errors=True)
             raise
-        self.seconds = time.monotonic() - self._began
+        self.longest = max(self.longest, time.monotonic() - self._began)
 
     def close(self) -> None:
         """Ends the copying thread. What is being written is given up if `finish` was not called."""

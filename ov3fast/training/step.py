@@ -68,6 +68,19 @@ class MicroBatch:
         return index
 
 
+def branches(micro_batches: Sequence[MicroBatch]) -> dict[str, int]:
+    """What the ranks must have in common: how many micro-batches, images in them, and which branches of the model each runs."""
+    present = 0
+    for micro_batch in micro_batches:
+        for part in (micro_batch.text_ids, micro_batch.caption_ids, micro_batch.pixel_rows):
+            present = 2 * present + (part is not None)
+    return {
+        "the_number_of_micro_batches": len(micro_batches),
+        "the_number_of_images": sum(len(micro_batch.keys) for micro_batch in micro_batches),
+        "the_branches_that_run": present,
+    }
+
+
 def derive_rng(purpose: str, seed: int, stage: int, step: int) -> Tensor:
     """The (seed, offset) of one purpose in one step: (hash of all four arguments, 0)."""
     digest = hashlib.sha256(f"{purpose} {seed} {stage} {step}".encode()).digest()

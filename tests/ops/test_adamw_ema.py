@@ -141,7 +141,7 @@ def test_any_shapes_and_strides(shapes, dtype, layout, max_norm, step, ema_decay
 
 
 def test_backend(implementation):
-    how = 1, 0.1, 0.9, 0.95, 1e-8, [0.1] * len(SHAPES), 1.0, 0.9, None
+    how = 1, 0.1, 0.9, 0.95, 1e-8, [0.1] * len(SHAPES), 1.0, 0.9, None, None
     expected = "eager" if implementation == "reference" else "cpu"
     word = _dispatch.request("adamw_ema_", None)
     for dtypes in ((torch.float32,), (torch.bfloat16,), (torch.bfloat16, torch.float32)):
@@ -193,9 +193,9 @@ def test_nonfinite_gradient_shows_in_the_norm(value, max_norm):
 def test_opcheck(layout):
     arrange = testing.LAYOUTS[layout]
     lists = [[arrange(t) for t in values] for values in tensors(shapes=[(4, 3), (2,)])]
-    torch.library.opcheck(torch.ops.ov3fast.adamw_ema_, (*lists, 1, 0.1, 0.9, 0.95, 1e-8, [0.1, 0.0], 1.0, 0.9, None, ""))
+    torch.library.opcheck(torch.ops.ov3fast.adamw_ema_, (*lists, 1, 0.1, 0.9, 0.95, 1e-8, [0.1, 0.0], 1.0, 0.9, None, None, ""))
     torch.library.opcheck(
-        torch.ops.ov3fast.adamw_ema_, (*lists[:4], [], 1, 0.1, 0.9, 0.95, 1e-8, [0.1, 0.0], None, None, None, "")
+        torch.ops.ov3fast.adamw_ema_, (*lists[:4], [], 1, 0.1, 0.9, 0.95, 1e-8, [0.1, 0.0], None, None, None, None, "")
     )
 
 

@@ -16,7 +16,7 @@ from ov3fast.training import build, checkpoint, distributed, train
 from ov3fast.training.distributed import Ranks
 from ov3fast.training.inputs import Inputs
 from ov3fast.training.logs import read_rows
-from ov3fast.training.loop import check_micro_batches
+from ov3fast.training.stage import check_micro_batches
 from ov3fast.training.timing import Timer
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from ov3fast.training import checkpoint, train
 from ov3fast.training.logs import read_rows
 from ov3fast.training.optimizer import AdamW
 
-CLOCK = ("seconds", "images_per_s")
+CLOCK = ("seconds", "images_per_s", "data_wait", "memory_gib", "tflops")
 
 
 def outcome(run_dir: Path) -> dict:

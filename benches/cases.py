@@ -578,9 +578,10 @@ def demo_step(dtype: str, images: int = 144, classes: int = 600, target: float |
     from ov3fast.models.openvision3 import OpenVision3
     from ov3fast.models.vae import SMALL, FrozenVAE
     from ov3fast.recipes import get_recipe
-    from ov3fast.training.distributed import Ranks
+    from ov3fast.training.distributed import ALONE
     from ov3fast.training.footprint import blank_micro_batch
     from ov3fast.training.optimizer import AdamW
+    from ov3fast.training.parallel import Parallel
     from ov3fast.training.plan import make_plan
     from ov3fast.training.step import Step
     from ov3fast.training.timing import Timer
@@ -601,7 +602,7 @@ def demo_step(dtype: str, images: int = 144, classes: int = 600, target: float |
     for rows in (batch.caption_rows, batch.latent_rows, batch.pixel_rows):
         rows.copy_(torch.arange(len(rows)))
     step = Step(
-        model, model, Objective(recipe.stage_objective(stage), None), Ranks(0, 1, device), Timer(device),
+        Parallel(model, recipe, ALONE), Objective(recipe.stage_objective(stage), None), Timer(device),
         bf16=dtype == "bf16", exact_contrastive=False,
     )  # fmt: skip
     optimizer = AdamW(model, recipe.optimizer)

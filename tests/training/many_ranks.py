@@ -42,7 +42,7 @@ def gradients(recipe, ranks) -> dict[str, torch.Tensor]:
     """Of the first step's contrastive loss, in float64: whole tensors, on every rank."""
     store, timer = SampleStore(recipe.data), Timer(ranks.device)
     model = build.build_model(recipe, build.build_tokenizer(recipe, store), ranks.device)
-    objective = Objective(recipe.stage_objective(recipe.stages[0]))
+    objective = Objective(recipe.stage_objective(recipe.stages[0]), None, recipe.contrastive_exchange)
     inputs = Inputs(recipe, 0, objective.config, model, store, ranks, timer, None)
     inputs.start(0, 1)
     micro_batches, _ = inputs.next(0)

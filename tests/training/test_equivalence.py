@@ -33,7 +33,7 @@ WAYS = {
         "hsdp-copies": {"parallel": "hsdp", "shard_size": 1},
         "ddp-recomputed": {"activation_checkpointing": True},
     },
-    3: {"ddp": {}, "fsdp": {"parallel": "fsdp"}},
+    3: {"ddp": {}, "fsdp": {"parallel": "fsdp"}, "fsdp-ring": {"parallel": "fsdp", "contrastive_exchange": "ring"}},
     4: {"hsdp": {"parallel": "hsdp", "shard_size": 2}, "fsdp": {"parallel": "fsdp"}},
 }
 pytestmark = pytest.mark.full

@@ -69,8 +69,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code.
 
-    0; 1 where `data check` or `checkpoint verify` found something broken, or `checkpoint diff` a difference; 2 for a user's error; 75 for a training run that saved and stopped; 130 for
-    Ctrl-C; 141 where the reader of the output went away.
+    0; 1 where `data check` or `checkpoint verify` found something broken, or `checkpoint diff` a difference; 2 for a user's error; 75 for
+    a training run that saved and stopped; 130 for Ctrl-C; 141 where the reader of the output went away.
     """
     terminal.tolerate_encoding()
     cpus.limit_threads()

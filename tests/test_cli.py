@@ -376,7 +376,7 @@ def one_line(err: str) -> str:
         (("encode", "MODEL", "PHOTO", "--out", "x.npz", "--device", "meta"), "device 'meta' can't be used here"),
         (("encode", "MODEL", "", "--out", "x.npz"), "the argument after MODEL is empty; is a variable of the shell unset?"),
         (("encode", "MODEL", "PHOTO", "--out="), "encode: the argument after PHOTO is empty"),
-        (("encode", "MODEL", "PHOTO", "--out", "x.txt"), "--out must end in .safetensors, .npz, .npy; got x.txt"),
+        (("encode", "MODEL", "PHOTO", "--out", "x.txt"), "--out must end in .safetensors, .npz, .npy, .parquet; got x.txt"),
         (("reconstruct", "MODEL", "PHOTO", "--out", "x.jpg"), "--out must end in .png, got x.jpg"),
         (("train", "--recipe", "demo", "--stages.0.stepz", "3"), "perhaps --stages.0.steps or --stages.1.steps"),
         (("train", "--recipe", "demo", "--data.skip-budget", "-1", "--dry-run"), "skip_budget: got -1.0; it takes a share"),

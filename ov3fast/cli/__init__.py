@@ -47,7 +47,7 @@ COMMANDS = {
     "replay": Command("replay", "A training step's losses, computed again from the checkpoint before it.", prints=True),
     "plan": Command("plan", "Memory, time, cost and bound of a recipe on a number of GPUs; needs none.", prints=True),
     "evaluate": Command("evaluate", "Measure a model on held-out data and write the report."),
-    "encode": Command("encode", "Images or folders -> .safetensors, .npz or .npy of pooled vectors and tokens."),
+    "encode": Command("encode", "Images or shards -> a file or folder of pooled vectors and tokens."),
     "search": Command("search", "The images of an `encode` file that are nearest to a text or an image.", prints=True),
     "caption": Command("caption", "Images or folders -> a caption each.", prints=True),
     "reconstruct": Command("reconstruct", "Image in, image out; a folder in, a folder out."),

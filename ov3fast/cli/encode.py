@@ -2,31 +2,83 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from ov3fast.cli.options import ImagesOptions, parse
+
+if TYPE_CHECKING:
+    from ov3fast.inference.bulk import Done
 
 
 @dataclass(kw_only=True)
 class Encode(ImagesOptions):
-    """Images to pooled vectors and tokens. MODEL may be the folder of a released vision tower too (open_clip_config.json)."""
+    """Images to pooled vectors and tokens. IMAGES: files, folders, patterns ("photos/**/*.jpg"), tar shards (files, folders, patterns), or - for paths on
+    standard input, one a line. MODEL may be the folder of a released vision tower too (open_clip_config.json)."""
 
     out: Path
-    """File to write: .safetensors (pooled and tokens), or .npy (pooled alone) or .npz."""
+    """File to write: .safetensors, .npz or .parquet (pooled and tokens), or .npy (pooled alone); anything else is a folder of parts."""
+    tokens: bool = True
+    """Keep the tokens, beside the pooled vectors."""
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """The model's; auto: the checkpoint's own."""
+    store: Literal["float32", "float16"] = "float32"
+    """Of what is written."""
+    processes: int = 1
+    """Each with a model and its share of the threads."""
+    rows: int | None = None
+    """Images of a part; default: 512, without tokens 4096. A larger job that is stopped goes on where it was when the same command is run again."""
+    parts: Literal["safetensors", "parquet", "npz", "npy"] = "safetensors"
+    """Format of the files in a folder."""
+    json: bool = False
+    """The summary as one JSON object."""
 
 
 def run(arguments: list[str]) -> int:
     given = parse(Encode, arguments, "encode")
-    from ov3fast.data.skips import printable
-    from ov3fast.inference import check_output, encode_to_file, load_model
+    from ov3fast.inference import bulk, encode_to_file, load_model
+    from ov3fast.inference.embeddings import check_output
+    from ov3fast.inference.sources import ImageFiles, find
+    from ov3fast.terminal import is_terminal
 
-    check_output(given.out, "--out")
-    model = load_model(given.model, vae=given.vae, device=given.device)
-    written = encode_to_file(
-        model, given.images, given.out, image_size=given.image_size, batch_size=given.batch_size, workers=given.workers, progress=True
-    )  # fmt: skip
-    for name, reason in written.skipped.items():
-        print(f"skipped {printable(name)}: {reason}")
-    print(f"{len(written.names)} images -> {written.path}")
+    folder = given.out.is_dir() or not given.out.suffix
+    if not folder:
+        check_output(given.out, "--out")
+    lines = [os.fsdecode(line) for line in sys.stdin.buffer.read().splitlines()] if Path("-") in given.images else []
+    began = time.monotonic()
+    one = {"vae": given.vae, "device": given.device, "dtype": given.dtype}
+    model = load_model(given.model, **one) if given.processes == 1 else None
+    sources = find(given.images, lines)
+    shared = {"image_size": given.image_size, "batch_size": given.batch_size, "workers": given.workers}
+    small = given.rows is None and len(sources) <= bulk.ROWS_WITH_TOKENS and isinstance(sources, ImageFiles)
+    if model is not None and small and not folder and given.store == "float32":
+        tokens = {} if given.tokens else {"tokens": False}
+        written = encode_to_file(model, sources.items(0, len(sources)), given.out, progress=not given.json, **shared, **tokens)
+        done = bulk.Done(written.path, len(written.names), written.skipped, 0, time.monotonic() - began)
+    else:
+        with bulk.shown(is_terminal() and not given.json) as progress:
+            done = bulk.encode_many(
+                given.model, sources, given.out, loaded=model, tokens=given.tokens, store=given.store, processes=given.processes,
+                rows=given.rows, parts=f".{given.parts}", progress=progress, **one, **shared,
+            )  # fmt: skip
+    _print(done, given.json)
     return 0
+
+
+def _print(done: Done, as_json: bool) -> None:
+    from ov3fast.data.skips import printable
+
+    if as_json:
+        rate = (done.images - done.resumed) / max(done.seconds, 1e-9)
+        words = {"out": str(done.path), "images": done.images, "skipped": done.skipped, "resumed": done.resumed}
+        print(json.dumps({**words, "seconds": round(done.seconds, 3), "images_per_second": round(max(rate, 0.0), 2)}))
+        return
+    for name, reason in done.skipped.items():
+        print(f"skipped {printable(name)}: {reason}")
+    former = f" ({done.resumed} of them by an earlier run)" if done.resumed else ""
+    print(f"{done.images} images{former} -> {done.path}")

@@ -1,11 +1,12 @@
-"""Embeddings on disk: .safetensors and .npz (pooled and tokens), .npy (pooled alone, with a .json beside it)."""
+"""Embeddings on disk: .safetensors, .npz and .parquet (pooled and tokens), .npy (pooled alone, with a .json beside it), and folders of these."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +14,16 @@ from torch import Tensor
 
 from ov3fast.io import atomic_write, check_writable
 
-SUFFIXES = (".safetensors", ".npz", ".npy")
+SUFFIXES = (".safetensors", ".npz", ".npy", ".parquet")
+INDEX = "index.json"
+"""In a folder that holds embeddings in parts: their files in order."""
+GROUP = 4096
+"""Rows of a row group of a .parquet file."""
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """pooled float32 [N, E] and tokens float32 [N, n, D] (None if they were not kept) of the images `names` [N].
+    """pooled [N, E] and tokens [N, n, D] (None if they were not kept), float32 or as they were stored, of the images `names` [N].
 
     skipped: name -> reason of the images that could not be read. about: how they were made: "latents" (the convention), "image_size",
     "preprocess". Names of files that are not UTF-8 hold surrogate escapes, as Python's own file names do (os.fsencode gives the bytes).
@@ -29,6 +34,31 @@ class Embeddings:
     names: list[str]
     skipped: dict[str, str]
     about: dict[str, str]
+
+
+class MappedFile:
+    """Rows [n, ...] of one dtype written to a file, and seen as one tensor that the system pages in as it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.shape: tuple[int, ...] = ()
+        self.dtype = np.dtype(np.float32)
+
+    def __enter__(self) -> MappedFile:
+        self.file = open(self.path, "wb")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def append(self, rows: Tensor) -> None:
+        array = np.ascontiguousarray(rows.numpy())
+        self.shape, self.dtype = array.shape[1:], array.dtype
+        self.file.write(array.data if array.size else b"")
+
+    def tensor(self, count: int) -> Tensor:
+        self.file.flush()
+        return torch.from_numpy(np.memmap(self.path, self.dtype, "r+", shape=(count, *self.shape)))
 
 
 def check_output(path: str | Path, what: str = "out") -> Path:
@@ -51,7 +81,7 @@ def check_output(path: str | Path, what: str = "out") -> Path:
 def write_embeddings(path: str | Path, embeddings: Embeddings) -> Path:
     """Writes the file whole or not at all, in the format of its suffix; folders are made. Returns the path, with ~ expanded.
 
-    All three formats hold the same JSON words, in ASCII: names, skipped and what `about` says. Errors as in `check_output`.
+    All formats hold the same JSON words, in ASCII: names, skipped and what `about` says; .parquet's names are a column, and escape what is no UTF-8. Errors as in `check_output`.
     """
     path = check_output(path)
     words = {"names": json.dumps(embeddings.names), "skipped": json.dumps(embeddings.skipped), **embeddings.about}
@@ -64,7 +94,9 @@ def write_embeddings(path: str | Path, embeddings: Embeddings) -> Path:
             beside.write_text(json.dumps(words, indent=1), encoding="ascii")
         return path
     with atomic_write(path) as temporary:
-        if path.suffix == ".safetensors":
+        if path.suffix == ".parquet":
+            _write_parquet(temporary, embeddings, words)
+        elif path.suffix == ".safetensors":
             from safetensors.torch import save_file
 
             save_file({name: value.contiguous() for name, value in tensors.items()}, str(temporary), words)
@@ -75,31 +107,117 @@ def write_embeddings(path: str | Path, embeddings: Embeddings) -> Path:
 
 
 def read_embeddings(path: str | Path) -> Embeddings:
-    """What write_embeddings wrote. FileNotFoundError or ValueError names the file."""
+    """What write_embeddings wrote, or the parts of a folder of `encode` joined. FileNotFoundError or ValueError names the file."""
     path = Path(path).expanduser()
+    if path.is_dir():
+        return _joined(path)
+    words, read = _opened(path)
+    arrays = read()
+    about = {key: value for key, value in words.items() if key not in ("names", "skipped")}
+    return Embeddings(arrays["pooled"], arrays.get("tokens"), json.loads(words["names"]), json.loads(words["skipped"]), about)
+
+
+class Head(NamedTuple):
+    """What a file holds besides the values."""
+
+    names: list[str]
+    skipped: dict[str, str]
+    about: dict[str, str]
+
+
+def read_head(path: Path) -> Head:
+    """The words of a file that write_embeddings wrote, without its values. Errors as in `read_embeddings`."""
+    words, _ = _opened(path)
+    about = {key: value for key, value in words.items() if key not in ("names", "skipped")}
+    return Head(json.loads(words["names"]), json.loads(words["skipped"]), about)
+
+
+def _joined(folder: Path) -> Embeddings:
+    index = folder / INDEX
+    if not index.is_file():
+        raise FileNotFoundError(f"read_embeddings: {folder} has no {INDEX}; is `ov3fast encode` still at work on it?")
+    parts = [read_embeddings(folder / part["file"]) for part in json.loads(index.read_text(encoding="utf-8"))["parts"]]
+    tokens = [part.tokens for part in parts if part.tokens is not None]
+    names = [name for part in parts for name in part.names]
+    skipped = {name: reason for part in parts for name, reason in part.skipped.items()}
+    return Embeddings(
+        torch.cat([part.pooled for part in parts]), torch.cat(tokens) if tokens else None, names, skipped, parts[0].about
+    )
+
+
+def _opened(path: Path) -> tuple[dict[str, str], Callable[[], dict[str, Tensor]]]:
+    """A file's words, and what reads its values."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"read_embeddings: {path} must end in {', '.join(SUFFIXES)}")
     for needed in [path, path.with_suffix(".json")] if path.suffix == ".npy" else [path]:
         if not needed.is_file():
             raise FileNotFoundError(f"read_embeddings: there is no file {needed}")
+    read: Callable[[], dict[str, Tensor]]
     if path.suffix == ".safetensors":
         from safetensors import safe_open
+        from safetensors.torch import load_file
 
         with safe_open(str(path), "pt") as file:
-            words, arrays = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+            words, held, read = file.metadata() or {}, list(file.keys()), lambda: load_file(str(path))
     elif path.suffix == ".npz":
         with np.load(path) as file:
             words = json.loads(str(file["about"])) if "about" in file else {}
-            arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "about"}
+            held = [name for name in file.files if name != "about"]
+        read = lambda: {name: torch.from_numpy(array) for name, array in np.load(path).items() if name != "about"}  # noqa: E731
+    elif path.suffix == ".parquet":
+        words, held, read = _read_parquet(path)
     else:
         words = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        arrays = {"pooled": torch.from_numpy(np.load(path))}
-    if "pooled" not in arrays or "names" not in words:
+        held, read = ["pooled"], lambda: {"pooled": torch.from_numpy(np.load(path))}
+    if "pooled" not in held or "names" not in words:
         raise ValueError(
-            f"read_embeddings: {path} holds no embeddings of write_embeddings (it holds {', '.join(arrays) or 'nothing'})"
+            f"read_embeddings: {path} holds no embeddings of write_embeddings (it holds {', '.join(held) or 'nothing'})"
         )
-    about = {key: value for key, value in words.items() if key not in ("names", "skipped")}
-    return Embeddings(arrays["pooled"], arrays.get("tokens"), json.loads(words["names"]), json.loads(words["skipped"]), about)
+    return words, read
+
+
+def _write_parquet(path: Path, embeddings: Embeddings, words: dict[str, str]) -> None:
+    """Columns name, pooled and tokens (a list of all values of an image; their shape is in the metadata)."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    columns = {"pooled": embeddings.pooled} | ({} if embeddings.tokens is None else {"tokens": embeddings.tokens})
+    shapes = {name: list(values.shape[1:]) for name, values in columns.items()}
+    arrays = {name: values.numpy().reshape(len(values), -1) for name, values in columns.items()}
+    kinds = [(name, pa.list_(pa.from_numpy_dtype(array.dtype), array.shape[1])) for name, array in arrays.items()]
+    metadata = {**{key: value for key, value in words.items() if key != "names"}, "shapes": json.dumps(shapes)}
+    schema = pa.schema([("name", pa.string()), *kinds], metadata=metadata)
+    names = [name.encode("utf-8", "backslashreplace").decode() for name in embeddings.names]
+    with parquet.ParquetWriter(path, schema) as writer:
+        for start in range(0, len(names), GROUP):
+            rows = [
+                pa.FixedSizeListArray.from_arrays(pa.array(array[start : start + GROUP].reshape(-1)), array.shape[1])
+                for array in arrays.values()
+            ]
+            writer.write_table(
+                pa.Table.from_arrays([pa.array(names[start : start + GROUP], pa.string()), *rows], schema=schema)
+            )
+
+
+def _read_parquet(path: Path) -> tuple[dict[str, str], list[str], Callable[[], dict[str, Tensor]]]:
+    from pyarrow import parquet
+
+    file = parquet.ParquetFile(path)
+    schema = file.schema_arrow
+    words = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items() if not key.startswith(b"ARROW:")}
+    shapes = json.loads(words.pop("shapes", "{}"))
+    held = [name for name in schema.names if name != "name"]
+    if "name" in schema.names:
+        words["names"] = json.dumps(file.read(["name"]).column("name").to_pylist())
+
+    def read() -> dict[str, Tensor]:
+        found = {}
+        for name in held:
+            flat = file.read([name]).column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            found[name] = torch.from_numpy(np.array(flat)).view(-1, *shapes[name])
+        return found
+
+    return words, held, read
 
 
 def _is_ours(path: Path) -> bool:

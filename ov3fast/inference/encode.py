@@ -6,7 +6,7 @@ import contextlib
 import tempfile
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from ov3fast.data.limits import MAX_IMAGE_PIXELS
 from ov3fast.data.preprocess import preprocess, read_image, square
 from ov3fast.data.skips import DataError, Skip, SkipCounter
 from ov3fast.inference.batches import batch_invariant
-from ov3fast.inference.embeddings import Embeddings, check_output, write_embeddings
+from ov3fast.inference.embeddings import Embeddings, MappedFile, check_output, write_embeddings
 from ov3fast.inference.images import find_images
 from ov3fast.inference.load import VisionTower
 from ov3fast.io import naming_full_disk
@@ -77,7 +77,7 @@ def encode(
     of, and named in `skipped`. FileNotFoundError or ValueError for wrong paths or a wrong size, DataError if no image is left.
     """
     options = Options(image_size, batch_size, workers, interpolation, tokens, max_image_pixels, progress, batch_invariant)
-    job = _Job(model, images, options, _Memory(), _Memory() if tokens else None)
+    job = Job(model, images, options, Memory(), Memory() if tokens else None)
     job.run()
     return job.embeddings()
 
@@ -92,14 +92,14 @@ def encode_to_file(
     """
     out = check_output(out)
     chosen = Options(**{"tokens": out.suffix != ".npy", **options})
-    job = _Job(model, images, chosen, _Memory(), None)
+    job = Job(model, images, chosen, Memory(), None)
     with contextlib.ExitStack() as files:
         files.enter_context(naming_full_disk(out))
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = files.enter_context(tempfile.TemporaryDirectory(prefix=f".{out.stem}.writing-", dir=out.parent))
-        job.pooled = files.enter_context(_MappedFile(Path(folder, "pooled")))
+        job.pooled = files.enter_context(MappedFile(Path(folder, "pooled")))
         if chosen.tokens:
-            job.tokens = files.enter_context(_MappedFile(Path(folder, "tokens")))
+            job.tokens = files.enter_context(MappedFile(Path(folder, "tokens")))
         try:
             job.run()
             write_embeddings(out, job.embeddings())
@@ -109,7 +109,7 @@ def encode_to_file(
     return Written(out, job.names, job.skipped)
 
 
-def _keep_partial(job: _Job, out: Path) -> None:
+def _keep_partial(job: Job, out: Path) -> None:
     if not job.names:
         return
     partial = out.with_name(f"{out.stem}.partial{out.suffix}")
@@ -123,7 +123,7 @@ class _Rows(Protocol):
     def tensor(self, count: int) -> Tensor: ...
 
 
-class _Memory:
+class Memory:
     """Rows [n, ...] kept in memory."""
 
     def __init__(self) -> None:
@@ -136,31 +136,8 @@ class _Memory:
         return torch.cat(self.parts)[:count]
 
 
-class _MappedFile:
-    """Float32 rows [n, ...] written to a file, and seen as one tensor that the system pages in as it is read."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.shape: tuple[int, ...] = ()
-
-    def __enter__(self) -> _MappedFile:
-        self.file = open(self.path, "wb")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def append(self, rows: Tensor) -> None:
-        self.shape = tuple(rows.shape[1:])
-        self.file.write(np.ascontiguousarray(rows.numpy()).data)
-
-    def tensor(self, count: int) -> Tensor:
-        self.file.flush()
-        return torch.from_numpy(np.memmap(self.path, np.float32, "r+", shape=(count, *self.shape)))
-
-
 @dataclass
-class _Job:
+class Job:
     """One run over images: what was encoded so far is in `names`, `pooled` and `tokens`."""
 
     model: OpenVision3 | VisionTower
@@ -170,10 +147,12 @@ class _Job:
     tokens: _Rows | None
     names: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    on_batch: Callable[[int], None] = lambda count: None
+    """Told of each batch's size once it is encoded."""
 
     def __post_init__(self) -> None:
         self.size = image_side(self.model, self.options, "encode")
-        self.sources = find_sources(self.images)
+        self.sources = self.images if isinstance(self.images, dict) else find_sources(self.images)
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -213,6 +192,7 @@ class _Job:
         if self.tokens is not None:
             self.tokens.append(tokens.float().cpu())
         self.names += names
+        self.on_batch(len(names))
 
 
 def about(model: OpenVision3 | VisionTower, size: int, interpolation: str = "bicubic") -> dict[str, str]:
@@ -259,13 +239,14 @@ def decoded(sources: Mapping[str, Any], size: int, options: Options) -> Iterator
 
 
 def _read(source: Any, size: int, options: Options) -> Tensor | ImageError:
-    if not isinstance(source, Path):
+    if not isinstance(source, Path) and not callable(source):
         picture = preprocess(source, size, interpolation=options.interpolation)[0]
         if picture.shape[1:] != (size, size):
             raise ValueError(f"encode: float images are not resized; got {tuple(picture.shape)} for image_size {size}")
         return picture
     try:
-        return square(read_image(source, options.max_image_pixels), size, options.interpolation)
+        image = source() if callable(source) else read_image(source, options.max_image_pixels)
+        return square(image, size, options.interpolation)
     except ImageError as error:
         return error
     except OSError as error:
@@ -279,10 +260,7 @@ def find_sources(images: ImageLike | Sequence[ImageLike]) -> dict[str, Any]:
     given: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
     if all(isinstance(image, str | Path) for image in given):
         files = find_images(given)
-        if files.left_out:
-            counts = ", ".join(f"{count} {suffix or 'without one'}" for suffix, count in sorted(files.left_out.items()))
-            message = f"left out {files.left_out.total()} files that are no images by their suffix ({counts})"
-            warnings.warn(message, stacklevel=4)
+        files.warn_of_left_out()
         return files
     found: dict[str, Any] = {}
     for number, image in enumerate(given):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,13 @@ class FoundImages(dict[str, Path]):
     def __init__(self) -> None:
         super().__init__()
         self.left_out: Counter[str] = Counter()
+
+    def warn_of_left_out(self) -> None:
+        """One warning, where files were left out."""
+        if self.left_out:
+            counts = ", ".join(f"{count} {suffix or 'without one'}" for suffix, count in sorted(self.left_out.items()))
+            message = f"left out {self.left_out.total()} files that are no images by their suffix ({counts})"
+            warnings.warn(message, stacklevel=5)
 
 
 def find_images(paths: str | Path | Sequence[str | Path]) -> FoundImages:

@@ -6,6 +6,7 @@ rae.py            RAE's stage-1 protocol
 llava.py          the towers of the LLaVA and LLaVA-NeXT repositories
 open_clip.py      create_model_and_transforms, encode_image, encode_text, tokenizer
 timm.py           forward_features, forward_intermediates and their kin
+sentence_transformers.py   encode(list) for images and texts
 
-Each file imports its library when it is imported, and none is imported by `import ov3fast`.
+Each file imports its library, where it needs one, when it is imported, and none is imported by `import ov3fast`.
 """

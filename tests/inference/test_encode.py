@@ -202,7 +202,7 @@ def test_errors_of_options(model, folder, found, tmp_path):
         encode(model, folder, image_size=40)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         encode(model, folder, batch_size=0)
-    with pytest.raises(ValueError, match="out must end in .safetensors, .npz, .npy; got .*e.txt"):
+    with pytest.raises(ValueError, match="out must end in .safetensors, .npz, .npy, .parquet; got .*e.txt"):
         write_embeddings(tmp_path / "e.txt", found)
     with pytest.raises(FileNotFoundError, match="read_embeddings: there is no file .*e.npz"):
         read_embeddings(tmp_path / "e.npz")

@@ -81,7 +81,7 @@ def test_outputs_are_refused_before_the_work(model, photos, tmp_path, no_work):
     (tmp_path / "folder.npz").mkdir()
     (tmp_path / "file").write_text("")
     for out, error, words in (
-        ("x.txt", ValueError, "must end in .safetensors, .npz, .npy"),
+        ("x.txt", ValueError, "must end in .safetensors, .npz, .npy, .parquet"),
         ("folder.npz", OSError, "is a folder; give a file"),
         ("file/x.npz", OSError, "file is no folder"),
         ("keep.npy", FileExistsError, "keep.json, which holds something else"),

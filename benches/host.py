@@ -5,6 +5,9 @@
 The Triton backend needs no GPU for that: it runs on CPU tensors, its kernels are compiled for sm_90, and where the driver would launch one,
 a function returns (tools/gpu/pretend.py). PyTorch's own kernels between ours (products, sums) take a CPU's host time there, not a GPU's.
 
+"forward + backward" is one call and one torch.autograd.grad for it, which takes some 40 us whatever is between; "in a chain" is what a call adds to
+a model, where one backward pass goes through all: the difference of a chain of 12 calls and of one, for each.
+
 The thread's own CPU time, the least of many rounds, so a busy machine changes little. With --before, another checkout (its kernels built) is
 measured in turn with this one, in a process of its own, and both stand in the table.
 """
@@ -26,7 +29,9 @@ from pathlib import Path
 import torch
 
 FIELDS = ("op", "direction", "before_us", "after_us", "ratio", "cpu", "torch")
-ROUNDS = 3
+ROUNDS = 2
+CHAIN = 12
+"""Calls, each of the result of the one before."""
 
 
 def least(run: Callable[[], object], rounds: int = 40, inner: int = 25) -> float:
@@ -65,7 +70,23 @@ def measure(backend: str) -> dict[str, float]:
             found[f"{name} forward + backward"] = least(
                 lambda f=function, v=leaves, g=upstream: torch.autograd.grad(f(*v), v, g)
             )
+            found[f"{name} forward + backward, in a chain"] = in_a_chain(function, values, upstream)
     return found
+
+
+def in_a_chain(function: Callable[..., torch.Tensor], values: tuple[torch.Tensor, ...], upstream: torch.Tensor) -> float:
+    """Microseconds that one more call adds to a forward and a backward pass."""
+    first = values[0].clone().requires_grad_()
+    others = [[value.clone().requires_grad_() for value in values[1:]] for _ in range(CHAIN)]
+
+    def run(calls: int) -> None:
+        h, leaves = first, [first]
+        for own in others[:calls]:
+            h = function(h, *own)
+            leaves += own
+        torch.autograd.grad(h, leaves, upstream)
+
+    return (least(lambda: run(CHAIN), inner=5) - least(lambda: run(1))) / (CHAIN - 1)
 
 
 def _in_tree(tree: Path, backend: str) -> dict[str, float]:
@@ -86,7 +107,7 @@ def main() -> None:
     if options.json:
         print(json.dumps(measure(options.backend)))
         return
-    trees = {"before": options.before, "after": Path(__file__).resolve().parents[1]}
+    trees = {"before": options.before and options.before.resolve(), "after": Path(__file__).resolve().parents[1]}
     runs = {name: [] for name, tree in trees.items() if tree}
     for _ in range(ROUNDS):
         for name, found in runs.items():
@@ -104,7 +125,7 @@ def main() -> None:
                 "ratio": f"{after / before:.2f}" if before else "", "cpu": facts["cpu"], "torch": facts["torch"],
             }
         )  # fmt: skip
-        print(f"{op:16} {direction:18} {rows[-1]['before_us']:>7} {rows[-1]['after_us']:>7} us")
+        print(f"{op:16} {direction:30} {rows[-1]['before_us']:>7} {rows[-1]['after_us']:>7} us")
     if options.out:
         with options.out.open("w", newline="") as file:
             writer = csv.DictWriter(file, FIELDS, lineterminator="\n")

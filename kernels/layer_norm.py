@@ -6,6 +6,8 @@ keeps the weight in registers and writes one partial sum of each parameter's gra
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton.language as tl
 
@@ -107,6 +109,7 @@ def _layer_norm_backward(
 NO_ROWS = None, 1, 0, 0
 
 
+@functools.cache
 def _size(width: int) -> str:
     return str(next(block for block in WIDTHS if block >= width))
 

@@ -17,7 +17,7 @@ from .lib.config import TABLE
 from .lib.gemm import multiply, product_rows, square, tile_position
 from .lib.launch import kernel
 from .lib.reduce import column_sums
-from .lib.rows import Rows, empty, row_offsets, rows
+from .lib.rows import Rows, as_dtype, empty, row_offsets, rows
 
 # Size classes: those of mlp.
 TABLE["linear"] = product_rows(square(32), square(64), square(64))
@@ -45,14 +45,14 @@ def forward(x, weight, bias):
     x_rows, columns = rows(x), weight.shape[0]
     shape = (*x.shape[:-1], columns)
     if gemm.cublas_is_better(x_rows, weight):
-        return F.linear(x_rows.matrix, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)).view(shape)
+        return F.linear(x_rows.matrix, as_dtype(weight, x.dtype), None if bias is None else as_dtype(bias, x.dtype)).view(shape)
     return _product(x_rows, weight, bias, columns, True).view(shape)
 
 
 def input_gradient(grad_y: Rows, weight: Tensor) -> Tensor:
     """dy W, [R, K]."""
     if gemm.cublas_is_better(grad_y, weight):
-        return grad_y.matrix @ weight.to(grad_y.tensor.dtype)
+        return torch.mm(grad_y.matrix, as_dtype(weight, grad_y.tensor.dtype))
     return _product(grad_y, weight, None, weight.shape[1], False)
 
 
@@ -60,22 +60,22 @@ def weight_gradient(grad_y: Rows, x: Rows, dtype: torch.dtype) -> Tensor:
     """dy^T x, [N, K], of `dtype`: straight from the float32 accumulators where cuBLAS offers it."""
     left, right = grad_y.matrix.t(), x.matrix
     if dtype == right.dtype or not right.is_cuda or torch.version.hip or left.numel() == 0 or right.numel() == 0:
-        return (left @ right).to(dtype)
+        return as_dtype(torch.mm(left, right), dtype)
     return torch.mm(left, right, out_dtype=dtype)
 
 
 def backward(grad_y, x, weight, need_x, need_weight, need_bias):
     """Gradients of x, weight and bias (of weight's dtype); an empty tensor where one is not asked for."""
-    grad_rows, none = rows(grad_y), empty(weight, 0)
+    grad_rows = rows(grad_y)
     return (
         input_gradient(grad_rows, weight).view(x.shape) if need_x else empty(x, 0),
-        weight_gradient(grad_rows, rows(x), weight.dtype) if need_weight else none,
-        column_sums(grad_rows, weight.dtype) if need_bias else none,
+        weight_gradient(grad_rows, rows(x), weight.dtype) if need_weight else empty(weight, 0),
+        column_sums(grad_rows, weight.dtype) if need_bias else empty(weight, 0),
     )
 
 
 def _product(x: Rows, weight: Tensor, bias: Tensor | None, columns: int, transposed: bool) -> Tensor:
-    y = x.tensor.new_empty((x.count, columns))
+    y = empty(x.tensor, (x.count, columns))
     if y.numel():
         weight = gemm.operand(weight, x)
         bias = None if bias is None else bias.contiguous()

@@ -108,7 +108,7 @@ def _mlp_backward(
 
 def forward(x, w1, b1, w2, b2, activation):
     """x [..., K], w1 [H, K], w2 [D, H] -> y [..., D], h [..., H]."""
-    h = x.new_empty((*x.shape[:-1], w1.shape[0]))
+    h = empty(x, (*x.shape[:-1], w1.shape[0]))
     return _forward(x, w1, b1, w2, b2, activation, h), h
 
 
@@ -119,7 +119,7 @@ def inference(x, w1, b1, w2, b2, activation):
 
 def _forward(x, w1, b1, w2, b2, activation, h):
     x_rows, hidden = rows(x), w1.shape[0]
-    a = x.new_empty((*x.shape[:-1], hidden))
+    a = empty(x, (*x.shape[:-1], hidden))
     if a.numel():
         operand = gemm.operand(w1, x_rows)
         config, grid = gemm.configure("mlp_forward", x.dtype, x_rows.count, hidden)

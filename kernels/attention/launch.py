@@ -8,6 +8,7 @@ import torch
 
 from ..lib.common import TYPES, cdiv
 from ..lib.config import pick
+from ..lib.rows import empty
 from .backward import flash_attention_grad_kv, flash_attention_grad_q
 from .forward import flash_attention_forward
 from .tiles import constexprs, in_units, layout, size_class, unit_stride
@@ -18,8 +19,7 @@ def forward(q, k, v, causal, prefix_len, scale):
     """q [B,Nq,H,D], k and v [B,Nk,H,D] -> out [B,Nq,H,D], lse [B,H,Nq] float32."""
     q, k, v = map(unit_stride, (q, k, v))
     batch, queries, heads, head_dim = q.shape
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
+    out, lse = empty(q, q.shape), empty(q, (batch, heads, queries), dtype=torch.float32)
     aligned, strides = layout(q, k, v, out)
     asked = "flash_attention_forward", TYPES[q.dtype], size_class(head_dim)
     config = pick(*asked)
@@ -43,7 +43,7 @@ def forward_packed(qkv, *rest):
 
 def backward(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
     """-> grad_q, grad_k, grad_v, each contiguous."""
-    grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    grads = tuple(empty(t, t.shape) for t in (q, k, v))
     _gradients(grad_out, q, k, v, out, lse, causal, prefix_len, scale, grads)
     return grads
 

@@ -11,6 +11,7 @@ Names: q, k, v, out, grad_out [B,N,H,D]; lse, delta and weight [B,H,Nq] float32;
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -221,6 +222,7 @@ def parts(head_dim: int, dtype: str) -> tuple[int, int]:
     return (2 * d0, 0) if d1 >= (d0 if dtype != "fp32" else 32) else (d0, d1)
 
 
+@functools.cache
 def size_class(head_dim: int) -> str:
     """The narrowest size class of config.py that is as wide as the tiles."""
     return next(name for name in WIDTHS if sum(parts(head_dim, "bf16")) <= int(name))
@@ -234,17 +236,22 @@ def step(head_dim: int, dtype: str) -> int:
     return 64 if columns > 128 else 0
 
 
+@functools.lru_cache(1024)
 def constexprs(head_dim: int, dtype: str, causal: bool, aligned: bool) -> dict[str, int | bool]:
     d0, d1 = parts(head_dim, dtype)
     return {"D": head_dim, "D0": d0, "D1": d1, "STEP": step(head_dim, dtype), "CAUSAL": causal, "ALIGNED": aligned}
 
 
-def layout(*views: torch.Tensor) -> tuple[bool, list[int]]:
+def layout(*views: torch.Tensor) -> tuple[bool, tuple[int, ...]]:
     """(whether all strides but the last are multiples of 16 bytes, these strides in units of 16 bytes if so, else in elements)."""
-    unit = 16 // views[0].element_size()
-    strides = [stride for view in views for stride in view.stride()[:3]]
+    return _layout(16 // views[0].element_size(), *[view.stride() for view in views])
+
+
+@functools.lru_cache(4096)
+def _layout(unit: int, *of_views: tuple[int, ...]) -> tuple[bool, tuple[int, ...]]:
+    strides = tuple(stride for view in of_views for stride in view[:3])
     aligned = all(stride % unit == 0 for stride in strides)
-    return aligned, [stride // unit for stride in strides] if aligned else strides
+    return aligned, tuple(stride // unit for stride in strides) if aligned else strides
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:

@@ -87,11 +87,13 @@ class Kernel(JITFunction):  # type: ignore[misc]  # Triton has no types
             if launch is None and compiled is not None:
                 call.remember(key, compiled)
             return compiled
+        x, y, z = (*grid, 1, 1)[:3]
+        if not (x and y and z):
+            return launch.compiled
         room = _rooms.of.get(device) or _rooms.make(device)
         # Last come two pointers to scratch memory, which these kernels don't use.
         launch.pack(room.record, 0, *launch.taken(addresses + args), 0, 0)
         room.size.value = launch.size
-        x, y, z = (*grid, 1, 1)[:3]
         stream = ctypes.c_void_p(_driver.active.get_current_stream(device))
         error = room.launch(launch.function, x, y, z, launch.threads, 1, 1, launch.shared, stream, None, room.extra)
         if error:

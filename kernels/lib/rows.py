@@ -34,6 +34,8 @@ class Rows(NamedTuple):
     @property
     def matrix(self) -> Tensor:
         """[R, K]: a view where one stride leads from row to row, else a copy."""
+        if self.tensor.ndim == 2:
+            return self.tensor
         if not self.has_one_stride:
             return self.tensor.reshape(self.count, self.width)
         return self.tensor.as_strided((self.count, self.width), (self.outer_stride, 1))
@@ -82,6 +84,11 @@ def _merged(axes: list[tuple[int, int]]) -> list[tuple[int, int]]:
 def row_offsets(row, inner, outer_stride, inner_stride):
     """Offsets of rows, int64. With one stride `inner` is 1, and the division is compiled away."""
     return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+
+
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), which takes a microsecond also where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def empty(like: Tensor, shape: Any, needed: bool = True, dtype: torch.dtype | None = None) -> Tensor:

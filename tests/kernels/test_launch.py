@@ -118,6 +118,12 @@ def test_a_parameter_is_a_tensor(driver):
     assert len(driver.launches) == 1
 
 
+def test_an_empty_grid_launches_nothing(driver):
+    for _ in range(3):
+        scaled[(0,)](torch.zeros(8), None, torch.zeros(8), 0, 1, 0.5, KIND=0, BLOCK=64)
+    assert driver.launches == []
+
+
 def test_hooks_make_triton_launch(driver):
     """Profilers, and the names of launches in tools/gpu, wait for Triton's."""
     for _ in range(2):
@@ -256,3 +262,40 @@ def events(run):
     finally:
         sys.setprofile(None)
     return len(seen) - 1  # setprofile itself
+
+
+def calls():
+    x, weight, bias = torch.randn(2, 3, 8), torch.randn(8, 8), torch.randn(8)
+    return {
+        "layer_norm": (ops.layer_norm, (x, bias, bias)),
+        "linear": (ops.linear, (x, weight, bias)),
+        "flash_attention": (ops.flash_attention, tuple(torch.randn(1, 2, 1, 8) for _ in range(3))),
+        "mlp": (ops.mlp, (x, weight, bias, weight, bias)),
+    }
+
+
+class Plain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+# Forward; forward and backward less what PyTorch's own part takes.
+MOST_CALLS = {"layer_norm": (74, 187), "linear": (47, 139), "flash_attention": (85, 212), "mlp": (95, 289)}
+
+
+@pytest.mark.parametrize("op", MOST_CALLS)
+def test_calls_within_a_call(op):
+    """Host time, without a clock; `python -m benches.host --backend triton` has the microseconds."""
+    function, values = calls()[op]
+    leaves = [value.clone().requires_grad_() for value in values]
+    upstream = torch.ones_like(values[0])
+    with pretend.host(), ops.use("triton"):
+        forward = events(lambda: function(*values))
+        both = events(lambda: torch.autograd.grad(function(*leaves), leaves, upstream))
+        both -= events(lambda: torch.autograd.grad(Plain.apply(leaves[0]), leaves[:1], upstream))
+    assert forward <= MOST_CALLS[op][0] and both <= MOST_CALLS[op][1], (forward, both)

@@ -57,7 +57,7 @@ NAMES = {
     "a pretended GPU (tools/gpu/pretend.py), and names of launches": (
         "torch._C.DispatchKey.CPU", "torch._C.DispatchKeySet", "torch._subclasses.FakeTensor", "torch._subclasses.FakeTensorMode",
         "torch.cuda._exchange_device", "torch.cuda._maybe_exchange_device", "triton.knobs.runtime", "triton.knobs.runtime.jit_cache_hook",
-        "triton.knobs.runtime.launch_enter_hook.add", "triton.runtime.driver", "triton.runtime.driver._active",
+        "triton.knobs.runtime.launch_enter_hook.add", "triton.knobs.runtime.launch_enter_hook.remove", "triton.runtime.driver", "triton.runtime.driver._active",
         "triton.runtime.jit.JITFunction.preload",
     ),
     "tests in Triton's interpreter": (

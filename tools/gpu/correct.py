@@ -1,6 +1,7 @@
 """One operator's results on the GPU: python -m tools.gpu.correct ROWS BACKEND OPERATOR, with "descriptors" for attention's ways that only tuning turns on.
 
-Errors are over the budget of ov3fast.testing, as a ratio; the same call gives the same bits five times; a captured call gives an eager call's.
+Errors are over the budget of ov3fast.testing, as a ratio; the same call gives the same bits five times, the first time launched by Triton and then by
+our launcher; a captured call gives an eager call's.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from ov3fast import ops, testing
 
 from .rows import Rows
-from .setting import DEVICE, DTYPES, REHEARSAL, SIZES, capture, doing, name_launches, samples, synchronize
+from .setting import DEVICE, DTYPES, REHEARSAL, SIZES, capture, doing, named_launches, samples, synchronize
 
 REPEATS = 2 if REHEARSAL else 5
 
@@ -42,7 +43,7 @@ class Checks:
                 raise
 
     def sample(self, sample: Any, size: str, dtype: str) -> None:
-        shape = "x".join(map(str, getattr(sample, size)))
+        shape = "x".join(map(str, sample.sizes[size]))
         with ops.use(self.backend):
             self.run(sample.name, "parity", lambda: parity(sample, size, dtype), dtype=dtype, size=shape)
             self.run(sample.name, "same bits", lambda: same_bits(sample, size, dtype), dtype=dtype, size=shape)
@@ -55,8 +56,10 @@ def parity(sample: Any, size: str, dtype: str) -> Iterator[dict[str, Any]]:
     inputs = sample.inputs(size, DTYPES[dtype], DEVICE)
     upstream = sample.upstream(inputs, sample.plain)
     budget = testing.Budget(lambda values: sample.results(values, sample.plain, upstream), inputs)
-    ratios = budget.ratios(sample.results(inputs, upstream=upstream))
-    outputs = len(upstream) if sample.differentiable else len(ratios)
+    with named_launches():
+        results = sample.results(inputs, upstream=upstream)
+    ratios = budget.ratios(results)
+    outputs = len(upstream) if sample.call.differentiable else len(ratios)
     for direction, some in (("forward", ratios[:outputs]), ("backward", ratios[outputs:])):
         if some:
             yield {"direction": direction, "ratio": round(max(some), 4)}
@@ -65,7 +68,8 @@ def parity(sample: Any, size: str, dtype: str) -> Iterator[dict[str, Any]]:
 def same_bits(sample: Any, size: str, dtype: str) -> Iterator[dict[str, Any]]:
     inputs = sample.inputs(size, DTYPES[dtype], DEVICE)
     upstream = sample.upstream(inputs)
-    expected = sample.results(inputs, upstream=upstream)
+    with named_launches():
+        expected = sample.results(inputs, upstream=upstream)
     for _ in range(REPEATS - 1):
         testing.assert_same_bits(sample.results(inputs, upstream=upstream), expected)
     yield {"direction": "both", "times": REPEATS}
@@ -119,10 +123,10 @@ def main() -> None:
     parser.add_argument("backend")
     parser.add_argument("operator")
     options = parser.parse_args()
-    name_launches()
     checks, module = Checks(Rows(options.rows), options.backend), samples()
     if options.operator == "descriptors":
-        descriptors(checks)
+        with named_launches():
+            descriptors(checks)
         return
     for size in SIZES:
         for dtype in DTYPES:

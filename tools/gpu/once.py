@@ -12,7 +12,7 @@ import torch
 
 from ov3fast import ops
 
-from .setting import DEVICE, samples, synchronize
+from .setting import DEVICE, SIZES, samples, synchronize
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
         for dtype in (torch.bfloat16,) if options.real else (torch.float32, torch.bfloat16):
             for sample in samples().SAMPLES:
                 if (not options.names or sample.name in options.names) and (backend is None or sample.takes(backend, dtype)):
-                    sample.results(sample.inputs("real" if options.real else "tiny", dtype, DEVICE))
+                    sample.results(sample.inputs("real" if options.real else SIZES[0], dtype, DEVICE))
                     synchronize()
                     print(sample.name, dtype, flush=True)
 

@@ -6,6 +6,8 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ REHEARSAL = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if REHEARSAL else "cuda"
 BACKENDS = ("triton",) if REHEARSAL else ("triton", "cuda")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32} | ({} if REHEARSAL else {"fp16": torch.float16})
-SIZES = ("tiny",) if REHEARSAL else ("tiny", "real")
+SIZES = ("least",) if REHEARSAL else ("tiny", "real")
 
 
 def samples() -> Any:
@@ -36,11 +38,19 @@ def doing(**what: str) -> None:
     print(json.dumps(what), flush=True)
 
 
-def name_launches() -> None:
-    """From here on each launch of a Triton kernel says its name, so that the one that hangs is known."""
+@contextmanager
+def named_launches() -> Iterator[None]:
+    """Within the block Triton makes the launches, each of which says its kernel's name, so that the one that hangs is known."""
     from triton import knobs
 
-    knobs.runtime.launch_enter_hook.add(lambda metadata: os.write(1, f"launch {metadata.get()['name']}\n".encode()))
+    def tell(metadata: Any) -> None:
+        os.write(1, f"launch {metadata.get()['name']}\n".encode())
+
+    knobs.runtime.launch_enter_hook.add(tell)
+    try:
+        yield
+    finally:
+        knobs.runtime.launch_enter_hook.remove(tell)
 
 
 def synchronize() -> None:

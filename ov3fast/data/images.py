@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ov3fast.data import jpeg
 from ov3fast.data.image_metadata import frames, orientation, without_metadata
 from ov3fast.data.limits import MAX_IMAGE_PIXELS
 
@@ -72,7 +73,10 @@ def decode_image(data: bytes, max_image_pixels: int = MAX_IMAGE_PIXELS, max_fram
 def upright_rgb(image: Image.Image) -> Image.Image:
     """A loaded Pillow image of any mode -> what decode_image gives for its file. ImageError for a depth that can't be read."""
     method = orientation(image)
-    decoded = _eight_bit(image)
+    return _turned(_eight_bit(image), method)
+
+
+def _turned(decoded: Image.Image, method: Image.Transpose | None) -> Image.Image:
     if method is not None:
         decoded = decoded.transpose(method)
     decoded.info.clear()  # an orientation left there would be applied a second time
@@ -89,6 +93,9 @@ def _decode(data: bytes, max_image_pixels: int) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=_formats())
             if image.width * image.height > max_image_pixels:
                 raise ImageError("too_large", f"{image.width}x{image.height} pixels, the limit is {max_image_pixels}")
+            fast = jpeg.pixels(data) if image.format == "JPEG" and image.mode == "RGB" else None
+            if fast is not None:
+                return _turned(Image.fromarray(fast), orientation(image))
             image.load()
             if not image.width or not image.height:
                 raise ImageError("broken_image", f"it has no pixels ({image.width}x{image.height})")

@@ -2,8 +2,9 @@
 
 A tile of patches is gathered, sampled, scaled and rounded in registers and multiplied at once; bias, position embedding and CLS token are added in the
 epilogue, so the forward reads latents and writes tokens, nothing else. The K = C p p values of a patch are few (64 for 16 channels): where they fit one
-tile, a program forms it once and loops over the features, so each number of the random stream is drawn once. The weight's gradient draws it again for
-each tile of features, ceil(D / BLOCK_M) times.
+tile, a program forms it once and loops over the features, so each number of the random stream is drawn once, as soon as there are enough tiles of
+patches for the chip. For the weight's gradient the patches are written (2 MB at 64 images of 32 x 32, which stay in the L2 cache) and cuBLAS
+multiplies them: inside the product each of six tiles of 128 features would draw them anew.
 A row m of the products is patch (b, n); z is [B, C, H, W].
 """
 
@@ -18,16 +19,19 @@ from .lib.common import TYPES, cdiv, dot, rounded
 from .lib.config import ANY, TABLE, Config, pick
 from .lib.launch import kernel
 from .lib.patches import patch_offsets, shares_of
-from .lib.reduce import merge, splits_of, sum_batches, sum_splits
+from .lib.reduce import merge, sum_batches
+
+PROGRAMS = 256
+"""So many programs are enough for the forward: where several share the features of a tile of patches, each of them draws its noise."""
 
 # Size classes: none. BLOCK_K of the forward holds a whole patch of 64 values.
 TABLE["patch_embed_forward"] = {
     (ANY, ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64}, warps=4, stages=1),
-    ("bf16", ANY, ANY): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=2),
-    ("fp16", ANY, ANY): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=2),
+    ("bf16", ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, warps=4, stages=2),
+    ("fp16", ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, warps=4, stages=2),
 }
 TABLE["patch_embed_grad_latents"] = {(ANY, ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, warps=4, stages=3)}
-TABLE["patch_embed_grad_weight"] = {(ANY, ANY, ANY): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}, warps=8, stages=3)}
+TABLE["patch_embed_patches"] = {(ANY, ANY, ANY): Config({"BLOCK_M": 32, "BLOCK_K": 64}, warps=4, stages=1)}
 
 
 @triton.jit
@@ -120,12 +124,14 @@ def patch_embed_forward(
             total += tl.load(pos_embed + (CLS + n)[:, None] * features + d[None, :], mask=mask, other=0.0).to(tl.float32)
         tl.store(y + row[:, None] * features + d[None, :], rounded(total, dtype), mask=mask)
         if CLS:
-            # The program of an instance's first patch writes its CLS row, which is the row before.
-            first = tl.load(cls_token + d, mask=d < features, other=0.0).to(tl.float32)
-            if pos_embed is not None:
-                first += tl.load(pos_embed + d, mask=d < features, other=0.0).to(tl.float32)
-            at = y + (row - 1)[:, None] * features + d[None, :]
-            tl.store(at, tl.broadcast_to(rounded(first, dtype)[None, :], (BLOCK_M, BLOCK_N)), mask=mask & (n == 0)[:, None])
+            # The program of an instance's first patch writes its CLS row.
+            cls_row = y + tl.cdiv(first_m, tokens).to(tl.int64) * (tokens + 1) * features + d
+            for _ in range(tl.cdiv(first_m, tokens), tl.cdiv(tl.minimum(first_m + BLOCK_M, rows), tokens)):
+                first = tl.load(cls_token + d, mask=d < features, other=0.0).to(tl.float32)
+                if pos_embed is not None:
+                    first += tl.load(pos_embed + d, mask=d < features, other=0.0).to(tl.float32)
+                tl.store(cls_row, rounded(first, dtype), mask=d < features)
+                cls_row += (tokens + 1) * features
 
 
 @kernel(do_not_specialize=["channels", "grid_w"])
@@ -167,32 +173,26 @@ def patch_embed_grad_latents(
 
 
 @kernel(do_not_specialize=["channels", "grid_w"])
-def patch_embed_grad_weight(
-    grad_y, grad_stride_b, grad_stride_n, latents, stride_b, stride_c, stride_h, rng, scale, shift, partials,
-    rows, tokens, grid_w, channels, features, split_rows, tiles_d, tiles_k,
-    PATCH: tl.constexpr, SAMPLE: tl.constexpr, IN_ORDER: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def patch_embed_patches(
+    latents, stride_b, stride_c, stride_h, rng, scale, shift, x, rows, tokens, grid_w, channels, tiles,
+    PATCH: tl.constexpr, SAMPLE: tl.constexpr, IN_ORDER: tl.constexpr, CLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Partial products dy^T x of a split of the patches: partials [splits, D, K]. BLOCK_M is of features, BLOCK_K of patches."""
+    """x [B, CLS + N, K]: the patches that the forward multiplied, and zeros in the CLS row."""
     program = tl.program_id(0)
-    split = program // (tiles_d * tiles_k)
-    d = program // tiles_k % tiles_d * BLOCK_M + tl.arange(0, BLOCK_M)
-    first_k = program % tiles_k * BLOCK_N
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first_m in range(split * split_rows, tl.minimum((split + 1) * split_rows, rows), BLOCK_K):
-        m = first_m + tl.arange(0, BLOCK_K)
-        row = (m // tokens).to(tl.int64) * grad_stride_b + (m % tokens).to(tl.int64) * grad_stride_n
-        mask = (m < rows)[:, None] & (d < features)[None, :]
-        upstream = tl.load(grad_y + row[:, None] + d[None, :], mask=mask, other=0.0)
-        x = _patches(
-            latents, stride_b, stride_c, stride_h, rng, scale, shift, first_m, first_k, rows, tokens, grid_w, channels,
-            grad_y.dtype.element_ty, PATCH, SAMPLE, IN_ORDER, BLOCK_K, BLOCK_N,
-        )  # fmt: skip
-        total = dot(tl.trans(upstream), x, total)
+    first_m, first_k = program // tiles * BLOCK_M, program % tiles * BLOCK_K
     values = channels * PATCH * PATCH
-    k = first_k + tl.arange(0, BLOCK_N)
-    at = partials + (split * features + d).to(tl.int64)[:, None] * values + k[None, :]
-    tl.store(at, rounded(total, partials.dtype.element_ty), mask=(d < features)[:, None] & (k < values)[None, :])
+    tile = _patches(
+        latents, stride_b, stride_c, stride_h, rng, scale, shift, first_m, first_k, rows, tokens, grid_w, channels, x.dtype.element_ty,
+        PATCH, SAMPLE, IN_ORDER, BLOCK_M, BLOCK_K,
+    )  # fmt: skip
+    m, k = first_m + tl.arange(0, BLOCK_M), first_k + tl.arange(0, BLOCK_K)
+    row = (m // tokens).to(tl.int64) * (tokens + CLS) + CLS + m % tokens
+    tl.store(x + row[:, None] * values + k[None, :], tile, mask=(m < rows)[:, None] & (k < values)[None, :])
+    if CLS:
+        cls_row = x + tl.cdiv(first_m, tokens).to(tl.int64) * (tokens + 1) * values + k
+        for _ in range(tl.cdiv(first_m, tokens), tl.cdiv(tl.minimum(first_m + BLOCK_M, rows), tokens)):
+            tl.store(cls_row, tl.zeros((BLOCK_K,), x.dtype.element_ty), mask=k < values)
+            cls_row += (tokens + 1) * values
 
 
 class _Sizes:
@@ -225,7 +225,7 @@ def forward(latents, weight, bias, pos_embed, cls_token, rng, patch_size, scale,
     y = torch.empty(s.batch, cls + s.tokens, s.features, dtype=weight.dtype, device=weight.device)
     config = pick("patch_embed_forward", s.dtype)
     patch_tiles = cdiv(s.rows, config.blocks["BLOCK_M"])
-    shares, share_tiles = shares_of(s.features, patch_tiles, config.blocks["BLOCK_N"])
+    shares, share_tiles = shares_of(s.features, patch_tiles, config.blocks["BLOCK_N"], PROGRAMS)
     patch_embed_forward[(patch_tiles * shares,)](
         s.latents, *s.strides, s.weight, s.weight.stride(0), bias, pos_embed, cls_token, s.rng, float(scale), float(shift), y,
         s.rows, s.tokens, s.grid_w, s.channels, s.features, shares, share_tiles,
@@ -253,19 +253,20 @@ def backward(
             s.rows, s.tokens, s.grid_w, s.channels, s.features, tiles, patch_size, moments, sample, s.in_order, **config.options,
         )  # fmt: skip
     if need_weight:
-        config = pick("patch_embed_grad_weight", s.dtype)
-        tiles_d, tiles_k = cdiv(s.features, config.blocks["BLOCK_M"]), cdiv(s.values, config.blocks["BLOCK_N"])
-        splits, split_rows = splits_of(s.rows, config.blocks["BLOCK_K"], tiles_d * tiles_k)
-        grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-        partials = grad_weight if splits == 1 else grad_weight.new_empty((splits, *weight.shape), dtype=torch.float32)
-        patch_embed_grad_weight[(splits * tiles_d * tiles_k,)](
-            patches, *patches.stride()[:2], s.latents, *s.strides, s.rng, float(scale), float(shift), partials,
-            s.rows, s.tokens, s.grid_w, s.channels, s.features, split_rows, tiles_d, tiles_k,
-            patch_size, sample, s.in_order, **config.options,
-        )  # fmt: skip
-        if splits > 1:
-            sum_splits(partials, grad_weight)
+        grad_weight = grad_y.reshape(-1, s.features).t() @ _written_patches(s, rng, patch_size, scale, shift, cls, weight.dtype)
     return grad_latents, grad_weight, *_vector_gradients(grad_y, patches, need_bias, need_pos, need_cls and cls == 1)
+
+
+def _written_patches(s, rng, patch_size, scale, shift, cls, dtype):
+    """[B (cls + N), K]: a row for each of the upstream gradient's, so that this stays one matrix; zeros for CLS tokens."""
+    x = torch.empty(s.batch * (cls + s.tokens), s.values, dtype=dtype, device=s.latents.device)
+    config = pick("patch_embed_patches", s.dtype)
+    tiles = cdiv(s.values, config.blocks["BLOCK_K"])
+    patch_embed_patches[(cdiv(s.rows, config.blocks["BLOCK_M"]) * tiles,)](
+        s.latents, *s.strides, s.rng, float(scale), float(shift), x, s.rows, s.tokens, s.grid_w, s.channels, tiles,
+        patch_size, rng is not None, s.in_order, cls, **config.options,
+    )  # fmt: skip
+    return x
 
 
 def _vector_gradients(grad_y, patches, need_bias, need_pos, need_cls):

@@ -8,33 +8,30 @@ FEW = 512
 GAIN = 256.0
 """Factor of float16 gradients by logits, whose small values would underflow."""
 
-# Size class of the first two: "cublas", where products are read instead of computed. All three kernels over tiles share one BLOCK_K per dtype, so that
+# Size classes: "cublas", where products are read instead of computed; "maxima", where each row and column has its own shift. Both kernels over tiles share one BLOCK_K per dtype, so that
 # the backward recomputes the forward's logits to the bit.
 TABLE["contrastive_statistics"] = {
     (ANY, ANY, ANY): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=3),
     (ANY, ANY, "sm_90"): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=3),
     ("fp32", ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, warps=4, stages=2),
     ("fp32", ANY, "sm_80"): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32}, warps=4, stages=2),
+    (ANY, "maxima", "sm_90"): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=3),
     (ANY, "cublas", ANY): Config({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=1),
 }
 TABLE["contrastive_gradients"] = {
     (ANY, ANY, ANY): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=3),
     (ANY, ANY, "sm_80"): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=3),
+    (ANY, ANY, "sm_90"): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=4, stages=3),
     ("fp32", ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, warps=4, stages=2),
     (ANY, "cublas", ANY): Config({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=1),
-}
-TABLE["contrastive_side"] = {
-    (ANY, ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=2),
-    ("fp32", ANY, ANY): Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32}, warps=8, stages=1),
 }
 TABLE["contrastive_features"] = {(ANY, ANY, ANY): Config({"BLOCK_R": 16, "BLOCK_D": 256}, warps=4, stages=1)}
 TABLE["contrastive_project"] = {(ANY, ANY, ANY): Config({"BLOCK_R": 8, "BLOCK_D": 256}, warps=4, stages=1)}
 TABLE["contrastive_merge"] = {(ANY, ANY, ANY): Config({"BLOCK": 128}, warps=1, stages=1)}
 
 SCHEDULES = {
-    (ANY, "narrow"): "fused",
     (ANY, "wide"): "chunked",
     (ANY, "huge"): "cublas",
     ("fp32", "huge"): "chunked",
 }
-"""(dtype, size class) -> schedule of launch.py. Size classes by width: narrow up to 256 (from 8192 rows on), wide up to 2048, huge beyond."""
+"""(dtype, size class) -> schedule of launch.py. Size classes by width: wide up to 2048, huge beyond."""

@@ -3,17 +3,17 @@
 Cost in units of 2 n N D flops (U) and of n N bytes of traffic (V), by schedule:
 
     schedule   forward                backward                                                          taken for widths D
-    fused      1 U                    2 U per side, whose gradient [64, D] stays in registers: 4 U      up to 256
     chunked    1 U                    tiles of gradients 1 U, cuBLAS products 2 U: 3 U, 6 V in bf16     up to 2048, and float32
     cublas     1 U (cuBLAS), 8 V      3 U (cuBLAS), 14 V in bf16                                        beyond
 
 For N = 32768 pairs on an H100 (2 D TFLOP/1000 and 1.1 GB per V; Triton's products taken as 550 TFLOP/s, cuBLAS's as 700, 3.3 TB/s; estimates, not
-measurements): D = 256: fused 5 ms, chunked 6; D = 768: chunked 11 ms, cublas 14, fused with D in blocks 27; D = 4096: cublas 57 ms, chunked 59.
+measurements): D = 768: chunked 11 ms, cublas 14; D = 4096: cublas 57 ms, chunked 59. A schedule that kept the gradient [64, D] of a
+side in registers, 2 U a side, was given up: every logit's exponential would be taken once more, which at D = 256 takes longer than the traffic it saves.
 On ROCm "cuBLAS" is hipBLASLt.
 
-fused and chunked never write a logit. chunked and cublas work on chunks of rows: the gradients of a chunk, in the features' dtype, and its logits
+chunked never writes a logit. Both work on chunks of rows: the gradients of a chunk, in the features' dtype, and its logits
 (cublas: float32, overwritten by their gradients where those are float32 too) are all that exists of the N x N matrix, CHUNK_PAIRS numbers at most.
-In all three the columns' (max, sum) come from one sweep over tiles, one pair per strip of rows, merged in order.
+In both the columns' (shift, sum) come from one sweep over tiles, one pair per strip of rows, merged in order.
 
 What 16-bit gradients lose to rounding is summed in float32 per row and column and restored along the mean of the unit rows by which they are
 multiplied: where features are alike the products nearly cancel, and rounding errors would not. Up to FEW columns errors do not average out, so 16-bit
@@ -23,20 +23,21 @@ by GAIN.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from ..lib.common import TYPES, cdiv
-from ..lib.config import pick
+from ..lib.config import Config, pick
 from ..lib.products import add_product, room_for_rows
 from .config import FEW, GAIN, SCHEDULES
 from .rows import contrastive_features, contrastive_merge, contrastive_project
-from .tiles import contrastive_gradients, contrastive_side, contrastive_statistics
+from .tiles import REACH, contrastive_gradients, contrastive_statistics
 
 CHUNK_PAIRS = 2**26
+LN_2 = math.log(2)
 STRIPS = 256
 """Most tiles of rows in one launch of the forward: so many (max, sum) are kept per column."""
 PROGRAMS = 512
@@ -45,7 +46,7 @@ PROGRAMS = 512
 
 def schedule(rows: int, width: int, dtype: str) -> str:
     """Name of the schedule, from the table."""
-    size = "huge" if width > 2048 else "wide" if width > 256 or rows < 8192 else "narrow"
+    size = "huge" if width > 2048 else "wide"
     return SCHEDULES.get((dtype, size)) or SCHEDULES["any", size]
 
 
@@ -93,16 +94,38 @@ def _as_units(image: Tensor, text: Tensor) -> bool:
     return image.dtype == torch.float32 or len(text) <= FEW
 
 
+def _shift(scale: Tensor) -> Tensor:
+    """What `shift_of` in the kernels makes of it, to the bit."""
+    return (scale.abs() - REACH.value).clamp_min(0)
+
+
+def _split_off_powers(state: Tensor) -> Tensor:
+    """(shift, sum) [2, size] as (shift + k log 2, sum / 2^k) with sums in [1/2, 1), of which a logarithm loses no digits.
+
+    `_powers` recovers k. Sums below a maximum stay: they are at least 1, and their shift is a logit to the bit.
+    """
+    mantissa, exponent = torch.frexp(state[1])
+    return torch.stack([state[0] + exponent * LN_2, mantissa])
+
+
+def _powers(shift: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
+    """2^-k of what was split off, and whether all `shifts` were split off from this shift."""
+    exponent = torch.round((shifts - shift) / LN_2)
+    return torch.exp2(-exponent), ((shift + exponent * LN_2 == shifts) & (exponent.abs() < 122)).all()
+
+
 def forward_rows(
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: str, offset: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """image [n,D], text [N,D] -> rows [2,n] (max, log-sum), columns [2,N] (max, sum), own [n]; sigmoid: rows [n], None, None."""
+    """image [n,D], text [N,D] -> rows [2,n] (shift, log-sum), columns [2,N] (shift, sum), own [n]; sigmoid: rows [n], None, None."""
     (n, width), N = image.shape, len(text)
     sigmoid, units = kind == "sigmoid", _as_units(image, text)
     x, y = _features(image, units), _features(text, units)
     dtype = TYPES[x.values.dtype]
     cublas = schedule(n, width, dtype) == "cublas"
-    config = pick("contrastive_statistics", dtype, "cublas" if cublas else "any")
+    shared = not (sigmoid or units or cublas)
+    config = pick("contrastive_statistics", dtype, "cublas" if cublas else "any" if shared or sigmoid else "maxima")
+    careful = _on_the_same_places(pick("contrastive_statistics", dtype, "maxima"), config) if shared else config
     column_tiles = cdiv(N, config.blocks["BLOCK_N"])
     size = min(STRIPS * config.blocks["BLOCK_M"], _chunk_rows(N) if cublas else n) or 1
     segment = cdiv(max(column_tiles, 1), max(1, PROGRAMS // cdiv(size, config.blocks["BLOCK_M"])))
@@ -118,19 +141,32 @@ def forward_rows(
         column_parts = scale.new_empty(0 if sigmoid else (strips, 2, N))
         if cublas:
             add_product(products[: chunk.stop - start], x.values[chunk], y.values.T, first=True)
-        contrastive_statistics[(strips, segments)](
-            x.values[chunk], y.values, products, x.inverse[chunk], y.inverse, scale, bias,
-            row_parts[..., chunk], column_parts, own[chunk], x.values.stride(0), y.values.stride(0),
-            products.stride(0) if cublas else 0, n, chunk.stop - start, N, width, offset + start, segment,
-            SIGMOID=sigmoid, CUBLAS=cublas, **config.options,
-        )  # fmt: skip
+        far = torch.empty(segments, strips, dtype=torch.int32, device=scale.device) if shared else None
+        # A program of the second launch ends at once, unless the first one lost digits at its place.
+        for how, c in ((True, config), (False, careful)) if shared else ((False, config),):
+            contrastive_statistics[(strips, segments)](
+                x.values[chunk], y.values, products, x.inverse[chunk], y.inverse, scale, bias,
+                row_parts[..., chunk], column_parts, own[chunk], far, x.values.stride(0), y.values.stride(0),
+                products.stride(0) if cublas else 0, n, chunk.stop - start, N, width, offset + start,
+                segment * config.blocks["BLOCK_N"] // c.blocks["BLOCK_N"],
+                SIGMOID=sigmoid, CUBLAS=cublas, SHARED=how, **c.options,
+            )  # fmt: skip
         if not sigmoid:
             _merge(column_parts, columns, first=start == 0, log=False)
     if sigmoid:
         return row_parts.sum(0), None, None
     rows = scale.new_empty((2, n))
-    _merge(row_parts, rows, first=True, log=True)
+    _merge(row_parts, rows, first=True, log=not shared)
+    if shared:
+        rows, columns = _split_off_powers(rows), _split_off_powers(columns)
+        rows[1].log_()
     return rows, columns, own
+
+
+def _on_the_same_places(config: Config, other: Config) -> Config:
+    """`config` where its programs can cover what those of `other` do, else `other`."""
+    same_rows = config.blocks["BLOCK_M"] == other.blocks["BLOCK_M"]
+    return config if same_rows and other.blocks["BLOCK_N"] % config.blocks["BLOCK_N"] == 0 else other
 
 
 def _merge(parts, state, *, first, log):
@@ -168,7 +204,7 @@ def backward_rows(
         r=r, c=c, weights=_Weights.of(row_weight, column_weight), need_image=need_image, need_text=need_text,
     )  # fmt: skip
     name = schedule(n, width, TYPES[problem.dtype])
-    by_x, x_error, by_y, y_error, sums = problem.fused() if name == "fused" else problem.chunked(name == "cublas")
+    by_x, x_error, by_y, y_error, sums = problem.chunked(name == "cublas")
     # PyTorch sums along an axis in an order that depends on the shape alone.
     sums = sums.sum(1) * problem.weights.unit
     by_scale = sums[0] + problem.center * sums[1] if problem.total else sums[0]
@@ -214,8 +250,22 @@ class _Weights:
         return _Weights(unit, row.reshape(1) / unit, (column / unit).contiguous())
 
 
-def _with_factor(m_i: Tensor, log_sum: Tensor, weight: Tensor) -> list[Tensor]:
-    return [m_i.contiguous(), torch.exp(-log_sum) * (0.5 * weight)]
+def _terms(r: Tensor, c: list[Tensor], weights: _Weights, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Row terms [2, 2, n], column terms [2, 2, N] and how many count, as `contrastive_gradients` takes them.
+
+    One where the forward took all exponentials below this shift, else one for the rows and one for the columns.
+    """
+    row, column = (torch.exp(-x[1]) * (0.5 * weight) for x, weight in ((r, weights.row), (c, weights.column)))
+    no_row, no_column = torch.zeros_like(row), torch.zeros_like(column)
+    rows, columns = [r[0], row, no_row, no_row], [no_column, no_column, c[0], column]
+    count = row.new_full((), 2, dtype=torch.int32)
+    if shift is not None:
+        (row_powers, rows_near), (column_powers, columns_near) = (_powers(shift, x[0]) for x in (r, c))
+        near = rows_near & columns_near
+        rows[:2] = torch.where(near, shift, r[0]), torch.where(near, row * row_powers, row)
+        columns[1] = torch.where(near, column * column_powers, no_column)
+        count = torch.where(near, 1, 2).int()
+    return torch.stack(rows).view(2, 2, -1), torch.stack(columns).view(2, 2, -1), count
 
 
 @dataclass
@@ -241,38 +291,18 @@ class _Backward:
         self.center = torch.zeros_like(self.scale)
         if not self.sigmoid:
             self.center = torch.where(self.scale == 0, self.center, self.r[0].mean() / self.scale)
-        unused = self.scale.reshape(1)
-        self.r = [unused, unused] if self.sigmoid else _with_factor(*self.r, self.weights.row)
-        self.c = [unused, unused] if self.sigmoid else _with_factor(*self.c, self.weights.column)
+        unused = self.scale.reshape(1, 1, 1)
+        shift = _shift(self.scale) if self.rounds else None
+        self.rows, self.columns, self.terms = (
+            (unused, unused, unused) if self.sigmoid else _terms(self.r, self.c, self.weights, shift)
+        )
 
     @property
     def dtype(self):
         return self.x.values.dtype
 
-    def fused(self):
-        """(grad of x's rows, their rounding error, of y's rows, theirs, sums): one kernel per side."""
-        by_x, x_error, sums = self._side(False, self.need_image)
-        by_y, y_error, _ = self._side(True, True) if self.need_text else (None, None, None)
-        return by_x, x_error, by_y, y_error, sums
-
-    def _side(self, swapped, store):
-        x, y, r, c = (self.y, self.x, self.c, self.r) if swapped else (self.x, self.y, self.r, self.c)
-        (n, width), N = x.values.shape, len(y.values)
-        config = pick("contrastive_side", TYPES[self.dtype])
-        programs = cdiv(n, config.blocks["BLOCK_M"])
-        grad = self.scale.new_empty((n, width)) if store else self.scale
-        error = self.scale.new_empty(n) if store and self.rounds else None
-        sums = self.scale.new_empty((2 if self.total else 1, 0 if swapped else programs), dtype=torch.float64)
-        contrastive_side[(programs,)](
-            x.values, y.values, x.inverse, y.inverse, y.norm, self.scale, self.bias, *r, *c, self.weights.row, self.center,
-            grad, self.scale if error is None else error, sums, x.values.stride(0), y.values.stride(0), n, N, width,
-            -self.offset if swapped else self.offset, GAIN=self.gain, SIGMOID=self.sigmoid, TOTAL=self.total, SWAPPED=swapped,
-            SCALARS=not swapped, STORE=store, BLOCK_D=max(16, triton.next_power_of_2(width)), **config.options,
-        )  # fmt: skip
-        return grad if store else None, error, sums
-
     def chunked(self, cublas):
-        """The same: the gradients of a chunk of rows at a time, as operands of two cuBLAS products."""
+        """(grad of x's rows, their rounding error, of y's rows, theirs, sums), the gradients of a chunk at a time as operands of two cuBLAS products."""
         (n, width), N = self.x.values.shape, len(self.y.values)
         config = pick("contrastive_gradients", TYPES[self.dtype], "cublas" if cublas else "any")
         block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
@@ -295,12 +325,13 @@ class _Backward:
                 add_product(products[:rows], self.x.values[chunk], self.y.values.T, first=True)
             part_sums = sums.new_empty((len(sums), strips * tiles))
             row_part, column_part = (new((tiles, rows)), new((strips, N))) if self.rounds else (self.scale, self.scale)
-            r = self.r if self.sigmoid else [x[chunk] for x in self.r]
+            row_terms = self.rows if self.sigmoid else self.rows[..., chunk]
             contrastive_gradients[(strips, tiles)](
                 self.x.values[chunk], self.y.values, products, self.x.inverse[chunk], self.y.inverse, self.x.norm[chunk], self.y.norm,
-                self.scale, self.bias, *r, *self.c, self.weights.row, self.center,
+                self.scale, self.bias, row_terms, self.columns, self.terms, self.weights.row, self.center,
                 room, row_part, column_part, part_sums,
-                self.x.values.stride(0), self.y.values.stride(0), products.stride(0), room.stride(0), rows, N, width, self.offset + start,
+                self.x.values.stride(0), self.y.values.stride(0), products.stride(0), room.stride(0), row_terms.stride(1), rows, N, width,
+                self.offset + start,
                 GAIN=self.gain, SIGMOID=self.sigmoid, TOTAL=self.total, CUBLAS=cublas, STORE=store, **config.options,
             )  # fmt: skip
             sums += part_sums.sum(1, keepdim=True)

@@ -1,39 +1,61 @@
-"""contrastive_loss, over tiles of pairs: statistics of logits, gradients by logits, the gradient of one side.
+"""contrastive_loss, over tiles of pairs: statistics of logits, gradients by logits.
 
-Rows i < n of x meet rows j < N of y; the pair of row i is j = i + offset. Out of bounds a logit is -inf: adding 0 or -inf to s <a_i, b_j> masks
-it, and rounds the product, fused or not, before anything is subtracted from it. A tile's cosines are x_i y_j times 1/|x_i| and 1/|y_j| in
-float32 (or ones, for unit rows), or come from a buffer of cuBLAS products (CUBLAS). All kernels take them in
+Rows i < n of x meet rows j < N of y; the pair of row i is j = i + offset. Tiles are [columns, rows]: what a thread holds of a product lies mostly along
+its second axis, so sums over a block's rows, which every tile of columns needs, stay within four threads. Out of bounds a logit is -inf: adding 0 or
+-inf to s <a_i, b_j> masks it, and rounds the product, fused or not, before anything is subtracted from it. A tile's cosines are x_i y_j times 1/|y_j| and
+1/|x_i| in float32 (or ones, for unit rows), or come from a buffer of cuBLAS products (CUBLAS). Both kernels take them in
 the same steps of BLOCK_K and multiply in the same order, so that the backward meets the forward's logits to the bit.
+
+One exponential per logit serves both softmaxes where all are taken of z - shift(s): sums over rows and over columns add the same numbers, and a gradient is
+exp(z - shift) times the sum of a row's and a column's factor. The shift is 0 up to |s| = REACH, so only a row or column all of whose logits
+are far below the largest possible one gets lost: then every row and column takes its own maximum, at two exponentials per logit.
 """
 
 import triton
 import triton.language as tl
 
 from ..lib.common import dot
+from ..lib.exponential import exp
 from ..lib.launch import kernel
+
+REACH: tl.constexpr = tl.constexpr(64.0)
+"""exp(REACH) leaves room for 2^34 summands."""
+SMALLEST: tl.constexpr = tl.constexpr(2.0**-80)
+"""What is lost to underflow, 2^-126 per logit, is no digit of a sum above this."""
+LARGEST: tl.constexpr = tl.constexpr(2.0**120)
 
 
 @triton.jit
-def _cosines(
-    x, y, products, x_inverse, y_inverse, i, j, x_stride, y_stride, products_stride, n, N, width,
-    CUBLAS: tl.constexpr, SWAPPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def shift_of(s):
+    return tl.maximum(tl.abs(s) - REACH, 0.0)
+
+
+@triton.jit
+def _products(
+    x, y, products, y_inverse, i, j, x_stride, y_stride, products_stride, n, N, width,
+    CUBLAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_M, BLOCK_N] of rows i and j; 0 outside. SWAPPED: x is the text."""
-    by_row = tl.load(x_inverse + i, mask=i < n, other=0.0)[:, None]
-    by_column = tl.load(y_inverse + j, mask=j < N, other=0.0)[None, :]
+    """<x_i, y_j> / |y_j| of columns j and rows i, [BLOCK_N, BLOCK_M]; 0 outside."""
     if CUBLAS:
-        pointers = products + i[:, None].to(tl.int64) * products_stride + j[None, :]
-        tile = tl.load(pointers, mask=(i < n)[:, None] & (j < N)[None, :], other=0.0)
+        pointers = products + i[None, :].to(tl.int64) * products_stride + j[:, None]
+        tile = tl.load(pointers, mask=(i < n)[None, :] & (j < N)[:, None], other=0.0)
     else:
-        tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        tile = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         x_row = x + i[:, None].to(tl.int64) * x_stride
         y_row = y + j[:, None].to(tl.int64) * y_stride
         for start in range(0, width, BLOCK_K):
             d = start + tl.arange(0, BLOCK_K)[None, :]
             a = tl.load(x_row + d, mask=(i < n)[:, None] & (d < width), other=0.0)
             b = tl.load(y_row + d, mask=(j < N)[:, None] & (d < width), other=0.0)
-            tile = dot(a, tl.trans(b), tile)
-    return tile * by_column * by_row if SWAPPED else tile * by_row * by_column
+            tile = dot(b, tl.trans(a), tile)
+    return tile * tl.load(y_inverse + j, mask=j < N, other=0.0)[:, None]
+
+
+@triton.jit
+def _logits(tile, s, x_inverse, i, n):
+    """[BLOCK_N, BLOCK_M], -inf for rows outside."""
+    by_row = s * tl.load(x_inverse + i, mask=i < n, other=0.0)
+    return tile * by_row[None, :] + _outside(i, n)[None, :]
 
 
 @triton.jit
@@ -63,6 +85,7 @@ def contrastive_statistics(
     row_parts,
     column_parts,
     own,
+    far,
     x_stride,
     y_stride,
     products_stride,
@@ -74,15 +97,22 @@ def contrastive_statistics(
     segment,
     SIGMOID: tl.constexpr,
     CUBLAS: tl.constexpr,
+    SHARED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Program (m, c): rows of tile m against the `segment` tiles of columns from c * segment on.
 
-    softmax: row_parts [segments, 2, row_parts_stride] and column_parts [tiles of rows, 2, N] of (max, sum of exponentials below
+    softmax: row_parts [segments, 2, row_parts_stride] and column_parts [tiles of rows, 2, N] of (shift, sum of exponentials below
     it), and own [n], the logits of the rows' pairs. sigmoid: row_parts [segments, row_parts_stride], sums of softplus.
+    SHARED: one shift for all, and far [segments, tiles of rows] is where that lost digits; else maxima are the shifts, of programs that are
+    far or, without it, of all.
     """
+    place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    if far is not None and not SHARED:
+        if tl.load(far + place) == 0:
+            return
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tl.program_id(1) * segment * BLOCK_N
     end = tl.minimum(first + segment * BLOCK_N, N)
@@ -90,68 +120,99 @@ def contrastive_statistics(
     t = tl.load(bias)
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
-    own_logit = tl.zeros((BLOCK_M,), tl.float32)
+    sums = tl.zeros((BLOCK_N // 2, BLOCK_M), tl.float32)
     first_own = tl.program_id(0) * BLOCK_M + offset
     own_column = tl.where(i < n, i + offset, -1)
+    if SHARED:
+        shift = shift_of(s)
+        m_i = tl.zeros((BLOCK_M,), tl.float32) + shift
+        lost = tl.zeros((BLOCK_N,), tl.int32)
     for start in range(first, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
-        cosines = _cosines(
-            x, y, products, x_inverse, y_inverse, i, j, x_stride, y_stride, products_stride, n, N, width,
-            CUBLAS, False, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+        tile = _products(
+            x, y, products, y_inverse, i, j, x_stride, y_stride, products_stride, n, N, width, CUBLAS, BLOCK_M, BLOCK_N, BLOCK_K
+        )
         has_own = (start < first_own + BLOCK_M) & (start + BLOCK_N > first_own)
         if SIGMOID:
-            z = (s * cosines + t) + _outside(j, N)[None, :]
+            z = (_logits(tile, s, x_inverse, i, n) + t) + _outside(j, N)[:, None]
             if has_own:
-                z = tl.where(own_column[:, None] == j[None, :], -z, z)
-            l_i += tl.sum(_softplus(z), 1)
+                z = tl.where(own_column[None, :] == j[:, None], -z, z)
+            sums += _halves(_softplus(z))
         else:
-            z = (s * cosines + _outside(i, n)[:, None]) + _outside(j, N)[None, :]
+            z = _logits(tile, s, x_inverse, i, n) + _outside(j, N)[:, None]
             if has_own:
-                own_logit += tl.sum(tl.where(own_column[:, None] == j[None, :], z, 0.0), 1)
-            before = m_i
-            m_i = tl.maximum(before, tl.max(z, 1))
-            l_i = l_i * tl.exp(before - m_i) + tl.sum(tl.exp(z - m_i[:, None]), 1)
-            m_j = tl.max(z, 0)
-            l_j = tl.sum(tl.exp(z - m_j[None, :]), 0)
+                tl.store(own + (i[None, :] + 0 * j[:, None]), z, mask=own_column[None, :] == j[:, None])
+            if SHARED:
+                e = exp(z - shift)
+                sums += _halves(e)
+                m_j = tl.zeros((BLOCK_N,), tl.float32) + shift
+                l_j = tl.sum(e, 1)
+                lost |= ((j < N) & _loses_digits(l_j)).to(tl.int32)
+            else:
+                before = m_i
+                m_i = tl.maximum(before, tl.max(z, 0))
+                l_i = l_i * tl.exp(before - m_i) + tl.sum(tl.exp(z - m_i[None, :]), 0)
+                m_j = tl.max(z, 1)
+                l_j = tl.sum(tl.exp(z - m_j[:, None]), 1)
             column = column_parts + tl.program_id(0).to(tl.int64) * 2 * N + j
             tl.store(column, m_j, mask=j < N)
             tl.store(column + N, l_j, mask=j < N)
+    if SIGMOID or SHARED:
+        l_i = tl.sum(sums, 0)
     if SIGMOID:
         tl.store(row_parts + tl.program_id(1).to(tl.int64) * row_parts_stride + i, l_i, mask=i < n)
     else:
         row = row_parts + tl.program_id(1).to(tl.int64) * 2 * row_parts_stride + i
         tl.store(row, m_i, mask=i < n)
         tl.store(row + row_parts_stride, l_i, mask=i < n)
-        tl.store(own + i, own_logit, mask=(own_column >= first) & (own_column < end))
+    if SHARED:
+        rows_lost = ((i < n) & _loses_digits(l_i)).to(tl.int32)
+        tl.store(far + place, tl.maximum(tl.max(lost, 0), tl.max(rows_lost, 0)))
+
+
+@triton.jit
+def _halves(x):
+    """[N, M] -> [N / 2, M], of sums of two rows that one thread holds: rows of a product that lie eight apart."""
+    return tl.sum(x.reshape((x.shape[0] // 16, 2, 8, x.shape[1])), 1).reshape((x.shape[0] // 2, x.shape[1]))
+
+
+@triton.jit
+def _loses_digits(total):
+    # NaN too.
+    return (total >= SMALLEST) & (total <= LARGEST) == 0
 
 
 @triton.jit
 def _by_logit(
-    cosines, s, t, row_max, row_factor, column_max, column_factor, own_weight, i, j, n, N, offset, first_row, first_column,
+    tile, s, t, x_inverse, row_terms, row_terms_stride, column_terms, terms, own_weight, i, j, n, N, offset, first_row, first_column,
     SIGMOID: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """d loss / d z, 0 outside."""
     has_own = (first_column < first_row + offset + BLOCK_M) & (first_column + BLOCK_N > first_row + offset)
-    own_column = tl.where(i < n, i + offset, -1)[:, None]
+    own_column = tl.where(i < n, i + offset, -1)[None, :]
     if SIGMOID:
         # 1 - sigmoid(z) = sigmoid(-z) keeps its digits.
-        z = ((s * cosines + t) + _outside(i, n)[:, None]) + _outside(j, N)[None, :]
+        z = (_logits(tile, s, x_inverse, i, n) + t) + _outside(j, N)[:, None]
         if has_own:
-            z = tl.where(own_column == j[None, :], -z, z)
+            z = tl.where(own_column == j[:, None], -z, z)
         e = tl.exp(-tl.abs(z))
         g = tl.where(z < 0, e, 1.0) / (1.0 + e) * own_weight
         if has_own:
-            g = tl.where(own_column == j[None, :], -g, g)
+            g = tl.where(own_column == j[:, None], -g, g)
         return g
-    z = (s * cosines + _outside(i, n)[:, None]) + _outside(j, N)[None, :]
-    r = tl.load(row_max + i, mask=i < n, other=0.0)[:, None]
-    r_factor = tl.load(row_factor + i, mask=i < n, other=0.0)[:, None]
-    c = tl.load(column_max + j, mask=j < N, other=0.0)[None, :]
-    c_factor = tl.load(column_factor + j, mask=j < N, other=0.0)[None, :]
-    g = tl.exp(z - r) * r_factor + tl.exp(z - c) * c_factor
+    g = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    row, column = row_terms + i, column_terms + j
+    # Logits are made anew for each term: to keep them beside products and gradients takes too many registers.
+    for _ in tl.range(0, tl.load(terms), num_stages=1, disable_licm=True):
+        z = _logits(tile, s, x_inverse, i, n) + _outside(j, N)[:, None]
+        shift = tl.load(row, mask=i < n, other=0.0)[None, :] + tl.load(column, mask=j < N, other=0.0)[:, None]
+        by_row = tl.load(row + row_terms_stride, mask=i < n, other=0.0)
+        by_column = tl.load(column + N, mask=j < N, other=0.0)
+        g += exp(z - shift) * (by_row[None, :] + by_column[:, None])
+        row += 2 * row_terms_stride
+        column += 2 * N
     if has_own:
-        g -= tl.where(own_column == j[None, :], own_weight, 0.0)
+        g -= tl.where(own_column == j[:, None], own_weight, 0.0)
     return g
 
 
@@ -166,10 +227,9 @@ def contrastive_gradients(
     y_norm,
     scale,
     bias,
-    row_max,
-    row_factor,
-    column_max,
-    column_factor,
+    row_terms,
+    column_terms,
+    terms,
     own_weight,
     center,
     gradients,
@@ -180,6 +240,7 @@ def contrastive_gradients(
     y_stride,
     products_stride,
     gradients_stride,
+    row_terms_stride,
     n,
     N,
     width,
@@ -193,7 +254,9 @@ def contrastive_gradients(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """row_factor [n], column_factor [N]: half of the weights of rows and columns, over their sums of exponentials below row_max, column_max.
+    """row_terms [terms, 2, row_terms_stride], column_terms [terms, 2, N]: shifts and factors of which d loss / d z_ij is made.
+
+    Without the pairs' own weight it is the sum over terms of exp(z_ij - row's shift - column's shift) (row's factor + column's factor).
 
     Program (m, c): a tile of gradients [n, N], GAIN d loss / d z_ij / (|x_i| |y_j|) in the features' dtype (float32: in place of products).
 
@@ -202,116 +265,29 @@ def contrastive_gradients(
     """
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    cosines = _cosines(
-        x, y, products, x_inverse, y_inverse, i, j, x_stride, y_stride, products_stride, n, N, width,
-        CUBLAS, False, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
+    tile = _products(
+        x, y, products, y_inverse, i, j, x_stride, y_stride, products_stride, n, N, width, CUBLAS, BLOCK_M, BLOCK_N, BLOCK_K
+    )
     g = _by_logit(
-        cosines, tl.load(scale), tl.load(bias), row_max, row_factor, column_max, column_factor, tl.load(own_weight), i, j, n, N,
-        offset, tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N, SIGMOID, BLOCK_M, BLOCK_N,
+        tile, tl.load(scale), tl.load(bias), x_inverse, row_terms, row_terms_stride, column_terms, terms, tl.load(own_weight), i, j, n, N, offset, tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N, SIGMOID, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    by_row = tl.load(x_inverse + i, mask=i < n, other=0.0)[None, :]
+    place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     # Accumulate in float64: terms cancel.
-    tl.store(sums + tile, tl.sum(tl.sum(g * (cosines - tl.load(center)), 1).to(tl.float64), 0))
+    tl.store(sums + place, tl.sum(tl.sum(g * (tile * by_row - tl.load(center)), 1).to(tl.float64), 0))
     if TOTAL:
-        tl.store(sums + tl.num_programs(0) * tl.num_programs(1) + tile, tl.sum(tl.sum(g, 1).to(tl.float64), 0))
+        tl.store(sums + tl.num_programs(0) * tl.num_programs(1) + place, tl.sum(tl.sum(g, 1).to(tl.float64), 0))
     if STORE:
-        by_row = tl.load(x_inverse + i, mask=i < n, other=0.0)[:, None]
-        by_column = tl.load(y_inverse + j, mask=j < N, other=0.0)[None, :]
+        by_column = tl.load(y_inverse + j, mask=j < N, other=0.0)[:, None]
         g = g * by_row * by_column * GAIN
         rounded = g.to(gradients.dtype.element_ty)
         if CUBLAS:
             tl.debug_barrier()  # products may be the same buffer
-        pointers = gradients + i[:, None].to(tl.int64) * gradients_stride + j[None, :]
-        tl.store(pointers, rounded, mask=(i < n)[:, None] & (j < N)[None, :])
+        pointers = gradients + i[None, :].to(tl.int64) * gradients_stride + j[:, None]
+        tl.store(pointers, rounded, mask=(i < n)[None, :] & (j < N)[:, None])
         if gradients.dtype.element_ty != tl.float32:
             lost = g - rounded.to(tl.float32)
-            by_column = tl.load(y_norm + j, mask=j < N, other=0.0)[None, :]
-            tl.store(row_error + tl.program_id(1).to(tl.int64) * n + i, tl.sum(lost * by_column, 1), mask=i < n)
-            by_row = tl.load(x_norm + i, mask=i < n, other=0.0)[:, None]
-            tl.store(column_error + tl.program_id(0).to(tl.int64) * N + j, tl.sum(lost * by_row, 0), mask=j < N)
-
-
-@kernel
-def contrastive_side(
-    x,
-    y,
-    x_inverse,
-    y_inverse,
-    y_norm,
-    scale,
-    bias,
-    row_max,
-    row_factor,
-    column_max,
-    column_factor,
-    own_weight,
-    center,
-    grad,
-    row_error,
-    sums,
-    x_stride,
-    y_stride,
-    n,
-    N,
-    width,
-    offset,
-    GAIN: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    TOTAL: tl.constexpr,
-    SWAPPED: tl.constexpr,
-    SCALARS: tl.constexpr,
-    STORE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Program m: grad [n, width] of its rows, sum_j GAIN d loss / d z_ij / (|x_i| |y_j|) y_j, gradients rounded to the features' dtype.
-
-    row_error [n]: what rounding lost, times |y_j|. SCALARS: sums [2, programs], float64, of gradients times cosine - center, and of gradients (TOTAL). SWAPPED: x is
-    the text and the pair of row i is j = i + offset just the same.
-    """
-    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    s = tl.load(scale)
-    t = tl.load(bias)
-    own = tl.load(own_weight)
-    middle = tl.load(center)
-    d = tl.arange(0, BLOCK_D)
-    by_row = tl.load(x_inverse + i, mask=i < n, other=0.0)[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    error = tl.zeros((BLOCK_M,), tl.float32)
-    by_scale = tl.zeros((BLOCK_M,), tl.float64)
-    total_gradient = tl.zeros((BLOCK_M,), tl.float64)
-    for start in range(0, N, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        cosines = _cosines(
-            x, y, x, x_inverse, y_inverse, i, j, x_stride, y_stride, 0, n, N, width,
-            False, SWAPPED, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        g = _by_logit(
-            cosines, s, t, row_max, row_factor, column_max, column_factor, own, i, j, n, N,
-            offset, tl.program_id(0) * BLOCK_M, start, SIGMOID, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-        if SCALARS:
-            by_scale += tl.sum(g * (cosines - middle), 1).to(tl.float64)
-            if TOTAL:
-                total_gradient += tl.sum(g, 1).to(tl.float64)
-        if STORE:
-            g = g * by_row * tl.load(y_inverse + j, mask=j < N, other=0.0)[None, :] * GAIN
-            rounded = g.to(y.dtype.element_ty)
-            if y.dtype.element_ty != tl.float32:
-                by_column = tl.load(y_norm + j, mask=j < N, other=0.0)[None, :]
-                error += tl.sum((g - rounded.to(tl.float32)) * by_column, 1)
-            pointers = y + j[:, None].to(tl.int64) * y_stride + d[None, :]
-            b = tl.load(pointers, mask=(j < N)[:, None] & (d < width)[None, :], other=0.0)
-            acc = dot(rounded, b, acc)
-    if STORE:
-        pointers = grad + i[:, None].to(tl.int64) * width + d[None, :]
-        tl.store(pointers, acc, mask=(i < n)[:, None] & (d < width)[None, :])
-        if y.dtype.element_ty != tl.float32:
-            tl.store(row_error + i, error, mask=i < n)
-    if SCALARS:
-        tl.store(sums + tl.program_id(0), tl.sum(by_scale, 0))
-        if TOTAL:
-            tl.store(sums + tl.num_programs(0) + tl.program_id(0), tl.sum(total_gradient, 0))
+            by_column = tl.load(y_norm + j, mask=j < N, other=0.0)[:, None]
+            tl.store(row_error + tl.program_id(1).to(tl.int64) * n + i, tl.sum(lost * by_column, 0), mask=i < n)
+            by_row = tl.load(x_norm + i, mask=i < n, other=0.0)[None, :]
+            tl.store(column_error + tl.program_id(0).to(tl.int64) * N + j, tl.sum(lost * by_row, 1), mask=j < N)

@@ -20,8 +20,8 @@ def patch_offsets(m, k, tokens, grid_w, stride_b, stride_c, stride_h, PATCH: tl.
     return corner[:, None] + inside[None, :]
 
 
-def shares_of(features, patch_tiles, block) -> tuple[int, int]:
+def shares_of(features, patch_tiles, block, programs=PROGRAMS) -> tuple[int, int]:
     """(programs that share the features of one tile of patches, tiles of features for each)."""
     tiles = cdiv(features, block)
-    share_tiles = cdiv(tiles, min(tiles, cdiv(PROGRAMS, patch_tiles)))
+    share_tiles = cdiv(tiles, min(tiles, cdiv(programs, patch_tiles)))
     return cdiv(tiles, share_tiles), share_tiles

@@ -3,23 +3,62 @@
 Each is a forward and a backward under flash_attention's contract: q, k, v [B,N,H,D] with any strides -> out [B,N,H,D]
 contiguous and lse [B,H,N] (natural logarithm, of the scaled scores); backward -> (grad_q, grad_k, grad_v). `*_unsupported_reason` says
 what a library can't do. Causal masks of flash-attn and of PyTorch's CUDA kernel are aligned bottom-right, as ours are.
-Whether a CUDA peer repeats its bits is its own affair: PyTorch's asks for torch.use_deterministic_algorithms. The ones that an
-automatic choice takes do: FlashAttention's backward runs in its deterministic mode, and of cuDNN's only the forward is used.
+FlashAttention's backward, PyTorch's build of it included, runs in its deterministic mode; of cuDNN only the forward is used, since PyTorch has no
+such mode for its backward. Whether xformers repeats its bits is its own affair: no automatic choice takes it.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 HALVES = (torch.bfloat16, torch.float16)
 
-FASTER = {8: ("flash_attn",), 9: ("flash_attn_3", "cudnn"), 10: ("cudnn",)}
-"""First digit of a GPU's compute capability -> what an automatic choice prefers to Triton, the best first, where it is installed and takes
-the call: by published rates (FlashAttention-2's paper for A100, -3's for H100, and that cuDNN has kernels for B200's instructions)."""
+
+class Preference(NamedTuple):
+    """Where an automatic choice prefers libraries to our Triton kernels, the best first."""
+
+    capability: int
+    """First digit of the GPU's compute capability."""
+    direction: str
+    """"forward" or "backward"."""
+    head_dims: tuple[int, int]
+    """From, and up to."""
+    keys: int
+    """At least so many."""
+    backends: tuple[str, ...]
+    reason: str
+
+
+PREFERENCES = (
+    Preference(
+        8, "forward", (1, 64), 1, ("flash_attn", "sdpa"),
+        "one chain of products on mma.sync: our estimate is 144 TFLOP/s at 1024 keys, and FlashAttention-2's, which PyTorch has too, is tuned for it",
+    ),
+    Preference(8, "forward", (81, 256), 1, ("flash_attn", "sdpa"), "as at 64; at 65 to 80 it pads to 96, where we tile 64 + 16"),
+    Preference(8, "backward", (1, 64), 1, ("flash_attn", "sdpa"), "5 products where ours, which sum without atomics, take 7: estimated 113 TFLOP/s"),
+    Preference(8, "backward", (81, 256), 1, ("flash_attn", "sdpa"), "as at 64"),
+    Preference(
+        9, "forward", (1, 64), 1024, ("flash_attn_3",),
+        "392 and 460 TFLOP/s at 1k and 2k; Triton 382 and 396, cuDNN 373 and 395, and at 512 all are level",
+    ),
+    Preference(9, "forward", (97, 256), 1, ("flash_attn_3", "cudnn"), "467 and 497 TFLOP/s at 128 x 512, 565 and 574 at 1k; Triton 323 and 372"),
+    Preference(9, "backward", (1, 64), 512, ("flash_attn_3",), "272 TFLOP/s at 512 and 363 at 1k; ours estimated 300 at 1k"),
+    Preference(9, "backward", (97, 128), 512, ("flash_attn_3",), "316 TFLOP/s at 512 and 424 at 1k; ours estimated 350 at 1k"),
+    Preference(10, "forward", (1, 128), 1, ("cudnn",), "ours are bound by issue slots, at half the rate of the tensor cores by the estimate"),
+)  # fmt: skip
+"""Rates are published ones of H100s (FlashAttention-3's paper) and this project's estimates (kernels/aot); nothing here was measured by us yet.
+
+Not in it: cuDNN's backward, 266 and 348 TFLOP/s at 64 x 512 and 1k, which PyTorch calls without its deterministic mode; FlashAttention-2's backward on
+an H100 (198 and 238, less in its deterministic mode); the packed backward, whose gradient we write in place, while a library's three would be
+copied together. In between, ours run.
+"""
 
 # PyTorch's bfloat16 CPU backward is slow on short sequences: 94 ms against 11 ms in float32 for [288,17,6,32] on one Zen 5 core,
 # 97 against 67 for [16,197,12,64], 162 against 210 for [2,1024,12,64]. Below this many keys it runs on float32 copies.
@@ -72,11 +111,7 @@ def sdpa_forward(q, k, v, causal, prefix_len, scale):
 
 def sdpa_backward(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
     if q.device.type == "cuda":
-        grad_out, q, k, v = (_unit_stride(t) for t in (grad_out, q, k, v))
-        rng = torch.empty(0, dtype=torch.uint64, device=q.device)  # of the dropout, which is off
-        return torch.ops.aten._flash_attention_backward(
-            grad_out, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], 0.0, causal, rng, rng, scale=scale
-        )
+        return cuda_flash_backward(grad_out, q, k, v, out, lse, causal, scale)
     dtype = torch.float32 if q.dtype in HALVES and k.shape[1] < SHORT else q.dtype
     tensors = (_unit_stride(t.to(dtype)).transpose(1, 2) for t in (grad_out, q, k, v, out))
     square, mask = _cpu_mask(q, k, causal, prefix_len, dtype)
@@ -84,6 +119,30 @@ def sdpa_backward(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
         *tensors, lse, 0.0, square, attn_mask=mask, scale=scale
     )
     return tuple(grad.transpose(1, 2).to(q.dtype).contiguous() for grad in grads)
+
+
+def cuda_flash_backward(grad_out, q, k, v, out, lse, causal, scale):
+    """PyTorch's build of FlashAttention-2 in its deterministic mode, which follows PyTorch's setting for all operators."""
+    grad_out, q, k, v = (_unit_stride(t) for t in (grad_out, q, k, v))
+    rng = torch.empty(0, dtype=torch.uint64, device=q.device)  # of the dropout, which is off
+    with _deterministic():
+        return torch.ops.aten._flash_attention_backward(
+            grad_out, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], 0.0, causal, rng, rng, scale=scale
+        )
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Deterministic algorithms of PyTorch, without the NaN that it would fill new tensors with."""
+    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    settings: Any = torch.utils.deterministic  # whose attributes are made at run time
+    filled, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        settings.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
 
 
 def _cpu_mask(q: Tensor, k: Tensor, causal: bool, prefix_len: int, dtype: torch.dtype) -> tuple[bool, Tensor | None]:
@@ -221,15 +280,24 @@ def _xformers_bias(causal: bool):
 
 def rule() -> str:
     """The automatic choice among CUDA backends, in words."""
-    libraries = "; ".join(f"capability {capability}.x: {', '.join(names)}" for capability, names in FASTER.items())
-    return f"the first that is ready and takes the call of: {libraries}; then triton. The packed backward is triton's, which writes dQKV in place"
+    rows = "; ".join(
+        f"capability {row.capability}.x {row.direction}, head_dim {row.head_dims[0]} to {row.head_dims[1]}"
+        f"{f', {row.keys} keys or more' if row.keys > 1 else ''}: {', '.join(row.backends)}"
+        for row in PREFERENCES
+    )
+    return f"the first that is ready and takes the call of: {rows}; else triton. The packed backward is triton's, which writes dQKV in place"
 
 
-def faster_than_triton(q: Tensor, *_) -> tuple[str, ...]:
-    """FASTER's row for the device of q."""
+def faster_than_triton(direction: str, q: Tensor, k: Tensor | None = None, *_) -> tuple[str, ...]:
+    """What PREFERENCES has for q [B,N,H,D] (or qkv [B,N,3,H,D]) and k on their device."""
     if q.device.type != "cuda" or torch.version.hip:
         return ()
-    return FASTER.get(torch.cuda.get_device_capability(q.device)[0], ())
+    capability, head_dim = torch.cuda.get_device_capability(q.device)[0], q.shape[-1]
+    keys = (q if k is None else k).shape[1]
+    for row in PREFERENCES:
+        if (row.capability, row.direction) == (capability, direction) and row.head_dims[0] <= head_dim <= row.head_dims[1]:
+            return row.backends if keys >= row.keys else ()
+    return ()
 
 
 @functools.cache

@@ -394,23 +394,57 @@ def test_flash_attention_3_is_called_by_its_names(monkeypatch):
 
 
 @pytest.mark.backend_independent
-@pytest.mark.parametrize(("capability", "order"), peers.FASTER.items())
-def test_choice_on_a_gpu(monkeypatch, capability, order):
+@pytest.mark.parametrize("row", peers.PREFERENCES, ids=lambda row: f"{row.capability}-{row.direction}-{row.head_dims[0]}")
+def test_choice_on_a_gpu(monkeypatch, row):
     """The rule, as if each generation of GPUs were here and everything installed; then with nothing but Triton; then what no library takes."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (row.capability, 0))
     monkeypatch.setattr(
         peers, "_cuda_unsupported_reason", lambda q, k, causal, prefix_len, dtypes=(): "no prefix" if prefix_len else None
     )
     device = types.SimpleNamespace(type="cuda")
-    q = types.SimpleNamespace(device=device, shape=(2, 64, 4, 64))
     backends = _dispatch._backends["flash_attention"]
     absent = {name: dataclasses.replace(backend, unavailable_reason=lambda: "not here") for name, backend in backends.items()}
     ready = {name: dataclasses.replace(backend, unavailable_reason=lambda: None) for name, backend in backends.items()}
     triton_alone = dataclasses.replace(ready["triton"], unsupported_reason=lambda *_: None)
-    for others, expected in ((ready, order[0]), (absent, "triton")):
+    selector = next(
+        s for s in _dispatch._selectors if s.op == "flash_attention" and s.backward == (row.direction == "backward")
+    )
+
+    def chosen(head_dim, keys, prefix_len=0):
+        q = types.SimpleNamespace(device=device, shape=(2, keys, 4, head_dim), numel=lambda: 1)
+        tensors = (q,) * (6 if selector.backward else 3)
+        return selector.select_backend("", (*tensors, True, prefix_len, 1.0))
+
+    for others, expected in ((ready, row.backends[0]), (absent, "triton")):
         monkeypatch.setitem(_dispatch._backends, "flash_attention", {**others, "triton": triton_alone})
-        assert _dispatch.chosen("flash_attention", "", q, q, q, True, 0, 1.0) == expected
-        assert _dispatch.chosen("flash_attention", "", q, q, q, True, 5, 1.0) == "triton"
+        for head_dim in row.head_dims:
+            assert chosen(head_dim, max(row.keys, 64)) == expected
+            assert row.keys == 1 or chosen(head_dim, row.keys - 1) == "triton"
+            assert chosen(head_dim, max(row.keys, 64), prefix_len=5) == "triton"
+
+
+@pytest.mark.backend_independent
+def test_preferences_do_not_overlap():
+    for row in peers.PREFERENCES:
+        same = [r for r in peers.PREFERENCES if (r.capability, r.direction) == (row.capability, row.direction)]
+        assert [r for r in same if r.head_dims[0] <= row.head_dims[1] and row.head_dims[0] <= r.head_dims[1]] == [row]
+        assert row.reason and all(name in _dispatch.PREFERENCE for name in row.backends)
+        # PyTorch's backward through cuDNN does not repeat its bits.
+        assert row.direction == "forward" or "cudnn" not in row.backends
+
+
+@pytest.mark.backend_independent
+def test_flash_attention_of_pytorch_is_deterministic_backward(monkeypatch):
+    seen = []
+
+    def backward(*args, **options):
+        seen.append((torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory))
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward)
+    q = torch.empty(2, 5, 2, 8, dtype=torch.bfloat16, device="meta")
+    peers.cuda_flash_backward(q, q, q, q, q, q[..., 0], False, 0.5)
+    assert seen == [(True, False)]
+    assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
 
 
 @pytest.mark.backend_independent

@@ -7,12 +7,12 @@ import functools
 from ...contrastive.config import GAIN
 from ...contrastive.launch import PROGRAMS
 from ...contrastive.rows import contrastive_features, contrastive_merge, contrastive_project
-from ...contrastive.tiles import contrastive_gradients, contrastive_side, contrastive_statistics
+from ...contrastive.tiles import contrastive_gradients, contrastive_statistics
 from ...lib.common import cdiv
 from ...lib.config import Config
 from ..catalog import SIZES, Entry, Work
 
-PAIRS, WIDTH, NARROW, CHUNK = 32768, 768, 256, 2048
+PAIRS, WIDTH, CHUNK = 32768, 768, 2048
 
 
 def statistics_launch(n: int, N: int, config: Config) -> tuple[int, int, int]:
@@ -31,23 +31,15 @@ def _statistics_work(dtype: str, config: Config, n: int, sigmoid: bool, cublas: 
     )  # fmt: skip
 
 
-def _gradients_work(dtype: str, config: Config, cublas: bool) -> Work:
+def _gradients_work(dtype: str, config: Config, cublas: bool, terms: int) -> Work:
     block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
     moved = gradients_bytes(CHUNK, PAIRS, WIDTH, SIZES[dtype], block_m, block_n, cublas, True)
     return Work(
         0 if cublas else 2.0 * CHUNK * PAIRS * WIDTH,
         moved,
         cdiv(CHUNK, block_m) * cdiv(PAIRS, block_n),
-        trips=() if cublas else (cdiv(WIDTH, config.blocks["BLOCK_K"]),),
+        trips=(terms,),
     )
-
-
-def _side_work(dtype: str, config: Config) -> Work:
-    block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
-    return Work(
-        4.0 * PAIRS * PAIRS * NARROW, side_bytes(PAIRS, PAIRS, NARROW, SIZES[dtype]), cdiv(PAIRS, block_m),
-        streamed=PAIRS * NARROW * SIZES[dtype], trips=(cdiv(PAIRS, block_n), cdiv(NARROW, config.blocks["BLOCK_K"])),
-    )  # fmt: skip
 
 
 def statistics_bytes(n: int, N: int, width: int, size: int, block_m: int, segments: int, sigmoid: bool, cublas: bool) -> int:
@@ -63,11 +55,6 @@ def gradients_bytes(n: int, N: int, width: int, size: int, block_m: int, block_n
     statistics = 12 * (n + N)
     lost = 4 * (cdiv(N, block_n) * n + cdiv(n, block_m) * N) + 4 * (n + N) if store and size == 2 else 0
     return read + statistics + (size * n * N if store else 0) + lost
-
-
-def side_bytes(n: int, N: int, width: int, size: int) -> int:
-    """Distinct bytes: every row once, the gradient."""
-    return (n + N) * width * size + 4 * n * width + 12 * (n + N) + (4 * (n + N) if size == 2 else 0)
 
 
 def features_bytes(rows: int, width: int, size: int, block_r: int, units: bool) -> int:
@@ -114,74 +101,62 @@ def _tile_entries():
         for cublas in (False, True):
             variant = kind + (" of products" if cublas else "")
             dtypes = ("bf16", "fp16") if cublas else ("fp32", "bf16", "fp16")
-            n = CHUNK if cublas else PAIRS
-            yield Entry(
-                kernel=contrastive_statistics,
-                op="contrastive_loss",
-                arguments=_arguments(
-                    "x y", "products x_inverse y_inverse scale bias row_parts column_parts own",
-                    "x_stride y_stride products_stride row_parts_stride n N width offset segment",
-                ),
-                problem=chunk if cublas else f"{PAIRS} x {PAIRS}, width {WIDTH}",
-                work=functools.partial(_statistics_work, n=n, sigmoid=sigmoid, cublas=cublas),
-                constexprs={"SIGMOID": sigmoid, "CUBLAS": cublas},
-                variant=variant,
-                dtypes=dtypes,
-                aligned=("x_stride", "y_stride", "products_stride", "row_parts_stride", "n", "N", "width"),
-                matrix=not cublas,
-                streaming=cublas,
-                exceptions={"wide": "inverse norms and partial statistics are 4 bytes each"} if cublas else {},
-                sizes=("cublas" if cublas else "any",),
-            )  # fmt: skip
+            if sigmoid or cublas:
+                yield _statistics(variant, sigmoid, cublas, False, dtypes)
+            else:
+                yield _statistics(variant, sigmoid, cublas, True, ("bf16", "fp16"))
+                yield _statistics(f"{variant}, own maxima", sigmoid, cublas, False, dtypes, "maxima")
             for dtype in dtypes:
                 yield Entry(
                     kernel=contrastive_gradients,
                     op="contrastive_loss",
                     arguments=_arguments(
-                        "x y", "products x_inverse y_inverse x_norm y_norm scale bias row_max row_factor column_max"
-                        " column_factor own_weight center",
-                        "x_stride y_stride products_stride gradients_stride n N width offset",
-                        "gradients", "row_error column_error", "sums",
+                        "x y", "products x_inverse y_inverse x_norm y_norm scale bias row_terms column_terms own_weight center",
+                        "x_stride y_stride products_stride gradients_stride row_terms_stride n N width offset",
+                        "gradients", "row_error column_error", "sums", "terms",
                     ),
                     problem=chunk,
-                    work=functools.partial(_gradients_work, cublas=cublas),
+                    work=functools.partial(_gradients_work, cublas=cublas, terms=2 if dtype == "fp32" or cublas else 1),
                     constexprs={"SIGMOID": sigmoid, "TOTAL": sigmoid, "CUBLAS": cublas, "STORE": True, "GAIN": GAIN if dtype == "fp16" else 1.0},
                     variant=variant,
                     dtypes=(dtype,),
-                    aligned=("x_stride", "y_stride", "products_stride", "gradients_stride", "n", "N", "width"),
+                    aligned=("x_stride", "y_stride", "products_stride", "gradients_stride", "row_terms_stride", "n", "N", "width"),
                     matrix=not cublas,
                     streaming=cublas,
                     sizes=("cublas" if cublas else "any",),
                 )  # fmt: skip
-        for dtype in ("fp32", "bf16", "fp16"):
-            for swapped in (False, True):
-                yield Entry(
-                    kernel=contrastive_side,
-                    op="contrastive_loss",
-                    arguments=_arguments(
-                        "x y", "x_inverse y_inverse y_norm scale bias row_max row_factor column_max column_factor"
-" own_weight center grad row_error",
-                        "x_stride y_stride n N width offset", "", "", "sums",
-                    ),
-                    problem=f"{PAIRS} x {PAIRS}, width {NARROW}",
-                    work=_side_work,
-                    constexprs={
-                        "GAIN": GAIN if dtype == "fp16" else 1.0, "SIGMOID": sigmoid, "TOTAL": sigmoid, "SWAPPED": swapped, "SCALARS": not swapped, "STORE": True,
-                        "BLOCK_D": NARROW,
-                    },
-                    variant=f"{kind} of {'text' if swapped else 'image'}",
-                    dtypes=(dtype,),
-                    aligned=("x_stride", "y_stride", "n", "N", "width"),
-                    matrix=True,
-                )  # fmt: skip
 
 
-def _arguments(narrow: str, wide: str, integers: str, more_narrow: str = "", more_wide: str = "", widest: str = ""):
-    """dtype -> types, in the kernel's order: pointers to the features' dtype, to float32, again both, to float64, integers."""
+def _statistics(variant: str, sigmoid: bool, cublas: bool, shared: bool, dtypes: tuple[str, ...], size: str = "any") -> Entry:
+    return Entry(
+        kernel=contrastive_statistics,
+        op="contrastive_loss",
+        arguments=_arguments(
+            "x y", "products x_inverse y_inverse scale bias row_parts column_parts own",
+            "x_stride y_stride products_stride row_parts_stride n N width offset segment", flags="far" if shared else "",
+        ),
+        problem=f"{CHUNK if cublas else PAIRS} x {PAIRS}, width {WIDTH}",
+        work=functools.partial(_statistics_work, n=CHUNK if cublas else PAIRS, sigmoid=sigmoid, cublas=cublas),
+        constexprs={"SIGMOID": sigmoid, "CUBLAS": cublas, "SHARED": shared, **({} if shared else {"far": None})},
+        variant=variant,
+        dtypes=dtypes,
+        aligned=("x_stride", "y_stride", "products_stride", "row_parts_stride", "n", "N", "width"),
+        matrix=not cublas,
+        streaming=cublas,
+        exceptions={"wide": "inverse norms and partial statistics are 4 bytes each"} if cublas else {},
+        sizes=("cublas" if cublas else size,),
+    )  # fmt: skip
+
+
+def _arguments(
+    narrow: str, wide: str, integers: str, more_narrow: str = "", more_wide: str = "", widest: str = "", flags: str = ""
+):
+    """dtype -> types: pointers to the features' dtype, to float32, again both, to float64, to int32, and integers."""
 
     def arguments(dtype: str) -> dict[str, str]:
         first, second = _pointers(dtype, narrow, wide), _pointers(dtype, more_narrow, more_wide)
-        return {**first, **second, **dict.fromkeys(widest.split(), "*fp64"), **dict.fromkeys(integers.split(), "i32")}
+        others = {"*fp64": widest, "*i32": flags, "i32": integers}
+        return {**first, **second, **{name: kind for kind, names in others.items() for name in names.split()}}
 
     return arguments
 

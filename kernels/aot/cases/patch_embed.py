@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from ...lib.common import cdiv
 from ...lib.patches import shares_of
-from ...lib.reduce import splits_of
-from ...patch_embed import patch_embed_forward, patch_embed_grad_latents, patch_embed_grad_weight
+from ...patch_embed import PROGRAMS, patch_embed_forward, patch_embed_grad_latents, patch_embed_patches
 from ..catalog import SIZES, Entry, Work, argument_types
 
 POINTERS = {
-    **dict.fromkeys(("latents", "weight", "bias", "pos_embed", "cls_token", "y", "grad_y", "grad_latents"), "*{}"),
+    **dict.fromkeys(("latents", "weight", "bias", "pos_embed", "cls_token", "y", "grad_y", "grad_latents", "x"), "*{}"),
     **dict.fromkeys(("scale", "shift"), "fp32"),
-    "partials": "*fp32",
     "rng": "*i64",
 }
 ALIGNED = (
-    "stride_b", "stride_c", "stride_h", "grad_stride_b", "grad_stride_n", "weight_stride", "rows", "tokens", "features", "split_rows",
+    "stride_b", "stride_c", "stride_h", "grad_stride_b", "grad_stride_n", "weight_stride", "rows", "tokens", "features",
 )  # fmt: skip
 
 
@@ -24,7 +22,7 @@ def forward_work(batch, tokens, values, features, cls, dtype, config):
     blocks, size = config.blocks, SIZES[dtype]
     rows = batch * tokens
     patch_tiles = cdiv(rows, blocks["BLOCK_M"])
-    shares, share_tiles = shares_of(features, patch_tiles, blocks["BLOCK_N"])
+    shares, share_tiles = shares_of(features, patch_tiles, blocks["BLOCK_N"], PROGRAMS)
     read = shares * rows * 2 * values + patch_tiles * features * (values + 3) + rows * features
     written = batch * (tokens + cls) * features
     distinct = rows * 2 * values + features * (values + 3 + tokens) + written
@@ -43,31 +41,29 @@ def grad_latents_work(batch, tokens, values, features, dtype, config):
     return Work(2 * rows * values * features, moved * size, tiles * patch_tiles, distinct * size, trips=trips)
 
 
-def grad_weight_work(batch, tokens, values, features, dtype, config):
-    blocks, size = config.blocks, SIZES[dtype]
-    rows = batch * tokens
-    tiles_d, tiles_k = cdiv(features, blocks["BLOCK_M"]), cdiv(values, blocks["BLOCK_N"])
-    splits, split_rows = splits_of(rows, blocks["BLOCK_K"], tiles_d * tiles_k)
-    read = tiles_k * rows * features + tiles_d * rows * 2 * values
-    written = splits * features * values * (4 if splits > 1 else size)
-    distinct = (rows * features + rows * 2 * values) * size + written
-    trips = (split_rows // blocks["BLOCK_K"],)
-    return Work(2 * rows * values * features, read * size + written, splits * tiles_d * tiles_k, distinct, trips=trips)
+OPERATIONS = 45
+"""Arithmetic of a number of the random stream, a quarter of that of a block of four."""
+
+
+def patches_work(batch, tokens, values, cls, dtype, config):
+    blocks, rows = config.blocks, batch * tokens
+    moved = (rows * 2 + batch * (tokens + cls)) * values * SIZES[dtype]
+    return Work(OPERATIONS * rows * values, moved, cdiv(rows, blocks["BLOCK_M"]) * cdiv(values, blocks["BLOCK_K"]))
 
 
 def entries() -> list[Entry]:
     batch, tokens, values, features = 64, 256, 64, 768
     problem = f"moments {batch} x 32 x 32 x 32, 2 x 2 -> {features}"
 
-    def entry(kernel, work, **constexprs):
+    def entry(kernel, work, matrix=True, **constexprs):
         return Entry(
             kernel, "patch_embed", argument_types(kernel, **POINTERS), problem, work,
-            constexprs={"PATCH": 2, "SAMPLE": True, "IN_ORDER": True, **constexprs}, aligned=ALIGNED, matrix=True,
+            constexprs={"PATCH": 2, "SAMPLE": True, "IN_ORDER": True, **constexprs}, aligned=ALIGNED, matrix=matrix,
         )  # fmt: skip
 
     sizes = batch, tokens, values, features
     return [
         entry(patch_embed_forward, lambda *how: forward_work(*sizes, 1, *how), CLS=1, WHOLE=True),
         entry(patch_embed_grad_latents, lambda *how: grad_latents_work(*sizes, *how), MOMENTS=True),
-        entry(patch_embed_grad_weight, lambda *how: grad_weight_work(*sizes, *how)),
+        entry(patch_embed_patches, lambda *how: patches_work(batch, tokens, values, 1, *how), matrix=False, CLS=1),
     ]

@@ -126,7 +126,8 @@ for _op, _kernels in KERNELS.items():
             *(launch(_kernels.module, name) for name in ("forward_rows", "backward_rows", "project"))
         )
     elif _op.startswith("flash_attention"):
-        _options["slower_than"] = _attention_peers.faster_than_triton
+        _options["slower_than"] = functools.partial(_attention_peers.faster_than_triton, "forward")
+        _options["slower_than_backward"] = functools.partial(_attention_peers.faster_than_triton, "backward")
         if _op.endswith("packed"):  # whose backward writes dQKV in place, as no library does
             _options["slower_than_backward"] = lambda *_: ()
     _dispatch.register(

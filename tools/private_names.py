@@ -34,6 +34,9 @@ NAMES = {
         "torch.ops.aten._scaled_dot_product_cudnn_attention", "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
         "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward",
     ),
+    "oneDNN's products (ov3fast/ops/onednn.py)": (
+        "torch.ops.mkldnn._is_mkldnn_bf16_supported", "torch.ops.mkldnn._linear_pointwise",
+    ),
     "a process group that travels through an operator's schema": (
         "torch.distributed.distributed_c10d._get_default_store", "torch.distributed.distributed_c10d._resolve_process_group",
     ),

@@ -20,7 +20,7 @@ from .noise_projection import noise_projection
 from .patch_embed import patch_embed
 
 from . import _flops  # noqa: F401  isort: skip  (counts for FlopCounterMode)
-from . import cpu, cuda, triton  # isort: skip  (their kernels join the operators defined above)
+from . import cpu, cuda, onednn, triton  # isort: skip  (their kernels join the operators defined above)
 
 __all__ = [
     "BACKENDS",
@@ -37,6 +37,7 @@ __all__ = [
     "linear_cross_entropy",
     "mlp",
     "noise_projection",
+    "onednn",
     "patch_embed",
     "random",
     "table",

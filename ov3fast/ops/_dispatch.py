@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 # Those that come with ov3fast, in the order in which they are tried when nobody asks for one by name.
-PREFERENCE = ("cuda", "triton", "flash_attn_3", "flash_attn", "cudnn", "xformers", "cpu", "sdpa", "eager")
+PREFERENCE = ("cuda", "triton", "flash_attn_3", "flash_attn", "cudnn", "xformers", "cpu", "sdpa", "eager", "onednn")
 
 # Accepted wherever a backend is named.
 ALIASES = {"reference": "eager"}

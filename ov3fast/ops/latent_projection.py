@@ -61,10 +61,6 @@ def _forward_eager(tokens, weight, bias, patch_size, grid_h, grid_w):
     return reference(tokens.contiguous(), weight, bias, patch_size=patch_size, grid=(grid_h, grid_w))
 
 
-def _differentiable(*args):
-    return _forward_eager(*args)
-
-
 def _backward_eager(grad_x, tokens, weight, patch_size, need_tokens, need_weight, need_bias):
     b, n, d = tokens.shape
     grad_rows = to_patches(grad_x, patch_size).view(b * n, weight.shape[0])
@@ -97,7 +93,7 @@ def _save(inputs, output):
     return _operator.Saved((tokens, weight), (patch_size,))
 
 
-_dispatch.register("latent_projection", "eager", _forward_eager, _backward_eager, differentiable=lambda: _differentiable)
+_dispatch.register("latent_projection", "eager", _forward_eager, _backward_eager)
 _latent_projection = _operator.define(
     "latent_projection",
     "(Tensor tokens, Tensor weight, Tensor? bias, int patch_size, SymInt grid_h, SymInt grid_w) -> Tensor",

@@ -28,7 +28,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 # Logits are made in tiles of about this many, by shape alone, so that the order of sums never changes. A tile has up to CLASSES classes, or
 # more where there are few rows.
-CHUNK_LOGITS = 2**22
+CHUNK_LOGITS = 2**21
 CLASSES = 1024
 
 

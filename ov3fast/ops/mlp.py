@@ -79,7 +79,7 @@ def _forward_eager(x, w1, b1, w2, b2, activation):
     return y.view(*x.shape[:-1], w2.shape[0]), h.view(*x.shape[:-1], w1.shape[0])
 
 
-def _backward_eager(grad_y, x, h, w1, b1, w2, activation, need_x, need_w1, need_b1, need_w2, need_b2):
+def _backward_eager(grad_y, x, h, w1, b1, w2, activation, need_x, need_w1, need_b1, need_w2, need_b2, product=torch.matmul):
     approximate = ACTIVATIONS[activation]
     kept, w1, w2 = w1.dtype, w1.to(x.dtype), w2.to(x.dtype)
     grad_y, h_rows = _rows(grad_y), _rows(h)
@@ -88,8 +88,8 @@ def _backward_eager(grad_y, x, h, w1, b1, w2, activation, need_x, need_w1, need_
     grad_w2 = (grad_y.t() @ F.gelu(h_rows, approximate=approximate)).to(kept) if need_w2 else no_parameter
     grad_b2 = grad_y.sum(0, dtype=kept) if need_b2 else no_parameter
     if need_x or need_w1 or need_b1:
-        grad_h = torch.ops.aten.gelu_backward(grad_y @ w2, h_rows, approximate=approximate)
-        grad_x = (grad_h @ w1).view(x.shape) if need_x else none
+        grad_h = torch.ops.aten.gelu_backward(product(grad_y, w2), h_rows, approximate=approximate)
+        grad_x = product(grad_h, w1).view(x.shape) if need_x else none
         grad_w1 = (grad_h.t() @ _rows(x)).to(kept) if need_w1 else no_parameter
         grad_b1 = grad_h.sum(0, dtype=kept) if need_b1 else no_parameter
     return grad_x, grad_w1, grad_b1, grad_w2, grad_b2

@@ -15,9 +15,6 @@ CALLS = {
     "linear": (ops.linear, (make(2, 5, 8), make(6, 8, seed=1), make(6, seed=2))),
     "mlp": (ops.mlp, (make(2, 5, 8), make(12, 8, seed=1), make(12, seed=2), make(6, 12, seed=3), make(6, seed=4))),
     "layer_norm": (ops.layer_norm, (make(2, 5, 8), make(8, seed=1), make(8, seed=2))),
-    "latent_projection": (
-        functools.partial(ops.latent_projection, grid=(2, 3)), (make(2, 6, 8), make(8, 8, seed=1), make(8, seed=2)),
-    ),
 }  # fmt: skip
 calls = pytest.mark.parametrize("name", CALLS)
 

@@ -290,7 +290,7 @@ def test_tune_measures_keeps_and_is_deterministic_afterwards(chip, monkeypatch, 
     small = {"linear": (8, 16, 24), "layer_norm-residual": (8, 16)}
     calls = [replace(call, measured=(small[call.name],)) for call in _calls.every() if call.name in small]
     monkeypatch.setattr(_calls, "every", lambda: calls)
-    speeds = {"cpu": 2.0, "eager": 1.0}
+    speeds = {"cpu": 2.0, "eager": 1.0, "onednn": 3.0}
     monkeypatch.setattr(_trials, "medians", lambda run, names, budget: {name: speeds[name] for name in names})
     assert cli.main(["tune", "--device", "cpu", "--only", "linear", "--dtype", "fp32"]) == 0
     out = capsys.readouterr().out
@@ -307,4 +307,6 @@ def test_a_measurement_of_one_call(chip):
     linear = next(call for call in _calls.every() if call.op == "linear")
     found = _trials.measure(_trials.Trial(linear, "mixed", (8, 16, 24)), budget=0.01)
     assert [(c.direction, c.dtype) for c in found] == [("forward", "mixed"), ("backward", "mixed")]
-    assert {c.backend for c in found} | {c.over for c in found} <= {"cpu", "eager"} and all(c.ratio > 0 for c in found)
+    assert {c.backend for c in found} | {c.over for c in found} <= {"cpu", "eager", "onednn"} and all(
+        c.ratio > 0 for c in found
+    )

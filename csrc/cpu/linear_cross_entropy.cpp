@@ -14,7 +14,7 @@ namespace {
 
 template <class T>
 constexpr int64_t CHUNK = sizeof(T) == 2 ? 528 : 384;  // tokens at once: what is kept of them is V * CHUNK elements
-constexpr int64_t TILE = 192;                          // classes of a task
+constexpr int64_t TILE = 192;                          // classes of a task, at most
 
 template <class T>
 struct Head {
@@ -33,7 +33,9 @@ struct Head {
     T* grad_w;  // or null
     int threads;
 
-    const int64_t words_d = words_of<T>(D), words_r = words_of<T>(R), tiles = ceil_div(V, TILE), wide = round_up(R, NR);
+    // Few classes: smaller tasks, so that no thread waits long for another's last one.
+    const int64_t tile_classes = std::clamp<int64_t>(round_up(ceil_div(V, 16), NR), NR, TILE);
+    const int64_t words_d = words_of<T>(D), words_r = words_of<T>(R), tiles = ceil_div(V, tile_classes), wide = round_up(R, NR);
     const int64_t panels_d = ceil_div(D, NR), room = std::min(R, round_up(std::max<int64_t>(count, 1), NR));
     Buffer<T> rows{room * D};                                             // the chunk of h
     Buffer<word_t<T>> by_width{words_d * wide};                           // the chunk of h for the logits
@@ -79,7 +81,7 @@ struct Head {
     // Logits of one tile: take(first class in the tile, token, vectors, classes, c).
     template <class Take>
     void logits(int64_t here, int64_t tile, int thread, const Take& take) {
-        const int64_t v0 = tile * TILE, classes = std::min(TILE, V - v0);
+        const int64_t v0 = tile * tile_classes, classes = std::min(tile_classes, V - v0);
         word_t<T>* packed = a + thread * TILE * words_d;
         float* c = products + thread * TILE * NR;
         pack_block<T>({w, w_stride, 1}, v0, classes, D, packed);
@@ -129,7 +131,7 @@ struct Head {
 
     // kept: exponentials -> gradients, for the same upstream gradient of all tokens.
     void scale_kept(int64_t t0, int64_t here, int64_t tile, float factor) {
-        const int64_t v0 = tile * TILE, classes = std::min(TILE, V - v0);
+        const int64_t v0 = tile * tile_classes, classes = std::min(tile_classes, V - v0);
         float* scale = tile_m + tile * wide;
         for_vectors(here, [&](int64_t t, int lanes) {
             store(scale + t, exp_below((load(scale + t, lanes) - load(top + t, lanes)) - load(log_sum + t, lanes)) * factor, lanes);
@@ -163,7 +165,7 @@ struct Head {
 
     // grad_w += G h of one tile.
     void add_to_weight(int64_t t0, int64_t here, int64_t tile, int thread) {
-        const int64_t v0 = tile * TILE, classes = std::min(TILE, V - v0), words = words_of<T>(here);
+        const int64_t v0 = tile * tile_classes, classes = std::min(tile_classes, V - v0), words = words_of<T>(here);
         word_t<T>* packed = a_tokens + thread * TILE * words_r;
         pack_block<T>({kept, room, 1}, v0, classes, here, packed);
         for (int64_t v = 0; v < classes; v += ROWS)

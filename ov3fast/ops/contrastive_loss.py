@@ -249,11 +249,23 @@ def _add_exponentials(a, b):
     return torch.stack([m_i, torch.logaddexp(a[0] - m_i + a[1], b[0] - m_i + b[1])])
 
 
+def _loss(rows, columns, own, kind, share, wide):
+    """(loss, rows, columns as (max, log-sum)) from what rows and columns of all pairs come to; the columns' sums are overwritten."""
+    if kind == "sigmoid":
+        return (rows.sum(dtype=torch.float64) * share).to(wide), rows.new_empty(2, 0), rows.new_empty(2, 0)
+    columns[1].log_()
+    losses = (rows[0] - own) + rows[1] + (columns[0] - own) + columns[1]
+    return (losses.sum(dtype=torch.float64) * (share / 2)).to(wide), rows, columns
+
+
 def over_ranks(forward_rows, backward_rows, project=_project):
     """A backend's functions on rectangles -> its forward and backward of the operator, ranks and normalisation included."""
 
     def forward(image, text, scale, bias, kind, group, exchange):
         wide = _check.accumulate_dtype(image.dtype)
+        if not group and image.ndim == 2:  # all pairs are here, and nothing travels
+            found = forward_rows(image, text, scale.to(wide), None if bias is None else bias.to(wide), kind, 0)
+            return *_loss(*found, kind, 1 / max(len(text), 1), wide), scale.new_empty(0, dtype=torch.int64)
         views = _split(image, image)
         facts = {
             "the width of image": image.shape[-1], "kind": KINDS.index(kind), "the dtype's size": image.element_size(),
@@ -265,13 +277,9 @@ def over_ranks(forward_rows, backward_rows, project=_project):
         found = []
         blocks = shards.ring(text) if exchange == "ring" else shards.exchange(text)
         for rows, columns, own in _over_blocks(forward_rows, shards, blocks, views, text, scale, bias, kind):
-            if kind == "sigmoid":
-                found.append(((rows.sum(dtype=torch.float64) * share).to(wide), rows.new_empty(2, 0), rows.new_empty(2, 0)))
-                continue
-            m_i, l_i = (shards.own(x) for x in shards.merge(*columns))
-            columns = torch.stack([m_i, l_i.log()])
-            losses = (rows[0] - own) + rows[1] + (columns[0] - own) + columns[1]
-            found.append(((losses.sum(dtype=torch.float64) * (share / 2)).to(wide), rows, columns))
+            if kind == "softmax":
+                columns = torch.stack([shards.own(x) for x in shards.merge(*columns)])
+            found.append(_loss(rows, columns, own, kind, share, wide))
         # A CPU tensor would keep Inductor from capturing CUDA graphs; alone, a rank knows its size.
         sizes = torch.tensor(shards.sizes) if group else scale.new_empty(0, dtype=torch.int64)
         return *(_join(image, parts) for parts in zip(*found, strict=True)), sizes
@@ -282,6 +290,18 @@ def over_ranks(forward_rows, backward_rows, project=_project):
         rank, sizes = (0, [len(text)]) if resolved is None else (resolved.rank(), sizes.tolist())
         shards = _row_shards.RowShards(resolved, rank, tuple(sizes))
         wide_scale, wide_bias = scale.to(wide), None if bias is None else bias.to(wide)
+        if not group and image.ndim == 2 and exchange != "ring":
+            weight = grad_loss.to(wide) * (1 / max(len(text), 1))
+            all_c, all_weights = (c.unbind(), weight.expand(len(text))) if kind == "softmax" else (None, None)
+            grad_image, grad_b, grad_scale, grad_bias = backward_rows(
+                image, text, wide_scale, wide_bias, kind, 0, r, all_c, weight, all_weights, need_image, need_text
+            )
+            return (
+                grad_image if need_image else image.new_empty(0),
+                project(grad_b, text) if need_text else text.new_empty(0),
+                grad_scale.to(scale.dtype),
+                grad_bias.to(scale.dtype if bias is None else bias.dtype),
+            )
         weights = grad_loss.to(wide) * (shards.world / max(shards.total, 1))
         views = []
         for view, weight, rows, columns in zip(*(_split(image, x) for x in (image, weights, r, c)), strict=True):

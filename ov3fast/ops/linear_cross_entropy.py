@@ -90,6 +90,17 @@ def mean_factor(counted: int) -> float:
     return 1.0 / max(counted, 1)
 
 
+def count_labels(labels: Tensor, classes: int, ignore_index: int) -> Tensor | None:
+    """Positions of the labels that count; None where all do. ValueError as check_labels."""
+    if labels.is_cpu and labels.numel() and not 0 <= ignore_index < classes:
+        least, largest = (bound.item() for bound in labels.aminmax())
+        if least >= 0 and largest < classes:  # one look, as nearly always
+            return None
+    check_labels(labels, classes, ignore_index)
+    counted = labels != ignore_index
+    return None if counted.all() else counted.nonzero()[:, 0]
+
+
 def _counted(hidden: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rows of hidden and labels that count, and their positions (None: all do)."""
     counted = labels != ignore_index
@@ -122,17 +133,17 @@ def _forward_eager(hidden, weight, labels, ignore_index):
     nll, lse = h.new_empty(len(h), dtype=wide), h.new_empty((2, len(h)), dtype=wide)
     chunks, blocks = _tiles(len(h), len(weight))
     for chunk in chunks:
-        largest, total, own = nll.new_full((len(h[chunk]),), -torch.inf), nll.new_zeros(()), nll[chunk]
+        m_i, l_i, own = nll.new_full((len(h[chunk]),), -torch.inf), nll.new_zeros(()), nll[chunk]
         for block in blocks:
             z = (h[chunk] @ weight[block].T).to(wide)
             label = y[chunk, None] - block.start
             value = z.gather(1, label.clamp(0, z.shape[1] - 1))
             own.copy_(torch.where((label >= 0) & (label < z.shape[1]), value, own[:, None])[:, 0])
-            before, largest = largest, torch.maximum(largest, z.amax(1))
-            total = total * (before - largest).exp_() + z.sub_(largest[:, None]).exp_().sum(1)
-        log_sum = total.log_()
-        lse[0, chunk], lse[1, chunk] = largest, log_sum
-        nll[chunk] = (largest - own) + log_sum
+            before, m_i = m_i, torch.maximum(m_i, z.amax(1))
+            l_i = l_i * (before - m_i).exp_() + z.sub_(m_i[:, None]).exp_().sum(1)
+        log_sum = l_i.log_()
+        lse[0, chunk], lse[1, chunk] = m_i, log_sum
+        nll[chunk] = (m_i - own) + log_sum
     return _spread(nll, rows, len(hidden)), _spread(lse, rows, len(hidden))
 
 
@@ -236,8 +247,8 @@ def _total_eager(hidden, weight, labels, ignore_index, mean, need_hidden, need_w
 
 def _total_of_tile(hidden, weight, labels, ignore_index, mean, need_hidden, need_weight):
     """The logits of one tile are made once, and the gradients take their place."""
-    check_labels(labels, len(weight), ignore_index)
-    h, y, rows = _counted(hidden, labels, ignore_index)
+    rows = count_labels(labels, len(weight), ignore_index)
+    h, y = (hidden, labels) if rows is None else (hidden[rows], labels[rows])
     logs = (h @ weight.T).to(_check.accumulate_dtype(h.dtype)).log_softmax(1)
     factor = mean_factor(len(h)) if mean else 1.0
     loss = logs.gather(1, y[:, None]).sum() * -factor
@@ -255,7 +266,7 @@ def _scale_eager(grad_loss, grad_hidden, grad_weight):
 
 def _unscaled(grad_loss, grad_hidden, grad_weight):
     """The gradients as they are where the loss is the end of the graph; on a GPU looking would wait for the device."""
-    return (grad_hidden, grad_weight) if grad_loss.device.type == "cpu" and grad_loss == 1 else None
+    return (grad_hidden, grad_weight) if grad_loss.is_cpu and grad_loss.item() == 1 else None
 
 
 def _fake_total(hidden, weight, labels, ignore_index, mean, need_hidden, need_weight):
@@ -311,11 +322,12 @@ _TOTAL = cpu.Kernel(
 
 
 def _operands(hidden, weight, labels, ignore_index):
-    """hidden, weight and labels as the kernels take them, and the positions of the labels that count."""
+    """hidden, weight and labels as the kernels take them, and the positions of the labels that count. ValueError for one out of range."""
     hidden, weight = cpu.rows(hidden), cpu.rows(weight)
+    tokens = count_labels(labels, len(weight), ignore_index)
     return (
         (hidden, hidden.stride(0), weight, weight.stride(0), labels.contiguous()),
-        (labels != ignore_index).nonzero()[:, 0],
+        torch.arange(len(labels)) if tokens is None else tokens,
     )
 
 
@@ -327,7 +339,6 @@ def _gradients(hidden, weight, tokens, need_hidden, need_weight):
 
 
 def _forward_cpu(hidden, weight, labels, ignore_index):
-    check_labels(labels, len(weight), ignore_index)
     operands, tokens = _operands(hidden, weight, labels, ignore_index)
     room = torch.empty if len(tokens) == len(labels) else torch.zeros
     nll, lse = room(labels.shape, dtype=torch.float32), room((2, len(labels)), dtype=torch.float32)
@@ -347,10 +358,9 @@ def _backward_cpu(grad_nll, hidden, weight, labels, lse, ignore_index, need_hidd
 
 
 def _total_cpu(hidden, weight, labels, ignore_index, mean, need_hidden, need_weight):
-    check_labels(labels, len(weight), ignore_index)
     operands, tokens = _operands(hidden, weight, labels, ignore_index)
     factor = mean_factor(len(tokens)) if mean else 1.0
-    nll = torch.zeros(labels.shape, dtype=torch.float32)
+    nll = (torch.empty if len(tokens) == len(labels) else torch.zeros)(labels.shape, dtype=torch.float32)
     grad_hidden, grad_weight = _gradients(hidden, weight, tokens, need_hidden, need_weight)
     if len(tokens):
         _TOTAL(

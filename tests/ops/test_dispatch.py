@@ -117,7 +117,7 @@ def test_a_new_name_before_another(x):
 @pytest.mark.parametrize(
     ("name", "before", "words"),
     [
-        ("mine", "cqu", r"toy: before must be one of cuda, triton, .*eager, got 'cqu'"),
+        ("mine", "cqu", r"toy: before must be one of cuda, triton, .*eager, onednn, got 'cqu'"),
         ("", None, "toy: a backend can't be called ''"),
         ("reference", None, "toy: a backend can't be called 'reference'"),
     ],

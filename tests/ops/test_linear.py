@@ -132,7 +132,7 @@ def test_compile_keeps_one_node():
         ({"bias": torch.ones(3)}, ValueError, "bias must have shape"),
         ({"bias": torch.ones(4).bfloat16()}, TypeError, "bias must be of dtype float32"),
         ({"weight": torch.ones(4, 3).bfloat16()}, TypeError, "weight must be of dtype float32"),
-        ({"impl": "mkl"}, ValueError, "impl must be one of triton, cpu, eager; got 'mkl'"),
+        ({"impl": "mkl"}, ValueError, "impl must be one of triton, cpu, eager, onednn; got 'mkl'"),
     ],
 )
 def test_errors(change, error, words):

@@ -264,8 +264,8 @@ def over_ranks(forward_rows, backward_rows, project=_project):
     def forward(image, text, scale, bias, kind, group, exchange):
         wide = _check.accumulate_dtype(image.dtype)
         if not group and image.ndim == 2:  # all pairs are here, and nothing travels
-            found = forward_rows(image, text, scale.to(wide), None if bias is None else bias.to(wide), kind, 0)
-            return *_loss(*found, kind, 1 / max(len(text), 1), wide), scale.new_empty(0, dtype=torch.int64)
+            rows, columns, own = forward_rows(image, text, scale.to(wide), None if bias is None else bias.to(wide), kind, 0)
+            return *_loss(rows, columns, own, kind, 1 / max(len(text), 1), wide), scale.new_empty(0, dtype=torch.int64)
         views = _split(image, image)
         facts = {
             "the width of image": image.shape[-1], "kind": KINDS.index(kind), "the dtype's size": image.element_size(),

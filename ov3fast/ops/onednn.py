@@ -6,6 +6,8 @@ fused where no backward needs what comes before it. The functions are those of e
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -47,7 +49,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
 
 
-def _narrow(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
+def _narrow(x: Tensor, *parameters: Tensor | None) -> list[Any]:
     """The parameters as x's dtype has them."""
     return [None if p is None else p.to(x.dtype).contiguous() for p in parameters]
 
@@ -81,8 +83,8 @@ def _mlp_inference(x, w1, b1, w2, b2, activation):
 _mlp_forward.inference = _mlp_inference  # type: ignore[attr-defined]  # writes no pre-activation
 
 
-def _mlp_backward(grad_y, x, h, w1, b1, w2, activation, *needs):
-    return _mlp_backward_by(grad_y, x, h, w1, b1, w2, activation, *needs, product=lambda a, w: product(a, w.t()))
+def _mlp_backward(*args):
+    return _mlp_backward_by(*args, lambda a, w: product(a, w.t()))
 
 
 def _latents_forward(tokens, weight, bias, patch_size, grid_h, grid_w):

@@ -6,6 +6,7 @@ fused where no backward needs what comes before it. The functions are those of e
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -83,8 +84,7 @@ def _mlp_inference(x, w1, b1, w2, b2, activation):
 _mlp_forward.inference = _mlp_inference  # type: ignore[attr-defined]  # writes no pre-activation
 
 
-def _mlp_backward(*args):
-    return _mlp_backward_by(*args, lambda a, w: product(a, w.t()))
+_mlp_backward = functools.partial(_mlp_backward_by, product=lambda a, w: product(a, w.t()))
 
 
 def _latents_forward(tokens, weight, bias, patch_size, grid_h, grid_w):

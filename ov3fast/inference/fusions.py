@@ -39,9 +39,15 @@ def units(model: nn.Module) -> dict[str, str]:
         elif type(module).__name__ == "ResnetBlock2D" and getattr(module, "time_emb_proj", None) is None:
             if isinstance(module.norm1, nn.GroupNorm) and isinstance(module.nonlinearity, nn.SiLU):
                 found[path] = "GroupNorm + SiLU"
-        elif isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1 and module.weight is not None:
+        elif _is_layer_norm(module):
             found[path] = "layer norm"
     return found
+
+
+def _is_layer_norm(module: nn.Module) -> bool:
+    # By name too: timm's LayerNorm2d is an nn.LayerNorm, and norms another axis.
+    plain = isinstance(module, nn.LayerNorm) and type(module).__name__ == "LayerNorm"
+    return plain and len(module.normalized_shape) == 1 and module.weight is not None
 
 
 def fuse(module: Any) -> None:

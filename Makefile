@@ -52,6 +52,10 @@ test-old-cpu: .venv/dev
 	$(OLD_CPU) -m pytest -p no:cacheprovider tests/ops/test_linear.py tests/ops/test_layer_norm.py \
 	--implementations portable -k "not compile and not hypothesis"
 
+# timm and open_clip need torchvision, so that the doors are tried beside them in an environment of its own; gigabytes the first time.
+test-doors:
+	$(PYTHON) tools/doors.py
+
 # What an export's outputs differ by from the model's, in every format: exports a demo-size model anew.
 certificates: .venv/dev
 	$(BIN)/python tools/certificates.py

@@ -38,7 +38,9 @@ def _clip(layers: int) -> nn.Module:
     import transformers
 
     return transformers.CLIPVisionModel(
-        transformers.CLIPVisionConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=layers, num_attention_heads=12, patch_size=16)
+        transformers.CLIPVisionConfig(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=layers, num_attention_heads=12, patch_size=16
+        )
     )
 
 
@@ -46,7 +48,9 @@ def _siglip(layers: int) -> nn.Module:
     import transformers
 
     return transformers.SiglipVisionModel(
-        transformers.SiglipVisionConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=layers, num_attention_heads=12, patch_size=16)
+        transformers.SiglipVisionConfig(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=layers, num_attention_heads=12, patch_size=16
+        )
     )
 
 
@@ -54,7 +58,9 @@ def _dinov2(layers: int) -> nn.Module:
     import transformers
 
     return transformers.Dinov2Model(
-        transformers.Dinov2Config(hidden_size=768, num_hidden_layers=layers, num_attention_heads=12, patch_size=14, image_size=224)
+        transformers.Dinov2Config(
+            hidden_size=768, num_hidden_layers=layers, num_attention_heads=12, patch_size=14, image_size=224
+        )
     )
 
 
@@ -94,7 +100,7 @@ CASES = {
 }
 
 
-def variants(case: Case, model: Any, dtype: torch.dtype, batch: int) -> dict[str, Callable[[], object]]:
+def variants(model: Any, dtype: torch.dtype, batch: int, compiles: bool) -> dict[str, Callable[[], object]]:
     """Name -> a call of the model in that variant, prepared and run once."""
     kind = kind_of(model)
     side = 256 if kind in ("ov3fast", "autoencoder") else 224
@@ -109,7 +115,7 @@ def variants(case: Case, model: Any, dtype: torch.dtype, batch: int) -> dict[str
             return call(base)
 
     made["eager"] = eager
-    if case.compiles:
+    if compiles:
         with ops.use("eager"):
             compiled = torch.compile(lambda: call(base), dynamic=False)
             compiled()
@@ -138,18 +144,21 @@ def _converted(model: Any, dtype: torch.dtype) -> Any:
     return made
 
 
-def rows(name: str, layers: int, seconds: float, warm: bool) -> Iterable[dict[str, Any]]:
-    case = CASES[name]
+def rows(name: str, given: argparse.Namespace) -> Iterable[dict[str, Any]]:
+    case, layers, warm = CASES[name], given.layers, given.warm
     torch.manual_seed(0)
     model = case.build(layers).eval().requires_grad_(False)
     label = case.label if case.whole or layers == 12 else f"{case.label}, {layers} blocks"
-    for batch in case.batches[: 1 if warm else None]:
-        for dtype in (torch.float32, torch.bfloat16):
+    for batch in case.batches[: 1 if warm else None] if given.batch is None else (given.batch,):
+        for dtype in (getattr(torch, word) for word in given.dtypes.split(",")):
             with torch.no_grad():
-                made = variants(case, model, dtype, batch)
+                made = variants(model, dtype, batch, case.compiles and not given.no_compile)
                 if warm:
                     continue
-                taken = {key: statistics.median(value) for key, value in timing.interleaved(made, seconds, least=3).items()}
+                taken = {
+                    key: statistics.median(value)
+                    for key, value in timing.interleaved(made, given.seconds, least=given.least).items()
+                }
             peers = {key: taken[key] for key in ("eager", "compile") if key in taken}
             best = min(peers, key=peers.__getitem__)
             word = str(dtype).removeprefix("torch.")
@@ -189,12 +198,16 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(CASES), help="models, separated by commas")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=5.0, help="of timing, for each model, batch and dtype")
+    parser.add_argument("--least", type=int, default=3, help="turns")
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--batch", type=int, help="default: the model's own list")
+    parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--warm", action="store_true", help="only compiles")
     given = parser.parse_args()
     for name in given.only.split(","):
         began = time.perf_counter()
         try:
-            for row in rows(name, given.layers, given.seconds, given.warm):
+            for row in rows(name, given):
                 write([row])
                 print(*(f"{row[key]}" for key in HEAD[:9]), sep=", ", flush=True)
         except ImportError as missing:

@@ -8,6 +8,7 @@ the name of one operator.
 
 import ast
 import csv
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -70,6 +71,15 @@ def index() -> list[tuple[str, str]]:
     return rows
 
 
+def certificates() -> Iterable[list[str]]:
+    """A line per exported file of the committed certificates."""
+    path = RESULTS / "certificates.json"
+    for format, values in (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}).items():
+        for file, part in values["parts"].items():
+            errors = ", ".join(f"{name} {error:.1e}" for name, error in part["max_error"].items())
+            yield [format, f"`{file}`", values["runtime"], errors]
+
+
 def render(page: str) -> str:
     operators = read("operators-cpu-zen4.csv")
 
@@ -86,6 +96,11 @@ def render(page: str) -> str:
         elif name == "operators":
             rows = [[row["operator"], *figures(row), row["target"], row["chosen"], extra_memory(row)] for row in operators]
             made = measured_on(operators[0]) + "\n\n" + table(("operator", *HEAD, "asked", "chosen", "extra MB (peer)"), rows)
+        elif name == "certificates":
+            made = table(("format", "file", "runtime", "largest difference from eager"), certificates())
+        elif name == "optimize":
+            rows = [list(row.values()) for row in read("optimize.csv")]
+            made = table(read("optimize.csv")[0], rows) if rows else "No row yet."
         elif name == "amx":
             rows = [
                 [row["operator"], *figures(row)[:3], row["ms"], row["peer_ms"], row["ratio"]]

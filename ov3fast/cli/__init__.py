@@ -51,7 +51,7 @@ COMMANDS = {
     "search": Command("search", "The images of an `encode` file that are nearest to a text or an image.", prints=True),
     "caption": Command("caption", "Images or folders -> a caption each.", prints=True),
     "reconstruct": Command("reconstruct", "Image in, image out; a folder in, a folder out."),
-    "export": Command("export", "A model for other libraries: transformers, open_clip."),
+    "export": Command("export", "A model for other libraries and runtimes: transformers, open_clip, torch, onnx, openvino."),
     "serve": Command("serve", "A model behind HTTP, with a page to try it; needs the extra `serve`."),
     "statistics": Command("statistics", "Mean and variance of each element of the tokens of images, for a generator."),
     "fid": Command("fid", "FID and its kin of images against a reference, under a named protocol.", prints=True),

@@ -46,8 +46,9 @@ def units(model: nn.Module) -> dict[str, str]:
 
 def _is_layer_norm(module: nn.Module) -> bool:
     # By name too: timm's LayerNorm2d is an nn.LayerNorm, and norms another axis.
-    plain = isinstance(module, nn.LayerNorm) and type(module).__name__ == "LayerNorm"
-    return plain and len(module.normalized_shape) == 1 and module.weight is not None
+    if not isinstance(module, nn.LayerNorm) or type(module).__name__ != "LayerNorm":
+        return False
+    return len(module.normalized_shape) == 1 and module.weight is not None
 
 
 def fuse(module: Any) -> None:
@@ -78,6 +79,8 @@ def fuse_convolution(conv: Any) -> None:
 
 def _take_forward(module: nn.Module, make: Callable[[type], Callable[..., Any]]) -> None:
     base = type(module)
+    if base.__name__.startswith("Fused"):
+        base = base.__bases__[0]
     module.__class__ = type(f"Fused{base.__name__}", (base,), {"forward": make(base), "__module__": base.__module__})
 
 
@@ -117,6 +120,11 @@ def calibrated(module: Any) -> bool:
     if not seen:
         state.ranges = None
     return seen
+
+
+def leave_wide(module: Any) -> None:
+    """A calibrated module goes on in the wide dtype."""
+    module.__dict__[STATE].ranges = None
 
 
 def _products(module: Any, block: Block, x: Tensor) -> Products:

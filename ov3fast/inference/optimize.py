@@ -238,15 +238,50 @@ def _quantized(model: Any, kind: Kind, calibration: Any, report: Report) -> Any:
     with torch.no_grad():
         for _, module in (*blocks, *inner):
             fusions.calibrate(module)
-        call(made)
+        shapes = _shapes(inner, lambda: call(made))
         for path, module in (*blocks, *inner):
             seen = fusions.calibrated(module)
             report.choices[path] = "int8" if seen else "ours"
             report.reasons[path] = "calibrated" if seen else f"not used by the calibration input, {wide}"
+        if report.mode == "auto":
+            _keep_faster(inner, shapes, report)
         report.accuracy = _nearness(call(model), call(made))
     products = sum(choice == "int8" for choice in report.choices.values())
     report.whole = f"{products} modules in int8, the rest in {wide}"
     return made
+
+
+def _shapes(convolutions: list[tuple[str, Any]], run: Callable[[], Any]) -> dict[str, Tensor]:
+    """Path -> an input of the kind that the convolution is given in `run`, one image."""
+    seen: dict[str, Tensor] = {}
+
+    def note(path: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor]) -> None:
+            seen.setdefault(path, torch.zeros_like(args[0][:1]))
+
+        return hook
+
+    hooks = [conv.register_forward_pre_hook(note(path)) for path, conv in convolutions]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _keep_faster(convolutions: list[tuple[str, Any]], inputs: dict[str, Tensor], report: Report) -> None:
+    """Convolutions stay in int8 where that is measured to be the faster."""
+    memory = choosing.Memory()
+    for path, conv in convolutions:
+        if report.choices[path] != "int8":
+            continue
+        key = f"int8 {choosing.key_of(conv, ((inputs[path],), {}))}"
+        choice, words = memory.get(key) or choosing.measure_int8(conv, inputs[path])
+        memory.put(key, (choice, words))
+        report.choices[path], report.reasons[path] = choice, words
+        if choice != "int8":
+            fusions.leave_wide(conv)
 
 
 def _frozen(model: Any, dtype: torch.dtype) -> Any:

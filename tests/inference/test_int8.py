@@ -54,7 +54,7 @@ def least_cosine(got, expected):
 
 def test_tokens(tower, photos):
     calibration, others = photos
-    fast = ov3fast.optimize(tower, dtype=torch.int8, calibration=calibration)
+    fast = ov3fast.optimize(tower, dtype=torch.int8, mode="ours", calibration=calibration)
     with torch.no_grad():
         (pooled, tokens), (exact_pooled, exact) = fast.encode(others), tower.encode(others)
     assert least_cosine(tokens, exact) >= COSINE and least_cosine(pooled, exact_pooled) >= COSINE
@@ -66,16 +66,38 @@ def test_tokens(tower, photos):
     assert all(p.dtype == torch.float32 for p in tower.parameters()) and tower.get_vae().dtype == torch.float32
 
 
+def test_convolutions_that_are_slower_stay_wide(small_vae, photos, monkeypatch, tmp_path):
+    monkeypatch.setenv("OV3FAST_CACHE", str(tmp_path))
+    timed = []
+
+    def times(calls):
+        for call in calls:
+            call()
+        timed.append(len(calls))
+        return [1.0, 2.0 if len(timed) % 2 else 0.5]
+
+    monkeypatch.setattr("ov3fast.inference.choosing.times", times)
+    fast = ov3fast.optimize(small_vae, dtype=torch.int8, calibration=photos[0][:1])
+    measured = {path: choice for path, choice in fast.report.choices.items() if "conv" in path}
+    assert set(measured.values()) == {"int8", "ours"} and 2 < len(timed) < len(measured), "alike ones are measured once"
+    slow = next(path for path, choice in measured.items() if choice == "ours")
+    assert fast.vae.get_submodule(slow.removeprefix("vae.")).__dict__[fusions.STATE].ranges is None
+    assert "int8 2000.000 ms, bfloat16 1000.000 ms" in fast.report.reasons[slow] or "float32 1000" in fast.report.reasons[slow]
+    timed.clear()
+    assert ov3fast.optimize(small_vae, dtype=torch.int8, calibration=photos[0][:1]).report.choices == fast.report.choices
+    assert not timed, "remembered"
+
+
 def test_evening_out_the_channels_is_what_brings_it_there(tower, photos, monkeypatch):
     monkeypatch.setattr("ov3fast.inference.products.evened", lambda largest, weight: torch.ones_like(largest))
-    fast = ov3fast.optimize(tower, dtype=torch.int8, calibration=photos[0])
+    fast = ov3fast.optimize(tower, dtype=torch.int8, mode="ours", calibration=photos[0])
     with torch.no_grad():
         assert least_cosine(fast.encode(photos[1])[1], tower.encode(photos[1])[1]) < COSINE
 
 
 def test_the_small_vae(small_vae, photos):
     calibration, others = photos[0][:3], photos[1][:1]
-    fast = ov3fast.optimize(small_vae, dtype=torch.int8, calibration=calibration)
+    fast = ov3fast.optimize(small_vae, dtype=torch.int8, mode="ours", calibration=calibration)
     with torch.no_grad():
         got, expected = (vae.decode(vae.encode(others)).float() for vae in (fast, small_vae))
     assert 10 * torch.log10(4 / (got - expected).square().mean()) >= PSNR
@@ -126,7 +148,7 @@ def test_ranges():
 
 
 def test_changed_weights_reach_the_products(tower, photos):
-    fast = ov3fast.optimize(tower, dtype=torch.int8, calibration=photos[0][:2])
+    fast = ov3fast.optimize(tower, dtype=torch.int8, mode="ours", calibration=photos[0][:2])
     block = fast.encoder.transformer.blocks[0]
     x = torch.randn(1, 17, 192, dtype=fast.encoder.cls_token.dtype)
     with torch.no_grad():
@@ -139,13 +161,14 @@ def test_changed_weights_reach_the_products(tower, photos):
 
 
 def test_gradients_are_refused(tower, photos):
-    fast = ov3fast.optimize(tower, dtype=torch.int8, calibration=photos[0][:2])
+    fast = ov3fast.optimize(tower, dtype=torch.int8, mode="ours", calibration=photos[0][:2])
     assert not any(p.requires_grad for p in fast.parameters())
     x = torch.randn(1, 17, 192, dtype=fast.encoder.cls_token.dtype, requires_grad=True)
     with pytest.raises(ValueError, match="an int8 model has no gradients"):
         fast.encoder.transformer.blocks[0](x, None)
 
 
+@pytest.mark.full
 def test_a_tower_of_transformers(photos):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -184,7 +207,7 @@ def test_photos_that_are_missing_are_asked_for(tower, monkeypatch):
 def test_a_copy_makes_its_own(tower, photos):
     import copy
 
-    fast = ov3fast.optimize(tower, dtype=torch.int8, calibration=photos[0][:2])
+    fast = ov3fast.optimize(tower, dtype=torch.int8, mode="ours", calibration=photos[0][:2])
     again = copy.deepcopy(fast.encoder)
     assert fusions.STATE in again.transformer.blocks[0].__dict__
     with torch.no_grad():

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 from ..lib.common import rounded
-from ..lib.exponential import exp2
 from ..lib.launch import kernel
 from .tiles import (
     INF,
@@ -47,7 +46,7 @@ def _query_gradient(
         if EXACT:
             p = tl.exp(scores - lse[:, None])
         else:
-            p = exp2(tl.fma(scores, scale, -lse[:, None]))
+            p = tl.exp2(tl.fma(scores, scale, -lse[:, None]))
         if BORDER:
             p = tl.where((start + tl.arange(0, BLOCK_KEYS))[None, :] < visible[:, None], p, 0.0)
         if EXACT:
@@ -163,7 +162,7 @@ def _key_gradients(
             p = tl.exp(scores - lse_row[None, :]) * weight_row[None, :]
         else:
             lse_row = lse_row * LOG2_E
-            p = exp2(tl.fma(scores, scale, -lse_row[None, :]))
+            p = tl.exp2(tl.fma(scores, scale, -lse_row[None, :]))
         if BORDER:
             visible = visible_keys(row, queries, keys, prefix_len, True)
             p = tl.where(key[:, None] < visible[None, :], p, 0.0)

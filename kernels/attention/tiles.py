@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 
 from ..lib.common import dot, rounded
-from ..lib.exponential import exp2
 from .config import WIDTHS
 
 LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
@@ -201,11 +200,11 @@ def softmax_step(scores, m_i, l_i, scale, EXACT: tl.constexpr, POSITIVE: tl.cons
         alpha = tl.exp(before - shift)
     elif POSITIVE:
         shift = shift * scale
-        p = exp2(tl.fma(scores, scale, -shift[:, None]))
-        alpha = exp2(tl.fma(before, scale, -shift))
+        p = tl.exp2(tl.fma(scores, scale, -shift[:, None]))
+        alpha = tl.exp2(tl.fma(before, scale, -shift))
     else:
-        p = exp2(scores - shift[:, None])
-        alpha = exp2(before - shift)
+        p = tl.exp2(scores - shift[:, None])
+        alpha = tl.exp2(before - shift)
     return p, alpha, m_i, l_i * alpha + tl.sum(p, 1)
 
 

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from ..lib.common import dot
-from ..lib.exponential import exp
 from ..lib.launch import kernel
 
 REACH: tl.constexpr = tl.constexpr(64.0)
@@ -143,7 +142,7 @@ def contrastive_statistics(
             if has_own:
                 tl.store(own + (i[None, :] + 0 * j[:, None]), z, mask=own_column[None, :] == j[:, None])
             if SHARED:
-                e = exp(z - shift)
+                e = _exp(z - shift)
                 sums += _halves(e)
                 m_j = tl.zeros((BLOCK_N,), tl.float32) + shift
                 l_j = tl.sum(e, 1)
@@ -174,6 +173,12 @@ def contrastive_statistics(
 def _halves(x):
     """[N, M] -> [N / 2, M], of sums of two rows that one thread holds: rows of a product that lie eight apart."""
     return tl.sum(x.reshape((x.shape[0] // 16, 2, 8, x.shape[1])), 1).reshape((x.shape[0] // 2, x.shape[1]))
+
+
+@triton.jit
+def _exp(x):
+    """tl.exp, but for 0 in place of subnormal results, which saves three instructions."""
+    return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
@@ -208,7 +213,7 @@ def _by_logit(
         shift = tl.load(row, mask=i < n, other=0.0)[None, :] + tl.load(column, mask=j < N, other=0.0)[:, None]
         by_row = tl.load(row + row_terms_stride, mask=i < n, other=0.0)
         by_column = tl.load(column + N, mask=j < N, other=0.0)
-        g += exp(z - shift) * (by_row[None, :] + by_column[:, None])
+        g += _exp(z - shift) * (by_row[None, :] + by_column[:, None])
         row += 2 * row_terms_stride
         column += 2 * N
     if has_own:

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from ov3fast import environment
 
+PIECE_ROWS, MOST_PIECES = 512, 16
+"""Rows of a rank that are passed round at once, and in how many parts at most."""
+
 
 @dataclass(frozen=True)
 class RowShards:
@@ -74,21 +77,36 @@ class RowShards:
             if rank != self.rank:
                 yield rank, part
 
-    def ring(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(rank, its rows) for every rank: this one's, then those of the ranks before it, each passed on by the neighbour while the one
-        before it is worked on. Two ranks' rows are held at a time."""
-        owner, block = self.rank, x.contiguous()
-        for hop in range(self.world):
-            following = (owner - 1) % self.world
-            last = hop == self.world - 1
-            arriving = None if last else self._pass_on(block, x.new_empty((self.sizes[following], *x.shape[1:])))
-            yield owner, block
-            if arriving is not None:
-                owner, block, arriving = following, arriving.wait(), None
+    def ring(self, x: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        """(rank, first, rows of it from `first` on) until every rank's rows have come: this one's whole, then those of the others in
+        `pieces`, each passed on by the rank before while the one before it is worked on. Three pieces are held at the most."""
+        x = x.contiguous()
+        places = [(piece, hop) for piece in range(self.pieces) for hop in range(1, self.world)]
+        arriving = self._next(x, places, 0, None)
+        yield self.rank, 0, x
+        for number, (piece, hop) in enumerate(places):
+            block = arriving.wait()
+            arriving = self._next(x, places, number + 1, block)
+            owner = (self.rank - hop) % self.world
+            yield owner, self.piece(owner, piece).start, block
 
-    def ring_sums(self) -> RingSums:
-        """Sums over the ranks of what each computes for the blocks of `ring`."""
-        return RingSums(self)
+    @property
+    def pieces(self) -> int:
+        """In how many parts a rank's rows are passed round."""
+        return min(MOST_PIECES, max(1, -(-max(self.sizes) // PIECE_ROWS)))
+
+    def piece(self, rank: int, number: int) -> slice:
+        """Which rows of a rank are its piece of that number."""
+        return slice(*(self.sizes[rank] * part // self.pieces for part in (number, number + 1)))
+
+    def _next(self, x: Tensor, places: list[tuple[int, int]], number: int, held: Tensor | None) -> _Arriving:
+        """Starts the transfer of that number: this rank's own piece goes on in the first hop, then what it holds."""
+        if number == len(places):
+            return _Arriving(x, x, [])
+        piece, hop = places[number]
+        rows = self.piece((self.rank - hop) % self.world, piece)
+        sent = x[self.piece(self.rank, piece)] if hop == 1 or held is None else held
+        return self._pass_on(sent, x.new_empty((rows.stop - rows.start, *x.shape[1:])))
 
     def _pass_on(self, sent: Tensor, room: Tensor, tag: int = 0) -> _Arriving:
         """Starts to send a block to the next rank and to receive the one before's into `room`."""
@@ -133,46 +151,68 @@ class _Arriving:
     """A block on its way; the one that is sent is kept until it has left."""
 
     def __init__(self, sent: Tensor, room: Tensor, works: list[Any]) -> None:
-        self.sent, self.room, self.works = sent, room, works
+        self.sent: Tensor | None = sent
+        self.room, self.works = room, works
 
     def wait(self) -> Tensor:
         for work in self.works:
             work.wait()
+        self.sent = None
         return self.room
 
 
 class RingSums:
-    """Partial sums that travel one hop behind the blocks of `RowShards.ring` and end at the blocks' owners.
+    """Sums over the ranks for the rows that `RowShards.ring` brings: each travels one hop behind its piece, and ends at the rows' owner.
 
-        for owner, block in shards.ring(x):
-            sums.expect(owner, like)       # what the ranks before have summed for this block is on its way
-            sums.add(partial)              # [sizes[owner], ...]
-        own = sums.home()
+        for owner, first, block in shards.ring(x):
+            sums.expect(len(block))      # what the ranks before have summed for this piece is on its way
+            sums.add(partial)                   # [len(block), D]
+        own = sums.home()                       # [n, D]
 
-    A block's sum runs over the ranks from its owner on, so its bits depend on the number of ranks alone.
+    The order of a sum is that of the ring, so its bits depend on the number of ranks alone.
     """
 
-    def __init__(self, shards: RowShards) -> None:
-        self.shards = shards
+    def __init__(self, shards: RowShards, like: Tensor) -> None:
+        """like: of the sums' dtype, device and trailing shape."""
+        self.shards, self.like, self.number = shards, like, -1
+        self._own: Tensor | None = None
         self._sum: Tensor | None = None
         self._arriving: _Arriving | None = None
+        self._returning: tuple[slice, _Arriving] | None = None
 
-    def expect(self, owner: int, like: Tensor) -> None:
-        """like: of the dtype, device and trailing shape of the sums."""
-        if self._sum is not None:
-            room = like.new_empty((self.shards.sizes[owner], *like.shape[1:]))
-            self._arriving = self.shards._pass_on(self._sum, room, tag=1)
+    def expect(self, rows: int) -> None:
+        if self.number >= 0 and self.number % (self.shards.world - 1):  # a later hop of the piece
+            self._arriving = self._sent_on(rows)
 
     def add(self, partial: Tensor) -> None:
-        self._sum = partial if self._arriving is None else self._arriving.wait().add_(partial)
+        if self._own is None:
+            self._own = partial
+        else:
+            self._sum = partial if self._arriving is None else self._arriving.wait().add_(partial)
+            self._arriving = None
+        self.number += 1
+        hops = self.shards.world - 1
+        if self.number and self.number % hops == 0:  # the piece's owner is next
+            self._arrived()
+            rows = self.shards.piece(self.shards.rank, self.number // hops - 1)
+            self._returning = rows, self._sent_on(rows.stop - rows.start)
+            self._sum = None
 
     def home(self) -> Tensor:
-        """This rank's rows of the sum over all ranks."""
+        """This rank's rows of the sums."""
+        self._arrived()
+        assert self._own is not None
+        return self._own
+
+    def _sent_on(self, rows: int) -> _Arriving:
         assert self._sum is not None
-        if self.shards.world == 1:
-            return self._sum
-        room = self._sum.new_empty((self.shards.sizes[self.shards.rank], *self._sum.shape[1:]))
-        return self.shards._pass_on(self._sum, room, tag=1).wait()
+        return self.shards._pass_on(self._sum, self.like.new_empty((rows, *self.like.shape[1:])), tag=1)
+
+    def _arrived(self) -> None:
+        if self._returning is not None and self._own is not None:
+            rows, arriving = self._returning
+            self._own[rows].add_(arriving.wait())
+        self._returning = None
 
 
 def deal(op: str, group_name: str, rows: int, facts: dict[str, int], device: torch.device) -> RowShards:

@@ -87,7 +87,7 @@ def contrastive_loss(
         pairs, and gradients averaged over the ranks, as DDP does, are that loss's. logit_scale and logit_bias must be equal on all
         ranks, and all ranks have to run the backward, or none.
     exchange: how texts cross the group's ranks: "gather" brings all of them to every rank, "ring" passes them from rank to rank, in both
-        directions of the derivative, so that a rank holds two ranks' texts at a time. The next ones travel while tiles are computed.
+        directions of the derivative, so that a rank holds a few pieces of the others' texts at a time. The next piece travels while tiles are computed.
     impl: a backend by name; None picks one.
 
     Returns a scalar: float32 (float64 for float64), under torch.autocast too; 0 for N = 0. All tensors get gradients; memory is linear in N.
@@ -227,20 +227,22 @@ def _join(image, parts):
 def _over_blocks(forward_rows, shards, blocks, views, text, scale, bias, kind):
     """`forward_rows` of each view against the columns of all ranks, one rank's after another's: those of the others arrive meanwhile."""
     rows, own = [None] * len(views), [None] * len(views)
-    columns = [[scale.new_empty((2, 0))] * shards.world for _ in views]
-    for rank, block in blocks:
+    columns = [[[scale.new_empty((2, 0))] for _ in shards.sizes] for _ in views]
+    for rank, _, block in blocks:
         if rank != shards.rank and len(block) == 0:
             continue
         # Outside this rank's own block there are no pairs: with this offset every row's would lie left of it.
         offset = 0 if rank == shards.rank else -len(text)
         for v, image in enumerate(views):
-            part, columns[v][rank], block_own = forward_rows(image, block, scale, bias, kind, offset)
+            part, by_column, block_own = forward_rows(image, block, scale, bias, kind, offset)
+            columns[v][rank].append(by_column)
             if rank == shards.rank:
                 rows[v], own[v] = part, block_own
             else:
                 rows[v] = _add_exponentials(rows[v], part) if kind == "softmax" else rows[v] + part
         del block  # else it would be kept while the one after the next arrives
-    return zip(rows, [torch.cat(parts, 1) if kind == "softmax" else None for parts in columns], own, strict=True)
+    by_columns = [None if kind == "sigmoid" else torch.cat([part for parts in ranks for part in parts], 1) for ranks in columns]
+    return zip(rows, by_columns, own, strict=True)
 
 
 def _add_exponentials(a, b):
@@ -275,7 +277,7 @@ def over_ranks(forward_rows, backward_rows, project=_project):
         share = shards.world / max(shards.total, 1)
         scale, bias = scale.to(wide), None if bias is None else bias.to(wide)
         found = []
-        blocks = shards.ring(text) if exchange == "ring" else shards.exchange(text)
+        blocks = shards.ring(text) if exchange == "ring" else ((rank, 0, block) for rank, block in shards.exchange(text))
         for rows, columns, own in _over_blocks(forward_rows, shards, blocks, views, text, scale, bias, kind):
             if kind == "softmax":
                 columns = torch.stack([shards.own(x) for x in shards.merge(*columns)])
@@ -345,12 +347,16 @@ class _View(NamedTuple):
     """softmax: the (max, log-sum) and the weight of every column of all ranks, [N] each."""
 
 
-def _backward_view(backward_rows, scale, bias, kind, view, image, text, offset, columns, need_image, need_text):
-    """`backward_rows` of one view against the texts of the slice `columns` of all ranks' columns."""
+def _backward_view(
+    backward_rows, scale, bias, kind, view, image, text, offset, columns, need_image, need_text, rows=slice(None)
+):
+    """`backward_rows` of a view's rows against the texts of the slice `columns` of all ranks' columns."""
     c = weights = None
     if view.columns is not None:
         *c, weights = (x[columns] for x in view.columns)
-    return backward_rows(image, text, scale, bias, kind, offset, view.rows, c, view.weight, weights, need_image, need_text)
+    return backward_rows(
+        image, text, scale, bias, kind, offset, view.rows[..., rows], c, view.weight, weights, need_image, need_text
+    )
 
 
 def _backward_ring(rectangle, shards, views, text, wide, need_image, need_text):
@@ -363,21 +369,32 @@ def _backward_ring(rectangle, shards, views, text, wide, need_image, need_text):
     starts = [sum(shards.sizes[:rank]) for rank in range(shards.world + 1)]
     grad_images: list[Any] = [None] * len(views)
     grad_scale = grad_bias = 0
-    sums, like = shards.ring_sums(), text.new_empty((0, text.shape[1]), dtype=wide)
-    for rank, block in shards.ring(text):
+    sums = _row_shards.RingSums(shards, text.new_empty((0, text.shape[1]), dtype=wide))
+    for rank, first, block in shards.ring(text):
         if need_text:
-            sums.expect(rank, like)
+            sums.expect(len(block))
         offset = 0 if rank == shards.rank else -len(text)  # as in _over_blocks
         block = block.to(images[0].dtype)
-        grad_block = None
+        grad_block: Any = None if len(block) or rank == shards.rank else sums.like
+        columns = slice(starts[rank] + first, starts[rank] + first + len(block))
+        # Against the others' pieces in chunks of rows, so that a chunk's gradient and the kernel's copies of it stay small.
+        size = max(len(text), 1) if rank == shards.rank else 2 * _row_shards.PIECE_ROWS
         for v, (view, image) in enumerate(zip(views, images, strict=True)):
-            columns = slice(starts[rank], starts[rank + 1])
-            by_image, by_text, by_scale, by_bias = rectangle(view, image, block, offset, columns, need_image, need_text)
-            if need_image:
-                grad_images[v] = by_image if grad_images[v] is None else grad_images[v].add_(by_image)
-            if need_text:
-                grad_block = by_text if grad_block is None else grad_block.add_(by_text)
-            grad_scale, grad_bias = grad_scale + by_scale, grad_bias + by_bias
+            for start in range(0, max(len(image), 1), size):
+                if rank != shards.rank and len(block) == 0:
+                    continue
+                rows = slice(start, start + size)
+                by_image, by_text, by_scale, by_bias = rectangle(
+                    view, image[rows], block, offset, columns, need_image, need_text, rows
+                )
+                if need_image and grad_images[v] is None:
+                    grad_images[v] = by_image
+                elif need_image:
+                    grad_images[v][rows].add_(by_image)
+                if need_text:
+                    grad_block = by_text if grad_block is None else grad_block.add_(by_text)
+                grad_scale, grad_bias = grad_scale + by_scale, grad_bias + by_bias
+                del by_image, by_text
         del block
         if need_text:
             sums.add(grad_block)

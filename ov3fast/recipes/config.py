@@ -187,7 +187,7 @@ class Recipe:
     more forward pass of the encoder and the text encoder; "micro-batch" has fewer negatives."""
     contrastive_exchange: Literal["gather", "ring"] = "gather"
     """How texts cross the ranks in the contrastive loss: "gather" brings all to every rank; "ring" passes them on from rank to rank,
-    two ranks' at a time in memory, while tiles are computed. The same loss; another order of sums."""
+    a few pieces at a time in memory, while tiles are computed. The same loss; another order of sums."""
     activation_checkpointing: bool = False
     """Recompute each transformer block in the backward pass: less memory, about a third more time."""
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"

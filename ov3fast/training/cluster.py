@@ -5,8 +5,11 @@
 An optimizer step takes as long as the slowest of three things that overlap:
 
     compute    FLOPs per image * images per GPU / (MFU * peak)
-    exchange   bytes that a rank sends / bandwidth: 8 (W - 1) / W bytes per parameter for the ring all-reduce of float32 gradients, and
-               4 E (W - 1) / W * 2 bytes per image of the batch for the contrastive features and their gradients, of both towers
+    exchange   bytes that a rank sends / bandwidth: 4 E (W - 1) / W * 2 bytes per image of the batch for the contrastive features and their
+               gradients, of both towers, and for the weights' gradients, per parameter,
+               ddp   8 (W - 1) / W: the ring all-reduce in float32
+               fsdp  (2 g + 4) (W - 1) / W in every micro-batch: weights of g bytes gathered twice, gradients reduce-scattered
+               hsdp  as fsdp over the S ranks of a share, at the node's bandwidth where they are in one; and 8 / S (W/S - 1) / (W/S) between shares
     data       images per GPU / the loader's rate, where that is given
 
 The MFU (model FLOPs utilization: FLOPs done over the peak of dense bfloat16) is an assumption, not a measurement. Legend: W ranks, E
@@ -118,7 +121,7 @@ def estimate(
     loader_rate: float | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> ClusterPlan:
-    """The recipe's stages on `gpus` of `chip` under DistributedDataParallel.
+    """The recipe's stages on `gpus` of `chip`, held as recipe.parallel says (hsdp: shares within a node of eight unless shard_size is set).
 
     loader_rate: images/s that the data loader brings per GPU; None leaves it out of the bound. Raises ValueError where a stage's batch
     can't be shared evenly.
@@ -145,14 +148,24 @@ def _stage(
     stage = planned.stage
     images = stage.batch_size // gpus
     micro_batch = images // recipe.accumulate
-    memory = footprint(recipe, number, micro_batch)
+    whole = footprint(recipe, number, micro_batch)
+    share = {"ddp": 1, "fsdp": gpus}.get(recipe.parallel, recipe.shard_size or min(gpus, GPUS_PER_NODE))
+    narrow = 2 if recipe.precision == "bf16" else 4
+    memory = whole if share == 1 else whole.shared(share, _gathered(recipe, whole.weights // 4, narrow))
     compute = planned.flops_per_sample * images / (mfu * chip.tflops * 1e12)
 
     ring = (gpus - 1) / gpus
     features = 4 * recipe.model.vision.embed_dim * stage.batch_size
-    sent = ring * (2 * memory.gradients + 2 * 2 * features)
-    bandwidth = chip.node_gb_s if gpus <= GPUS_PER_NODE else chip.network_gb_s
-    exchange = sent / (bandwidth * 1e9)
+    near, far = chip.node_gb_s * 1e9, (chip.node_gb_s if gpus <= GPUS_PER_NODE else chip.network_gb_s) * 1e9
+    sent = ring * 2 * 2 * features
+    exchange = sent / far
+    if share > 1:
+        passes = 2 if recipe.reshard else 1
+        within = recipe.accumulate * (share - 1) / share * (whole.weights // 4 * passes * narrow + whole.gradients)
+        sent, exchange = sent + within, exchange + within / (near if share <= GPUS_PER_NODE else far)
+    copies = gpus // share
+    between = 2 * (copies - 1) / copies * memory.gradients
+    sent, exchange = sent + between, exchange + between / far
     data = None if loader_rate is None else images / loader_rate
 
     parts = {"compute": compute, "exchange": exchange, **({} if data is None else {"data": data})}
@@ -182,6 +195,18 @@ def _stage(
     )
 
 
+def _gathered(recipe: Recipe, parameters: int, narrow: int) -> int:
+    """Bytes of the weights that FSDP holds gathered: those outside the blocks, and two blocks, or all."""
+    if not recipe.reshard:
+        return narrow * parameters
+    towers = [
+        (part.width, part.mlp_dim, part.depth)
+        for part in (recipe.model.vision, recipe.model.decoder, recipe.model.text, recipe.model.caption)
+    ]
+    blocks = [(4 * width * width + 2 * width * hidden, depth) for width, hidden, depth in towers]
+    return narrow * (parameters - sum(size * depth for size, depth in blocks) + 2 * max(size for size, _ in blocks))
+
+
 def _suggestions(
     recipe: Recipe, memory: Footprint, chip: Chip, micro_batch: int, shares: dict[str, float], bound: str
 ) -> list[str]:
@@ -193,8 +218,10 @@ def _suggestions(
             found.append("does not fit: activation_checkpointing")
         elif room > 0:
             found.append(f"does not fit: accumulate {recipe.accumulate * -(-memory.activations // int(room))} or more GPUs")
+        elif recipe.parallel == "ddp":
+            found.append("does not fit: weights, gradients and moments alone exceed the memory; parallel fsdp shares them")
         else:
-            found.append("does not fit: weights, gradients and moments alone exceed the memory")
+            found.append("does not fit: a process's share of weights, gradients and moments exceeds the memory")
     elif memory.total < capacity / 2:
         most = int(micro_batch * room / memory.activations)
         if recipe.accumulate > 1:

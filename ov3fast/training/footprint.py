@@ -8,6 +8,7 @@ and FlopCounterMode counts the products. What a kernel allocates for itself and 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import weakref
 from dataclasses import dataclass
@@ -50,10 +51,17 @@ class Footprint:
     """Peak of everything else that is alive at once while a micro-batch is encoded, run forward and run backward."""
     flops_per_image: float
     """Of the step, VAE and LPIPS included."""
+    gathered: int = 0
+    """Weights put together from their shares, with FSDP."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.moments + self.ema + self.frozen + self.activations
+        return self.weights + self.gradients + self.moments + self.ema + self.frozen + self.activations + self.gathered
+
+    def shared(self, by: int, gathered: int) -> Footprint:
+        """With weights, gradients, moments and average dealt over `by` processes."""
+        shares = {name: -(-getattr(self, name) // by) for name in ("weights", "gradients", "moments", "ema")}
+        return dataclasses.replace(self, **shares, gathered=gathered)
 
 
 def footprint(recipe: Recipe, stage: int, images: int) -> Footprint:

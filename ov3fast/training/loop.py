@@ -43,6 +43,7 @@ from ov3fast.models.tokenizer import FILE as TOKENIZER_FILE
 from ov3fast.models.tokenizer import Tokenizer, load_tokenizer
 from ov3fast.recipes.config import Recipe, Stage, leaves
 from ov3fast.training import build, capture, checkpoint, compare, distributed, plan
+from ov3fast.training.announce import announce
 from ov3fast.training.capture import CapturedStep
 from ov3fast.training.guard import MOST, NonFiniteError, SpikeError, median_if_spike, report
 from ov3fast.training.inputs import Inputs
@@ -148,6 +149,12 @@ class Run:
             f"{self.store.n:,} samples, {counts['total'] / 1e6:.2f} M parameters, vocabulary {tokenizer.vocab_size:,}, "
             f"{self.parallel.describe()} on {self.ranks.device}, {recipe.precision}, run_dir {run_dir}"
         )
+        for line in (
+            announce(recipe, self.parallel, self.optimizer, min(self.state.stage, len(recipe.stages) - 1))
+            if self.ranks.first
+            else ()
+        ):
+            self.display.note(line)
         # What set-up made stays to the end: the collector need not go through it in every one of its rounds.
         gc.collect()
         gc.freeze()

@@ -45,6 +45,10 @@ class Parallel:
         elif self.sharded:
             self._shard(recipe)
 
+        self.reshards = recipe.reshard
+        self.bytes_gathered = 2 if recipe.precision == "bf16" else 4
+        """Of a gathered weight's value."""
+
     @property
     def sharded(self) -> bool:
         return self.kind in ("fsdp", "hsdp")

@@ -90,7 +90,7 @@ def test_what_a_spike_is():
     for n in range(2 * WINDOW):
         assert median_if_spike(recent, 1.0 + n % 2, 3.0) is None
     assert len(recent) == WINDOW
-    assert median_if_spike(recent, 4.4, 3.0) is None and median_if_spike(recent, 4.6, 3.0) == 1.5
+    assert median_if_spike(recent, 4.6, 3.0) == 1.5 and median_if_spike(recent, 4.4, 3.0) is None
     assert 4.6 not in recent and 4.4 in recent
     assert median_if_spike([1.0] * (LEAST - 1), 1e9, 3.0) is None
 

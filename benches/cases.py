@@ -533,12 +533,13 @@ def encoder(
 
 
 def vae(dtype: str, config: dict, pixels: int, batch: int = 1) -> Iterator[Case]:
-    """Encoding and decoding of FLUX's VAE, against the same weights as diffusers computes: GroupNorm, SiLU and upsampling by themselves, NCHW."""
+    """Encoding and decoding of FLUX's VAE, against the same layers one by one, as diffusers runs them: GroupNorm, SiLU and upsampling by themselves, NCHW."""
     from ov3fast.models.vae import FrozenVAE
 
     ours = FrozenVAE.from_config(config).to(DTYPES[dtype])
     peer = _plain_vae(config).to(DTYPES[dtype])
-    images, latents = randn(batch, ours.channels, pixels // ours.stride, pixels // ours.stride, dtype=DTYPES[dtype])
+    images = randn(batch, 3, pixels, pixels, dtype=DTYPES[dtype])
+    latents = randn(batch, ours.channels, pixels // ours.stride, pixels // ours.stride, dtype=DTYPES[dtype])
 
     def encode(images):
         return peer.encode(images).latent_dist.parameters

@@ -50,6 +50,38 @@ def test_rehearsal(plan, tmp_path):
         results.facts(rows)
 
 
+def test_rehearsal_of_attention_s_descriptors(tmp_path):
+    """Which no `--only` of the plans above reaches."""
+    command = [sys.executable, "-m", "tools.gpu.correct", tmp_path / "rows.jsonl", "triton", "descriptors"]
+    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, stdout=subprocess.DEVNULL)
+    rows = Rows(tmp_path / "rows.jsonl").read()
+    assert len(rows) == 12 and not bad(rows) and all(0 < row["ratio"] <= 1 for row in rows)
+
+
+def test_a_launcher_that_fails_is_left_for_triton_s(tmp_path, monkeypatch):
+    """Half an hour on a GPU is not lost to it; the run fails all the same."""
+    rows, ran = Rows(tmp_path / "correct.jsonl"), []
+    plan = plans.Plan("correct", rows, "", True, time.monotonic() + 60, tmp_path)
+
+    def run(jobs, at_once=1):
+        for job in jobs:
+            ran.append((job.name, job.environment.get("OV3FAST_LAUNCHER")))
+            if "OV3FAST_LAUNCHER" not in job.environment or fails:
+                rows.write(job.name, "same bits", "failed")
+
+    monkeypatch.setattr(plan, "run", run)
+    fails = False
+    plans.correct(plan)
+    assert ran[:2] == [("layer_norm", None), ("layer_norm", "triton")] and {launcher for _, launcher in ran[1:]} == {"triton"}
+    assert len(ran) > 10 and [row["check"] for row in bad(rows.read())] == ["same bits", "launcher"]
+    rows.path.unlink()
+    ran.clear()
+    del plan.environment["OV3FAST_LAUNCHER"]
+    fails = True
+    plans.correct(plan)
+    assert len(ran) == 2 and rows.read()[-1]["status"] == "not reached"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu_is_a_failure(tmp_path):
     done = run("correct", tmp_path)

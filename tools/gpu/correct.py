@@ -21,6 +21,8 @@ from .rows import Rows
 from .setting import DEVICE, DTYPES, REHEARSAL, SIZES, capture, doing, named_launches, samples, synchronize
 
 REPEATS = 2 if REHEARSAL else 5
+WAYS = ("tma", "warp-specialized")
+"""The words behind a size class in attention's rows of configuration."""
 
 
 class Checks:
@@ -110,7 +112,7 @@ def descriptors(checks: Checks) -> None:
             testing.assert_same_bits(other, ours[0])
         yield {"direction": "forward", "ratio": round(budget.ratios([ours[0][0]])[0], 4)}
 
-    for way in ("tma", "warp-specialized"):
+    for way in WAYS:
         for width in (64, 72, 128):
             for causal in (False, True):
                 where = dict(dtype="bf16", size=f"D={width}{' causal' * causal}")

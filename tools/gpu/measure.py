@@ -24,7 +24,7 @@ from ov3fast import ops
 from .rows import Rows
 from .setting import BACKENDS, DEVICE, REHEARSAL, capture, doing, synchronize
 
-TURNS = 3 if REHEARSAL else 25
+TURNS, SECONDS = (1, 0.0) if REHEARSAL else (25, 1.0)
 
 
 def variants(case: cases.Case, compiles: bool) -> Iterator[tuple[str, str | None, Callable[[], object]]]:
@@ -57,7 +57,7 @@ def measured(call: Callable[[], object]) -> dict[str, Any]:
                 raise
             how["detail"] = f"not captured: {reason}"
             synchronize()
-    times = timing.interleaved({"": run}, budget=1.0, least=TURNS, most=4 * TURNS)[""]
+    times = timing.interleaved({"": run}, budget=SECONDS, least=TURNS, most=4 * TURNS)[""]
     first, median, third = (1e3 * seconds for seconds in timing.quartiles(times))
     host_us = round(1e6 * statistics.median(host), 1)
     return {"ms": round(median, 5), "ms_q1": round(first, 5), "ms_q3": round(third, 5), "host_us": host_us, **how}

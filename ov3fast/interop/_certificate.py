@@ -1,6 +1,6 @@
 """What an export is worth: the largest differences of its outputs from the model's own, on real photos, at several batches and sizes.
 
-    err(export) <= max(2 err(eager), err(operators)) + eps max|exact|
+    err(export) <= max over the cases of max(2 err(eager), err(operators)) + eps max|exact|
 
 as everywhere (`ov3fast.testing`): errors are measured against the model in float64, eager is the model on PyTorch's operators in its own
 dtype, and operators the model as it runs here, whose sums have another order as the export's have. An export beyond it is not written.
@@ -55,6 +55,7 @@ class Certificate:
     def check(self, part: Part, file: Path, run: Run, *, free: bool = True) -> None:
         """Runs the exported `file` beside the model at every batch and size that it should take. free: False where one size was compiled."""
         cases = [self._case(part, run, *sizes) for sizes in self._sizes(part, free)]
+        self._judge(part, cases)
         outputs = part.module.outputs
         entry = {
             "inputs": {part.module.inputs[0]: [str(part.example.dtype).removeprefix("torch."), *_axes(part)]},
@@ -87,18 +88,23 @@ class Certificate:
             wide = given.double() if given.is_floating_point() else given
             with ops.use("eager"):
                 exact = _tuple(self.exact_parts[part.name].module(wide))
-        found = run(given)
-        errors, budgets = {}, {}
-        for name, got, same, other, truth in zip(part.module.outputs, found, eager, own, exact, strict=True):
-            beyond, budget = error_and_budget(got, same, truth, partial(error, other, truth))
-            if not beyond <= budget:
-                raise ValueError(
-                    f"export: {part.name}: {name} of the exported file is off by {beyond:.2e} at batch {batch}, size {size}; "
-                    f"the budget is {budget:.2e}"
-                )
+        errors, beyond, budgets = {}, {}, {}
+        for name, got, same, other, truth in zip(part.module.outputs, run(given), eager, own, exact, strict=True):
             # What is said of an export is its difference from eager; the budget speaks of the exact result.
-            errors[name], budgets[name] = error(got, same), budget
-        return {"batch": batch, **_shape(part, size), "error": errors, "budget": budgets}
+            errors[name] = error(got, same)
+            beyond[name], budgets[name] = error_and_budget(got, same, truth, partial(error, other, truth))
+        return {"batch": batch, **_shape(part, size), "error": errors, "from_exact": beyond, "budget": budgets}
+
+    def _judge(self, part: Part, cases: list[dict[str, Any]]) -> None:
+        """Each case against the largest budget of all: where PyTorch is lucky with one input, a sum in another order is not at fault."""
+        for name in part.module.outputs:
+            budget = max(case["budget"][name] for case in cases)
+            for case in cases:
+                if not case["from_exact"][name] <= budget:
+                    raise ValueError(
+                        f"export: {part.name}: {name} of the exported file is off by {case['from_exact'][name]:.2e} at batch "
+                        f"{case['batch']}, size {case.get('height', '-')} x {case.get('width', '-')}; the budget is {budget:.2e}"
+                    )
 
     def _input(self, part: Part, batch: int, size: tuple[int, int]) -> Tensor:
         if not part.example.is_floating_point():

@@ -45,11 +45,16 @@ test-versions:
 	$(PYTHON) tools/versions.py 2.11.0 3.6.0 2.3.5
 	$(PYTHON) tools/versions.py 2.14.1 3.8.0 2.4.6
 
-# A processor without AVX (qemu-user-static of Debian emulates it): the same build loads there, with its portable kernels.
-OLD_CPU := OMP_NUM_THREADS=1 qemu-x86_64-static -cpu Nehalem $(BIN)/python
+# A processor without AVX (qemu-user-static of Debian emulates it): a wheel that was built here runs there, with its portable kernels.
+OLD_CPU := OMP_NUM_THREADS=1 qemu-x86_64-static -cpu Nehalem
+WHEEL := build/old-cpu
 test-old-cpu: .venv/dev
-	$(OLD_CPU) -c "from ov3fast.ops import cpu; assert cpu.isa() == 'portable', cpu.isa()"
-	$(OLD_CPU) -m pytest -p no:cacheprovider tests/ops/test_linear.py tests/ops/test_layer_norm.py \
+	rm -rf $(WHEEL)
+	$(BIN)/python -m pip wheel . --no-deps --wheel-dir $(WHEEL)
+	$(BIN)/python -m pip install --no-deps --target $(WHEEL)/installed $(WHEEL)/*.whl
+	python=$$(realpath -s $(BIN)/python) && cd $(WHEEL)/installed && $(OLD_CPU) $$python -c "import torch; from ov3fast import ops; \
+	assert ops.cpu.isa() == 'portable', ops.cpu.isa(); x, w = torch.ones(9, 7), torch.ones(5, 7); assert (ops.linear(x, w, impl='cpu') == 7).all()"
+	OV3FAST_NATIVE=$(WHEEL)/installed/ov3fast/_native $(OLD_CPU) $(BIN)/python -m pytest -p no:cacheprovider tests/ops/test_linear.py tests/ops/test_layer_norm.py \
 	--implementations portable -k "not compile and not hypothesis"
 
 # timm and open_clip need torchvision, so that the doors are tried beside them in an environment of its own; gigabytes the first time.

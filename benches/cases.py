@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ov3fast import ops
 from ov3fast.models.vae import FLUX_VAE
-from ov3fast.ops import _dispatch
+from ov3fast.ops import _calls, _choice, _dispatch
 
 from . import peers
 
@@ -54,14 +54,15 @@ def randn(*shape: int, dtype: torch.dtype, grad: bool = False, scale: float = 1.
     return (torch.randn(shape) * scale).to(dtype).requires_grad_(grad)
 
 
-def both(function: Callable[..., Tensor], *leaves: Tensor) -> Callable[[], object]:
-    """Forward and backward of `function`, for gradients of all leaves and a random upstream gradient (1 for a scalar)."""
+def both(function: Callable[..., object], *leaves: Tensor) -> Callable[[], object]:
+    """Forward and backward of `function`, for gradients of all leaves and random upstream gradients (1 for a scalar)."""
 
     def run() -> object:
         out = function(*leaves)
-        if out.ndim and run.upstream is None:
-            run.upstream = torch.randn_like(out)
-        return torch.autograd.grad(out, leaves, run.upstream)
+        outputs = out if isinstance(out, tuple) else (out,)
+        if run.upstream is None:
+            run.upstream = [torch.randn_like(value) if value.ndim else None for value in outputs]
+        return torch.autograd.grad(outputs, leaves, run.upstream)
 
     run.upstream = None
     return run
@@ -86,10 +87,31 @@ def compiled(function: Callable) -> Callable:
 
 # ---- the operators --------------------------------------------------------------------------------------------------
 
+CALLS = {call.name: call for call in _calls.every()}
+
+
+def bound(call: _calls.Call, dtype: str, size: tuple[int, ...]) -> _calls.Bound:
+    """The call with random values; its leaves are what training takes gradients of."""
+    return _calls.Bound(call, call.make(lambda *shape, scale=1.0: torch.randn(shape) * scale, size, *storage(dtype)))
+
+
+def row_of(dtype: str, call: _calls.Call) -> Iterator[Case]:
+    """For an operator that has no case of its own: at the call's real size, against the reference."""
+    at = bound(call, dtype, call.real)
+    size = call.counted(*call.real) if call.op in _choice.DIMENSIONS else None
+    functions = {OURS: at(call.function), "eager": at(call.reference)}
+    for direction, wrap in (("forward", forward), ("both", both)):
+        if direction == "forward" or at.leaves:
+            yield Case(
+                call.name, direction, size, f"[{','.join(map(str, call.real))}]", dtype,
+                {name: wrap(function, *at.leaves) for name, function in functions.items()},
+                bytes=float(sum(value.nbytes for value in at.arguments)),
+            )  # fmt: skip
+
 
 def attention(dtype: str, shape: tuple[int, ...], targets: tuple[float | None, float | None]) -> Iterator[Case]:
     b, n, h, d = shape
-    q, k, v = (randn(*shape, dtype=DTYPES[dtype], grad=True) for _ in range(3))
+    at = bound(CALLS["flash_attention"], dtype, (b, n, n, h, d))
 
     def peer(q, k, v):
         return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
@@ -97,24 +119,23 @@ def attention(dtype: str, shape: tuple[int, ...], targets: tuple[float | None, f
     flops = 4 * b * h * n * n * d
     name = f"[{b},{n},{h},{d}]"
     for direction, make, units, target in (("forward", forward, 1.0, targets[0]), ("both", both, 3.5, targets[1])):
-        others = {"sdpa": peer, **peers.attention(dtype)}
-        variants = {OURS: make(ops.flash_attention, q, k, v), **{n: make(f, q, k, v) for n, f in others.items()}}
+        functions = {OURS: ops.flash_attention, "sdpa": peer, **peers.attention(dtype)}
+        variants = {n: make(f, *at.leaves) for n, f in functions.items()}
         yield Case("flash_attention", direction, (b * h, n, d), name, dtype, variants, units * flops, target=target)
 
 
 def contrastive(dtype: str, n: int, d: int, target: float | None, peers: bool = True) -> Iterator[Case]:
-    image, text = (randn(n, d, dtype=DTYPES[dtype], grad=True) for _ in range(2))
-    scale = torch.tensor(20.0, requires_grad=True)
+    leaves = bound(CALLS["contrastive_loss-softmax"], dtype, (n, d)).leaves
 
     def peer(image, text, scale):
         logits = scale * (F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T)
         labels = torch.arange(len(image))
         return (F.cross_entropy(logits.float(), labels) + F.cross_entropy(logits.T.float(), labels)) / 2
 
-    variants = {OURS: both(ops.contrastive_loss, image, text, scale)}
+    variants = {OURS: both(ops.contrastive_loss, *leaves)}
     if peers:
-        variants |= {"eager": both(peer, image, text, scale), "compile": both(compiled(peer), image, text, scale)}
-    results = 2 * image.nbytes
+        variants |= {"eager": both(peer, *leaves), "compile": both(compiled(peer), *leaves)}
+    results = 2 * leaves[0].nbytes
     yield Case(
         "contrastive_loss",
         "both",
@@ -131,109 +152,86 @@ def contrastive(dtype: str, n: int, d: int, target: float | None, peers: bool = 
 
 def sigmoid_loss(dtype: str, n: int, d: int) -> Iterator[Case]:
     """contrastive_loss of SigLIP's kind. The whole N x N matrix of eager PyTorch does not fit beyond some rows, and is left out there."""
-    image, text = (randn(n, d, dtype=DTYPES[dtype], grad=True) for _ in range(2))
-    scale, bias = torch.tensor(10.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
-
-    def ours(image, text, scale, bias):
-        return ops.contrastive_loss(image, text, scale, kind="sigmoid", logit_bias=bias)
+    call = CALLS["contrastive_loss-sigmoid"]
+    at = bound(call, dtype, (n, d))
 
     def peer(image, text, scale, bias):
         logits = scale * (F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T) + bias
         signs = 2 * torch.eye(len(image), dtype=logits.dtype) - 1
         return -F.logsigmoid(signs * logits).sum() / len(image)
 
-    functions = {OURS: ours, **({"eager": peer, "compile": compiled(peer)} if n <= 16384 else {}), **peers.sigmoid_loss()}
-    variants = {name: both(function, image, text, scale, bias) for name, function in functions.items()}
+    functions = {OURS: at(call.function)} | ({"eager": peer, "compile": compiled(peer)} if n <= 16384 else {}) | peers.sigmoid_loss()
+    variants = {name: both(function, *at.leaves) for name, function in functions.items()}
     yield Case(
         "contrastive_loss", "both", None, f"sigmoid [{n},{d}]", dtype, variants, 6.0 * n * n * d,
-        note_memory=True, result_bytes=2 * image.nbytes,
+        note_memory=True, result_bytes=2 * at.leaves[0].nbytes,
     )  # fmt: skip
 
 
 def cross_entropy(dtype: str, target: float | None, shape: tuple[int, int, int] = (2048, 768, 32000)) -> Iterator[Case]:
     t, d, v = shape
-    hidden, weight = randn(t, d, dtype=DTYPES[dtype], grad=True), randn(v, d, dtype=DTYPES[dtype], grad=True, scale=d**-0.5)
-    labels = torch.randint(0, v, (t,))
+    call = CALLS["linear_cross_entropy_total-all labelled"]
+    at = bound(call, dtype, shape)
 
-    def plain(hidden, weight):
+    def plain(hidden, weight, labels):
         return F.cross_entropy(F.linear(hidden, weight).float(), labels)
 
-    def narrow(hidden, weight):
+    def narrow(hidden, weight, labels):
         return F.cross_entropy(F.linear(hidden, weight), labels)
 
-    variants = {
-        OURS: both(lambda h, w: ops.linear_cross_entropy(h, w, labels), hidden, weight),
-        "eager": both(plain, hidden, weight),
-        "eager, logits in the dtype": both(narrow, hidden, weight),
-        "compile": both(compiled(plain), hidden, weight),
-    }
-    variants |= {n: both(lambda h, w, f=f: f(h, w, labels), hidden, weight) for n, f in peers.linear_cross_entropy().items()}
-    if hasattr(F, "linear_cross_entropy"):
-        variants["F.linear_cross_entropy"] = both(lambda h, w: F.linear_cross_entropy(h, w, labels), hidden, weight)
-    results = hidden.nbytes + weight.nbytes
-    functions = {
-        OURS: lambda h, w: ops.linear_cross_entropy(h, w, labels),
-        "eager": plain,
-        "eager, logits in the dtype": narrow,
-    }
+    functions = {OURS: at(call.function), "eager": at.plain(plain), "eager, logits in the dtype": at.plain(narrow)}
     yield Case(
         "linear_cross_entropy", "forward", shape, f"[{t},{d}] x [{v},{d}]", dtype,
-        {n: forward(f, hidden, weight) for n, f in functions.items()}, 2.0 * t * d * v, note_memory=True,
+        {n: forward(f, *at.leaves) for n, f in functions.items()}, 2.0 * t * d * v, note_memory=True,
     )  # fmt: skip
+    others = {"compile": compiled(plain), **peers.linear_cross_entropy()}
+    if hasattr(F, "linear_cross_entropy"):
+        others["F.linear_cross_entropy"] = F.linear_cross_entropy
+    functions |= {n: at.plain(f) for n, f in others.items()}
     yield Case(
-        "linear_cross_entropy", "both", shape, f"[{t},{d}] x [{v},{d}]", dtype, variants, 6.0 * t * d * v,
-        target=target, note_memory=True, result_bytes=results,
+        "linear_cross_entropy", "both", shape, f"[{t},{d}] x [{v},{d}]", dtype, {n: both(f, *at.leaves) for n, f in functions.items()},
+        6.0 * t * d * v, target=target, note_memory=True, result_bytes=sum(leaf.nbytes for leaf in at.leaves),
     )  # fmt: skip
 
 
 def patch_embed(dtype: str, shape: tuple[int, int, int, int] = (64, 16, 32, 768)) -> Iterator[Case]:
     b, c, side, width = shape
-    moments = randn(b, 2 * c, side, side, dtype=torch.float32)
-    weight, bias = randn(width, 4 * c, dtype=DTYPES[dtype], scale=0.1), randn(width, dtype=DTYPES[dtype])
-    position, cls = randn(1 + side * side // 4, width, dtype=DTYPES[dtype]), randn(width, dtype=DTYPES[dtype])
-    rng = ops.random.make_rng(1, device=torch.get_default_device())
+    call = replace(CALLS["patch_embed"], single=(0,))  # the VAE's moments are float32
+    at = bound(call, dtype, shape)
 
-    def peer(moments, weight, bias, position, cls):
+    def peer(moments, weight, bias, position, cls, rng):
         mean, logvar = moments.chunk(2, 1)
         z = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * torch.randn_like(mean)
         tokens = F.conv2d(z.to(weight.dtype), weight.view(width, c, 2, 2), bias, stride=2).flatten(2).transpose(1, 2)
         return torch.cat([cls.expand(b, 1, -1), tokens], 1) + position
 
-    def ours(moments, weight, bias, position, cls):
-        return ops.patch_embed(moments, weight, bias, position, cls, moments=True, rng=rng)
-
-    arguments = (moments, weight, bias, position, cls)
-    variants = {
-        OURS: forward(ours, *arguments), "eager": forward(peer, *arguments), "compile": forward(compiled(peer), *arguments),
-    }  # fmt: skip
+    functions = {OURS: at(call.function), "eager": at.plain(peer), "compile": at.plain(compiled(peer))}
+    moments, weight = at.arguments[:2]
     tokens = b * (1 + side * side // 4)
-    traffic = moments.nbytes + tokens * width * weight.element_size()
     yield Case(
-        "patch_embed", "forward", (b, side * side, width), f"moments [{b},{2 * c},{side},{side}] -> {width}", dtype, variants,
-        flops=2.0 * b * side * side * c * width, bytes=traffic, target=4.0,
+        "patch_embed", "forward", (b, side * side, width), f"moments [{b},{2 * c},{side},{side}] -> {width}", dtype,
+        {n: forward(f, *at.leaves) for n, f in functions.items()}, flops=2.0 * b * side * side * c * width,
+        bytes=moments.nbytes + tokens * width * weight.element_size(), target=4.0,
     )  # fmt: skip
 
 
 def latents_to_tokens(dtype: str, shape: tuple[int, int, int, int] = (144, 16, 8, 192)) -> Iterator[Case]:
     """patch_embed as training meets it once the latents are cached."""
     b, c, side, width = shape
-    latents = randn(b, c, side, side, dtype=torch.float32)
-    weight, bias, cls = (randn(*s, dtype=DTYPES[dtype], grad=True, scale=0.1) for s in ((width, 4 * c), (width,), (width,)))
-    position = randn(1 + side * side // 4, width, dtype=DTYPES[dtype], grad=True)
+    call = CALLS["patch_embed-latents"]
+    at = bound(call, dtype, shape)
 
-    def ours(weight, bias, position, cls):
-        return ops.patch_embed(latents, weight, bias, position, cls)
-
-    def peer(weight, bias, position, cls):
+    def peer(latents, weight, bias, position, cls):
         tokens = F.conv2d(latents.to(weight.dtype), weight.view(width, c, 2, 2), bias, stride=2).flatten(2).transpose(1, 2)
         return torch.cat([cls.expand(b, 1, -1), tokens], 1) + position
 
-    arguments = (weight, bias, position, cls)
+    functions = {OURS: at(call.function), "eager": at.plain(peer)}
+    latents, weight = at.arguments[:2]
     traffic = latents.nbytes + b * (1 + side * side // 4) * width * weight.element_size()
     for direction, wrap, units in (("forward", forward, 1), ("both", both, 2)):
         yield Case(
             "patch_embed", direction, (b, side * side, width), f"latents [{b},{c},{side},{side}] -> {width}", dtype,
-            {n: wrap(f, *arguments) for n, f in {OURS: ours, "eager": peer}.items()},
+            {n: wrap(f, *at.leaves) for n, f in functions.items()},
             flops=units * 2.0 * b * side * side * c * width, bytes=units * traffic,
         )  # fmt: skip
 
@@ -270,41 +268,29 @@ def noise_projection(
     dtype: str, target: float | None, shape: tuple[int, int, int, int] = (64, 256, 768, 768)
 ) -> Iterator[Case]:
     b, n, k, d = shape
-    z, sigma = randn(b, n, k, dtype=DTYPES[dtype]), torch.rand(b)
-    weight, bias = randn(d, k, dtype=DTYPES[dtype], scale=k**-0.5, grad=True), randn(d, dtype=DTYPES[dtype], grad=True)
-    rng = ops.random.make_rng(1, device=torch.get_default_device())
+    call = CALLS["noise_projection"]
+    at = bound(call, dtype, shape)
 
-    def peer(z, weight, bias):
+    def peer(z, sigma, weight, bias, rng):
         return F.linear(z + sigma.to(z.dtype)[:, None, None] * torch.randn_like(z), weight, bias)
 
-    def ours(z, weight, bias):
-        return ops.noise_projection(z, sigma, weight, bias, rng=rng)
-
-    functions = {OURS: ours, "eager": peer, "compile": compiled(peer)}
-    for direction, wrap, units in (("forward", forward, 1), ("both", lambda f, *leaves: _both_of(f, leaves, 1), 2)):
+    functions = {OURS: at(call.function), "eager": at.plain(peer), "compile": at.plain(compiled(peer))}
+    for direction, wrap, units in (("forward", forward, 1), ("both", both, 2)):
         yield Case(
             "noise_projection", direction, (b * n, k), f"[{b},{n},{k}] -> {d}", dtype,
-            {name: wrap(f, z, weight, bias) for name, f in functions.items()}, units * 2.0 * b * n * k * d, target=target,
+            {name: wrap(f, *at.leaves) for name, f in functions.items()}, units * 2.0 * b * n * k * d, target=target,
         )  # fmt: skip
 
 
-def _both_of(function: Callable[..., Tensor], arguments: tuple[Tensor, ...], first: int) -> Callable[[], object]:
-    """Forward and backward for the gradients of the arguments from the `first` on."""
-    return both(lambda *leaves: function(*arguments[:first], *leaves), *arguments[first:])
-
-
 def group_norm(dtype: str, target: float | None, shape: tuple[int, int, int, int] = (1, 128, 256, 256)) -> Iterator[Case]:
-    x = randn(*shape, dtype=DTYPES[dtype]).to(memory_format=torch.channels_last).requires_grad_()
-    weight, bias = (randn(shape[1], dtype=DTYPES[dtype], grad=True) for _ in range(2))
+    call = CALLS["group_norm_silu-channels_last"]
+    at = bound(call, dtype, shape)
+    x, *_ = arguments = at.leaves
 
     def peer(x, weight, bias):
         return F.silu(F.group_norm(x, 32, weight, bias, 1e-6))
 
-    def ours(x, weight, bias):
-        return ops.group_norm_silu(x, 32, weight, bias)
-
-    arguments = (x, weight, bias)
-    functions = {OURS: ours, "eager": peer, "compile": compiled(peer)}
+    functions = {OURS: at(call.function), "eager": peer, "compile": compiled(peer)}
     name, size = f"[{','.join(map(str, shape))}] channels_last", (shape[0], shape[1], shape[2] * shape[3])
     yield Case(
         "group_norm_silu", "forward", size, name, dtype, {n: forward(f, *arguments) for n, f in functions.items()},
@@ -332,12 +318,7 @@ def _backward(function: Callable[..., Tensor], *leaves: Tensor) -> Callable[[], 
 
 def mlp(dtype: str, target: float | None, shape: tuple[int, int, int] = (2048, 768, 3072)) -> Iterator[Case]:
     rows, width, hidden = shape
-    activations, parameters = storage(dtype)
-    leaves = (
-        randn(rows, width, dtype=activations, grad=True),
-        randn(hidden, width, dtype=parameters, grad=True, scale=width**-0.5), randn(hidden, dtype=parameters, grad=True),
-        randn(width, hidden, dtype=parameters, grad=True, scale=hidden**-0.5), randn(width, dtype=parameters, grad=True),
-    )  # fmt: skip
+    leaves = bound(CALLS["mlp-gelu"], dtype, shape).leaves
 
     def peer(x, *parameters):
         w1, b1, w2, b2 = (p.to(x.dtype) for p in parameters)
@@ -352,33 +333,19 @@ def mlp(dtype: str, target: float | None, shape: tuple[int, int, int] = (2048, 7
 
 def layer_norm(dtype: str, shape: tuple[int, int] = (2048, 768), target: float | None = None) -> Iterator[Case]:
     rows, width = shape
-    leaves = (
-        randn(rows, width, dtype=DTYPES[dtype], grad=True), randn(rows, width, dtype=DTYPES[dtype], grad=True),
-        randn(width, dtype=DTYPES[dtype], grad=True), randn(width, dtype=DTYPES[dtype], grad=True),
-    )  # fmt: skip
+    call = CALLS["layer_norm-residual"]
+    at = bound(call, dtype, shape)
 
-    def peer(x, residual, weight, bias):
+    def peer(x, weight, bias, residual):
         h = x + residual
         return F.layer_norm(h, (width,), weight, bias, 1e-6), h
 
-    def ours(x, residual, weight, bias):
-        return ops.layer_norm(x, weight, bias, residual=residual)
-
-    functions = {OURS: ours, "eager": peer, "compile": compiled(peer), **peers.layer_norm_after_addition(width)}
-    size = leaves[0].nbytes
-    yield Case(
-        "layer_norm + residual", "forward", shape, f"[{rows},{width}]", dtype, {n: forward(f, *leaves) for n, f in functions.items()},
-        bytes=4.0 * size, target=target,
-    )  # fmt: skip
-    yield Case(
-        "layer_norm + residual", "both", shape, f"[{rows},{width}]", dtype, {n: _both_of_two(f, *leaves) for n, f in functions.items()},
-        bytes=8.0 * size, target=target,
-    )  # fmt: skip
-
-
-def _both_of_two(function: Callable[..., tuple[Tensor, Tensor]], *leaves: Tensor) -> Callable[[], object]:
-    upstream = [torch.randn_like(out) for out in function(*leaves)]
-    return lambda: torch.autograd.grad(function(*leaves), leaves, upstream)
+    functions = {OURS: at(call.function), "eager": peer, "compile": compiled(peer), **peers.layer_norm_after_addition(width)}
+    for direction, wrap, units in (("forward", forward, 4.0), ("both", both, 8.0)):
+        yield Case(
+            "layer_norm + residual", direction, shape, f"[{rows},{width}]", dtype,
+            {n: wrap(f, *at.leaves) for n, f in functions.items()}, bytes=units * at.leaves[0].nbytes, target=target,
+        )  # fmt: skip
 
 
 # ---- a whole encoder ------------------------------------------------------------------------------------------------
@@ -416,16 +383,14 @@ class PlainEncoder(nn.Module):
 
 def linear(dtype: str, shape: tuple[int, int, int] = (2048, 768, 2304), target: float | None = None) -> Iterator[Case]:
     rows, k, n = shape
-    activations, parameters = storage(dtype)
-    x, bias = randn(rows, k, dtype=activations, grad=True), randn(n, dtype=parameters, grad=True)
-    weight = randn(n, k, dtype=parameters, grad=True, scale=k**-0.5)
+    leaves = bound(CALLS["linear"], dtype, shape).leaves
 
     def peer(x, weight, bias):
         return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
 
     functions = {OURS: ops.linear, "eager": peer, "compile": compiled(peer)}
     for direction, wrap, units in (("forward", forward, 2), ("both", both, 6)):
-        variants = {name: wrap(function, x, weight, bias) for name, function in functions.items()}
+        variants = {name: wrap(function, *leaves) for name, function in functions.items()}
         yield Case(
             "linear", direction, shape, f"[{rows},{k}] -> {n}", dtype, variants, units * float(rows) * k * n, target=target
         )
@@ -433,21 +398,18 @@ def linear(dtype: str, shape: tuple[int, int, int] = (2048, 768, 2304), target: 
 
 def latent_projection(dtype: str, shape: tuple[int, int, int] = (64, 16, 768)) -> Iterator[Case]:
     (b, side, width), channels = shape, 16
-    tokens = randn(b, side * side, width, dtype=DTYPES[dtype], grad=True)
-    weight = randn(4 * channels, width, dtype=DTYPES[dtype], grad=True, scale=width**-0.5)
-    bias = randn(4 * channels, dtype=DTYPES[dtype], grad=True)
-
-    def ours(tokens, weight, bias):
-        return ops.latent_projection(tokens, weight, bias, grid=(side, side))
+    call = CALLS["latent_projection"]
+    at = bound(call, dtype, (b, side, width, channels))
+    tokens, weight, _ = at.leaves
 
     def peer(tokens, weight, bias):
         patches = F.linear(tokens, weight, bias).view(b, side, side, channels, 2, 2)
         return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, channels, 2 * side, 2 * side)
 
-    functions = {OURS: ours, "eager": peer, "compile": compiled(peer)}
+    functions = {OURS: at(call.function), "eager": peer, "compile": compiled(peer)}
     size = tokens.nbytes + weight.nbytes + tokens.nbytes * 4 * channels / width
     for direction, wrap, units in (("forward", forward, 1), ("both", both, 3)):
-        variants = {name: wrap(function, tokens, weight, bias) for name, function in functions.items()}
+        variants = {name: wrap(function, *at.leaves) for name, function in functions.items()}
         yield Case(
             "latent_projection", direction, (b * side * side, width, 4 * channels), f"[{b},{side * side},{width}]", dtype,
             variants, bytes=units * size,
@@ -718,8 +680,23 @@ def full(on_gpu: bool) -> Makers:
     return makers
 
 
+SHARED = {"flash_attention_qkvpacked": "flash_attention", "linear_cross_entropy_total": "linear_cross_entropy"}
+"""Operators whose rows are another's."""
+
+
+def rest(makers: Makers) -> Makers:
+    """A row for each operator that these leave out: one that was just added, say."""
+    covered = {operator.split()[0] for operator, *_ in makers}
+    first = {call.op: call for call in reversed(CALLS.values())}
+    left_out = [call for op, call in first.items() if SHARED.get(op, op) not in covered]
+    return [(call.op, kind, row_of, (call,)) for call in left_out for kind in DTYPES]
+
+
 def table(only: str = "", dtype: str = "", makers: Makers | None = None) -> Iterator[Case]:
     """The cases whose operator contains `only`, in `dtype` or both; each is made when it is asked for."""
-    for operator, kind, make, arguments in full(torch.get_default_device().type == "cuda") if makers is None else makers:
+    if makers is None:
+        makers = full(torch.get_default_device().type == "cuda")
+        makers = makers + rest(makers)
+    for operator, kind, make, arguments in makers:
         if only in operator and dtype in kind:
             yield from make(kind, *arguments)

@@ -59,18 +59,18 @@ def linear_cross_entropy() -> dict[str, Callable[..., Tensor]]:
 
 
 def layer_norm_after_addition(width: int) -> dict[str, Callable[..., tuple[Tensor, Tensor]]]:
-    """name -> function of x, residual, weight, bias that returns (the normalised sum, the sum)."""
+    """name -> function of x, weight, bias, residual that returns (the normalised sum, the sum)."""
     found = {}
     if apex := _module("apex.normalization.fused_layer_norm"):
 
-        def fused(x, residual, weight, bias):
+        def fused(x, weight, bias, residual):
             h = x + residual
             return apex.fused_layer_norm_affine(h, weight, bias, (width,), 1e-6), h
 
         found["apex"] = fused
     if liger := _module("liger_kernel.transformers.functional"):
 
-        def triton(x, residual, weight, bias):
+        def triton(x, weight, bias, residual):
             h = x + residual
             return liger.liger_layer_norm(h, weight, bias, 1e-6), h
 

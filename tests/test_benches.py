@@ -1,8 +1,8 @@
-import inspect
 import json
-import re
+from dataclasses import replace
 
 import pytest
+import torch
 
 from benches.step import table
 
@@ -36,16 +36,24 @@ def test_operator_rows_hold_ours_the_best_peer_and_the_floor():
 
 
 def test_every_operator_has_a_row():
+    """One of its own, or that of its call: a new operator has one without a line in benches/."""
     from benches import cases
     from ov3fast import ops
 
-    rows = set(re.findall(r'Case\(\s*"(\w+)', inspect.getsource(cases)))
-    shared = {"flash_attention_qkvpacked": "flash_attention", "linear_cross_entropy_total": "linear_cross_entropy"}
-    assert {shared.get(name, name) for name in ops.table()} <= rows
+    own = cases.full(on_gpu=False)
+    rows = {operator.split()[0] for operator, *_ in own + cases.rest(own)}
+    assert set(ops.table()) - set(cases.SHARED) <= rows
+    without = [maker for maker in own if maker[0] != "linear"]
+    assert {operator for operator, *_ in cases.rest(without)} == {"linear"}
+    call = replace(cases.CALLS["linear"], real=(3, 4, 5))
+    found = list(cases.row_of("bf16", call))
+    assert [case.direction for case in found] == ["forward", "both"] and found[0].size == (3, 4, 5)
+    assert all(set(case.variants) == {"ov3fast", "eager"} for case in found)
+    for run in found[1].variants.values():
+        assert [grad.dtype for grad in run()] == [torch.bfloat16] * 3
 
 
 def test_extra_memory_sees_an_allocation():
-    import torch
 
     from benches import timing
 

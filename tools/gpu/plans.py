@@ -18,10 +18,6 @@ MINUTES = 9.0
 SUMMARY = 10_000
 """Characters."""
 
-OPERATORS = (
-    "layer_norm", "flash_attention", "flash_attention_qkvpacked", "linear", "mlp", "contrastive_loss", "linear_cross_entropy",
-    "linear_cross_entropy_total", "patch_embed", "noise_projection", "latent_projection", "group_norm_silu", "random_normal", "adamw_ema_",
-)  # fmt: skip
 CUDA_OPERATORS = ("group_norm_silu", "adamw_ema_")
 """Those that have CUDA C++ kernels."""
 CASES = (
@@ -34,6 +30,13 @@ TUNED = (
     "group_norm_silu", "latent_projection",
 )  # fmt: skip
 """Of those, where the time is in kernels of ours."""
+
+
+def operators() -> tuple[str, ...]:
+    """The simplest first: if that fails, nothing else is tried."""
+    from ov3fast import ops
+
+    return ("layer_norm", *(op for op in ops.table() if op != "layer_norm"))
 
 
 class Plan:
@@ -105,7 +108,7 @@ def correct(plan: Plan) -> None:
             return
     jobs = [
         plan.job(op, "correct", "triton", op, limit=150)
-        for op in plan.wanted(OPERATORS)
+        for op in plan.wanted(operators())
         if op not in ("layer_norm", "adamw_ema_")
     ]
     if not plan.rehearse:
@@ -130,7 +133,8 @@ def diagnosed(plan: Plan) -> None:
     plan.run(diagnose.profiles(plan))
     plan.run([plan.job(op, "tuning", op, limit=45) for op in plan.wanted(TUNED)])
     again = sorted(
-        {row["operator"].split("-")[0] for row in bad(Rows(plan.rows.path.with_name("correct.jsonl")).read())} & set(OPERATORS)
+        {row["operator"].split("-")[0] for row in bad(Rows(plan.rows.path.with_name("correct.jsonl")).read())}
+        & set(operators())
     )
     for operator in again:
         job = plan.job(operator, "correct", "triton", operator, limit=60)

@@ -1,4 +1,4 @@
-"""mkdocs hook: a link from a page to a file outside docs/ becomes the file's path, which the site doesn't hold."""
+"""mkdocs hooks: patterns in the navigation, and links to files outside docs/, which the site doesn't hold."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,26 @@ from pathlib import Path
 LINK = re.compile(r"\[([^\]]+)\]\((?!\w+:)([^)#\s]+)(?:#[^)\s]*)?\)")
 
 
+def on_config(config):
+    """`folder/*.md` in the navigation is every page of that folder, its index first."""
+
+    def expanded(items):
+        for item in items:
+            if isinstance(item, dict):
+                yield {title: list(expanded(part)) if isinstance(part, list) else part for title, part in item.items()}
+            elif "*" in item:
+                docs = Path(config.docs_dir)
+                pages = sorted(docs.glob(item), key=lambda page: (page.stem != "index", page.stem))
+                yield from (page.relative_to(docs).as_posix() for page in pages)
+            else:
+                yield item
+
+    config.nav = list(expanded(config.nav))
+    return config
+
+
 def on_page_markdown(markdown, *, page, config, files):
+    """A link to a file outside docs/ becomes the file's path."""
     docs = Path(config.docs_dir).resolve()
 
     def plain(link: re.Match[str]) -> str:

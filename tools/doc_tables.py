@@ -58,12 +58,9 @@ def measured_on(row: dict[str, str]) -> str:
 
 
 def index() -> list[tuple[str, str]]:
-    """Each page in docs/operators with the first sentence of its module, in the order of the site's navigation."""
-    names = re.findall(r"operators/(\w+)\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    """Each page in docs/operators with the first sentence of its module."""
     rows = []
-    for name in names:
-        if name == "index":
-            continue
+    for name in sorted(page.stem for page in (ROOT / "docs" / "operators").glob("*.md") if page.stem != "index"):
         heading = (ROOT / "docs" / "operators" / f"{name}.md").read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# ")
         module = ast.parse((ROOT / "ov3fast" / "ops" / f"{name}.py").read_text(encoding="utf-8"))
         first = (ast.get_docstring(module) or "").split("\n\n")[0].replace("\n", " ").split(". ")[0].rstrip(".:")

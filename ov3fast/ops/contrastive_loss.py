@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.contrastive.config import FEW
-from . import _check, _choice, _dispatch, _operator, _row_shards, cpu
+from . import _check, _choice, _dispatch, _flops, _operator, _row_shards, cpu
 from ._calls import Call
 
 KINDS = ("softmax", "sigmoid")
@@ -459,6 +459,20 @@ _contrastive_loss = _operator.define(
     backward_fake=_fake_backward,
     differentiable_backward=_differentiable_backward,
 )
+
+
+# ---- its products, for FlopCounterMode
+
+
+def _flops_forward(image, text, *_):
+    return _flops.product(image, text)
+
+
+def _flops_backward(grad_loss, image, text, scale, bias, r, c, sizes, kind, group, exchange, need_image, need_text, *_):
+    return (1 + need_image + need_text) * _flops.product(image, text)
+
+
+_flops.counts("contrastive_loss", _flops_forward, _flops_backward)
 
 
 # ---- the CPU kernels, csrc/cpu/contrastive_loss.cpp

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import _attention_peers as peers
-from . import _check, _choice, _dispatch, _operator, cpu
+from . import _check, _choice, _dispatch, _flops, _operator, cpu
 from ._calls import Call
 
 
@@ -270,6 +270,37 @@ _flash_attention_qkvpacked = _operator.define(
     backward_fake=_fake_backward_packed,
     differentiable_backward=_differentiable_backward_packed,
 )
+
+
+# ---- its products, for FlopCounterMode
+
+
+def _flops_forward(q, k, *_):
+    """q k^T and p v."""
+    batch, queries, heads, width = q
+    return 4 * batch * heads * queries * k[1] * width
+
+
+def _flops_backward(grad_out, q, k, *_):
+    """q k^T again, and the products for dv, dp, dq and dk."""
+    return 5 * _flops_forward(q, k) // 2
+
+
+def _unpacked(qkv):
+    one = (*qkv[:2], *qkv[3:])
+    return one, one
+
+
+def _flops_qkvpacked(qkv, *_):
+    return _flops_forward(*_unpacked(qkv))
+
+
+def _flops_qkvpacked_backward(grad_out, qkv, *_):
+    return _flops_backward(grad_out, *_unpacked(qkv))
+
+
+_flops.counts("flash_attention", _flops_forward, _flops_backward)
+_flops.counts("flash_attention_qkvpacked", _flops_qkvpacked, _flops_qkvpacked_backward)
 
 
 # ---- the CPU kernels, csrc/cpu/flash_attention.cpp

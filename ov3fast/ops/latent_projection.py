@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _check, _choice, _dispatch, _operator, cpu
+from . import _check, _choice, _dispatch, _flops, _operator, cpu
 from ._calls import Call
 from ._patches import from_patches, to_patches
 
@@ -106,6 +106,20 @@ _latent_projection = _operator.define(
     backward_fake=_fake_backward,
     differentiable_backward=_backward_eager,
 )
+
+
+# ---- its products, for FlopCounterMode
+
+
+def _flops_forward(tokens, weight, *_):
+    return _flops.product(tokens, weight)
+
+
+def _flops_backward(grad_x, tokens, weight, patch_size, need_tokens, need_weight, *_):
+    return (need_tokens + need_weight) * _flops.product(tokens, weight)
+
+
+_flops.counts("latent_projection", _flops_forward, _flops_backward)
 
 
 # ---- the CPU kernels, csrc/cpu/latent_projection.cpp

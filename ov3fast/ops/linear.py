@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _check, _choice, _dispatch, _operator, cpu
+from . import _check, _choice, _dispatch, _flops, _operator, cpu
 from ._calls import Call
 
 
@@ -92,6 +92,20 @@ _linear = _operator.define(
     backward_fake=_fake_backward,
     differentiable_backward=_backward_eager,
 )
+
+
+# ---- its products, for FlopCounterMode
+
+
+def _flops_forward(x, weight, *_):
+    return _flops.product(x, weight)
+
+
+def _flops_backward(grad_y, x, weight, need_x, need_weight, *_):
+    return (need_x + need_weight) * _flops.product(x, weight)
+
+
+_flops.counts("linear", _flops_forward, _flops_backward)
 
 
 # ---- the CPU kernels, csrc/cpu/linear.cpp

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._contracts import check_labels
-from . import _check, _choice, _dispatch, _operator, cpu
+from . import _check, _choice, _dispatch, _flops, _operator, cpu
 from ._calls import Call
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -300,6 +300,25 @@ _total = _operator.define(
     differentiable_backward=_scale_eager,
     backward_shortcut=_unscaled,
 )
+
+
+# ---- its products, for FlopCounterMode
+
+
+def _flops_forward(hidden, weight, *_):
+    return _flops.product(hidden, weight)
+
+
+def _flops_backward(grad_nll, hidden, weight, labels, lse, ignore_index, need_hidden, need_weight, *_):
+    return (1 + need_hidden + need_weight) * _flops.product(hidden, weight)
+
+
+def _flops_total(hidden, weight, labels, ignore_index, mean, need_hidden, need_weight, *_):
+    return (1 + need_hidden + need_weight) * _flops.product(hidden, weight)
+
+
+_flops.counts("linear_cross_entropy", _flops_forward, _flops_backward)
+_flops.counts("linear_cross_entropy_total", _flops_total)
 
 
 # ---- the CPU kernels, csrc/cpu/linear_cross_entropy.cpp

@@ -14,11 +14,13 @@ Source: Vaswani et al. 2017 (arXiv 1706.03762), eq. 2, with Hendrycks and Gimpel
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _check, _choice, _dispatch, _operator, cpu
+from . import _check, _choice, _dispatch, _flops, _operator, cpu
 from ._calls import Call
 
 # The public name -> PyTorch's.
@@ -145,6 +147,22 @@ _mlp = _operator.define(
     backward_fake=_fake_backward,
     differentiable_backward=_differentiable_backward,
 )
+
+
+# ---- its products, for FlopCounterMode
+
+
+def _flops_forward(x, w1, b1, w2, *_):
+    rows = math.prod(x[:-1])
+    return 2 * rows * (math.prod(w1) + math.prod(w2))
+
+
+def _flops_backward(grad_y, x, h, w1, b1, w2, activation, need_x, need_w1, need_b1, need_w2, *_):
+    first, second = (2 * math.prod(x[:-1]) * math.prod(w) for w in (w1, w2))
+    return (need_x + need_w1) * first + ((need_x or need_w1 or need_b1) + need_w2) * second
+
+
+_flops.counts("mlp", _flops_forward, _flops_backward)
 
 
 # ---- the CPU kernels, csrc/cpu/mlp.cpp

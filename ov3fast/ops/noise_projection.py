@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _check, _choice, _dispatch, _operator, cpu, random
+from . import _check, _choice, _dispatch, _flops, _operator, cpu, random
 from ._calls import Call
 
 
@@ -126,6 +126,20 @@ _noise_projection = _operator.define(
     backward_fake=_fake_backward,
     differentiable_backward=_differentiable_backward,
 )
+
+
+# ---- its products, for FlopCounterMode
+
+
+def _flops_forward(z, sigma, weight, *_):
+    return _flops.product(z, weight)
+
+
+def _flops_backward(grad_y, z, sigma, weight, rng, need_z, need_sigma, need_weight, *_):
+    return ((need_z or need_sigma) + need_weight) * _flops.product(z, weight)
+
+
+_flops.counts("noise_projection", _flops_forward, _flops_backward)
 
 
 # ---- the CPU kernels, csrc/cpu/noise_projection.cpp

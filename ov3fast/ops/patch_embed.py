@@ -14,11 +14,13 @@ Source: Dosovitskiy et al. 2020 (arXiv 2010.11929), eq. 1; diffusers' DiagonalGa
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _check, _choice, _dispatch, _operator, cpu, random
+from . import _check, _choice, _dispatch, _flops, _operator, cpu, random
 from ._calls import Call
 from ._patches import from_patches, to_patches
 
@@ -238,6 +240,24 @@ _patch_embed = _operator.define(
     backward_fake=_fake_backward,
     differentiable_backward=_differentiable_backward,
 )
+
+
+# ---- its products, for FlopCounterMode
+
+
+def _patch_product(latents, weight, patch_size):
+    return 2 * latents[0] * (latents[2] // patch_size) * (latents[3] // patch_size) * math.prod(weight)
+
+
+def _flops_forward(latents, weight, bias, pos_embed, cls_token, rng, patch_size, *_):
+    return _patch_product(latents, weight, patch_size)
+
+
+def _flops_backward(grad_y, latents, weight, rng, patch_size, scale, shift, moments, need_latents, need_weight, *_):
+    return (need_latents + need_weight) * _patch_product(latents, weight, patch_size)
+
+
+_flops.counts("patch_embed", _flops_forward, _flops_backward)
 
 
 # ---- the CPU kernels, csrc/cpu/patch_embed.cpp

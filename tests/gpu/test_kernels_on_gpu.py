@@ -152,7 +152,7 @@ def test_opcheck(sample):
         sample.results(sample.inputs("tiny", torch.float32, DEVICE))
     assert recorded.calls
     for function, args, kwargs in recorded.calls:
-        differentiated = sample.differentiable and not function._schema.name.endswith("_backward")
+        differentiated = sample.call.differentiable and not function._schema.name.endswith("_backward")
         torch.library.opcheck(function, tuple(fresh(arg, differentiated) for arg in args), kwargs)
 
 

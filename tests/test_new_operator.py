@@ -118,10 +118,10 @@ void halve(const T* x, T* y, int64_t n, int threads) {
 OV3_EXPORT(halve)
 ''',
 }  # fmt: skip
-CALLS = '''
+CALLS = """
 
 CALLS = [Call("halve", halve, reference, lambda draw, *shape: [draw(*shape)], least=(3,), tiny=(5, 70), real=(64, 256))]
-'''
+"""
 LINES = {
     "ov3fast/ops/__init__.py": ("from .mlp import mlp as mlp\n", "from .halve import halve as halve\n"),
     "ov3fast/ops/triton/__init__.py": ("KERNELS = {\n", '    "halve": Kernels("halve", ("x",)),\n'),
@@ -186,7 +186,14 @@ print(dict(doc_tables.index())["[`halve`](halve.md)"])
 def test_it_is_found(tree):
     add(tree, {"ov3fast/ops/halve.py": CALLS})
     lines = run(tree, FOUND, TRITON_INTERPRET="1").splitlines()
-    assert lines == ["triton eager", "right on triton", "right on eager", "bench halve fp32", "bench halve bf16", "Half of a tensor"]
+    assert lines == [
+        "triton eager",
+        "right on triton",
+        "right on eager",
+        "bench halve fp32",
+        "bench halve bf16",
+        "Half of a tensor",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", "import hooks, types; print(hooks.on_config(types.SimpleNamespace("
          "docs_dir='.', nav=[{'Operators': ['operators/*.md']}])).nav[0]['Operators'])"],
@@ -211,5 +218,7 @@ def test_contributing_lists_the_same_places():
     """At most: its ops file, one csrc file, one kernels file, its test, its page, and one line in each of two tables."""
     section = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Add an operator")[1].split("\n## ")[0]
     steps = re.findall(r"^\d\. (.*(?:\n   .*)*)", section, flags=re.MULTILINE)
-    places = [name.replace("NAME", "halve") for step in steps for name in re.findall(r"`((?:\w+/)+[\w.]+)`", step.split(":")[0])]
+    places = [
+        name.replace("NAME", "halve") for step in steps for name in re.findall(r"`((?:\w+/)+[\w.]+)`", step.split(":")[0])
+    ]
     assert places == [*FILES, *LINES][:1] + ["csrc/cpu/halve.cpp"] + [*FILES, *LINES][1:]

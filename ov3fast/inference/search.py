@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ov3fast.inference.batches import batch_invariant
 from ov3fast.inference.embeddings import Embeddings, read_embeddings
 from ov3fast.inference.load import VisionTower
 from ov3fast.models.openvision3 import OpenVision3
@@ -34,7 +35,7 @@ def search(
 ) -> list[Hit]:
     """The `top` images of the index that are nearest to a text or an image, the nearest first; equals in the index's order.
 
-    index: what `encode` gives or `read_embeddings` reads, made by the same model. ValueError where not one of text and image is given, for a text
+    index: what `encode` gives or `read_embeddings` reads (a file, or a folder of parts), made by the same model. ValueError where not one of text and image is given, for a text
     with a released tower, which has no text side, or where the index's vectors are of another width or latent convention.
     """
     if (text is None) == (image is None):
@@ -46,13 +47,14 @@ def search(
     convention = index.about.get("latents", model.encoder.latent_convention)
     if convention != model.encoder.latent_convention:
         raise ValueError(f"search: the index is of latents {convention!r}, the model of {model.encoder.latent_convention!r}")
-    if text is not None:
-        if not isinstance(model, OpenVision3):
-            raise ValueError("search: a released vision tower has no text side; give an image, or an OpenVision3")
-        query = model.encode_text([text])
-    else:
-        assert image is not None
-        query = model.encode(image)[0]  # type: ignore[arg-type]
+    if text is not None and not isinstance(model, OpenVision3):
+        raise ValueError("search: a released vision tower has no text side; give an image, or an OpenVision3")
+    with batch_invariant(model):  # as the index was made
+        if text is not None:
+            query = model.encode_text([text])
+        else:
+            assert image is not None
+            query = model.encode(image)[0]  # type: ignore[arg-type]
     if query.shape[1] != index.pooled.shape[1]:
         raise ValueError(f"search: the index has vectors of {index.pooled.shape[1]} values, the model makes {query.shape[1]}")
     scores = F.normalize(index.pooled.float(), dim=-1) @ F.normalize(query.float().cpu(), dim=-1)[0]

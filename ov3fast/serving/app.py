@@ -58,6 +58,12 @@ def create_app(model: OpenVision3 | VisionTower, options: Options | None = None,
         message = f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}; got {str(first.get('input'))[:100]!r}"
         return await service.refuse(request, Refusal(422, "bad_parameter", message))
 
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        """Its traceback goes to standard error, not to the client."""
+        service.metrics.refused.labels("internal").inc()
+        return JSONResponse({"error": {"code": "internal", "message": f"the server failed ({type(error).__name__})"}}, 500)
+
     @app.post("/encode", responses=_answers(JSON, NPY, SAFETENSORS), openapi_extra=_BODY)
     async def encode(
         request: Request, size: Size = None, output: Literal["pooled", "tokens", "both"] = "pooled", encoding: Encoding = "list"

@@ -1,3 +1,4 @@
+import io
 import struct
 import zlib
 
@@ -5,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, features
 
+from ov3fast.data.image_metadata import frames
 from ov3fast.data.images import DECODE_VERSION, ImageError, decode_image
 
 
@@ -267,3 +269,36 @@ def test_pixels_and_their_version_change_together(png):
     ]
     sums = [zlib.crc32(np.asarray(decode_image(file)).tobytes()) for file in files]
     assert (DECODE_VERSION, sums) == (2, [2753584608, 1941892597, 3740166476, 2171395674, 2515941070])
+
+
+# ---- frames ----------------------------------------------------------------------------------------------------------
+
+
+def animation(kind: str, count: int) -> bytes:
+    pictures = [Image.new("RGB", (20, 20), (40 * i, 0, 255 - 40 * i)) for i in range(count)]
+    file = io.BytesIO()
+    pictures[0].save(file, kind, save_all=True, append_images=pictures[1:])
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["gif", "png", "webp", "tiff"])
+def test_frames_are_counted_up_to_the_limit(kind):
+    assert frames(animation(kind, 1), 9) == 1
+    data = animation(kind, 5)
+    assert [frames(data, limit) for limit in (2, 4, 5, 100)] == [3, 5, 5, 5]
+    with pytest.raises(ImageError) as refused:
+        decode_image(data, max_frames=4)
+    assert refused.value.reason == "too_many_frames"
+    assert decode_image(data, max_frames=5).size == decode_image(data).size == (20, 20)
+
+
+def test_frames_of_what_cannot_be_followed():
+    for kind in ("gif", "png", "webp", "tiff"):
+        data = animation(kind, 3)
+        for cut in range(0, len(data), 7):
+            assert frames(data[:cut], 9) <= 3
+    assert frames(b"", 9) == frames(b"GIF89a", 9) == 1
+    loop = struct.pack("<2sHIHII", b"II", 42, 8, 0, 8, 0)  # its one page names itself as the next
+    assert frames(loop, 50) == 51
+    big = struct.pack("<2sHHHQQQQQ", b"II", 43, 8, 0, 16, 0, 32, 0, 0)  # BigTIFF: a page at 16, another at 32
+    assert frames(big, 50) == 2

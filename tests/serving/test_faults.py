@@ -265,6 +265,21 @@ def test_what_a_client_that_left_had_in_the_queue_is_dropped(small, photos):
         batcher.jobs["encode"] = run
 
 
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, KeyError])
+def test_a_failure_within_is_told_and_stays_one_requests_own(small, photos, monkeypatch, error):
+    run = small.service.batcher.jobs["encode"]
+
+    def fail(bucket, items):
+        if bucket == 64:
+            raise error("secret detail")
+        return run(bucket, items)
+
+    monkeypatch.setitem(small.service.batcher.jobs, "encode", fail)
+    failed = small.form("/encode?size=64", photos[:2])
+    assert failed.status == 500 and failed.code == "internal" and b"secret" not in failed.body
+    assert small.form("/encode", photos[:2]).status == 200
+
+
 def test_a_flood_is_told_when_to_come_again(model, photos):
     from concurrent.futures import ThreadPoolExecutor
 

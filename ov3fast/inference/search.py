@@ -51,6 +51,7 @@ def search(
         raise ValueError("search: a released vision tower has no text side; give an image, or an OpenVision3")
     with batch_invariant(model):  # as the index was made
         if text is not None:
+            assert isinstance(model, OpenVision3)
             query = model.encode_text([text])
         else:
             assert image is not None

@@ -34,8 +34,12 @@ NAMES = {
         "torch.ops.aten._scaled_dot_product_cudnn_attention", "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
         "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward",
     ),
-    "oneDNN's products (ov3fast/ops/onednn.py)": (
-        "torch.ops.mkldnn._is_mkldnn_bf16_supported", "torch.ops.mkldnn._linear_pointwise",
+    "oneDNN's products (ov3fast/ops/onednn.py, ov3fast/inference/packed.py, int8.py)": (
+        "torch.cpu._is_vnni_supported", "torch.ops.mkldnn._convolution_pointwise", "torch.ops.mkldnn._is_mkldnn_bf16_supported",
+        "torch.ops.mkldnn._linear_pointwise", "torch.ops.mkldnn._reorder_convolution_weight", "torch.ops.mkldnn._reorder_linear_weight",
+    ),
+    "a model compiled ahead of time (ov3fast/interop/torch.py)": (
+        "torch._inductor.aoti_compile_and_package", "torch._inductor.aoti_load_package",
     ),
     "a process group that travels through an operator's schema": (
         "torch.distributed.distributed_c10d._get_default_store", "torch.distributed.distributed_c10d._resolve_process_group",

@@ -40,7 +40,9 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("train", "Train a recipe (demo, base, large) or your own shards; every field of it is a flag."),
+    "train": Command(
+        "train", "Train a recipe (demo, base, large, generate-demo, ...) or your own shards; every field of it is a flag."
+    ),
     "watch": Command("watch", "A run in the terminal while it trains, and as a page that refreshes.", prints=True),
     "compare": Command("compare", "Curves and metrics of several runs side by side.", prints=True),
     "checkpoint": Command("checkpoint", "Verify, compare or export what a training run saved.", prints=True),
@@ -53,6 +55,7 @@ COMMANDS = {
     "reconstruct": Command("reconstruct", "Image in, image out; a folder in, a folder out."),
     "export": Command("export", "A model for other libraries and runtimes: transformers, open_clip, torch, onnx, openvino."),
     "serve": Command("serve", "A model behind HTTP, with a page to try it; needs the extra `serve`."),
+    "generate": Command("generate", "Pictures of a class or a text, by a generator over the tokens.", prints=True),
     "statistics": Command("statistics", "Mean and variance of each element of the tokens of images, for a generator."),
     "fid": Command("fid", "FID and its kin of images against a reference, under a named protocol.", prints=True),
     "data": Command(

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 HELP = """usage: {program} train [--recipe NAME|FILE] [options] [--FIELD VALUE ...]
 
 What to train
-  --recipe NAME|FILE      {names}, or a .json or .yaml file (default: demo; custom with --data)
+  --recipe NAME|FILE      {names}, or a .json or .yaml file (default: demo; custom with --data);
+                          generate-demo, generate-base: a generator over a model's tokens, with fields of its own
   --data PATH             your own shards: a folder of tars, a tar or a glob pattern; defaults are fitted to them
   --run-dir DIR           where checkpoints, logs and the model go
   --init-from MODEL       begin with the weights of a model: a folder, a run or a hub id
@@ -54,6 +55,12 @@ def run(arguments: list[str]) -> int:
     from ov3fast.recipes import NAMES, Recipe, edit
 
     arguments, help_about = _take_optional(arguments, "--help", "-h")
+    name, rest = take(arguments, "--recipe", "")
+    if name.startswith("generate-"):
+        from ov3fast.cli.train_generator import run as run_generator
+
+        rest, resume = _take_optional(rest, "--resume")
+        return run_generator(name, rest if help_about is None else [*rest, "--help"], resume)
     if help_about == "":
         groups = ", ".join(name.replace("_", "-") for name in _groups(Recipe))
         text = HELP.format(program=PROGRAM, names=", ".join(NAMES), groups=groups, common=COMMON)

@@ -1,0 +1,90 @@
+"""ov3fast generate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ov3fast.cli.options import parse
+
+
+@dataclass(kw_only=True)
+class Generate:
+    """Pictures of a class or a text, by a generator that `ov3fast train --recipe generate-...` trained."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """The generator's run or folder."""
+    class_: Annotated[str | None, tyro.conf.arg(name="class")] = None
+    """Name of the class; without --class and --text, the classes are listed."""
+    text: str | None = None
+    """For a generator trained on texts."""
+    count: int = 16
+    """Pictures."""
+    seed: int = 0
+    """Picture i depends on the seed and on i alone."""
+    steps: int = 50
+    guidance: float = 1.5
+    """Weight: 1 is none. Internal guidance where the generator has a base head, else classifier-free."""
+    method: str = "euler"
+    """euler or heun."""
+    batch_size: int = 64
+    out: Path | None = None
+    """A folder for one PNG each, or a .png file for a grid of all."""
+    model: str | None = None
+    """The tokenizer, where it is no longer where the generator was trained."""
+    vae: str | None = None
+    """VAE in place of the tokenizer's."""
+
+
+def run(arguments: list[str]) -> int:
+    given = parse(Generate, arguments, "generate")
+    if given.class_ is not None and given.text is not None:
+        raise ValueError("generate: give --class or --text, one of them")
+    for name in ("count", "steps", "batch_size"):
+        if getattr(given, name) < 1:
+            raise ValueError(f"generate: --{name.replace('_', '-')} must be at least 1, got {getattr(given, name)}")
+    import torch
+
+    from ov3fast.generation.saved import SavedGenerator
+    from ov3fast.generation.training import text_tokens
+    from ov3fast.inference import load_model
+    from ov3fast.io import atomic_folder, atomic_write, check_writable, check_writable_folder
+
+    saved = SavedGenerator.load(given.run)
+    if given.class_ is None and given.text is None:
+        print("\n".join(saved.classes) if saved.classes else "this generator takes --text")
+        return 0
+    if given.out is None:
+        raise ValueError("generate: --out is needed: a folder, or a .png file for a grid")
+    if bool(saved.classes) != (given.text is None):
+        raise ValueError(f"generate: this generator takes {'--class' if saved.classes else '--text'}")
+    grid = given.out.suffix == ".png"
+    (check_writable if grid else check_writable_folder)(given.out, "--out")
+    label = None if given.class_ is None else saved.label_of(given.class_)
+    model = load_model(given.model or saved.model, vae=given.vae)
+    row = torch.tensor([label]) if label is not None else text_tokens(model, [given.text or ""])
+    parts = []
+    for start in range(0, given.count, given.batch_size):
+        indices = range(start, min(start + given.batch_size, given.count))
+        condition = row.expand(len(indices), *row.shape[1:])
+        latents = saved.sample(
+            condition, indices, seed=given.seed, steps=given.steps, weight=given.guidance, method=given.method
+        )  # fmt: skip
+        parts.append(saved.pictures(model, latents))
+    pictures = torch.cat(parts)
+    from PIL import Image
+
+    from ov3fast.generation.report import tiled
+
+    if grid:
+        with atomic_write(given.out) as temporary:
+            Image.fromarray(tiled(pictures).permute(1, 2, 0).numpy()).save(temporary, "PNG")
+    else:
+        with atomic_folder(given.out) as folder:
+            for number, picture in enumerate(pictures):
+                Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{number:05d}.png")
+    print(f"{len(pictures)} pictures -> {given.out}")
+    return 0

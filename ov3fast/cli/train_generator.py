@@ -1,0 +1,47 @@
+"""ov3fast train --recipe generate-demo|generate-base."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ov3fast.cli.options import parse
+from ov3fast.recipes.generate import GENERATE_RECIPES, GenerateRecipe
+
+
+def run(name: str, arguments: list[str], resume: str | None) -> int:
+    """Train a generator over a model's tokens; resume: what --resume was given ("" for the recipe's run), None without."""
+    if name not in GENERATE_RECIPES:
+        raise ValueError(f"--recipe: generators' recipes are {', '.join(GENERATE_RECIPES)}; got {name!r}")
+    base = GENERATE_RECIPES[name]
+    if resume:
+        base = dataclasses.replace(base, run_dir=Path(resume))
+
+    @dataclass
+    class Train:
+        __doc__ = f"Train a generator over a model's tokens. The defaults below are those of --recipe {name}."
+
+        recipe: Annotated[GenerateRecipe, tyro.conf.arg(name="")]
+        overwrite: bool = False
+        """Begin again in a run_dir that holds a run."""
+        report: bool = True
+        """Afterwards sample and measure: generate.html and generate.json in run_dir (for a recipe on classes)."""
+
+    given = parse(Train, arguments, "train", default=Train(base))
+    if given.overwrite and resume is not None:
+        raise ValueError("--resume goes on with a run, --overwrite begins it again; give one of them")
+    from ov3fast.generation.training import train_generator
+
+    run_dir = train_generator(given.recipe, resume=resume is not None, overwrite=given.overwrite)
+    print(f"{run_dir / 'generator'}: `ov3fast generate {run_dir}` lists what it knows")
+    if given.report and given.recipe.condition == "class":
+        from ov3fast.generation.report import write_generation_report
+
+        for key, value in write_generation_report(given.recipe).items():
+            print(f"{key.replace('_', ' '):<30} {f'{value:.4g}' if isinstance(value, float) else value}")
+        print(f"report: {run_dir / 'generate.html'}")
+    return 0

@@ -1,0 +1,78 @@
+"""Recipes of generators over a model's tokens: generate-demo, and generate-base as RAE trains its DiT^DH."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class GenerateRecipe:
+    """What `ov3fast train --recipe generate-...` trains; every field is a flag."""
+
+    name: str = "generate-demo"
+    model: str = "runs/demo"
+    """The tokenizer: a trained OpenVision 3 (model folder, training run or hub id) with its decoder."""
+    vae: str | None = None
+    """VAE in place of the model's."""
+    data: tuple[str, ...] = ("demo:pairs-train", "demo:photos-train")
+    """Shards: folders, tars, patterns, or demo:SET."""
+    condition: Literal["class", "text"] = "class"
+    """class: a label per value of class_field; text: the tokens that the model's text tower gives for the caption."""
+    class_field: str = "group"
+    """Field of the samples' metadata that names the class."""
+    widths: tuple[int, int] = (256, 384)
+    """Trunk and head."""
+    depths: tuple[int, int] = (6, 2)
+    heads: tuple[int, int] = (4, 6)
+    in_context: bool = False
+    """RAEv2's generator (predicts x, internal guidance) in place of RAE's."""
+    batch_size: int = 128
+    steps: int = 2000
+    lr: float = 5e-4
+    """Constant after the warm-up for half of the steps, then linear to a tenth."""
+    warmup_steps: int = 50
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    dropout: float = 0.1
+    """Share of samples trained without their condition, for classifier-free guidance."""
+    flip: bool = True
+    """Mirrored pictures too."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    seed: int = 0
+    checkpoint_every: int = 500
+    log_every: int = 20
+    run_dir: Path = Path("runs/generate-demo")
+
+    def __post_init__(self) -> None:
+        positive = {name: getattr(self, name) for name in ("batch_size", "steps", "checkpoint_every", "log_every", "lr")}
+        for name, value in positive.items():
+            if value <= 0:
+                raise ValueError(f"recipe: {name} must be positive, got {value}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"recipe: dropout must be in [0, 1), got {self.dropout}")
+        if not self.data:
+            raise ValueError("recipe: data must name at least one set of shards")
+
+    def lr_at(self, step: int) -> float:
+        """The rate of step 0, 1, ..."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        late = max(0.0, 2 * step / self.steps - 1)
+        return self.lr * (1 - 0.9 * late)
+
+
+IMAGENET_IMAGES, RAE_BATCH, RAE_EPOCHS = 1_281_167, 1024, 80
+
+GENERATE_RECIPES = {
+    "generate-demo": GenerateRecipe(),
+    "generate-base": GenerateRecipe(
+        name="generate-base", model="runs/base", data=("imagenet-train",), class_field="class", widths=(1152, 2048), depths=(28, 2),
+        heads=(16, 16), batch_size=RAE_BATCH, steps=math.ceil(RAE_EPOCHS * IMAGENET_IMAGES / RAE_BATCH), lr=2e-4, warmup_steps=1250,
+        ema_decay=0.9995, checkpoint_every=2500, log_every=100, run_dir=Path("runs/generate-base"),
+    ),
+}  # fmt: skip

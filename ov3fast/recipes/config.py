@@ -32,6 +32,7 @@ IMAGENET = 1_281_167
 FREE_TO_CHANGE = frozenset(
     {
         "run_dir",
+        "accumulate",
         "parallel",
         "shard_size",
         "reshard",
@@ -59,8 +60,8 @@ FREE_TO_CHANGE = frozenset(
         "data.skip_budget",
     }
 )
-"""Fields that may differ when a run is resumed: none of them changes what the run computes. (`parallel` and `shard_size` change the order of
-sums, as another number of processes does.)"""
+"""Fields that may differ when a run is resumed: none of them changes what the run computes. (`accumulate`, `parallel` and `shard_size` change the
+order of sums, as another number of processes does.)"""
 
 
 @dataclass(frozen=True)

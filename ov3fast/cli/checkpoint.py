@@ -54,7 +54,7 @@ class Export:
 
 def run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
+        print("usage: ov3fast checkpoint verify|diff|export PATH ...", __doc__.partition("\n")[2], sep="\n")
         return 0
     actions = {"verify": _verify, "diff": _diff, "export": _export}
     action, *rest = arguments

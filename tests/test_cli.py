@@ -357,7 +357,7 @@ def one_line(err: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("nonsense",), "no command 'nonsense'; it takes train, plan"),
+        (("nonsense",), "no command 'nonsense'; it takes train, watch, compare"),
         (
             ("train", "--recipe", "huge"),
             "--recipe must be one of demo, base, large, custom, or a .json or .yaml file; got 'huge'",

@@ -59,8 +59,8 @@ class DataConfig:
     four on white)."""
     mixing: Literal["batch", "stream"] = "batch"
     """"batch": every batch holds the same number of each source, its fraction rounded where it doesn't divide, and ranks must divide
-    it. "stream": the fractions hold exactly, to one sample, over the whole stream, whatever batch and ranks; for sources with one view
-    that are all paired or none."""
+    it. "stream": the fractions hold to less than one sample over any beginning of the stream (1.7 for five sources or more with over six
+    decimals), whatever batch and ranks; for sources with one view that are all paired or none."""
     variants: int | None = None
     """Number of different augmentations of a sample, which repeat after that many passes (so that latents can be
     cached); None: a new one every time."""

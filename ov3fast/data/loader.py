@@ -100,6 +100,7 @@ class Loader:
             self.units = _units(self.sources, batch_size, world)
         else:
             _check_stream(self.sources, batch_size, world)
+            mixing.drawn(0, self.weights)  # a schedule that has to be walked is so once, and not in every worker
         self.start = tuple(cursors) if cursors is not None else (0,) * len(self.sources)
         if len(self.start) != len(self.sources):
             raise ValueError(f"cursors: got {len(self.start)} of them; there are {len(self.sources)} sources")

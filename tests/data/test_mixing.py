@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -80,13 +80,40 @@ def test_what_is_no_source_is_named(path, words):
         Loader(DataConfig(sources=(SourceConfig(f"source:{path}"),)), image_size=8, batch_size=1)
 
 
-@given(st.lists(st.integers(1, 1000), min_size=1, max_size=6), st.integers(0, 10**13))
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=12), st.integers(0, 10**13))
+@example([1, 1, 1, 11], 92)
+@example([1, 1, 1, 1, 1, 11], 92)
 @settings(max_examples=200, deadline=None)
 def test_mixing_is_exact_to_one_sample_for_every_beginning(weight, count):
     drawn, following = mixing.drawn(count, weight), mixing.drawn(count + 1, weight)
     assert sum(drawn) == count and sorted(b - a for a, b in zip(drawn, following, strict=True)) == [0] * (len(weight) - 1) + [1]
     for own, share in zip(drawn, weight, strict=True):
-        assert abs(own * sum(weight) - count * share) <= sum(weight)
+        assert abs(own * sum(weight) - count * share) < sum(weight)
+
+
+@pytest.mark.parametrize(
+    "weight", [[1, 1, 1, 11], [1000, 700, 350, 100, 9], [1, 1, 1, 1, 1, 1, 1000], [3, 1, 4, 1, 5, 9, 2, 6]]
+)
+def test_every_sample_of_a_period_comes_from_one_source(weight):
+    counts = np.array([mixing.drawn(count, weight) for count in range(2 * sum(weight) + 1)])
+    steps = np.diff(counts, axis=0)
+    assert (steps.sum(1) == 1).all() and steps.min() == 0 and (counts[sum(weight)] == weight).all()
+    off = np.abs(counts * sum(weight) - np.arange(len(counts))[:, None] * np.array(weight))
+    k = len(weight)
+    if k > 4:
+        assert (off * (2 * k - 2) <= sum(weight) * (2 * k - 3)).all()  # Tijdeman's bound, which none can better for all weights
+    assert (off < sum(weight)).all()
+
+
+@given(st.lists(st.integers(10**3, 10**12), min_size=5, max_size=12), st.integers(0, 10**13))
+@example([mixing.LONGEST_PERIOD, 1, 1, 1, 1, 1], 10**13)
+@settings(max_examples=200, deadline=None)
+def test_a_period_too_long_to_walk_is_exact_to_two_samples(weight, count):
+    weight = [*weight, mixing.LONGEST_PERIOD]
+    drawn, following = mixing.drawn(count, weight), mixing.drawn(count + 1, weight)
+    assert sum(drawn) == count and sorted(b - a for a, b in zip(drawn, following, strict=True)) == [0] * (len(weight) - 1) + [1]
+    for own, share in zip(drawn, weight, strict=True):
+        assert 10 * abs(own * sum(weight) - count * share) < 17 * sum(weight)
 
 
 def test_fractions_are_meant_in_decimal():

@@ -34,9 +34,15 @@ WORDS = {
         "`triton`: every Triton kernel is launched by Triton itself, and not by our launcher, which takes the host less time",
         "ours",
     ),
+    "OV3FAST_API_KEY": Word("the key that `ov3fast serve` asks of requests", "none is asked for"),
     "OV3FAST_OTHER_TRITON": Word("tests only: folder with another Triton, whose compiled code is executed too", "none"),
     "OV3FAST_INTERPRETER_EXAMPLES": Word("tests only: hypothesis' examples under Triton's interpreter", "4"),
+    "OV3FAST_KILLS": Word("tests only: how many times the drills kill a training run", "3"),
+    "OV3FAST_KILL_SEED": Word("tests only: seed of the moments at which they do", "0"),
+    "OV3FAST_SCREENSHOTS": Word("tests only: folder for pictures of the server's page", "none are taken"),
 }
+
+SECRET = ("OV3FAST_API_KEY",)
 
 
 def exchange_timeout() -> float:
@@ -52,5 +58,6 @@ def exchange_timeout() -> float:
 
 
 def report() -> dict[str, str]:
-    """Word -> its value here, or "not set: " and what then holds."""
-    return {name: os.environ.get(name) or f"not set: {word.default}" for name, word in WORDS.items()}
+    """Word -> its value here, or "not set: " and what then holds. A key is not shown: reports are passed on."""
+    values = {name: os.environ.get(name) or f"not set: {word.default}" for name, word in WORDS.items()}
+    return {**values, **{name: "set" for name in SECRET if os.environ.get(name)}}

@@ -166,6 +166,13 @@ def test_the_list_of_environment_words_is_whole():
     assert set(tracked.stdout.split()) - {"OV3FAST_"} == set(environment.WORDS)
 
 
+def test_a_key_is_not_reported(monkeypatch):
+    monkeypatch.delenv("OV3FAST_API_KEY", raising=False)
+    assert environment.report()["OV3FAST_API_KEY"].startswith("not set")
+    monkeypatch.setenv("OV3FAST_API_KEY", "hidden")
+    assert environment.report()["OV3FAST_API_KEY"] == "set" and "hidden" not in str(environment.report())
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["encode", "--help"], ["evaluate", "--help"]])
 def test_help_costs_no_torch(arguments):
     code = f"""

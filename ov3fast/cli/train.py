@@ -25,7 +25,7 @@ HELP = """usage: {program} train [--recipe NAME|FILE] [options] [--FIELD VALUE .
 
 What to train
   --recipe NAME|FILE      {names}, or a .json or .yaml file (default: demo; custom with --data);
-                          generate-demo, generate-base: a generator over a model's tokens, with fields of its own
+                          generate-demo, generate-base: generators, with fields of their own
   --data PATH             your own shards: a folder of tars, a tar or a glob pattern; defaults are fitted to them
   --run-dir DIR           where checkpoints, logs and the model go
   --init-from MODEL       begin with the weights of a model: a folder, a run or a hub id

@@ -1,4 +1,4 @@
-"""How many samples of each source a stream holds: within one of its share for every beginning, and a function of its length alone."""
+"""How many samples of each source a stream holds: near its share for every beginning, and a function of its length alone."""
 
 from __future__ import annotations
 

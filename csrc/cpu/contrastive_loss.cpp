@@ -287,7 +287,7 @@ namespace {
 
 // What the gradient of a tile needs of its columns, all of them padded to whole panels.
 struct Columns {
-    const float *inverse, *left, *left_low, *norm, *m_j, *log_sum, *weight, *live;
+    const float *inverse, *left, *left_low, *norm, *m_j, *log_sum, *weight;
 };
 // Of a row.
 struct Row {
@@ -315,13 +315,17 @@ void gradient_tile(
             const int64_t lane = own + i - j * VL;
             const bool has_own = lane >= 0 && lane < VL && own + i < columns;
             if (SIGMOID) {
-                // 1 - sigmoid(z) = sigmoid(-z) keeps its digits.
                 z += bias;
                 if (has_own) z[lane] = -z[lane];
+            }
+            // A padded column's product is 0, and exp(0 - m_i) would have no bound where all logits of the row are far below 0.
+            for (int k = std::max(columns - j * VL, 0); k < VL; k++) z[k] = LOWEST;
+            if (SIGMOID) {
+                // 1 - sigmoid(z) = sigmoid(-z) keeps its digits.
                 const vf e = exp_below(-abs(z));
                 value = ((z < 0.0f) ? e : splat(1.0f)) / (1.0f + e) * weight;
                 if (has_own) value[lane] = -value[lane];
-                total += value * load(column.live + j * VL);
+                total += value;
             } else {
                 const vf by_row = exp_below((z - row[i].m_i) - row[i].log_sum);
                 const vf by_column = exp_below((z - load(column.m_j + j * VL)) - load(column.log_sum + j * VL));
@@ -477,7 +481,7 @@ struct Backward {
                 const int64_t rows = std::min(block, count - i), j = p * NR;
                 block_product<T>(rows, x_rows + i * words_d, by_width, p, p + 1, c, [](int64_t, int64_t, int, float*) {});
                 const Columns columns{all.inverse + j, all.left + j, all.left_low + j, all.norm + j, all.m_j + j, all.log_sum + j,
-                    all.weight + j, all.live + j};
+                    all.weight + j};
                 TileSums total = {};
                 const auto take = [&](auto function) {
                     function(rows, by_width.columns(p), i0 + i + offset - j, c, row + i, columns, scale, bias, weight,
@@ -560,18 +564,17 @@ void contrastive_loss_backward(
     double* grad_scale, double* grad_bias, int64_t n, int64_t N, int64_t D, int threads
 ) {
     const int64_t wide = round_up(N, NR);
-    Buffer<float> padded(4 * wide);
+    Buffer<float> padded(3 * wide);
     const float* from[3] = {c_max, c_log, column_weight};
-    std::fill(padded.data(), padded + 4 * wide, 0.0f);
+    std::fill(padded.data(), padded + 3 * wide, 0.0f);
     if (!sigmoid)
         for (int which = 0; which < 3; which++) std::copy(from[which], from[which] + N, padded + which * wide);
-    std::fill(padded + 3 * wide, padded + 3 * wide + N, 1.0f);
     Backward<T> backward{x, x_stride, y, y_stride, *scale, bias ? *bias : 0.0f, sigmoid, offset, r, *row_weight, grad_x, grad_y,
                          n, N, D, threads};
     take_norms(x, x_stride, n, D, backward.x_norms, threads);
     take_norms(y, y_stride, N, D, backward.y_norms, threads);
     const Columns columns{backward.y_norms.inverse, backward.y_norms.left, backward.y_norms.left_low, backward.y_norms.norm, padded,
-        padded + wide, padded + 2 * wide, padded + 3 * wide};
+        padded + wide, padded + 2 * wide};
     backward.run(columns, grad_scale, grad_bias);
 }
 OV3_EXPORT(contrastive_loss_backward)

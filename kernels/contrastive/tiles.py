@@ -204,20 +204,20 @@ def _by_logit(
         g = tl.where(z < 0, e, 1.0) / (1.0 + e) * own_weight
         if has_own:
             g = tl.where(own_column == j[:, None], -g, g)
-        return g
-    g = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    row, column = row_terms + i, column_terms + j
-    # Logits are made anew for each term: to keep them beside products and gradients takes too many registers.
-    for _ in tl.range(0, tl.load(terms), num_stages=1, disable_licm=True):
-        z = _logits(tile, s, x_inverse, i, n) + _outside(j, N)[:, None]
-        shift = tl.load(row, mask=i < n, other=0.0)[None, :] + tl.load(column, mask=j < N, other=0.0)[:, None]
-        by_row = tl.load(row + row_terms_stride, mask=i < n, other=0.0)
-        by_column = tl.load(column + N, mask=j < N, other=0.0)
-        g += _exp(z - shift) * (by_row[None, :] + by_column[:, None])
-        row += 2 * row_terms_stride
-        column += 2 * N
-    if has_own:
-        g -= tl.where(own_column == j[:, None], own_weight, 0.0)
+    else:
+        g = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        row, column = row_terms + i, column_terms + j
+        # Logits are made anew for each term: to keep them beside products and gradients takes too many registers.
+        for _ in tl.range(0, tl.load(terms), num_stages=1, disable_licm=True):
+            z = _logits(tile, s, x_inverse, i, n) + _outside(j, N)[:, None]
+            shift = tl.load(row, mask=i < n, other=0.0)[None, :] + tl.load(column, mask=j < N, other=0.0)[:, None]
+            by_row = tl.load(row + row_terms_stride, mask=i < n, other=0.0)
+            by_column = tl.load(column + N, mask=j < N, other=0.0)
+            g += _exp(z - shift) * (by_row[None, :] + by_column[:, None])
+            row += 2 * row_terms_stride
+            column += 2 * N
+        if has_own:
+            g -= tl.where(own_column == j[:, None], own_weight, 0.0)
     return g
 
 

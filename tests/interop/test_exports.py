@@ -12,6 +12,7 @@ from ov3fast import cli
 from ov3fast.inference import VisionTower
 from ov3fast.interop import _certificate, _folder
 from ov3fast.interop._programs import parts_of, program
+from ov3fast.interop.torch import export
 from ov3fast.models.vit import ViTEncoder
 
 RUN = """
@@ -78,37 +79,37 @@ def exported(model_folder, tmp_path_factory):
     """The folder of each format, made once by the command."""
     made = {}
 
-    def export(format, *options):
+    def folder(format):
         if format not in made:
             made[format] = tmp_path_factory.mktemp(format) / "out"
-            assert cli.main(["export", format, str(model_folder), "--out", str(made[format]), *options]) == 0
+            assert cli.main(["export", format, str(model_folder), "--out", str(made[format])]) == 0
         return made[format]
 
-    return export
+    return folder
 
 
 FORMATS = {
-    "torch": ("torch", ".pt2", ()),
-    "aotinductor": ("torch", ".aotinductor.pt2", ("--aotinductor",)),
-    "onnx": ("onnx", ".onnx", ()),
-    "openvino": ("openvino", ".xml", ()),
+    "torch": ".pt2",
+    "onnx": ".onnx",
+    "openvino": ".xml",
 }
+"""Format -> suffix."""
 NEEDS = {"onnx": ("onnxscript", "onnxruntime"), "openvino": ("openvino",)}
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kind", FORMATS)
-def test_runs_without_ov3fast(exported, model, model_folder, tmp_path, kind):
-    format, suffix, options = FORMATS[kind]
+@pytest.mark.parametrize("format", FORMATS)
+def test_runs_without_ov3fast(exported, model, model_folder, tmp_path, format):
+    suffix = FORMATS[format]
     for name in NEEDS.get(format, ()):
         pytest.importorskip(name)
-    folder = exported(format, *FORMATS["aotinductor"][2]) if format == "torch" else exported(format)
+    folder = exported(format)
     images = torch.rand(3, 3, 48, 32, generator=torch.Generator().manual_seed(2)) * 2 - 1
     ids = model.text_ids(["a red square", "red"])
     with torch.no_grad():
-        close(elsewhere(kind, folder / f"image{suffix}", images, tmp_path), model.encode(images))
-        close(elsewhere(kind, folder / f"reconstruct{suffix}", images, tmp_path), [model.reconstruct(images)])
-        close(elsewhere(kind, folder / f"text{suffix}", ids, tmp_path), [model.encode_text(ids)])
+        close(elsewhere(format, folder / f"image{suffix}", images, tmp_path), model.encode(images))
+        close(elsewhere(format, folder / f"reconstruct{suffix}", images, tmp_path), [model.reconstruct(images)])
+        close(elsewhere(format, folder / f"text{suffix}", ids, tmp_path), [model.encode_text(ids)])
     certificate = json.loads((folder / "certificate.json").read_text())
     assert certificate["format"] == format and "astronaut.png" in certificate["images"]
     entry = certificate["parts"][f"image{suffix}"]
@@ -121,6 +122,15 @@ def test_runs_without_ov3fast(exported, model, model_folder, tmp_path, kind):
         assert all(0 < case["budget"][name] < 1e-3 and case["error"][name] <= 1e-3 for name in ("pooled", "tokens"))
     assert json.loads((folder / "preprocessor_config.json").read_text())["image_size"] == 32
     assert (folder / "tokenizer.json").is_file()
+
+
+@pytest.mark.full
+def test_a_compiled_package_runs_without_ov3fast(model, tmp_path):
+    """The vision tower's alone: compiling takes minutes."""
+    folder = export(VisionTower(model.encoder, model.get_vae()), tmp_path / "out", aotinductor=True)
+    images = torch.rand(3, 3, 48, 32, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    with torch.no_grad():
+        close(elsewhere("aotinductor", folder / "image.aotinductor.pt2", images, tmp_path), model.encode(images))
 
 
 def test_a_file_that_is_off_is_not_written(model, tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ class GenerateRecipe:
     in_context: bool = False
     """RAEv2's generator (predicts x, internal guidance) in place of RAE's."""
     batch_size: int = 128
-    steps: int = 2000
+    steps: int = 900
     lr: float = 5e-4
     """Constant after the warm-up for half of the steps, then linear to a tenth."""
     warmup_steps: int = 50
@@ -44,7 +44,7 @@ class GenerateRecipe:
     """Mirrored pictures too."""
     precision: Literal["fp32", "bf16"] = "bf16"
     seed: int = 0
-    checkpoint_every: int = 500
+    checkpoint_every: int = 300
     log_every: int = 20
     run_dir: Path = Path("runs/generate-demo")
 

@@ -17,12 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ov3fast.data.images import ImageError
 from ov3fast.data.skips import DataError
 from ov3fast.generation import frechet
 from ov3fast.generation.inception import SIDE, Inception, resize_tf1
 from ov3fast.generation.moments import FeatureMoments
-from ov3fast.inference.encode import Options, decoded, find_sources
+from ov3fast.inference.encode import Options, readable_batches
 from ov3fast.io import atomic_write
 from ov3fast.models.perceptual import LPIPS
 
@@ -169,27 +168,17 @@ def extract(
     if protocol.image_size and image_size != protocol.image_size:
         raise ValueError(f"fid: protocol {protocol.name!r} is of {protocol.image_size} px images, got image_size={image_size}")
     options = Options(image_size=image_size, batch_size=batch_size, progress=progress)
-    moments, batch, rows, logits, skipped = FeatureMoments(), [], [], [], 0
-
-    def take() -> None:
-        if batch:
-            features, scores = extractor(((torch.stack(batch) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
-            moments.add(features)
-            rows.append(features.float().cpu())
-            logits.extend([] if scores is None else [scores.float().cpu()])
-            batch.clear()
-
-    for _, picture in decoded(find_sources(images), image_size, options):
-        if isinstance(picture, ImageError):
-            skipped += 1
-            continue
-        batch.append(picture)
-        if len(batch) == batch_size:
-            take()
-    take()
+    moments, rows, logits = FeatureMoments(), [], []
+    skipped: list[str] = []
+    for batch in readable_batches(images, image_size, options, skipped):
+        features, scores = extractor(((batch + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
+        moments.add(features)
+        rows.append(features.float().cpu())
+        if scores is not None:
+            logits.append(scores.float().cpu())
     if not rows:
-        raise DataError(f"fid: none of the images could be read ({skipped} skipped)")
-    return Features(moments, torch.cat(rows), torch.cat(logits) if logits else None, skipped)
+        raise DataError(f"fid: none of the images could be read ({len(skipped)} skipped)")
+    return Features(moments, torch.cat(rows), torch.cat(logits) if logits else None, len(skipped))
 
 
 def figures(found: Features, reference: Reference) -> dict[str, Any]:

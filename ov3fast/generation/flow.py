@@ -87,12 +87,17 @@ def sample(denoiser: Denoiser, noise: Tensor, times: Tensor, method: str = "eule
     return x
 
 
+def generator_of(words: str) -> torch.Generator:
+    """A generator whose draws are a function of the words alone."""
+    digest = hashlib.blake2b(words.encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
 def noise_of(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Standard normal float32 [len(indices), *shape]: row i is a function of (seed, indices[i]) alone."""
     rows = []
     for index in indices:
-        digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        generator = generator_of(f"{seed}/{index}")
         rows.append(torch.randn(tuple(shape), generator=generator))
     return torch.stack(rows) if rows else torch.empty((0, *shape))
 

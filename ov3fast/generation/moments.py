@@ -8,11 +8,14 @@ does not depend on how the images were split.
 
 from __future__ import annotations
 
-from typing import Self
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing import Self  # Python 3.11
 
 
 class _Moments:

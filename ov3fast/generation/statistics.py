@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ov3fast.data.images import ImageError
 from ov3fast.data.skips import DataError
 from ov3fast.generation.moments import ElementMoments
-from ov3fast.inference.encode import Options, decoded, find_sources, image_side
+from ov3fast.inference.encode import Options, image_side, readable_batches
 from ov3fast.inference.load import VisionTower
 from ov3fast.io import atomic_write, check_writable
 from ov3fast.models.openvision3 import OpenVision3
@@ -119,27 +118,16 @@ def token_statistics(
     if out is not None:
         check_writable(out)
     chosen = Options(**options)  # type: ignore[arg-type]
-    size, moments, batch, skipped = image_side(model, chosen, "statistics"), ElementMoments(), [], 0
-
-    def take() -> None:
-        if batch:
-            moments.add(as_latents(model.encode(torch.stack(batch))[1]))
-            batch.clear()
-
-    for _, picture in decoded(find_sources(images), size, chosen):
-        if isinstance(picture, ImageError):
-            skipped += 1
-            continue
-        batch.append(picture)
-        if len(batch) == chosen.batch_size:
-            take()
-    take()
+    size, moments = image_side(model, chosen, "statistics"), ElementMoments()
+    skipped: list[str] = []
+    for batch in readable_batches(images, size, chosen, skipped):
+        moments.add(as_latents(model.encode(batch)[1]))
     moments.all_reduce()
     if not moments.count:
-        raise DataError(f"statistics: none of the images could be read ({skipped} skipped)")
+        raise DataError(f"statistics: none of the images could be read ({len(skipped)} skipped)")
     about = {
         "images": str(moments.count),
-        "skipped": str(skipped),
+        "skipped": str(len(skipped)),
         "image_size": str(size),
         "latents": model.encoder.latent_convention,
         "preprocess": f"white background, shorter side resized ({chosen.interpolation}, antialias), centre crop, [-1, 1]",

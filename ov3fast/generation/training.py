@@ -8,7 +8,6 @@ Every picture is encoded once; the tokens, normalized by their statistics, stay 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from dataclasses import asdict
@@ -118,7 +117,7 @@ class Trainer:
 
     def step(self) -> dict[str, float]:
         """RuntimeError where the gradient is not finite; nothing was changed then."""
-        recipe, draws = self.recipe, _generator(self.recipe.seed, self.done)
+        recipe, draws = self.recipe, flow.generator_of(f"generate/{self.recipe.seed}/{self.done}")
         rows = torch.randint(len(self.tokens.latents), (recipe.batch_size,), generator=draws)
         x = self.tokens.latents[rows]
         noise = torch.randn(x.shape, generator=draws)
@@ -246,8 +245,3 @@ def _check_same(recipe: GenerateRecipe, before: dict[str, object]) -> None:
     if changed:
         name = changed[0]
         raise ValueError(f"generate: --resume keeps the recipe, but {name} is {now[name]!r} and was {before.get(name)!r}")
-
-
-def _generator(seed: int, step: int) -> torch.Generator:
-    digest = hashlib.blake2b(f"generate/{seed}/{step}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

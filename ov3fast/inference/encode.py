@@ -238,6 +238,21 @@ def decoded(sources: Mapping[str, Any], size: int, options: Options) -> Iterator
         pool.shutdown(cancel_futures=True)
 
 
+def readable_batches(images: Any, size: int, options: Options, skipped: list[str]) -> Iterator[Tensor]:
+    """Batches float32 [B, 3, size, size] of the images that can be read, in order; the names of the others go into `skipped`."""
+    batch: list[Tensor] = []
+    for name, picture in decoded(find_sources(images), size, options):
+        if isinstance(picture, ImageError):
+            skipped.append(name)
+            continue
+        batch.append(picture)
+        if len(batch) == options.batch_size:
+            yield torch.stack(batch)
+            batch = []
+    if batch:
+        yield torch.stack(batch)
+
+
 def _read(source: Any, size: int, options: Options) -> Tensor | ImageError:
     if not isinstance(source, Path) and not callable(source):
         picture = preprocess(source, size, interpolation=options.interpolation)[0]

@@ -49,6 +49,9 @@ class ObjectiveConfig:
     """As pixel_reduction, for the latents."""
     caption_reduction: str = "mean"
     """"mean" over the caption tokens that count, or "sum" of them per caption (mean over captions)."""
+    detached: str | None = None
+    """Branch that takes the tokens without their gradient, "rec" or "und": its heads learn, the encoder learns from the other branch
+    alone. How a branch's losses can be followed in a run that is trained without it (section 5.1)."""
 
     def __post_init__(self) -> None:
         for name in ("rec_weight", "und_weight", *(f"{part}_weight" for part in PARTS)):
@@ -59,6 +62,13 @@ class ObjectiveConfig:
                 raise ValueError(f"ObjectiveConfig: {name} must be 'mean' or 'sum', got {getattr(self, name)!r}")
         if self.contrastive not in ("softmax", "sigmoid"):
             raise ValueError(f"ObjectiveConfig: contrastive must be 'softmax' or 'sigmoid', got {self.contrastive!r}")
+        if self.detached not in (None, "rec", "und"):
+            raise ValueError(f"ObjectiveConfig: detached must be 'rec', 'und' or None, got {self.detached!r}")
+        other = {"rec": "und", "und": "rec"}.get(self.detached or "")
+        if other is not None and getattr(self, f"{other}_weight") == 0:
+            raise ValueError(
+                f"ObjectiveConfig: detached {self.detached!r} with {other}_weight 0 leaves the encoder without a gradient"
+            )
 
     @property
     def needs_pixels(self) -> bool:

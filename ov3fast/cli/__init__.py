@@ -47,6 +47,7 @@ COMMANDS = {
     "compare": Command("compare", "Curves and metrics of several runs side by side.", prints=True),
     "checkpoint": Command("checkpoint", "Verify, compare or export what a training run saved.", prints=True),
     "replay": Command("replay", "A training step's losses, computed again from the checkpoint before it.", prints=True),
+    "ablate": Command("ablate", "A recipe with one thing changed at a time, over several seeds, in one report.", prints=True),
     "plan": Command("plan", "Memory, time, cost and bound of a recipe on a number of GPUs; needs none.", prints=True),
     "evaluate": Command("evaluate", "Measure a model on held-out data and write the report."),
     "encode": Command("encode", "Images or shards -> a file or folder of pooled vectors and tokens."),

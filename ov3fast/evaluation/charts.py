@@ -32,11 +32,13 @@ _STYLE = {
 
 @dataclass(frozen=True)
 class Series:
-    """One line: its name in the legend and its points, x ascending."""
+    """One line: its name in the legend and its points, x ascending. low, high: a band around it."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,13 @@ def line_chart(
     x_range: tuple[float, float] | None = None,
     log_y: bool = False,
     smoothing: float = 0.0,
+    prefix: str = "",
 ) -> str:
     """A self-contained <svg> (no links, no scripts), deterministic; "" if no point is finite.
 
     Non-finite points are left out; log_y needs positive values, else the axis stays linear. x_range: the axis' ends, so that several
     charts compare; None: the series' own. smoothing: 0 draws the points alone; else the share of a series' length over which its
-    values are averaged, drawn above them.
+    values are averaged, drawn above them. prefix: of the ids, where a page has several charts of one title.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -95,6 +98,8 @@ def line_chart(
             smooth = smoothing > 0 and len(line.x) > 4
             x, y = thin(line.x), thin(line.y)
             axes.plot(x, y, linewidth=0.7 if smooth else 1.2, alpha=0.3 if smooth else 1, label=line.name, **options)
+            if line.low:
+                axes.fill_between(x, thin(line.low), thin(line.high), color=colour, alpha=0.18, linewidth=0)
             if smooth:
                 mean = thin(smoothed(line.y, max(1, round(smoothing * len(line.y)))))
                 axes.plot(x, mean, linewidth=1.2, **options)
@@ -112,7 +117,7 @@ def line_chart(
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     label = escape(f"{title} over {x_label}{', logarithmic' if log_y else ''}", quote=True)
-    return _inline(buffer.getvalue(), label, prefix="".join(c for c in title if c.isalnum()))
+    return _inline(buffer.getvalue(), label, prefix="".join(c for c in prefix + title if c.isalnum()))
 
 
 def smoothed(values: Sequence[float], window: int) -> np.ndarray:
@@ -133,8 +138,9 @@ def thin(values: Sequence[float], limit: int = MAX_POINTS) -> np.ndarray:
 
 
 def _finite(line: Series) -> Series:
-    points = [(float(x), float(y)) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(x) and math.isfinite(y)]
-    return Series(line.name, [x for x, _ in points], [y for _, y in points])
+    columns = [line.x, line.y, *((line.low, line.high) if line.low else ())]
+    points = [[float(value) for value in point] for point in zip(*columns, strict=True) if all(map(math.isfinite, point))]
+    return Series(line.name, *([point[i] for point in points] for i in range(len(columns))))
 
 
 def _inline(svg: str, label: str, prefix: str) -> str:

@@ -171,7 +171,8 @@ class OpenVision3Config:
     """Only with contrastive="sigmoid"."""
     tokenizer: Literal["wordpiece", "clip_bpe"] = "wordpiece"
     vae: str = DEFAULT_VAE
-    """Folder or hub id of an AutoencoderKL, or "small" for the one in the package."""
+    """Folder or hub id of an AutoencoderKL, "small" for the one in the package, or "pixels" for none: the image's 8 x 8 blocks are the
+    latents, of 192 channels."""
     vae_subfolder: str | None = None
 
     def __post_init__(self) -> None:

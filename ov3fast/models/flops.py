@@ -17,6 +17,7 @@ import torch
 from .config import VAE_STRIDE, CaptionConfig, OpenVision3Config, TextConfig, VisionConfig
 from .openvision3 import OpenVision3
 from .perceptual import LPIPS
+from .pixels import PIXELS
 from .vae import FLUX_VAE, SMALL, FrozenVAE, small_vae_folder
 
 
@@ -39,7 +40,8 @@ def flops_per_image(
     tokens = (size // stride) ** 2
     text = config.text.context_length if text_length is None else text_length
     caption = config.caption.length if caption_length is None else caption_length
-    vae_encoder, vae_decoder = vae_flops(resolve_vae_config(config, vae_config), size)
+    without = config.vae == PIXELS and vae_config is None
+    vae_encoder, vae_decoder = (0.0, 0.0) if without else vae_flops(resolve_vae_config(config, vae_config), size)
     return {
         "vae_encoder": vae_encoder,
         "encoder": encoder_flops(config.vision, tokens),
@@ -54,6 +56,8 @@ def parameter_counts(config: OpenVision3Config, vae_config: dict[str, Any] | Non
     """Part -> number of parameters, as OpenVision3.parameter_counts, without allocating any."""
     with torch.device("meta"):
         model = OpenVision3(config)
+        if config.vae == PIXELS and vae_config is None:
+            return {**model.parameter_counts(), "vae": 0}
         vae = FrozenVAE.from_config(resolve_vae_config(config, vae_config))
     return {**model.parameter_counts(), "vae": sum(p.numel() for p in vae.parameters())}
 

@@ -97,6 +97,7 @@ class OpenVision3(nn.Module):
         decode_index: Tensor | None = None,
         caption_index: Tensor | None = None,
         text_index: Tensor | None = None,
+        detach: str | None = None,
     ) -> ModelOutput:
         """latents [B, C, h, w] in the model's convention; text_ids [P, L]; caption_ids [B, L'], a row per image.
 
@@ -105,14 +106,16 @@ class OpenVision3(nn.Module):
         decode_index, caption_index: int64 rows of the images that the decoder and the captioner see; None is all.
         text_index: int64 [B], each image's row of text_ids, read only with the caption prefix of text; None is the same row.
         decode=False leaves the decoder out, text_ids=None the text encoder, caption_ids=None the captioner.
+        detach: branch, "rec" or "und", from which no gradient reaches the encoder's blocks (ObjectiveConfig.detached).
         """
-        pooled, tokens = self.encoder(latents, post_ln=self._post_ln)
+        pooled, tokens = self.encoder(latents, post_ln=self._post_ln, detach_pooled=detach == "und")
+        rec_tokens, und_tokens = (tokens.detach() if detach == branch else tokens for branch in ("rec", "und"))
         feature = text_tokens = latents_hat = hidden = labels = weight = None
         if text_ids is not None:
             feature, text_tokens = self.text(text_ids, return_tokens=True)
         if decode:
             patch = self.config.vision.patch_size
-            chosen = tokens if decode_index is None else tokens[decode_index]
+            chosen = rec_tokens if decode_index is None else rec_tokens[decode_index]
             if sigma is None and rng is not None and self.config.tau > 0:
                 sigma = noise.sample_sigma(chosen.shape[0], self.config.tau, noise.derive_rng(rng, noise.SIGMA))
                 sigma = sigma.to(chosen.device)
@@ -128,7 +131,7 @@ class OpenVision3(nn.Module):
                     raise ValueError("OpenVision3: captions with text_prefix need text_ids")
                 text_tokens = text_tokens[rows if text_index is None else text_index[rows]]
             hidden, labels = self.captioner(
-                tokens[rows], caption_ids[rows], text_tokens if self.config.caption.text_prefix else None, rng
+                und_tokens[rows], caption_ids[rows], text_tokens if self.config.caption.text_prefix else None, rng
             )
             # A view: FSDP puts hooks on what the model returns, and a parameter would gather them step after step.
             weight = self.captioner.head.weight.view_as(self.captioner.head.weight)

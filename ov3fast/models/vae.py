@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from . import autoencoder, noise, pretrained
 from .autoencoder import Autoencoder, AutoencoderConfig
 from .group_norm_silu import fuse_group_norm_silu
+from .pixels import PIXELS, PixelAutoencoder
 from .upsample import fold_upsampling
 
 CONVENTIONS = ("openvision3", "flux")
@@ -112,11 +113,13 @@ class FrozenVAE(nn.Module):
         variant: str | None = None,
         hub: pretrained.Hub | None = None,
     ) -> FrozenVAE:
-        """A folder or hub id in diffusers' layout, or "small" for the one in the package.
+        """A folder or hub id in diffusers' layout, "small" for the one in the package, or "pixels" for none (models.pixels).
 
         subfolder: where it lies within; None takes the folder itself or its "vae" (FLUX.1-dev's layout). variant, hub: which file, and
         how a hub id is looked up. FileNotFoundError or ValueError, in one line, where there is no such VAE.
         """
+        if str(path) == PIXELS:
+            return cls(PixelAutoencoder(dtype), latent_convention)
         if str(path) == SMALL:
             root = small_vae_folder()
             if not root.exists():

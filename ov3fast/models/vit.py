@@ -107,11 +107,12 @@ class ViTEncoder(nn.Module):
         scale: float = 1.0,
         shift: float = 0.0,
         post_ln: bool = False,
+        detach_pooled: bool = False,
     ) -> tuple[Tensor, Tensor] | Tensor:
         """latents [B, C, H, W], already in the model's convention; or, with moments, [B, 2C, H, W] (mean, logvar).
 
         Moments are sampled with rng, or their mean taken, and z becomes (z - shift) * scale on the way in. post_ln norms the tokens
-        that come out. Returns pooled alone where `output_tokens` is False. ValueError for a wrong channel count or size.
+        that come out. detach_pooled: the gradient of pooled ends at its head. Returns pooled alone where `output_tokens` is False. ValueError for a wrong channel count or size.
         The input must be on the weights' device, in their dtype or float32; `encode_latents` and `encode_moments` cast.
         """
         grid = self._grid(latents, moments)
@@ -129,11 +130,12 @@ class ViTEncoder(nn.Module):
         )
         if self.config.final_ln_after_pool:
             tokens = self.transformer(x)[:, 1:]
-            pooled = self.head(self.norm(tokens.mean(1)))
+            mean = (tokens.detach() if detach_pooled else tokens).mean(1)
+            pooled = self.head(self.norm(mean))
             tokens = self.norm(tokens) if post_ln else tokens
         else:
             tokens = self.transformer(x, self.norm)[:, 1:]
-            pooled = self.head(tokens.mean(1))
+            pooled = self.head((tokens.detach() if detach_pooled else tokens).mean(1))
         return (pooled, tokens) if self.output_tokens else pooled
 
     def encode(

@@ -158,6 +158,7 @@ class Step:
                 micro_batch.latents, micro_batch.text_ids, micro_batch.caption_ids,
                 sigma=micro_batch.sigma, rng=micro_batch.rng, decode=config.rec_weight > 0,
                 decode_index=micro_batch.latent_rows, caption_index=micro_batch.caption_rows, text_index=micro_batch.text_index,
+                detach=config.detached,
             )  # fmt: skip
             images_hat = None
             if micro_batch.pixel_rows is not None:

@@ -31,6 +31,7 @@ def test_an_unknown_field_is_named(tiny, data, tmp_path):
         dataclasses.replace(VARIANTS["full"], changes={"model.taau": 1}).apply(tiny.recipe(data, tmp_path))
 
 
+@pytest.mark.full
 def test_a_set_of_runs_resumes_and_reports(tiny, data, tmp_path, monkeypatch):
     recipe = tiny.recipe(data, tmp_path / "unused", stages=((6, 32),))
     arguments = dict(seeds=2, steps=6, out=tmp_path / "set", data=str(data / "pairs"), note=lambda line: None)

@@ -1,4 +1,4 @@
-"""docs/kernels.md: puts the tables of results into the page, between `<!-- tables: OPERATOR ... -->` and `<!-- end -->`.
+"""Regenerates the tables in docs/kernels.md, between `<!-- tables: OPERATOR ... -->` and `<!-- end -->`.
 
 python -m benches.kernel_page        # after benches/results/kernels-aot.csv or operators-cpu-zen4.csv has changed
 """
@@ -27,7 +27,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def render(text: str, compiled: list[dict[str, str]], measured: list[dict[str, str]]) -> str:
-    """The page with its tables made anew from the rows of the two CSV files."""
+    """The page with its tables regenerated from the rows of the two CSV files."""
 
     def fill(block: re.Match[str]) -> str:
         ops = block[2].split()
@@ -37,7 +37,10 @@ def render(text: str, compiled: list[dict[str, str]], measured: list[dict[str, s
         if lines:
             parts.append(
                 "\n".join(
-                    [f"The same operator's CPU kernels ({measured[0]['cpu']}, {measured[0]['threads']} threads):\n", *lines]
+                    [
+                        f"The CPU kernels of the same operator ({measured[0]['cpu']}, {measured[0]['threads']} threads):\n",
+                        *lines,
+                    ]
                 )
             )
         return block[1] + "".join(f"\n{part}\n" for part in parts) + ("\n" if parts else "") + block[3]
@@ -47,7 +50,7 @@ def render(text: str, compiled: list[dict[str, str]], measured: list[dict[str, s
 
 def _on_cpu(row: dict[str, str]) -> str:
     peer = f", {row['ratio']} x {row['best_peer']}" if row["ratio"] else ""
-    return f"- {row['direction']}, {row['shape']}, {row['dtype']}: {float(row['ms']):.3g} ms, {row['rate']}, {row['of_floor']} of the floor{peer}"
+    return f"- {row['direction']}, {row['shape']}, {row['dtype']}: {float(row['ms']):.3g} ms, {row['rate']}, {row['of_floor']} of roofline{peer}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""mkdocs hooks: patterns in the navigation, and links to files outside docs/, which the site doesn't hold."""
+"""mkdocs hooks: glob patterns in the navigation, and links to files outside docs/, which are not part of the site."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ LINK = re.compile(r"\[([^\]]+)\]\((?!\w+:)([^)#\s]+)(?:#[^)\s]*)?\)")
 
 
 def on_config(config):
-    """`folder/*.md` in the navigation is every page of that folder, its index first."""
+    """Expands `folder/*.md` in the navigation to the pages of that folder, its index first."""
 
     def expanded(items):
         for item in items:
@@ -25,7 +25,7 @@ def on_config(config):
 
 
 def on_page_markdown(markdown, *, page, config, files):
-    """A link to a file outside docs/ becomes the file's path."""
+    """Replaces links to files outside docs/ with the file's path."""
     docs = Path(config.docs_dir).resolve()
 
     def plain(link: re.Match[str]) -> str:

@@ -280,7 +280,7 @@ def shards(tmp_path, photo):
 def test_evaluate_shards(capsys, model, shards, tmp_path, monkeypatch):
     monkeypatch.setenv("OV3FAST_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "report"
-    with pytest.warns(UserWarning, match="LPIPS-style is left out"):
+    with pytest.warns(UserWarning, match="LPIPS-style is not computed"):
         code, text, _ = run(capsys, "evaluate", model, "--data", shards, "--out", out, "--pictures", "2", "--beams", "1")
     assert code == 0 and "report: " in text
     assert not (tmp_path / "cache").exists()  # nothing was downloaded
@@ -357,7 +357,7 @@ def one_line(err: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("nonsense",), "no command 'nonsense'; it takes train, watch, compare"),
+        (("nonsense",), "no command 'nonsense'; the commands are train, watch, compare"),
         (
             ("train", "--recipe", "huge"),
             "--recipe must be one of demo, base, large, custom, or a .json or .yaml file; got 'huge'",
@@ -374,7 +374,7 @@ def one_line(err: str) -> str:
         (("encode", "MODEL", "PHOTO"), "Missing from ov3fast encode: --out PATH"),
         (("encode", "MODEL", "PHOTO", "--out", "x.npz", "--nonsense", "3"), "Unrecognized options: --nonsense, 3"),
         (("encode", "MODEL", "PHOTO", "--out", "x.npz", "--device", "meta"), "device 'meta' can't be used here"),
-        (("encode", "MODEL", "", "--out", "x.npz"), "the argument after MODEL is empty; is a variable of the shell unset?"),
+        (("encode", "MODEL", "", "--out", "x.npz"), "the argument after MODEL is empty; is a shell variable unset?"),
         (("encode", "MODEL", "PHOTO", "--out="), "encode: the argument after PHOTO is empty"),
         (("encode", "MODEL", "PHOTO", "--out", "x.txt"), "--out must end in .safetensors, .npz, .npy, .parquet; got x.txt"),
         (("reconstruct", "MODEL", "PHOTO", "--out", "x.jpg"), "--out must end in .png, got x.jpg"),

@@ -1,9 +1,9 @@
-"""Fills the tables of the documentation from benches/results and from the code, between `<!-- table: NAME -->` and `<!-- end -->`.
+"""Regenerates the tables in docs/ from benches/results and the code, between `<!-- table: NAME -->` and `<!-- end -->`.
 
-    python tools/doc_tables.py        # after a CSV file in benches/results has changed; a test compares
+    python tools/doc_tables.py        # after a CSV file in benches/results has changed; a test checks that they are up to date
 
-NAME is `environment`, `step`, `index` for the list of operators, `operators` for every row, `amx` for those reported of another chip, or
-the name of one operator.
+NAME is `environment`, `step`, `certificates`, `optimize`, `index` (the list of operators), `operators` (every row), `amx` (rows measured on
+that chip), or the name of one operator.
 """
 
 import ast
@@ -18,7 +18,7 @@ from ov3fast import environment
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benches" / "results"
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-HEAD = ("", "size", "dtype", "ms", "rate", "of floor", "best peer", "ratio")
+HEAD = ("", "size", "dtype", "ms", "rate", "of roofline", "best peer", "ratio")
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -35,7 +35,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def figures(row: dict[str, str]) -> list[str]:
+def cells(row: dict[str, str]) -> list[str]:
     ratio = row["ratio"] + " x" if row["ratio"] else ""
     return [
         row["direction"],
@@ -58,7 +58,7 @@ def measured_on(row: dict[str, str]) -> str:
 
 
 def index() -> list[tuple[str, str]]:
-    """Each page in docs/operators with the first sentence of its module."""
+    """Each page in docs/operators with the first sentence of its module's docstring."""
     rows = []
     for name in sorted(page.stem for page in (ROOT / "docs" / "operators").glob("*.md") if page.stem != "index"):
         heading = (ROOT / "docs" / "operators" / f"{name}.md").read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# ")
@@ -69,7 +69,7 @@ def index() -> list[tuple[str, str]]:
 
 
 def certificates() -> Iterable[list[str]]:
-    """A line per exported file of the committed certificates."""
+    """One row per exported file of the committed certificates."""
     path = RESULTS / "certificates.json"
     for format, values in (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}).items():
         for file, part in values["parts"].items():
@@ -84,15 +84,15 @@ def render(page: str) -> str:
         name = block[2]
         if name == "environment":
             words = [(f"`{word}`", text.meaning, text.default) for word, text in environment.WORDS.items()]
-            made = table(("variable", "meaning", "where it is not set"), words)
+            made = table(("variable", "meaning", "default"), words)
         elif name == "index":
             made = table(("operator", "what it computes"), index())
         elif name == "step":
             head, *rest = read("step.csv")
             made = table(head, [list(row.values()) for row in (head, *rest)])
         elif name == "operators":
-            rows = [[row["operator"], *figures(row), row["target"], row["chosen"], extra_memory(row)] for row in operators]
-            made = measured_on(operators[0]) + "\n\n" + table(("operator", *HEAD, "asked", "chosen", "extra MB (peer)"), rows)
+            rows = [[row["operator"], *cells(row), row["target"], row["chosen"], extra_memory(row)] for row in operators]
+            made = measured_on(operators[0]) + "\n\n" + table(("operator", *HEAD, "target", "chosen", "extra MB (peer)"), rows)
         elif name == "certificates":
             made = table(("format", "file", "runtime", "largest difference from eager"), certificates())
         elif name == "optimize":
@@ -100,13 +100,13 @@ def render(page: str) -> str:
             made = table(read("optimize.csv")[0], rows) if rows else "No row yet."
         elif name == "amx":
             rows = [
-                [row["operator"], *figures(row)[:3], row["ms"], row["peer_ms"], row["ratio"]]
+                [row["operator"], *cells(row)[:3], row["ms"], row["peer_ms"], row["ratio"]]
                 for row in read("operators-cpu-amx.csv")
             ]
             made = table(("operator", "", "size", "dtype", "ms, our kernels", "ms, PyTorch's best", "ratio"), rows)
         else:
             rows = [row for row in operators if row["operator"].split()[0] == name]
-            made = measured_on(rows[0]) + "\n\n" + table(HEAD, map(figures, rows)) if rows else "No row yet."
+            made = measured_on(rows[0]) + "\n\n" + table(HEAD, map(cells, rows)) if rows else "No row yet."
         return f"{block[1]}\n{made}\n\n{block[3]}"
 
     return BLOCK.sub(fill, page)

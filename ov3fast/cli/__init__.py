@@ -4,7 +4,7 @@
     ov3fast evaluate runs/demo --data demo
     ov3fast encode runs/demo photos/ --out photos.safetensors
 
-Whatever a user can cause ends in one line that says what to do and exit code 2; -v or OV3FAST_TRACEBACK=1 shows where it came from.
+User errors end with one line that says what to do and exit code 2; -v or OV3FAST_TRACEBACK=1 adds the traceback.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ USER_ERROR, INTERRUPTED = 2, 130
 
 
 class Command(NamedTuple):
-    """module: the file in this folder whose function `run(arguments) -> exit code` is the command.
+    """module: the file in this folder whose function `run(arguments) -> exit code` implements the command.
 
-    prints: its result goes to standard output, so --quiet leaves it there.
+    prints: the result goes to standard output, so --quiet does not suppress it.
     """
 
     module: str
@@ -41,31 +41,39 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command(
-        "train", "Train a recipe (demo, base, large, generate-demo, ...) or your own shards; every field of it is a flag."
+        "train", "Train a recipe (demo, base, large, generate-demo, ...) or on your own shards; every recipe field is a flag."
     ),
-    "watch": Command("watch", "A run in the terminal while it trains, and as a page that refreshes.", prints=True),
-    "compare": Command("compare", "Curves and metrics of several runs side by side.", prints=True),
-    "checkpoint": Command("checkpoint", "Verify, compare or export what a training run saved.", prints=True),
-    "replay": Command("replay", "A training step's losses, computed again from the checkpoint before it.", prints=True),
-    "ablate": Command("ablate", "A recipe with one thing changed at a time, over several seeds, in one report.", prints=True),
-    "plan": Command("plan", "Memory, time, cost and bound of a recipe on a number of GPUs; needs none.", prints=True),
-    "evaluate": Command("evaluate", "Measure a model on held-out data and write the report."),
-    "encode": Command("encode", "Images or shards -> a file or folder of pooled vectors and tokens."),
-    "search": Command("search", "The images of an `encode` file that are nearest to a text or an image.", prints=True),
-    "caption": Command("caption", "Images or folders -> a caption each.", prints=True),
-    "reconstruct": Command("reconstruct", "Image in, image out; a folder in, a folder out."),
-    "export": Command("export", "A model for other libraries and runtimes: transformers, open_clip, torch, onnx, openvino."),
-    "serve": Command("serve", "A model behind HTTP, with a page to try it; needs the extra `serve`."),
-    "generate": Command("generate", "Pictures of a class or a text, by a generator over the tokens.", prints=True),
-    "statistics": Command("statistics", "Mean and variance of each element of the tokens of images, for a generator."),
-    "fid": Command("fid", "FID and its kin of images against a reference, under a named protocol.", prints=True),
+    "watch": Command("watch", "Follow a run in the terminal and on a page that refreshes itself.", prints=True),
+    "compare": Command("compare", "Compare the curves and metrics of several runs.", prints=True),
+    "checkpoint": Command("checkpoint", "Verify, compare or export the checkpoints of a training run.", prints=True),
+    "replay": Command("replay", "Recompute a training step's losses from the checkpoint before it.", prints=True),
+    "ablate": Command(
+        "ablate", "Train a recipe with one change at a time, over several seeds, and write one report.", prints=True
+    ),
+    "plan": Command(
+        "plan", "Estimate memory, time, cost and bottleneck of a recipe on a number of GPUs; needs no GPU.", prints=True
+    ),
+    "evaluate": Command("evaluate", "Evaluate a model on held-out data and write a report."),
+    "encode": Command("encode", "Encode images or shards into pooled vectors and tokens."),
+    "search": Command("search", "Find the images in the output of `encode` nearest to a text or an image.", prints=True),
+    "caption": Command("caption", "Caption images or folders.", prints=True),
+    "reconstruct": Command("reconstruct", "Reconstruct an image, or a folder of images."),
+    "export": Command(
+        "export", "Export a model for other libraries and runtimes: transformers, open_clip, torch, onnx, openvino."
+    ),
+    "serve": Command("serve", "Serve a model over HTTP, with a page to try it; needs the extra `serve`."),
+    "generate": Command("generate", "Generate pictures of a class or a text with a generator over the tokens.", prints=True),
+    "statistics": Command("statistics", "Compute the per-element mean and variance of image tokens, for a generator."),
+    "fid": Command(
+        "fid", "Compute FID and related metrics of images against a reference, under a named protocol.", prints=True
+    ),
     "data": Command(
         "data",
-        "demo: build the demo set; check: count what is broken; index: index shards; encode: keep the VAE's moments.",
+        "demo: build the demo set; check: count broken samples; index: index shards; encode: cache the VAE's moments.",
         prints=True,
     ),
-    "doctor": Command("doctor", "What this machine can run: packages, tools, and every operator's backends.", prints=True),
-    "bench": Command("bench", "The operator table on this machine; needs a checkout of the repository."),
+    "doctor": Command("doctor", "Show what this machine can run: packages, tools, and every operator's backends.", prints=True),
+    "bench": Command("bench", "Benchmark the operators on this machine; needs a checkout of the repository."),
     "tune": Command("tune", "Measure block sizes of the Triton kernels on this GPU and keep the best; needs a checkout."),
 }
 
@@ -73,8 +81,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code.
 
-    0; 1 where `data check` or `checkpoint verify` found something broken, or `checkpoint diff` a difference; 2 for a user's error; 75 for
-    a training run that saved and stopped; 130 for Ctrl-C; 141 where the reader of the output went away.
+    0 for success; 1 if `data check` or `checkpoint verify` found something broken, or `checkpoint diff` a difference; 2 for a user error;
+    75 for a training run that saved a checkpoint and stopped; 130 for Ctrl-C; 141 if the reader of the output closed it.
     """
     terminal.tolerate_encoding()
     cpus.limit_threads()
@@ -97,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("ov3fast"):
-            message += f"; pip install '{PROGRAM}[all]' brings what the commands need"
+            message += f"; pip install '{PROGRAM}[all]' installs what the commands need"
         print(f"{PROGRAM}: error: {message}", file=sys.stderr)
         return USER_ERROR
 
@@ -113,10 +121,10 @@ def _run(arguments: list[str]) -> int:
         print(__version__)
         return 0
     if name not in COMMANDS:
-        raise ValueError(f"no command {name!r}; it takes {', '.join(COMMANDS)}")
+        raise ValueError(f"no command {name!r}; the commands are {', '.join(COMMANDS)}")
     for before, argument in zip([name, *rest], rest, strict=False):
         if not argument or re.fullmatch(r"--[\w.-]+=", argument):
-            raise ValueError(f"{name}: the argument after {before} is empty; is a variable of the shell unset?")
+            raise ValueError(f"{name}: the argument after {before} is empty; is a shell variable unset?")
     if name == "train":  # it saves on SIGTERM by itself
         return import_module("ov3fast.cli.train").run(rest)
     with _sigterm_unwinds():
@@ -125,7 +133,7 @@ def _run(arguments: list[str]) -> int:
 
 @contextlib.contextmanager
 def _sigterm_unwinds() -> Iterator[None]:
-    """SIGTERM ends the command as Ctrl-C does, so that what was written aside goes and partial results stay; exit code 143."""
+    """Makes SIGTERM unwind like Ctrl-C, so that temporary files are removed and partial results kept; exit code 143."""
 
     def stop(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
@@ -143,7 +151,7 @@ def _sigterm_unwinds() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _verbosity(arguments: list[str], verbose: bool, quiet: bool) -> Iterator[None]:
-    warnings.formatwarning = lambda message, *_: f"{PROGRAM}: warning: {message}\n"  # without a line of our source
+    warnings.formatwarning = lambda message, *_: f"{PROGRAM}: warning: {message}\n"  # without the source line
     if verbose:
         logging.basicConfig(level=logging.INFO)
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""ov3fast bench, ov3fast tune: their options, which an installed package shows too; the work is benches/ of a checkout."""
+"""ov3fast bench, ov3fast tune: the options, so that --help works in an installed package; the code is in benches/ of a checkout."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from ov3fast.cli.options import parse
 
 @dataclass
 class BenchOptions:
-    """The operator table: every operator against the best that PyTorch offers for it, on this machine."""
+    """Benchmark every operator on this machine against PyTorch's best alternative."""
 
     only: str = ""
-    """Rows whose operator contains this; the table is then printed, not written, unless out or update is given."""
+    """Only rows whose operator contains this; the table is then printed rather than written, unless out or update is given."""
     dtype: str = ""
-    """fp32 or bf16 alone."""
+    """Only fp32 or bf16."""
     device: Literal["cpu", "cuda"] = "cpu"
     compile: bool = True
-    """Also try torch.compile, which takes a C++ compiler and some minutes."""
+    """Also measure torch.compile, which needs a C++ compiler and takes a few minutes."""
     budget: float = 4.0
-    """Seconds of timing per row (more where five turns take longer)."""
+    """Seconds of timing per row (more if five rounds take longer)."""
     update: bool = False
-    """Put the rows measured into this chip's file, and leave its others as they are."""
+    """Update the measured rows in this chip's file and keep the others."""
     out: Path | None = None
     markdown: Path | None = None
-    """Print this table of results as Markdown, and measure nothing."""
+    """Print this results file as Markdown without measuring anything."""
 
 
 def run(arguments: list[str]) -> int:
@@ -38,7 +38,7 @@ def run(arguments: list[str]) -> int:
 
 
 def from_checkout(module: str) -> Any:
-    """A module of the repository's benches/, which is not installed."""
+    """Imports a module from the repository's benches/, which is not installed."""
     root = Path(__file__).resolve().parents[2]
     if not (root / "benches" / "operators.py").exists():
         raise RuntimeError(f"{module} is not installed: run this in a checkout of the repository (pip install --editable .)")

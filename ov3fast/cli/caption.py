@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Caption(ImagesOptions):
-    """Images to captions: a line "name<TAB>caption" each, or a JSON object each."""
+    """Caption images: one line "name<TAB>caption" or one JSON object per image."""
 
     out: Path | None = None
-    """File to write in place of standard output: .jsonl ({"image": ..., "caption": ...} a line) or .txt."""
+    """File to write instead of standard output: .jsonl (one {"image": ..., "caption": ...} per line) or .txt."""
     beams: int = 3
-    """Beams of the search; 1 is greedy."""
+    """Beam search width; 1 is greedy."""
 
 
 def run(arguments: list[str]) -> int:
@@ -54,8 +54,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _write(found: Iterable[Captioned], out: Path) -> tuple[int, int]:
-    """Writes a line per image; returns how many there are, and how many have a caption. What was done stays in
-    <name>.partial<suffix> where the job ends early."""
+    """Writes one line per image and returns the number of images and of captions. If the job ends early, the lines written so far
+    are kept in <name>.partial<suffix>."""
     count = captioned = 0
     with atomic_write(out) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
         try:
@@ -65,7 +65,7 @@ def _write(found: Iterable[Captioned], out: Path) -> tuple[int, int]:
         except BaseException:
             if count:
                 partial = out.with_name(f"{out.stem}.partial{out.suffix}")
-                with contextlib.suppress(OSError):  # the disk may be what ended the job
+                with contextlib.suppress(OSError):  # a full disk may be the reason for the failure
                     file.flush()
                     os.replace(temporary, partial)
                     warnings.warn(f"stopped after {count} images; they are in {partial}", stacklevel=2)

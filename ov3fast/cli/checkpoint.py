@@ -1,8 +1,8 @@
-"""ov3fast checkpoint: look into what a training run saved.
+"""ov3fast checkpoint: verify, compare and export the checkpoints of a training run.
 
-ov3fast checkpoint verify runs/base                        every checkpoint of a run, byte by byte
-ov3fast checkpoint diff runs/a runs/b                      the tensors in which two differ
-ov3fast checkpoint export runs/base --out base-1200/       a model's folder, as from_pretrained reads it
+ov3fast checkpoint verify runs/base                        check every byte of a run's checkpoints
+ov3fast checkpoint diff runs/a runs/b                      list the tensors that differ
+ov3fast checkpoint export runs/base --out base-1200/       write a model folder for from_pretrained
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ PATH = tyro.conf.arg(metavar="PATH")
 
 @dataclass
 class Verify:
-    """Check every byte of a checkpoint, or of all that a run has. Exit code 1 where something is missing, cut or changed."""
+    """Check every byte of a checkpoint, or of all checkpoints of a run. Exits with 1 if something is missing, truncated or changed."""
 
     path: Annotated[str, tyro.conf.Positional, PATH]
-    """A run, a folder of checkpoints, one checkpoint, or an fsspec URL of one of them."""
+    """A run, a folder of checkpoints, a single checkpoint, or an fsspec URL of any of these."""
 
 
 @dataclass
 class Diff:
-    """Name the tensors in which two checkpoints differ, and by how much. Exit code 1 where there is one."""
+    """List the tensors in which two checkpoints differ, and by how much. Exits with 1 if there are any."""
 
     a: Annotated[str, tyro.conf.Positional, PATH]
     """A run (its newest checkpoint), a checkpoint, or an fsspec URL of one."""
     b: Annotated[str, tyro.conf.Positional, PATH]
-    """As the first."""
+    """Likewise."""
 
 
 @dataclass
 class Export:
-    """A checkpoint's model as a folder for from_pretrained: config.json, model.safetensors and the tokenizer."""
+    """Write a checkpoint's model as a folder for from_pretrained: config.json, model.safetensors and the tokenizer."""
 
     path: Annotated[str, tyro.conf.Positional, PATH]
     """A run (its newest checkpoint), a checkpoint, or an fsspec URL of one."""
     out: Path
-    """The model's folder."""
+    """Folder to write."""
     average: bool = True
-    """The weights' moving average, where the run keeps one, in place of the weights themselves."""
+    """Export the EMA of the weights, if the run keeps one, instead of the weights themselves."""
 
 
 def run(arguments: list[str]) -> int:
@@ -75,7 +75,7 @@ def _verify(arguments: list[str]) -> int:
             manifest = folder.read_json(checkpoint.MANIFEST) if folder.has(checkpoint.MANIFEST) else None
             print("\n".join(checkpoint.problems(folder, manifest)) if manifest else str(error))
         else:
-            print(f"{folder}: whole, " + ("written by an earlier version" if found.former else f"{len(found.saved)} tensors"))
+            print(f"{folder}: intact, " + ("written by an earlier version" if found.former else f"{len(found.saved)} tensors"))
     return BROKEN if broken else 0
 
 
@@ -103,7 +103,7 @@ def _export(arguments: list[str]) -> int:
 
 
 def export_model(found: Checkpoint, out: Path, average: bool = True) -> None:
-    """The checkpoint's model -> the folder `out`."""
+    """Writes the checkpoint's model to the folder `out`."""
     from ov3fast.models import pretrained
     from ov3fast.models.openvision3 import OpenVision3
     from ov3fast.models.tokenizer import CONFIG_FILE, load_tokenizer
@@ -116,7 +116,7 @@ def export_model(found: Checkpoint, out: Path, average: bool = True) -> None:
         candidates.insert(0, found.path.parent.parent / TOKENIZER)
     folder = next((path for path in candidates if (path / CONFIG_FILE).is_file()), None)
     if folder is None:
-        raise FileNotFoundError(f"checkpoint export: the run's tokenizer is in none of {', '.join(map(str, candidates))}")
+        raise FileNotFoundError(f"checkpoint export: found no tokenizer of the run in {', '.join(map(str, candidates))}")
     tokenizer = load_tokenizer(folder)
     config = recipe.model.for_tokenizer(tokenizer) if recipe.restrict_vocabulary else recipe.model
     with pretrained.without_values():
@@ -127,7 +127,7 @@ def export_model(found: Checkpoint, out: Path, average: bool = True) -> None:
 
 
 def _folders(path: str) -> list[Folder]:
-    """The checkpoints that `path` means."""
+    """The checkpoints that `path` refers to."""
     from ov3fast.training import checkpoint
 
     for candidate in (path, f"{path}/checkpoints"):
@@ -136,7 +136,7 @@ def _folders(path: str) -> list[Folder]:
             return [folder]
         if found := checkpoint.steps(folder):
             return [folder / f"{checkpoint.PREFIX}{step:08d}" for step in found]
-    raise FileNotFoundError(f"{path} holds no checkpoint; give a run, a folder of checkpoints or one of them")
+    raise FileNotFoundError(f"{path} has no checkpoint; give a run, a folder of checkpoints or a single checkpoint")
 
 
 def _newest(path: str) -> Checkpoint:

@@ -13,14 +13,14 @@ from ov3fast.cli.options import parse
 
 @dataclass
 class Compare:
-    """Several runs side by side: their figures and metrics here, and a page with all curves."""
+    """Compare several runs: prints a table of their metrics, and writes a page with all curves."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of runs, up to six; finished or not."""
+    """Folders of up to six runs, finished or not."""
     out: Path | None = None
-    """The page, an .html file; without it only the table is printed."""
+    """The page to write, an .html file; without it only the table is printed."""
     axis: Literal["step", "images", "seconds"] = "step"
-    """What the curves run over."""
+    """The x axis of the curves."""
 
 
 def run(arguments: list[str]) -> int:
@@ -37,7 +37,7 @@ def run(arguments: list[str]) -> int:
     if given.out is not None:
         write_page(given.out, runs, axis=given.axis)
     console = terminal.console(highlight=False)
-    for title, rows in (("", table(runs)), ("What differs in the recipes", differences(runs))):
+    for title, rows in (("", table(runs)), ("Differences between the recipes", differences(runs))):
         if rows:
             shown = Table("", *(run.name for run in runs), title=title or None, title_justify="left")
             for row in rows:

@@ -25,16 +25,16 @@ class DataDemo:
     cache_dir: Path | None = None
     """Default: $OV3FAST_CACHE or ~/.cache/ov3fast."""
     clients: tuple[Literal["pip", "npm", "apt"], ...] = ("pip", "npm", "apt")
-    """Package clients that may be used; a missing one is left out and named."""
+    """Package clients to use; missing ones are skipped and reported."""
     workers: int | None = None
-    """Threads that decode and resize; default: the CPUs."""
+    """Threads for decoding and resizing; default: one per CPU."""
     refresh: bool = False
-    """Try again what an earlier build left out."""
+    """Retry what an earlier build had to leave out."""
 
 
 @dataclass
 class DataCheck:
-    """Read every sample of a set of shards and count what is broken."""
+    """Read every sample of a set of shards and count the broken ones."""
 
     path: tyro.conf.Positional[str]
     """Folder, tar, glob pattern or brace pattern ({00000..00003}.tar)."""
@@ -42,35 +42,35 @@ class DataCheck:
 
 @dataclass
 class DataIndex:
-    """Write an index beside every tar and index.json into every folder, so that a start looks into none of them."""
+    """Write an index next to every tar and index.json into every folder, so that no tar has to be scanned at startup."""
 
     shards: tyro.conf.Positional[tuple[str, ...]]
     """Folders, tars or patterns; a folder or a tar may be a URL."""
     workers: int | None = None
-    """Processes; default: the CPUs."""
+    """Processes; default: one per CPU."""
     again: bool = False
-    """Index tars anew that have an index."""
+    """Re-index tars that already have an index."""
 
 
 @dataclass
 class DataEncode:
-    """Run the frozen VAE once over every crop of every sample and keep its moments, for `train --data.latents OUT`.
+    """Run the frozen VAE once over every crop of every sample and cache its moments, for `train --data.latents OUT`.
 
-    Give the same command again to go on; torchrun, or --process 0/4 and so on, shares the work.
+    Run the same command again to resume; split the work with torchrun, or with --process 0/4 to 3/4.
     """
 
     shards: tyro.conf.Positional[tuple[str, ...]] = ()
-    """The run's sources in their order: folders, tars or patterns. With --recipe they may be left out."""
+    """The run's sources, in the same order: folders, tars or patterns. Optional with --recipe."""
     out: Path = Path("latents")
-    """A folder for each size is made in it."""
+    """Output folder, with one subfolder per image size."""
     recipe: str | None = None
-    """Take sources, VAE, crops, seed and sizes from a recipe: a name, a .json or .yaml file. Other flags then change it."""
+    """Take sources, VAE, crops, seed and sizes from a recipe: a name, or a .json or .yaml file. Other flags override it."""
     vae: str | None = None
     """Folder or hub id of the VAE, or "small"."""
     image_size: tuple[int, ...] = ()
-    """Sizes in pixels; default: 256, or the recipe's stages'."""
+    """Sizes in pixels; default: 256, or those of the recipe's stages."""
     variants: int | None = None
-    """Crops of a sample that are kept; default: 1, or the recipe's data.variants."""
+    """Crops per sample; default: 1, or the recipe's data.variants."""
     crop: Literal["inception", "center"] | None = None
     """Default: inception, or the recipe's."""
     min_area: float | None = None
@@ -78,19 +78,19 @@ class DataEncode:
     flip: bool | None = None
     background: Literal["random", "white", "mixed"] | None = None
     seed: int | None = None
-    """The run's data.seed, which names the crops."""
+    """The run's data.seed, which determines the crops."""
     latent_convention: Literal["openvision3", "flux"] | None = None
-    """That of the model which will be trained; default: openvision3."""
+    """Convention of the model to be trained; default: openvision3."""
     vae_dtype: Literal["fp32", "bf16"] | None = None
-    """What the VAE computes in, and what is kept; default: fp32, or the recipe's."""
+    """Dtype of the VAE and of the cache; default: fp32, or the recipe's."""
     vae_batch: int | None = None
-    """Images per call of the VAE; a run with the same vae_batch has the same bits without the cache. Default: 4, or the recipe's."""
+    """Images per VAE call; a run with the same vae_batch and no cache is bitwise identical. Default: 4, or the recipe's."""
     device: str | None = None
-    """cpu, cuda or cuda:N; default: a GPU where there is one."""
+    """cpu, cuda or cuda:N; default: the GPU if there is one."""
     workers: int = 2
-    """Threads that decode and crop ahead of the VAE."""
+    """Threads for decoding and cropping ahead of the VAE."""
     process: str | None = None
-    """K/N: this is process K (from 0) of N; default: torchrun's, or the only one."""
+    """K/N: this is process K (from 0) of N; default: taken from torchrun, else 0/1."""
 
 
 def run(arguments: list[str]) -> int:
@@ -158,7 +158,7 @@ def _encode(given: DataEncode) -> int:
 
 
 def _wanted(given: DataEncode) -> tuple[str, str | None, dict[str, Any], DataConfig, tuple[int, ...]]:
-    """(VAE, its subfolder, settings of the VAE, the data, sizes): the recipe's, or the defaults, and the flags on top."""
+    """(VAE, its subfolder, VAE settings, data config, sizes): from the recipe or the defaults, overridden by the flags."""
     from ov3fast.data.config import DataConfig, SourceConfig
 
     config, sizes, vae, subfolder = DataConfig(variants=1), (256,), None, None
@@ -175,7 +175,7 @@ def _wanted(given: DataEncode) -> tuple[str, str | None, dict[str, Any], DataCon
     if given.vae is not None:
         vae, subfolder = given.vae, None
     if vae is None:
-        raise ValueError('data encode: --vae is needed: a folder, a hub id, or "small" (or a --recipe, which names one)')
+        raise ValueError('data encode: --vae is needed: a folder, a hub id, or "small" (or a --recipe that names one)')
     if given.shards:
         config = dataclasses.replace(config, sources=tuple(SourceConfig(path=path, paired=False) for path in given.shards))
     if not config.sources:
@@ -186,7 +186,7 @@ def _wanted(given: DataEncode) -> tuple[str, str | None, dict[str, Any], DataCon
     config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
     if config.variants is None:
         raise ValueError(
-            "data encode: the recipe's data.variants is None (a new crop every time); give --variants and set it in the run"
+            "data encode: the recipe's data.variants is None (a new crop every time); give --variants, and set it for the run too"
         )
     settings |= {name: getattr(given, name) for name in settings if getattr(given, name) is not None}
     if settings["vae_batch"] < 1:
@@ -195,7 +195,7 @@ def _wanted(given: DataEncode) -> tuple[str, str | None, dict[str, Any], DataCon
 
 
 def _share(process: str | None) -> tuple[int, int]:
-    """(this process, of how many)."""
+    """(index of this process, number of processes)."""
     if process is None:
         return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     number, slash, count = process.partition("/")
@@ -214,7 +214,7 @@ def _device(name: str | None, check: Any) -> Any:
 
 
 class _Progress:
-    """A line every few seconds on standard error."""
+    """Prints a line to standard error every few seconds."""
 
     EVERY_S = 5.0
 

@@ -9,10 +9,10 @@ from ov3fast.cli.options import parse
 
 @dataclass
 class Doctor:
-    """What this machine can run: packages, tools, environment, and every operator's backends."""
+    """Show what this machine can run: packages, tools, environment, and every operator's backends."""
 
     json: bool = False
-    """Print it as one JSON object, for scripts and bug reports."""
+    """Print one JSON object, for scripts and bug reports."""
 
 
 def run(arguments: list[str]) -> int:

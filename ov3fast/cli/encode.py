@@ -18,25 +18,25 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Encode(ImagesOptions):
-    """Images to pooled vectors and tokens. IMAGES: files, folders, patterns ("photos/**/*.jpg"), tar shards (files, folders, patterns), or - for paths on
-    standard input, one a line. MODEL may be the folder of a released vision tower too (open_clip_config.json)."""
+    """Encode images into pooled vectors and tokens. IMAGES: files, folders, patterns ("photos/**/*.jpg"), tar shards (files, folders, patterns), or - to read
+    paths from standard input, one per line. MODEL may also be the folder of a released vision tower (open_clip_config.json)."""
 
     out: Path
-    """File to write: .safetensors, .npz or .parquet (pooled and tokens), or .npy (pooled alone); anything else is a folder of parts."""
+    """File to write: .safetensors, .npz or .parquet (pooled and tokens), or .npy (pooled only); anything else is a folder of parts."""
     tokens: bool = True
-    """Keep the tokens, beside the pooled vectors."""
+    """Write the tokens as well as the pooled vectors."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    """The model's; auto: the checkpoint's own."""
+    """Dtype of the model; auto: the checkpoint's own."""
     store: Literal["float32", "float16"] = "float32"
-    """Of what is written."""
+    """Dtype of the output."""
     processes: int = 1
-    """Each with a model and its share of the threads."""
+    """Number of processes, each with its own model and share of the threads."""
     rows: int | None = None
-    """Images of a part; default: 512, without tokens 4096. A larger job that is stopped goes on where it was when the same command is run again."""
+    """Images per part; default: 512, without tokens 4096. To resume an interrupted larger job, run the same command again."""
     parts: Literal["safetensors", "parquet", "npz", "npy"] = "safetensors"
-    """Format of the files in a folder."""
+    """Format of the parts in a folder."""
     json: bool = False
-    """The summary as one JSON object."""
+    """Print the summary as one JSON object."""
 
 
 def run(arguments: list[str]) -> int:

@@ -17,36 +17,36 @@ from ov3fast.io import atomic_write, check_writable, check_writable_folder
 
 @dataclass
 class Evaluate:
-    """Measure a model on held-out data and write report.html and evaluation.json."""
+    """Evaluate a model on held-out data and write report.html and evaluation.json."""
 
     model: tyro.conf.Positional[Path]
     """A training run's folder, or a model folder (config.json + model.safetensors)."""
     data: str | None = None
-    """A folder, tar or glob pattern of shards; or "demo": the demo set's held-out parts, which are built from packages that pip, npm
-    and apt-get download, once. There is no default."""
+    """A folder, tar or glob pattern of shards; or "demo": the held-out parts of the demo set, which is built once from packages
+    downloaded with pip, npm and apt-get. Required."""
     out: Path | None = None
     """Folder for the report; default: the model's or the run's."""
     vae: str | None = None
-    """VAE in place of the model's: a folder, a hub id, or "small"."""
+    """VAE to use instead of the model's: a folder, a hub id, or "small"."""
     image_size: int | None = None
     """Pixels; default: the model's."""
     beams: int = 3
-    """Beams of the captions; 1 is greedy."""
+    """Beam search width for captions; 1 is greedy."""
     pictures: int = 64
-    """Captioned pictures that are reconstructed."""
+    """Number of captioned pictures to reconstruct."""
     skip_budget: float = 0.1
-    """Largest share of the samples that may be unreadable."""
+    """Largest fraction of samples that may be unreadable."""
     fashion_mnist: Path | None = None
     """Folder of Fashion-MNIST's idx files for the linear probe; default: the demo set's."""
     lpips_backbone: Literal["vgg16", "alexnet", "squeezenet"] = "squeezenet"
-    """Network of the perceptual distance. Without weights SqueezeNet's are taken from a package ("LPIPS-style"): with --data demo, or
-    where it has been downloaded before."""
+    """Network for the perceptual distance. Without --lpips-weights, SqueezeNet's come from a package ("LPIPS-style"), if --data is demo or
+    the package was downloaded before."""
     lpips_weights: Path | None = None
-    """torchvision's weights of that network."""
+    """torchvision's weights for that network."""
     lpips_heads: Path | None = None
     """LPIPS' linear heads (.pth, or the wheel of the pip package lpips)."""
     cache_dir: Path | None = None
-    """Where the demo set lies; default: $OV3FAST_CACHE or ~/.cache/ov3fast."""
+    """Folder of the demo set; default: $OV3FAST_CACHE or ~/.cache/ov3fast."""
 
 
 REPORT, TABLES = "report.html", "evaluation.json"
@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> int:
         beams=given.beams, skip_budget=given.skip_budget, fashion_mnist=given.fashion_mnist,
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    # Written before anything is printed: a closed pipe does not cost the results.
+    # Written before anything is printed, so that a closed pipe does not lose the results.
     with atomic_write(out / TABLES) as file:
         file.write_text(json.dumps(result.tables, indent=1) + "\n", encoding="utf-8")
     recipe = given.model / "recipe.json"
@@ -77,7 +77,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _checked(given: Evaluate) -> Path:
-    """The folder for the results; what can be refused is refused before the work."""
+    """The folder for the results. Invalid arguments are rejected before any work."""
     if missing := [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]:
         raise ImportError(f"evaluate: the report needs {' and '.join(missing)}: pip install 'ov3fast[eval]'")
     for name, value, least in (("image-size", given.image_size, 1), ("pictures", given.pictures, 0), ("beams", given.beams, 1)):
@@ -98,8 +98,8 @@ def _checked(given: Evaluate) -> Path:
 def _data(given: Evaluate) -> Any:
     if given.data is None:
         raise ValueError(
-            "evaluate: give --data, a folder, tar or glob pattern of shards; or --data demo, which downloads the packages of the demo "
-            "set (pip, npm, apt-get) where they are not there yet"
+            "evaluate: give --data, a folder, tar or glob pattern of shards; or --data demo, which downloads the demo set's packages "
+            "(pip, npm, apt-get) if necessary"
         )
     if given.data != "demo":
         return given.data
@@ -116,7 +116,7 @@ def _data(given: Evaluate) -> Any:
 
 
 def _lpips(given: Evaluate, device: Any) -> Any:
-    """The perceptual distance; None where its weights would have to be downloaded for a set that is not the demo's."""
+    """The perceptual distance, or None if its weights would have to be downloaded for data other than the demo's."""
     from ov3fast.data.assets import ASSETS, default_cache_dir, fetch
     from ov3fast.models.config import LPIPSConfig
     from ov3fast.models.perceptual import build_lpips
@@ -124,7 +124,7 @@ def _lpips(given: Evaluate, device: Any) -> Any:
     packages = [default_cache_dir() / "packages" / ASSETS[name].file for name in ("squeezenet", "lpips")]
     if given.data != "demo" and given.lpips_weights is None and not all(file.is_file() for file in packages):
         warnings.warn(
-            "LPIPS-style is left out: give --lpips-weights and --lpips-heads, or run `ov3fast data demo` once", stacklevel=2
+            "LPIPS-style is not computed: give --lpips-weights and --lpips-heads, or run `ov3fast data demo` once", stacklevel=2
         )
         return None
     return build_lpips(LPIPSConfig(given.lpips_backbone, given.lpips_weights, given.lpips_heads), device, fetch)

@@ -11,15 +11,15 @@ import tyro
 from ov3fast.cli.options import parse
 
 CERTIFIED = ("torch", "onnx", "openvino")
-"""Formats that are checked against the model on images."""
+"""Formats whose outputs are compared with the model's on images."""
 
 
 @dataclass
 class Export:
-    """A model for other libraries and runtimes.
+    """Export a model for other libraries and runtimes.
 
-    transformers: a folder for AutoModel, with its code. open_clip: the vision tower as it was released. torch, onnx, openvino: the parts (image, reconstruct,
-    text) as files that need no ov3fast, with a certificate of their errors.
+    transformers: a folder for AutoModel, with its code. open_clip: the vision tower in the released layout. torch, onnx, openvino: the parts (image,
+    reconstruct, text) as files that run without ov3fast, with a certificate of their numerical error.
     """
 
     format: Annotated[
@@ -35,11 +35,11 @@ class Export:
     image_size: int | None = None
     """Pixels; default: the model's."""
     vae: str | None = None
-    """VAE in place of the model's: a folder, a hub id, or "small"."""
+    """VAE to use instead of the model's: a folder, a hub id, or "small"."""
     images: tuple[Path, ...] = ()
-    """For the certificate: image files or folders; default: a package's photos."""
+    """Image files or folders for the certificate; default: photos from scikit-image."""
     aotinductor: bool = False
-    """With torch: also packages compiled for this kind of machine; takes a C++ compiler and minutes."""
+    """With torch: also write packages compiled for this kind of machine; needs a C++ compiler and takes minutes."""
 
 
 def run(arguments: list[str]) -> int:

@@ -14,31 +14,31 @@ from ov3fast.cli.options import parse
 
 @dataclass(kw_only=True)
 class Fid:
-    """FID and its kin of images against a reference, under a named protocol; or with --save-reference, makes that reference.
+    """Compute FID and related metrics of images against a reference, under a named protocol; with --save-reference, write such a reference.
 
-    Protocols: adm, rfid, llamagen, torch-fidelity, pytorch-fid (FID's Inception, by --weights), squeezenet (FID-style, needs nothing).
+    Protocols: adm, rfid, llamagen, torch-fidelity, pytorch-fid (FID's Inception, from --weights), squeezenet (FID-style, needs no weights).
     """
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES...")]
     """Image files or folders."""
     reference: Path | None = None
-    """.npz that --save-reference wrote, the ADM evaluator's for the protocols that take it, or a folder of images."""
+    """.npz written by --save-reference, the ADM evaluator's .npz for protocols that support it, or a folder of images."""
     save_reference: Path | None = None
-    """Write the images' own moments and features here, as a reference of the protocol."""
+    """Write the images' moments and features to this file, as a reference for the protocol."""
     protocol: str = "squeezenet"
     weights: Path | None = None
     """FID's Inception: pt_inception-2015-12-05 as .pth or .safetensors."""
     image_size: int = 256
-    """Pixels that images are resized and centre-cropped to before anything else."""
+    """Images are first resized and centre-cropped to this many pixels."""
     batch_size: int = 32
     json: bool = False
-    """A JSON object in place of a table."""
+    """Print a JSON object instead of a table."""
 
 
 def run(arguments: list[str]) -> int:
     given = parse(Fid, arguments, "fid")
     if (given.reference is None) == (given.save_reference is None):
-        raise ValueError("fid: give --reference or --save-reference, one of them")
+        raise ValueError("fid: give either --reference or --save-reference")
     from ov3fast.data.assets import fetch
     from ov3fast.generation import fid
 
@@ -63,7 +63,7 @@ def run(arguments: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("figure", "value", title=f"{given.protocol}: {protocol.about}")
+    table = Table("metric", "value", title=f"{given.protocol}: {protocol.about}")
     for name, value in figures.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     Console().print(table)

@@ -13,36 +13,36 @@ from ov3fast.cli.options import parse
 
 @dataclass(kw_only=True)
 class Generate:
-    """Pictures of a class or a text, by a generator that `ov3fast train --recipe generate-...` trained."""
+    """Generate pictures of a class or a text with a generator trained by `ov3fast train --recipe generate-...`."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The generator's run or folder."""
     class_: Annotated[str | None, tyro.conf.arg(name="class")] = None
     """Name of the class; without --class and --text, the classes are listed."""
     text: str | None = None
-    """For a generator trained on texts."""
+    """Prompt, for a generator trained on texts."""
     count: int = 16
-    """Pictures."""
+    """Number of pictures."""
     seed: int = 0
-    """Picture i depends on the seed and on i alone."""
+    """Picture i depends only on the seed and i."""
     steps: int = 50
     guidance: float = 1.5
-    """Weight: 1 is none. Internal guidance where the generator has a base head, else classifier-free."""
+    """Guidance weight; 1 means none. Internal guidance if the generator has a base head, else classifier-free."""
     method: str = "euler"
     """euler or heun."""
     batch_size: int = 64
     out: Path | None = None
-    """A folder for one PNG each, or a .png file for a grid of all."""
+    """A folder for one PNG per picture, or a .png file for a grid."""
     model: str | None = None
-    """The tokenizer, where it is no longer where the generator was trained."""
+    """The tokenizer model, if it has moved since the generator was trained."""
     vae: str | None = None
-    """VAE in place of the tokenizer's."""
+    """VAE to use instead of the tokenizer's."""
 
 
 def run(arguments: list[str]) -> int:
     given = parse(Generate, arguments, "generate")
     if given.class_ is not None and given.text is not None:
-        raise ValueError("generate: give --class or --text, one of them")
+        raise ValueError("generate: give either --class or --text")
     for name in ("count", "steps", "batch_size"):
         if getattr(given, name) < 1:
             raise ValueError(f"generate: --{name.replace('_', '-')} must be at least 1, got {getattr(given, name)}")

@@ -1,4 +1,4 @@
-"""Arguments -> a dataclass, by tyro: help that fits the terminal, and paths with ~ expanded."""
+"""Parses arguments into a dataclass with tyro; help fits the terminal, and ~ in paths is expanded."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ import tyro
 from ov3fast.cli import PROGRAM
 
 NARROW = 60
-"""Below so many columns tyro's two-column help would leave a word per line."""
-COMMON = "-v, --verbose: tracebacks and logs. -q, --quiet: nothing on standard output but a command's result, no warnings."
+"""Below this width tyro's two-column help would fit one word per line."""
+COMMON = "-v, --verbose: show tracebacks and logs. -q, --quiet: print only a command's result, and no warnings."
 
 
 @dataclass(kw_only=True)
 class ModelOptions:
-    """What every command that runs a model on images takes."""
+    """Options of every command that runs a model."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Model folder, training run or hub id."""
     vae: str | None = None
-    """VAE in place of the model's: a folder, a hub id, or "small"."""
+    """VAE to use instead of the model's: a folder, a hub id, or "small"."""
     device: str | None = None
     """cpu, cuda or cuda:N; default: cpu."""
 
 
 @dataclass(kw_only=True)
 class ImagesOptions(ModelOptions):
-    """And every command that runs it on many, batch by batch."""
+    """Options of every command that runs a model on many images, in batches."""
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES...")]
     """Image files or folders."""
@@ -45,11 +45,11 @@ class ImagesOptions(ModelOptions):
     """Pixels; default: the model's."""
     batch_size: int = 32
     workers: int = 2
-    """Threads that decode the images."""
+    """Threads for decoding images."""
 
 
 def parse(kind: Any, arguments: list[str], command: str, default: Any = None) -> Any:
-    """An instance of the dataclass `kind`. SystemExit after --help; ValueError, in one line, for options that it doesn't take."""
+    """Returns an instance of the dataclass `kind`. Raises SystemExit after --help, and a one-line ValueError for invalid options."""
     options = {} if default is None else {"default": default}
     program = f"{PROGRAM} {command}"
     width = shutil.get_terminal_size().columns
@@ -68,10 +68,10 @@ def parse(kind: Any, arguments: list[str], command: str, default: Any = None) ->
 
 
 def _one_line(box: str) -> str:
-    """What tyro says of wrong arguments in a box of many lines: its first paragraph, and the options that are near."""
+    """Condenses tyro's boxed error message to its first paragraph and the similar options it suggests."""
     lines = [line.strip(" │┃|") for line in box.splitlines()]
     lines = [line for line in lines if line]
-    if len(lines) > 1 and not lines[1].strip("-"):  # a heading, where the box is drawn without sides
+    if len(lines) > 1 and not lines[1].strip("-"):  # a heading, if the box is drawn without sides
         del lines[0]
     text = " ".join(line for line in lines if not re.fullmatch(r"[-─╭╮╰╯+ ]*|[╭+][-─].*", line))
     text = re.split(r" Got errors:| Argument helptext:| For full helptext", text)[0]
@@ -80,13 +80,13 @@ def _one_line(box: str) -> str:
 
 
 def expand_home(argument: str) -> str:
-    """ "~/x" and "--flag=~/x", which no shell expands, with the home folder's path."""
+    """Expands ~ in "~/x" and in "--flag=~/x", which shells leave alone."""
     flag, value = re.fullmatch(r"(--[\w.-]+=)?(.*)", argument, re.DOTALL).groups()
     return (flag or "") + os.path.expanduser(value)
 
 
 def take(arguments: list[str], flag: str, default: str) -> tuple[str, list[str]]:
-    """The value of `flag` (as "--flag value" or "--flag=value") and the other arguments."""
+    """Returns the value of `flag` ("--flag value" or "--flag=value") and the remaining arguments."""
     rest, value = [], default
     remaining = iter(arguments)
     for argument in remaining:
@@ -102,7 +102,7 @@ def take(arguments: list[str], flag: str, default: str) -> tuple[str, list[str]]
 
 
 def _narrow_help(kind: Any, program: str, width: int, options: dict[str, Any]) -> str:
-    """argparse's own layout, which puts an option's text below its name."""
+    """argparse's own layout, which puts an option's help below its name."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         parser = tyro.extras.get_parser(kind, prog=program, **options)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class PlanOptions:
-    """What a recipe takes on a number of GPUs: memory per rank, time, what bounds it, days and cost. Needs no GPU and no data."""
+    """Estimate a recipe on a number of GPUs: memory per rank, step time and bottleneck, days and cost. Needs no GPU and no data."""
 
     recipe: str = "base"
     """demo, base, large, or a .json or .yaml file."""
@@ -24,11 +24,11 @@ class PlanOptions:
     device: str = "h100"
     """Kind of GPU: a100, h100, h200 or b200."""
     mfu: float = 0.4
-    """Model FLOPs utilization that is assumed: the share of the peak that training reaches."""
+    """Assumed model FLOPs utilization, the fraction of peak that training reaches."""
     price: float | None = None
-    """Price of a GPU-hour; with it the cost is shown."""
+    """Price of a GPU-hour, to show the cost."""
     loader_rate: float | None = None
-    """Images/s that the data loader brings per GPU; without it only what it must bring is shown."""
+    """Images/s per GPU that the data loader delivers; without it only the required rate is shown."""
     json: bool = False
     """Print one JSON object."""
 

@@ -14,18 +14,18 @@ from ov3fast.cli.options import ModelOptions, parse
 
 @dataclass(kw_only=True)
 class Reconstruct(ModelOptions):
-    """Image in, image out, through the VAE, the encoder and both decoders; a folder in, a folder of PNG files out."""
+    """Reconstruct an image through the VAE, the encoder and both decoders; a folder of images becomes a folder of PNG files."""
 
     image: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
-    """Image file, or a folder of them."""
+    """Image file, or a folder of images."""
     out: Path
-    """Image file to write (.png); for a folder of images a folder."""
+    """Image file to write (.png), or a folder if IMAGE is one."""
     size: int | None = None
     """Side of the square that the image is resized and cropped to; default: the model's."""
     keep_size: bool = False
-    """No resizing: only the sides are cropped to multiples of 16 pixels."""
+    """Don't resize; only crop the sides to multiples of 16 pixels."""
     side_by_side: bool = False
-    """Write original, reconstruction and error map beside each other."""
+    """Write original, reconstruction and error map side by side."""
 
 
 def run(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""ov3fast replay RUN STEP: a training step's losses, computed again."""
+"""ov3fast replay RUN STEP: recompute a training step's losses."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ CLOCK = ("seconds", "images_per_s", "data_wait", "memory_gib", "tflops", "mfu")
 
 @dataclass
 class Replay:
-    """Compute the losses of a run's step again, from the newest checkpoint before it, beside what the log says. Writes nothing."""
+    """Recompute the losses of a training step from the newest checkpoint before it and compare them with the log. Writes nothing."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's folder."""
     step: Annotated[int, tyro.conf.Positional, tyro.conf.arg(metavar="STEP")]
     """The step, counted from 1 as in log.jsonl."""
     device: str | None = None
-    """cpu, cuda or cuda:N; the default is a GPU where there is one."""
+    """cpu, cuda or cuda:N; default: the GPU if there is one."""
 
 
 def run(arguments: list[str]) -> int:
@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> int:
     from ov3fast.training.replay import replay
 
     if not (given.run / "recipe.json").is_file():
-        raise FileNotFoundError(f"{given.run} holds no run (there is no recipe.json); give a run's folder")
+        raise FileNotFoundError(f"{given.run} is not a run (it has no recipe.json); give a run's folder")
     row, logged, begun = replay(given.run, given.step, given.device)
     print(f"step {given.step}, from {f'the checkpoint of step {begun}' if begun else 'the beginning'}")
     for name, value in row.items():

@@ -14,20 +14,20 @@ from ov3fast.cli.options import parse
 
 @dataclass
 class Search:
-    """The images of an embeddings file that are nearest to a text or an image: a line "score<TAB>name" each."""
+    """Find the images in an embeddings file nearest to a text or an image; prints one line "score<TAB>name" per hit."""
 
     index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
-    """File that `ov3fast encode` wrote."""
+    """File or folder written by `ov3fast encode`."""
     model: str
-    """The model that made it: folder, training run or hub id."""
+    """The model that it was written with: folder, training run or hub id."""
     text: str | None = None
     image: Path | None = None
     top: int = 10
-    """Images to print."""
+    """Number of hits to print."""
     json: bool = False
-    """JSON objects {"score": ..., "image": ...}, one a line."""
+    """Print one JSON object {"score": ..., "image": ...} per line."""
     vae: str | None = None
-    """VAE in place of the model's: a folder, a hub id, or "small"."""
+    """VAE to use instead of the model's: a folder, a hub id, or "small"."""
     device: str | None = None
     """cpu, cuda or cuda:N; default: cpu."""
 
@@ -35,7 +35,7 @@ class Search:
 def run(arguments: list[str]) -> int:
     given = parse(Search, arguments, "search")
     if (given.text is None) == (given.image is None):
-        raise ValueError("search: give --text or --image, one of them")
+        raise ValueError("search: give either --text or --image")
     from ov3fast.data.skips import printable
     from ov3fast.inference.embeddings import read_embeddings
     from ov3fast.inference.load import load_model

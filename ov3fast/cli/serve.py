@@ -10,39 +10,39 @@ from ov3fast.cli.options import ModelOptions, parse
 
 @dataclass(kw_only=True)
 class Serve(ModelOptions):
-    """A model behind HTTP: /encode, /reconstruct, /caption, /similarity, a page at / and the interface's description at /docs. SIGTERM answers what is in
-    work, then ends. OV3FAST_API_KEY in the environment is asked of every request. MODEL may be a released vision tower's folder too."""
+    """Serve a model over HTTP: /encode, /reconstruct, /caption, /similarity, a page at / and the API description at /docs. On SIGTERM the server finishes
+    requests in flight, then exits. If OV3FAST_API_KEY is set, every request must carry that key. MODEL may also be a released vision tower's folder."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; default: this machine alone."""
+    """Address to listen on; the default accepts local connections only."""
     port: int = 8000
-    """0 takes a free one."""
+    """0 picks a free port."""
     max_batch: int = 32
-    """Images that ride through the model together at most."""
+    """Largest batch."""
     max_wait_ms: float = 5.0
-    """How long an image may wait for others to ride with."""
+    """How long an image may wait for its batch to fill."""
     threads: int | None = None
     """Threads of the model; default: PyTorch's."""
     decoders: int = 2
-    """Threads that decode images."""
+    """Threads for decoding images."""
     texts: Path | None = None
-    """File of texts, one a line, that /similarity compares with where a request brings none."""
+    """File of texts, one per line, that /similarity uses if a request has none."""
     url_hosts: tuple[str, ...] = ()
     """Hosts that images may be fetched from by URL; default: none."""
     max_image_mb: float = 20.0
-    """Of one image file."""
+    """Largest image file."""
     max_request_mb: float = 64.0
-    """Of one request's body."""
+    """Largest request body."""
     max_megapixels: float = 32.0
-    """Of one image, checked before it is decoded."""
+    """Largest image, checked before decoding."""
     max_frames: int = 64
-    """Of an animation; its first one is used."""
+    """Most frames in an animation, of which the first is used."""
     max_images: int = 64
-    """In one request."""
+    """Most images in one request."""
     max_queue: int = 512
-    """Images that wait at most; beyond it the answer is 503 with Retry-After. One client may fill half of it (429)."""
+    """Most images waiting; beyond that the answer is 503 with Retry-After. One client may fill half of the queue (429)."""
     drain_seconds: float = 30.0
-    """How long requests in work may take after SIGTERM."""
+    """How long requests in flight may take after SIGTERM."""
 
 
 def run(arguments: list[str]) -> int:
@@ -85,7 +85,7 @@ def run(arguments: list[str]) -> int:
 
 
 def read_texts(path: Path) -> tuple[str, ...]:
-    """The file's lines that are not blank. ValueError where there are none."""
+    """The file's non-blank lines. Raises ValueError if there are none."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:

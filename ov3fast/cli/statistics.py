@@ -10,7 +10,7 @@ from ov3fast.cli.options import ImagesOptions, parse
 
 @dataclass(kw_only=True)
 class Statistics(ImagesOptions):
-    """Exact mean and variance of each element of the tokens of images: what a generator's latents are normalized by."""
+    """Compute the exact per-element mean and variance of image tokens, with which a generator's latents are normalized."""
 
     out: Path
     """.safetensors file to write: mean and var, float64 [C, H, W]."""

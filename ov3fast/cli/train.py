@@ -1,8 +1,8 @@
 """ov3fast train.
 
-ov3fast train --recipe demo                        a recipe of the package, or a .json or .yaml file
-ov3fast train --data shards/                       your own tars, with defaults that fit them
-ov3fast train --resume runs/demo                   a run that was stopped
+ov3fast train --recipe demo                        a built-in recipe, or a .json or .yaml file
+ov3fast train --data shards/                       your own tars, with defaults fitted to them
+ov3fast train --resume runs/demo                   resume an interrupted run
 ov3fast train --resume runs/demo --extend --stages.1.steps 5000
 """
 
@@ -27,24 +27,24 @@ What to train
   --recipe NAME|FILE      {names}, or a .json or .yaml file (default: demo; custom with --data);
                           generate-demo, generate-base: generators, with fields of their own
   --data PATH             your own shards: a folder of tars, a tar or a glob pattern; defaults are fitted to them
-  --run-dir DIR           where checkpoints, logs and the model go
-  --init-from MODEL       begin with the weights of a model: a folder, a run or a hub id
+  --run-dir DIR           folder for checkpoints, logs and the model
+  --init-from MODEL       start from the weights of a model: a folder, a run or a hub id
 
-Going on
-  --resume [RUN]          go on from the newest whole checkpoint of RUN, with its recipe; without RUN of --run-dir
-  --extend                with --resume: a stage may be longer than it was, and stages may be added
-  --overwrite             begin again in a --run-dir that holds a run
+Resuming
+  --resume [RUN]          continue from the newest complete checkpoint of RUN (default: --run-dir), with its recipe
+  --extend                with --resume: stages may be longer than before, and stages may be added
+  --overwrite             start over in a --run-dir that already has a run
 
-Parts of the recipe
-  --remove-stage NAME|N   --add-stage FIELD=VALUE,...    a new stage takes what is not given from the last one
+Editing the recipe
+  --remove-stage NAME|N   --add-stage FIELD=VALUE,...    a new stage copies unspecified fields from the last one
   --remove-source PATH|N  --add-source path=...,...      captions=key:p+key:p
   --FIELD VALUE           any field, by its dotted name: --stages.0.steps 1000  --optimizer.weight-decay 0.1
 
-Where and how
-  --device DEVICE         cpu, cuda or cuda:N; a GPU where there is one
-  --dry-run               print what the recipe comes to and stop; needs no data
+Other options
+  --device DEVICE         cpu, cuda or cuda:N; default: the GPU if there is one
+  --dry-run               print the resolved recipe and stop; needs no data
 
-Fields, by group: {program} train --help GROUP shows one with the recipe's values, --help all every flag
+Field groups: {program} train --help GROUP lists a group with the recipe's values, --help all every flag
   {groups}
 
 {common}"""
@@ -88,23 +88,23 @@ def run(arguments: list[str]) -> int:
 
         recipe: Annotated[Recipe, tyro.conf.arg(name="")]
         init_from: str | None = None
-        """Begin with the weights of a model: a folder, a training run or a hub id."""
+        """Start from the weights of a model: a folder, a training run or a hub id."""
         extend: bool = False
-        """With --resume: stages may be longer than they were, and stages may be added."""
+        """With --resume: stages may be longer than before, and stages may be added."""
         overwrite: bool = False
-        """Begin again in a run_dir that holds a run."""
+        """Start over in a run_dir that already has a run."""
         dry_run: bool = False
-        """Print what the recipe comes to (stages, samples, steps, rates, parameters, FLOPs) and stop; needs no data."""
+        """Print the resolved recipe (stages, samples, steps, rates, parameters, FLOPs) and stop; needs no data."""
         device: str | None = None
-        """cpu, cuda or cuda:N; the default is a GPU where there is one."""
+        """cpu, cuda or cuda:N; default: the GPU if there is one."""
 
     if help_about == "all":
         arguments = [*arguments, "--help"]
     given = parse(Train, arguments, "train", default=Train(base))
     if given.extend and resume is None:
-        raise ValueError("--extend needs --resume RUN: it lengthens a run that is there")
+        raise ValueError("--extend needs --resume RUN: it lengthens an existing run")
     if given.overwrite and resume is not None:
-        raise ValueError("--resume goes on with a run, --overwrite begins it again; give one of them")
+        raise ValueError("--resume continues a run, --overwrite starts it over; give one of them")
     if given.dry_run:
         from ov3fast.training import dry_run
 
@@ -120,7 +120,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _recipe(name: str, data: str, resume: str) -> "Recipe":
-    """What --recipe, --data and --resume RUN ask for."""
+    """The recipe selected by --recipe, --data and --resume RUN."""
     import dataclasses
 
     from ov3fast.recipes import NAMES, SUFFIXES, custom, get_recipe, read_recipe
@@ -128,7 +128,7 @@ def _recipe(name: str, data: str, resume: str) -> "Recipe":
     if resume:
         saved = Path(resume, "recipe.json")
         if not saved.is_file():
-            raise FileNotFoundError(f"--resume: {resume} holds no run (there is no {saved}); give a run's folder")
+            raise FileNotFoundError(f"--resume: {resume} is not a run (there is no {saved}); give a run's folder")
         if name or data:
             raise ValueError(f"--resume {resume} has its own recipe; leave out {'--recipe' if name else '--data'}")
         return dataclasses.replace(read_recipe(saved), run_dir=Path(resume))
@@ -148,7 +148,7 @@ def _recipe(name: str, data: str, resume: str) -> "Recipe":
 
 
 def _take_optional(arguments: list[str], *flags: str) -> tuple[list[str], str | None]:
-    """(the other arguments, the flag's value: "" for the flag alone, None where it is not given)."""
+    """(the remaining arguments, the flag's value: "" for the bare flag, None if it is absent)."""
     for flag in flags:
         for i, argument in enumerate(arguments):
             if argument.startswith(flag + "="):
@@ -160,7 +160,7 @@ def _take_optional(arguments: list[str], *flags: str) -> tuple[list[str], str | 
 
 
 def _take_all(arguments: list[str], flag: str) -> tuple[list[str], tuple[str, ...]]:
-    """(the other arguments, the values of every use of the flag)."""
+    """(the remaining arguments, the values of all occurrences of the flag)."""
     values = []
     while any(argument == flag or argument.startswith(flag + "=") for argument in arguments):
         value, arguments = _take_first(arguments, flag)
@@ -183,7 +183,7 @@ def _groups(kind: Any) -> list[str]:
 
 
 def _reflowed(text: str, width: int) -> str:
-    """Lines that are too wide for the terminal become several: each flag on its own, its text indented below."""
+    """Splits lines that are too wide for the terminal: each flag on its own line, its help indented below."""
     lines: list[str] = []
     for line in text.splitlines():
         if len(line) <= width:
@@ -201,7 +201,7 @@ def _reflowed(text: str, width: int) -> str:
 
 
 def _help_of_group(recipe: "Recipe", group: str) -> str:
-    """Every field of a group with the recipe's value."""
+    """Lists every field of a group with the recipe's value."""
     from ov3fast.recipes.config import leaves
 
     name = group.replace("-", "_")

@@ -14,7 +14,7 @@ from ov3fast.recipes.generate import GENERATE_RECIPES, GenerateRecipe
 
 
 def run(name: str, arguments: list[str], resume: str | None) -> int:
-    """Train a generator over a model's tokens; resume: what --resume was given ("" for the recipe's run), None without."""
+    """Train a generator over a model's tokens. resume: the value of --resume ("" for the recipe's run_dir), None without it."""
     if name not in GENERATE_RECIPES:
         raise ValueError(f"--recipe: generators' recipes are {', '.join(GENERATE_RECIPES)}; got {name!r}")
     base = GENERATE_RECIPES[name]
@@ -27,17 +27,17 @@ def run(name: str, arguments: list[str], resume: str | None) -> int:
 
         recipe: Annotated[GenerateRecipe, tyro.conf.arg(name="")]
         overwrite: bool = False
-        """Begin again in a run_dir that holds a run."""
+        """Start over in a run_dir that already has a run."""
         report: bool = True
-        """Afterwards sample and measure: generate.html and generate.json in run_dir (for a recipe on classes)."""
+        """Sample and evaluate after training: generate.html and generate.json in run_dir (class-conditional recipes only)."""
 
     given = parse(Train, arguments, "train", default=Train(base))
     if given.overwrite and resume is not None:
-        raise ValueError("--resume goes on with a run, --overwrite begins it again; give one of them")
+        raise ValueError("--resume continues a run, --overwrite starts it over; give one of them")
     from ov3fast.generation.training import train_generator
 
     run_dir = train_generator(given.recipe, resume=resume is not None, overwrite=given.overwrite)
-    print(f"{run_dir / 'generator'}: `ov3fast generate {run_dir}` lists what it knows")
+    print(f"{run_dir / 'generator'}: `ov3fast generate {run_dir}` lists its classes")
     if given.report and given.recipe.condition == "class":
         from ov3fast.generation.report import write_generation_report
 

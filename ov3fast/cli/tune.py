@@ -11,15 +11,15 @@ from ov3fast.cli.options import parse
 
 @dataclass
 class TuneOptions:
-    """Measures on this machine, and keeps what beats the static tables.
+    """Tune the operators for this machine and keep what beats the shipped tables.
 
-    On a GPU, other block sizes, warps and stages of the Triton kernels. On a CPU, which backend each operator takes, in some minutes.
+    On a GPU: block sizes, warps and stages of the Triton kernels. On a CPU: the backend of each operator, in a few minutes.
     """
 
     only: str = ""
-    """Operators whose name contains this; what was found for others stays."""
+    """Only operators whose name contains this; earlier results for the others are kept."""
     dtype: str = ""
-    """fp32, bf16 or mixed (bf16 with fp32 parameters, on a CPU) alone."""
+    """Only fp32, bf16 or mixed (bf16 with fp32 parameters, on a CPU)."""
     device: Literal["cpu", "cuda"] = "cuda"
     budget: float = 0.3
     """Seconds of timing per candidate."""
@@ -35,17 +35,17 @@ def run(arguments: list[str]) -> int:
 
 
 def tune_cpu(options: TuneOptions) -> None:
-    """Measures every trial on every backend, and keeps the choices for this chip, thread count, PyTorch and build of the kernels."""
+    """Measures every trial on every backend and saves the choices for this chip, thread count, PyTorch version and kernel build."""
     from ov3fast import terminal
     from ov3fast.ops import _choice, _trials
 
     if _choice.tuned_path() is None:
-        raise RuntimeError("OV3FAST_TUNED=0 has measurements ignored: unset it to keep new ones")
+        raise RuntimeError("OV3FAST_TUNED=0 disables tuned measurements: unset it to save new ones")
     console = terminal.console()
     planned = list(_trials.trials(options.only, options.dtype))
     if not planned:
         known = ", ".join(dict.fromkeys(trial.operator for trial in _trials.trials()))
-        raise ValueError(f"--only {options.only!r} --dtype {options.dtype!r} leaves no operator; there are {known}")
+        raise ValueError(f"--only {options.only!r} --dtype {options.dtype!r} matches no operator; the operators are {known}")
     kept = {_key(choice): choice for choice in _choice.load_tuned()}
     for number, trial in enumerate(planned, 1):
         found = _trials.measure(trial, options.budget / 2)

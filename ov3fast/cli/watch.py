@@ -15,25 +15,25 @@ if TYPE_CHECKING:
     from ov3fast.evaluation.runs import Run
 
 QUIET_S = 120.0
-"""After so many seconds without a row the run counts as silent; at least twenty times the log's usual distance."""
+"""Seconds without a new row after which a run counts as silent; at least twenty times the usual interval between rows."""
 BARS = " ▁▂▃▄▅▆▇█"
 SPARK = 40
 
 
 @dataclass
 class Watch:
-    """A run in the terminal while it trains; ends with the run, or by Ctrl-C. It only reads the run's folder."""
+    """Follow a run in the terminal until it ends or Ctrl-C is pressed. Only reads the run's folder."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     every: float = 2.0
-    """Seconds between two looks."""
+    """Seconds between updates."""
     page: Path | None = None
-    """Also write a page with the curves, which a browser loads again by itself."""
+    """Also write a page with the curves that refreshes itself in the browser."""
     page_every: float = 30.0
-    """Seconds between two of its versions."""
+    """Seconds between updates of the page."""
     once: bool = False
-    """Show what is there and end."""
+    """Show the current state and exit."""
 
 
 def run(arguments: list[str]) -> int:
@@ -85,7 +85,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _state(run: Run, now: float) -> str:
-    """Whether the run is complete, running, or silent for long, and how far it is."""
+    """Whether the run is complete, running or silent, and its progress."""
     if run.summary:
         return f"complete: {run.summary['step']:,} steps, {run.summary['images']:,} images, {_clock(run.summary['seconds'])}"
     if not run.rows:
@@ -103,7 +103,7 @@ def _state(run: Run, now: float) -> str:
 
 
 def _progress(run: Run) -> tuple[float, float | None]:
-    """Share of the stage that is done, and the seconds that are left of it (None: not known yet)."""
+    """Fraction of the stage that is done, and the seconds left in it (None: not known yet)."""
     from ov3fast.recipes.config import Recipe
     from ov3fast.training.schedule import schedule
 
@@ -118,14 +118,14 @@ def _progress(run: Run) -> tuple[float, float | None]:
 
 
 def _frame(run: Run, state: str) -> Any:
-    """The run as a table: each quantity's last value, and its course over the last rows."""
+    """The run as a table: each quantity's last and lowest value, and a sparkline."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     from ov3fast.evaluation.curves import PANELS, number
 
-    table = Table("", "now", "lowest", "course", box=None, pad_edge=False)
+    table = Table("", "now", "lowest", "history", box=None, pad_edge=False)
     table.columns[1].justify = table.columns[2].justify = "right"
     for title, lines, _ in PANELS:
         for key, name in lines:
@@ -141,7 +141,7 @@ def _frame(run: Run, state: str) -> Any:
 
 
 def _spark(values: list[float]) -> str:
-    """The last values as small bars between their own least and greatest."""
+    """A sparkline of the values, scaled to their own range."""
     from ov3fast.evaluation.charts import thin
 
     shown = thin(values, SPARK).tolist()

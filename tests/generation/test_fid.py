@@ -132,8 +132,8 @@ def test_the_fid_command(capsys, monkeypatch, pictures, tmp_path):
     code, text, _ = run(capsys, "fid", pictures, "--reference", pictures, "--image-size", "32")
     assert code == 0 and "fid_style" in text and "not comparable with FID" in text
     for arguments, words in (
-        ((), "one of them"),
-        (("--reference", reference, "--save-reference", reference), "one of them"),
+        ((), "either --reference or"),
+        (("--reference", reference, "--save-reference", reference), "either --reference or"),
         (("--reference", reference, "--protocol", "fid"), "protocol must be one of"),
         (("--reference", tmp_path / "none.npz"), "no reference"),
         (("--reference", pictures / "broken.png"), "must be an .npz"),

@@ -97,7 +97,7 @@ def test_commands(capsys, trained, tmp_path):
         (("--class", "green", "--out", "x"), "class must be one of dark, light; got 'green'"),
         (("--text", "a tree", "--out", "x"), "takes --class"),
         (("--class", "dark"), "--out is needed"),
-        (("--class", "dark", "--text", "x", "--out", "x"), "one of them"),
+        (("--class", "dark", "--text", "x", "--out", "x"), "either --class or"),
         (("--class", "dark", "--out", "x", "--count", "0"), "--count must be at least 1"),
     ):
         code, _, error = run(capsys, "generate", trained, *rest)

@@ -200,7 +200,7 @@ def test_stages_and_sources_come_and_go():
     [
         (("--recipe", "custom"), "--recipe custom needs --data PATH"),
         (("--recipe", "base", "--data", "x"), "--data is for --recipe custom, got --recipe base"),
-        (("--resume", "/nowhere"), "--resume: /nowhere holds no run"),
+        (("--resume", "/nowhere"), "--resume: /nowhere is not a run"),
         (("--recipe", "/nowhere.json"), "there is no file /nowhere.json"),
         (("--extend",), "--extend needs --resume RUN"),
         (("--remove-stage", "third"), "--remove-stage: got 'third'; it takes a number from 0 or one of pretrain, finetune"),
@@ -209,7 +209,7 @@ def test_stages_and_sources_come_and_go():
         (("--add-source", "path=x,captions="), "--add-source: got 'captions='; it takes captions=key"),
         (("--add-source", "path=x,captions=a:b"), "--add-source: SourceConfig.captions[0][1]: takes float, got 'b'"),
         (("--add-stage", "name=x,steps=abc"), "--add-stage: Stage.steps: takes int or null, got 'abc'"),
-        (("--resume", "RUN", "--overwrite"), "--resume goes on with a run, --overwrite begins it again"),
+        (("--resume", "RUN", "--overwrite"), "--resume continues a run, --overwrite starts it over"),
         (("--help", "towers"), "--help takes model, objective"),
     ],
 )

@@ -1,7 +1,7 @@
-"""Builds the kernels with ninja: `python csrc/build.py OUT` writes OUT/ov3_<isa>.so, the CPU kernels of one instruction set each, and, where
-there is nvcc, OUT/<operator>.fatbin, the CUDA kernels of an operator for all architectures.
+"""Builds the kernels with ninja: `python csrc/build.py OUT` writes OUT/ov3_<isa>.so, the CPU kernels for one instruction set each, and, if nvcc
+is installed, OUT/<operator>.fatbin, the CUDA kernels of an operator for all architectures.
 
-setup.py runs it at installation. The sources include neither Python's headers nor PyTorch's, so the libraries fit every version of both.
+setup.py runs it at install time. The sources include neither Python's headers nor PyTorch's, so the libraries work with any version of either.
 `--sanitize` builds with AddressSanitizer and UndefinedBehaviorSanitizer (see `make sanitize`).
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-# The widest last. What a processor can run is asked at run time (cpu/isa.cpp), so one build serves them all.
+# From narrow to wide. Which of them a processor can run is determined at run time (cpu/isa.cpp), so one build serves all processors.
 X86_FLAGS = {
     "portable": "",
     "avx2": "-mavx2 -mfma",
@@ -27,12 +27,12 @@ X86_FLAGS = {
     "amx_bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma -mprefer-vector-width=512 -DOV3_TILES",
 }
 
-# The kernels of amx_bf16 with a model of the tile unit, equal to the bit, for processors that have none. Slow: for tests.
+# The kernels of amx_bf16 on a bit-exact model of the tile unit, for processors without AMX. Slow; for tests.
 EMULATED = "amx_emulated"
 EMULATED_FLAGS = f"{X86_FLAGS['amx_bf16']} -DOV3_EMULATE_TILES"
 
-# Hidden: several libraries are loaded at once, and the linker would let all of them share the first one's static variables (GCC binds those of
-# templates uniquely). GCC 12 takes the "undefined" halves of its own AVX-512 intrinsics for mistakes.
+# Hidden visibility: several of these libraries are loaded at once, and would otherwise share the first one's static variables (GCC gives those of
+# templates unique binding). -Wno-*uninitialized: GCC 12 warns about the "undefined" halves of its own AVX-512 intrinsics.
 FLAGS = (
     "-std=c++17 -O2 -g1 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math"
     " -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized"
@@ -40,29 +40,29 @@ FLAGS = (
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1"
 
 
-# Machine code for these, as far as nvcc knows them, and PTX of the last for all later ones.
+# Machine code for these, as far as nvcc supports them, and PTX of the last one for later architectures.
 CUDA_ARCHITECTURES = (80, 90, 100)
 CUDA_FLAGS = "-std=c++17 -O3"
-# The first whose kernels take more than 4096 bytes of parameters.
+# The first release that supports more than 4096 bytes of kernel parameters.
 OLDEST_CUDA = (12, 1)
 
 
 class NoCompiler(RuntimeError):
-    """There is no C++ compiler (or nvcc) or no ninja, or nobody who needs what they would make."""
+    """A C++ compiler, nvcc or ninja is missing, or the kernels are not wanted."""
 
 
 def isas(compiler: str, emulated: bool = False) -> dict[str, str]:
-    """Instruction set -> compiler flags, for the machine that the compiler compiles for."""
+    """Instruction set -> compiler flags, for the compiler's target machine."""
     if not _output(compiler, "-dumpmachine").lower().startswith(("x86_64", "amd64")):
         return {"portable": ""}
     return X86_FLAGS | ({EMULATED: EMULATED_FLAGS} if emulated else {})
 
 
 def build(out: Path, *, sanitize: bool = False, emulated: bool = False, only: tuple[str, ...] = ()) -> list[Path]:
-    """Compiles what has changed and returns the libraries. NoCompiler, or CalledProcessError where compilation fails."""
+    """Compiles what has changed and returns the libraries. Raises NoCompiler, or CalledProcessError if compilation fails."""
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
-        raise NoCompiler("no C++ compiler (c++, g++ or clang++; CXX names another)")
+        raise NoCompiler("no C++ compiler (c++, g++ or clang++; set CXX to use another)")
     out.mkdir(parents=True, exist_ok=True)
     work = HERE.parent / "build" / ("native-sanitize" if sanitize else "native")
     work.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def build(out: Path, *, sanitize: bool = False, emulated: bool = False, only: tu
 
 
 def find_nvcc() -> tuple[str, tuple[int, int], list[int]]:
-    """nvcc, its release, and those of CUDA_ARCHITECTURES that it knows. NoCompiler where there is none, or one too old."""
+    """nvcc, its release, and the CUDA_ARCHITECTURES that it supports. Raises NoCompiler if it is missing or too old."""
     homes = (os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH"))
     nvcc = (
         os.environ.get("NVCC")
@@ -102,28 +102,29 @@ def find_nvcc() -> tuple[str, tuple[int, int], list[int]]:
         or shutil.which("nvcc")
     )
     if nvcc is None:
-        raise NoCompiler("no nvcc (CUDA_HOME or NVCC names it)")
+        raise NoCompiler("no nvcc (set CUDA_HOME or NVCC)")
     release = re.search(r"release (\d+)\.(\d+)", _output(nvcc, "--version"))
     toolkit = (int(release[1]), int(release[2])) if release else (0, 0)
     if toolkit < OLDEST_CUDA:
-        raise NoCompiler(f"{nvcc} is of CUDA {toolkit[0]}.{toolkit[1]}, older than {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]}")
+        raise NoCompiler(f"{nvcc} is from CUDA {toolkit[0]}.{toolkit[1]}, older than {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]}")
     known = set(re.findall(r"compute_(\d+)", _output(nvcc, "--list-gpu-arch")))
     return nvcc, toolkit, [arch for arch in CUDA_ARCHITECTURES if str(arch) in known]
 
 
 def check_cuda_is_wanted() -> None:
-    """NoCompiler where OV3FAST_CUDA is 0, or is not set and this machine has no NVIDIA driver that could load the kernels."""
+    """Raises NoCompiler if OV3FAST_CUDA is 0, or is unset and this machine has no NVIDIA driver to load the kernels."""
     word = os.environ.get("OV3FAST_CUDA", "")
     if word not in ("", "0", "1"):
         raise NoCompiler(f"OV3FAST_CUDA must be 0 or 1, got {word!r}")
     if word == "0" or (not word and not Path("/proc/driver/nvidia").exists() and shutil.which("nvidia-smi") is None):
-        raise NoCompiler("OV3FAST_CUDA is 0" if word else "no NVIDIA driver here (OV3FAST_CUDA=1 builds them all the same)")
+        raise NoCompiler("OV3FAST_CUDA is 0" if word else "no NVIDIA driver (OV3FAST_CUDA=1 builds them anyway)")
 
 
 def build_cuda(out: Path) -> list[Path]:
-    """Compiles the CUDA kernels that have changed and returns the binaries. NoCompiler without nvcc or wish, or CalledProcessError.
+    """Compiles the CUDA kernels that have changed and returns the binaries. Raises NoCompiler if nvcc is missing or CUDA is not wanted, or
+    CalledProcessError.
 
-    Neither a GPU nor PyTorch takes part: ov3fast/ops/cuda loads the binaries through the driver.
+    Needs neither a GPU nor PyTorch: ov3fast/ops/cuda loads the binaries through the driver.
     """
     check_cuda_is_wanted()
     nvcc, toolkit, architectures = find_nvcc()
@@ -145,7 +146,7 @@ def build_cuda(out: Path) -> list[Path]:
         lines += [f"build {_escape(binaries[-1])}: compile {_escape(source)}", f"  dependencies = {source.stem}.d"]
     (work / "build.ninja").write_text("\n".join(lines) + "\n")
     subprocess.run([_ninja(), "-C", str(work), "--quiet"], check=True)
-    # Last, since it is what tells ov3fast.ops.cuda that the binaries are there.
+    # Written last, since its presence tells ov3fast.ops.cuda that the binaries are complete.
     (out / "cuda.json").write_text(json.dumps({"toolkit": toolkit, "architectures": architectures}) + "\n")
     return binaries
 

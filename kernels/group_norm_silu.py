@@ -1,8 +1,8 @@
 """Group normalisation and SiLU: ov3fast/ops/group_norm_silu.py.
 
-x is viewed as [B, S, C] (NHWC) or [B, C, S] (NCHW), S the flattened spatial axes; a tile is [spatial, channels] in either. Forward: (mean, sum of
-squared differences) of every channel in a strip of S, exact at any mean since each tile is centred on its own; merged in order to a group's mean and
-rstd; then one elementwise pass. Backward: sums of dn and dn x_hat of every channel in a strip; merged to groups and to channels; then dx in one
+x is viewed as [B, S, C] (NHWC) or [B, C, S] (NCHW), S being the flattened spatial axes; a tile is [spatial, channels] in either. Forward: (mean, sum of
+squared deviations) of every channel in a strip of S, accurate for any mean since each tile is centred separately; merged in order into a group's mean and
+rstd; then one elementwise pass. Backward: sums of dn and dn x_hat of every channel in a strip; merged over groups and over channels; then dx in one
 pass. So x is read twice in each direction, and large images keep every multiprocessor busy whatever the number of groups.
 """
 
@@ -36,8 +36,8 @@ TABLE["group_norm_silu_backward_groups"] = {(ANY, ANY, ANY): Config({"BLOCK": 25
 TABLE["group_norm_silu_backward_channels"] = {(ANY, ANY, ANY): Config({"BLOCK_R": 64, "BLOCK_C": 32}, warps=4, stages=1)}
 
 
-# Programs that a reduction over a large image is spread over: a few waves of the largest chips. Not read from the device, so that results are the
-# same on all.
+# Target number of programs for a reduction over a large image: a few waves on the largest chips. A constant rather than the device's, so that results
+# are the same on all chips.
 PROGRAMS = 1024
 
 
@@ -54,7 +54,7 @@ def _tile(pointer, stride_row, s, c, spatial, channels, CHANNELS_LAST: tl.conste
 
 @triton.jit
 def _store_tile(pointer, value, s, c, spatial, channels, CHANNELS_LAST: tl.constexpr):
-    """Into a contiguous [S, C] or [C, S]."""
+    """Stores into a contiguous [S, C] or [C, S]."""
     mask = (s < spatial)[:, None] & (c < channels)[None, :]
     if CHANNELS_LAST:
         offsets = s.to(tl.int64)[:, None] * channels + c[None, :]
@@ -65,7 +65,7 @@ def _store_tile(pointer, value, s, c, spatial, channels, CHANNELS_LAST: tl.const
 
 @triton.jit
 def _affine(weight, bias, mean, rstd, b, c, channels, groups):
-    """Of each channel: weight, bias, its group's mean and rstd."""
+    """Per channel: weight, bias, and its group's mean and rstd."""
     mask = c < channels
     group = b * groups + c // (channels // groups)
     return (
@@ -87,7 +87,7 @@ def group_norm_silu_forward_partials(
     x, stride_b, stride_row, partials, channels, spatial, strips, strip_spatial, channel_blocks,
     CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared differences from it of each channel in a strip of S: partials [B, strips, 2, C]."""
+    """Mean and sum of squared deviations of each channel over a strip of S: partials [B, strips, 2, C]."""
     program = tl.program_id(0)
     strip_of_all = program // channel_blocks
     b, strip = strip_of_all // strips, strip_of_all % strips
@@ -105,10 +105,10 @@ def group_norm_silu_forward_partials(
         inside = (s < spatial)[:, None]
         tile_mean = sum_over_rows(value) / size
         centred = tl.where(inside, value - tile_mean[None, :], 0.0)
-        # What rounding left of the mean, which would show far from zero.
+        # Corrects the rounding of the mean, which matters far from zero.
         rest = sum_over_rows(centred) / size
-        # The select keeps the product out of the sum's first addition: fused, lanes that add each other's squares would round differently
-        # and then store their own result to one address.
+        # The select keeps the product from being fused into the sum's first addition: lanes that add each other's squares would then round
+        # differently and race to store different results to one address.
         tile_squares = sum_over_rows(tl.where(inside, centred * centred, 0.0))
         total = count + size
         delta = tile_mean - mean + rest
@@ -125,7 +125,7 @@ def group_norm_silu_forward_partials(
 def group_norm_silu_statistics(
     partials, mean, rstd, channels, groups, spatial, strips, strip_spatial, eps, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Merges a group's partials: mean and rstd [B, G]. In float64, so that means far from zero lose no digits."""
+    """Merges a group's partials into mean and rstd [B, G], in float64, so that means far from zero lose no precision."""
     program = tl.program_id(0)
     per_group = channels // groups
     partials += (program // groups).to(tl.int64) * strips * 2 * channels + (program % groups) * per_group
@@ -173,7 +173,7 @@ def group_norm_silu_forward(
 def _tile_of(
     program, channel_blocks, spatial_blocks, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Spatial and channel indices and the batch of an elementwise program; neighbours in memory are neighbours in the grid."""
+    """Spatial and channel indices and the batch index of an elementwise program; neighbours in memory are neighbours in the grid."""
     if CHANNELS_LAST:
         c_block, s_block = program % channel_blocks, program // channel_blocks % spatial_blocks
     else:
@@ -189,7 +189,7 @@ def group_norm_silu_backward_partials(
     channels, spatial, groups, strips, strip_spatial, channel_blocks,
     CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dn and of dn x_hat of each channel in a strip of S: partials [B, strips, 2, C]."""
+    """Sums of dn and dn x_hat of each channel over a strip of S: partials [B, strips, 2, C]."""
     program = tl.program_id(0)
     strip_of_all = program // channel_blocks
     b, strip = strip_of_all // strips, strip_of_all % strips
@@ -206,7 +206,7 @@ def group_norm_silu_backward_partials(
         x_hat = (_tile(x, stride_row, s, c, spatial, channels, CHANNELS_LAST) - group_mean[None, :]) * group_rstd[None, :]
         upstream = _tile(grad_y, grad_stride_row, s, c, spatial, channels, CHANNELS_LAST)
         grad_n = _silu_gradient(upstream, x_hat * w[None, :] + shift[None, :])
-        # grad_y is 0 outside, but 0 times an infinite slope is not.
+        # grad_y is 0 outside, but 0 times an infinite slope is NaN.
         inside = (s < spatial)[:, None]
         sums += sum_over_rows(tl.where(inside, grad_n, 0.0))
         dots += sum_over_rows(tl.where(inside, grad_n * x_hat, 0.0))
@@ -218,7 +218,7 @@ def group_norm_silu_backward_partials(
 
 @kernel
 def group_norm_silu_backward_groups(partials, weight, means, channels, groups, spatial, strips, BLOCK: tl.constexpr):
-    """Means over a group of w dn and of w dn x_hat: means [B, G, 2]."""
+    """Means over a group of w dn and w dn x_hat: means [B, G, 2]."""
     program = tl.program_id(0)
     per_group = channels // groups
     group = program % groups
@@ -241,7 +241,7 @@ def group_norm_silu_backward_groups(partials, weight, means, channels, groups, s
 def group_norm_silu_backward_channels(
     partials, grad_weight, grad_bias, channels, rows, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """Sums over batches and strips: grad_bias is that of dn, grad_weight that of dn x_hat; partials [rows, 2, C]."""
+    """Sums of partials [rows, 2, C] over batches and strips: grad_bias from dn, grad_weight from dn x_hat."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     sums, dots = tl.zeros((BLOCK_R, BLOCK_C), tl.float32), tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for start in range(0, rows, BLOCK_R):
@@ -276,7 +276,7 @@ def group_norm_silu_backward(
 
 
 class _View:
-    """x as NHWC or NCHW: its sizes, and how they are cut into strips and tiles."""
+    """x as NHWC or NCHW: its sizes, and how it is divided into strips and tiles."""
 
     def __init__(self, x, groups: int, pass_name: str):
         self.batch, self.channels, self.groups, self.spatial = *x.shape[:2], groups, x.shape[2:].numel()
@@ -292,7 +292,7 @@ class _View:
         return self.batch * self.channels * self.spatial == 0
 
     def layout(self, x):
-        """x, its stride over the batch, and that over channels (NCHW) or over S (NHWC); a copy where the other axis is not contiguous."""
+        """x, its batch stride, and its stride over channels (NCHW) or S (NHWC); copies if the other axis is not contiguous."""
         if self.channels_last:
             x = x.reshape(self.batch, self.channels, self.spatial)
             x = x if x.stride(1) == 1 or self.channels == 1 else x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -302,7 +302,7 @@ class _View:
         return x, x.stride(0), x.stride(1)
 
     def elementwise(self):
-        """Grid, and the arguments that end an elementwise pass."""
+        """Grid and last arguments of an elementwise pass."""
         channel_blocks, spatial_blocks = (
             cdiv(self.channels, self.config.blocks["BLOCK_C"]), cdiv(self.spatial, self.config.blocks["BLOCK_S"])
         )  # fmt: skip
@@ -310,7 +310,7 @@ class _View:
         return grid, (self.channels, self.spatial, self.groups, channel_blocks, spatial_blocks, self.channels_last)
 
     def reduction(self):
-        """Grid of the partial sums, and the number of blocks of channels."""
+        """Grid of the partial sums, and the number of channel blocks."""
         channel_blocks = cdiv(self.channels, self.reduce_config.blocks["BLOCK_C"])
         return (self.batch * self.strips * channel_blocks,), channel_blocks
 
@@ -320,7 +320,7 @@ def size_class(channels_last: bool, spatial: int) -> str:
 
 
 def strips(batch: int, channels: int, spatial: int, blocks) -> tuple[int, int]:
-    """Strips that a reduction is spread over, and their length along S."""
+    """Number of strips of a reduction, and their length along S."""
     tiles = cdiv(spatial, blocks["BLOCK_S"])
     wanted = min(tiles, cdiv(PROGRAMS, max(1, batch * cdiv(channels, blocks["BLOCK_C"]))))
     strip_tiles = cdiv(tiles, max(1, wanted))
@@ -353,7 +353,7 @@ def forward(x, num_groups, weight, bias, eps):
 
 
 def backward(grad_y, x, weight, bias, mean, rstd, need_x, need_weight, need_bias):
-    """Gradients of x, weight and bias; empty ones where they are not asked for."""
+    """Gradients of x, weight and bias; empty tensors for those not needed."""
     view = _View(x, mean.shape[1], "group_norm_silu_backward")
     none = x.new_empty(0)
     grad_x = torch.empty_like(x, memory_format=memory_format(x)) if need_x else none

@@ -1,7 +1,7 @@
 """Tokens to latents: ov3fast/ops/latent_projection.py.
 
 The forward's epilogue scatters into the image; the backward gathers patches of the image's gradient as operands of the products: neither needs a
-pass that rearranges. The C p p values of a patch are few: where they fit one tile, grad_tokens gathers a patch once and loops over the features.
+rearranging pass. A patch has few values, C p p; if they fit in one tile, grad_tokens gathers a patch once and loops over the features.
 A row m is token (b, n).
 """
 
@@ -17,7 +17,7 @@ from .lib.launch import kernel
 from .lib.patches import patch_offsets, shares_of
 from .lib.reduce import merge, splits_of, strips_of, sum_splits
 
-# Size classes: none. BLOCK_K of grad_tokens holds a whole patch of 64 values.
+# Size classes: none. BLOCK_K of grad_tokens covers an entire patch of 64 values.
 TABLE["latent_projection_forward"] = {(ANY, ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, warps=4, stages=3)}
 TABLE["latent_projection_grad_tokens"] = {
     (ANY, ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64}, warps=4, stages=1),
@@ -73,7 +73,7 @@ def latent_projection_grad_tokens(
     rows, tokens, grid_w, values, width, shares, share_tiles,
     PATCH: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A program's tile of patches against its share of the features; WHOLE where a patch fits one tile."""
+    """A program multiplies its tile of patches by its share of the features; WHOLE: a patch fits in one tile."""
     program = tl.program_id(0)
     m = program // shares * BLOCK_M + tl.arange(0, BLOCK_M)
     share = program % shares
@@ -106,7 +106,7 @@ def latent_projection_grad_weight(
     rows, tokens, grid_w, values, width, split_rows, tiles_k, tiles_d,
     PATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Partial products of a split of the rows: partials [splits, C p p, D]. BLOCK_M is of values, BLOCK_K of rows."""
+    """Split-K partial products over the rows: partials [splits, C p p, D]. BLOCK_M counts values, BLOCK_K rows."""
     program = tl.program_id(0)
     split = program // (tiles_k * tiles_d)
     k = program // tiles_d % tiles_k * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -127,7 +127,7 @@ def latent_projection_grad_bias(
     grad_x, stride_b, stride_c, stride_h, partials, rows, tokens, grid_w, values, strip_rows, tiles,
     PATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Sums of each value over a strip of patches: partials [strips, C p p]."""
+    """Sums over a strip of patches: partials [strips, C p p]."""
     program = tl.program_id(0)
     strip = program // tiles
     k = program % tiles * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -159,7 +159,7 @@ def forward(tokens, weight, bias, patch_size, grid_h, grid_w):
 
 
 def backward(grad_x, tokens, weight, patch_size, need_tokens, need_weight, need_bias):
-    """Gradients of tokens, weight and bias; empty ones where they are not asked for."""
+    """Gradients of tokens, weight and bias; empty tensors for those not needed."""
     grad_x, tokens, weight = _last_contiguous(grad_x), _last_contiguous(tokens), _last_contiguous(weight)
     (batch, count, width), values = tokens.shape, weight.shape[0]
     rows, grid_w, dtype = batch * count, grad_x.shape[3] // patch_size, TYPES[tokens.dtype]

@@ -1,6 +1,6 @@
-"""Layer normalisation of rows held in registers, with the residual addition before it and the residual's gradient after it.
+"""Layer normalisation of rows in registers, fused with the residual addition before it and the residual's gradient after it.
 
-Forward: one pass; x + residual is rounded first, as in the reference, then normalised. Backward: one pass as well; each program owns a strip of rows,
+Forward: one pass; x + residual is rounded first, as in the reference, then normalised. Backward: also one pass; each program owns a strip of rows,
 keeps the weight in registers and writes one partial sum of each parameter's gradient, which `merge` adds up.
 """
 
@@ -17,13 +17,13 @@ from .lib.launch import kernel
 from .lib.reduce import merge, strips_of
 from .lib.rows import empty, row_offsets, rows
 
-# Size classes: the smallest of these that holds a row; a program holds whole rows.
+# Size classes: the smallest of these that fits a row; a program holds entire rows.
 WIDTHS = (256, 512, 1024, 2048, 4096, 8192)
 TABLE["layer_norm_forward"] = {
     (ANY, str(d), ANY): Config({"BLOCK_ROWS": max(1, 4096 // d), "BLOCK_D": d}, warps=max(4, d // 1024), stages=1)
     for d in WIDTHS
 }
-# 16 elements a thread: five of each live in registers.
+# 16 elements per thread, of which five copies live in registers.
 TABLE["layer_norm_backward"] = {
     (ANY, str(d), ANY): Config({"BLOCK_ROWS": max(1, 2048 // d), "BLOCK_D": d}, warps=max(4, d // 512), stages=1)
     for d in WIDTHS
@@ -70,7 +70,7 @@ def _layer_norm_backward(
     column = tl.arange(0, BLOCK_D)
     inside = column < width
     scale = tl.load(weight + column, mask=inside, other=0).to(tl.float32)[None, :]
-    # One accumulator per row of the block: no reduction across threads within the loop.
+    # One accumulator per row of the block, to avoid reductions across threads within the loop.
     weight_sum = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
     bias_sum = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
     first = strip * rows_per_strip
@@ -131,7 +131,7 @@ def forward(x, weight, bias, residual, eps):
 
 
 def backward(grad_y, grad_h, h, weight, mean, rstd, need_x, need_weight, need_bias):
-    """Gradients of x (the residual's part grad_h added), weight and bias; an empty tensor where one is not asked for."""
+    """Gradients of x (with the residual's gradient grad_h added), weight and bias; empty tensors for those not needed."""
     grad_x = empty(h, h.shape, need_x)
     grad_weight, grad_bias = empty(weight, weight.shape, need_weight), empty(weight, weight.shape, need_bias)
     if h.numel() == 0:

@@ -1,7 +1,7 @@
-"""The linear layer: cuBLAS (hipBLASLt) where it is best, a tiled product with the bias in its epilogue where cuBLAS would need a copy.
+"""The linear layer: cuBLAS (hipBLASLt) where it is best, or a tiled product with the bias in its epilogue where cuBLAS would need a copy.
 
-dW sums over all rows into a small matrix, for which cuBLAS splits K; y and dx are plain products of large matrices. cuBLAS is deterministic on one
-stream. db comes from column_sums: a product with ones would be another pass over dy.
+dW sums over all rows into a small matrix, for which cuBLAS splits K; y and dx are plain products of large matrices. cuBLAS is deterministic on a single
+stream. db comes from column_sums; as a product with ones it would take another pass over dy.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _linear(
     x, x_inner, x_outer_stride, x_inner_stride, weight, weight_stride, bias, y, rows, columns, depth,
     TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """y = x weight^T + bias with TRANSPOSED (weight [columns, depth]), x weight + bias without."""
+    """y = x weight^T + bias if TRANSPOSED (weight [columns, depth]), else x weight + bias."""
     m, n = tile_position(tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP)
     row, column = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
     x_at = row_offsets(tl.minimum(row, rows - 1), x_inner, x_outer_stride, x_inner_stride)
@@ -57,7 +57,7 @@ def input_gradient(grad_y: Rows, weight: Tensor) -> Tensor:
 
 
 def weight_gradient(grad_y: Rows, x: Rows, dtype: torch.dtype) -> Tensor:
-    """dy^T x, [N, K], of `dtype`: straight from the float32 accumulators where cuBLAS offers it."""
+    """dy^T x, [N, K], in `dtype`: directly from the float32 accumulators if cuBLAS supports it."""
     left, right = grad_y.matrix.t(), x.matrix
     if dtype == right.dtype or not right.is_cuda or torch.version.hip or left.numel() == 0 or right.numel() == 0:
         return as_dtype(torch.mm(left, right), dtype)
@@ -65,7 +65,7 @@ def weight_gradient(grad_y: Rows, x: Rows, dtype: torch.dtype) -> Tensor:
 
 
 def backward(grad_y, x, weight, need_x, need_weight, need_bias):
-    """Gradients of x, weight and bias (of weight's dtype); an empty tensor where one is not asked for."""
+    """Gradients of x, weight and bias (in weight's dtype); empty tensors for those not needed."""
     grad_rows = rows(grad_y)
     return (
         input_gradient(grad_rows, weight).view(x.shape) if need_x else empty(x, 0),

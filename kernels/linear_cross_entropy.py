@@ -1,15 +1,15 @@
-"""linear_cross_entropy: cuBLAS computes the logits of a chunk of rows, and one kernel walks each row.
+"""linear_cross_entropy: cuBLAS computes the logits of a chunk of rows, and one kernel processes each row.
 
-A chunk's logits lie in one buffer of CHUNK_BYTES, in the operands' dtype, and are overwritten by their gradients:
+A chunk's logits are stored in one buffer of CHUNK_BYTES, in the operands' dtype, and overwritten by their gradients:
 
-    statistics (forward):          z -> max, log of the sum below it, loss                            reads z once
+    statistics (forward):          z -> max, log of the sum relative to it, loss                      reads z once
     gradient (backward):           z -> g = u (exp(z - max - log sum) - [v = y])                      reads and writes z once
     both (gradients in forward):   the same in one launch, one program per row                        reads z twice, the second time from cache
 
-The one-hot is subtracted in float32. Ignored rows stay in the products, since the host cannot count them without a synchronisation; their gradients
+The one-hot is subtracted in float32. Ignored rows stay in the products, since the host can't count them without a synchronisation; their gradients
 are zero, and so are their rows of hidden in the product that sums over rows.
 
-Each chunk reads and writes the weight's gradient [V,D] in float32, so chunks must not be small: 128 MB are 1360 rows at V = 49408, for which that
+Each chunk reads and writes the weight gradient [V,D] in float32, so chunks must not be small: 128 MB are 1360 rows at V = 49408, for which that
 traffic (300 MB at D = 768) takes less time than the chunk's three products.
 """
 
@@ -51,19 +51,19 @@ def cross_entropy_rows(
     GRADIENT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Program t: row t of logits [.., classes]. lse [2, tokens] is written with STATISTICS, else read where it is needed."""
+    """Program t: row t of logits [.., classes]. STATISTICS writes lse [2, tokens]; without it lse is read."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
     counted = label != ignore_index
     z = logits + row * logits_stride
-    # The label's own logit is one load, and its share of the gradient one store, so that no other logit is compared with the label.
+    # The label's logit is a separate load, and its gradient a separate store, so that no logit has to be compared with the label.
     own = tl.load(z + label, mask=counted, other=0.0).to(tl.float32)
-    # [lanes, VECTOR]: a lane's logits are 16 bytes of one thread, and each lane has its own maximum until the row's end.
+    # [lanes, VECTOR]: a lane's logits are 16 bytes in one thread, and each lane keeps its own maximum until the end of the row.
     VECTOR: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     LANES: tl.constexpr = BLOCK_V // VECTOR
     v = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     if STATISTICS:
-        # Not -inf, from which a lane past the row's end could not be subtracted.
+        # Not -inf: lanes past the end of the row would compute -inf - -inf.
         lane_m = tl.full((LANES,), -3.4028234663852886e38, tl.float32)
         lane_l = tl.zeros((LANES,), tl.float32)
         for start in range(0, classes, BLOCK_V):
@@ -82,7 +82,7 @@ def cross_entropy_rows(
         log_sum = tl.load(lse + tokens + row)
     if GRADIENT:
         weight = tl.load(upstream + row * upstream_stride)
-        tl.debug_barrier()  # all have read the label's logit before it is overwritten
+        tl.debug_barrier()  # the label's logit has been read before it is overwritten
         for start in range(0, classes, BLOCK_V):
             inside = start + v < classes
             part = tl.load(z + start + v, mask=inside, other=0.0).to(tl.float32)
@@ -113,7 +113,7 @@ def backward(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients by hidden [T,D] and weight [V,D], from recomputed logits."""
+    """Gradients of hidden [T,D] and weight [V,D], from recomputed logits."""
 
     def gradients(chunk, z):
         own = lse[:, chunk]
@@ -125,7 +125,7 @@ def backward(
 def total(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, mean: bool, need_hidden: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum or mean over rows, and its gradients by hidden and weight where they are needed, for an upstream gradient of 1."""
+    """The sum or mean over rows, and its gradients with respect to hidden and weight if needed, for an upstream gradient of 1."""
     check_labels(labels, len(weight), ignore_index)
     nll = hidden.new_empty(len(hidden), dtype=torch.float32)
     factor = nll.new_ones(())
@@ -137,12 +137,12 @@ def total(
         _launch(z, labels[chunk], upstream, nll[chunk], nll[chunk], ignore_index, statistics=True, gradient=True)
 
     grads = _products(hidden, weight, labels, ignore_index, need_hidden, need_weight, gradients)
-    # PyTorch's full sum runs in an order that depends on the shape alone.
+    # The order of PyTorch's full sum depends only on the shape.
     return nll.sum() * factor, *grads
 
 
 def _logits(hidden: Tensor, weight: Tensor):
-    """(rows, their logits) of each chunk, all in one buffer."""
+    """(rows, their logits) per chunk, all in one buffer."""
     size = max(1, CHUNK_BYTES // (hidden.element_size() * max(len(weight), 1)))
     room = room_for_rows(hidden, min(size, len(hidden)), len(weight), hidden.dtype)
     for start in range(0, len(hidden), size):
@@ -153,7 +153,7 @@ def _logits(hidden: Tensor, weight: Tensor):
 
 
 def _products(hidden, weight, labels, ignore_index, need_hidden, need_weight, gradients):
-    """Gradients by hidden and weight; gradients(chunk, z) overwrites a chunk's logits with theirs."""
+    """Gradients of hidden and weight; gradients(chunk, z) overwrites a chunk's logits with their gradients."""
     grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
     grad_weight = None
     for chunk, z in _logits(hidden, weight):
@@ -161,7 +161,7 @@ def _products(hidden, weight, labels, ignore_index, need_hidden, need_weight, gr
         if need_hidden:
             torch.mm(z, weight, out=grad_hidden[chunk])
         if need_weight:
-            # 0 times a NaN of an ignored row would not be 0.
+            # 0 times a NaN in an ignored row would be NaN.
             h = hidden[chunk].masked_fill((labels[chunk] == ignore_index)[:, None], 0)
             once = len(z) == len(hidden)
             if grad_weight is None:

@@ -1,8 +1,8 @@
-"""The two-layer perceptron, with the activation in the epilogues of the products next to it.
+"""The two-layer MLP, with the activation fused into the epilogues of the products next to it.
 
-Forward: h = x W1^T + b1 is rounded, and written for the backward where there will be one; a = gelu(h) is written beside it. Activating h in the second product's prologue would save
-one write of a, 2 bytes per element, but evaluate it once per tile of D columns. Backward: dh = (dy W2) gelu'(h), a = gelu(h) and partial sums of db1 come from one epilogue. The
-products without an activation are linear.py's.
+Forward: one epilogue rounds h = x W1^T + b1, writes it if there will be a backward, and writes a = gelu(h). Activating h in the second product's prologue
+would save writing a, 2 bytes per element, but evaluate it once per tile of D columns. Backward: dh = (dy W2) gelu'(h), a = gelu(h) and partial sums of db1
+come from one epilogue. The products without an activation are linear.py's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .lib.rows import empty, row_offsets, rows
 
 # Size classes: those of gemm.size_class.
 TABLE["mlp_forward"] = product_rows(square(32, HALVES=0), square(64, HALVES=0), square(64, HALVES=0), HALVES=0)
-# The epilogue holds h, both results and the tile: all of a 128 x 128 tile at once spills.
+# The epilogue holds h, both results and the tile, which spills for a 128 x 128 tile unless it is processed in halves.
 TABLE["mlp_backward"] = product_rows(square(32, HALVES=1), square(64, HALVES=1), square(64, HALVES=1), HALVES=0)
 
 
@@ -37,7 +37,7 @@ def _forward_epilogue(total, row, column, b1, h, a, rows, hidden, EXACT: tl.cons
     kept = rounded(total, dtype)
     if h is not None:
         tl.store(h + at, kept, mask=mask)
-    # Backward recomputes a from the rounded h and must get the same bits.
+    # The backward recomputes a from the rounded h and must get the same bits.
     tl.store(a + at, rounded(gelu(kept.to(tl.float32), EXACT, dtype != tl.float32), dtype), mask=mask)
 
 
@@ -113,7 +113,7 @@ def forward(x, w1, b1, w2, b2, activation):
 
 
 def inference(x, w1, b1, w2, b2, activation):
-    """`forward` where nothing needs a gradient: h is empty."""
+    """`forward` if nothing needs a gradient: h is empty."""
     return _forward(x, w1, b1, w2, b2, activation, None), x.new_empty(0)
 
 
@@ -131,7 +131,7 @@ def _forward(x, w1, b1, w2, b2, activation, h):
 
 
 def backward(grad_y, x, h, w1, w2, activation, need_x, need_w1, need_b1, need_w2, need_b2):
-    """Gradients of x, w1, b1, w2, b2 (those of w1's dtype); an empty tensor where one is not asked for."""
+    """Gradients of x, w1, b1, w2, b2 (the latter four in w1's dtype); empty tensors for those not needed."""
     upstream, h_rows, hidden, need_h = rows(grad_y), rows(h), w1.shape[0], need_x or need_w1 or need_b1
     grad_h, a = empty(h, (h_rows.count, hidden), need_h), empty(h, (h_rows.count, hidden), need_w2)
     grad_b1 = empty(w1, hidden, need_b1)

@@ -1,9 +1,9 @@
 """Noise injection and projection: ov3fast/ops/noise_projection.py.
 
-One elementwise kernel writes x = z + sigma_b eps in z's dtype, and cuBLAS multiplies it. Drawing is what costs: some 50 integer and float instructions per
-element. Inside a product each tile of features draws its rows' noise again, six times at 768 features, which takes the H100 150 us by the
-estimate where one pass and a product of cuBLAS take 48; x, 25 MB there, mostly stays in the L2 cache between the two. The backward's pass draws once
-more, for x of the weight's gradient and for sums of dz eps at once.
+One elementwise kernel writes x = z + sigma_b eps in z's dtype, and cuBLAS multiplies it. Generating the noise dominates: some 50 integer and float
+instructions per element. Fused into the product, each tile of features would regenerate its rows' noise, six times at 768 features: an estimated 150 us on
+an H100, against 48 for one pass plus a cuBLAS product; x, 25 MB there, mostly stays in the L2 cache between the two. The backward regenerates the noise
+once, both for x in the weight gradient and for the sums of dz eps.
 z is [B, N, K] with any strides over B and N; a row m is (b, n).
 """
 
@@ -45,9 +45,9 @@ def noise_projection_draw(
     z, stride_b, stride_n, sigma, rng, x, grad_z, sigma_partials, tokens, rows, width, tiles,
     IN_ORDER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """x = z + sigma eps [rows, width], and sums of grad_z eps over each row's columns of the tile: sigma_partials [tiles, rows].
+    """x = z + sigma eps [rows, width], and sums of grad_z eps over each row's columns in the tile: sigma_partials [tiles, rows].
 
-    Either is left out where x or grad_z is None.
+    Either is skipped if x or grad_z is None.
     """
     seed, offset = tl.load(rng), tl.load(rng + 1)
     program = tl.program_id(0)
@@ -70,7 +70,7 @@ def noise_projection_draw(
 
 @kernel
 def noise_projection_grad_sigma(sigma_partials, grad_sigma, tokens, rows, tiles, BLOCK: tl.constexpr):
-    """Adds up sigma_partials [tiles, rows] over tiles and the rows of each instance."""
+    """Sums sigma_partials [tiles, rows] over tiles and the rows of each instance."""
     b = tl.program_id(0)
     total = tl.zeros((BLOCK,), tl.float32)
     sigma_partials += b * tokens
@@ -89,7 +89,7 @@ def _instances(x):
 
 
 def _draw(z_BNK, sigma, rng, need_x, grad_z):
-    """x [B N, K] or None, and sums of grad_z eps over parts of each row [tiles, B N] or None."""
+    """x [B N, K] or None, and partial sums of grad_z eps per row [tiles, B N] or None."""
     batch, tokens, width = z_BNK.shape
     config = pick("noise_projection_draw", TYPES[z_BNK.dtype])
     rows, tiles = batch * tokens, cdiv(width, config.blocks["BLOCK_N"])
@@ -109,7 +109,7 @@ def forward(z, sigma, weight, bias, rng):
 
 
 def backward(grad_y, z, sigma, weight, rng, need_z, need_sigma, need_weight, need_bias):
-    """Gradients of z, sigma, weight and bias; empty ones where they are not asked for."""
+    """Gradients of z, sigma, weight and bias; empty tensors for those not needed."""
     z_BNK, grad_BND = _instances(z), _instances(grad_y)
     batch, tokens, width = z_BNK.shape
     rows = batch * tokens

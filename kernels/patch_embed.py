@@ -1,10 +1,10 @@
 """Patch embedding: ov3fast/ops/patch_embed.py.
 
-A tile of patches is gathered, sampled, scaled and rounded in registers and multiplied at once; bias, position embedding and CLS token are added in the
-epilogue, so the forward reads latents and writes tokens, nothing else. The K = C p p values of a patch are few (64 for 16 channels): where they fit one
-tile, a program forms it once and loops over the features, so each number of the random stream is drawn once, as soon as there are enough tiles of
-patches for the chip. For the weight's gradient the patches are written (2 MB at 64 images of 32 x 32, which stay in the L2 cache) and cuBLAS
-multiplies them: inside the product each of six tiles of 128 features would draw them anew.
+A tile of patches is gathered, sampled, scaled, rounded and multiplied in registers; bias, position embedding and CLS token are added in the
+epilogue, so the forward only reads latents and writes tokens. A patch has few values, K = C p p (64 for 16 channels); if they fit in one
+tile, a program forms it once and loops over the features, so each random number is generated once, provided there are enough tiles of
+patches to fill the chip. For the weight gradient the patches are written (2 MB at 64 images of 32 x 32, which stay in the L2 cache) and multiplied by
+cuBLAS; fused into the product, each of six tiles of 128 features would regenerate them.
 A row m of the products is patch (b, n); z is [B, C, H, W].
 """
 
@@ -22,9 +22,9 @@ from .lib.patches import patch_offsets, shares_of
 from .lib.reduce import merge, sum_batches
 
 PROGRAMS = 256
-"""So many programs are enough for the forward: where several share the features of a tile of patches, each of them draws its noise."""
+"""Target number of programs in the forward; kept low since programs that share the features of a tile of patches each generate its noise."""
 
-# Size classes: none. BLOCK_K of the forward holds a whole patch of 64 values.
+# Size classes: none. BLOCK_K of the forward covers an entire patch of 64 values.
 TABLE["patch_embed_forward"] = {
     (ANY, ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64}, warps=4, stages=1),
     ("bf16", ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, warps=4, stages=2),
@@ -39,12 +39,12 @@ def _noise(
     rng, first_m, first_k, tokens, grid_w, channels,
     PATCH: tl.constexpr, IN_ORDER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """eps of patches [first_m, + BLOCK_M) and values [first_k, + BLOCK_K): elements of the contiguous [B, C, H, W]."""
+    """eps of patches [first_m, first_m + BLOCK_M) and values [first_k, first_k + BLOCK_K), as elements of the contiguous [B, C, H, W]."""
     seed, offset = tl.load(rng), tl.load(rng + 1)
     width, height = grid_w * PATCH, tokens // grid_w * PATCH
     area = width.to(tl.int64) * height
     if IN_ORDER:
-        # Four neighbours along x are one row of two patches side by side: a block of the stream, drawn once.
+        # Four neighbours along x span two adjacent patches and form one block of random numbers, generated once.
         m, k = first_m + 2 * tl.arange(0, BLOCK_M // 2), first_k + 2 * tl.arange(0, BLOCK_K // 2)
         element = patch_offsets(m, k, tokens, grid_w, channels * area, area, width, PATCH)
         n0, n1, n2, n3 = philox.normals(seed, (element >> 2) + offset)
@@ -57,7 +57,7 @@ def _noise(
 
 @triton.jit
 def _deviation(logvar):
-    """exp(clamp(logvar) / 2), NaN kept."""
+    """exp(clamp(logvar) / 2), propagating NaN."""
     logvar = tl.where(logvar < -30.0, -30.0, logvar)
     return tl.exp(0.5 * tl.where(logvar > 20.0, 20.0, logvar))
 
@@ -67,7 +67,7 @@ def _patches(
     latents, stride_b, stride_c, stride_h, rng, scale, shift, first_m, first_k, rows, tokens, grid_w, channels, dtype: tl.constexpr,
     PATCH: tl.constexpr, SAMPLE: tl.constexpr, IN_ORDER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of patches of (z - shift) scale in `dtype`, 0 outside."""
+    """A tile of patches of (z - shift) * scale in `dtype`, 0 outside."""
     m, k = first_m + tl.arange(0, BLOCK_M), first_k + tl.arange(0, BLOCK_K)
     mask = (m < rows)[:, None] & (k < channels * PATCH * PATCH)[None, :]
     at = latents + patch_offsets(m, k, tokens, grid_w, stride_b, stride_c, stride_h, PATCH)
@@ -86,7 +86,7 @@ def patch_embed_forward(
     PATCH: tl.constexpr, SAMPLE: tl.constexpr, IN_ORDER: tl.constexpr, CLS: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A program's tile of patches against its share of the features; WHOLE where K fits one tile."""
+    """A program multiplies its tile of patches by its share of the features; WHOLE: K fits in one tile."""
     program = tl.program_id(0)
     first_m, share = program // shares * BLOCK_M, program % shares
     m = first_m + tl.arange(0, BLOCK_M)
@@ -124,7 +124,7 @@ def patch_embed_forward(
             total += tl.load(pos_embed + (CLS + n)[:, None] * features + d[None, :], mask=mask, other=0.0).to(tl.float32)
         tl.store(y + row[:, None] * features + d[None, :], rounded(total, dtype), mask=mask)
         if CLS:
-            # The program of an instance's first patch writes its CLS row.
+            # The program with an image's first patch writes its CLS row.
             cls_row = y + tl.cdiv(first_m, tokens).to(tl.int64) * (tokens + 1) * features + d
             for _ in range(tl.cdiv(first_m, tokens), tl.cdiv(tl.minimum(first_m + BLOCK_M, rows), tokens)):
                 first = tl.load(cls_token + d, mask=d < features, other=0.0).to(tl.float32)
@@ -141,7 +141,7 @@ def patch_embed_grad_latents(
     PATCH: tl.constexpr, MOMENTS: tl.constexpr, SAMPLE: tl.constexpr, IN_ORDER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dy W scattered to the patches' pixels; from moments, the gradient of logvar behind that of the mean."""
+    """dy W scattered to the patches' pixels; for moments, followed by the gradient of logvar."""
     program = tl.program_id(0)
     first_m, first_k = program // tiles * BLOCK_M, program % tiles * BLOCK_N
     m, k = first_m + tl.arange(0, BLOCK_M), first_k + tl.arange(0, BLOCK_N)
@@ -177,7 +177,7 @@ def patch_embed_patches(
     latents, stride_b, stride_c, stride_h, rng, scale, shift, x, rows, tokens, grid_w, channels, tiles,
     PATCH: tl.constexpr, SAMPLE: tl.constexpr, IN_ORDER: tl.constexpr, CLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x [B, CLS + N, K]: the patches that the forward multiplied, and zeros in the CLS row."""
+    """x [B, CLS + N, K]: the patches that the forward multiplied, with zeros in the CLS row."""
     program = tl.program_id(0)
     first_m, first_k = program // tiles * BLOCK_M, program % tiles * BLOCK_K
     values = channels * PATCH * PATCH
@@ -196,7 +196,7 @@ def patch_embed_patches(
 
 
 class _Sizes:
-    """Of one call, and its latents and weight as the kernels take them."""
+    """The sizes of a call, and its latents and weight in the layout that the kernels expect."""
 
     def __init__(self, latents, weight, rng, patch_size, moments):
         self.latents = latents if latents.stride(3) == 1 else latents.contiguous()
@@ -208,7 +208,7 @@ class _Sizes:
         self.tokens = height // patch_size * self.grid_w
         self.features, self.values = weight.shape
         self.rows = self.batch * self.tokens
-        # Blocks of the stream lie in two patches of 2 x 2 side by side.
+        # A block of random numbers then covers one row of two adjacent 2 x 2 patches.
         self.in_order = patch_size == 2 and self.grid_w % 2 == 0
         self.dtype = TYPES[weight.dtype]
 
@@ -237,7 +237,7 @@ def forward(latents, weight, bias, pos_embed, cls_token, rng, patch_size, scale,
 def backward(
     grad_y, latents, weight, rng, patch_size, scale, shift, moments, need_latents, need_weight, need_bias, need_pos, need_cls
 ):
-    """Gradients of latents, weight, bias, pos_embed and cls_token; empty ones where they are not asked for."""
+    """Gradients of latents, weight, bias, pos_embed and cls_token; empty tensors for those not needed."""
     s = _Sizes(latents, weight, rng, patch_size, moments)
     grad_y = grad_y if grad_y.stride(2) == 1 else grad_y.contiguous()
     cls = grad_y.shape[1] - s.tokens
@@ -258,7 +258,7 @@ def backward(
 
 
 def _written_patches(s, rng, patch_size, scale, shift, cls, dtype):
-    """[B (cls + N), K]: a row for each of the upstream gradient's, so that this stays one matrix; zeros for CLS tokens."""
+    """[B (cls + N), K]: one row per row of the upstream gradient, so that both are single matrices; zeros for CLS tokens."""
     x = torch.empty(s.batch * (cls + s.tokens), s.values, dtype=dtype, device=s.latents.device)
     config = pick("patch_embed_patches", s.dtype)
     tiles = cdiv(s.values, config.blocks["BLOCK_K"])
@@ -270,7 +270,7 @@ def _written_patches(s, rng, patch_size, scale, shift, cls, dtype):
 
 
 def _vector_gradients(grad_y, patches, need_bias, need_pos, need_cls):
-    """Of bias, pos_embed and cls_token, which share the sum over instances: same bits whichever are asked for."""
+    """Gradients of bias, pos_embed and cls_token. They share one sum over images, so the bits don't depend on which are needed."""
     width = grad_y.shape[2]
     if not (need_bias or need_pos or need_cls):
         return tuple(grad_y.new_empty(0) for _ in range(3))

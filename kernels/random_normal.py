@@ -22,7 +22,7 @@ def random_normal(rng, out, n, BLOCK: tl.constexpr):
     position = start // 4 + tl.arange(0, BLOCK // 4)[None, :] + offset
     values = rounded(tl.reshape(philox.normals_in_order(seed, position), (BLOCK,)), out.dtype.element_ty)
     element = tl.arange(0, BLOCK)
-    # A masked tail would make every store narrow.
+    # With a mask, every store would be narrow.
     if start + BLOCK <= n:
         tl.store(out + start + element, values)
     else:
@@ -31,7 +31,7 @@ def random_normal(rng, out, n, BLOCK: tl.constexpr):
 
 @kernel
 def random_words(rng, out, n, BLOCK: tl.constexpr):
-    """The stream's first n words, int32: what the tests compare."""
+    """The first n raw words, int32, for tests."""
     seed, offset = tl.load(rng), tl.load(rng + 1)
     start = tl.program_id(0).to(tl.int64) * BLOCK
     w0, w1, w2, w3 = philox.words(seed, start // 4 + tl.arange(0, BLOCK // 4) + offset)
@@ -41,7 +41,7 @@ def random_words(rng, out, n, BLOCK: tl.constexpr):
 
 
 def forward(shape, rng, dtype):
-    """Normals of `shape` in `dtype` on rng's device."""
+    """Normals of shape `shape` in `dtype` on rng's device."""
     out = torch.empty(shape, dtype=dtype, device=rng.device)
     if n := out.numel():
         config = pick("random_normal", TYPES[dtype])
@@ -50,7 +50,7 @@ def forward(shape, rng, dtype):
 
 
 def words(n, rng):
-    """int32 [n], bit for bit the words of ops.random.words."""
+    """int32 [n], bitwise equal to ops.random.words."""
     out = torch.empty(n, dtype=torch.int32, device=rng.device)
     if n:
         config = pick("random_words", "any")

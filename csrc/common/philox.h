@@ -1,6 +1,6 @@
-// The package's random stream on vectors: Philox4x32-10 words and Box-Muller normals, exactly as ov3fast/ops/random.py defines them.
+// Vectorised random numbers: Philox4x32-10 words and Box-Muller normals, exactly as defined in ov3fast/ops/random.py.
 //
-// Element i takes word i % 4 of the counter offset + i / 4, so any element can be had at any time: `draw` gives the normals of a range.
+// Element i is word i % 4 of counter offset + i / 4, so any element can be computed independently: `draw` gives the normals of a range.
 #pragma once
 
 #include "../cpu/math.h"
@@ -9,7 +9,7 @@ namespace ov3 {
 
 typedef uint64_t vq __attribute__((vector_size(VL * 4)));  // VL / 2 counters
 
-// 64-bit products of the lower halves of lanes.
+// 64-bit products of the lanes' lower halves.
 inline vq multiply_low(vq a, uint32_t b) {
 #if defined(__AVX512F__)
     return bit_cast<vq>(_mm512_mul_epu32(bit_cast<__m512i>(a), _mm512_set1_epi64(b)));
@@ -22,7 +22,7 @@ inline vq multiply_low(vq a, uint32_t b) {
 #endif
 }
 
-// The lower halves of two vectors, those of `odd` in the upper halves of lanes.
+// Combines the lower halves of two vectors; those of `odd` go to the upper halves of the lanes.
 inline vu join_low(vq even, vq odd) {
 #if defined(__AVX512F__)
     const __m512i upper = bit_cast<__m512i>(odd), lower = bit_cast<__m512i>(even);
@@ -32,8 +32,7 @@ inline vu join_low(vq even, vq odd) {
 #endif
 }
 
-// Element (i, j) of 4 vectors of words to 4 words in a row for every lane, within groups of four lanes: lane 4 g + r of the vectors becomes
-// lanes 4 g .. 4 g + 3 of result r.
+// Transposes 4 vectors within groups of four lanes: lane 4 g + r of the inputs becomes lanes 4 g .. 4 g + 3 of result r.
 inline void interleave(const vf (&x)[4], vf (&out)[4]) {
 #if defined(__AVX512F__)
     const __m512 a = bit_cast<__m512>(x[0]), b = bit_cast<__m512>(x[1]), c = bit_cast<__m512>(x[2]), d = bit_cast<__m512>(x[3]);
@@ -57,7 +56,7 @@ inline void interleave(const vf (&x)[4], vf (&out)[4]) {
 
 class Philox {
   public:
-    static constexpr int64_t GROUP = 4 * VL;  // elements that are drawn at a time
+    static constexpr int64_t GROUP = 4 * VL;  // elements generated at a time
 
     // rng: (seed, offset).
     explicit Philox(const int64_t* rng) {
@@ -72,9 +71,8 @@ class Philox {
         }
     }
 
-    // Words w[0 .. 3] of the counters behind blocks [block, block + VL). Lane 4 g + r holds block + VL / 4 * r + g, which makes the
-    // elements'
-    // order a matter of `interleave` alone.
+    // Words w[0 .. 3] of blocks [block, block + VL). Lane 4 g + r holds block + VL / 4 * r + g, so that `interleave` alone puts
+    // the elements in order.
     void words(uint64_t block, vu (&w)[4]) const {
         vq a[4], b[4];
         rounds(even_ + block, odd_ + block, a, b);
@@ -92,10 +90,10 @@ class Philox {
         interleave(x, out);
     }
 
-    // Room that `draw` needs for n elements.
+    // Workspace that `draw` needs for n elements.
     static constexpr int64_t room(int64_t n) { return n + 3 + GROUP; }
 
-    // Normals of elements [i, i + n), written to `room`; returns where the first one is.
+    // Normals of elements [i, i + n), written to `room`; returns a pointer to the first one.
     const float* draw(int64_t i, int64_t n, float* room) const {
         const int64_t skip = i % 4;
         for (int64_t k = 0; k < skip + n; k += GROUP) {
@@ -109,7 +107,7 @@ class Philox {
   private:
     static vq splat(uint32_t x) { return uint64_t(x) - vq{}; }
 
-    // Two vectors of counters at once, since each round waits for the one before. Only the lower halves of lanes count.
+    // Two vectors of counters at once, since each round depends on the one before. Only the lanes' lower halves matter.
     void rounds(vq even, vq odd, vq (&a)[4], vq (&b)[4]) const {
         a[0] = even, a[1] = even >> 32, a[2] = vq{}, a[3] = vq{};
         b[0] = odd, b[1] = odd >> 32, b[2] = vq{}, b[3] = vq{};

@@ -1,5 +1,5 @@
-// AdamW with clipping and an average of the weights, over lists of tensors: the gradients are read for their norm, then every array is read
-// and written once, chunk by chunk.
+// AdamW with gradient clipping and an EMA of the weights, over lists of tensors: one pass over the gradients for their norm, then every array
+// is read and written once, chunk by chunk.
 #include <algorithm>
 #include <cmath>
 
@@ -11,10 +11,10 @@ using namespace ov3;
 
 namespace {
 
-constexpr int64_t CHUNK = 8192;  // elements of a task
-constexpr int64_t BLOCK = 1024;  // squares that are added up in float
+constexpr int64_t CHUNK = 8192;  // elements per task
+constexpr int64_t BLOCK = 1024;  // squares accumulated in float
 
-// Chunks of all tensors in one row.
+// Numbers the chunks of all tensors consecutively.
 class Chunks {
   public:
     Chunks(const int64_t* sizes, int64_t tensors) : sizes_(sizes), tensors_(tensors), first_(tensors + 1) {
@@ -60,7 +60,7 @@ inline double sum_of_squares(const T* g, int64_t n) {
     return total;
 }
 
-// a + weight (b - a), from the nearer end.
+// a + weight (b - a), computed from the nearer end.
 struct Lerp {
     bool from_a;
     float factor;
@@ -68,7 +68,7 @@ struct Lerp {
     vf operator()(vf a, vf b) const { return (from_a ? a : b) + factor * (b - a); }
 };
 
-// A number that all elements are multiplied by, in two floats: its rounding would be all elements' error.
+// A factor of all elements, as the sum of two floats: its rounding error would be common to all elements.
 struct Twofold {
     float high, low;
     explicit Twofold(double x) : high(float(x)), low(float(x - high)) {}
@@ -101,9 +101,9 @@ inline void update(P* p, const G* g, float* m, float* v, float* ema, float keep,
 
 }  // namespace
 
-// Lists of `tensors` tensors as arrays of their addresses: params P, grads P or (wide_grads[i] != 0) float, exp_avgs, exp_avg_sqs and ema
-// (or null) float; sizes: their elements; keep: 1 - lr weight_decay. max_norm: NaN for none. norm [1]: of all
-// gradients, given (where these are shards) or NaN and computed; with max_norm, one that is not finite leaves all else as it was.
+// Arrays of the addresses of `tensors` tensors: params P, grads P or (wide_grads[i] != 0) float, exp_avgs, exp_avg_sqs and ema (or null)
+// float; sizes: their numbers of elements; keep: 1 - lr weight_decay. max_norm: NaN for none. norm [1]: the norm of all gradients, given (if
+// these are shards) or NaN, in which case it is computed. With max_norm, a non-finite norm leaves everything else unchanged.
 template <class P>
 void adamw_ema(
     P* const* params, void* const* grads, const int64_t* wide_grads, float* const* exp_avgs, float* const* exp_avg_sqs, float* const* ema,
@@ -141,7 +141,7 @@ void adamw_ema(
         step.clip = float(max_norm) / (*norm + 1e-6f);
         if (step.clip > 1.0f) step.clip = 1.0f;
     }
-    // Backwards: the last gradients may still be in a cache.
+    // In reverse: the last gradients may still be cached.
     parallel(chunks.count(), threads, [&](int64_t task, int) {
         const int64_t chunk = chunks.count() - 1 - task;
         if (!clips && !given) measure(chunk);

@@ -1,4 +1,4 @@
-// Sums over the rows of a matrix, as a bias's gradient needs them.
+// Sums over the rows of a matrix, for bias gradients.
 #pragma once
 
 #include <algorithm>
@@ -8,8 +8,8 @@
 
 namespace ov3 {
 
-// out[n] = sum of x[r, n] over R rows. Rows are summed in strips of a fixed size and the strips in order, whatever the threads;
-// within a strip in short chains, which keeps the rounding errors small.
+// out[n] = sum of x[r, n] over R rows. Rows are summed in strips of a fixed size and the strips in order, independent of the number of threads;
+// within a strip in short chains, which keeps rounding errors small.
 template <class T, class Out>
 inline void column_sums(const T* x, int64_t stride, int64_t R, int64_t N, Out* out, int threads) {
     constexpr int64_t STRIP = 256, SHORT = 16, COLUMNS = 16 * VL;

@@ -1,12 +1,12 @@
 // Contrastive loss over a rectangle of pairs: rows x_i of this rank against all columns y_j.
 //
-// Pairs of bfloat16 are multiplied as they lie, and 1/|x_i|, 1/|y_j| and the scale are float factors of the tile; where words are floats
-// the rows are packed as unit rows. A chunk of rows of gradients G_ij = s g_ij / (|x_i| |y_j|) serves both sides, for the gradients with the
-// norms held fixed are G y and G^T x.
+// With bfloat16 dot products the features are multiplied unnormalised, and 1/|x_i|, 1/|y_j| and the scale are applied to the tile in float;
+// with float words the rows are normalised as they are packed. A chunk of rows of gradients G_ij = s g_ij / (|x_i| |y_j|) serves both sides,
+// since the gradients for fixed norms are G y and G^T x.
 //
-// G is stored like the features. In bfloat16 its rounding errors e_ij would weigh |y_j|, though much of that cancels in G y where features
-// are alike. So their sums sum_j e_ij |y_j| are kept in float and put back along the mean of the unit rows; what is left of an error weighs
-// only what y_j / |y_j| differs from that mean by.
+// G is stored in the features' dtype. If features are alike, G y largely cancels, but the bfloat16 rounding errors e_ij of G, weighted by |y_j|,
+// would not. So the sums sum_j e_ij |y_j| are kept in float and added back along the mean of the unit rows; the remaining error is weighted
+// only by the difference between y_j / |y_j| and that mean.
 #include <type_traits>
 
 #include "export.h"
@@ -17,15 +17,15 @@ using namespace ov3;
 namespace {
 
 constexpr double SMALLEST_NORM = 1e-12;
-constexpr int64_t SEGMENT = 128;                                                 // panels whose terms are added up in one chain
-constexpr int64_t SHORT = 4;                                                     // rows, of columns' sums
-constexpr int64_t MAX_STRIPS = 64;                                               // of rows, each with its own maxima and sums of columns
-constexpr int64_t TILE = 4 * NR;                                                 // columns of a task of the backward
-constexpr int64_t BLOCK_WORDS = 1 << 17;                                         // of A, in the second-level cache
+constexpr int64_t SEGMENT = 128;                                                 // panels accumulated in one chain
+constexpr int64_t SHORT = 4;                                                     // rows accumulated in one chain of a column's sum
+constexpr int64_t MAX_STRIPS = 64;                                               // strips of rows, each with its own column maxima and sums
+constexpr int64_t TILE = 4 * NR;                                                 // columns per task of the backward
+constexpr int64_t BLOCK_WORDS = 1 << 17;                                         // words of A that fit in the L2 cache
 template <class T>
-constexpr int64_t CHUNK = sizeof(T) == 2 ? 384 : 144;                           // rows of gradients at once
+constexpr int64_t CHUNK = sizeof(T) == 2 ? 384 : 144;                           // rows of gradients at a time
 
-// A factor in two floats: at a logit of 100 one float's rounding, the same for a whole row, would cost digits of the loss.
+// A factor as the sum of two floats: at a logit of 100, the rounding of a single float, common to an entire row, would cost precision in the loss.
 struct Factor {
     float high, low;
 };
@@ -34,19 +34,19 @@ inline Factor split(double x) {
     return {high, float(x - high)};
 }
 
-// Words that are floats take unit rows, rounded once per element as PyTorch's are; pairs of bfloat16 stay as they lie, to be exact.
+// Float words hold unit rows, rounded once per element as in PyTorch; bfloat16 pairs stay unnormalised, so that they are exact.
 template <class T>
 constexpr bool PACKS_UNITS = std::is_same<word_t<T>, float>::value;
 
-// Norms, at least SMALLEST_NORM, their inverses, and the part of them that packing left out
-// (if nothing else, what rounding did to the norm); 0 beyond the rows.
+// Norms, at least SMALLEST_NORM, their inverses, and the factor that packing did not apply (at least the rounding error of the norm);
+// 0 beyond the rows.
 struct Norms {
     explicit Norms(int64_t R) : norm(round_up(R, NR)), inverse(round_up(R, NR)), left(round_up(R, NR)), left_low(round_up(R, NR)) {}
     Buffer<float> norm, inverse, left, left_low;
     Factor times(double scale, int64_t r) const { return split(scale * (double(left[r]) + left_low[r])); }
 };
 
-// product * row * column, rounded once. Forward and backward have to agree to the bit, so what follows must not fuse with it.
+// product * row * column, rounded once. Forward and backward must agree bit for bit, so later operations must not be fused with it.
 inline vf logit(vf product, Factor row, vf column, vf column_low) {
     const vf p = product * row.high, p_low = product_error(product, splat(row.high), p) + product * row.low;
     const vf q = p * column, q_low = product_error(p, column, q) + (p * column_low + p_low * column);
@@ -80,7 +80,7 @@ void take_norms(const T* x, int64_t stride, int64_t R, int64_t D, Norms& out, in
     });
 }
 
-// One panel of rows, unit rows where words allow.
+// Packs one panel of rows, as unit rows if words are floats.
 template <class T>
 void pack_units(const Matrix<T>& source, int64_t i0, int count, int64_t K, int width, const float* norm, word_t<T>* dst) {
     pack_panel<T>(source, i0, count, 0, K, width, dst);
@@ -101,7 +101,7 @@ void pack_units(const Matrix<T>& source, Packed<T>& b, const float* norm, int th
     });
 }
 
-// The same where rows are counted by k, from row 0 of `norm` on.
+// The same with rows along k, starting at row 0 of `norm`.
 template <class T>
 void pack_unit_columns(const Matrix<T>& source, int64_t i0, int count, int64_t K, int width, const float* norm, word_t<T>* dst) {
     pack_panel<T>(source, i0, count, 0, K, width, dst);
@@ -112,12 +112,12 @@ void pack_unit_columns(const Matrix<T>& source, int64_t i0, int count, int64_t K
 
 // --- forward -----------------------------------------------------------------------------------------------------------------------
 
-// The online softmax of a row, lane by lane.
+// Lane-wise state of a row's online softmax.
 struct RowState {
     vf m_i, l_i;
 };
 
-// c: products -> logits. Maxima of rows and columns, then sums of exponentials below them.
+// c: products -> logits. Maxima of rows and columns, then sums of exponentials relative to them.
 template <int NV>
 void softmax_tile(
     int64_t rows, int columns, float* c, const Factor* row, const float* column, const float* column_low, RowState* state,
@@ -162,7 +162,7 @@ void softmax_tile(
     }
 }
 
-// own: the column of row 0's pair, that of row i being own + i.
+// own: the column of row 0's positive; that of row i is own + i.
 template <int NV>
 void sigmoid_tile(
     int64_t rows, int columns, int64_t own, float* c, const Factor* row, const float* column, const float* column_low, float bias,
@@ -230,7 +230,7 @@ struct Forward {
 
 }  // namespace
 
-// x [n, D], y [N, D] with rows a stride apart, scale, bias (or null) scalars; the pair of row i is column i + offset.
+// x [n, D], y [N, D] with row strides, scale, bias (or null) scalars; the positive of row i is column i + offset.
 // softmax: rows [2, n] (max, log-sum), columns [2, N] (max, sum) over these rows, own [n]. sigmoid: rows [n].
 template <class T>
 void contrastive_loss_forward(
@@ -285,17 +285,17 @@ OV3_EXPORT(contrastive_loss_forward)
 
 namespace {
 
-// What the gradient of a tile needs of its columns, all of them padded to whole panels.
+// Per-column data for the gradient of a tile, padded to full panels.
 struct Columns {
     const float *inverse, *left, *left_low, *norm, *m_j, *log_sum, *weight;
 };
-// Of a row.
+// Per-row data.
 struct Row {
     Factor factor;
     float left, inverse, norm, m_i, log_sum;
 };
 
-// Sums over a tile, lane by lane: terms cancel, so floats would not do.
+// Lane-wise sums over a tile, in double since terms cancel.
 struct TileSums {
     vd scale, bias;
 };
@@ -318,10 +318,10 @@ void gradient_tile(
                 z += bias;
                 if (has_own) z[lane] = -z[lane];
             }
-            // A padded column's product is 0, and exp(0 - m_i) would have no bound where all logits of the row are far below 0.
+            // A padded column's product is 0, and exp(0 - m_i) could overflow if all logits of the row are far below 0.
             for (int k = std::max(columns - j * VL, 0); k < VL; k++) z[k] = LOWEST;
             if (SIGMOID) {
-                // 1 - sigmoid(z) = sigmoid(-z) keeps its digits.
+                // 1 - sigmoid(z) as sigmoid(-z), without cancellation.
                 const vf e = exp_below(-abs(z));
                 value = ((z < 0.0f) ? e : splat(1.0f)) / (1.0f + e) * weight;
                 if (has_own) value[lane] = -value[lane];
@@ -350,7 +350,7 @@ void gradient_tile(
         for (int j = 0; j < NV; j++) store(column_error + j * VL, load(column_error + j * VL) + errors[j]);
 }
 
-// mean[d] = average over rows of x_id / |x_i|; strips of rows and their order are fixed.
+// mean[d] = average over rows of x_id / |x_i|, over fixed strips of rows in a fixed order.
 template <class T>
 void mean_unit_row(const T* x, int64_t stride, int64_t R, int64_t D, const Norms& norms, float* mean, int threads) {
     const int64_t strip = std::max<int64_t>(64, ceil_div(R, MAX_STRIPS)), strips = ceil_div(R, strip);
@@ -370,14 +370,14 @@ void mean_unit_row(const T* x, int64_t stride, int64_t R, int64_t D, const Norms
     }
 }
 
-// The gradient with the norm held fixed -> the gradient: what lies along x goes, unless the norm is clamped. out may be grad.
+// The gradient for a fixed norm -> the gradient: removes the component along x, unless the norm is clamped. out may alias grad.
 template <class T, class Out>
 inline void project_row(const float* grad, const T* x, float norm, int64_t D, Out* out) {
     if (!(norm >= float(SMALLEST_NORM))) {
         for_vectors(D, [&](int64_t d, int lanes) { store(out + d, load(grad + d, lanes), lanes); });
         return;
     }
-    // x / |x| by division, so that nothing at all is left where D = 1.
+    // x / |x| by division, so that the result is exactly 0 for D = 1.
     vf dots[4] = {};
     for_vectors(D, [&](int64_t d, int lanes) { dots[d / VL % 4] += load(grad + d, lanes) * (load(x + d, lanes) / norm); });
     const float along = sum((dots[0] + dots[1]) + (dots[2] + dots[3]));
@@ -408,15 +408,15 @@ struct Backward {
     Packed<T> by_width{D, N};                                                  // y for the logits
     Packed<T> by_pair{grad_x ? N : 0, D};                                      // y for the gradient of x
     Norms x_norms{n}, y_norms{N};
-    Buffer<word_t<T>> x_rows{R * words_d};                                     // the chunk of x for the logits
-    Buffer<word_t<T>> x_columns{grad_y ? words_r * round_up(D, VL) : 0};       // and for the gradient of y
-    Buffer<word_t<T>> gradients{grad_x ? round_up(R, MR) * words_n : 0};       // the chunk of G for the gradient of x
+    Buffer<word_t<T>> x_rows{R * words_d};                                     // chunk of x for the logits
+    Buffer<word_t<T>> x_columns{grad_y ? words_r * round_up(D, VL) : 0};       // chunk of x for the gradient of y
+    Buffer<word_t<T>> gradients{grad_x ? round_up(R, MR) * words_n : 0};       // chunk of G for the gradient of x
     Buffer<float> grad_rows{grad_x ? R * D : 0};
     Buffer<float> row_error{tiles * R}, column_error{round_up(N, TILE)};
     Buffer<float> mean_x{D}, mean_y{D};
     Buffer<Row> row{R};
     Buffer<double> sums{tiles * 2};
-    // Of a thread:
+    // Per thread:
     Buffer<float> products{threads * block * NR};
     Buffer<T> tile_of_g{threads * R * TILE};
     Buffer<word_t<T>> tile_columns{grad_y ? threads * TILE * words_r : 0};
@@ -469,7 +469,7 @@ struct Backward {
                 sigmoid ? 0.0f : r[i0 + i], sigmoid ? 0.0f : r[n + i0 + i]};
     }
 
-    // The chunk's gradients of one tile of columns, and what they add to the columns.
+    // Computes the chunk's gradients for one tile of columns, and accumulates their contribution to the columns.
     void gradients_of_tile(int64_t i0, int64_t count, int64_t tile, const Columns& all, int thread) {
         T* g = tile_of_g + thread * R * TILE;
         float* c = products + thread * block * NR;
@@ -515,7 +515,7 @@ struct Backward {
                 complete(grad_y + j * D, ROUNDS ? column_error[j] : 0.0f, mean_x, PACKS_UNITS<T> ? y_norms.inverse[j] : 1.0f);
     }
 
-    // grad = (grad + error * mean) * factor: what rounding took, and the norm.
+    // grad = (grad + error * mean) * factor: adds back the rounding error and applies the norm.
     void complete(float* grad, float error, const float* mean, float factor) const {
         for_vectors(D, [&](int64_t d, int lanes) {
             vf g = load(grad + d, lanes);
@@ -524,7 +524,7 @@ struct Backward {
         });
     }
 
-    // grad_rows = G y, in pieces of columns whose words stay in the cache.
+    // grad_rows = G y, in blocks of columns whose words stay in the cache.
     void multiply_rows(int64_t count) {
         constexpr int64_t PIECE = CHAIN<word_t<T>>, ROWS = ROWS_AT_ONCE<T>;
         const int64_t panels = ceil_div(D, NR), halves = threads > 1 ? 2 : 1, groups = std::min<int64_t>(panels,
@@ -555,8 +555,7 @@ struct Backward {
 }  // namespace
 
 // As forward, with r [2, n], c_max, c_log, column_weight [N] (null for sigmoid), row_weight scalar -> grad_x [n, D]; grad_y [N, D] float,
-// with
-// the norms of y held fixed; grad_scale, grad_bias double. grad_x and grad_y may be null.
+// for fixed norms of y; grad_scale, grad_bias double. grad_x and grad_y may be null.
 template <class T>
 void contrastive_loss_backward(
     const T* x, int64_t x_stride, const T* y, int64_t y_stride, const float* scale, const float* bias, bool sigmoid, int64_t offset,
@@ -579,7 +578,7 @@ void contrastive_loss_backward(
 }
 OV3_EXPORT(contrastive_loss_backward)
 
-// grad [R, D] float with the norms held fixed, x [R, D] -> out [R, D], the gradient; out may be grad.
+// grad [R, D] float for fixed norms, x [R, D] -> out [R, D], the gradient; out may alias grad.
 template <class T>
 void contrastive_loss_project(const float* grad, const T* x, int64_t x_stride, T* out, int64_t R, int64_t D, int threads) {
     parallel(ceil_div(R, 16), threads, [&](int64_t task, int) {

@@ -1,8 +1,8 @@
-// What Python sees: an `Export` for each kernel and dtype, read through ctypes (ov3fast/ops/cpu/__init__.py).
+// The interface to Python: one `Export` per kernel and dtype, read through ctypes (ov3fast/ops/cpu/__init__.py).
 //
-// No header of Python or PyTorch takes part, so one build serves every version of them. A kernel is a template of the dtype that takes
-// pointers (null where a tensor is not given), int64_t, bool and double, and the number of threads last. How its arguments travel and the
-// signature that Python checks its own declaration against are deduced from the template's parameters.
+// No header of Python or PyTorch is included, so one build serves all their versions. A kernel is a template over the dtype that takes
+// pointers (null for absent tensors), int64_t, bool and double, and the number of threads last. The argument conversion, and the signature
+// that Python checks its own declaration against, are deduced from the template's parameters.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ namespace ov3 {
 
 struct Export {
     const char* signature;  // types of the arguments, e.g. "float* int64_t double int64_t"
-    void* function;         // takes them and returns 0, or 1 where memory could not be had
+    void* function;         // takes them and returns 0, or 1 if memory could not be allocated
 };
 
 template <class T>
@@ -30,7 +30,7 @@ template <> inline const char* type_name<bf16>() { return "bf16"; }
 template <> inline const char* type_name<int64_t>() { return "int64_t"; }
 template <> inline const char* type_name<uint32_t>() { return "uint32_t"; }
 
-// How an argument travels: every kind of integer as int64_t.
+// How an argument is passed: all integers as int64_t.
 template <class T>
 using Wire = std::conditional_t<std::is_integral_v<T>, int64_t, T>;
 
@@ -75,7 +75,7 @@ struct Exported<KERNEL> {
     OV3_EXPORT_AS(name, f32, float) \
     OV3_EXPORT_AS(name, bf16, ov3::bf16)
 
-// For operators that take bfloat16 activations with parameters of either dtype: name<activation, parameter> as ov3_export_name_f32,
+// For operators that support bfloat16 activations with parameters of either dtype: name<activation, parameter> as ov3_export_name_f32,
 // ov3_export_name_bf16 and ov3_export_name_bf16_f32.
 #define OV3_EXPORT_MIXED(name)                     \
     OV3_EXPORT_AS(name, f32, float, float)          \

@@ -1,6 +1,6 @@
 """Fits the polynomials of math.h and prints them: `python csrc/cpu/fit_math.py`.
 
-Each is a least-squares fit at many Chebyshev nodes in float64, with weights so that the error that matters is even.
+Each is a least-squares fit at many Chebyshev nodes in float64, weighted to equalise the relevant error.
 """
 
 import math
@@ -13,7 +13,7 @@ def nodes(low, high, count=4000):
 
 
 def fit(x, y, powers, weight):
-    """Coefficients of sum c_p x^p, by reweighting towards the largest errors (Lawson) until they are level."""
+    """Coefficients of sum c_p x^p, reweighted towards the largest errors (Lawson) until these are level."""
     basis = np.stack([x**p for p in powers], axis=1)
     emphasis = np.ones_like(x)
     for _ in range(60):
@@ -37,12 +37,12 @@ def main():
     show("EXP2", *fit(x, np.exp2(x) - 1, range(1, 7), 1 / np.exp2(x)))
     show("EXP2_SHORT", *fit(x, np.exp2(x) - 1, range(1, 5), 1 / np.exp2(x)))
 
-    # Of softmax.h: exp(x) = 1 + x + x^2 q(x).
+    # For softmax.h: exp(x) = 1 + x + x^2 q(x).
     x = nodes(-math.log(2) / 2, math.log(2) / 2)
     x = x[np.abs(x) > 1e-3]
     show("EXP_SQUARES", *fit(x, (np.exp(x) - 1 - x) / x**2, range(0, 5), x**2 / np.exp(x)))
 
-    # Of group_norm_silu.cpp, whose exponent is rounded down.
+    # For group_norm_silu.cpp, which rounds the exponent down.
     x = nodes(0.0, 1.0)
     show("EXP2_ABOVE", *fit(x, np.exp2(x) - 1, range(1, 7), 1 / np.exp2(x)))
     show("EXP2_ABOVE_SHORT", *fit(x, np.exp2(x) - 1, range(1, 5), 1 / np.exp2(x)))
@@ -55,7 +55,7 @@ def main():
     show("SIN", *fit(x**2, (np.sin(x) - x) / x**3, range(0, 3), np.abs(x**3)))
     show("COS", *fit(x**2, (np.cos(x) - 1 + x * x / 2) / x**4, range(0, 3), x**4))
 
-    # Phi(-t) exp(t^2 / 2) in powers of s = 1 / (1 + 0.275 t), so that Phi(-t) has an even absolute error, weighted by t as in t Phi(-t).
+    # Phi(-t) exp(t^2 / 2) in powers of s = 1 / (1 + 0.275 t), with the absolute error of Phi(-t) level, weighted by t as in t Phi(-t).
     t = nodes(0, 6.5)
     tail, bell, s = np.array([0.5 * math.erfc(v / math.sqrt(2)) for v in t]), np.exp(-t * t / 2), 1 / (1 + 0.275 * t)
     show("TAIL", *fit(s, tail / bell, range(1, 7), bell * (1 + t)))

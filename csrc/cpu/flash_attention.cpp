@@ -1,8 +1,8 @@
 // Attention whose scores never leave the caches.
 //
-// Scores are computed transposed, keys by queries: then the softmax runs down the rows, a query a lane, and nothing is ever summed across
-// lanes. Two consecutive rows woven into words are the first operand of P V and of dS K; a row by itself, whose words are pairs of queries,
-// is the first operand of P^T dO and of dS^T Q. So no matrix of probabilities is transposed, and all results come out row by row.
+// Scores are computed transposed, keys x queries: the softmax then runs down the rows with one query per lane, and nothing is ever summed across
+// lanes. Two consecutive rows interleaved into words are the first operand of P V and of dS K; a single row, whose words are pairs of queries,
+// is the first operand of P^T dO and of dS^T Q. So no matrix of probabilities is transposed, and all results are produced row by row.
 #include <algorithm>
 #include <limits>
 
@@ -17,16 +17,16 @@ namespace {
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr double LN_2 = 0.693147180559945309, LOG2_E_EXACT = 1.44269504088896341;
 
-// Of a block in the forward. The products of KEYS probabilities are added up in one chain: fewer in float32, where it matters.
+// Block sizes in the forward. The products of KEYS probabilities are accumulated in one chain; float32 uses shorter ones for precision.
 template <class T>
 constexpr int KEYS = sizeof(T) == 2 ? 256 : 128;
 constexpr int FORWARD_VECTORS = 2;
-// Of a block in the backward.
+// Block sizes in the backward.
 constexpr int BACK_KEYS = 128;
 constexpr int BACK_QUERIES = 128;
 constexpr int BACK_VECTORS = 2;
 
-// [B, N, H, D] with any strides but the last axis's, which is 1.
+// [B, N, H, D] with any strides, except that the last axis is contiguous.
 template <class T>
 struct View {
     T* data;
@@ -38,12 +38,12 @@ struct Sizes {
     int64_t B, H, Nq, Nk, D;
     bool causal;
     int64_t prefix;
-    // Query i sees keys [0, limit(i)), and the limits never fall.
+    // Query i sees keys [0, limit(i)); limits are nondecreasing.
     int64_t limit(int64_t i) const { return causal ? std::max(i + 1 + Nk - Nq, prefix) : Nk; }
     int64_t lanes() const { return round_up(D, VL); }
 };
 
-// Room of one thread, dealt out in whole cache lines.
+// Workspace of one thread, allocated in full cache lines.
 class Room {
   public:
     explicit Room(float* base = nullptr) : base_(base) {}
@@ -63,7 +63,7 @@ class Room {
 
 // --- products ----------------------------------------------------------------------------------------------------------------------
 
-// MR rows of A B over `words` of D, in chains short enough that few digits are lost.
+// MR rows of A B over `words` of D, accumulated in short chains for precision.
 template <int NV, class W>
 inline void score_block(int64_t words, const W* a, const W* b, float* c) {
     constexpr int64_t CHAINED = 128;
@@ -71,7 +71,7 @@ inline void score_block(int64_t words, const W* a, const W* b, float* c) {
         micro_block<NV, 1, MR>(std::min(CHAINED, words - w), a + w * MR, b + w * NV * VL, NV * VL, c, NV * VL, w > 0);
 }
 
-// Calls body(d0, vectors) for panels of up to VECTORS vectors, as even as can be, that cover D.
+// Calls body(d0, vectors) for panels of up to VECTORS vectors, of nearly equal size, that cover D.
 template <class Body>
 inline void for_panels(int64_t D, const Body& body) {
     const int64_t vectors = ceil_div(D, VL), panels = ceil_div(vectors, VECTORS);
@@ -81,7 +81,7 @@ inline void for_panels(int64_t D, const Body& body) {
     }
 }
 
-// x [n, D] as the second operand of a product over rows: panels of columns, the one from d0 on at dst + d0 * words, each [words][width].
+// x [n, D] as the second operand of a product over rows: panels of columns, each [words][width], the one starting at d0 at dst + d0 * words.
 template <class T>
 inline void pack_columns(const T* x, int64_t stride, int64_t n, int64_t D, word_t<T>* dst) {
     const int64_t words = words_of<T>(n);
@@ -91,7 +91,7 @@ inline void pack_columns(const T* x, int64_t stride, int64_t n, int64_t D, word_
     });
 }
 
-// count <= FEW rows of x [.., D] as lanes of a panel [words of D][width]; the other `lanes` become 0. What is left over of 17 or 197 tokens
+// count <= FEW rows of x [.., D] as lanes of a panel [words of D][width]; the other `lanes` become 0. The remainder of 17 or 197 tokens
 // isn't worth a transposition.
 constexpr int FEW = 3;
 template <class T>
@@ -108,7 +108,7 @@ inline void pack_few(const T* x, int64_t stride, int count, int64_t D, int lanes
         }
 }
 
-// x [n, D] as the first operand of a product over D: panels [words of D][MR rows], the last one filled up with zeros.
+// x [n, D] as the first operand of a product over D: panels [words of D][MR rows], the last one padded with zeros.
 template <class T>
 inline void pack_rows(const T* x, int64_t stride, int64_t n, int64_t D, word_t<T>* dst) {
     const int64_t few = !IN_TILES<T> && n % VL <= FEW ? n % VL : 0, most = n - few;
@@ -116,7 +116,7 @@ inline void pack_rows(const T* x, int64_t stride, int64_t n, int64_t D, word_t<T
     if (few) pack_few(x + most * stride, stride, int(few), D, MR, MR, dst + most * words_of<T>(D));
 }
 
-// n rows of x [.., D] as the second operand of a product over D: one panel [words of D][n rounded up to whole vectors].
+// n rows of x [.., D] as the second operand of a product over D: one panel [words of D][n rounded up to full vectors].
 template <class T>
 inline void pack_lanes(const T* x, int64_t stride, int64_t n, int64_t D, word_t<T>* dst) {
     constexpr int KS = Word<T>::ks;
@@ -138,7 +138,7 @@ inline void pack_lanes(const T* x, int64_t stride, int64_t n, int64_t D, word_t<
     }
 }
 
-// Two rows (the second one counts only where a word holds two) as the words of VL columns.
+// Two rows (the second is used only if a word holds two values) as the words of VL columns.
 template <class T>
 inline vf weave(vf first, vf second) {
 #if defined(__AVX512BF16__)
@@ -153,7 +153,7 @@ inline vf weave(vf first, vf second) {
     return first;
 }
 
-// The sum of what a vector of words holds, lane by lane.
+// The lane-wise sum of the values in a vector of words.
 template <class T>
 inline vf unwoven_sum(vf words) {
     if constexpr (Word<T>::ks == 2) {
@@ -163,13 +163,13 @@ inline vf unwoven_sum(vf words) {
     return words;
 }
 
-// What a row of words is made of.
+// The values that make up a row of words.
 template <class T>
 using part_t = std::conditional_t<Word<T>::ks == 2, bf16, float>;
 
-// 2^(score * factor - shift) for exponents that are hardly above 0. In float32 the rounding of factor and shift would show: factor.error,
-// the factor's relative error, and `low`, shift * factor.error less what shift itself lacks, put it right. The exponent is cut first, since
-// an infinite score times the error would be no number.
+// 2^(score * factor - shift) for exponents that are at most slightly above 0. In float32 the rounding of factor and shift matters and is corrected with
+// factor.error, the factor's relative error, and `low`, shift * factor.error minus the rounding error of shift. The exponent is clamped first, since
+// an infinite score times the error would be NaN.
 struct Factor {
     explicit Factor(double exact) : value(float(exact)), error(value == 0.0f ? 0.0f : float((exact - value) / value)) {}
     float value, error;
@@ -182,7 +182,7 @@ inline vf power(vf score, const Factor& factor, vf shift, vf low) {
     return scale_by_power((sizeof(T) == 2 ? polynomial(f, EXP2_SHORT) : polynomial(f, EXP2)) * f + 1.0f, n);
 }
 
-// VL lanes as the first operand of a product: their words, the first `words` of which are there, become tiles.
+// VL lanes as the first operand of a product: their words, of which the first `words` exist, become tiles.
 template <class T>
 inline void turn_lanes(word_t<T>* lanes, int64_t words) {
     if constexpr (IN_TILES<T>) {
@@ -218,7 +218,7 @@ struct Forward {
         pack_columns(value, v_stride, sizes.Nk, sizes.D, v);
     }
 
-    // Scores times the factor, -inf where unseen, in place of the scores.
+    // In place: scores times the factor, -inf where masked.
     template <int NV>
     void mask(int64_t i0, int64_t n, int64_t k0, int64_t nk) {
         int32_t limits[NV * VL] = {};
@@ -260,7 +260,7 @@ struct Forward {
         finish<NV>(i0, n, m_i, l_i, out, out_stride, lse);
     }
 
-    // Probabilities of a block of scores, relative to the running maximum; earlier results are scaled by alpha.
+    // Probabilities of a block of scores, relative to the running maximum; earlier results are rescaled by alpha.
     template <int NV>
     void softmax(int64_t nk, const Factor& scale, bool later, int64_t n, vf (&m_i)[NV], vf (&l_i)[NV]) {
         constexpr int LANES = NV * VL;
@@ -342,14 +342,14 @@ struct Forward {
     }
 };
 
-// A single query, a decoder's next token, doesn't pay for packing the keys. `room` holds Nk floats, rounded up to whole vectors.
+// For a single query, such as a decoder's next token, packing the keys would not pay off. `room` holds Nk floats, rounded up to full vectors.
 template <class T>
 struct OneQuery {
     const int64_t D, seen;
     const Factor factor;
     float* const room;
 
-    // Unscaled; behind the last key its score is repeated.
+    // Unscaled; the last key's score is repeated as padding.
     void scores(const T* query, const T* key, int64_t stride) {
         for (int64_t j = 0; j < seen; j += VL) {
             vf dots[VL];
@@ -366,7 +366,7 @@ struct OneQuery {
         }
     }
 
-    // Probabilities times their sum, which is returned with the scores' maximum.
+    // Unnormalised probabilities; returns their sum, and the scores' maximum in m_i.
     float softmax(float& m_i) {
         vf m_lanes = splat(-INF), l_i = {};
         for (int64_t j = 0; j < seen; j += VL) m_lanes = max(m_lanes, load(room + j) * factor.value);
@@ -435,7 +435,7 @@ void flash_attention_forward(
         });
     }
     constexpr int64_t QUERIES = Forward<T>::QUERIES;
-    // Few heads: their queries are dealt out as well. A query's result is the same in any group.
+    // With few heads, queries are distributed over threads too. A query's result does not depend on its group.
     const int64_t blocks = ceil_div(Nq, QUERIES);
     if (heads == 0 || blocks == 0) return;
     const int64_t groups = heads >= 4 * threads || threads == 1 ? 1 : std::min<int64_t>(blocks, ceil_div(4 * threads, heads));
@@ -493,7 +493,7 @@ struct Backward {
         std::memset(dv, 0, key_rows * ldc * sizeof(float));
     }
 
-    // Of the first block of keys.
+    // Mean over the first block of keys.
     void mean_of(const T* key, int64_t stride) {
         for_vectors(D, [&](int64_t d, int lanes) {
             vf total = {};
@@ -502,8 +502,8 @@ struct Backward {
         });
     }
 
-    // A row of dS sums to 0, so that an offset of all keys has no part in dq; but delta has the rounding of `out`, and dS its own. What is
-    // too much times the mean key goes.
+    // A row of dS sums to 0, so a common offset of the keys does not contribute to dq; but delta has the rounding of `out`, and dS its own. This
+    // subtracts the excess of the sum times the mean key.
     void without_excess(int64_t n) {
         for (int64_t i = 0; i < n; i++)
             for_vectors(D, [&](int64_t d, int lanes) {
@@ -512,7 +512,7 @@ struct Backward {
             });
     }
 
-    // Queries [i0, i0 + n), n <= BACK_QUERIES: pointers are to the first of them.
+    // Queries [i0, i0 + n), n <= BACK_QUERIES; pointers are to the first of them.
     void queries(int64_t i0, int64_t n, const T* query, int64_t q_stride, const T* grad, int64_t g_stride, const T* out, int64_t out_stride,
                  const float* lse) {
         pack_columns(query, q_stride, n, D, q_columns);
@@ -538,14 +538,14 @@ struct Backward {
         for (int64_t i = n; i < round_up(n, VL); i++) lse2[i] = lse2_low[i] = delta[i] = 0.0f, limits[i] = 0;
     }
 
-    // What the softmax needs of NV vectors of queries.
+    // The softmax's per-query data for NV vectors of queries.
     template <int NV>
     struct Lanes {
         vf shift[NV], low[NV], delta[NV], sum[NV], inverse[NV], excess[NV];
         vi limit[NV];
     };
 
-    // P^T and dS^T of keys [k0, k0 + nk) and the queries from i on, NV vectors of them, into p, ds and ds_woven.
+    // P^T and dS^T of keys [k0, k0 + nk) and NV vectors of queries from i on, into p, ds and ds_woven.
     template <int NV>
     void probabilities(int64_t i, int64_t k0, int64_t nk) {
         constexpr int WIDTH = NV * VL;
@@ -582,8 +582,8 @@ struct Backward {
         for (int64_t r = 0; r < nk; r += MR) slopes_of<NV>(i, r, s + r * WIDTH, dp + r * WIDTH, at);
     }
 
-    // MR rows of probabilities in place of the scores; with one block of keys their sum puts right lse's rounding, and delta comes from
-    // them, free of out's rounding.
+    // In place: MR rows of scores -> probabilities. With a single block of keys their sum corrects the rounding of lse, and delta is computed
+    // from them, without the rounding of `out`.
     template <int NV, bool MASKED>
     void exponentials(int64_t key, float* scores, const float* slopes, Lanes<NV>& at) {
         for (int row = 0; row < MR; row++)
@@ -593,7 +593,7 @@ struct Backward {
                 const vf score = load(here);
                 vf probability = power<T>(score, factor, at.shift[j], at.low[j]);
                 if (MASKED) {
-                    // A query's only key has probability 1 whatever its score.
+                    // A query's only visible key has probability 1 whatever its score.
                     if (key + row == 0) probability = (at.limit[j] == 1) ? score * 0.0f + 1.0f : probability;
                     probability = visible(key + row, at.limit[j]) ? probability : vf{};
                 }
@@ -652,7 +652,7 @@ struct Backward {
         });
     }
 
-    // Zeros behind the last query up to whole tiles of words; and ds_woven as tiles.
+    // Pads the queries with zeros to full tiles of words, and rearranges ds_woven into tiles.
     void fill_tiles(int64_t n, int64_t nk) {
         const int64_t there = round_up(n, VL), words_there = there / KS, missing = words_of<T>(n) - words_there;
         for (int64_t r = 0; missing && r < round_up(nk, MR); r++) {
@@ -671,7 +671,7 @@ struct Backward {
 }  // namespace
 
 // grad_out, q, out [B, Nq, H, D] (out contiguous), k, v [B, Nk, H, D], lse [B, H, Nq] -> grad_q, grad_k, grad_v, each [B, N, H, D] with
-// heads side by side and rows `apart` elements apart.
+// contiguous heads and rows `apart` elements apart.
 template <class T>
 void flash_attention_backward(
     const T* grad_data, int64_t grad_batch, int64_t grad_row, int64_t grad_head, const T* q_data, int64_t q_batch, int64_t q_row,

@@ -1,17 +1,17 @@
-// Matrix products C[m, n] = sum_k A[m, k] B[k, n] with fp32 accumulation: the one seam that all operators multiply through.
+// Matrix products C[m, n] = sum_k A[m, k] B[k, n] with fp32 accumulation, used by all operators.
 //
-// Operands are packed into panels of words. A word is what one lane of a multiply-add takes: a float (one k), or with bfloat16 dot
-// products a pair of bfloat16 (two k). Panels: A [words][MR], B [words][<= NR]; rows, lanes and a last half word beyond the matrix are 0.
-// The micro-kernel keeps a block of C in registers. The order of additions for an element of C depends on K alone, never on
-// tiles or threads, so results repeat to the bit.
+// Operands are packed into panels of words. A word is the operand of one lane of a multiply-add: a float (one k) or, with bfloat16 dot
+// products, a pair of bfloat16 (two k). Panels: A [words][MR], B [words][<= NR]; rows, lanes and half words beyond the matrix are 0.
+// The micro-kernel keeps a block of C in registers. The order of additions for an element of C depends only on K, not on
+// tiles or threads, so results are bitwise reproducible.
 //
-// With OV3_TILES products of bfloat16 run on the tile unit (AMX, tiles.h). K is then filled up with zeros to whole tiles of 16 words, and a
-// panel of A is a row of tiles, [words / 16][MR][16]: word k (a multiple of 16) of a panel is at k * MR in both layouts. B lies as it did.
+// With OV3_TILES, bfloat16 products run on the tile unit (AMX, tiles.h). K is then zero-padded to full tiles of 16 words, and a
+// panel of A is a row of tiles, [words / 16][MR][16]: word k (a multiple of 16) of a panel is at k * MR in both layouts. The layout of B is unchanged.
 //
-//   Packed<T> b(K, N);  b.pack(source, threads);                      // once per call: a weight, say
+//   Packed<T> b(K, N);  b.pack(source, threads);                      // once per call, for example a weight
 //   gemm<T>(M, a_source, b, [&](int64_t m, int64_t n, int count, const float* values) { ... }, threads);
 //
-// `store` gets row segments of C of at most NR values, each exactly once, from any thread: the place for bias, activation, scatter.
+// `store` receives row segments of C of at most NR values, each exactly once, from any thread; bias, activation and scatter go there.
 #pragma once
 
 #include <algorithm>
@@ -26,19 +26,19 @@ namespace ov3 {
 
 constexpr int VECTORS = 3;                // vectors in a full panel of B
 constexpr int NR = VECTORS * VL;          // lanes in a full panel of B
-constexpr int VECTOR_ROWS = VL == 16 ? 8 : 4;  // rows of C that fit into vector registers
+constexpr int VECTOR_ROWS = VL == 16 ? 8 : 4;  // rows of C that fit in vector registers
 #if defined(OV3_TILES)
 constexpr int MR = TILE_ROWS;             // rows in a panel of A
 #else
 constexpr int MR = VECTOR_ROWS;
 #endif
-constexpr int64_t A_BLOCK_WORDS = 1 << 17;  // of A, in the second-level cache
+constexpr int64_t A_BLOCK_WORDS = 1 << 17;  // words of A that fit in the L2 cache
 
 template <class T>
 struct Word {
     typedef float type;
-    static constexpr int ks = 1;     // values of k in a word
-    static constexpr int whole = 1;  // words that K is filled up to a multiple of
+    static constexpr int ks = 1;     // values of k per word
+    static constexpr int whole = 1;  // K is padded to a multiple of this many words
 };
 #if defined(__AVX512BF16__)
 template <>
@@ -57,7 +57,7 @@ using word_t = typename Word<T>::type;
 template <class T>
 constexpr bool IN_TILES = Word<T>::whole > 1;
 
-// Words of K that are added up in one chain before they join C: few enough that rounding errors stay small, many enough that C's
+// Words of K accumulated in one chain before being added to C: short enough to keep rounding errors small, long enough that C's
 // block seldom leaves the registers.
 template <class W>
 constexpr int64_t CHAIN = 512;
@@ -67,8 +67,8 @@ inline constexpr int64_t CHAIN<float> = 192;
 template <class T>
 inline int64_t words_of(int64_t k) { return round_up(ceil_div(k, Word<T>::ks), Word<T>::whole); }
 
-// A matrix where it lies: element (i, k) at data[i * stride + k * stride_k]; i counts rows of A or columns of B. Elements of type S become
-// words of T: float parameters join bfloat16 activations without a copy of their own.
+// A strided view of a matrix: element (i, k) is at data[i * stride + k * stride_k]; i counts rows of A or columns of B. Elements of type S become
+// words of T, so float parameters can be combined with bfloat16 activations without a separate copy.
 template <class S>
 struct Matrix {
     const S* data;
@@ -88,7 +88,7 @@ inline void multiply_add(vf& c, const uint32_t* a, vf b) {
 }
 #endif
 
-// c[VECTOR_ROWS][NV * VL] = (accumulate ? c : 0) + (sum over `words` of a b[.][NV * VL]), rows of b being ldb words apart. Word k of A's
+// c[VECTOR_ROWS][NV * VL] = (accumulate ? c : 0) + (sum over `words` of a b[.][NV * VL]), with rows of b ldb words apart. Word k of A's
 // row i is at a[i * ROW + k * STEP].
 template <int NV, int ROW, int STEP, class W>
 __attribute__((noinline)) void vector_block(int64_t words, const W* a, const W* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
@@ -119,8 +119,8 @@ inline __attribute__((always_inline)) void unrolled(std::integer_sequence<int, I
 template <int N, class Body>
 inline __attribute__((always_inline)) void unroll(const Body& body) { unrolled(std::make_integer_sequence<int, N>(), body); }
 
-// MT x NT tiles of C. Rows of A's tiles are `row` words apart, the tiles of the next 16 words `step` and those of the next 16 rows `next`.
-// With 2 x 3 one register serves A and one B, whose tiles are taken to and fro.
+// MT x NT tiles of C. Rows of A's tiles are `row` words apart, tiles of the next 16 words `step`, and tiles of the next 16 rows `next`.
+// With 2 x 3 there is one tile register for A and one for B, so B's tiles are traversed back and forth.
 template <int MT, int NT>
 __attribute__((noinline)) void tile_block(
     int64_t words, const uint32_t* a, int64_t row, int64_t step, int64_t next, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
@@ -142,7 +142,7 @@ __attribute__((noinline)) void tile_block(
 }
 #endif
 
-// A panel's MR rows of C, as vector_block; word k of A's row i is at a[i * ROW + k * STEP] unless the panel lies in tiles (STEP == MR).
+// A panel's MR rows of C, as in vector_block; word k of A's row i is at a[i * ROW + k * STEP] unless the panel is in tile layout (STEP == MR).
 template <int NV, int ROW, int STEP, class W>
 inline void micro_block(int64_t words, const W* a, const W* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
 #if defined(OV3_TILES)
@@ -165,7 +165,7 @@ inline void micro(int vectors, int64_t words, const W* a, const W* b, int64_t ld
     }
 }
 
-// The same for the panels of `rows` rows, which are `depth` words deep in all.
+// The same for the panels of `rows` rows, whose total depth is `depth` words.
 template <class W>
 inline void micro_rows(
     int vectors, int64_t rows, int64_t words, const W* a, int64_t depth, const W* b, int64_t ldb, float* c, int64_t ldc, bool accumulate
@@ -182,13 +182,13 @@ inline void micro_rows(
     for (; m < rows; m += MR) micro(vectors, words, a + m * depth, b, ldb, c + m * ldc, ldc, accumulate);
 }
 
-// Rows that are best multiplied at once by micro_rows.
+// Preferred number of rows per call of micro_rows.
 template <class T>
 constexpr int ROWS_AT_ONCE = IN_TILES<T> ? 2 * MR : MR;
 
 // --- packing -----------------------------------------------------------------------------------------------------------------------
 
-// VL words of one row whose values of k lie side by side; `left` values are there.
+// VL words of one row with contiguous k, of which `left` values exist.
 template <class T, class S>
 inline vf row_words(const S* p, int64_t left) {
 #if defined(__AVX512BF16__)
@@ -221,7 +221,7 @@ inline void transpose(vf (&rows)[VL]) {
             u[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
             u[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
         }
-    // u[4 g + r] holds rows 4 g .. 4 g + 3 of columns r, r + 4, r + 8, r + 12.
+    // u[4 g + r] has rows 4 g .. 4 g + 3 of columns r, r + 4, r + 8, r + 12.
     for (int r = 0; r < 4; r++) {
         const __m512 a = _mm512_shuffle_f32x4(u[r], u[4 + r], 0x88), b = _mm512_shuffle_f32x4(u[8 + r], u[12 + r], 0x88);
         const __m512 c = _mm512_shuffle_f32x4(u[r], u[4 + r], 0xdd), d = _mm512_shuffle_f32x4(u[8 + r], u[12 + r], 0xdd);
@@ -238,7 +238,7 @@ inline void transpose(vf (&rows)[VL]) {
 #endif
 }
 
-// Word k of VL columns that lie side by side; `next` is the row of k + 1, or null past the end.
+// Word k of VL contiguous columns; `next` is the row of k + 1, or null past the end.
 template <class T, class S>
 inline vf column_words(const S* p, const S* next, int count) {
     if constexpr (Word<T>::ks == 2) {
@@ -306,7 +306,7 @@ inline void pack_panel(const Matrix<S>& source, int64_t i0, int count, int64_t k
     }
 }
 
-// B [K, N] in panels of NR columns; the last panel is as many whole vectors wide as it needs. `source(n, k)` is a Matrix over columns n.
+// B [K, N] in panels of NR columns; the last panel has only as many vectors as it needs. `source(n, k)` is a Matrix over columns n.
 template <class T>
 class Packed {
   public:
@@ -330,7 +330,7 @@ class Packed {
 
 // --- the product -------------------------------------------------------------------------------------------------------------------
 
-// Rows of A that go through together: as many as keep their words in the second-level cache.
+// Rows of A per block: as many as fit in the L2 cache.
 template <class T>
 inline int64_t block_rows(int64_t M, int64_t K) {
     const int64_t deep = std::max<int64_t>(1, words_of<T>(K));
@@ -338,14 +338,14 @@ inline int64_t block_rows(int64_t M, int64_t K) {
     return std::min(std::min<int64_t>(rows, 192), round_up(M, MR));
 }
 
-// At most that many, and such that every thread has as many blocks as the others. No bit depends on it: a row's sums know nothing of blocks.
+// At most that many, balanced so that all threads get the same number of blocks. Results don't depend on it, since a row's sums don't.
 template <class T>
 inline int64_t even_block_rows(int64_t M, int64_t K, int threads) {
     const int64_t most = block_rows<T>(M, K), blocks = std::max<int64_t>(1, threads * ceil_div(M, most * threads));
     return std::max<int64_t>(MR, std::min(most, round_up(ceil_div(M, blocks), MR)));
 }
 
-// What a thread needs for one block of A: its words and C's sums.
+// A thread's workspace for one block of A: its words and the sums of C.
 template <class T>
 struct BlockRoom {
     BlockRoom(int64_t M, int64_t K, int threads)
@@ -357,7 +357,7 @@ struct BlockRoom {
     float* c_of(int thread) { return c.data() + rows * NR * thread; }
 };
 
-// A block of up to room.rows packed rows (a, panels of MR) times panels [first, last) of b, handed to store(row in block, n, count,
+// Multiplies a block of up to room.rows packed rows (a, panels of MR) by panels [first, last) of b, and calls store(row in block, n, count,
 // values).
 template <class T, class Store>
 inline void block_product(
@@ -378,8 +378,8 @@ inline void store_tile(word_t<T>* dst, const vf (&rows)[VL]) {
     for (int i = 0; i < VL; i++) store(reinterpret_cast<float*>(dst) + i * VL, rows[i]);
 }
 
-// Values k0 .. k0 + ks of rows [m0, m0 + count) as panels of A that are `words` deep in all; k0 is a multiple of a word.
-// `row(m)` is a pointer to its value 0. VL rows at a time, since that is what a transposition takes.
+// Packs values k0 .. k0 + ks of rows [m0, m0 + count) into panels of A with a total depth of `words`; k0 is a multiple of a word.
+// `row(m)` points to value 0 of the row. VL rows at a time, the size of a transposition.
 template <class T, class Row>
 inline void pack_rows(const Row& row, int64_t m0, int64_t count, int64_t k0, int64_t ks, int64_t words, word_t<T>* dst) {
     constexpr int KS = Word<T>::ks;
@@ -408,7 +408,7 @@ inline void pack_rows(const Row& row, int64_t m0, int64_t count, int64_t K, word
     pack_rows<T>(row, m0, count, 0, K, words_of<T>(K), dst);
 }
 
-// Columns [n0, n0 + count) of rows [r0, r0 + rows) as panels of A whose k are the rows.
+// Packs columns [n0, n0 + count) of rows [r0, r0 + rows) into panels of A, with the rows along k.
 template <class T, class Row>
 inline void pack_columns(const Row& row, int64_t r0, int64_t rows, int64_t n0, int64_t count, word_t<T>* dst) {
     constexpr int KS = Word<T>::ks;
@@ -428,7 +428,7 @@ inline void pack_columns(const Row& row, int64_t r0, int64_t rows, int64_t n0, i
             }
         return;
     }
-    // Few columns at a time, so that the panels grow side by side.
+    // A few columns at a time, so that all panels are filled in parallel.
     constexpr int64_t STEP = 2 * VL * KS;
     for (int64_t n1 = 0; n1 < wide; n1 += STEP)
         for (int64_t w = 0; w < words; w++) {
@@ -465,13 +465,13 @@ inline void pack_block(const Matrix<S>& a, int64_t m0, int64_t rows, int64_t K, 
     }
 }
 
-// The whole product. fill(m0, rows, words) packs rows of A, or makes them.
+// The full product. fill(m0, rows, words) packs or computes rows of A.
 template <class T, class Fill, class Store>
 inline void gemm_with(int64_t M, const Packed<T>& b, const Fill& fill, const Store& store, int threads) {
     if (M == 0 || b.N == 0) return;
     BlockRoom<T> room(M, b.K, threads);
     const int64_t blocks = ceil_div(M, room.rows);
-    // Few blocks of rows: columns are dealt out as well, and each group packs its rows again.
+    // With few blocks of rows, columns are distributed over threads too, and each group packs its rows again.
     const int64_t groups = blocks >= 2 * threads ? 1 : std::min<int64_t>(b.panels(), ceil_div(2 * threads, blocks));
     parallel(blocks * groups, threads, [&](int64_t task, int thread) {
         const int64_t m0 = task / groups * room.rows, group = task % groups;

@@ -1,8 +1,8 @@
-// Group normalisation and SiLU. Statistics are taken strip by strip, in two passes over what the cache holds, and the strips' means and
-// sums of squared differences are then merged, so that no digits are lost at large means and x is read from memory once for them.
+// Group normalisation and SiLU. Statistics are computed per strip, in two passes over cached data, and the strips' means and
+// sums of squared deviations are then merged, so that a large mean costs no precision and x is read from memory once for them.
 //
-// Two layouts: planes, [B, C, S] with the spatial positions s of a channel side by side, and channels last, [B, S, C]. The latter is seen as rows of
-// W = k C elements, W a multiple of the vector's length where there are positions enough; the last row may be shorter.
+// Two layouts: planes, [B, C, S] with contiguous spatial positions, and channels last, [B, S, C]. The latter is treated as rows of
+// W = k C elements, W being a multiple of the vector length if there are enough positions; the last row may be shorter.
 #include <algorithm>
 #include <numeric>
 
@@ -15,16 +15,16 @@ using namespace ov3;
 
 namespace {
 
-constexpr int64_t STRIP = 8192;        // elements of a plane, or about as many of channels last
-constexpr int64_t FUSED = 512 * 1024;  // up to so many bytes under one set of statistics, one task does all its steps on them
-constexpr int64_t CHAIN = 16;          // terms of a channel's gradient that are added up one after another: few, for the digits
+constexpr int64_t STRIP = 8192;        // elements of a plane, or about as many in channels last
+constexpr int64_t FUSED = 512 * 1024;  // up to this many bytes per set of statistics, one task does all steps
+constexpr int64_t CHAIN = 16;          // terms of a channel's gradient accumulated in one chain, short for precision
 constexpr int BLOCK = 4;               // vectors whose sums over rows are kept in registers
 
 struct Moments {
-    float mean, squares;  // the latter of differences from the mean
+    float mean, squares;  // squares: sum of squared deviations from the mean
 };
 
-// Merges the moments of `rows` rows of `length` positions in strips of `full` (the last of a row may be shorter), `width` values to a position.
+// Merges the moments of `rows` rows of `length` positions in strips of `full` (the last strip of a row may be shorter), with `width` values per position.
 inline void merge(
     const Moments* parts, int64_t step, int64_t rows, int64_t length, int64_t full, int64_t width, double eps, float& mean, float& rstd
 ) {
@@ -64,24 +64,24 @@ inline Moments moments(const T* x, int64_t n) {
 }
 
 #if defined(__AVX512F__)
-// Of 2^f for 0 <= f < 1, from fit_math.py; largest errors 2.0e-09 and 2.9e-06.
+// 2^f for 0 <= f < 1, from fit_math.py; largest errors 2.0e-09 and 2.9e-06.
 constexpr float EXP2_ABOVE[] = {2.161291898e-04f, 1.246784512e-03f, 9.675451733e-03f,
                                 5.548528052e-02f, 2.402293056e-01f, 6.931470444e-01f};
 constexpr float EXP2_ABOVE_SHORT[] = {1.342668774e-02f, 5.224246637e-02f, 2.412802103e-01f, 6.930448437e-01f};
 #endif
 
-// 1 / (1 + e^-x) as precise as T; infinities and NaN come out as with a division.
+// 1 / (1 + e^-x) to the precision of T; infinities and NaN are handled as by a division.
 template <class T>
 inline vf gate(vf x) {
 #if defined(__AVX512F__)
     constexpr bool SHORT = sizeof(T) == 2;
-    // The fraction of an infinity is 0, and scaling by 2^t rounds t down, so nothing needs bounds.
+    // The fraction of an infinity is 0, and scaling by 2^t rounds t down, so no clamping is needed.
     const __m512 t = bit_cast<__m512>(x * -LOG2_E);
     const vf f = bit_cast<vf>(_mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
     const vf power = (SHORT ? polynomial(f, EXP2_ABOVE_SHORT) : polynomial(f, EXP2_ABOVE)) * f + 1.0f;
     const __m512 d = _mm512_add_ps(_mm512_scalef_ps(bit_cast<__m512>(power), t), _mm512_set1_ps(1.0f)), s = _mm512_rcp14_ps(d);
     if (SHORT) return bit_cast<vf>(s);
-    // Newton's step would make NaN of s = 0.
+    // Newton's step would turn s = 0 into NaN.
     const __m512 rest = _mm512_fnmadd_ps(d, s, _mm512_set1_ps(1.0f));
     return bit_cast<vf>(_mm512_mask_fmadd_ps(s, _mm512_cmp_ps_mask(t, _mm512_set1_ps(126.0f), _CMP_LT_OQ), rest, s));
 #else
@@ -89,7 +89,7 @@ inline vf gate(vf x) {
 #endif
 }
 
-// What a channel's values are multiplied by and so on, for a vector of elements.
+// Per-channel coefficients, for a vector of elements.
 struct Channel {
     vf mean, scale, shift;  // n = (x - mean) scale + shift
 };
@@ -126,15 +126,15 @@ inline void write_grad(const T* grad_y, const T* x, T* grad_x, int64_t n, const 
     });
 }
 
-// Sizes, and the arguments that all steps share.
+// Sizes and arguments shared by all steps.
 struct Shape {
     int64_t B, C, S, G;
     int threads;
     int64_t per_group() const { return C / G; }
 };
 
-// Runs `first` for each of `sets` x `parts` tasks, `between` for each set, then `last` for each of `sets` x `others` tasks. Where a set is
-// small enough to stay in the cache (and there are sets enough), one thread does all of it.
+// Runs `first` for each of `sets` x `parts` tasks, `between` for each set, then `last` for each of `sets` x `others` tasks. If a set fits in
+// the cache (and there are enough sets), one thread does all of its steps.
 template <class First, class Between, class Last>
 inline void phases(
     int64_t sets, int64_t bytes, int64_t parts, int64_t others, int threads, const First& first, const Between& between, const Last& last
@@ -149,7 +149,7 @@ inline void phases(
     }
     parallel(sets * parts, threads, [&](int64_t task, int thread) { first(task / parts, task % parts, thread); });
     parallel(sets, threads, [&](int64_t set, int) { between(set); });
-    // Backwards: what was read last may still be in a cache.
+    // In reverse: what was read last may still be cached.
     parallel(sets * others, threads, [&](int64_t task, int thread) {
         const int64_t i = sets * others - 1 - task;
         last(i / others, i % others, thread);
@@ -158,7 +158,7 @@ inline void phases(
 
 // Planes.
 
-// Channels of a group's `strips`-th task of the elementwise step: some whole channels, or a piece of one.
+// The part of a group that one task of the elementwise step handles: some full channels, or part of one.
 struct Pieces {
     int64_t channels, strips, count;
     Pieces(int64_t per_group, int64_t S)
@@ -180,7 +180,7 @@ void planes_forward(
 ) {
     const auto [B, C, S, G, threads] = shape;
     const int64_t channels = C / G;
-    // A group whose channels follow one another is one long row.
+    // A group with contiguous channels is one long row.
     const int64_t rows = x_channel == S ? 1 : channels, length = channels / rows * S, strips = ceil_div(length, STRIP);
     const Pieces pieces(channels, S);
     Buffer<Moments> parts(B * G * rows * strips);
@@ -205,7 +205,7 @@ void planes_forward(
     );
 }
 
-// The means over a group of w dn and of w dn x_hat, from the channels' sums.
+// The means of w dn and w dn x_hat over a group, from the channels' sums.
 struct GroupMeans {
     float sum, dot;
     GroupMeans(const float* sums, const float* dots, const float* weight, int64_t channels, int64_t S) {
@@ -219,10 +219,10 @@ struct GroupMeans {
     }
 };
 
-// What dx is multiplied by: rstd, but a group of one value is normalised to 0 whatever the value is.
+// The factor of dx: rstd, or 0 for a group of one value, which is always normalised to 0.
 inline float outer_factor(float rstd, int64_t channels, int64_t S) { return channels * S == 1 ? 0.0f : rstd; }
 
-// sums, dots [B, C]: of dn and of dn x_hat over the positions.
+// sums, dots [B, C]: sums of dn and dn x_hat over the positions.
 template <class T>
 void planes_backward(
     const T* grad_y, int64_t grad_y_batch, int64_t grad_y_channel, const T* x, int64_t x_batch, int64_t x_channel, const float* weight,
@@ -306,7 +306,7 @@ void planes_backward(
 // Channels last.
 
 struct Rows {
-    int64_t C, S, W, positions, strips;  // of a row: elements; of a strip: positions; strips of a batch's element
+    int64_t C, S, W, positions, strips;  // W: elements per row; positions: per strip; strips: per image
 
     Rows(int64_t C, int64_t S) : C(C), S(S) {
         int64_t k = VL / std::gcd<int64_t>(C, VL);
@@ -316,9 +316,9 @@ struct Rows {
         strips = ceil_div(S, positions);
     }
     int64_t positions_of(int64_t strip) const { return std::min(positions, S - strip * positions); }
-    int64_t room() const { return round_up(W, 16); }  // of a table
+    int64_t room() const { return round_up(W, 16); }  // size of a table
 
-    // For each vector of a row, body(first element, lanes, rows that have it): all lanes lie in that many rows.
+    // For each vector of a row, body(first element, lanes, rows): all lanes exist in that many rows.
     template <class Many, class One>
     void columns(int64_t n, const Many& many, const One& one) const {
         const int64_t whole = n / W, rest = n % W;
@@ -332,7 +332,7 @@ struct Rows {
         some(W, whole);
     }
 
-    // body(offset of a row, its elements) for n elements.
+    // body(offset of a row, its number of elements), covering n elements.
     template <class Body>
     void each(int64_t n, const Body& body) const {
         for (int64_t at = 0; at < n; at += W) body(at, std::min(W, n - at));
@@ -347,7 +347,7 @@ struct Rows {
         for (int64_t i = C; i < W; i += C) std::memcpy(table + i, table, C * sizeof(float));
     }
 
-    // table[channel] = sum of the table's values over the elements of that channel.
+    // table[channel] = sum of the table over the elements of that channel.
     void fold(float* table) const {
         for (int64_t i = C; i < W; i += C)
             for_vectors(C, [&](int64_t c, int lanes) { store(table + c, load(table + c, lanes) + load(table + i + c, lanes), lanes); });
@@ -376,7 +376,7 @@ inline void sum_rows(const Rows& rows, const T* x, int64_t n, float* sums, const
     );
 }
 
-// The moments of a strip's groups. work: two tables.
+// Moments of the groups in a strip. work: two tables.
 template <class T>
 inline void strip_moments(const Rows& rows, const T* x, int64_t positions, int64_t G, float* work, Moments* out) {
     const int64_t channels = rows.C / G, n = positions * rows.C;
@@ -435,7 +435,7 @@ void rows_forward(
     );
 }
 
-// Sums over a strip's rows of dn and of dn x_hat. table: mean, rstd, weight, bias; sums: two tables.
+// Sums of dn and dn x_hat over a strip's rows. table: mean, rstd, weight, bias; sums: two tables.
 template <class T>
 inline void strip_sums(const Rows& rows, const T* grad_y, const T* x, int64_t n, const float* table, float* sums) {
     const int64_t room = rows.room();
@@ -545,8 +545,8 @@ void rows_backward(
 
 }  // namespace
 
-// x [B, C, S] with batches and channels a stride apart (channels_last: [B, S, C], dense but for the batch stride); weight, bias [C] float
-// -> y, dense and laid out like x; mean, rstd [B, G].
+// x [B, C, S] with batch and channel strides (channels_last: [B, S, C], dense except for the batch stride); weight, bias [C] float
+// -> y, dense, in x's layout; mean, rstd [B, G].
 template <class T>
 void group_norm_silu_forward(
     const T* x, int64_t x_batch, int64_t x_channel, const float* weight, const float* bias, double eps, T* y, float* mean, float* rstd,
@@ -559,7 +559,7 @@ void group_norm_silu_forward(
 }
 OV3_EXPORT(group_norm_silu_forward)
 
-// grad_y and x as the forward's x; mean, rstd [B, G] -> grad_x (or null), dense and laid out like x; grad_weight, grad_bias [C] float.
+// grad_y and x as x in the forward; mean, rstd [B, G] -> grad_x (or null), dense, in x's layout; grad_weight, grad_bias [C] float.
 template <class T>
 void group_norm_silu_backward(
     const T* grad_y, int64_t grad_y_batch, int64_t grad_y_channel, const T* x, int64_t x_batch, int64_t x_channel, const float* weight,

@@ -1,4 +1,4 @@
-// Which of the builds this processor can run. Compiled for the oldest one; the rest of the library is built once per instruction set.
+// Reports which instruction sets this processor supports. Compiled for the baseline; the rest of the library is built once per instruction set.
 
 #include "tiles.h"
 

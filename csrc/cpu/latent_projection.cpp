@@ -1,4 +1,4 @@
-// Tokens to latents: the product's rows go straight to their patches in the image, whose gradient is read from there.
+// Tokens to latents: the product's rows are stored directly into the image's patches, and the backward reads its gradient from there.
 #include <algorithm>
 
 #include "export.h"
@@ -9,7 +9,7 @@ using namespace ov3;
 
 namespace {
 
-// An image [B, C, h p, w p] whose lines are dense.
+// An image [B, C, h p, w p] with dense lines.
 template <class T>
 struct ImageView {
     const T* data;
@@ -28,7 +28,7 @@ struct ImageView {
     }
 };
 
-// out [K] = sums of all rows of patches: blocks of a fixed size, then the blocks in order.
+// out [K] = sum of all rows of patches: over blocks of a fixed size, then over the blocks in order.
 template <class T>
 void sum_patches(const ImageView<T>& image, int64_t R, T* out, int threads) {
     constexpr int64_t BLOCK = 256;
@@ -45,7 +45,7 @@ void sum_patches(const ImageView<T>& image, int64_t R, T* out, int threads) {
             for_vectors(K, [&](int64_t k, int lanes) {
                 vf x = load(sum + k, lanes);
                 for (int64_t i = 0; i < here;) {
-                    vf chain = {};  // short chains keep digits
+                    vf chain = {};  // short chains, for precision
                     for (const int64_t stop = std::min(here, i + 16); i < stop; i++) chain += load(some + i * K + k, lanes);
                     x += chain;
                 }

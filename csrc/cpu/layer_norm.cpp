@@ -1,4 +1,4 @@
-// Layer normalisation over rows of D, with a residual: one read of each row from memory, one write.
+// Layer normalisation over rows of D, with a residual: each row is read from memory once and written once.
 #include <algorithm>
 #include <type_traits>
 
@@ -10,15 +10,15 @@ using namespace ov3;
 
 namespace {
 
-constexpr int64_t ROWS = 16;    // of a task
-constexpr int64_t STRIP = 64;   // rows whose gradients by weight and bias are added up in one go
-constexpr int64_t CHAIN = 64;   // terms that are added up one after another: few, for the digits
+constexpr int64_t ROWS = 16;    // rows per task
+constexpr int64_t STRIP = 64;   // rows per partial sum of the weight and bias gradients
+constexpr int64_t CHAIN = 64;   // terms accumulated in one chain, short for precision
 
-// Rows whose gradients by weight and bias join in registers; divides STRIP. Rows of float are better followed by the prefetcher one by one.
+// Rows whose weight and bias gradients are combined in registers; divides STRIP. For float rows the prefetcher works better one row at a time.
 template <class T>
 constexpr int TOGETHER = sizeof(T) == 2 ? 2 : 1;
 
-// The sum of value(first element, lanes) over a row of D, a lane for itself. Lanes behind the row must be 0.
+// The lane-wise sum of value(first element, lanes) over a row of D. Lanes past the end must be 0.
 template <class Value>
 inline vf lane_sums(int64_t D, const Value& value) {
     vf total = {};
@@ -36,7 +36,7 @@ inline vf lane_sums(int64_t D, const Value& value) {
     return total;
 }
 
-// x as an element of T keeps it.
+// x rounded to T and back.
 template <class T>
 inline vf rounded(vf x) {
     if constexpr (sizeof(T) == sizeof(float)) return x;
@@ -49,8 +49,8 @@ inline vf rounded(vf x) {
 
 }  // namespace
 
-// x, residual (or null) [R, D] with rows a stride apart; weight, bias (or null) [D] float -> y, h (null without
-// residual) [R, D], mean, rstd [R].
+// x, residual (or null) [R, D] with row strides; weight, bias (or null) [D] float -> y, h (null without residual) [R, D],
+// mean, rstd [R].
 template <class T>
 void layer_norm_forward(
     const T* x, int64_t x_stride, const T* residual, int64_t residual_stride, const float* weight, const float* bias, double eps, T* y,
@@ -58,7 +58,7 @@ void layer_norm_forward(
 ) {
     expect_writes(y, R * D);
     if (residual) expect_writes(h, R * D);
-    // Rows r0 .. r0 + count - 1, whose sums wait for each other nowhere.
+    // Rows r0 .. r0 + count - 1, interleaved so that their sums are independent.
     const auto rows = [&](int64_t r0, auto count) {
         constexpr int N = decltype(count)::value;
         const T* row[N];
@@ -81,7 +81,7 @@ void layer_norm_forward(
         }
 #pragma GCC unroll 4
         for (int i = 0; i < N; i++) m[i] = sum(total[i]) / float(D);
-        // Squares of differences in a second pass, over what the cache holds: no digits are lost at large means.
+        // Squared deviations in a second pass over cached data, so that a large mean costs no precision.
         for (int i = 0; i < N; i++)
             total[i] = lane_sums(D, [&](int64_t d, int lanes) {
                 vf centred = load(row[i] + d, lanes) - m[i];

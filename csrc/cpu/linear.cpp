@@ -5,7 +5,7 @@
 
 using namespace ov3;
 
-// x [R, K] with rows x_stride apart, w [N, K], bias [N] or null -> y [R, N].
+// x [R, K] with row stride x_stride, w [N, K], bias [N] or null -> y [R, N].
 template <class T, class P>
 void linear_forward(
     const T* x, int64_t x_stride, const P* w, int64_t w_stride, const P* bias, T* y, int64_t R, int64_t K, int64_t N, int threads

@@ -1,8 +1,8 @@
-// Cross-entropy of a linear head: logits z_tv = <h_t, w_v> in chunks of tokens, transposed, so that a softmax runs down the lanes.
+// Cross-entropy of a linear head: logits z_tv = <h_t, w_v> in chunks of tokens, transposed, with one token per lane of the softmax.
 //
-// For a chunk of R tokens: tiles of vocabulary times tokens, whose exponentials below the running maximum are kept; then the gradients
-// G_vt by the logits take their place, and G^T w and G h follow. With gradients wanted at once nothing is computed twice: three products.
-// Weights of 16 bits gather their gradient in 24 bits all the same: the upper 16 lie in the result, the lower 8 aside.
+// For a chunk of R tokens: tiles of vocabulary x tokens, whose exponentials relative to the running maximum are kept; these are then overwritten by
+// the gradients G_vt with respect to the logits, followed by G^T w and G h. If gradients are computed in the forward, nothing is computed twice: three products.
+// 16-bit weights accumulate their gradient in 24 bits: the upper 16 in the result, the lower 8 in a separate buffer.
 #include <type_traits>
 
 #include "export.h"
@@ -13,8 +13,8 @@ using namespace ov3;
 namespace {
 
 template <class T>
-constexpr int64_t CHUNK = sizeof(T) == 2 ? 528 : 384;  // tokens at once: what is kept of them is V * CHUNK elements
-constexpr int64_t TILE = 192;                          // classes of a task, at most
+constexpr int64_t CHUNK = sizeof(T) == 2 ? 528 : 384;  // tokens at a time, for which V * CHUNK elements are kept
+constexpr int64_t TILE = 192;                          // most classes per task
 
 template <class T>
 struct Head {
@@ -26,26 +26,26 @@ struct Head {
     const T* w;
     int64_t w_stride;
     const int64_t* labels;
-    const int64_t* tokens;  // positions of the rows of h that count
+    const int64_t* tokens;  // positions of the rows of h that are not ignored
     int64_t count, V, D;
     bool gradients;
-    T* grad_h;  // rows as in h, a distance of D apart; or null
+    T* grad_h;  // rows as in h, with stride D; or null
     T* grad_w;  // or null
     int threads;
 
-    // Few classes: smaller tasks, so that no thread waits long for another's last one.
+    // With few classes, smaller tasks, to balance the threads.
     const int64_t tile_classes = std::clamp<int64_t>(round_up(ceil_div(V, 16), NR), NR, TILE);
     const int64_t words_d = words_of<T>(D), words_r = words_of<T>(R), tiles = ceil_div(V, tile_classes), wide = round_up(R, NR);
     const int64_t panels_d = ceil_div(D, NR), room = std::min(R, round_up(std::max<int64_t>(count, 1), NR));
-    Buffer<T> rows{room * D};                                             // the chunk of h
-    Buffer<word_t<T>> by_width{words_d * wide};                           // the chunk of h for the logits
-    Buffer<word_t<T>> by_token{grad_w ? words_r * round_up(D, VL) : 0};   // and for the gradient of w
+    Buffer<T> rows{room * D};                                             // chunk of h
+    Buffer<word_t<T>> by_width{words_d * wide};                           // chunk of h for the logits
+    Buffer<word_t<T>> by_token{grad_w ? words_r * round_up(D, VL) : 0};   // chunk of h for the gradient of w
     Buffer<T> kept{gradients ? V * room : 0};                             // [V][room]
-    Buffer<uint8_t> lower{NARROW && grad_w ? V * D : 0};                  // of grad_w's bits
+    Buffer<uint8_t> lower{NARROW && grad_w ? V * D : 0};                  // lower bits of grad_w
     Buffer<float> grad_rows{grad_h ? room * D : 0};
-    Buffer<float> tile_m{tiles * wide}, tile_l{tiles * wide};              // a tile's maximum and sum of exponentials below it
+    Buffer<float> tile_m{tiles * wide}, tile_l{tiles * wide};              // per tile: maximum, and sum of exponentials relative to it
     Buffer<float> own{wide}, upstream{wide}, top{wide}, log_sum{wide};
-    // Of a thread:
+    // Per thread:
     Buffer<word_t<T>> a{threads * TILE * words_d};
     Buffer<word_t<T>> a_tokens{grad_w ? threads * TILE * words_r : 0};
     Buffer<float> products{threads * TILE * NR};
@@ -75,7 +75,7 @@ struct Head {
         });
     }
 
-    // Logits are exponentiated, so their errors count: short chains of additions where the width is small.
+    // Logits are exponentiated, so their errors matter: for small widths, short chains of additions.
     const int64_t chain = std::min<int64_t>(CHAIN<word_t<T>>, std::max<int64_t>(16, round_up(ceil_div(words_d, 4), Word<T>::whole)));
 
     // Logits of one tile: take(first class in the tile, token, vectors, classes, c).
@@ -94,7 +94,7 @@ struct Head {
         }
     }
 
-    // Maxima and sums of one tile, and the exponentials below the former where they are kept.
+    // Maxima and sums of one tile, and, if kept, the exponentials.
     void exponentials(int64_t t0, int64_t here, int64_t tile, int thread) {
         logits(here, tile, thread, [&](int64_t v0, int64_t classes, int64_t t, int lanes, float* c) {
             vf highest = splat(LOWEST);
@@ -129,7 +129,7 @@ struct Head {
         }
     }
 
-    // kept: exponentials -> gradients, for the same upstream gradient of all tokens.
+    // kept: exponentials -> gradients, for an upstream gradient common to all tokens.
     void scale_kept(int64_t t0, int64_t here, int64_t tile, float factor) {
         const int64_t v0 = tile * tile_classes, classes = std::min(tile_classes, V - v0);
         float* scale = tile_m + tile * wide;
@@ -144,13 +144,13 @@ struct Head {
         for (int64_t t = 0; t < here; t++) {
             const int64_t label = labels[tokens[t0 + t]] - v0;
             if (label < 0 || label >= classes) continue;
-            // In float, before rounding takes 1 - small to 1.
+            // In float, before 1 - small is rounded to 1.
             const float p = exp_below(splat((own[t] - top[t]) - log_sum[t]))[0];
             kept[(v0 + label) * room + t] = from_float<T>((p - 1.0f) * factor);
         }
     }
 
-    // The same straight from logits, given their log-sums and an upstream gradient per token.
+    // The same directly from logits, given their log-sums and an upstream gradient per token.
     void gradients_of_tile(int64_t t0, int64_t here, int64_t tile, int thread) {
         logits(here, tile, thread, [&](int64_t v0, int64_t classes, int64_t t, int lanes, float* c) {
             const vf highest = load(top + t), log = load(log_sum + t), up = load(upstream + t);
@@ -185,13 +185,13 @@ struct Head {
 
     typedef uint8_t vu8 __attribute__((vector_size(VL)));
 
-    // A float whose upper 16 bits lie at `up`, the next 8 at `low`.
+    // Floats whose upper 16 bits are at `up` and the next 8 at `low`.
     static vf join(const T* up, const uint8_t* low, int lanes) {
         vu8 bits = {};
         copy_lanes<1>(&bits, low, lanes);
         return bit_cast<vf>(bit_cast<vu>(load(up, lanes)) | (__builtin_convertvector(bits, vu) << 8));
     }
-    // x rounded to 24 bits, in its two parts. NaN is only cut: a carry could make something else of it.
+    // x rounded to 24 bits, in two parts. NaN is truncated, since a carry could turn it into a number.
     static void part(vf x, T* up, uint8_t* low, int lanes) {
         const vu bits = bit_cast<vu>(x) + (x == x ? vu{} + 0x80u : vu{});
         const vu16 upper = __builtin_convertvector(bits >> 16, vu16);
@@ -222,10 +222,10 @@ struct Head {
             });
     }
 
-    // grad_rows = G^T w in pieces of classes, whose words all threads share.
+    // grad_rows = G^T w in blocks of classes, whose words all threads share.
     void multiply_rows(int64_t here) {
         constexpr int64_t CLASSES = PIECE * Word<T>::ks;
-        constexpr int64_t STRIP = 64;  // tokens that are packed at once: a cache line of their row, or two
+        constexpr int64_t STRIP = 64;  // tokens packed at a time: one or two cache lines of their row
         const int64_t groups = ceil_div(here, ROWS), halves = threads > 1 ? 2 : 1, parts = std::min<int64_t>(panels_d,
             2 * threads - (threads == 1)), strips = ceil_div(here, STRIP);
         for (int64_t v = 0; v < V; v += CLASSES) {
@@ -266,7 +266,7 @@ struct Head {
         finish_rows(t0, here);
     }
 
-    // nll [T] and lse [2, T] (or null) at the tokens that count; gradients for an upstream gradient `factor` of each.
+    // nll [T] and lse [2, T] (or null) of the tokens that are not ignored; gradients for an upstream gradient of `factor` each.
     void forward(float* nll, float* lse, int64_t lse_stride, float factor) {
         for (int64_t t0 = 0; t0 < count; t0 += R) {
             const int64_t here = std::min(R, count - t0);
@@ -301,7 +301,7 @@ struct Head {
 
 }  // namespace
 
-// h [T, D], w [V, D] with rows a stride apart, labels [T], tokens [count] the positions that count -> nll [T], lse [2, T] there.
+// h [T, D], w [V, D] with row strides, labels [T], tokens [count]: the positions that are not ignored -> nll [T], lse [2, T] there.
 template <class T>
 void linear_cross_entropy_forward(
     const T* h, int64_t h_stride, const T* w, int64_t w_stride, const int64_t* labels, const int64_t* tokens, float* nll, float* lse,
@@ -312,7 +312,7 @@ void linear_cross_entropy_forward(
 }
 OV3_EXPORT(linear_cross_entropy_forward)
 
-// Those, grad_nll [T] and lse [2, T] -> grad_h [T, D] at the positions that count and grad_w [V, D], each of which may be null; count > 0.
+// The same, grad_nll [T] and lse [2, T] -> grad_h [T, D] at those positions and grad_w [V, D], each of which may be null; count > 0.
 template <class T>
 void linear_cross_entropy_backward(
     const T* h, int64_t h_stride, const T* w, int64_t w_stride, const int64_t* labels, const int64_t* tokens, const float* grad_nll,
@@ -323,7 +323,7 @@ void linear_cross_entropy_backward(
 }
 OV3_EXPORT(linear_cross_entropy_backward)
 
-// Both in one: nll [T], and the gradients of factor * sum(nll); count > 0.
+// Forward and backward in one: nll [T], and the gradients of factor * sum(nll); count > 0.
 template <class T>
 void linear_cross_entropy_total(
     const T* h, int64_t h_stride, const T* w, int64_t w_stride, const int64_t* labels, const int64_t* tokens, double factor, float* nll,

@@ -30,17 +30,17 @@ constexpr float TAIL[] = {-1.142562029e-01f, 4.495569077e-01f, -3.270597679e-01f
 
 constexpr float LOG2_E = 1.44269504088896341f;
 
-// exp(x), within an ulp or two; 0 and inf where it should.
+// exp(x), within an ulp or two; underflows to 0 and overflows to inf.
 inline vf exp(vf x) {
     const vf clamped = min(max(x, splat(-105.0f)), splat(90.0f));
     const vf n = round_to_integer(clamped * LOG2_E);
-    // ln 2 in two parts keeps the digits of the remainder, which then goes back to base 2.
+    // ln 2 in two parts, for an accurate remainder, which is then converted back to base 2.
     const vf remainder = (clamped - n * 0.693145751953125f) - n * 1.42860677e-6f;
     const vf f = remainder * LOG2_E;
     return scale_by_power(polynomial(f, EXP2) * f + 1.0f, n);
 }
 
-// 2^x: what a softmax needs once log2(e) is in its scale. SHORT: relative error 3e-6, ample for bfloat16.
+// 2^x, for a softmax with log2(e) folded into its scale. SHORT: relative error 3e-6, sufficient for bfloat16.
 template <bool SHORT = false>
 inline vf exp2(vf x) {
     const vf clamped = min(max(x, splat(-150.0f)), splat(129.0f));
@@ -49,9 +49,9 @@ inline vf exp2(vf x) {
     return scale_by_power((SHORT ? polynomial(f, EXP2_SHORT) : polynomial(f, EXP2)) * f + 1.0f, n);
 }
 
-// ln(x) of positive, normal x.
+// ln(x) for positive, normal x.
 inline vf log(vf x) {
-    // x = m 2^e with m between sqrt(1/2) and sqrt(2).
+    // x = m 2^e, m in [sqrt(1/2), sqrt(2)).
     const vi bits = bit_cast<vi>(x) - 0x3f3504f3;
     const vf e = __builtin_convertvector(bits >> 23, vf);
     const vf f = bit_cast<vf>((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
@@ -77,7 +77,7 @@ inline void sin_cos(vf x, vf& sine, vf& cosine) {
 
 inline vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
 
-// The normal distribution's function, absolute error 1e-7, and exp(-x^2 / 2), of which its tails are a multiple.
+// The normal CDF, absolute error 1e-7, and exp(-x^2 / 2), which its tails are computed from.
 inline vf normal_cdf(vf x, vf& bell) {
     bell = exp2(x * x * (-0.5f * LOG2_E));
     const vf s = 1.0f / (1.0f + 0.275f * abs(x)), tail = bell * (polynomial(s, TAIL) * s);

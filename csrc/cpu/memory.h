@@ -1,4 +1,4 @@
-// Fresh memory for large results.
+// Huge pages for large results.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,9 @@
 
 namespace ov3 {
 
-// Asks for large pages behind a result that is about to be written: a fresh one costs a page fault for every 4 KB otherwise, which takes
-// longer than the writing. Where the memory is in use already (its last page stands for all), or the system has no large pages, nothing
-// happens: asking costs as much as writing some megabytes.
+// Requests huge pages for a result about to be written: fresh memory otherwise costs a page fault per 4 KB, which takes
+// longer than the writes. Does nothing if the memory is already mapped (judging by its last page) or the system has no huge pages, since
+// the request costs as much as writing a few megabytes.
 inline void expect_bytes(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr uintptr_t PAGE = uintptr_t(1) << 21;

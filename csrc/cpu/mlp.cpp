@@ -1,4 +1,4 @@
-// The transformer's perceptron: two products, with the activation between them computed where its operand is read or written anyway.
+// The transformer's MLP: two products, with the activation between them computed where its operand is read or written anyway.
 #include "column_sums.h"
 #include "export.h"
 #include "math.h"
@@ -8,7 +8,7 @@ using namespace ov3;
 
 namespace {
 
-constexpr int64_t PIECE = 512;  // columns of activations that are made and packed together, in the first-level cache
+constexpr int64_t PIECE = 512;  // columns of activations computed and packed at a time, in the L1 cache
 
 template <Activation KIND, class T>
 inline void gelu_row(const T* h, int64_t n, T* a) {
@@ -110,7 +110,7 @@ void backward(
 
 }  // namespace
 
-// x [R, K] with rows x_stride apart, w1 [H, K], b1 [H] or null, w2 [D, H], b2 [D] or null; kind 0 gelu, 1 gelu_tanh -> y [R, D], h [R, H].
+// x [R, K] with row stride x_stride, w1 [H, K], b1 [H] or null, w2 [D, H], b2 [D] or null; kind 0 gelu, 1 gelu_tanh -> y [R, D], h [R, H].
 template <class T, class P>
 void mlp_forward(
     const T* x, int64_t x_stride, const P* w1, int64_t w1_stride, const P* b1, const P* w2, int64_t w2_stride, const P* b2, T* y, T* h,

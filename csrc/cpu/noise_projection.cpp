@@ -1,4 +1,4 @@
-// y = (z + sigma eps) W^T + b with noise that is drawn where it is used and never stored.
+// y = (z + sigma eps) W^T + b, with noise generated where it is used and never stored.
 #include "../common/philox.h"
 #include "column_sums.h"
 #include "export.h"
@@ -8,7 +8,7 @@ using namespace ov3;
 
 namespace {
 
-// z [B, N, K] with the numbers that belong to it. Row r is instance r / N; its noise is elements [r K, (r + 1) K) of the stream.
+// z [B, N, K] with its noise. Row r belongs to instance r / N; its noise is elements [r K, (r + 1) K) of the random stream.
 template <class T>
 struct Noisy {
     const T* z;
@@ -20,7 +20,7 @@ struct Noisy {
     int64_t rows_at_once() const { return std::min<int64_t>(VL, std::max<int64_t>(1, 1024 / std::max<int64_t>(K, 1))); }
     int64_t room() const { return round_up(Philox::room(rows_at_once() * K), 16); }
 
-    // body(row, noise of the row) for rows [r0, r0 + count).
+    // Calls body(row, noise of the row) for rows [r0, r0 + count).
     template <class Body>
     void each(int64_t r0, int64_t count, float* room, const Body& body) const {
         const int64_t step = rows_at_once();
@@ -31,7 +31,7 @@ struct Noisy {
         }
     }
 
-    // x = z + sigma eps of rows [r0, r0 + count), rounded to T, rows K apart.
+    // x = z + sigma eps of rows [r0, r0 + count), rounded to T, with row stride K.
     void make(int64_t r0, int64_t count, T* x, float* room) const {
         each(r0, count, room, [&](int64_t r, const float* noise) {
             const T* row = z + r / N * batch_stride + r % N * row_stride;

@@ -1,7 +1,7 @@
 // Weight gradients: C[m, n] = sum_r a[r, m] b[r, n] over many rows r.
 //
-// Rows come in chunks, so that neither operand is ever held packed as a whole and what the rows are made from (noise, patches, an
-// activation's derivative) is needed a chunk at a time. C is kept in fp32 between chunks; the chunks' size is fixed, and so is the
+// Rows are processed in chunks, so that neither operand is ever packed in full, and rows computed on the fly (noise, patches, an
+// activation's derivative) are needed only a chunk at a time. C is kept in fp32 between chunks; the chunk size is fixed, and so is the
 // order of additions.
 #pragma once
 
@@ -10,21 +10,20 @@
 namespace ov3 {
 
 constexpr int64_t CHUNK_ROWS = 2048;
-constexpr int64_t STRIP_ROWS = 64;  // of b that are packed in one go; a multiple of a word's ks
+constexpr int64_t STRIP_ROWS = 64;  // rows of b packed at a time; a multiple of a word's ks
 
 template <class T>
 class OuterSums {
   public:
-    // R: all rows that will come.
+    // R: total number of rows.
     OuterSums(int64_t R, int64_t M, int64_t N, int threads)
         : M(M), N(N), threads_(threads), several_(R > CHUNK_ROWS), b_(std::min(R, CHUNK_ROWS), N),
           block_(block_rows<T>(std::max<int64_t>(M, 1), std::min(R, CHUNK_ROWS))), sums_(several_ ? M * b_.panels() * NR : 0),
           a_(block_ * b_.words * threads), c_(block_ * NR * threads) {}
 
-    // The next chunk, rows being counted from its start: row_a(r) points at a's row r; strip_b(r, rows, thread) gives rows [r, r + rows)
-    // of b
-    // as a Matrix over columns (made in room of the thread's, if need be). All chunks but the last have CHUNK_ROWS rows. With the last one,
-    // every block of C goes to store(m, rows, n, columns, values, ld), values[ld * row + column].
+    // The next chunk, with rows counted from its start: row_a(r) points to a's row r; strip_b(r, rows, thread) returns rows [r, r + rows)
+    // of b as a Matrix over columns (in the thread's workspace, if they are computed). All chunks but the last have CHUNK_ROWS rows. With the
+    // last one, every block of C goes to store(m, rows, n, columns, values, ld), values[ld * row + column].
     template <class RowA, class StripB, class Store>
     void add(int64_t rows, bool last, const RowA& row_a, const StripB& strip_b, const Store& store) {
         parallel(ceil_div(rows, STRIP_ROWS), threads_, [&](int64_t strip, int thread) {
@@ -48,7 +47,7 @@ class OuterSums {
                     const int64_t deep = std::min(CHAIN<word_t<T>>, words - k);
                     micro_rows(b_.width(p) / VL, count, deep, a + k * MR, words, b_.panel(p) + k * b_.width(p), b_.width(p), c, NR, k > 0);
                 }
-                // Every block of C's sums lies by itself, row after row.
+                // Each block of C's sums is stored contiguously, row by row.
                 if (several_) add_to_sums(c, sums_.data() + (m0 * b_.panels() + p * count) * NR, count * NR, last);
                 if (last) store(m0, count, p * NR, b_.columns(p), c, NR);
             }
@@ -56,7 +55,7 @@ class OuterSums {
         started_ = true;
     }
 
-    // All chunks of rows that lie ready.
+    // All chunks, for rows that are in memory.
     template <class RowA, class StripB, class Store>
     void add_all(int64_t R, const RowA& row_a, const StripB& strip_b, const Store& store) {
         for (int64_t r0 = 0; r0 == 0 || r0 < R; r0 += CHUNK_ROWS)
@@ -69,7 +68,7 @@ class OuterSums {
     const int64_t M, N;
 
   private:
-    // The sums so far join c (with the last chunk), or c joins them.
+    // Adds c to the sums or, with the last chunk, the sums to c.
     void add_to_sums(float* c, float* sums, int64_t n, bool last) const {
         float* out = last ? c : sums;
         for (int64_t i = 0; i < n; i += VL) store(out + i, started_ ? load(sums + i) + load(c + i) : load(c + i));
@@ -85,13 +84,13 @@ class OuterSums {
     Buffer<float> c_;
 };
 
-// strip_b for rows that lie ready at one distance.
+// strip_b for rows in memory with one stride.
 template <class T>
 inline auto plain_strips(const T* data, int64_t stride) {
     return [=](int64_t r0, int64_t, int) { return Matrix<T>{data + r0 * stride, 1, stride}; };
 }
 
-// A block of C as it is: out[m, n], rows `width` apart.
+// Stores a block of C: out[m, n], with row stride `width`.
 template <class T>
 inline auto store_block(T* out, int64_t width) {
     return [=](int64_t m, int64_t rows, int64_t n, int columns, const float* values, int64_t ld) {
@@ -101,7 +100,7 @@ inline auto store_block(T* out, int64_t width) {
     };
 }
 
-// A block of C transposed: out[n, m], rows `width` apart.
+// Stores a block of C transposed: out[n, m], with row stride `width`.
 template <class T>
 inline auto store_transposed(T* out, int64_t width) {
     return [=](int64_t m, int64_t rows, int64_t n, int columns, const float* values, int64_t ld) {

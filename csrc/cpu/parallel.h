@@ -1,7 +1,7 @@
-// Loops over independent tasks on OpenMP's threads, which PyTorch uses as well: one pool, so the two never compete.
+// Loops over independent tasks on OpenMP's thread pool, shared with PyTorch so that the two never compete.
 //
-// No result depends on which thread runs a task or on how many there are: a task writes what no other task reads or writes, and sums over
-// tasks are taken afterwards in the tasks' order. That is also why there is no data race to find.
+// No result depends on which thread runs a task or on the number of threads: a task writes only what no other task reads or writes, and sums
+// over tasks are taken afterwards in task order. So there are no data races either.
 #pragma once
 
 #include <omp.h>
@@ -15,7 +15,7 @@
 
 namespace ov3 {
 
-// Within it the thread may use tiles. The pool's threads are PyTorch's too, whose library configures and releases them as it likes.
+// The thread may use tiles within this scope. Threads are shared with PyTorch's libraries, which configure and release tiles on their own.
 struct TileScope {
 #if defined(OV3_TILES)
     TileScope() { Tiles::configure(TileConfig::full()); }
@@ -24,7 +24,7 @@ struct TileScope {
 #endif
 };
 
-// body(task, thread), thread < threads.
+// Calls body(task, thread), thread < threads.
 template <class Body>
 inline void parallel(int64_t tasks, int threads, const Body& body) {
     if (tasks < threads) threads = int(tasks);
@@ -45,7 +45,7 @@ inline void parallel(int64_t tasks, int threads, const Body& body) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Uninitialised room on cache lines of its own.
+// Uninitialised memory on separate cache lines.
 template <class T>
 class Buffer {
   public:

@@ -1,4 +1,4 @@
-// Latents to tokens in one go: sampling, affine map, patches, product, CLS token and position embedding, strip by strip.
+// Latents to tokens in one pass: sampling, scale and shift, patches, product, CLS token and position embedding, strip by strip.
 #include <algorithm>
 
 #include "../common/philox.h"
@@ -11,7 +11,7 @@ using namespace ov3;
 
 namespace {
 
-// Latents [B, C, H, W], or with `moments` [B, 2 C, H, W]; lines of pixels are dense. `sampled` only with moments.
+// Latents [B, C, H, W], or with `moments` [B, 2 C, H, W], with dense lines of pixels. `sampled` requires moments.
 template <class L>
 struct Latents {
     const L* data;
@@ -25,7 +25,7 @@ struct Latents {
     const L* at(int64_t strip, int64_t c, int64_t dy, int64_t x0) const {
         return data + strip / grid.h * batch_stride + c * channel_stride + (strip % grid.h * grid.p + dy) * line_stride + x0;
     }
-    // Noise of channel c of patches [j0, j1) of a strip: its lines are grid.width() apart. Null without sampling.
+    // Noise of channel c of patches [j0, j1) of a strip, with line stride grid.width(). Null without sampling.
     const float* draw(int64_t strip, int64_t c, int64_t j0, int64_t j1, float* room) const {
         if (!sampled) return nullptr;
         const int64_t line = (strip / grid.h * grid.C + c) * grid.h * grid.p + strip % grid.h * grid.p;
@@ -36,7 +36,7 @@ struct Latents {
 
     static vf deviation(vf logvar) { return exp(0.5f * min(max(logvar, splat(-30.0f)), splat(20.0f))); }
 
-    // Pixels [x0, x0 + n) of a line, sampled and mapped, rounded to T.
+    // Pixels [x0, x0 + n) of a line, sampled, scaled and rounded to T.
     template <class T>
     void line(int64_t strip, int64_t c, int64_t dy, int64_t x0, int64_t n, const float* noise, T* out) const {
         const L* mean = at(strip, c, dy, x0);
@@ -62,7 +62,7 @@ struct Latents {
         });
     }
 
-    // The gradient by pixels [x0, x0 + n) of a line, from that by z before it was mapped; grad has dense lines.
+    // The gradient of pixels [x0, x0 + n) of a line, from that of z before scaling; grad has dense lines.
     void gradient(int64_t strip, int64_t c, int64_t dy, int64_t x0, int64_t n, const float* dz, const float* noise, L* grad) const {
         const int64_t H = grid.h * grid.p, plane = H * grid.width(), channels = moments ? 2 * grid.C : grid.C;
         const L* mean = at(strip, c, dy, x0);
@@ -92,7 +92,7 @@ Latents<L> latents_of(
             float(shift), Philox(rng ? rng : none)};
 }
 
-// Strips of patches, packed: what a thread needs to make them.
+// A thread's workspace for packing strips of patches.
 template <class T>
 struct PatchRoom {
     PatchRoom(const Grid& g, int64_t rows, int64_t noise, int threads)
@@ -144,7 +144,7 @@ void forward(const Latents<L>& z, const T* w, int64_t w_stride, const T* bias, c
     });
 }
 
-// out [rows, D] = sum over images of grad_y; the images in order.
+// out [rows, D] = sum of grad_y over images, in order.
 template <class T>
 void sum_over_images(const T* grad_y, int64_t batch_stride, int64_t row_stride, T* out, int64_t B, int64_t rows, int64_t D, int threads) {
     parallel(rows, threads, [&](int64_t n, int) {
@@ -195,7 +195,7 @@ void backward(
     if (grad_pos) sum_over_images(grad_y, batch_stride, row_stride, grad_pos, B, N + has_cls, D, threads);
     if (grad_cls) sum_over_images(grad_y, batch_stride, row_stride, grad_cls, B, 1, D, threads);
     if (grad_bias) {
-        // Images' sums first, since rows of two images may lie apart.
+        // Sums per image first, since images need not be contiguous.
         Buffer<float> sums(std::max<int64_t>(B, 1) * D);
         parallel(B, threads, [&](int64_t image, int) {
             column_sums<T, float>(dy.data + image * batch_stride, row_stride, N, D, sums + image * D, 1);
@@ -207,8 +207,7 @@ void backward(
 }  // namespace
 
 // latents [B, C, H, W] or moments [B, 2 C, H, W] of float (wide) or T, w [D, C p p], bias [D], pos [(1+) h w, D], cls [D] or null, rng
-// (seed,
-// offset) or null -> y [B, (1+) h w, D].
+// (seed, offset) or null -> y [B, (1+) h w, D].
 template <class T>
 void patch_embed_forward(
     const void* latents, int64_t batch_stride, int64_t channel_stride, int64_t line_stride, int64_t is_wide, const T* w, int64_t w_stride,
@@ -224,7 +223,7 @@ void patch_embed_forward(
 }
 OV3_EXPORT(patch_embed_forward)
 
-// grad_y [B, (1+) h w, D] -> grad_latents (dense, of latents' shape and type), grad_w [D, C p p], grad_bias [D], grad_pos [(1+) h w, D],
+// grad_y [B, (1+) h w, D] -> grad_latents (dense, with latents' shape and type), grad_w [D, C p p], grad_bias [D], grad_pos [(1+) h w, D],
 // grad_cls [D]; each may be null.
 template <class T>
 void patch_embed_backward(

@@ -1,4 +1,4 @@
-// Pictures [B, C, H, W] as rows of patches [B h w, C p p] in the order (c, dy, dx), and back, a strip (one row of patches) at a time.
+// Images [B, C, H, W] as rows of patches [B h w, C p p] in the order (c, dy, dx), and back, one strip (row of patches) at a time.
 #pragma once
 
 #include "rows.h"
@@ -6,14 +6,14 @@
 namespace ov3 {
 
 struct Grid {
-    int64_t C, p, h, w;  // channels, patch size, patches down and across
-    int64_t lines() const { return C * p; }           // of pixels in a strip, (c, dy)
-    int64_t values() const { return C * p * p; }      // in a patch
+    int64_t C, p, h, w;  // channels, patch size, patches vertically and horizontally
+    int64_t lines() const { return C * p; }           // lines of pixels per strip, (c, dy)
+    int64_t values() const { return C * p * p; }      // values per patch
     int64_t width() const { return w * p; }
     int64_t tokens() const { return h * w; }
 };
 
-// body(strip, j0, j1, r): patches [j0, j1) of a strip are the rows from r on; covers rows [r0, r0 + rows). A strip counts over the batch.
+// Calls body(strip, j0, j1, r), covering rows [r0, r0 + rows): patches [j0, j1) of a strip are the rows from r on. Strips are numbered over the batch.
 template <class Body>
 inline void for_strips(const Grid& g, int64_t r0, int64_t rows, const Body& body) {
     for (int64_t r = r0; r < r0 + rows;) {
@@ -23,7 +23,7 @@ inline void for_strips(const Grid& g, int64_t r0, int64_t rows, const Body& body
     }
 }
 
-// P pixels between a line and the patches that it crosses: line[j p + dx] <-> rows[j ld + dx].
+// Copies P pixels between a line and each patch that it crosses: line[j p + dx] <-> rows[j ld + dx].
 template <int P, bool TO_ROWS, class T>
 inline void move_line(T* line, T* rows, int64_t ld, int64_t patches, int64_t p) {
     for (int64_t j = 0; j < patches; j++) {
@@ -50,8 +50,7 @@ inline void rows_to_line(const T* rows, T* line, int64_t ld, int64_t patches, in
     move_line<false>(line, const_cast<T*>(rows), ld, patches, p);
 }
 
-// The product of `row`'s rows with b, handed over in blocks of whole strips where these are short: done(r0, rows, values [rows, b.N],
-// thread).
+// The product of the rows `row` with b, delivered in blocks of full strips if these are short: done(r0, rows, values [rows, b.N], thread).
 template <class T, class Row, class Done>
 inline void gemm_strips(int64_t R, const Grid& g, const Row& row, const Packed<T>& b, const Done& done, int threads) {
     if (R == 0) return;

@@ -1,4 +1,4 @@
-// Standard normal numbers of the package's stream.
+// Standard normal random numbers.
 #include <algorithm>
 
 #include "../common/philox.h"
@@ -25,7 +25,7 @@ void random_normal(const int64_t* rng, T* out, int64_t n, int threads) {
 }
 OV3_EXPORT(random_normal)
 
-// The stream's words as numbers of 32 bits, out [n]; for tests.
+// The raw 32-bit words, out [n]; for tests.
 template <class T>
 void random_words(const int64_t* rng, uint32_t* out, int64_t n, int) {
     const Philox philox(rng);

@@ -1,11 +1,11 @@
-// Rows that need not lie at one distance from each other (a batch of tokens without their first one, say), packed for gemm.h.
+// Packs rows that need not have a single stride (such as a batch of tokens without the first one) for gemm.h.
 #pragma once
 
 #include "gemm.h"
 
 namespace ov3 {
 
-// Row r of [outer, per] rows; per == 0: all rows at the distance `inner`.
+// Row r of [outer, per] rows; per == 0: all rows have the stride `inner`.
 template <class T>
 struct Rows {
     const T* data;
@@ -13,14 +13,14 @@ struct Rows {
     const T* operator()(int64_t r) const { return per ? data + r / per * outer + r % per * inner : data + r * inner; }
 };
 
-// Rows at one distance are told apart from others here, so that reading them needs no division.
+// Dispatches on whether rows have a single stride, which needs no division.
 template <class T>
 inline Rows<T> batched_rows(const T* data, int64_t outer, int64_t per, int64_t inner) {
     return outer == per * inner ? Rows<T>{data, inner} : Rows<T>{data, inner, per, outer};
 }
 
-// A product whose rows of A cost something to make: they are made once, whatever the threads. fill(m0, rows, words, thread); store as in
-// gemm_with; done(m0, rows, thread) comes when these rows are complete.
+// A product whose rows of A are expensive to compute: they are computed once, whatever the number of threads. fill(m0, rows, words, thread); store as
+// in gemm_with; done(m0, rows, thread) is called when these rows are complete.
 template <class T, class Fill, class Store, class Done>
 inline void gemm_rows(int64_t M, const Packed<T>& b, const Fill& fill, const Store& store, const Done& done, int threads) {
     if (M == 0) return;
@@ -37,7 +37,7 @@ inline void gemm_rows(int64_t M, const Packed<T>& b, const Fill& fill, const Sto
 }
 inline void nothing(int64_t, int64_t, int) {}
 
-// Asks for the memory of n values that will be wanted soon.
+// Prefetches n values.
 template <bool WRITE = false, class T>
 inline void prefetch(const T* p, int64_t n) {
     const char *c = reinterpret_cast<const char*>(p), *last = reinterpret_cast<const char*>(p + n) - 1;
@@ -46,7 +46,7 @@ inline void prefetch(const T* p, int64_t n) {
 }
 constexpr int64_t AHEAD = 8;  // rows
 
-// A store for gemm: rows of `out` are `width` apart; adds bias [N] unless it is null.
+// A store for gemm: `out` has row stride `width`; adds bias [N] unless it is null.
 template <class T, class P = T>
 inline auto store_rows(T* out, int64_t width, const P* bias = nullptr) {
     return [=](int64_t m, int64_t n, int count, const float* values) {

@@ -1,5 +1,5 @@
-// Vectors of float, written once and compiled once per instruction set: GCC's and Clang's vector types give the width, and only what they
-// can't say (dot products of bfloat16, transposition) is spelled out per instruction set.
+// Float vectors, written once and compiled once per instruction set: GCC's and Clang's vector extensions provide the arithmetic, and only what they
+// can't express (bfloat16 dot products, transposition) is written per instruction set.
 #pragma once
 
 #include <cmath>
@@ -39,7 +39,7 @@ inline To bit_cast(From from) {
 
 inline vf splat(float x) { return x - vf{}; }
 
-// Elements as float. bfloat16 is rounded to nearest even; NaN stays NaN.
+// Conversion of elements to and from float. bfloat16 is rounded to nearest even; NaN stays NaN.
 
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
@@ -85,7 +85,7 @@ inline void store(bf16* p, vf x) {
 #endif
 }
 
-// The first `count` elements, 0 < count <= VL; nothing behind them is touched, and the other lanes are 0.
+// The first `count` elements, 0 < count <= VL; memory past them is not accessed, and the other lanes are 0.
 
 template <class T>
 inline vf load_part(const T* p, int count) {
@@ -129,7 +129,7 @@ inline vf first_lanes(vf x, int count) {
     return x;
 }
 
-// Calls body(i, count) for each vector of n elements; count is VL but for the last one.
+// Calls body(i, count) for each vector of n elements; count is VL except for the last one.
 template <class Body>
 inline void for_vectors(int64_t n, const Body& body) {
     int64_t i = 0;
@@ -141,7 +141,7 @@ inline vf load(const T* p, int count) { return count == VL ? load(p) : load_part
 template <class T>
 inline void store(T* p, vf x, int count) { count == VL ? store(p, x) : store_part(p, x, count); }
 
-// Arithmetic. Where an argument is NaN so is the result; `max` and `min` give their first argument then.
+// Arithmetic. NaN propagates, except that `max` and `min` then return their first argument.
 
 #if defined(__AVX512F__)
 inline vf max(vf a, vf b) { return bit_cast<vf>(_mm512_max_ps(bit_cast<__m512>(b), bit_cast<__m512>(a))); }
@@ -165,7 +165,7 @@ inline vf sqrt(vf a) {
 #endif
 }
 
-// Across the lanes, halves first: one fixed order, so that all instruction sets of one width agree.
+// Horizontal reduction, halves first: a fixed order, so that all instruction sets of the same width agree.
 template <class Join>
 inline float across(vf a, const Join& join) {
 #if defined(__AVX512F__)

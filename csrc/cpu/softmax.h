@@ -1,4 +1,4 @@
-// What the losses share: exponentials and logarithms of a softmax, and blocks of products that are added to rows of a result.
+// Shared by the losses: exponentials and logarithms of a softmax, and accumulation of product blocks into rows of a result.
 #pragma once
 
 #include <algorithm>
@@ -10,21 +10,21 @@ namespace ov3 {
 
 typedef double vd __attribute__((vector_size(VL * 8)));
 
-// Stands for -infinity where a difference of two of them must be 0.
+// Used instead of -infinity where the difference of two of them must be 0.
 constexpr float LOWEST = -1e30f;
 
 // exp(x) = 1 + x + x^2 q(x) for |x| <= ln(2) / 2, largest relative error 3.1e-9; from fit_math.py.
 constexpr float EXP_SQUARES[] = {1.381461100e-03f, 8.368710035e-03f, 4.166838741e-02f, 1.666652069e-01f, 4.999999345e-01f};
 
-// exp(x) of x <= 0 up to rounding, x = (z - max) as a softmax has it. Errors of exp(x) near x = 0 don't average out in sums of gradients
-// that cancel, so the leading terms are exact here.
+// exp(x) for x <= 0 (up to rounding), x = z - max in a softmax. Errors of exp(x) near x = 0 don't average out in cancelling sums of
+// gradients, so the leading terms are exact.
 inline vf exp_below(vf x) {
     const vf t = max(x, splat(-105.0f)), n = round_to_integer(t * LOG2_E);
     const vf f = (t - n * 0.693145751953125f) - n * 1.42860677e-6f;
     return scale_by_power((polynomial(f, EXP_SQUARES) * f * f + f) + 1.0f, n);
 }
 
-// ln(1 + e) of 0 <= e <= 1 with all its digits.
+// ln(1 + e) for 0 <= e <= 1, to full precision.
 inline vf log1p_unit(vf e) {
     const vi large = e > 0.414213562f;
     const vf f = large ? e * 0.5f - 0.5f : e, one = large ? splat(1.0f) : vf{};
@@ -33,7 +33,7 @@ inline vf log1p_unit(vf e) {
 }
 inline vf softplus(vf z) { return max(z, vf{}) + log1p_unit(exp_below(-abs(z))); }
 
-// x as it is after rounding: no later operation may be fused with the one that made it.
+// Forces x to be rounded: later operations can't be fused with the one that produced it.
 inline void keep_apart(vf& x) {
 #if defined(__AVX512F__)
     asm("" : "+v"(x));
@@ -46,7 +46,7 @@ inline void keep_apart(vf& x) {
 #endif
 }
 
-// What rounding took from a * b = p.
+// The rounding error of p = a * b.
 inline vf product_error(vf a, vf b, vf p) {
 #if defined(__AVX512F__)
     return bit_cast<vf>(_mm512_fmsub_ps(bit_cast<__m512>(a), bit_cast<__m512>(b), bit_cast<__m512>(p)));
@@ -87,8 +87,8 @@ struct Lse {
     }
 };
 
-// A block of a product: c[rows][columns] = (accumulate ? c : 0) + sum over `words` of a b[.][width]; rows <= ROWS_AT_ONCE, the panels of a
-// being `depth` words deep in all.
+// A block of a product: c[rows][columns] = (accumulate ? c : 0) + sum over `words` of a b[.][width]; rows <= ROWS_AT_ONCE; the total depth of a's
+// panels is `depth` words.
 template <class T>
 inline void block_into(
     int64_t words, const word_t<T>* a, int64_t depth, const word_t<T>* b, int width, int rows, int columns, float* c, int64_t ldc, bool accumulate

@@ -1,14 +1,14 @@
-// AdamW with clipping and an average of the weights, over lists of tensors: one launch reads all gradients for their norm, a second one reads
-// and writes every array once. A block takes a chunk of one tensor; the tensors' addresses travel as a parameter of the kernel, so nothing is
-// copied to the device beforehand and a captured graph holds them.
+// AdamW with gradient clipping and an EMA of the weights, over lists of tensors: one launch reads all gradients for their norm, a second one reads
+// and writes every array once. A block handles a chunk of one tensor; the tensors' addresses are passed as a kernel parameter, so nothing is
+// copied to the device beforehand and a captured graph contains them.
 #include "vectors.h"
 
 using namespace ov3;
 
 namespace {
 
-constexpr int CAPACITY = 512;  // tensors of a launch: as many as the 32764 bytes of a kernel's parameters hold
-constexpr int CHUNK = 8192;    // elements of a block
+constexpr int CAPACITY = 512;  // tensors per launch: as many as fit in 32764 bytes of kernel parameters
+constexpr int CHUNK = 8192;    // elements per block
 
 struct Lists {
     void* params[CAPACITY];
@@ -18,18 +18,18 @@ struct Lists {
     float* ema[CAPACITY];  // or null
     int64_t sizes[CAPACITY];
     float keep[CAPACITY];  // 1 - lr weight_decay; with Scheduled, weight_decay
-    int32_t first[CAPACITY];  // chunk of each tensor; chunks of all tensors stand in one row
+    int32_t first[CAPACITY];  // first chunk of each tensor; the chunks of all tensors are numbered consecutively
     int32_t tensors, chunks;
 };
 
-// a + weight (b - a), from the nearer end: factor is the weight or the weight - 1.
+// a + weight (b - a), computed from the nearer end: factor is weight or weight - 1.
 struct Lerp {
     float factor;
     int32_t from_a;
     __device__ __forceinline__ float operator()(float a, float b) const { return (from_a ? a : b) + factor * (b - a); }
 };
 
-// A number that all elements are multiplied by, in two floats: its rounding would be all elements' error.
+// A factor of all elements, as the sum of two floats: its rounding error would be common to all elements.
 struct Twofold {
     float high, low;
     __device__ __forceinline__ float times(float x) const { return x * high + x * low; }
@@ -43,7 +43,7 @@ struct Step {
     float max_norm;  // NaN for none
 };
 
-// What changes from step to step, where it lies on the device: a captured graph keeps the Step that it was recorded with.
+// Values that change from step to step, in device memory, since a captured graph keeps the Step that it was recorded with.
 struct Scheduled {
     Twofold inverse_root, size;
     float ema_factor, ema_from_a, lr;
@@ -78,11 +78,11 @@ struct Size {
     static constexpr int value = N;
 };
 
-// body(Size, first element) for all elements of `count` that this thread has: N at a time where that is allowed, else 1.
+// Calls body(Size, first element) for this thread's share of `count` elements: N at a time if alignment allows, else one.
 template <int N, class Body>
 __device__ __forceinline__ void for_elements(int count, bool vectors, const Body& body) {
     const int whole = vectors ? count / N * N : 0;
-    // Not unrolled: other warps hide the latency, and ptxas would spill for it.
+    // Not unrolled: other warps hide the latency, and unrolling would spill.
 #pragma unroll 1
     for (int i = threadIdx.x * N; i < whole; i += THREADS * N) body(Size<N>(), i);
 #pragma unroll 1
@@ -100,7 +100,7 @@ __device__ __forceinline__ void squares(const Lists& lists, float* partials) {
         float sums[UNROLL] = {};
         int done = 0;
         if (vectors) {
-            // Several loads under way at once.
+            // Several loads in flight at once.
             for (; done + UNROLL * THREADS * N <= chunk.count; done += UNROLL * THREADS * N) {
                 const G* from = g + done + threadIdx.x * N;
                 const Packed<G, N> packs[UNROLL] = {
@@ -160,7 +160,7 @@ __device__ __forceinline__ void update(const Lists& lists, const Step& given, co
     const Step step = scheduled ? scheduled->in(given) : given;
     const bool clips = step.max_norm == step.max_norm;
     float clip = 1.0f;
-    // Each block adds all partial sums up again: they are few and lie in the cache, and so no third launch is needed.
+    // Every block adds up all partial sums: they are few and cached, and this avoids a third launch.
     if (clips || (norm && blockIdx.x == 0)) {
         double total = 0;
         for (int i = threadIdx.x; i < parts; i += THREADS) total += partials[i];
@@ -170,7 +170,7 @@ __device__ __forceinline__ void update(const Lists& lists, const Step& given, co
         clip = step.max_norm / (all + 1e-6f);
         if (!clips || clip > 1.0f) clip = 1.0f;
     }
-    // Backwards: the last gradients may still be in a cache.
+    // In reverse: the last gradients may still be cached.
     const Chunk chunk = chunk_at(lists, lists.chunks - 1 - blockIdx.x);
     const int t = chunk.tensor;
     P* p = static_cast<P*>(lists.params[t]) + chunk.start;
@@ -189,7 +189,7 @@ __device__ __forceinline__ void update(const Lists& lists, const Step& given, co
 // Lists of params P and grads G -> partials [blocks]: sums of squares of the gradients.
 #define OV3_SQUARES(name, G) \
     extern "C" __global__ void __launch_bounds__(THREADS) name(const __grid_constant__ Lists lists, float* partials) { squares<G>(lists, partials); }
-// One block per chunk. partials [parts]: of all gradients of the step -> norm [1], or null where another launch writes it; all lists but the gradients'.
+// One block per chunk. partials [parts] of all gradients of the step -> norm [1], or null if another launch writes it; all lists except the gradients.
 #define OV3_UPDATE(name, P, G)                                                                                            \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                                 \
         name(const __grid_constant__ Lists lists, const __grid_constant__ Step step, const Scheduled* scheduled, const float* partials,   \

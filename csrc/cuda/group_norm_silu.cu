@@ -1,6 +1,6 @@
-// Group normalisation and SiLU of channels-last tensors, x [B, S, C] with the spatial positions s of an image one after another. A block takes a strip of
-// positions and a tile of channels; each of its threads keeps to N neighbouring channels and goes down the strip, a row of blocks' threads at a
-// time. What a strip's channels come to is stored, and later launches merge the strips in order, so that the result has the same bits on every GPU.
+// Group normalisation and SiLU of channels-last tensors, x [B, S, C] with contiguous spatial positions per image. A block handles a strip of
+// positions and a tile of channels; each thread handles N adjacent channels and steps down the strip, one row of threads at a
+// time. Per-channel results of each strip are stored, and later launches merge the strips in order, so that the bits are the same on every GPU.
 //
 //     forward:  strips' moments -> mean and rstd of each group -> y
 //     backward: strips' sums of dn and dn x_hat -> sums of each channel -> means over groups, gradients of weight and bias -> dx
@@ -10,19 +10,19 @@ using namespace ov3;
 
 namespace {
 
-constexpr int UNROLL = 4;  // loads of a thread under way at once
-constexpr int CHAIN = 16;  // terms of a channel's gradient that are added up one after another: few, for the digits
+constexpr int UNROLL = 4;  // loads of a thread in flight at once
+constexpr int CHAIN = 16;  // terms of a channel's gradient accumulated in one chain, short for precision
 
 struct Shape {
     int64_t S;
     int32_t B, C, G;
-    int32_t rows, strips;  // of a strip: positions; of an image: strips
-    int32_t columns;       // packs of N channels of a tile
+    int32_t rows, strips;  // positions per strip, strips per image
+    int32_t columns;       // packs of N channels per tile
 
     __device__ __forceinline__ int per_group() const { return C / G; }
 };
 
-// Weight and bias, float32 (wide) or of the activations' type.
+// Weight and bias, float32 (wide) or in the activations' type.
 template <class T>
 struct Parameter {
     const void* address;
@@ -40,7 +40,7 @@ struct Parameter {
     }
 };
 
-// values [B, G], for N channels; most often they are of one group.
+// values [B, G] for N channels, which usually belong to one group.
 template <int N>
 __device__ __forceinline__ void load_per_group(const float* values, const Shape& shape, int b, int channel, float (&out)[N]) {
     const int per_group = shape.per_group();
@@ -57,11 +57,11 @@ __device__ __forceinline__ void load_per_group(const float* values, const Shape&
     }
 }
 
-// Where a thread works.
+// The position that a thread works on.
 template <int N>
 struct Position {
     int b, strip, channel;  // channel: the first of N
-    int column, row, stride;  // of the thread within the tile; stride: rows of threads
+    int column, row, stride;  // of the thread within the tile; stride: number of thread rows
     int rows;                 // of the strip
     bool active;
 
@@ -76,16 +76,16 @@ struct Position {
         rows = int(left < shape.rows ? left : shape.rows);
         active = row < stride && channel < shape.C;
     }
-    // Of the strip's first element of this thread's channels.
+    // Offset of the strip's first element of this thread's channels.
     __device__ __forceinline__ int64_t offset(const Shape& shape) const {
         return (int64_t(b) * shape.S + int64_t(strip) * shape.rows) * shape.C + channel;
     }
-    // Rows of the strip that threads of row [from, to) have.
+    // Rows of the strip handled by thread rows [from, to).
     __device__ __forceinline__ int rows_of(int from, int to) const {
         const int rest = rows % stride - from, width = to - from;
         return width * (rows / stride) + (rest < 0 ? 0 : rest < width ? rest : width);
     }
-    // Where the strip's i-th result for this thread's channels goes in [B, strips, 2, C].
+    // Offset in [B, strips, 2, C] of the strip's i-th result for this thread's channels.
     __device__ __forceinline__ int64_t part(const Shape& shape, int i) const {
         return ((int64_t(b) * shape.strips + strip) * 2 + i) * shape.C + channel;
     }
@@ -101,7 +101,7 @@ __device__ __forceinline__ void store_floats(float* to, const float (&values)[N]
     }
 }
 
-// Welford's mean and sum of squared differences of N channels: one pass, and no digits lost at large means.
+// Welford's mean and sum of squared deviations of N channels: one pass, accurate for large means.
 template <int N>
 struct Moments {
     float mean[N] = {}, squares[N] = {};
@@ -141,7 +141,7 @@ __device__ __forceinline__ void moments(const T* x, float* parts, const Shape& s
         }
         for (; row < pos.rows; row += pos.stride, data += step) add(Packed<T, N>(data));
     }
-    // Rows of threads merge in pairs, pairs of pairs and so on.
+    // Thread rows are merged in a binary tree.
     __shared__ float means[N][THREADS], squares[N][THREADS];
 #pragma unroll
     for (int j = 0; j < N; j++) means[j][threadIdx.x] = own.mean[j], squares[j][threadIdx.x] = own.squares[j];
@@ -195,7 +195,7 @@ template <class T, int N>
 __device__ __forceinline__ void write_silu(
     const T* x, const Parameter<T>& weights, const Parameter<T>& biases, const float* means, const float* rstds, T* y, const Shape& shape
 ) {
-    // Backwards: what was read last may still be in a cache.
+    // In reverse: what was read last may still be cached.
     const Position<N> pos(shape, gridDim.x - 1 - blockIdx.x, blockIdx.y);
     if (!pos.active) return;
     float mean[N], scale[N], bias[N];
@@ -300,7 +300,7 @@ __device__ __forceinline__ void write_grad(
     float sum[N], dot[N];
     load_per_group(mean_sums, shape, pos.b, pos.channel, sum);
     load_per_group(mean_dots, shape, pos.b, pos.channel, dot);
-    // A group of one value is normalised to 0 whatever the value is.
+    // A group of one value is always normalised to 0.
     const bool constant = int64_t(shape.per_group()) * shape.S == 1;
     const int64_t step = int64_t(pos.stride) * shape.C, first = pos.offset(shape) + int64_t(pos.row) * shape.C;
     const T *dy = grad_y + first, *from = x + first;
@@ -338,7 +338,7 @@ __device__ __forceinline__ void write_parameter_grad(void* grad, bool wide, int 
     }
 }
 
-// One warp for the means over each group of w dn and w dn x_hat, then one thread per channel for the gradients of weight and bias.
+// One warp per group for the means of w dn and w dn x_hat, then one thread per channel for the gradients of weight and bias.
 template <class T>
 __device__ __forceinline__ void finish(
     const float* totals, const Parameter<T>& weights, float* mean_sums, float* mean_dots, void* grad_weight, void* grad_bias, int group_blocks,
@@ -403,7 +403,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
-// parts [B, strips, 2, C] -> totals [B, 2, C]: sums over the strips, 32 of an image's 2 C to a block, which has 8 threads for each.
+// parts [B, strips, 2, C] -> totals [B, 2, C]: sums over the strips; a block handles 32 of an image's 2 C sums, with 8 threads each.
 extern "C" __global__ void __launch_bounds__(THREADS)
     ov3_group_norm_silu_totals(const float* parts, float* totals, const __grid_constant__ Shape shape) {
     constexpr int LANES = THREADS / 32;
@@ -420,7 +420,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
-// Suffix: T and, for tensors that packs of 16 bytes do not fit, "_single". x, y, grad_y, grad_x [B, S, C]; weight, bias [C] of T or (wide) float;
+// Suffix: T, plus "_single" for tensors that don't allow 16-byte packs. x, y, grad_y, grad_x [B, S, C]; weight, bias [C] of T or (wide) float;
 // mean, rstd, mean_sums, mean_dots [B, G]; parts [B, strips, 2, C].
 #define OV3_GROUP_NORM_SILU(suffix, T, N)                                                                                                     \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                                                     \

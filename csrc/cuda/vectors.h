@@ -1,4 +1,4 @@
-// Elements of float, bfloat16 and float16 as floats, in packs of N that move 16 bytes at a time where they are that long, and sums over the
+// float, bfloat16 and float16 elements as floats, in packs of N that move 16 bytes at a time if they are that large, and sums over the
 // threads of a block in a fixed order.
 #pragma once
 
@@ -12,7 +12,7 @@ namespace ov3 {
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
 
-constexpr int THREADS = 256;  // of every block
+constexpr int THREADS = 256;  // per block
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
@@ -29,7 +29,7 @@ __device__ __forceinline__ T rounded(float x) {
     }
 }
 
-// Two neighbours of 16 bits each.
+// Two adjacent 16-bit elements.
 template <class T>
 __device__ __forceinline__ float2 unpack(uint32_t word) {
     if constexpr (std::is_same_v<T, bf16>) {
@@ -53,7 +53,7 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
     return word;
 }
 
-// N elements as they lie in memory: one (N = 1), or whole words of 16 bytes, so that several loads can be under way before one is unpacked.
+// N elements as stored in memory: one (N = 1), or full 16-byte words, so that several loads can be in flight before one is unpacked.
 template <class T, int N>
 struct Packed {
     static constexpr int WORDS = N * sizeof(T) / 16;
@@ -122,11 +122,11 @@ __device__ __forceinline__ double warp_sum(double value) {
     return value;
 }
 
-// The sum over a block of THREADS, in all its threads, always added up the same way. All threads of the block must come here.
+// The sum over a block of THREADS, in all its threads, in a fixed order. All threads of the block must call it.
 __device__ __forceinline__ double block_sum(double value) {
     __shared__ double warps[THREADS / 32];
     value = warp_sum(value);
-    __syncthreads();  // those who still read the last sum
+    __syncthreads();  // other threads may still be reading the previous sum
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
     __syncthreads();
     double total = 0;

@@ -22,18 +22,18 @@ class Options:
     target: tuple[str, ...] = tuple(CHIPS)
     """sm_80, sm_90, sm_100, gfx942."""
     op: tuple[str, ...] = ()
-    """Operators; all if none is named."""
+    """Operators; default: all."""
     dtype: tuple[str, ...] = ("fp32", "bf16", "fp16")
     json: Path | None = None
     csv: Path | None = None
     markdown: Path | None = None
-    """A shorter table: one line per launch, a column per target."""
+    """Write a shorter table: one line per launch, one column per target."""
     jobs: int = os.cpu_count() or 1
     """Processes."""
 
 
 def main(options: Options) -> int:
-    """Prints the table; 1 where a row falls short of the gate."""
+    """Prints the table; returns 1 if a row fails a check."""
     unknown = sorted(set(options.target) - set(CHIPS))
     if unknown:
         raise ValueError(f"--target takes {', '.join(CHIPS)}; got {', '.join(unknown)}")
@@ -84,12 +84,12 @@ def main(options: Options) -> int:
         options.markdown.parent.mkdir(parents=True, exist_ok=True)
         options.markdown.write_text(markdown([flat(row) for row in table]) + "\n", encoding="utf-8")
     short = [row for row in table if row["shortcomings"]]
-    console.print(f"{len(table)} rows, {len(short)} short of the gate")
+    console.print(f"{len(table)} rows, {len(short)} failed")
     return 1 if short else 0
 
 
 def command() -> int:
-    """`main` with the command line's options; bad ones are named."""
+    """Runs `main` with the options of the command line."""
     import tyro
 
     try:

@@ -1,7 +1,7 @@
-"""What a compiled kernel needs and does, read from its machine code: registers, stack, spills, memory accesses by width, matrix instructions,
-and what its loops do in a pass.
+"""Reads a compiled kernel's resource usage from its machine code: registers, stack, spills, memory accesses by width, matrix instructions,
+and the contents of its loops.
 
-NVIDIA: `cuobjdump` and `nvdisasm`, which come with Triton. AMD: the assembly text and the metadata at its end.
+NVIDIA: with `cuobjdump` and `nvdisasm`, which ship with Triton. AMD: from the assembly text and the metadata at its end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from . import loops
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 _NVIDIA_MATRIX = re.compile(r"(HMMA|HGMMA|IMMA|DMMA|QGMMA|UTC\w*MMA|OMMA)\b")
 _NVIDIA_ACCESS = {"LDG", "STG", "LDGSTS"}
-# A tensor descriptor or a bulk copy moves whole rows of a tile.
+# Tensor-descriptor and bulk copies move entire rows of a tile.
 _NVIDIA_BULK = {"UTMALDG", "UTMASTG", "UBLKCP"}
 _NVIDIA_ATOMIC = {"ATOM", "ATOMG", "RED", "REDG", "UTMAREDG", "REDAS", "UBLKRED"}
 
@@ -29,7 +29,7 @@ _AMD_MATRIX = re.compile(r"^\s+(v_s?mfmac?_\w+)", re.MULTILINE)
 
 
 def of_nvidia(cubin: bytes) -> dict[str, Any]:
-    """registers, stack_bytes, spills, mma, share16, atomics, loops of a cubin with one kernel."""
+    """registers, stack_bytes, spills, mma, share16, atomics and loops of a cubin with one kernel."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
@@ -37,7 +37,7 @@ def of_nvidia(cubin: bytes) -> dict[str, Any]:
     resources = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     opcodes = [opcode.split(".") for opcode in _INSTRUCTION.findall(sass)]
     if not opcodes or "REG" not in resources:
-        raise RuntimeError(f"cuobjdump and nvdisasm say nothing about the kernel:\n{usage[:500]}\n{sass[:500]}")
+        raise RuntimeError(f"cuobjdump and nvdisasm printed nothing about the kernel:\n{usage[:500]}\n{sass[:500]}")
     widths = Counter(_nvidia_width(parts) for parts in opcodes if parts[0] in _NVIDIA_ACCESS | _NVIDIA_BULK)
     return {
         "registers": resources["REG"],
@@ -51,9 +51,9 @@ def of_nvidia(cubin: bytes) -> dict[str, Any]:
 
 
 def of_amd(assembly: str) -> dict[str, Any]:
-    """The same of an AMD kernel's assembly; registers are vector registers, stack_bytes scratch memory.
+    """The same for an AMD kernel's assembly; registers are vector registers, stack_bytes is scratch memory.
 
-    Scalar registers spill into lanes of vector registers, not into memory, and don't count.
+    Scalar registers spill to lanes of vector registers, not to memory, and are not counted.
     """
     metadata = {key: int(value) for key, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", assembly, re.MULTILINE)}
     widths = Counter(loops.amd_width(name.split("_")) for name in _AMD_ACCESS.findall(assembly))
@@ -79,7 +79,7 @@ def _tool(name: str, *arguments: str | Path) -> str:
 
 
 def _nvidia_width(parts: list[str]) -> int:
-    """Bytes that a thread moves; a bulk copy counts as 16."""
+    """Bytes per thread; a bulk copy counts as 16."""
     if parts[0] in _NVIDIA_BULK:
         return 16
     return loops.nvidia_width(parts)
@@ -90,6 +90,6 @@ def _count(names: Iterable[str]) -> dict[str, int]:
 
 
 def _share(widths: Counter[int]) -> float:
-    """Of the bytes of all accesses in the text, those in accesses of at least 16; 1 where there are none."""
+    """Fraction of all statically accessed bytes that are in accesses of at least 16 bytes; 1 if there are no accesses."""
     total = sum(width * count for width, count in widths.items())
     return round(sum(width * count for width, count in widths.items() if width >= 16) / total, 4) if total else 1.0

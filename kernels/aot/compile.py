@@ -1,6 +1,6 @@
-"""Compiles kernels for chips that are absent, in several processes, and caches results by content.
+"""Cross-compiles kernels in several processes, and caches the results by content.
 
-Results lie in the temporary directory; OV3FAST_AOT_CACHE names another.
+Results are stored in the temporary directory, or in OV3FAST_AOT_CACHE.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .chips import CHIPS
 
 @dataclass(frozen=True)
 class Job:
-    """One row to be made: the entry's place (file of cases/, position in its list) and how to compile it."""
+    """One row to compute: the entry's location (file in cases/, position in its list) and how to compile it."""
 
     module: str
     number: int
@@ -41,18 +41,18 @@ class Job:
 
 
 def modules() -> list[str]:
-    """Names of the files in cases/."""
+    """Module names in cases/."""
     return sorted(module.name for module in pkgutil.iter_modules(cases.__path__))
 
 
 @functools.cache
 def entries(module: str) -> tuple[Entry, ...]:
-    """What the file of cases/ describes."""
+    """The entries of a file in cases/."""
     return tuple(importlib.import_module(f"{cases.__name__}.{module}").entries())
 
 
 def variants(entry: Entry, target: str) -> Iterator[tuple[str, str, Config]]:
-    """(dtype, size class, config) of every launch that the table knows for this target; configs that are the same come once."""
+    """(dtype, size class, config) of every launch in the table for this target, without duplicate configs."""
     seen = set()
     for dtype in entry.dtypes:
         for size in entry.sizes or sizes(entry.name):
@@ -64,7 +64,7 @@ def variants(entry: Entry, target: str) -> Iterator[tuple[str, str, Config]]:
 
 
 def measure(entry: Entry, config: Config, dtype: str, target: str) -> dict[str, Any]:
-    """Compiles for `target` and reads the machine code: registers, stack_bytes, spills, shared_bytes, mma, share16, atomics, loops."""
+    """Compiles for `target` and analyses the machine code: registers, stack_bytes, spills, shared_bytes, mma, share16, atomics, loops."""
     import triton
 
     chip = CHIPS[target]
@@ -76,15 +76,15 @@ def measure(entry: Entry, config: Config, dtype: str, target: str) -> dict[str, 
 
 
 def _source(entry: Entry, config: Config, dtype: str, target: str) -> Any:
-    """The kernel with the specialisation that a launch finds: pointers divisible by 16, on AMD within 2 GB, and the entry's `aligned`."""
+    """The kernel, specialised as a launch would be: pointers divisible by 16 (on AMD, within 2 GB), and so the entry's `aligned` arguments."""
     from triton.compiler import ASTSource
 
     if not hasattr(entry.kernel, "cache_key"):
-        raise RuntimeError("ov3fast.kernels.aot compiles nothing under TRITON_INTERPRET=1")
+        raise RuntimeError("ov3fast.kernels.aot can't compile under TRITON_INTERPRET=1")
     arguments = dict(entry.arguments(dtype))
     both = sorted(set(entry.constexprs) & set(config.blocks))
     if both:
-        raise ValueError(f"{entry.name}: {', '.join(both)} are set by the entry and by its config")
+        raise ValueError(f"{entry.name}: {', '.join(both)} are set by both the entry and its config")
     constexprs = {**entry.constexprs, **config.blocks}
     signature, attributes = {}, {}
     for index, parameter in enumerate(entry.kernel.params):
@@ -98,7 +98,7 @@ def _source(entry: Entry, config: Config, dtype: str, target: str) -> Any:
             continue
         if name not in constexprs:
             if not parameter.has_default:
-                raise ValueError(f"{entry.name}: neither the entry nor the config {config} says what {name} is")
+                raise ValueError(f"{entry.name}: neither the entry nor the config {config} sets {name}")
             constexprs[name] = parameter.default
         signature[name] = "constexpr"
     unknown = (set(arguments) | set(constexprs)) - set(signature)
@@ -120,7 +120,7 @@ def _options(config: Config) -> dict[str, Any]:
 
 @contextmanager
 def _private_cache() -> Iterator[None]:
-    """Triton's own cache in a folder that goes at the end: what is worth keeping is the row."""
+    """Redirects Triton's own cache to a temporary folder; only the row is worth keeping."""
     import triton
 
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
@@ -130,7 +130,7 @@ def _private_cache() -> Iterator[None]:
 
 @contextmanager
 def _fp32_products(target: str) -> Iterator[None]:
-    """Float32 products as a PyTorch made for the target has them."""
+    """Sets the float32 product mode that a PyTorch built for the target would use."""
     import triton.language as tl
 
     from ..lib import common
@@ -142,11 +142,11 @@ def _fp32_products(target: str) -> Iterator[None]:
         common.FP32_PRODUCTS = before
 
 
-# ---- in many processes, and remembered -------------------------------------------------------------------------------
+# ---- in parallel, with a cache ----------------------------------------------------------------------------------------
 
 
 def measure_all(todo: Sequence[Job], jobs: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(position, result) of all jobs, those that are remembered first."""
+    """(position, result) of all jobs, cached ones first."""
     missing = []
     for index, job in enumerate(todo):
         try:
@@ -161,15 +161,15 @@ def measure_all(todo: Sequence[Job], jobs: int) -> Iterator[tuple[int, dict[str,
     if jobs <= 1 or len(missing) < 2:
         yield from ((index, run(todo[index])) for index in missing)
         return
-    # Fresh processes: a forked one would inherit locks of threads that it does not have.
+    # Spawned: a forked process would inherit locks held by threads that it does not have.
     with ProcessPoolExecutor(min(jobs, len(missing)), multiprocessing.get_context("spawn")) as pool:
         yield from zip(missing, pool.map(run, [todo[index] for index in missing]), strict=True)
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Measures a job and remembers the result; of a kernel that does not compile, why."""
+    """Measures a job and caches the result; if the kernel does not compile, the error."""
     try:
-        # Asked for before anything is compiled: Triton hashes a kernel once, with the globals of that moment, and `measure` sets one.
+        # Before anything is compiled: Triton hashes a kernel once, with its globals at that moment, and `measure` sets one.
         path = _remembered(job)
         found = measure(entries(job.module)[job.number], job.config, job.dtype, job.target)
     except Exception as reason:
@@ -182,7 +182,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _remembered(job: Job) -> Path:
-    """File of the job's result: named by the kernel's source with all that it calls, its arguments, the target and the tools."""
+    """Cache file of the job, keyed by the kernel's source with everything it calls, its arguments, the target and the tool versions."""
     import triton
 
     source = _source(entries(job.module)[job.number], job.config, job.dtype, job.target)

@@ -1,6 +1,6 @@
-"""The CUDA C++ kernels of csrc/cuda, compiled by nvcc for each chip without a GPU: the rows that table.py adds to its own.
+"""Rows for the CUDA C++ kernels of csrc/cuda, compiled with nvcc for each chip; table.py appends them to its own.
 
-The formulas count what a launch moves: every access that a thread makes, those that another thread's have brought into a cache included.
+The formulas count every access of every thread, including those served from a cache.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from .chips import CHIPS
 from .estimate import estimate
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
-"""There in the source tree alone."""
+"""Exists only in a source tree."""
 
 WARPS = 8
-"""Of a block; ops/cuda launches blocks of 256 threads."""
+"""Warps per block; ops/cuda launches blocks of 256 threads."""
 ARCHITECTURES = {"sm_80": "sm_80", "sm_90": "sm_90a", "sm_100": "sm_100a"}
 SIZES = {"f32": 4, "bf16": 2, "f16": 2}
 NAMES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 
 
 def adamw_ema_work(elements: int, chunks: int, parts: int, param: int, grad: int, ema: bool = True) -> dict[str, Work]:
-    """Step -> work, for params and grads of so many bytes, in `chunks` blocks that each read `parts` partial sums."""
+    """Step -> work, for params and grads of these sizes in bytes, in `chunks` blocks that each read `parts` partial sums."""
     moved = 2 * param + grad + 4 * (6 if ema else 4)
     return {
         "squares": Work(2 * elements, grad * elements + 4 * parts, parts),
@@ -43,17 +43,17 @@ def adamw_ema_work(elements: int, chunks: int, parts: int, param: int, grad: int
 def group_norm_silu_work(
     *, B: int, C: int, S: int, G: int, N: int, strips: int, columns: int, item: int, weight: int
 ) -> dict[str, Work]:
-    """Step -> work, for elements of `item` and parameters of `weight` bytes; the rest as in ops/cuda/group_norm_silu.py's Plan."""
+    """Step -> work, for elements of `item` bytes and parameters of `weight` bytes; the rest as in Plan of ops/cuda/group_norm_silu.py."""
     elements, parts, groups, per_group = B * C * S, 8 * B * strips * C, B * G, C // G
     in_pack = 1 if per_group % N == 0 else N // per_group
     threads, blocks = B * strips * (256 // columns) * (C // N), B * strips * -(-C // (N * columns))
 
     def constants(statistics: int) -> int:
-        """What threads read before they start: weight and bias of their channels, and statistics of their groups."""
+        """What threads read up front: weight and bias of their channels, and statistics of their groups."""
         return threads * (2 * N * weight + 4 * statistics * in_pack)
 
     def each(flops: float, bytes: float, statistics: int) -> Work:
-        """A pass over x: all threads but the first of a channel find its constants in a cache."""
+        """One pass over x: all threads of a channel but the first read its constants from cache."""
         return Work(flops, bytes + constants(statistics), blocks, bytes + 2 * C * weight + 4 * statistics * groups)
 
     return {
@@ -78,7 +78,7 @@ class Kernel:
 
 
 def kernels() -> Iterator[Kernel]:
-    """Every kernel of csrc/cuda, at the size that the table counts."""
+    """Every kernel of csrc/cuda, at the table's problem size."""
     elements = 304_000_000
     for param, grad in (("f32", "f32"), ("bf16", "bf16"), ("bf16", "f32")):
         work = adamw_ema_work(elements, elements // 8192, 1024, SIZES[param], SIZES[grad])
@@ -123,7 +123,7 @@ def rows(targets: Sequence[str] = tuple(ARCHITECTURES)) -> list[dict[str, Any]]:
         compiled = {name: found for source in sorted(SOURCES.glob("*.cu")) for name, found in measure(source, target).items()}
         table += [_row(kernel, target, compiled.pop(kernel.name)) for kernel in kernels()]
         if compiled:
-            raise KeyError(f"aot.cuda: kernels() does not know {', '.join(sorted(compiled))}")
+            raise KeyError(f"aot.cuda: kernels() does not list {', '.join(sorted(compiled))}")
     return table
 
 
@@ -139,7 +139,10 @@ def _row(kernel: Kernel, target: str, found: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def measure(source: Path, target: str) -> dict[str, dict[str, Any]]:
-    """kernel -> registers, stack_bytes, spills, shared_bytes (by ptxas), share16 and loops (from the machine code). RuntimeError with nvcc's words."""
+    """kernel -> registers, stack_bytes, spills, shared_bytes (from ptxas), share16 and loops (from the machine code).
+
+    Raises RuntimeError with nvcc's output if compilation fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernels.cubin")
         command = [
@@ -169,7 +172,7 @@ def measure(source: Path, target: str) -> dict[str, dict[str, Any]]:
         result[name] = {
             "registers": int(re.search(r"Used (\d+) registers", part)[1]),
             "stack_bytes": numbers["bytes stack frame"],
-            # As ptxas counts them, in bytes; 4 to an instruction.
+            # ptxas counts bytes, 4 per instruction.
             "spills": (numbers["bytes spill stores"] + numbers["bytes spill loads"]) // 4,
             "shared_bytes": int(shared[1]) if shared else 0,
             "share16": _share16(code[name]),
@@ -188,7 +191,7 @@ def _machine_code(cubin: Path) -> dict[str, str]:
 
 
 def _share16(code: str) -> float:
-    """Of the bytes of all global accesses in the text, those in accesses of at least 16; 1 where there are none."""
+    """Fraction of all statically accessed global bytes that are in accesses of at least 16 bytes; 1 if there are no accesses."""
     widths = [_width(opcode) for opcode in re.findall(r"\b((?:LDG|STG)\.[\w.]+)", code)]
     return round(sum(w for w in widths if w >= 16) / sum(widths), 4) if widths else 1.0
 

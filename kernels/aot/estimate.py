@@ -1,13 +1,13 @@
-"""How long a launch takes at least, in four terms; the largest is the bound.
+"""A lower bound on the time of a launch: the largest of four terms.
 
-tensor   products on tensor cores, at the rate that the best libraries keep up (SUSTAINED_TENSOR of the vendor's peak)
-hbm      each tensor once, plus what every wave of programs reads anew beyond the L2 cache, at SUSTAINED_HBM of the peak
-mufu     exp, log, erf's and reciprocals' special functions: 16 a clock and SM
-issue    instructions, one a clock and scheduler, four schedulers an SM
+tensor   products on tensor cores, at the rate that the best libraries sustain (SUSTAINED_TENSOR of the vendor's peak)
+hbm      each tensor once, plus what every wave of programs reads again beyond the L2 cache, at SUSTAINED_HBM of the peak
+mufu     special functions, for exp, log, erf and reciprocals: 16 per clock and SM
+issue    instructions: one per clock and scheduler, four schedulers per SM
 
-The last two count the machine code: each loop's body as often as it turns (loops.py). All but hbm take the SM with the most programs, so a last
-wave that fills few SMs counts whole. The terms overlap fully only where several programs share an SM: `occupancy` says how many fit,
-and `serial_us` is the time of one that is alone, whose loop and whose prologue and epilogue follow each other.
+The last two are counted in the machine code, each loop body times its trip count (loops.py). All but hbm are for the SM with the most programs, so a
+last wave that fills few SMs counts in full. The terms overlap fully only if several programs share an SM: `occupancy` is how many fit,
+and `serial_us` is the time of a single one, whose main loop does not overlap its prologue and epilogue.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ TERMS = ("tensor_us", "hbm_us", "mufu_us", "issue_us")
 def estimate(
     work: Work, chip: Chip, dtype: str, matrix: bool, warps: int, measured: Mapping[str, Any]
 ) -> dict[str, float | str | int]:
-    """occupancy, the four terms, the largest of them (estimate_us, by name in `bound`), and serial_us.
+    """occupancy, the four terms, the largest of them (estimate_us, named in `bound`), and serial_us.
 
-    measured: registers, shared_bytes and loops, of the machine code.
+    measured: registers, shared_bytes and loops of the machine code.
     """
     together = occupancy(chip, warps, measured["registers"], measured["shared_bytes"])
     rounds = math.ceil(work.programs / chip.sms)
@@ -69,9 +69,9 @@ def occupancy(chip: Chip, warps: int, registers: int, shared: int) -> int:
     """Programs that fit on an SM at once."""
     fits = min(chip.max_programs, chip.max_warps // warps)
     if registers:
-        if chip.backend == "cuda":  # a warp's registers come in units of 256
+        if chip.backend == "cuda":  # a warp's registers are allocated in units of 256
             fits = min(fits, 65536 // (math.ceil(32 * registers / 256) * 256 * warps))
-        else:  # each of four SIMDs has 512 registers a lane, in units of 8
+        else:  # each of four SIMDs has 512 registers per lane, allocated in units of 8
             fits = min(fits, 4 * (512 // (math.ceil(registers / 8) * 8)) // warps)
     if shared:
         reserved = 1024 if chip.backend == "cuda" else 0

@@ -1,7 +1,7 @@
-"""What each loop of a kernel does in one pass, counted from its machine code: instructions, MUFU operations, matrix products, global bytes.
+"""Counts what each loop of a kernel executes per iteration, from its machine code: instructions, MUFU operations, matrix products, global bytes.
 
-Loops are those of the control flow. The ones that only wait (a few instructions that neither load nor multiply) belong to the code around them. What a
-branch may leave out counts as if it ran.
+Loops are the natural loops of the control flow graph. Spin loops (a few instructions that neither load nor multiply) are merged into the code around
+them. Conditional code counts as executed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 COUNTED = ("issue", "mufu", "flops", "bytes")
 
 WAITING = 12
-"""A loop of at most so many instructions, none of which does any work, spins on a barrier."""
+"""A loop of at most this many instructions, none of which does any work, is taken for a spin on a barrier."""
 
 _LABEL = re.compile(r"^\s*(\.L\w+):")
 _NVIDIA = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)")
@@ -36,17 +36,17 @@ _HMMA_DEPTH = {"16816": 16, "1688": 8, "1684": 4}
 
 
 def nvidia_width(opcode: list[str]) -> int:
-    """Bytes that a thread moves by an access, of its opcode's parts."""
+    """Bytes per thread of an access, given the parts of its opcode."""
     return max((_WIDTHS[part] for part in opcode if part in _WIDTHS), default=4)
 
 
 def amd_width(words: list[str]) -> int:
-    """Bytes that a lane moves by an access, of its opcode's words."""
+    """Bytes per lane of an access, given the words of its opcode."""
     return next((_AMD_WIDTHS[word] for word in words if word in _AMD_WIDTHS), 4)
 
 
 def of_nvidia(sass: str) -> list[dict[str, Any]]:
-    """The loops of a kernel, see `nest`; per warp."""
+    """The loops of a kernel (see `nest`), counted per warp."""
     return nest(_nvidia_lines(sass))
 
 
@@ -56,7 +56,7 @@ def of_amd(assembly: str) -> list[dict[str, Any]]:
 
 @dataclass
 class Line:
-    """An instruction: its label if one stands before it, where it branches to, whether what follows it can be reached, and what it counts."""
+    """An instruction: its label, its branch target, whether execution can fall through to the next, and its counts."""
 
     counts: dict[str, float]
     labels: list[str] = field(default_factory=list)
@@ -65,9 +65,9 @@ class Line:
 
 
 def nest(lines: list[Line]) -> list[dict[str, Any]]:
-    """[{"parent": index or None, "at", "issue", "mufu", "flops", "bytes"}]: the whole kernel first, then its loops, outer before inner.
+    """[{"parent": index or None, "at", "issue", "mufu", "flops", "bytes"}]: the kernel itself first, then its loops, outer before inner.
 
-    `at` orders them as they stand in the text. Counts of a loop leave out those of the loops within.
+    `at` is the position in the text. A loop's counts exclude those of its inner loops.
     """
     blocks, after = _blocks(lines)
     bodies = [set(range(len(blocks)))] + [body for body in _loops(after) if not _waits(blocks, body)]
@@ -81,7 +81,7 @@ def nest(lines: list[Line]) -> list[dict[str, Any]]:
 
 
 def _blocks(lines: list[Line]) -> tuple[list[list[Line]], list[set[int]]]:
-    """Instructions that run one after the other, and the blocks that may follow each."""
+    """Basic blocks, and the successors of each."""
     blocks: list[list[Line]] = [[]]
     for line in lines:
         if line.labels and blocks[-1]:
@@ -99,7 +99,7 @@ def _blocks(lines: list[Line]) -> tuple[list[list[Line]], list[set[int]]]:
 
 
 def _loops(after: list[set[int]]) -> list[set[int]]:
-    """Natural loops, outer before inner: a block that dominates one that branches to it, and all that lies between."""
+    """Natural loops, outer before inner: a header that dominates a block that branches back to it, and everything in between."""
     before: list[set[int]] = [set() for _ in after]
     for block, following in enumerate(after):
         for other in following:
@@ -158,7 +158,7 @@ def _nvidia_lines(sass: str) -> list[Line]:
 
 
 def _nvidia_flops(opcode: list[str]) -> float:
-    """Of a warp; one of warpgroup products takes part with a quarter. A product in TF32 is one of three that make one in float32."""
+    """Per warp; in a warpgroup product each warp does a quarter. A TF32 product is one of the three that make up a float32 product."""
     third = 3 if "TF32" in opcode else 1
     if opcode[0] == "HMMA":
         return 2 * 16 * 8 * _HMMA_DEPTH[opcode[1]] / third
@@ -198,9 +198,9 @@ def trips(
 ) -> list[float]:
     """How often each loop's body runs in one program.
 
-    Innermost loops turn as often as the program's products (`flops`, per warp) ask for, in these shares where there are as many loops, else in equal ones;
-    the others as `known` says, by depth. Where no
-    product can be counted, innermost ones turn as `known` says too or, beyond its end, as the program's global traffic (`bytes`, per warp) asks for.
+    The trip counts of innermost loops follow from the program's products (`flops`, per warp), divided by `shares` if there are as many loops, else
+    equally; those of the other loops are given in `known`, by depth. Without products to count, innermost loops also follow `known` or, beyond its
+    end, the program's global traffic (`bytes`, per warp).
     """
     parents = {loop["parent"] for loop in loops}
     depths = [0] * len(loops)

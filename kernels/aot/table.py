@@ -1,8 +1,8 @@
-"""The table of compiled kernels: a row is one kernel x config x dtype x target.
+"""The table of compiled kernels, one row per kernel x config x dtype x target.
 
-Registers, stack, spills, shared memory, matrix instructions and the share of 16-byte accesses as the machine code has them, the work of one launch
-as the kernel's entry counts it (its bytes are distinct ones), and the time that it takes at least, in the four terms of estimate.py. `shortcomings` is
-the gate: what a row lacks.
+Registers, stack, spills, shared memory, matrix instructions and the fraction of 16-byte accesses come from the machine code, the work of one launch
+from the kernel's entry (its bytes are distinct ones), and the lower bound on its time from the four terms of estimate.py. `shortcomings` lists the
+checks that a row fails.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .compile import Job, entries, measure_all, modules, variants
 from .estimate import TERMS, estimate
 
 WIDE = 0.75
-"""Least share of a streaming kernel's static global bytes that must move in 16-byte accesses; the rest is statistics and the like."""
+"""Minimum fraction of a streaming kernel's static global bytes in 16-byte accesses; the rest is statistics and the like."""
 
 COLUMNS = (
     "kernel", "op", "variant", "size", "config", "dtype", "target", "registers", "stack_bytes", "spills", "shared_bytes", "mma", "share16",
@@ -36,7 +36,7 @@ def rows(
     jobs: int = 1,
     progress: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
-    """The table: one dict with the keys of COLUMNS per kernel x config x dtype x target, for all operators or those named."""
+    """The table: one dict with the keys of COLUMNS per kernel x config x dtype x target, for the given operators or all of them."""
     todo = [
         Job(module, number, config, size, dtype, target)
         for module in modules()
@@ -83,13 +83,13 @@ _FEW_ROWS = "HMMA in TF32: three products a product leave registers for fewer ro
 
 
 def _lacks(entry: Entry, row: dict[str, Any]) -> dict[str, str]:
-    """gate -> what is wrong with the row."""
+    """check -> what is wrong with the row."""
     target, chip, found = row["target"], CHIPS[row["target"]], {}
     if "error" in row:
         return {"compiles": row["error"].strip().splitlines()[-1]}
     if row["stack_bytes"]:
         found["stack"] = f"{row['stack_bytes']} bytes"
-    # MI300 spills into its accumulation registers first: memory takes part only where there is a stack.
+    # MI300 spills to its accumulation registers first: memory is involved only if there is a stack.
     if row["spills"] and (chip.backend == "cuda" or row["stack_bytes"]):
         found["spills"] = f"{row['spills']} loads and stores"
     if row["shared_bytes"] > chip.shared:
@@ -109,7 +109,7 @@ def _lacks(entry: Entry, row: dict[str, Any]) -> dict[str, str]:
 
 
 def _rows_of_cuda(targets: Sequence[str], ops: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of the CUDA C++ kernels, where nvcc is installed."""
+    """Rows of the CUDA C++ kernels, if nvcc is installed."""
     if ops and not {kernel.op for kernel in cuda.kernels()} & set(ops):
         return []
     defaults = dict.fromkeys(COLUMNS, "") | {"mma": {}, "atomics": {}, "share16": 1.0}
@@ -118,7 +118,7 @@ def _rows_of_cuda(targets: Sequence[str], ops: Sequence[str]) -> list[dict[str, 
 
 
 def flat(row: dict[str, Any]) -> dict[str, str]:
-    """A row's values as text, as the CSV and the printed table have them."""
+    """A row's values as text, for the CSV and the printed table."""
     numbers = {"flops": "{:.4g}", "bytes": "{:.4g}", "share16": "{:.2f}"}
     numbers |= dict.fromkeys((*TERMS, "estimate_us", "serial_us"), "{:.2f}")
     text = {}
@@ -139,7 +139,7 @@ def write_csv(table: Iterable[dict[str, Any]], path: Path) -> None:
 
 
 def markdown(table: Sequence[dict[str, str]]) -> str:
-    """Rows of the CSV as one table: a line per launch, a column per target, in bfloat16 where the kernel takes it."""
+    """Rows of the CSV as one table: one line per launch, one column per target, in bfloat16 if the kernel supports it."""
     narrow = {row["kernel"] for row in table if row["dtype"] == "bf16"}
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for row in table:
@@ -166,7 +166,7 @@ def _cell(row: dict[str, str]) -> str:
 
 
 def _times(row: dict[str, str]) -> str:
-    """The bound, then all terms in their order, and the time of a program that is alone on its SM where it is longer."""
+    """The bound, then all four terms, and the time of a program alone on its SM if that is longer."""
     terms = " / ".join(f"{float(row[term]):.3g}" for term in TERMS)
     serial = float(row["serial_us"])
     alone = f", alone {serial:.3g}" if serial > 1.01 * float(row["estimate_us"]) else ""

@@ -1,9 +1,9 @@
 """Attention's backward: one kernel over query blocks, then one over key blocks; no atomics.
 
 The kernel over query blocks computes delta_i = sum_d gout_id out_id from a rounded out, which shifts every gs_ij of a row: they no longer sum to 0,
-and keys with a common offset turn that into an error far beyond the budget. So it sums the rounded gs_ij, subtracts that sum times the mean of the
-first keys from grad_q (a common offset of the keys has no part in the exact gradient), and adds it to delta, for grad_k. In float32 the rounding of
-lse counts as well: weight_i = 1 / sum_j p_ij corrects it.
+and if the keys share a large offset, the error far exceeds the budget. So it sums the rounded gs_ij, subtracts that sum times the mean of the
+first keys from grad_q (a common offset of the keys does not contribute to the exact gradient), and adds it to delta for grad_k. In float32 the
+rounding of lse matters as well; weight_i = 1 / sum_j p_ij corrects it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def flash_attention_grad_q(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, CAUSAL: tl.constexpr, STEP: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """grad_q and delta (and weight, for float32) of one block of queries of one head per program."""
+    """One block of queries of one head per program: grad_q, delta and, for float32, weight."""
     DTYPE: tl.constexpr = q.dtype.element_ty
     UNIT: tl.constexpr = 128 // DTYPE.primitive_bitwidth if ALIGNED else 1
     blocks = tl.cdiv(queries, BLOCK_QUERIES)
@@ -146,14 +146,14 @@ def _key_gradients(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, STEP: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
     BORDER: tl.constexpr,
 ):  # fmt: skip
-    """Adds queries [first, last) to (grad_k, grad_v). Scores are keys by queries, so that no product needs a transpose."""
+    """Adds queries [first, last) to (grad_k, grad_v). Scores are laid out keys x queries, so that no product needs a transpose."""
     grad_k, grad_v = state
     EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
     for start in tl.range(first, last, BLOCK_QUERIES, disable_licm=STEP > 0):
         row = start + tl.arange(0, BLOCK_QUERIES)
         q_rows = operand(q, start, q_n, queries, scale, D, D0, D1, STEP, BLOCK_QUERIES, True)
         grad_rows = operand(grad_out, start, grad_out_n, queries, 1.0, D, D0, D1, STEP, BLOCK_QUERIES, True)
-        # Rows past the end get probabilities 0.
+        # Rows past the end get probability 0.
         lse_row = tl.load(lse + row, mask=row < queries, other=INF)
         delta_row = tl.load(delta + row, mask=row < queries, other=0.0)
         scores = dot_qk(k, q_rows, D, D1, STEP, key.shape[0], BLOCK_QUERIES)
@@ -183,7 +183,7 @@ def flash_attention_grad_kv(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, CAUSAL: tl.constexpr, STEP: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """grad_k and grad_v of one block of keys of one head per program."""
+    """One block of keys of one head per program: grad_k and grad_v."""
     DTYPE: tl.constexpr = q.dtype.element_ty
     UNIT: tl.constexpr = 128 // DTYPE.primitive_bitwidth if ALIGNED else 1
     blocks = tl.cdiv(keys, BLOCK_KEYS)
@@ -207,7 +207,7 @@ def flash_attention_grad_kv(
     state = (zeros(BLOCK_KEYS, D0, D1), zeros(BLOCK_KEYS, D0, D1))
     border = start * 0
     if CAUSAL:
-        # The first query that sees the block's first key, and the first that sees all of its keys; the prefix is seen by all.
+        # The first query that sees the block's first key, and the first that sees all of its keys; all queries see the prefix.
         last_key = tl.minimum(start + BLOCK_KEYS, keys) - 1
         first = tl.where(start < prefix_len, 0, tl.maximum(start + queries - keys, 0)) // BLOCK_QUERIES * BLOCK_QUERIES
         border = tl.where(last_key < prefix_len, 0, tl.maximum(last_key + queries - keys, 0))

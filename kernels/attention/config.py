@@ -1,4 +1,4 @@
-"""Rows of attention's kernels, by head dimension."""
+"""Configurations of the attention kernels, by head dimension."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from ..lib.config import ANY, TABLE, WITH_TMA, Config, Key
 
-# Size classes: columns of the tiles, those of the head dimension rounded up ("80": 64 + 16, for 72 and 80).
-# Per row: queries and keys of a block, warps, stages. Widest blocks that spill nothing. float32 holds both tf32 halves of its operands.
-# MI300 has 512 registers to a thread in 4 warps: there one row per dtype serves all widths.
+# Size classes: columns of a tile, the head dimension rounded up ("80": 64 + 16, for 72 and 80).
+# Per row: queries and keys per block, warps, stages. The largest blocks that don't spill; float32 keeps both TF32 halves of its operands.
+# MI300 has 512 registers per thread at 4 warps, so one row per dtype serves all widths.
 WIDTHS = ("64", "80", "96", "128", "192", "256")
 
 
@@ -46,7 +46,7 @@ TABLE["flash_attention_forward"] = _attention(
     TMA=0,
     WARP_SPECIALIZED=0,
 )
-# No launch picks these by itself: `ov3fast tune` tries them as they stand, since most other warps and blocks fail, spill or divide nothing.
+# Not picked by default: `ov3fast tune` tries them unchanged, since most other warps and blocks fail, spill or can't be partitioned.
 TABLE["flash_attention_forward"] |= _tma(
     {
         (f"{size} tma", architecture): row

@@ -1,6 +1,6 @@
 """Attention's forward: online softmax, one program per block of queries of one head.
 
-Blocks of keys that no query of the block sees are skipped; only those that cross the mask's edge are masked. 16-bit scores are kept in units of
+Blocks of keys that no query of the block sees are skipped; only blocks on the mask's edge are masked. For 16-bit dtypes scores are in units of
 log 2; float32 uses q * scale and exp, as PyTorch does, so that the probability of a single key is exactly 1.
 """
 
@@ -34,7 +34,7 @@ def _attend(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, STEP: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     BORDER: tl.constexpr, POSITIVE: tl.constexpr,
 ):  # fmt: skip
-    """Folds keys [first, last) into (out, m_i, l_i); m_i is unscaled if POSITIVE."""
+    """Accumulates keys [first, last) into (out, m_i, l_i); m_i is unscaled if POSITIVE."""
     out, m_i, l_i = state
     DTYPE: tl.constexpr = v.dtype.element_ty
     EXACT: tl.constexpr = DTYPE == tl.float32
@@ -59,9 +59,9 @@ def flash_attention_forward(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, CAUSAL: tl.constexpr, STEP: tl.constexpr, ALIGNED: tl.constexpr,
     POSITIVE: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, TMA: tl.constexpr, WARP_SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one head per program. scale: in units of log 2 for 16 bits; POSITIVE: it is greater than 0.
+    """One block of queries of one head per program. scale: in units of log 2 for 16-bit dtypes; POSITIVE: scale > 0.
 
-    TMA, WARP_SPECIALIZED: tma.py, for 16 bits only.
+    TMA, WARP_SPECIALIZED: see tma.py; 16-bit dtypes only.
     """
     DTYPE: tl.constexpr = q.dtype.element_ty
     UNIT: tl.constexpr = 128 // DTYPE.primitive_bitwidth if ALIGNED else 1

@@ -1,4 +1,4 @@
-"""flash_attention: launches its kernels; the contract is that of the operator's reference."""
+"""flash_attention: launches the kernels, with the signatures of the operator's reference."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def forward(q, k, v, causal, prefix_len, scale):
 
 
 def forward_packed(qkv, *rest):
-    """`forward` of qkv [B,N,3,H,D], read where it lies."""
+    """`forward` of qkv [B,N,3,H,D], read in place."""
     return forward(*qkv.unbind(2), *rest)
 
 
@@ -49,7 +49,7 @@ def backward(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
 
 
 def backward_packed(grad_out, qkv, *rest):
-    """-> grad_qkv [B,N,3,H,D], into which the kernels write directly."""
+    """-> grad_qkv [B,N,3,H,D], which the kernels write directly."""
     grad = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     _gradients(grad_out, *qkv.unbind(2), *rest, grad.unbind(2))
     return grad
@@ -63,7 +63,7 @@ def _gradients(grad_out, q, k, v, out, lse, causal, prefix_len, scale, grads):
     grad_q, grad_k, grad_v = grads
     delta = torch.empty_like(lse)
     weight = torch.empty_like(lse) if q.dtype == torch.float32 else delta
-    # The softmax of a single score is constant. In float32 grad_k is a sum over q * scale.
+    # The softmax of a single score is constant. In float32 grad_k sums over q * scale.
     q_scale = scale if keys != 1 else 0.0
     k_scale = q_scale if q.dtype != torch.float32 else float(keys != 1)
     sizes = (heads, queries, keys, prefix_len, in_units(q.dtype, scale))

@@ -1,12 +1,12 @@
 """Tiles of attention: rows of q, k, v and their gradients, the mask, the online softmax, and the arguments of a launch.
 
-A head dimension is covered by one or two powers of two, D0 + D1: 72 and 80 are 64 + 16, 96 is 64 + 32; tiles are tuples of one part or two.
+A head dimension is covered by one or two powers of two, D0 + D1: 72 and 80 are 64 + 16, 96 is 64 + 32; tiles are tuples of one or two parts.
 
-A float32 product is three TF32 products, whose operands take two registers a value, and wide heads pass 255 registers by themselves. There
-(STEP > 0) dot_qk loads both operands STEP columns at a time, and loops over blocks hoist nothing (disable_licm).
+A float32 product is three TF32 products, whose operands take two registers per value, and wide heads alone exceed 255 registers. In these cases
+(STEP > 0) dot_qk loads both operands STEP columns at a time, and hoisting out of the loops over blocks is disabled (disable_licm).
 
-Names: q, k, v, out, grad_out [B,N,H,D]; lse, delta and weight [B,H,Nq] float32; x_b, x_n, x_h are x's strides in units of 16 bytes if ALIGNED
-(so that the compiler knows it), else in elements.
+Names: q, k, v, out, grad_out [B,N,H,D]; lse, delta and weight [B,H,Nq] float32; x_b, x_n, x_h are x's strides, in units of 16 bytes if ALIGNED
+(so that the compiler can assume alignment), else in elements.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ INF: tl.constexpr = tl.constexpr(math.inf)
 
 
 def plain(*views: str) -> list[str]:
-    """Integer arguments on whose values specialisation would gain nothing and only compile more variants."""
+    """Integer arguments not worth specialising on: it would only compile more variants."""
     return ["heads", "queries", "keys", "prefix_len", *(f"{view}_{axis}" for view in views for axis in "bnh")]
 
 
 @triton.jit
 def _part(base, start, stride, rows, FIRST: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
-    """Pointers to ROWS rows from `start` on, COLS columns from FIRST on; a mask of those below `rows` and below D."""
+    """Pointers to ROWS rows from `start` and COLS columns from FIRST, with a mask for rows below `rows` and columns below D."""
     row = tl.arange(0, ROWS)
     col = FIRST + tl.arange(0, COLS)
     stride = stride.to(tl.int64)
@@ -77,7 +77,7 @@ def load(
     ROWS: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):
-    """Rows [start, start + ROWS), 0 from row `rows` on if BOUNDED (else there must be no such row)."""
+    """Rows [start, start + ROWS). If BOUNDED, rows from `rows` on are 0; otherwise all must exist."""
     main = _load_part(base, start, stride, rows, 0, D0, D, ROWS, BOUNDED)
     if D1 > 0:
         return main, _load_part(base, start, stride, rows, D0, D1, D, ROWS, BOUNDED)
@@ -113,7 +113,7 @@ def operand(
     base, start, stride, rows, factor,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """An operand of dot_qk: a tile or, with STEP > 0, where its rows lie; float32 rows count times `factor`."""
+    """An operand of dot_qk: a tile or, with STEP > 0, the pointers to its rows; float32 rows are multiplied by `factor`."""
     if STEP > 0:
         return base, start, stride, rows, factor
     else:
@@ -124,7 +124,7 @@ def operand(
 def load_tile(
     x, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, BOUNDED: tl.constexpr
 ):
-    """The whole tile of an `operand`."""
+    """The full tile of an `operand`."""
     if STEP > 0:
         base, start, stride, rows, factor = x
         tile = load(base, start, stride, rows, D, D0, D1, ROWS, BOUNDED)
@@ -137,7 +137,7 @@ def load_tile(
 
 @triton.jit
 def _columns(x, first, D: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr):
-    """Columns [first, first + STEP) of an operand that is not loaded yet."""
+    """Loads columns [first, first + STEP) of an operand given by pointers."""
     base, start, stride, rows, factor = x
     row = tl.arange(0, ROWS)
     col = first + tl.arange(0, STEP)
@@ -153,7 +153,7 @@ def _columns(x, first, D: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def dot_qk(a, b, D: tl.constexpr, D1: tl.constexpr, STEP: tl.constexpr, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr):
-    """a b^T of two operands. With STEP > 0 each step has a sum of its own: one long chain loses digits of float32."""
+    """a b^T of two operands. With STEP > 0 each step has its own accumulator: one long chain would lose float32 precision."""
     nothing = tl.zeros([A_ROWS, B_ROWS], tl.float32)
     if STEP > 0:
         c = nothing
@@ -178,7 +178,7 @@ def dot_pv(a, b, c, D1: tl.constexpr):
 
 @triton.jit
 def visible_keys(row, queries, keys, prefix_len, CAUSAL: tl.constexpr):
-    """Query `row` sees this many keys, the first ones; not negative and non-decreasing in `row`."""
+    """Number of leading keys that query `row` sees; nonnegative and nondecreasing in `row`."""
     if CAUSAL:
         return tl.minimum(tl.maximum(tl.maximum(row + 1 + keys - queries, prefix_len), 0), keys)
     else:
@@ -187,13 +187,13 @@ def visible_keys(row, queries, keys, prefix_len, CAUSAL: tl.constexpr):
 
 @triton.jit
 def softmax_step(scores, m_i, l_i, scale, EXACT: tl.constexpr, POSITIVE: tl.constexpr):
-    """One step of the online softmax: p, the factor alpha of everything before, the running maximum m_i and sum l_i.
+    """One step of the online softmax: returns p, the rescaling factor alpha, the running maximum m_i and sum l_i.
 
-    EXACT: exp of the scores as they are; else exp2 in units of log 2. POSITIVE: scale > 0, and scores and m_i are not multiplied by it yet.
+    EXACT: exp of the scores; else exp2, in units of log 2. POSITIVE: scale > 0, and scores and m_i are not yet multiplied by it.
     """
     before = m_i
     m_i = tl.maximum(before, tl.max(scores, 1))
-    # inf - inf would make lse NaN where it has to be inf or -inf.
+    # inf - inf would turn an lse of inf or -inf into NaN.
     shift = tl.where(tl.abs(m_i) == INF, 0.0, m_i)
     if EXACT:
         p = tl.exp(scores - shift[:, None])
@@ -211,7 +211,7 @@ def softmax_step(scores, m_i, l_i, scale, EXACT: tl.constexpr, POSITIVE: tl.cons
 def parts(head_dim: int, dtype: str) -> tuple[int, int]:
     """D0 and D1, powers of two of at least 16 (D1 may be 0), that cover the head dimension with the fewest columns.
 
-    In float32 a D1 of 32 or 64 beside D0 does not fit 255 registers.
+    In float32, D0 plus a D1 of 32 or 64 does not fit in 255 registers.
     """
     if dtype == "fp32" and head_dim > 128:
         return 128, 128
@@ -224,12 +224,12 @@ def parts(head_dim: int, dtype: str) -> tuple[int, int]:
 
 @functools.cache
 def size_class(head_dim: int) -> str:
-    """The narrowest size class of config.py that is as wide as the tiles."""
+    """The narrowest size class of config.py that covers the tiles."""
     return next(name for name in WIDTHS if sum(parts(head_dim, "bf16")) <= int(name))
 
 
 def step(head_dim: int, dtype: str) -> int:
-    """Columns that dot_qk loads at a time, 0 for all: two whole tiles of float32 or of a wide head pass 255 registers."""
+    """Columns that dot_qk loads at a time, 0 for all: two full tiles of float32 or of a wide head exceed 255 registers."""
     columns = sum(parts(head_dim, dtype))
     if dtype == "fp32":
         return 16 if columns % 32 else 32
@@ -243,7 +243,7 @@ def constexprs(head_dim: int, dtype: str, causal: bool, aligned: bool) -> dict[s
 
 
 def layout(*views: torch.Tensor) -> tuple[bool, tuple[int, ...]]:
-    """(whether all strides but the last are multiples of 16 bytes, these strides in units of 16 bytes if so, else in elements)."""
+    """(whether all strides but the last are multiples of 16 bytes; these strides, in units of 16 bytes if so, else in elements)."""
     return _layout(16 // views[0].element_size(), *[view.stride() for view in views])
 
 

@@ -4,8 +4,8 @@ TMA returns 0 for rows and columns beyond a head's, so no load is masked. Each p
 axes for batch and head too, Triton 3.9 cannot partition q among warp groups on sm_90.
 
 WARP_SPECIALIZED: Triton partitions the loop over keys into a producer warp group, which loads, and consumers, which multiply. All keys go through one
-loop, every tile masked, since sm_90 compiles no second loop beside a warp-specialized one. There it takes 4 warps, to which Triton adds 8, and blocks of
-128 queries, half to each consumer: with 8 warps the loop stays whole, and 64 queries would be computed twice.
+loop with every tile masked, since on sm_90 a second loop next to a warp-specialized one does not compile. There it needs 4 warps, to which Triton adds 8,
+and blocks of 128 queries, half for each consumer: with 8 warps the loop is not partitioned, and with 64 queries the work would be duplicated.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _attend(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_KEYS: tl.constexpr, BORDER: tl.constexpr, POSITIVE: tl.constexpr,
     WARP_SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
-    """Folds keys [first, last) into the state."""
+    """Accumulates keys [first, last) into the state."""
     out, m_i, l_i = state
     for start in tl.range(first, last, BLOCK_KEYS, warp_specialize=WARP_SPECIALIZED):
         scores = dot_qk(q, _load(k, start, D0, D1), D, D1, 0, visible.shape[0], BLOCK_KEYS)
@@ -68,9 +68,9 @@ def attend_tma(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     POSITIVE: tl.constexpr, WARP_SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
-    """Folds keys [0, end), those from `border` on masked, into (out, m_i, l_i) of the queries from `start` on.
+    """Accumulates keys [0, end), masked from `border` on, into (out, m_i, l_i) of the queries from `start` on.
 
-    q, k, v: the head's first rows; q_n, k_n, v_n: elements from one row to the next.
+    q, k, v: the head's first rows; q_n, k_n, v_n: row strides in elements.
     """
     q_tile = _load(_descriptors(q, queries, q_n, D, D0, D1, BLOCK_QUERIES), start, D0, D1)
     k = _descriptors(k, keys, k_n, D, D0, D1, BLOCK_KEYS)
@@ -83,7 +83,7 @@ def attend_tma(
 
 
 def fits(*views: torch.Tensor) -> bool:
-    """Whether TMA can read the views [B,N,H,D] on this device: 16-bit elements, strides and addresses in whole units of 16 bytes."""
+    """Whether TMA can read the views [B,N,H,D] on this device: 16-bit elements, strides and addresses that are multiples of 16 bytes."""
     return (
         (INTERPRETED or has_tma())
         and views[0].element_size() == 2
@@ -93,9 +93,9 @@ def fits(*views: torch.Tensor) -> bool:
 
 
 def with_workspace(launch: Callable[[], object], like: torch.Tensor) -> None:
-    """Launches with PyTorch's allocator for the workspace that holds the descriptors: freed in stream order, or with a CUDA graph's pool.
+    """Launches with PyTorch's allocator for the descriptors' workspace, which is then freed in stream order or with a CUDA graph's pool.
 
-    In a context of its own, so that a caller's triton.set_allocator stands.
+    Runs in its own context, so that a caller's triton.set_allocator is kept.
     """
     context = contextvars.copy_context()
     context.run(triton.set_allocator, lambda size, alignment, stream: like.new_empty(size, dtype=torch.int8))

@@ -1,15 +1,15 @@
-"""The contrastive loss's constants, the schedule by width, and its kernels' rows of configuration."""
+"""Constants of the contrastive loss, its schedule by width, and its kernels' configurations."""
 
 from ..lib.config import ANY, TABLE, Config
 
 FEW = 512
-"""Up to so many columns, rounding errors of 16-bit gradients do not average out: every backend then computes with float32 features."""
+"""Up to this many columns, rounding errors of 16-bit gradients do not average out, so every backend computes with float32 features."""
 
 GAIN = 256.0
-"""Factor of float16 gradients by logits, whose small values would underflow."""
+"""Scaling factor of float16 gradients with respect to logits, whose small values would underflow."""
 
-# Size classes: "cublas", where products are read instead of computed; "maxima", where each row and column has its own shift. Both kernels over tiles share one BLOCK_K per dtype, so that
-# the backward recomputes the forward's logits to the bit.
+# Size classes: "cublas": products are read instead of computed; "maxima": each row and column has its own shift. Both tile kernels use the same BLOCK_K
+# per dtype, so that the backward recomputes the forward's logits bit for bit.
 TABLE["contrastive_statistics"] = {
     (ANY, ANY, ANY): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=3),
     (ANY, ANY, "sm_90"): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=3),
@@ -34,4 +34,4 @@ SCHEDULES = {
     (ANY, "huge"): "cublas",
     ("fp32", "huge"): "chunked",
 }
-"""(dtype, size class) -> schedule of launch.py. Size classes by width: wide up to 2048, huge beyond."""
+"""(dtype, size class) -> schedule in launch.py. Size classes by width: wide up to 2048, huge beyond."""

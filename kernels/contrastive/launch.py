@@ -1,24 +1,24 @@
-"""contrastive_loss: schedules, and the launches of the kernels in tiles.py and rows.py, under the contract of the operator's `_forward_rows`.
+"""contrastive_loss: schedules, and the launches of the kernels in tiles.py and rows.py, with the signatures of the operator's `_forward_rows`.
 
-Cost in units of 2 n N D flops (U) and of n N bytes of traffic (V), by schedule:
+Cost by schedule, in units of 2 n N D FLOPs (U) and of n N bytes of traffic (V):
 
-    schedule   forward                backward                                                          taken for widths D
+    schedule   forward                backward                                                          used for widths D
     chunked    1 U                    tiles of gradients 1 U, cuBLAS products 2 U: 3 U, 6 V in bf16     up to 2048, and float32
     cublas     1 U (cuBLAS), 8 V      3 U (cuBLAS), 14 V in bf16                                        beyond
 
-For N = 32768 pairs on an H100 (2 D TFLOP/1000 and 1.1 GB per V; Triton's products taken as 550 TFLOP/s, cuBLAS's as 700, 3.3 TB/s; estimates, not
-measurements): D = 768: chunked 11 ms, cublas 14; D = 4096: cublas 57 ms, chunked 59. A schedule that kept the gradient [64, D] of a
-side in registers, 2 U a side, was given up: every logit's exponential would be taken once more, which at D = 256 takes longer than the traffic it saves.
+For N = 32768 pairs on an H100 (2 D TFLOP/1000 and 1.1 GB per V; assuming 550 TFLOP/s for Triton's products, 700 for cuBLAS's, and 3.3 TB/s; estimates,
+not measurements): D = 768: chunked 11 ms, cublas 14; D = 4096: cublas 57 ms, chunked 59. A third schedule, keeping the gradient [64, D] of one
+side in registers at 2 U per side, was dropped: it would recompute every logit's exponential, which at D = 256 takes longer than the traffic it saves.
 On ROCm "cuBLAS" is hipBLASLt.
 
-chunked never writes a logit. Both work on chunks of rows: the gradients of a chunk, in the features' dtype, and its logits
-(cublas: float32, overwritten by their gradients where those are float32 too) are all that exists of the N x N matrix, CHUNK_PAIRS numbers at most.
-In both the columns' (shift, sum) come from one sweep over tiles, one pair per strip of rows, merged in order.
+chunked never writes a logit. Both schedules work on chunks of rows: of the N x N matrix only the gradients of a chunk exist, in the features' dtype, and
+with cublas its logits (float32, overwritten by the gradients if those are float32 too), at most CHUNK_PAIRS numbers.
+In both, the columns' (shift, sum) come from a single sweep over tiles, one pair per strip of rows, merged in order.
 
-What 16-bit gradients lose to rounding is summed in float32 per row and column and restored along the mean of the unit rows by which they are
-multiplied: where features are alike the products nearly cancel, and rounding errors would not. Up to FEW columns errors do not average out, so 16-bit
-features become float32. float16 has no range for gradients by logits: its rows are scaled to norms in [1/2, 1) by powers of two, and the gradients
-by GAIN.
+The rounding errors of 16-bit gradients are summed in float32 per row and column and added back along the mean of the unit rows that they are
+multiplied by: if features are alike, the products nearly cancel but the rounding errors would not. Up to FEW columns errors do not average out, so 16-bit
+features are converted to float32. float16 lacks the range for gradients with respect to logits: rows are scaled to norms in [1/2, 1) by powers of two,
+and the gradients by GAIN.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from .tiles import REACH, contrastive_gradients, contrastive_statistics
 CHUNK_PAIRS = 2**26
 LN_2 = math.log(2)
 STRIPS = 256
-"""Most tiles of rows in one launch of the forward: so many (max, sum) are kept per column."""
+"""Most row tiles in one launch of the forward, which stores this many (max, sum) pairs per column."""
 PROGRAMS = 512
-"""A launch of the forward with fewer tiles of rows splits the columns."""
+"""A launch of the forward with fewer row tiles splits the columns."""
 
 
 def schedule(rows: int, width: int, dtype: str) -> str:
@@ -52,20 +52,20 @@ def schedule(rows: int, width: int, dtype: str) -> str:
 
 @dataclass
 class Features:
-    """Rows as the kernels multiply them, with what turns products into cosines and their gradients into those by the original rows."""
+    """Rows as the kernels multiply them, with the factors that turn products into cosines, and gradients into those of the original rows."""
 
     values: Tensor
     norm: Tensor
     inverse: Tensor
     """1 / norm, or ones for unit rows."""
     post: Tensor
-    """Factor of the gradients of rows, with norms held fixed."""
+    """Factor of the rows' gradients, for fixed norms."""
     mean: Tensor | None
-    """Of the unit rows, where gradients are rounded."""
+    """Mean of the unit rows, if gradients are rounded."""
 
 
 def _features(x: Tensor, units: bool, for_gradients: bool = False) -> Features:
-    """x [rows, D]; units: as float32 rows of norm 1. Else x itself, or for gradients in float16 x times powers of two."""
+    """x [rows, D] as float32 rows of norm 1 if `units`; else x itself or, for float16 gradients, x times powers of two."""
     rows, width = x.shape
     x = x if x.stride(1) == 1 or width <= 1 else x.contiguous()
     post = None
@@ -95,21 +95,21 @@ def _as_units(image: Tensor, text: Tensor) -> bool:
 
 
 def _shift(scale: Tensor) -> Tensor:
-    """What `shift_of` in the kernels makes of it, to the bit."""
+    """Bitwise equal to `shift_of` in the kernels."""
     return (scale.abs() - REACH.value).clamp_min(0)
 
 
 def _split_off_powers(state: Tensor) -> Tensor:
-    """(shift, sum) [2, size] as (shift + k log 2, sum / 2^k) with sums in [1/2, 1), of which a logarithm loses no digits.
+    """(shift, sum) [2, size] -> (shift + k log 2, sum / 2^k) with sums in [1/2, 1), whose logarithm loses no precision.
 
-    `_powers` recovers k. Sums below a maximum stay: they are at least 1, and their shift is a logit to the bit.
+    `_powers` recovers k. Sums relative to a maximum are unchanged: they are at least 1, and their shift is exactly a logit.
     """
     mantissa, exponent = torch.frexp(state[1])
     return torch.stack([state[0] + exponent * LN_2, mantissa])
 
 
 def _powers(shift: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
-    """2^-k of what was split off, and whether all `shifts` were split off from this shift."""
+    """2^-k of the powers split off, and whether all `shifts` derive from this shift."""
     exponent = torch.round((shifts - shift) / LN_2)
     return torch.exp2(-exponent), ((shift + exponent * LN_2 == shifts) & (exponent.abs() < 122)).all()
 
@@ -142,7 +142,7 @@ def forward_rows(
         if cublas:
             add_product(products[: chunk.stop - start], x.values[chunk], y.values.T, first=True)
         far = torch.empty(segments, strips, dtype=torch.int32, device=scale.device) if shared else None
-        # A program of the second launch ends at once, unless the first one lost digits at its place.
+        # A program of the second launch exits at once unless the first launch lost precision in its tile.
         for how, c in ((True, config), (False, careful)) if shared else ((False, config),):
             contrastive_statistics[(strips, segments)](
                 x.values[chunk], y.values, products, x.inverse[chunk], y.inverse, scale, bias,
@@ -164,7 +164,7 @@ def forward_rows(
 
 
 def _on_the_same_places(config: Config, other: Config) -> Config:
-    """`config` where its programs can cover what those of `other` do, else `other`."""
+    """`config` if its programs can cover the same tiles as those of `other`, else `other`."""
     same_rows = config.blocks["BLOCK_M"] == other.blocks["BLOCK_M"]
     return config if same_rows and other.blocks["BLOCK_N"] % config.blocks["BLOCK_N"] == 0 else other
 
@@ -191,7 +191,7 @@ def backward_rows(
     need_image: bool,
     need_text: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """Gradients by image [n,D]; by text over these rows with its norms held fixed [N,D], float32; by scale and by bias."""
+    """Gradients of image [n,D]; of text over these rows, for fixed norms, [N,D] float32; of scale and bias."""
     n, width = image.shape
     if n == 0:
         zero = torch.zeros((), dtype=torch.float64, device=image.device)
@@ -215,14 +215,14 @@ def backward_rows(
 
 
 def project(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient by x with its norms held fixed [N,D], float32 -> the gradient by x."""
+    """The gradient of x for fixed norms, [N,D] float32 -> the gradient of x."""
     return _project(grad.contiguous(), x, None, None, None, None, True, x.dtype)
 
 
 def _project(grad, original, features, error, mean, factor, through_norm, dtype):
     rows, width = original.shape
     original = original if original.stride(1) == 1 or width <= 1 else original.contiguous()
-    # A rank's part of a larger sum would keep all of it alive.
+    # A view of a larger sum would keep all of it alive.
     in_place = dtype == grad.dtype and grad.untyped_storage().nbytes() == grad.nbytes
     out = grad if in_place else torch.empty_like(grad, dtype=dtype)
     config = pick("contrastive_project", TYPES[original.dtype])
@@ -236,7 +236,7 @@ def _project(grad, original, features, error, mean, factor, through_norm, dtype)
 
 @dataclass
 class _Weights:
-    """The loss's weights of rows (one) and columns, as multiples of `unit`."""
+    """The loss's weights of the rows (a scalar) and columns, as multiples of `unit`."""
 
     unit: Tensor
     row: Tensor
@@ -251,9 +251,9 @@ class _Weights:
 
 
 def _terms(r: Tensor, c: list[Tensor], weights: _Weights, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Row terms [2, 2, n], column terms [2, 2, N] and how many count, as `contrastive_gradients` takes them.
+    """Row terms [2, 2, n], column terms [2, 2, N] and the number of terms, for `contrastive_gradients`.
 
-    One where the forward took all exponentials below this shift, else one for the rows and one for the columns.
+    One term if the forward took all exponentials relative to this shift, else one for the rows and one for the columns.
     """
     row, column = (torch.exp(-x[1]) * (0.5 * weight) for x, weight in ((r, weights.row), (c, weights.column)))
     no_row, no_column = torch.zeros_like(row), torch.zeros_like(column)
@@ -285,8 +285,8 @@ class _Backward:
     def __post_init__(self):
         self.rounds = self.dtype != torch.float32
         self.gain = GAIN if self.dtype == torch.float16 else 1.0
-        # The softmax's gradients cancel, over all rows to 0. What rounding leaves of their sum would weigh a cosine, mostly of a row's best
-        # column: the mean of those is taken off first.
+        # The softmax's gradients cancel, over all rows to 0. Rounding leaves a residue, which would be weighted by a cosine, mostly that of a
+        # row's best column; so the mean of those cosines is subtracted first.
         self.total = self.sigmoid or len(self.x.values) < len(self.y.values)
         self.center = torch.zeros_like(self.scale)
         if not self.sigmoid:
@@ -302,7 +302,7 @@ class _Backward:
         return self.x.values.dtype
 
     def chunked(self, cublas):
-        """(grad of x's rows, their rounding error, of y's rows, theirs, sums), the gradients of a chunk at a time as operands of two cuBLAS products."""
+        """(grad of x's rows, its rounding error, grad of y's rows, its rounding error, sums), with two cuBLAS products per chunk of gradients."""
         (n, width), N = self.x.values.shape, len(self.y.values)
         config = pick("contrastive_gradients", TYPES[self.dtype], "cublas" if cublas else "any")
         block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]

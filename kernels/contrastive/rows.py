@@ -1,4 +1,4 @@
-"""contrastive_loss, over rows of features: norms and unit rows, merges of partial sums, the last step of the gradient."""
+"""contrastive_loss, kernels over rows of features: norms and unit rows, merging of partial sums, the last step of the gradient."""
 
 import triton
 import triton.language as tl
@@ -10,13 +10,13 @@ SMALLEST_NORM = tl.constexpr(1e-12)
 
 @triton.jit
 def _clamped_norm(x, row_stride, i, rows, width, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Norms of rows i of x, and which of them are their divisors: below the smallest one that is constant."""
+    """Clamped norms of rows i of x, and whether each is unclamped."""
     squares = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for start in range(0, width, BLOCK_D):
         v = _tile(x, row_stride, i, start + tl.arange(0, BLOCK_D), rows, width)
         squares += v * v
     norm = tl.sqrt_rn(tl.sum(squares, 1))
-    # A NaN stays one.
+    # NaN is kept.
     return tl.where(norm < SMALLEST_NORM, SMALLEST_NORM, norm), norm >= SMALLEST_NORM
 
 
@@ -41,7 +41,7 @@ def contrastive_features(
     BLOCK_D: tl.constexpr,
 ):
     """norms, inverses [rows] of x [rows, width]. UNITS: units [rows, width] = x / norm; else mean_parts [programs, width], the
-    sum of those over this program's rows."""
+    sum of the unit rows over this program's rows."""
     i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     norm, _ = _clamped_norm(x, row_stride, i, rows, width, BLOCK_R, BLOCK_D)
     inverse = tl.div_rn(tl.full((BLOCK_R,), 1.0, tl.float32), norm)
@@ -60,9 +60,9 @@ def contrastive_features(
 
 @kernel
 def contrastive_merge(parts, state, count, size, FIRST: tl.constexpr, LOG: tl.constexpr, BLOCK: tl.constexpr):
-    """state [2, size] of (max, sum of exponentials below it), unless FIRST, and parts [count, 2, size] of such -> state.
+    """Merges parts [count, 2, size] of (max, sum of exponentials relative to it) into state [2, size], which is overwritten if FIRST.
 
-    LOG: the sum becomes its logarithm.
+    LOG: stores the logarithm of the sum.
     """
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = j < size
@@ -104,8 +104,8 @@ def contrastive_project(
 ):
     """grad [rows, width], float32 -> out of the same shape.
 
-    COMPLETE: times factor (a scalar) and row_factor [rows], with ROUNDED after error [rows] times mean [width] is added.
-    PROJECT: without what lies along x, as the norms of x vary; where they are clamped they don't.
+    COMPLETE: multiplied by factor (a scalar) and row_factor [rows]; with ROUNDED, error [rows] times mean [width] is added first.
+    PROJECT: the component along x is removed, since the norm of x varies, unless it is clamped.
     """
     i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = i < rows
@@ -121,7 +121,7 @@ def contrastive_project(
         for start in range(0, width, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             g = _completed(grad, mean, lost, times, i, d, rows, width, ROUNDED)
-            # By division, so that nothing at all is left where the width is 1.
+            # By division, so that the result is exactly 0 for width 1.
             products += g * tl.div_rn(_tile(x, row_stride, i, d, rows, width), norm[:, None] + tl.zeros_like(g))
         along = tl.where(varies, tl.sum(products, 1), 0.0)
     for start in range(0, width, BLOCK_D):

@@ -1,14 +1,14 @@
-"""contrastive_loss, over tiles of pairs: statistics of logits, gradients by logits.
+"""contrastive_loss, kernels over tiles of pairs: statistics of logits, gradients with respect to logits.
 
-Rows i < n of x meet rows j < N of y; the pair of row i is j = i + offset. Tiles are [columns, rows]: what a thread holds of a product lies mostly along
-its second axis, so sums over a block's rows, which every tile of columns needs, stay within four threads. Out of bounds a logit is -inf: adding 0 or
--inf to s <a_i, b_j> masks it, and rounds the product, fused or not, before anything is subtracted from it. A tile's cosines are x_i y_j times 1/|y_j| and
-1/|x_i| in float32 (or ones, for unit rows), or come from a buffer of cuBLAS products (CUBLAS). Both kernels take them in
-the same steps of BLOCK_K and multiply in the same order, so that the backward meets the forward's logits to the bit.
+Rows i < n of x are paired with rows j < N of y; the positive of row i is j = i + offset. Tiles are [columns, rows]: a thread's elements of a product lie
+mostly along the second axis, so reductions over a block's rows, which every tile of columns needs, stay within four threads. Out-of-bounds logits are -inf:
+adding 0 or -inf to s <a_i, b_j> masks it, and also forces the product to be rounded, whether fused or not, before anything is subtracted from it. A tile's
+cosines are x_i y_j times 1/|y_j| and 1/|x_i| in float32 (or ones, for unit rows), or come from a buffer of cuBLAS products (CUBLAS). Both kernels use
+the same BLOCK_K and multiply in the same order, so that the backward recomputes the forward's logits bit for bit.
 
-One exponential per logit serves both softmaxes where all are taken of z - shift(s): sums over rows and over columns add the same numbers, and a gradient is
-exp(z - shift) times the sum of a row's and a column's factor. The shift is 0 up to |s| = REACH, so only a row or column all of whose logits
-are far below the largest possible one gets lost: then every row and column takes its own maximum, at two exponentials per logit.
+One exponential per logit serves both softmaxes if all are of z - shift(s): sums over rows and over columns add the same numbers, and a gradient is
+exp(z - shift) times the sum of a row factor and a column factor. The shift is 0 up to |s| = REACH, so only a row or column whose logits are all
+far below the largest possible one underflows: then every row and column uses its own maximum, at two exponentials per logit.
 """
 
 import triton
@@ -18,9 +18,9 @@ from ..lib.common import dot
 from ..lib.launch import kernel
 
 REACH: tl.constexpr = tl.constexpr(64.0)
-"""exp(REACH) leaves room for 2^34 summands."""
+"""exp(REACH) leaves headroom for 2^34 summands."""
 SMALLEST: tl.constexpr = tl.constexpr(2.0**-80)
-"""What is lost to underflow, 2^-126 per logit, is no digit of a sum above this."""
+"""Underflow loses 2^-126 per logit, which is negligible in sums above this."""
 LARGEST: tl.constexpr = tl.constexpr(2.0**120)
 
 
@@ -64,7 +64,7 @@ def _outside(i, n):
 
 @triton.jit
 def _softplus(z):
-    # log(1 + e) as 2 artanh(e / (2 + e)), by its series: exact where e is small, and without a logarithm.
+    # log(1 + e) = 2 artanh(e / (2 + e)), by its series: accurate for small e, and without a logarithm.
     e = tl.exp(-tl.abs(z))
     t = e / (2.0 + e)
     s = t * t
@@ -101,12 +101,12 @@ def contrastive_statistics(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Program (m, c): rows of tile m against the `segment` tiles of columns from c * segment on.
+    """Program (m, c): the rows of tile m against `segment` tiles of columns from c * segment on.
 
-    softmax: row_parts [segments, 2, row_parts_stride] and column_parts [tiles of rows, 2, N] of (shift, sum of exponentials below
-    it), and own [n], the logits of the rows' pairs. sigmoid: row_parts [segments, row_parts_stride], sums of softplus.
-    SHARED: one shift for all, and far [segments, tiles of rows] is where that lost digits; else maxima are the shifts, of programs that are
-    far or, without it, of all.
+    softmax: row_parts [segments, 2, row_parts_stride] and column_parts [row tiles, 2, N] of (shift, sum of exponentials relative to
+    it), and own [n], the logits of the positives. sigmoid: row_parts [segments, row_parts_stride], sums of softplus.
+    SHARED: one shift for all; far [segments, row tiles] flags the programs where that lost precision. Otherwise the shifts are maxima, for the
+    flagged programs or, without `far`, for all.
     """
     place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     if far is not None and not SHARED:
@@ -171,19 +171,19 @@ def contrastive_statistics(
 
 @triton.jit
 def _halves(x):
-    """[N, M] -> [N / 2, M], of sums of two rows that one thread holds: rows of a product that lie eight apart."""
+    """[N, M] -> [N / 2, M]: sums of pairs of rows held by one thread, which in a product are eight rows apart."""
     return tl.sum(x.reshape((x.shape[0] // 16, 2, 8, x.shape[1])), 1).reshape((x.shape[0] // 2, x.shape[1]))
 
 
 @triton.jit
 def _exp(x):
-    """tl.exp, but for 0 in place of subnormal results, which saves three instructions."""
+    """tl.exp with subnormal results flushed to 0, which saves three instructions."""
     return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
 def _loses_digits(total):
-    # NaN too.
+    # Also for NaN.
     return (total >= SMALLEST) & (total <= LARGEST) == 0
 
 
@@ -196,7 +196,7 @@ def _by_logit(
     has_own = (first_column < first_row + offset + BLOCK_M) & (first_column + BLOCK_N > first_row + offset)
     own_column = tl.where(i < n, i + offset, -1)[None, :]
     if SIGMOID:
-        # 1 - sigmoid(z) = sigmoid(-z) keeps its digits.
+        # 1 - sigmoid(z) as sigmoid(-z), without cancellation.
         z = (_logits(tile, s, x_inverse, i, n) + t) + _outside(j, N)[:, None]
         if has_own:
             z = tl.where(own_column == j[:, None], -z, z)
@@ -207,7 +207,7 @@ def _by_logit(
     else:
         g = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         row, column = row_terms + i, column_terms + j
-        # Logits are made anew for each term: to keep them beside products and gradients takes too many registers.
+        # Logits are recomputed for each term: keeping them along with products and gradients takes too many registers.
         for _ in tl.range(0, tl.load(terms), num_stages=1, disable_licm=True):
             z = _logits(tile, s, x_inverse, i, n) + _outside(j, N)[:, None]
             shift = tl.load(row, mask=i < n, other=0.0)[None, :] + tl.load(column, mask=j < N, other=0.0)[:, None]
@@ -259,14 +259,13 @@ def contrastive_gradients(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """row_terms [terms, 2, row_terms_stride], column_terms [terms, 2, N]: shifts and factors of which d loss / d z_ij is made.
+    """Program (m, c): one tile of the gradients [n, N], GAIN d loss / d z_ij / (|x_i| |y_j|), in the features' dtype (float32: overwriting the products).
 
-    Without the pairs' own weight it is the sum over terms of exp(z_ij - row's shift - column's shift) (row's factor + column's factor).
+    row_terms [terms, 2, row_terms_stride] and column_terms [terms, 2, N] are the shifts and factors that make up d loss / d z_ij: except for the
+    positives' own weight, it is the sum over terms of exp(z_ij - row shift - column shift) (row factor + column factor).
 
-    Program (m, c): a tile of gradients [n, N], GAIN d loss / d z_ij / (|x_i| |y_j|) in the features' dtype (float32: in place of products).
-
-    Rounded, what that lost: row_error [tiles of columns, n], sums of it times |y_j|, and column_error [tiles of rows, N], times |x_i|.
-    sums [2, tiles], float64: of gradients times cosine - center, and of gradients (TOTAL).
+    If the gradients are rounded, their rounding errors are summed: row_error [column tiles, n], weighted by |y_j|, and column_error
+    [row tiles, N], weighted by |x_i|. sums [2, tiles], float64: of gradients times (cosine - center), and of gradients (TOTAL).
     """
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)

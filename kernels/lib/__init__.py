@@ -1,1 +1,1 @@
-"""What several kernels share: tiled products, strided rows, sums over rows, patches, the random stream, GELU, and picking a row of configuration."""
+"""Shared by several kernels: tiled products, strided rows, sums over rows, patches, random numbers, GELU, and configuration lookup."""

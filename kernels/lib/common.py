@@ -1,4 +1,4 @@
-"""What all kernels share: products and rounding that are right in the interpreter too, names of dtypes, integer helpers."""
+"""Shared by all kernels: products and rounding that are also correct in the interpreter, dtype names, integer helpers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ fences.install()
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# The interpreter multiplies bfloat16 wrongly: there operands are widened first. Compiled code has no such branch.
+# The interpreter's bfloat16 products are wrong, so it widens operands first. Compiled code has no such branch.
 UPCAST: tl.constexpr = tl.constexpr(INTERPRETED)
 
-# Float32 products in full precision: three TF32 products on NVIDIA; AMD's compiler takes them as they are. aot/compile.py sets it for its target.
+# Full-precision float32 products: three TF32 products on NVIDIA, native ones on AMD. aot/compile.py sets it for its target.
 FP32_PRODUCTS: tl.constexpr = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-"""Triton's names of the dtypes."""
+"""Triton's names for the dtypes."""
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def dot(a, b, acc):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """float32 x in `dtype`, to nearest even. In the interpreter, .to and tl.store truncate to bfloat16."""
+    """float32 x rounded to nearest even in `dtype`. In the interpreter, .to and tl.store would truncate to bfloat16."""
     if UPCAST and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
@@ -48,7 +48,7 @@ def rounded(x, dtype: tl.constexpr):
 
 @triton.jit
 def sum_over_rows(x):
-    """tl.sum(x, 0). The interpreter adds rows in one long chain, which loses digits that a tree keeps: two steps there."""
+    """tl.sum(x, 0). The interpreter adds rows in one long chain, which is less accurate than a tree, so it sums in two steps there."""
     if UPCAST and x.shape[0] >= 64:
         return tl.sum(tl.sum(x.reshape((x.shape[0] // 32, 32, x.shape[1])), 1), 0)
     return tl.sum(x, 0)

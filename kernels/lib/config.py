@@ -1,9 +1,9 @@
-"""Block sizes, warps and stages: each kernel's rows stand beside the kernel, by dtype, size class and architecture, and `pick` chooses one.
+"""Block sizes, warps and stages: each kernel's file defines its configurations by dtype, size class and architecture, and `pick` selects one.
 
-Nothing tunes itself. Rows that won on a GPU stand in kernels/measured.csv, written by `python -m tools.gpu.results`, and are picked before the others;
-`ov3fast tune` writes a file of better rows for one device, which `pick` prefers to both. A row's key is (dtype, size class, architecture),
-each of which may be "any"; `pick` returns the most specific row of those that name the dtype, else of the others. Size classes are words that the
-kernel's launcher chooses, documented beside its rows.
+There is no autotuning at run time. Configurations measured to be faster on a GPU are in kernels/measured.csv, written by `python -m tools.gpu.results`,
+and take precedence; `ov3fast tune` writes a file for one device, which takes precedence over both. A key is (dtype, size class, architecture),
+each of which may be "any"; `pick` returns the most specific row among those that name the dtype, else among the others. Size classes are strings chosen
+by the kernel's launcher and documented next to its rows.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from . import cuda_driver
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 WITH_TMA = ("sm_90", "sm_100")
-"""Those with a tensor memory accelerator."""
+"""Architectures with a Tensor Memory Accelerator."""
 ANY = "any"
 
 
 @dataclass(frozen=True)
 class Config:
-    """One row: the constexprs that it sets, and how the kernel is compiled."""
+    """One configuration: the constexprs that it sets, and the compile options."""
 
     blocks: Mapping[str, int] = field(default_factory=dict)
     warps: int = 4
@@ -39,7 +39,7 @@ class Config:
 
     @functools.cached_property
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of a launch."""
+        """Keyword arguments for a launch."""
         return {**self.blocks, "num_warps": self.warps, "num_stages": self.stages}
 
     def __str__(self) -> str:
@@ -48,15 +48,15 @@ class Config:
 
 
 Key = tuple[str, str, str]
-"""(dtype, size class, architecture) in the table, (kernel, dtype, size class) in what tuning found."""
+"""(dtype, size class, architecture) in the table, (kernel, dtype, size class) in tuning results."""
 TABLE: dict[str, dict[Key, Config]] = {}
-"""kernel -> (dtype, size class, architecture) -> row. Filled by the kernels' files as they are imported."""
+"""kernel -> (dtype, size class, architecture) -> row. Filled as the kernels' modules are imported."""
 
 
 def pick(kernel: str, dtype: str, size: str = ANY, architecture: str | None = None, *, tuned: bool = True) -> Config:
-    """The row for this call; without an architecture that of the current device. Only if `tuned`, what was measured.
+    """The row for this call. architecture: default, that of the current device. tuned: use measured and tuned rows too.
 
-    KeyError where the table has none.
+    Raises KeyError if the table has none.
     """
     if architecture is None and tuned:
         asked = kernel, dtype, size
@@ -86,7 +86,7 @@ def _from_specific_to_any(dtype: str, size: str, arch: str) -> list[Key]:
 
 
 def current_architecture() -> str:
-    """Of the table's architectures, the one whose rows fit the current device; sm_80 for the interpreter."""
+    """The table's architecture for the current device; sm_80 for the interpreter."""
     return _architecture(torch.cuda.current_device()) if _there_is_a_gpu() else "sm_80"
 
 
@@ -104,20 +104,20 @@ def _architecture(device: int) -> str:
 
 
 def has_tma() -> bool:
-    """Whether the current device has a tensor memory accelerator."""
+    """Whether the current device has a Tensor Memory Accelerator."""
     return current_architecture() in WITH_TMA
 
 
-# --- what was measured ---
+# --- measured rows ---
 
 MEASURED = Path(__file__).parents[1] / "measured.csv"
 COLUMNS = ("kernel", "dtype", "size", "architecture", "blocks", "warps", "stages", "share", "gpu", "torch", "triton", "commit")
-"""`share`: of the time of the call with the row that it replaces."""
+"""`share`: the call's time relative to that with the row it replaces."""
 
 
 @functools.cache
 def measured() -> Mapping[tuple[str, str, str, str], Config]:
-    """(kernel, dtype, size class, architecture) -> the row that won there."""
+    """(kernel, dtype, size class, architecture) -> the fastest measured row."""
     with MEASURED.open(newline="", encoding="utf-8") as file:
         return {
             (row["kernel"], row["dtype"], row["size"], row["architecture"]): Config(
@@ -127,7 +127,7 @@ def measured() -> Mapping[tuple[str, str, str, str], Config]:
         }
 
 
-# --- what tuning finds ---
+# --- tuned rows ---
 
 _trial: dict[Key, Config] = {}
 _picked: set[Key] | None = None
@@ -135,7 +135,7 @@ _picked: set[Key] | None = None
 
 @contextmanager
 def trying(found: Mapping[Key, Config]) -> Iterator[set[Key]]:
-    """Within the block these rows replace the table's; yields what is picked there."""
+    """Replaces the table's rows within the block; yields the set of keys that are looked up there."""
     global _trial, _picked
     before = _trial, _picked
     _trial, _picked = dict(found), set()
@@ -146,7 +146,7 @@ def trying(found: Mapping[Key, Config]) -> Iterator[set[Key]]:
 
 
 def tuned_path() -> Path:
-    """Where the rows found for the current device, its driver and this source of the kernels lie."""
+    """File of the rows tuned for the current device, its driver and this version of the kernels."""
     source = hashlib.sha256(
         b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))
     ).hexdigest()[:16]
@@ -161,7 +161,7 @@ def _tuned() -> Mapping[Key, Config]:
 
 @functools.cache
 def _tuned_for(device: int) -> Mapping[Key, Config]:
-    """Of the current device, by whose number they are kept."""
+    """The tuned rows of a device, cached by its index."""
     path = tuned_path()
     return load(path) if path.exists() else {}
 

@@ -1,4 +1,4 @@
-"""NVIDIA's driver, libcuda, by ctypes: what PyTorch does not tell about it."""
+"""NVIDIA's driver, libcuda, through ctypes, for what PyTorch does not expose."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any, NoReturn
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """OSError where there is no driver."""
+    """Loads libcuda. Raises OSError if there is no driver."""
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
 def call(name: str, *arguments: Any) -> None:
-    """RuntimeError in the driver's words where it refuses."""
+    """Calls a driver function. Raises RuntimeError with the driver's message if it fails."""
     error = getattr(library(), name)(*arguments)
     if error:
         refuse(name, error)
 
 
 def refuse(name: str, error: int) -> NoReturn:
-    """RuntimeError in the driver's words for what it returned."""
+    """Raises RuntimeError with the driver's message for an error code."""
     words = ctypes.c_char_p()
     library().cuGetErrorString(error, ctypes.byref(words))
     raise RuntimeError(f"{name}: {(words.value or b'unknown error').decode()} ({error})")
@@ -30,7 +30,7 @@ def refuse(name: str, error: int) -> NoReturn:
 
 @functools.cache
 def context(device: int) -> ctypes.c_void_p:
-    """The device's primary context, the one that PyTorch uses; never released: PyTorch does not release it either."""
+    """The device's primary context, which PyTorch uses too; never released, as in PyTorch."""
     handle, found = ctypes.c_int(), ctypes.c_void_p()
     call("cuDeviceGet", ctypes.byref(handle), ctypes.c_int(device))
     call("cuDevicePrimaryCtxRetain", ctypes.byref(found), handle)
@@ -38,7 +38,7 @@ def context(device: int) -> ctypes.c_void_p:
 
 
 def ensure_context(device: int) -> None:
-    """Make the device's context current in a thread that has none."""
+    """Makes the device's context current in a thread that has none."""
     found = ctypes.c_void_p()
     call("cuCtxGetCurrent", ctypes.byref(found))
     if not found.value:
@@ -47,7 +47,7 @@ def ensure_context(device: int) -> None:
 
 @functools.cache
 def version() -> int:
-    """The newest CUDA that the driver runs: 13000 for 13.0."""
+    """The newest CUDA version that the driver supports: 13000 for 13.0."""
     number = ctypes.c_int()
     call("cuDriverGetVersion", ctypes.byref(number))
     return number.value

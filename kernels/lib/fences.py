@@ -1,8 +1,8 @@
-"""Fences that Triton before 3.9 leaves out on Hopper.
+"""Inserts fences that Triton before 3.9 omits on Hopper.
 
-wgmma reads shared memory through the asynchronous proxy. What threads wrote there by st.shared or cp.async is visible to it after a
-fence.proxy.async of the thread that wrote, and a barrier (PTX ISA, "async proxy"). Triton 3.9 emits these fences; 3.6 does not for tiles that come
-through cp.async. Into the PTX of our kernels one is put before each barrier and each group of products: it costs some cycles, and no more where
+wgmma reads shared memory through the asynchronous proxy. Data written there with st.shared or cp.async becomes visible to it after a
+fence.proxy.async by the writing thread, and a barrier (PTX ISA, "async proxy"). Triton 3.9 emits these fences; 3.6 does not for tiles loaded
+with cp.async. We insert one into our kernels' PTX before each barrier and each group of products; it costs a few cycles, and nothing extra if
 there is one already.
 """
 
@@ -17,18 +17,18 @@ import triton
 
 FENCE = "fence.proxy.async.shared::cta;"
 GIVEN_SINCE = (3, 9)
-"""The first Triton whose own fences tools/ptxrun finds sufficient."""
+"""The first Triton version whose own fences pass tools/ptxrun."""
 
 _PLACES = re.compile(r"^(\s*)((?:@!?%p\d+\s+)?(?:bar\.sync|barrier\.sync|wgmma\.fence\.sync)\b)", re.MULTILINE)
 
 
 def fenced(ptx: str) -> str:
-    """The same code with a fence before every barrier and every group of products; code without wgmma as it is."""
+    """The same code with a fence before every barrier and every group of products; code without wgmma is unchanged."""
     return _PLACES.sub(rf"\1{FENCE}\n\1\2", ptx) if "wgmma.mma_async" in ptx else ptx
 
 
 def install() -> None:
-    """Put `fenced` behind the making of PTX for our kernels, where this Triton needs it."""
+    """Adds `fenced` to the PTX stage for our kernels, if this Triton version needs it."""
     version = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
     runtime = triton.knobs.runtime
     if version < GIVEN_SINCE and not isinstance(runtime.add_stages_inspection_hook, _Hook):
@@ -36,7 +36,7 @@ def install() -> None:
 
 
 class _Hook:
-    """What Triton calls with a compilation's stages; without arguments, for a key of what the hook does."""
+    """Called by Triton with a compilation's stages, and without arguments for the hook's cache key."""
 
     def __init__(self, before: Callable[..., Any] | None) -> None:
         self.before = before
@@ -58,7 +58,7 @@ def _of_ours(ptx: str, metadata: Any) -> str:
 
 
 def _names() -> set[str]:
-    """Of all kernels in the modules of this package that are imported."""
+    """Names of all kernels in the imported modules of this package."""
     package = __name__.rsplit(".", 2)[0]
     modules = [module for name, module in list(sys.modules.items()) if name.startswith(f"{package}.")]
     return {value.__name__ for module in modules for value in vars(module).values() if isinstance(value, triton.JITFunction)}

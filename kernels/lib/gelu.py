@@ -1,6 +1,6 @@
-"""The two GELUs in float32, and their slopes.
+"""Both GELUs in float32, and their derivatives.
 
-EXACT: by the normal distribution function, else by its tanh approximation. NARROW: for results that are rounded to 16 bits.
+EXACT: with the normal CDF, else with its tanh approximation. NARROW: for results that are rounded to 16 bits.
 """
 
 import triton
@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def gelu(h, EXACT: tl.constexpr, NARROW: tl.constexpr):
-    """h Phi(h), or with its tanh approximation."""
+    """h Phi(h), or its tanh approximation."""
     if EXACT:
         phi, _ = _phi(h, NARROW)
         return h * phi
@@ -26,7 +26,7 @@ def gelu_and_slope(h, EXACT: tl.constexpr, NARROW: tl.constexpr):
     else:
         odds = _odds(h)
         gate = 1 / (1 + odds)
-        # 1 - gate would cancel for large h, gate * odds is 0 * inf for small.
+        # 1 - gate would cancel for large h; gate * odds is 0 * inf for very negative h.
         rest = tl.where(h < 0, 1 - gate, gate * odds)
         slope = gate + h * gate * rest * (1.5957691216057308 + 0.21406444881780076 * h * h)
     return h * gate, slope
@@ -34,9 +34,9 @@ def gelu_and_slope(h, EXACT: tl.constexpr, NARROW: tl.constexpr):
 
 @triton.jit
 def _phi(h, NARROW: tl.constexpr):
-    """Phi(h), and exp(-h^2 / 2).
+    """Phi(h) and exp(-h^2 / 2).
 
-    NARROW: Phi(-|h|) = exp(-h^2 / 2) P(|h|), off by 3e-6 and in the tail by 1e-8 at most, without erf's branches. P is fitted to
+    NARROW: Phi(-|h|) = exp(-h^2 / 2) P(|h|), with an error of at most 3e-6, in the tail 1e-8, and without erf's branches. P is fitted to
     exp(h^2 / 2) erfc(|h| / sqrt(2)) / 2 up to 5.5; beyond, its last value times the exponential goes to 0.
     """
     if NARROW:

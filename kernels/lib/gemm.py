@@ -1,6 +1,6 @@
-"""The tiled matrix product: the order of tiles, the loop over K, its rows of configuration, and when cuBLAS (hipBLASLt) is better.
+"""The tiled matrix product: tile order, the loop over K, configurations, and when cuBLAS (hipBLASLt) is better.
 
-A kernel of linear.py or mlp.py is these plus its epilogue.
+The kernels of linear.py and mlp.py add their epilogues to it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .rows import Rows
 
 @triton.jit
 def tile_position(tiles_m, tiles_n, GROUP: tl.constexpr):
-    """(m, n) of this program's tile, in columns of GROUP tiles, so that programs that run together share operands in L2."""
+    """(m, n) of this program's tile, ordered in columns of GROUP tiles, so that concurrent programs share operands in L2."""
     tile = tl.program_id(0)
     group = tile // (GROUP * tiles_n)
     height = tl.minimum(tiles_m - group * GROUP, GROUP)
@@ -32,10 +32,10 @@ def multiply(
     a, a_at, b, b_stride, column, columns, depth,
     TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Tile of a b, float32: rows of a begin at a_at [BLOCK_M]; b is [depth, columns], or with TRANSPOSED given as [columns, depth].
+    """A float32 tile of a b. Rows of a start at offsets a_at [BLOCK_M]; b is [depth, columns] or, if TRANSPOSED, stored as [columns, depth].
 
-    b is rounded to a's dtype on the way, so that float32 parameters need no copy. Rows of a, and of a transposed b, have to exist: the caller
-    repeats the last one in their place, which costs no mask.
+    b is rounded to a's dtype as it is loaded, so that float32 parameters need no copy. Rows of a, and of a transposed b, must exist: instead of
+    masking, the caller repeats the last one.
     """
     k = tl.arange(0, BLOCK_K)
     a_tile = a + a_at[:, None] + k[None, :]
@@ -62,18 +62,18 @@ def multiply(
 
 @triton.jit
 def halves(total):
-    """Left and right half of a tile's columns: an epilogue that handles one after the other needs half the registers."""
+    """Left and right half of a tile's columns: an epilogue that processes them in turn needs half the registers."""
     parts = tl.reshape(total, (total.shape[0], 2, total.shape[1] // 2))
     return tl.split(tl.permute(parts, (0, 2, 1)))
 
 
 def size_class(rows: int, columns: int) -> str:
-    """Size class: "small" where tiles of 128 x 128 would leave most of a chip idle, else "large"."""
+    """Size class: "small" if tiles of 128 x 128 would leave most of a chip idle, else "large"."""
     return "small" if cdiv(rows, 128) * cdiv(columns, 128) < 128 else "large"
 
 
 def product_rows(large: Config, hopper: Config, blackwell: Config, **more: int) -> dict[Key, Config]:
-    """Rows of a tiled product. float32 multiplies in three tf32 products, which fill the registers of small tiles; MI300 has 64 KiB to share."""
+    """Configurations of a tiled product. float32 uses three TF32 products, which fill the registers even with small tiles; MI300 has 64 KiB of shared memory."""
     narrow = {"BLOCK_M": 64, "BLOCK_N": 64, "GROUP": 8, **more}
     return {
         (ANY, "large", ANY): large,
@@ -94,26 +94,26 @@ def square(depth: int, **more: int) -> Config:
 
 
 def configure(kernel: str, dtype: torch.dtype, rows: int, columns: int) -> tuple[Config, tuple[int]]:
-    """The kernel's row of the table for a result [rows, columns], and its grid."""
+    """The kernel's configuration for a result [rows, columns], and its grid."""
     config = pick(kernel, TYPES[dtype], size_class(rows, columns))
     return config, (cdiv(rows, config.blocks["BLOCK_M"]) * cdiv(columns, config.blocks["BLOCK_N"]),)
 
 
 FEW_ROWS = 1024
-"""Up to so many rows, reading float32 parameters as they are costs less than rounding them in a pass of its own."""
+"""Up to this many rows, reading float32 parameters directly costs less than rounding them in a separate pass."""
 
 
 def cublas_is_better(x: Rows, weight: Tensor) -> bool:
     """Whether a product without a fused epilogue goes to cuBLAS (hipBLASLt).
 
-    Ours takes what it could only take after a copy: rows with two strides, and float32 parameters beside a few 16-bit rows. With many rows
+    Our kernel handles what cuBLAS would need a copy for: rows with two strides, and float32 parameters with a few 16-bit rows. With many rows,
     rounding the parameters once is cheaper than converting their tiles in every program.
     """
     return x.has_one_stride and (weight.dtype == x.tensor.dtype or x.count > FEW_ROWS)
 
 
 def operand(weight: Tensor, x: Rows) -> Tensor:
-    """The weight as our kernels read it: rows with one stride, rounded to x's dtype first where that is cheaper."""
+    """The weight as our kernels read it: rows with one stride, rounded to x's dtype first if that is cheaper."""
     if weight.dtype != x.tensor.dtype and x.count > FEW_ROWS:
         return weight.to(x.tensor.dtype, memory_format=torch.contiguous_format)
     return weight if weight.stride(-1) == 1 else weight.contiguous()

@@ -1,4 +1,4 @@
-"""Where the values of a patch lie: value k = (c, dy, dx) of patch m = (b, i, j) is element (b, c, i p + dy, j p + dx) of the image."""
+"""The layout of patches: value k = (c, dy, dx) of patch m = (b, i, j) is element (b, c, i p + dy, j p + dx) of the image."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from .common import cdiv
 
 PROGRAMS = 512
-"""Aim for this many: where looping over all features per tile of patches would launch fewer, several programs share the features of a tile."""
+"""Target number of programs: if looping over all features per tile of patches would launch fewer, several programs share the features of a tile."""
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def patch_offsets(m, k, tokens, grid_w, stride_b, stride_c, stride_h, PATCH: tl.
 
 
 def shares_of(features, patch_tiles, block, programs=PROGRAMS) -> tuple[int, int]:
-    """(programs that share the features of one tile of patches, tiles of features for each)."""
+    """(number of programs that share the features of one tile of patches, feature tiles per program)."""
     tiles = cdiv(features, block)
     share_tiles = cdiv(tiles, min(tiles, cdiv(programs, patch_tiles)))
     return cdiv(tiles, share_tiles), share_tiles

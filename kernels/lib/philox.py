@@ -1,6 +1,6 @@
-"""The package's random stream in Triton: Philox4x32-10 words and Box-Muller normals, exactly as ov3fast/ops/random.py defines them.
+"""Random numbers in Triton: Philox4x32-10 words and Box-Muller normals, exactly as defined in ov3fast/ops/random.py.
 
-Element i takes word i % 4 of the counter offset + i // 4. Positions are int64 tensors of any shape and wrap modulo 2^64.
+Element i is word i % 4 of counter offset + i // 4. Positions are int64 tensors of any shape and wrap modulo 2^64.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LOW: tl.constexpr = tl.constexpr(0xFFFFFFFF)
 @triton.jit
 def words(seed, position):
     """The four words (uint32, of position's shape) of the counters `position`; seed is an int64 scalar."""
-    # Products of 32 bits in 64: one instruction gives both halves. Words stay uint64 between rounds, only their low halves count.
+    # 32 x 32 -> 64-bit products: one instruction gives both halves. Words stay uint64 between rounds; only their low halves matter.
     c0, c1 = position.to(tl.uint64), (position >> 32).to(tl.uint64) & LOW
     c2 = c0 * 0
     c3 = c2
@@ -40,9 +40,9 @@ def uniform(word):
 
 @triton.jit
 def sin_cos(x):
-    """sin and cos for 0 <= x <= 2 pi, to about an ulp of 1.
+    """sin and cos for 0 <= x <= 2 pi, to about one ulp of 1.
 
-    Not tl.sin and tl.cos: libdevice reduces huge arguments in local memory, and the fast approximation is off by 5e-7.
+    Instead of tl.sin and tl.cos: libdevice's argument reduction uses local memory, and the fast approximation is off by 5e-7.
     """
     n = tl.floor(x * 0.636619772367581 + 0.5)
     quarter = n.to(tl.int32)
@@ -75,7 +75,7 @@ def normals(seed, position):
 
 @triton.jit
 def normals_in_order(seed, position):
-    """Normals of whole blocks, each made once: positions [M, K / 4] -> [M, K] float32."""
+    """Normals of full blocks, each computed once: positions [M, K / 4] -> [M, K] float32."""
     n0, n1, n2, n3 = normals(seed, position)
     quads = tl.join(tl.join(n0, n2), tl.join(n1, n3))
     return quads.reshape((position.shape[0], position.shape[1] * 4))
@@ -83,7 +83,7 @@ def normals_in_order(seed, position):
 
 @triton.jit
 def normal_at(seed, offset, element):
-    """Normals of any elements (int64 tensor): the whole block for each, where no tile holds its neighbours."""
+    """Normals of arbitrary elements (int64 tensor), computing an entire block for each; for tiles not aligned to blocks."""
     w0, w1, w2, w3 = words(seed, (element >> 2) + offset)
     upper = (element & 2) != 0
     cosine, sine = box_muller(tl.where(upper, w2, w0), tl.where(upper, w3, w1))

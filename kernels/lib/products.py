@@ -1,4 +1,4 @@
-"""cuBLAS products through PyTorch, with results that stay float32."""
+"""cuBLAS products through PyTorch, with float32 results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total = a b, or total += a b unless `first`; a [M,K] and b [K,N] of one dtype, total [M,N] float32 or of theirs."""
+    """total = a b if `first`, else total += a b; a [M,K] and b [K,N] of one dtype, total [M,N] float32 or of that dtype."""
     if a.dtype != total.dtype:
         if a.is_cuda and torch.version.hip is None:
             if first:
@@ -15,7 +15,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
             else:
                 torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
             return
-        # Elsewhere PyTorch rounds every product of 16-bit operands to 16 bits.
+        # Other backends of PyTorch round every product of 16-bit operands to 16 bits.
         a, b = a.to(total.dtype), b.to(total.dtype)
     if first:
         torch.mm(a, b, out=total)
@@ -24,9 +24,9 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def room_for_rows(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised [rows, columns] matrix whose rows begin at multiples of 16 elements.
+    """An uninitialised [rows, columns] matrix whose rows start at multiples of 16 elements.
 
-    Between rows lie zeros on a CPU: with AMX, PyTorch's 16-bit products multiply what lies there by 0, and a NaN shows.
+    On a CPU the padding is zeroed: with AMX, PyTorch's 16-bit products multiply it by 0, and a NaN there would propagate.
     """
     padded = (rows, -(-columns // 16) * 16)
     room = like.new_zeros(padded, dtype=dtype) if like.device.type == "cpu" else like.new_empty(padded, dtype=dtype)

@@ -1,6 +1,6 @@
-"""Sums over many rows in an order that sizes alone decide: gradients of biases and scales, and partial products of a split axis.
+"""Sums over many rows in an order that depends only on the sizes: gradients of biases and scales, and split-K partial products.
 
-A strip of rows becomes one row of float32 partial sums, and the strips are added up in a fixed tree, so the bits depend neither on the chip nor on
+Each strip of rows is reduced to one row of float32 partial sums, and the strips are added in a fixed tree, so the bits depend neither on the chip nor on
 the order in which programs run.
 """
 
@@ -21,13 +21,13 @@ TABLE["merge_splits"] = {(ANY, ANY, ANY): Config({"BLOCK": 1024}, warps=4, stage
 
 
 STRIPS = 512
-"""At most so many programs share the rows: enough to fill a chip, few enough that the partial sums stay small traffic. Not read from the device."""
+"""Most strips: enough to fill a chip, few enough to keep the traffic of partial sums small. A constant, independent of the device."""
 ROWS_PER_STRIP = 16
-"""At least so many rows belong to a strip; a multiple of every block of rows."""
+"""Minimum number of rows per strip; a multiple of every block of rows."""
 
 
 def strips_of(count: int, multiple: int = ROWS_PER_STRIP) -> tuple[int, int]:
-    """(strips, rows per strip) for `count` rows; all strips but the last have a `multiple` of rows."""
+    """(strips, rows per strip) for `count` rows; in all strips but the last, the number of rows is a multiple of `multiple`."""
     length = multiple * max(1, cdiv(count, STRIPS * multiple))
     return cdiv(count, length), length
 
@@ -37,7 +37,7 @@ def _column_partials(
     x, x_inner, x_outer_stride, x_inner_stride, partials, rows, width, rows_per_strip,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One sum [width] per strip of rows: partials [strips, width]. Blocks of columns of one strip are neighbours in the grid."""
+    """One sum [width] per strip of rows: partials [strips, width]. Column blocks of one strip are adjacent in the grid."""
     blocks = tl.cdiv(width, BLOCK_COLUMNS)
     strip = tl.program_id(0) // blocks
     columns = tl.program_id(0) % blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -55,7 +55,7 @@ def _column_partials(
 
 @kernel
 def _column_merge(partials, first, second, parts, width, BLOCK_PARTS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """Adds up partials [1 or 2, parts, width]; the second grid axis chooses between the results."""
+    """Adds up partials [1 or 2, parts, width]; the second grid axis selects the result."""
     which = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     inside = columns < width
@@ -85,7 +85,7 @@ def merge_splits(partials, out, n, splits, BLOCK: tl.constexpr):
 
 
 def column_sums(x: Rows, dtype: torch.dtype) -> Tensor:
-    """Sum over the rows of x [R, width] with float32 sums, as [width] of `dtype`."""
+    """Sum over the rows of x [R, width], accumulated in float32, as [width] of `dtype`."""
     result = empty(x.tensor, x.width, dtype=dtype)
     if x.count == 0 or x.width == 0:
         return result.zero_()
@@ -122,7 +122,7 @@ def merge(partials: Tensor, first: Tensor, second: Tensor | None = None) -> None
 
 
 def splits_of(rows: int, block: int, tiles: int, programs: int = 256) -> tuple[int, int]:
-    """How a sum over `rows` in each of `tiles` output tiles is split to keep `programs` busy: splits, and rows of each."""
+    """How to split the sum over `rows` in each of `tiles` output tiles to get about `programs` programs: number of splits, rows per split."""
     steps = cdiv(rows, block)
     wanted = max(1, min(cdiv(programs, tiles), steps // 4))
     split_steps = cdiv(steps, wanted)

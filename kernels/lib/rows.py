@@ -1,4 +1,4 @@
-"""A tensor's leading axes as rows, whatever their strides: row r lies at (r // inner) * outer_stride + (r % inner) * inner_stride."""
+"""A tensor's leading axes as rows, for any strides: row r is at offset (r // inner) * outer_stride + (r % inner) * inner_stride."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """[..., K] seen as [R, K] without a copy; K contiguous."""
+    """[..., K] viewed as [R, K] without a copy; K is contiguous."""
 
     tensor: Tensor
     count: int
@@ -24,7 +24,7 @@ class Rows(NamedTuple):
 
     @property
     def arguments(self) -> tuple[Tensor, int, int, int]:
-        """What a kernel takes: pointer, inner, outer_stride, inner_stride."""
+        """Kernel arguments: pointer, inner, outer_stride, inner_stride."""
         return self.tensor, self.inner, self.outer_stride, self.inner_stride
 
     @property
@@ -33,7 +33,7 @@ class Rows(NamedTuple):
 
     @property
     def matrix(self) -> Tensor:
-        """[R, K]: a view where one stride leads from row to row, else a copy."""
+        """[R, K]: a view if the rows have one stride, else a copy."""
         if self.tensor.ndim == 2:
             return self.tensor
         if not self.has_one_stride:
@@ -42,7 +42,7 @@ class Rows(NamedTuple):
 
 
 def rows(x: Tensor) -> Rows:
-    """x [..., K] as rows. Copies only if the last axis is not contiguous or two strides cannot describe the leading axes."""
+    """x [..., K] as rows. Copies only if the last axis is not contiguous or the leading axes need more than two strides."""
     layout = _layout(x.shape, x.stride())
     if layout is None:
         x = x.contiguous()
@@ -53,7 +53,7 @@ def rows(x: Tensor) -> Rows:
 
 @functools.lru_cache(4096)
 def _layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int, int, int, int] | None:
-    """What follows the tensor in its Rows; None where they would need a copy."""
+    """The remaining fields of Rows, or None if a copy is needed."""
     count, width = math.prod(shape[:-1]), shape[-1]
     if count * width == 0:
         return count, width, 1, width, 0
@@ -63,14 +63,14 @@ def _layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int,
     if len(axes) > 2:
         return None
     if len(axes) < 2:
-        # A lone row has no stride; its width keeps the alignment that the kernel is compiled for.
+        # A single row has no stride; its width keeps the alignment that the kernel is specialised for.
         return count, width, 1, axes[0][1] if axes else width, 0
     (_, outer_stride), (inner, inner_stride) = axes
     return count, width, inner, outer_stride, inner_stride
 
 
 def _merged(axes: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(size, stride) of the axes, neighbours that are contiguous with each other merged."""
+    """(size, stride) of the axes, with mutually contiguous neighbours merged."""
     joined: list[tuple[int, int]] = []
     for size, step in axes:
         if joined and joined[-1][1] == size * step:
@@ -82,12 +82,12 @@ def _merged(axes: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 @triton.jit
 def row_offsets(row, inner, outer_stride, inner_stride):
-    """Offsets of rows, int64. With one stride `inner` is 1, and the division is compiled away."""
+    """Row offsets, int64. With one stride, `inner` is 1 and the division is compiled away."""
     return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
 
 
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x.to(dtype), which takes a microsecond also where there is nothing to do."""
+    """x.to(dtype), which takes a microsecond even if there is nothing to do."""
     return x if x.dtype == dtype else x.to(dtype)
 
 

@@ -1,1 +1,1 @@
-"""One file per operator: `entries()` tells the ahead-of-time compiler how to compile its kernels and count their work."""
+"""One file per operator: `entries()` describes how to compile its kernels and how much work a launch does."""

@@ -24,11 +24,11 @@ def traffic(
     causal: bool,
     prefix_len: int,
 ) -> int:
-    """Bytes that a launch moves. What several programs read counts each time: most of that comes from the L2 cache."""
+    """Bytes that a launch moves. Data read by several programs counts every time; most of it comes from the L2 cache."""
     block_queries, block_keys = config.blocks["BLOCK_QUERIES"], config.blocks["BLOCK_KEYS"]
     row = head_dim * SIZES[dtype]
-    numbers = 4 * (3 if dtype == "fp32" else 2)  # of a query in the backward: lse, delta and perhaps weight
-    # A product over columns that goes by steps loads both operands; the other products load theirs by themselves.
+    numbers = 4 * (3 if dtype == "fp32" else 2)  # per query in the backward: lse, delta and, for fp32, weight
+    # A product over columns that proceeds in steps loads both operands again; the other products load their own.
     again = int(step(head_dim, dtype) > 0)
 
     def visible(query: int) -> int:
@@ -56,19 +56,19 @@ def traffic(
     return total * batch * heads
 
 
-# Of the entries: products of head_dim columns for each pair of a query and a key that it sees.
+# Products over head_dim per visible (query, key) pair.
 _PRODUCTS = {"flash_attention_forward": 2, "flash_attention_grad_q": 3, "flash_attention_grad_kv": 4}
-# And the tensors of their rows: q, k, v, out; with grad_out and grad_q; without out, with grad_k and grad_v in place of grad_q.
+# Tensors with one row per query or key: q, k, v, out; plus grad_out and grad_q; without out, and grad_k and grad_v instead of grad_q.
 _TENSORS = {"flash_attention_forward": 4, "flash_attention_grad_q": 6, "flash_attention_grad_kv": 6}
 _BATCH, _LENGTH, _HEADS = 8, 1024, 16
 
 
 def _work(kernel: str, head_dim: int, causal: bool, dtype: str, config: Config) -> Work:
-    """The products of whole tiles, columns that pad the head dimension included."""
+    """Counts full tiles, including the padding of the head dimension."""
     block_queries, block_keys = config.blocks["BLOCK_QUERIES"], config.blocks["BLOCK_KEYS"]
     whole, border = cdiv(_LENGTH, block_queries) * cdiv(_LENGTH, block_keys), 0
     if causal:
-        # Of a block of queries: the blocks of keys that all of them see, and those that some see.
+        # Per block of queries: the blocks of keys visible to all of them, and those visible to some.
         starts = range(0, _LENGTH, block_queries)
         whole = sum(start // block_keys for start in starts)
         border = sum(cdiv(start + block_queries, block_keys) for start in starts) - whole
@@ -83,7 +83,7 @@ def _work(kernel: str, head_dim: int, causal: bool, dtype: str, config: Config) 
         programs * _BATCH * _HEADS,
         distinct=rows * (_TENSORS[kernel] * head_dim * SIZES[dtype] + (4 if kernel.endswith("forward") else 8)),
         trips=(tiles / programs,),
-        # A block of keys meets its border first, a block of queries last.
+        # Blocks on the mask's border come first in the loop over queries and last in the loop over keys.
         shares=(border, whole) if kernel.endswith("grad_kv") else (whole, border),
     )
 
@@ -92,7 +92,7 @@ _SETUP = "TMA descriptor setup"
 
 
 def _entry(kernel, head_dim: int, causal: bool, dtypes: tuple[str, ...], way: str = "") -> Entry:
-    """way: the suffix of the size class whose rows it is compiled with, "tma" or "warp-specialized"."""
+    """way: suffix of the size class to compile with, "tma" or "warp-specialized"."""
     tensors = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
     positive = {"POSITIVE": True} if kernel is flash_attention_forward else {}
     return Entry(
@@ -114,7 +114,7 @@ def _entry(kernel, head_dim: int, causal: bool, dtypes: tuple[str, ...], way: st
 
 
 def entries() -> list[Entry]:
-    """Each kernel at the models' head dimensions, causal and not, and at one per remaining size class; the forward also through TMA."""
+    """Each kernel at the models' head dimensions, causal and not, and at one per remaining size class; the forward also with TMA."""
     cases = [(head_dim, causal) for head_dim in (64, 72, 80, 128) for causal in (False, True)]
     kernels = (flash_attention_forward, flash_attention_grad_q, flash_attention_grad_kv)
     through_tma = [

@@ -1,4 +1,4 @@
-"""contrastive_loss: each kernel, by kind of loss and by schedule."""
+"""contrastive_loss: each kernel, by loss kind and schedule."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAIRS, WIDTH, CHUNK = 32768, 768, 2048
 
 
 def statistics_launch(n: int, N: int, config: Config) -> tuple[int, int, int]:
-    """Tiles of rows, segments of columns, tiles of columns of a segment."""
+    """Row tiles, column segments, column tiles per segment."""
     strips, tiles = cdiv(n, config.blocks["BLOCK_M"]), cdiv(N, config.blocks["BLOCK_N"])
     segment = cdiv(tiles, max(1, PROGRAMS // strips))
     return strips, cdiv(tiles, segment), segment
@@ -43,14 +43,14 @@ def _gradients_work(dtype: str, config: Config, cublas: bool, terms: int) -> Wor
 
 
 def statistics_bytes(n: int, N: int, width: int, size: int, block_m: int, segments: int, sigmoid: bool, cublas: bool) -> int:
-    """Distinct bytes: every row once (cublas: every product once), the partial sums."""
+    """Distinct bytes: every row once (cublas: every product once), plus the partial sums."""
     read = 4 * n * N if cublas else (n + N) * width * size
     parts = 4 * n * segments if sigmoid else 8 * (n * segments + cdiv(n, block_m) * N) + 4 * n
     return read + 4 * (n + N) + parts
 
 
 def gradients_bytes(n: int, N: int, width: int, size: int, block_m: int, block_n: int, cublas: bool, store: bool) -> int:
-    """Distinct bytes: every row once (cublas: every product once), the gradients, what rounding lost of them."""
+    """Distinct bytes: every row once (cublas: every product once), plus the gradients and their rounding errors."""
     read = 4 * n * N if cublas else (n + N) * width * size
     statistics = 12 * (n + N)
     lost = 4 * (cdiv(N, block_n) * n + cdiv(n, block_m) * N) + 4 * (n + N) if store and size == 2 else 0
@@ -58,14 +58,14 @@ def gradients_bytes(n: int, N: int, width: int, size: int, block_m: int, block_n
 
 
 def features_bytes(rows: int, width: int, size: int, block_r: int, units: bool) -> int:
-    """x twice (the second time from cache), and the unit rows or partial means."""
+    """x twice (the second time from cache), plus the unit rows or partial means."""
     return 2 * rows * width * size + 8 * rows + 4 * width * (rows if units else cdiv(rows, block_r))
 
 
 def project_bytes(
     rows: int, width: int, size: int, out_size: int, block_r: int, complete: bool, rounded: bool, through: bool
 ) -> int:
-    """The gradient twice and x three times where norms vary (all but the first time from cache), else the gradient once."""
+    """The gradient twice and x three times if the norms are differentiated (all but the first time from cache), else the gradient once."""
     reads = (2 * 4 + 3 * size) if through else 4
     means = (2 if through else 1) * cdiv(rows, block_r) * width * 4 if rounded else 0
     return rows * width * (reads + out_size) + means + 4 * rows * (complete + rounded)
@@ -151,7 +151,7 @@ def _statistics(variant: str, sigmoid: bool, cublas: bool, shared: bool, dtypes:
 def _arguments(
     narrow: str, wide: str, integers: str, more_narrow: str = "", more_wide: str = "", widest: str = "", flags: str = ""
 ):
-    """dtype -> types: pointers to the features' dtype, to float32, again both, to float64, to int32, and integers."""
+    """dtype -> argument types: pointers to the features' dtype and to float32 (twice), to float64 and to int32, then integers."""
 
     def arguments(dtype: str) -> dict[str, str]:
         first, second = _pointers(dtype, narrow, wide), _pointers(dtype, more_narrow, more_wide)

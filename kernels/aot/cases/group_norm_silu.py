@@ -1,4 +1,4 @@
-"""group_norm_silu: a launch of each kernel, in both memory formats."""
+"""group_norm_silu: each kernel, in both memory formats."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ALIGNED = ("grad_stride_b", "grad_stride_row", "stride_b", "stride_row", "channe
 
 
 def partials_work(b, c, s, layout, backward, dtype, config):
-    """Reads x (and grad_y) once; parameters of channels come from the cache."""
+    """Reads x (and grad_y) once; per-channel parameters come from the cache."""
     found = strips(b, c, s, config.blocks)[0]
     reads = b * c * s * SIZES[dtype] * (2 if backward else 1)
     programs = b * found * cdiv(c, config.blocks["BLOCK_C"])
@@ -35,13 +35,13 @@ def partials_work(b, c, s, layout, backward, dtype, config):
 
 
 def elementwise_work(b, c, s, layout, backward, dtype, config):
-    """Reads x (and grad_y), writes y or dx; parameters of channels come from the cache."""
+    """Reads x (and grad_y), writes y or dx; per-channel parameters come from the cache."""
     programs = b * cdiv(c, config.blocks["BLOCK_C"]) * cdiv(s, config.blocks["BLOCK_S"])
     return Work(b * c * s * (20 if backward else 8), b * c * s * SIZES[dtype] * (3 if backward else 2), programs)
 
 
 def merge_work(kernel, b, c, s, groups, layout, dtype, config):
-    """Of the small kernels that merge partial sums; `layout` decides the number of strips."""
+    """For the small kernels that merge partial sums; `layout` determines the number of strips."""
     forward_pass = kernel is group_norm_silu_statistics
     blocks = pick(f"group_norm_silu_{'forward' if forward_pass else 'backward'}_partials", dtype, layout).blocks
     n = b * strips(b, c, s, blocks)[0] * c

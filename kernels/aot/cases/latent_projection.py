@@ -1,4 +1,4 @@
-"""latent_projection: a launch of each kernel."""
+"""latent_projection: each kernel."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from ..catalog import SIZES, Entry, Work, row_alignment, row_constants, row_type
 
 
 def forward_work(count: int, width: int, size: int, residual: bool, programs: int) -> Work:
-    """Each program reads weight and bias, of the storage's size, again."""
+    """Every program reads weight and bias, in the storage dtype."""
     moved = count * width * size * (4 if residual else 2) + 8 * count
     return Work(8 * count * width, moved + programs * 2 * width * size, programs, distinct=moved + 2 * width * size)
 

@@ -1,4 +1,4 @@
-"""linear: the tiled product, both ways round."""
+"""linear: the tiled product, with the weight transposed and not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..catalog import SIZES, Entry, Work, product_bytes, row_alignment, row_cons
 
 
 def work(count: int, columns: int, depth: int, size: int, parameter_size: int, config: Config) -> Work:
-    """One launch with a bias: both operands tile by tile, the bias once per row of tiles, y out."""
+    """One launch with a bias: loads both operands per tile and the bias once per row of tiles, stores y."""
     block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
     operands = product_bytes(count, columns, depth, size, parameter_size, block_m, block_n)
     tiles = cdiv(count, block_m) * cdiv(columns, block_n)

@@ -1,4 +1,4 @@
-"""mlp: the products next to the activation."""
+"""mlp: the products fused with the activation."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ..catalog import SIZES, Entry, Work, product_bytes, row_alignment, row_cons
 def work(
     count: int, hidden: int, width: int, size: int, parameter_size: int, config: Config, backward: bool, keep: bool = True
 ) -> Work:
-    """One launch: both operands tile by tile, then h and a out (without h where it is not kept); or h in, grad_h and a out, and a partial sum of db1
-    per row of tiles."""
+    """One launch. Loads both operands per tile; the forward stores h (if kept) and a, the backward loads h and stores grad_h, a, and a partial sum of
+    db1 per row of tiles."""
     block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
     operands = product_bytes(count, hidden, width, size, parameter_size, block_m, block_n)
     bias = cdiv(count, block_m) * hidden * (4 if backward else parameter_size)

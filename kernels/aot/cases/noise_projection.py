@@ -1,4 +1,4 @@
-"""noise_projection: a launch of each kernel."""
+"""noise_projection: each kernel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ POINTERS = {
 }
 ALIGNED = ("stride_b", "stride_n", "width", "rows", "tokens")
 OPERATIONS = 45
-"""Arithmetic of a number of the random stream, a quarter of that of a block of four."""
+"""Operations per random number: a quarter of those for a block of four."""
 
 
 def draw_work(rows: int, width: int, need_x: bool, need_sigma: bool, dtype: str, config: Config) -> Work:

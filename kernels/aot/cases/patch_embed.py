@@ -1,4 +1,4 @@
-"""patch_embed: a launch of each kernel, on moments that are sampled."""
+"""patch_embed: each kernel, on sampled moments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALIGNED = (
 
 
 def forward_work(batch, tokens, values, features, cls, dtype, config):
-    """Latents are moments; the weight is read once per tile of patches, position embeddings once per instance."""
+    """Latents are moments; the weight is read once per tile of patches, the position embedding once per image."""
     blocks, size = config.blocks, SIZES[dtype]
     rows = batch * tokens
     patch_tiles = cdiv(rows, blocks["BLOCK_M"])
@@ -42,7 +42,7 @@ def grad_latents_work(batch, tokens, values, features, dtype, config):
 
 
 OPERATIONS = 45
-"""Arithmetic of a number of the random stream, a quarter of that of a block of four."""
+"""Operations per random number: a quarter of those for a block of four."""
 
 
 def patches_work(batch, tokens, values, cls, dtype, config):

@@ -1,4 +1,4 @@
-"""random_normal: the normals, and the words that the tests compare."""
+"""random_normal: the normals, and the raw words that the tests compare."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ...lib.common import cdiv
 from ...random_normal import random_normal, random_words
 from ..catalog import SIZES, Entry, Work
 
-# Integer and float instructions of one block of four: ten rounds, two logarithms, two pairs of sine and cosine.
+# Integer and float instructions per block of four: ten rounds, two logarithms, two sine/cosine pairs.
 FLOPS_OF_FOUR = 180
 
 

@@ -1,6 +1,6 @@
-"""One row of the operator table: its variants, and what wraps a function so that it can be timed.
+"""One row of the operator table: its variants, and wrappers that make a function timeable.
 
-Variants take no arguments: "ov3fast" is ours, the others are peers. What goes backward keeps the leaves' gradients out of the way with torch.autograd.grad.
+Variants take no arguments: "ov3fast" is ours, the others are peers. Backward passes use torch.autograd.grad, so that no gradients accumulate in the leaves.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MIXED = "mixed"
-"""bf16 with fp32 parameters, as in training under autocast."""
+"""bf16 activations with fp32 parameters, as in training under autocast."""
 OURS = "ov3fast"
 
 
@@ -23,19 +23,19 @@ class Case:
     direction: str
     """"forward", "backward" or "both"."""
     size: tuple[int, ...] | None
-    """As the choice of backends counts it; None for what is no single operator."""
+    """Size as used for the choice of backends; None if the case is not a single operator."""
     shape: str
     dtype: str
     variants: dict[str, Callable[[], object]]
     flops: float = 0.0
-    """Of matrix products in the whole call."""
+    """FLOPs of the matrix products in the call."""
     bytes: float = 0.0
-    """Read and written at least once."""
+    """Minimum number of bytes read and written."""
     target: float | None = None
-    """The ratio to the best peer that this project set itself."""
+    """Target speedup over the best peer."""
     note_memory: bool = False
     result_bytes: float = 0.0
-    """Of outputs and gradients: not counted as extra memory."""
+    """Size of outputs and gradients, which do not count as extra memory."""
 
 
 def randn(*shape: int, dtype: torch.dtype, grad: bool = False, scale: float = 1.0) -> Tensor:
@@ -43,7 +43,7 @@ def randn(*shape: int, dtype: torch.dtype, grad: bool = False, scale: float = 1.
 
 
 def both(function: Callable[..., object], *leaves: Tensor) -> Callable[[], object]:
-    """Forward and backward of `function`, for gradients of all leaves and random upstream gradients (1 for a scalar)."""
+    """Forward and backward of `function`, with gradients of all leaves and random upstream gradients (1 for a scalar)."""
 
     def run() -> object:
         out = function(*leaves)
@@ -57,7 +57,7 @@ def both(function: Callable[..., object], *leaves: Tensor) -> Callable[[], objec
 
 
 def storage(dtype: str) -> tuple[torch.dtype, torch.dtype]:
-    """Of activations, and of parameters."""
+    """Dtypes of activations and of parameters."""
     return (torch.bfloat16, torch.float32) if dtype == MIXED else (DTYPES[dtype], DTYPES[dtype])
 
 

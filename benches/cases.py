@@ -1,6 +1,6 @@
 """The rows of the operator table: which cases, at which sizes and dtypes.
 
-A case is made when its turn comes and dropped afterwards.
+Cases are created lazily and dropped afterwards.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from .operator_cases import (
 
 TINY_VAE = {"block_out_channels": [16, 16], "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
             "layers_per_block": 1, "norm_num_groups": 4}  # fmt: skip
-"""What a VAE for Triton's interpreter changes of FLUX's."""
+"""Changes to FLUX's VAE config that make it small enough for Triton's interpreter."""
 
 Makers = list[tuple[str, str, Callable[..., Iterator[Case]], tuple]]
 
 
 def tiny() -> Makers:
-    """Every case at a size for Triton's interpreter, to rehearse with."""
+    """Every case at a size for Triton's interpreter, for rehearsals."""
     none = (None, None)
     return [
         ("flash_attention", "bf16", attention, ((2, 20, 2, 16), none)),
@@ -67,7 +67,7 @@ def tiny() -> Makers:
 
 
 def small() -> Makers:
-    """Other sizes, those of the demo first, by which the choice of backends tells size classes apart."""
+    """Further sizes, those of the demo first, so that the choice of backends can distinguish size classes."""
     none = (None, None)
     both_dtypes = [
         ("flash_attention", attention, ((144, 17, 3, 64), none)),
@@ -138,11 +138,11 @@ def full(on_gpu: bool) -> Makers:
 
 
 SHARED = {"flash_attention_qkvpacked": "flash_attention", "linear_cross_entropy_total": "linear_cross_entropy"}
-"""Operators whose rows are another's."""
+"""Operators that share another operator's rows."""
 
 
 def rest(makers: Makers) -> Makers:
-    """A row for each operator that these leave out: one that was just added, say."""
+    """A row for each operator that the given cases don't cover, such as a newly added one."""
     covered = {operator.split()[0] for operator, *_ in makers}
     first = {call.op: call for call in reversed(CALLS.values())}
     left_out = [call for op, call in first.items() if SHARED.get(op, op) not in covered]
@@ -150,7 +150,7 @@ def rest(makers: Makers) -> Makers:
 
 
 def table(only: str = "", dtype: str = "", makers: Makers | None = None) -> Iterator[Case]:
-    """The cases whose operator contains `only`, in `dtype` or both; each is made when it is asked for."""
+    """The cases whose operator contains `only`, in `dtype` or in both dtypes; created lazily."""
     if makers is None:
         makers = full(torch.get_default_device().type == "cuda")
         makers = makers + rest(makers)

@@ -1,10 +1,10 @@
-"""The data's way to the model: decoding and cropping, the latent cache, the contrastive exchange, and the start on many shards.
+"""Benchmarks of the data path: decoding and cropping, the latent cache, the contrastive exchange, and startup with many shards.
 
     python -m benches.data decode | latents | exchange | start          # writes benches/results/data-PART-CHIP.csv
 
-decode    images/s of the decoder alone and with crops, in threads;  latents: a step from the cache against one that encodes, and how fast
-the cache is written;  exchange: peak memory and time of two gloo ranks against one process;  start: seconds until 10^5 indexed shards can
-be read. Variants are taken in turn, medians are shown. Run it on a quiet machine.
+decode: images/s of the decoder alone and with crops, in threads. latents: a training step from the cache against one that encodes, and the speed of
+writing the cache. exchange: peak memory and time of two gloo ranks against one process. start: seconds until 10^5 indexed shards can be
+read. Variants are interleaved and medians reported. Use a quiet machine.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Options:
     part: tyro.conf.Positional[Literal["decode", "latents", "exchange", "start"]]
     threads: int = 2
     budget: float = 20.0
-    """Seconds for the runs of one comparison."""
+    """Seconds of timing per comparison."""
     pairs: int = 8192
-    """exchange: of all ranks."""
+    """exchange: number of pairs over all ranks."""
     width: int = 512
-    """exchange: of the features."""
+    """exchange: width of the features."""
     save: bool = True
 
 
@@ -110,7 +110,7 @@ def _with_decoder(
 
 
 def _photo(width: int, height: int, seed: int) -> bytes:
-    """Something with the detail of a photo: about 0.25 bytes a pixel at quality 90."""
+    """A JPEG with about the detail of a photo: 0.25 bytes per pixel at quality 90."""
     from PIL import Image
 
     random = np.random.default_rng(seed)
@@ -126,7 +126,7 @@ def _photo(width: int, height: int, seed: int) -> bytes:
 
 
 def latents(options: Options) -> Rows:
-    """The base recipe at 256 px, batch 2, with a FLUX-size VAE of random weights."""
+    """The base recipe at 256 px, batch 2, with a FLUX-size VAE with random weights."""
     from ov3fast.data.config import DataConfig, SourceConfig
     from ov3fast.data.latent_shards import write_latents
     from ov3fast.data.shards import write_shards
@@ -238,7 +238,7 @@ def latents(options: Options) -> Rows:
 
 
 def exchange(options: Options) -> Rows:
-    """One thread for each process. Memory is what a process grows by over what its features take."""
+    """One thread per process. Memory is the growth of a process beyond the size of its features."""
     rows, alone = [], None
     for name, world in (("one process", 1), ("gather", 2), ("ring", 2)):
         context = multiprocessing.get_context("spawn")
@@ -279,7 +279,7 @@ def _exchange_rank(rank: int, world: int, name: str, pairs: int, width: int, fol
         ops.contrastive_loss(image, text, scale, **options).backward()
 
     small = [torch.randn(64, width, requires_grad=True) for _ in range(2)]
-    ops.contrastive_loss(*small, scale, **options).backward()  # code and buffers that are there once
+    ops.contrastive_loss(*small, scale, **options).backward()  # loads code and allocates buffers once
     dist.barrier()
     memory = timing.extra_memory(run)
     times = []
@@ -297,7 +297,7 @@ def _exchange_rank(rank: int, world: int, name: str, pairs: int, width: int, fol
 
 
 def start(options: Options) -> Rows:
-    """10^5 names of a few tars of 12 samples; then a batch of the last step of the epoch, and of a middle one."""
+    """10^5 links to a few tars of 12 samples each; then a batch from the last step of the epoch, and one from a middle step."""
     from ov3fast.data import DataConfig, Loader, SourceConfig, index_shards
     from ov3fast.data.shards import INDEX, write_shards
 
@@ -312,7 +312,7 @@ def start(options: Options) -> Rows:
         size = (source / "00000.tar").stat().st_size
         links: list[Path] = []
         for number in range(count):
-            if number % 30_000 == 0:  # a file takes so many links at most
+            if number % 30_000 == 0:  # file systems limit the number of links to a file
                 links = [Path(folder) / f"copy-{number}{suffix}" for suffix in (".tar", ".index")]
                 for link in links:
                     link.write_bytes((source / f"00000{link.suffix}").read_bytes())

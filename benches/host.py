@@ -1,15 +1,15 @@
-"""Host time of a call: what Python, the dispatcher and autograd take around the kernels, on tensors too small to matter.
+"""Host time of a call: the overhead of Python, the dispatcher and autograd around the kernels, measured on tiny tensors.
 
     python -m benches.host [--backend cpu | triton] [--before OLD_TREE] [--out benches/results/host-BACKEND.csv]
 
-The Triton backend needs no GPU for that: it runs on CPU tensors, its kernels are compiled for sm_90, and where the driver would launch one,
-a function returns (tools/gpu/pretend.py). PyTorch's own kernels between ours (products, sums) take a CPU's host time there, not a GPU's.
+The Triton backend needs no GPU for this: it runs on CPU tensors, its kernels are compiled for sm_90, and the driver's launch function is replaced by
+one that returns at once (tools/gpu/pretend.py). PyTorch's own kernels between ours (products, sums) then take CPU host time, not that of a GPU.
 
-"forward + backward" is one call and one torch.autograd.grad for it, which takes some 40 us whatever is between; "in a chain" is what a call adds to
-a model, where one backward pass goes through all: the difference of a chain of 12 calls and of one, for each.
+"forward + backward" is one call and one torch.autograd.grad, which alone takes some 40 us; "in a chain" is the cost of one more call in a model with a
+single backward pass: the difference between a chain of 12 calls and of one, per call.
 
-The thread's own CPU time, the least of many rounds, so a busy machine changes little. With --before, another checkout (its kernels built) is
-measured in turn with this one, in a process of its own, and both stand in the table.
+The time is the thread's CPU time, the minimum over many rounds, so a busy machine has little effect. With --before, another checkout (with built
+kernels) is measured alternately with this one, in a separate process, and both appear in the table.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ import torch
 FIELDS = ("op", "direction", "before_us", "after_us", "ratio", "cpu", "torch")
 ROUNDS = 2
 CHAIN = 12
-"""Calls, each of the result of the one before."""
+"""Number of calls, each on the result of the previous one."""
 
 
 def least(run: Callable[[], object], rounds: int = 40, inner: int = 25) -> float:
-    """Microseconds of one call."""
+    """Microseconds per call."""
     for _ in range(inner):
         run()
     times = []
@@ -48,7 +48,7 @@ def least(run: Callable[[], object], rounds: int = 40, inner: int = 25) -> float
 
 
 def measure(backend: str) -> dict[str, float]:
-    """ "op direction" -> microseconds, with the ov3fast that is imported."""
+    """ "op direction" -> microseconds, for the imported ov3fast."""
     from ov3fast import ops
     from tools.gpu import pretend
 
@@ -75,7 +75,7 @@ def measure(backend: str) -> dict[str, float]:
 
 
 def in_a_chain(function: Callable[..., torch.Tensor], values: tuple[torch.Tensor, ...], upstream: torch.Tensor) -> float:
-    """Microseconds that one more call adds to a forward and a backward pass."""
+    """Microseconds that one more call adds to a forward and backward pass."""
     first = values[0].clone().requires_grad_()
     others = [[value.clone().requires_grad_() for value in values[1:]] for _ in range(CHAIN)]
 

@@ -1,4 +1,4 @@
-"""Whole models as cases: the ViT encoder, the VAE, a step of the demo, against the same in plain PyTorch."""
+"""Full models as cases: the ViT encoder, the VAE, a training step of the demo, against the same in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .case import DTYPES, OURS, Case, compiled, forward, randn
 
 
 class PlainEncoder(nn.Module):
-    """The ViT encoder as one would write it in plain PyTorch."""
+    """The ViT encoder, written in plain PyTorch."""
 
     def __init__(self, width: int, depth: int, heads: int, mlp_dim: int, tokens: int, embed_dim: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def encoder(
     depth: int = 12,
     sizes: tuple[int, int, int, int] = (768, 12, 3072, 256),
 ) -> Iterator[Case]:
-    """`sizes`: width, heads, hidden width, pixels of an image's side."""
+    """`sizes`: width, heads, hidden width, image size in pixels."""
     from ov3fast.models.config import VisionConfig
     from ov3fast.models.flops import encoder_flops
     from ov3fast.models.vit import ViTEncoder
@@ -84,7 +84,7 @@ def encoder(
 
 
 def vae(dtype: str, config: dict, pixels: int, batch: int = 1) -> Iterator[Case]:
-    """Encoding and decoding of FLUX's VAE, against the same layers one by one, as diffusers runs them: GroupNorm, SiLU and upsampling by themselves, NCHW."""
+    """Encoding and decoding with FLUX's VAE, against the same layers unfused, as in diffusers: separate GroupNorm, SiLU and upsampling, NCHW."""
     from ov3fast.models.vae import FrozenVAE
 
     ours = FrozenVAE.from_config(config).to(DTYPES[dtype])
@@ -123,7 +123,7 @@ def _plain_vae(config: dict) -> nn.Module:
 
 
 def demo_step(dtype: str, images: int = 144, classes: int = 600, target: float | None = None) -> Iterator[Case]:
-    """A whole optimizer step of the demo's recipe on a made-up batch; `eager` is the same step on PyTorch's products."""
+    """A full optimizer step of the demo's recipe on a synthetic batch; `eager` is the same step on the eager backend."""
 
     from ov3fast.losses import Objective
     from ov3fast.models.openvision3 import OpenVision3

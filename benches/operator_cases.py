@@ -1,7 +1,7 @@
-"""The operators' cases: each at sizes that training meets, with the plain PyTorch it has to beat.
+"""The operators' cases, at sizes from training, each with plain PyTorch as a peer.
 
-What a call's arguments are stands with the operator (ov3fast/ops/_calls.py). Tensors are made on the default device; on a GPU the libraries of
-peers.py take part.
+Each operator defines its call's arguments (ov3fast/ops/_calls.py). Tensors are created on the default device; on a GPU the libraries of
+peers.py are included.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ CALLS = {call.name: call for call in _calls.every()}
 
 
 def bound(call: _calls.Call, dtype: str, size: tuple[int, ...]) -> _calls.Bound:
-    """The call with random values; its leaves are what training takes gradients of."""
+    """The call with random values; its leaves are the arguments that training differentiates."""
     return _calls.Bound(call, call.make(lambda *shape, scale=1.0: torch.randn(shape) * scale, size, *storage(dtype)))
 
 
 def row_of(dtype: str, call: _calls.Call) -> Iterator[Case]:
-    """For an operator that has no case of its own: at the call's real size, against the reference."""
+    """The default case for operators without one of their own: at the call's real size, against the reference."""
     at = bound(call, dtype, call.real)
     size = call.counted(*call.real) if call.op in _choice.DIMENSIONS else None
     functions = {OURS: at(call.function), "eager": at(call.reference)}
@@ -84,7 +84,7 @@ def contrastive(dtype: str, n: int, d: int, target: float | None, peers: bool = 
 
 
 def sigmoid_loss(dtype: str, n: int, d: int) -> Iterator[Case]:
-    """contrastive_loss of SigLIP's kind. The whole N x N matrix of eager PyTorch does not fit beyond some rows, and is left out there."""
+    """contrastive_loss with SigLIP's sigmoid. For large N eager PyTorch's N x N matrix does not fit in memory and is left out."""
     call = CALLS["contrastive_loss-sigmoid"]
     at = bound(call, dtype, (n, d))
 
@@ -151,7 +151,7 @@ def patch_embed(dtype: str, shape: tuple[int, int, int, int] = (64, 16, 32, 768)
 
 
 def latents_to_tokens(dtype: str, shape: tuple[int, int, int, int] = (144, 16, 8, 192)) -> Iterator[Case]:
-    """patch_embed as training meets it once the latents are cached."""
+    """patch_embed on latents, as in training with cached latents."""
     b, c, side, width = shape
     call = CALLS["patch_embed-latents"]
     at = bound(call, dtype, shape)
@@ -172,7 +172,7 @@ def latents_to_tokens(dtype: str, shape: tuple[int, int, int, int] = (144, 16, 8
 
 
 def moments_to_tokens(dtype: str, shape: tuple[int, int, int, int] = (64, 16, 32, 768)) -> Iterator[Case]:
-    """The inference path from the VAE's moments to the tower's tokens, posterior mean: at once, and by way of latents."""
+    """The inference path from the VAE's moments (posterior mean) to the tower's tokens: fused, and by way of latents."""
     (b, c, side, width), scale, shift = shape, 0.3611, 0.1159
     moments = randn(b, 2 * c, side, side, dtype=torch.float32)
     weight, cls = randn(width, 4 * c, dtype=DTYPES[dtype], scale=0.1), randn(width, dtype=DTYPES[dtype])
@@ -241,7 +241,7 @@ def _backward(function: Callable[..., Tensor], *leaves: Tensor) -> Callable[[], 
     graphs: dict[str | None, tuple[Tensor, Tensor]] = {}
 
     def run() -> object:
-        backend = _dispatch._override  # a graph goes back on the backend that it was made on
+        backend = _dispatch._override  # a graph's backward runs on the backend of its forward
         if backend not in graphs:
             out = function(*leaves)
             graphs[backend] = out, torch.randn_like(out)
@@ -326,7 +326,7 @@ def random_normal(dtype: str, shape: tuple[int, int, int] = (64, 256, 768)) -> I
 
 
 def adamw_ema(dtype: str, width: int = 768, blocks: int = 4) -> Iterator[Case]:
-    """A step of a tower's blocks against torch's fused AdamW, clipping and averaging."""
+    """An optimizer step for a tower's blocks, against torch's fused AdamW with clipping and an EMA."""
     hidden = 4 * width
     sizes = [(hidden, width), (width, hidden), (3 * width, width), (width, width), (hidden,), (width,)] * blocks
     numbers = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -350,7 +350,7 @@ def adamw_ema(dtype: str, width: int = 768, blocks: int = 4) -> Iterator[Case]:
         return ops.adamw_ema_(params, grads, m, v, ema, step=2, max_norm=1.0, ema_decay=0.99, **numbers)
 
     elements = float(sum(p.numel() for p in params))
-    # Parameters and moments and the average are read and written, gradients read twice.
+    # Parameters, moments and EMA are read and written, gradients read twice.
     moved = elements * (4 * params[0].itemsize + 6 * 4)
     yield Case(
         "adamw_ema_", "forward", (), f"{elements / 1e6:.0f} M parameters", dtype, {OURS: ours, "eager": peer}, bytes=moved

@@ -1,15 +1,15 @@
-"""The operator table: every operator against the best that PyTorch offers for it, on this machine.
+"""The operator table: every operator against PyTorch's best alternative, on this machine.
 
     make bench                                            # writes benches/results/operators-cpu-CHIP.csv, and the choice of backends
     python -m benches.operators --only attention          # some rows, printed only
-    ov3fast bench --device cuda                           # the same on a GPU, with the libraries that are installed: operators-cuda.csv
+    ov3fast bench --device cuda                           # the same on a GPU, including installed libraries: operators-cuda.csv
 
-Variants take turns in one process: the automatic choice, each backend that it could take, and what PyTorch offers. A row holds the
-median and quartiles of the automatic choice and what it `chosen` took, the best peer and the ratio to it, GFLOP/s or GB/s, the share of the
-floor (flops over the matrix-product rate or bytes over the copy rate, the longer, both measured in the same run), by how much the process
-grew beyond results, and the medians of all `backends` and `peers`. Rows that lose stay in. Use a quiet machine.
+Variants are interleaved in one process: the automatic choice, each backend that it could pick, and PyTorch's alternatives. A row has the
+median and quartiles of the automatic choice, the backend that was `chosen`, the best peer and the speedup over it, GFLOP/s or GB/s, the fraction of the
+roofline (FLOPs over the matrix-product rate or bytes over the copy rate, whichever is longer, both measured in the same run), the growth of the process
+beyond the results, and the medians of all `backends` and `peers`. Rows where we lose stay in. Use a quiet machine.
 
-From the file of this chip benches/rule.py makes the rule that chooses. Where it changes a choice, the rows concerned are measured again.
+benches/rule.py derives the choice of backends from this chip's file. If that changes a choice, the affected rows are measured again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def measure(case: cases.Case, budget: float, floors: dict[str, float]) -> dict[s
     far = {name: seconds for name, seconds in once.items() if seconds > FAR * min(once.values())}
     near = {name: run for name, run in forced.items() if name not in far}
     taken = chosen(case)
-    if taken in near:  # the automatic choice is this backend: not twice
+    if taken in near:  # the automatic choice is this backend, so don't measure it twice
         del near[taken]
     seconds = timing.interleaved({**case.variants, **{f"impl {name}": run for name, run in near.items()}}, budget)
     first, median, third = timing.quartiles(seconds[cases.OURS])
@@ -80,12 +80,12 @@ def measure(case: cases.Case, budget: float, floors: dict[str, float]) -> dict[s
 
 
 def _list(seconds: dict[str, float]) -> str:
-    """In ms, the fastest first."""
+    """In ms, fastest first."""
     return "; ".join(f"{name} {1e3 * value:.3f}" for name, value in sorted(seconds.items(), key=lambda item: item[1]))
 
 
 def backends(case: cases.Case) -> dict[str, Callable[[], object]]:
-    """The case on each backend that an automatic choice could take; none for what is no single operator, and on a GPU."""
+    """The case on each backend that automatic selection could pick; empty if it is not a single operator, and on a GPU."""
     op = operator(case)
     if case.size is None or timing.device() != "cpu":
         return {}
@@ -103,13 +103,13 @@ def backends(case: cases.Case) -> dict[str, Callable[[], object]]:
 
 
 def operator(case: cases.Case) -> str:
-    """The name under which the case's operator is registered."""
+    """The registered name of the case's operator."""
     op = case.operator.split()[0]
     return f"{op}_total" if (op, case.direction) == ("linear_cross_entropy", "both") else op
 
 
 def chosen(case: cases.Case) -> str:
-    """What the automatic choice takes: one name, or those of forward and backward calls with a + between."""
+    """The automatically selected backend: one name, or "FORWARD + BACKWARD" if they differ."""
     taken: dict[bool, dict[str, None]] = {False: {}, True: {}}
     select = _dispatch.Selector.select_backend
 
@@ -130,7 +130,7 @@ def _rate(flops: float) -> str:
 
 
 def measure_all(options: BenchOptions, table: Iterable[cases.Case], rows: list[dict[str, str]]) -> None:
-    """Measures the cases and puts their rows into `rows`, in place of older ones of the same call, and into the file."""
+    """Measures the cases, replaces their rows in `rows`, and writes the file."""
     from rich.console import Console
 
     console = Console()
@@ -150,12 +150,12 @@ def measure_all(options: BenchOptions, table: Iterable[cases.Case], rows: list[d
             write(rows, options.out)
         console.print(
             f"{row['operator']:<24} {row['direction']:<9} {row['shape']:<34} {row['dtype']:<5} {row['ms']:>10} ms  {row['rate']:>12}"
-            f"  {row['of_floor']:>5} of floor  {row['ratio']:>6} x {row['best_peer']:<22} target {row['target']:<5}"
+            f"  {row['of_floor']:>5} of roofline  {row['ratio']:>6} x {row['best_peer']:<22} target {row['target']:<5}"
             f" {row['extra_mb'] and row['extra_mb'] + ' MB'}  {row['chosen']}: {row['backends']}",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
         del case
-        torch.compiler.reset()  # the peers of one shape after another are one function: past 8 of them it would run eagerly
+        torch.compiler.reset()  # peers at different shapes are the same function, which would fall back to eager after 8 recompilations
         gc.collect()
 
 
@@ -171,9 +171,9 @@ def write(rows: list[dict[str, str]], path: Path) -> None:
 
 
 def markdown(path: Path) -> str:
-    """A table of results for a README."""
+    """The results as a Markdown table."""
     lines = [
-        "| operator | | size | dtype | ms | rate | of floor | best peer | ratio | asked | extra MB (peer) |",
+        "| operator | | size | dtype | ms | rate | of roofline | best peer | ratio | target | extra MB (peer) |",
         "|" + "---|" * 11,
     ]
     with path.open(encoding="utf-8") as file:

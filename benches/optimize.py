@@ -1,9 +1,9 @@
-"""`ov3fast.optimize` against eager PyTorch and torch.compile on models of random weights, benches/results/optimize.csv.
+"""`ov3fast.optimize` against eager PyTorch and torch.compile on models with random weights: benches/results/optimize.csv.
 
-    python -m benches.optimize                       # all that is installed; rows of models that are left out stay as they were
-    python -m benches.optimize --only clip,siglip --warm     # compiles, so that a run after it finds the caches full
+    python -m benches.optimize                       # all models whose libraries are installed; other rows are kept
+    python -m benches.optimize --only clip,siglip --warm     # only compiles, to warm the caches for a later run
 
-Variants take turns in one process. int8's ratio is to the fastest of all others in bfloat16. Blocks beyond --layers are left out: they are alike.
+Variants are interleaved in one process. int8's ratio is to the fastest of all others in bfloat16. Models are cut to --layers blocks, since blocks are alike.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _timm(layers: int) -> nn.Module:
 
 
 def _own(layers: int) -> nn.Module:
-    """Images of 256 px -> tokens, with the small VAE."""
+    """256 px images -> tokens, with the small VAE."""
     encoder = ViTEncoder(VisionConfig(width=768, depth=layers, heads=12, mlp_dim=3072, image_size=256, embed_dim=768))
     return VisionTower(encoder, FrozenVAE.from_pretrained("small"))
 
@@ -101,7 +101,7 @@ CASES = {
 
 
 def variants(model: Any, dtype: torch.dtype, batch: int, compiles: bool) -> dict[str, Callable[[], object]]:
-    """Name -> a call of the model in that variant, prepared and run once."""
+    """Name -> a call of the model in that variant, already run once."""
     kind = kind_of(model)
     side = 256 if kind in ("ov3fast", "autoencoder") else 224
     images = torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -181,7 +181,7 @@ def _row(label: str, batch: int, dtype: str, ours: float, peers: dict[str, float
 
 
 def write(new: list[dict[str, Any]]) -> None:
-    """Rows of the same model, batch and dtype are replaced."""
+    """Replaces rows with the same model, batch and dtype."""
     before = []
     if RESULTS.is_file():
         with RESULTS.open(encoding="utf-8", newline="") as file:

@@ -1,4 +1,4 @@
-"""Libraries that a GPU's operator table compares with, where they are installed; none on a CPU."""
+"""Third-party GPU libraries for the operator table, if installed; none on a CPU."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def sigmoid_loss() -> dict[str, Callable[..., Tensor]]:
-    """name -> function of image and text [N,D], the logits' scale and their bias."""
+    """name -> function of image and text [N,D], logit scale and bias."""
     found = {}
     if siglip := _module("siglip_kernel"):
         found["siglip-kernel"] = lambda image, text, scale, bias: siglip.fused_siglip_loss(
@@ -59,7 +59,7 @@ def linear_cross_entropy() -> dict[str, Callable[..., Tensor]]:
 
 
 def layer_norm_after_addition(width: int) -> dict[str, Callable[..., tuple[Tensor, Tensor]]]:
-    """name -> function of x, weight, bias, residual that returns (the normalised sum, the sum)."""
+    """name -> function of x, weight, bias, residual that returns (normalised sum, sum)."""
     found = {}
     if apex := _module("apex.normalization.fused_layer_norm"):
 
@@ -83,7 +83,7 @@ def _module(name: str):
         return None
     try:
         return importlib.import_module(name)
-    except Exception:  # a library built for another PyTorch fails in its own ways
+    except Exception:  # a library built for another PyTorch may raise anything
         return None
 
 

@@ -1,13 +1,13 @@
-"""The rule that chooses backends on CPUs: ov3fast/ops/choices.csv, made from benches/results/operators-cpu-CHIP.csv of every chip.
+"""Derives the choice of CPU backends, ov3fast/ops/choices.csv, from benches/results/operators-cpu-CHIP.csv of every chip.
 
-    python -m benches.rule        # after such a file has changed; `make bench` does it too, and a test compares
+    python -m benches.rule        # after such a file has changed; `make bench` does it too, and a test checks it
 
-For each operator, dtype and size measured, a forward call takes the backend that was fastest there, and a backward call the one that, after
-that forward, makes both fastest: all keep one contract, so they mix. What a mixture takes is the sum of its parts until a row was measured
-with it.
-Our kernels keep a call unless another backend is more than 3 % faster, so that a tie doesn't change what a run computes. torch.compile and
-F.linear_cross_entropy are peers to beat, no backends: nothing can be handed to them. Where an older file times only our kernels and such
-peers, and a peer wins, PyTorch's own products take over.
+For each measured operator, dtype and size, a forward call uses the backend that was fastest, and a backward call the one that, after
+that forward, makes both together fastest: backends share their saved tensors, so they can be mixed. The time of a mixture is the sum of its parts
+until it has been measured itself.
+Our kernels are kept unless another backend is more than 3 % faster, so that a tie doesn't change what a run computes. torch.compile and
+F.linear_cross_entropy are baselines, not backends. If an older file has only our kernels and such baselines, and a baseline wins, PyTorch's own
+products are chosen.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Milliseconds = dict[str, float]
 
 
 def evidence() -> dict[str, Evidence]:
-    """chip -> the rows of its file."""
+    """chip -> rows of its file."""
     found = {}
     for path in sorted(RESULTS.glob("operators-cpu-*.csv")):
         with path.open(encoding="utf-8", newline="") as file:
@@ -36,12 +36,12 @@ def evidence() -> dict[str, Evidence]:
 
 
 def milliseconds(text: str) -> Milliseconds:
-    """Of "cpu 1.5; eager 2.0"."""
+    """Parses "cpu 1.5; eager 2.0"."""
     return {name: float(value) for name, _, value in (item.rpartition(" ") for item in text.split("; ") if item)}
 
 
 def decide(rows: Evidence) -> list[Choice]:
-    """One chip's choices."""
+    """The choices for one chip."""
     groups: dict[tuple[str, str, tuple[int, ...]], dict[str, dict[str, str]]] = {}
     for row in rows:
         op = row["operator"].split()[0]
@@ -56,7 +56,7 @@ def decide(rows: Evidence) -> list[Choice]:
         if forward is None:
             continue
         choices.append(first := _pick(op, "forward", dtype, size, forward))
-        if op == "linear_cross_entropy_total":  # whose forward computes the gradients
+        if op == "linear_cross_entropy_total":  # its forward computes the gradients
             continue
         if "backward" in times:
             choices.append(_pick(op, "backward", dtype, size, times["backward"]))
@@ -66,7 +66,7 @@ def decide(rows: Evidence) -> list[Choice]:
 
 
 def pairs(row: dict[str, str], times: dict[str, Milliseconds], first: str) -> Milliseconds:
-    """backend -> forward and backward with `first` for the forward call and this one for the backward call."""
+    """backend -> time of forward plus backward, with `first` for the forward and this backend for the backward."""
     both, forward = times["both"], times.get("forward", {})
     found = {name: both[name] - forward[name] + forward[first] for name in both if name in forward and first in forward}
     found[first] = both[first]
@@ -77,7 +77,7 @@ def pairs(row: dict[str, str], times: dict[str, Milliseconds], first: str) -> Mi
 
 
 def _times(op: str, row: dict[str, str]) -> Milliseconds:
-    """Of the backends in this row, and nan for one that stands for faster peers that can't be called."""
+    """Times of the backends in this row; nan for a backend that stands in for faster baselines."""
     times, peers = milliseconds(row["backends"]), milliseconds(row["peers"])
     products = _choice.PRODUCTS.get(op)
     if set(times) == {OURS} and products is not None and peers:
@@ -97,12 +97,12 @@ def _pick(op: str, direction: str, dtype: str, size: tuple[int, ...], times: Mil
 
 
 def stale(rows: Evidence, table: _choice.Table) -> Evidence:
-    """The rows whose automatic choice, when they were measured, isn't what the table takes now."""
+    """The rows whose automatic choice when measured differs from the table's current choice."""
     return [row for row in rows if row["size"] and row["chosen"] and row["chosen"] != taken(row, table)]
 
 
 def taken(row: dict[str, str], table: _choice.Table) -> str:
-    """What the automatic choice takes for this row's call, in the words of the column `chosen`."""
+    """The table's choice for this row's call, in the format of the column `chosen`."""
     op, size = row["operator"].split()[0], tuple(map(int, row["size"].split()))
     if (op, row["direction"]) == ("linear_cross_entropy", "both"):
         op = "linear_cross_entropy_total"
@@ -115,7 +115,7 @@ def taken(row: dict[str, str], table: _choice.Table) -> str:
 
 
 def table() -> str:
-    """The text of choices.csv."""
+    """The contents of choices.csv."""
     return _choice.render({chip: decide(rows) for chip, rows in evidence().items()})
 
 

@@ -1,9 +1,9 @@
-"""The rates of a model, of `ov3fast encode` over files, and of `ov3fast serve` full to the brim, and the server's latency at 70 % of that.
+"""Throughput of a model, of `ov3fast encode` over files, and of `ov3fast serve` at saturation, and the server's latency at 70 % load.
 
     python -m benches.serve runs/demo [--out benches/results/serve.csv] [--images 4]
 
-Client and server share the machine, so the client does as little as it can: requests are made once, answers are counted by their status. Saturation: 16 connections
-that ask again as soon as they are answered. Load: arrivals at random (Poisson, a fixed seed) at 70 % of the saturated rate, whether or not the last were answered.
+Client and server share the machine, so the client does as little as possible: requests are prepared once, and only the status of responses is read. Saturation:
+16 closed-loop connections. Load: open-loop Poisson arrivals (fixed seed) at 70 % of the saturated rate.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LOAD = 0.7
 
 
 def pictures(folder: Path, count: int, side: int) -> list[Path]:
-    """JPEG files of smooth noise, a little larger than the model takes them."""
+    """JPEG files of smooth noise, slightly larger than the model's input."""
     random_ = np.random.default_rng(0)
     for i in range(count):
         small = Image.fromarray(random_.integers(0, 256, (8, 8, 3), dtype=np.uint8))
@@ -47,7 +47,7 @@ def pictures(folder: Path, count: int, side: int) -> list[Path]:
 
 
 def rates(model, files: list[Path], seconds: float) -> tuple[float, float]:
-    """Images a second of the model alone, in batches of 32, and of encode over the files; the best of two turns each."""
+    """Images/s of the model alone, in batches of 32, and of encode over the files; the best of two rounds each."""
     size = model.encoder.config.image_size
     batch = torch.rand(32, 3, size, size) * 2 - 1
     own = through = 0.0
@@ -59,7 +59,7 @@ def rates(model, files: list[Path], seconds: float) -> tuple[float, float]:
                     model.encode(batch)
                 done += len(batch)
             own = max(own, done / (time.perf_counter() - began))
-            # As many files as the model takes the rest of the time for, in whole batches.
+            # As many files as fill the remaining time, in full batches.
             count = max(32, min(len(files), int(own * seconds / 4) // 32 * 32))
             began = time.perf_counter()
             encode(model, files[:count], tokens=False)
@@ -81,7 +81,7 @@ def request(files: list[Path], port: int) -> bytes:
 
 
 class Connection:
-    """One connection that stays open; `ask` gives an answer's status."""
+    """A persistent connection; `ask` returns the status of a response."""
 
     async def open(self, port: int) -> Connection:
         self.reader, self.writer = await asyncio.open_connection("127.0.0.1", port)
@@ -96,7 +96,7 @@ class Connection:
 
 
 async def saturated(port: int, messages: list[bytes], seconds: float) -> float:
-    """Requests a second."""
+    """Requests per second."""
     connections = [await Connection().open(port) for _ in range(CONNECTIONS)]
     end = time.perf_counter() + seconds
     done = 0
@@ -113,7 +113,7 @@ async def saturated(port: int, messages: list[bytes], seconds: float) -> float:
 
 
 async def under_load(port: int, messages: list[bytes], rate: float, seconds: float) -> list[float]:
-    """Seconds from the moment that a request was due to its answer."""
+    """Seconds from each request's scheduled arrival to its response."""
     times, tasks, free = random.Random(0), [], []
     took: list[float] = []
 
@@ -180,7 +180,7 @@ def main() -> None:
 
 
 async def measure(port: int, messages: list[bytes], seconds: float) -> tuple[float, list[float]]:
-    """(saturated requests a second, latencies at LOAD of it)."""
+    """(saturated requests per second, latencies at LOAD times that rate)."""
     while True:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET /ready HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")

@@ -1,9 +1,9 @@
-"""Where the steps of a finished run went: seconds and images/s per part, the baseline of all later work.
+"""A breakdown of the training steps of a finished run: seconds and images/s per part.
 
     make demo && python -m benches.step runs/demo          # writes benches/results/step.csv
 
-Reads the run's summary.json. Parts inside other parts count once; "backward" is that of all towers. "latent cache" is the VAE's
-encoder, once per stage, over all augmented pictures. Run the demo on a quiet machine.
+Reads the run's summary.json. Nested parts are counted once; "backward" is that of all towers. "latent cache" is the VAE
+encoder, run once per stage over all augmented pictures. Run the demo on a quiet machine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Options:
 
 
 def table(run: Path) -> list[dict[str, str]]:
-    """One row per part, the largest first, then the whole step. FileNotFoundError where the run has not finished."""
+    """One row per part, the largest first, then the full step. Raises FileNotFoundError if the run has not finished."""
     path = run / "summary.json"
     if not path.is_file():
         raise FileNotFoundError(f"run: {run} has no summary.json; give the folder of a finished run")

@@ -1,4 +1,4 @@
-"""Interleaved timing, memory above the start, and the machine's own floors, all in one process."""
+"""Interleaved timing, memory growth, and the machine's peak rates, all measured in one process."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch
 from ov3fast.ops import _trials
 
 LONG = 15.0
-"""Seconds of a run from which on one turn has to do, the first included."""
+"""A single variant whose first run takes longer than this many seconds is not run again."""
 
 
 def interleaved(
     variants: dict[str, Callable[[], object]], budget: float, least: int = 5, most: int = 50
 ) -> dict[str, list[float]]:
-    """Seconds of every run of each variant, taken in turn after one that is not counted, for about `budget` seconds.
+    """Seconds of every run of each variant, interleaved, after one warm-up run, for about `budget` seconds.
 
-    Every other turn goes backwards: what a variant leaves in caches and in the allocator is not always the same one's to bear.
+    Every other round runs in reverse order, so that the state of caches and allocator doesn't always affect the same variant.
     """
     _trials.settle()
     first = {name: _seconds(run) for name, run in variants.items()}
@@ -39,7 +39,7 @@ def interleaved(
 
 
 def once(run: Callable[[], object]) -> float:
-    """Seconds of the second run."""
+    """Seconds taken by the second run."""
     run()
     return _seconds(run)
 
@@ -53,7 +53,7 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def _seconds_on_gpu(run: Callable[[], object]) -> float:
-    """Between events on the stream, from a cache without the operands; launches are queued while the cache is being overwritten."""
+    """Measured between events on the stream, with a cold cache; launches are queued while the cache is being overwritten."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.empty(2**28, dtype=torch.int8).zero_()
     begin.record()
@@ -64,7 +64,7 @@ def _seconds_on_gpu(run: Callable[[], object]) -> float:
 
 
 def device() -> str:
-    """ "cpu" or "cuda": where tensors are made within `with torch.device(...)`."""
+    """ "cpu" or "cuda": the current default device."""
     return torch.get_default_device().type
 
 
@@ -74,7 +74,7 @@ def quartiles(seconds: list[float]) -> tuple[float, float, float]:
 
 
 def extra_memory(run: Callable[[], object]) -> float | None:
-    """MB by which the process (or the GPU's memory) grew at most while `run` ran, its results included; None where the system can't tell."""
+    """Peak growth in MB of the process (or the GPU's memory) during `run`, including its results; None if the system can't tell."""
     if device() == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -101,7 +101,7 @@ def extra_memory(run: Callable[[], object]) -> float | None:
 
 
 def gemm_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of the best square matrix product at hand, PyTorch's or ours."""
+    """FLOP/s of the best square matrix product, PyTorch's or ours."""
     from ov3fast import ops
 
     size = 8192 if device() == "cuda" else 2048
@@ -111,13 +111,13 @@ def gemm_rate(dtype: torch.dtype) -> float:
 
 
 def copy_rate(size: int = 2**26) -> float:
-    """Bytes/s, read and written, of a copy that no cache holds."""
+    """Bytes/s, read plus written, of a copy too large for the caches."""
     a, b = torch.zeros(size), torch.ones(size)
     return 2 * 4 * size / statistics.median(interleaved({"copy": lambda: b.copy_(a)}, budget=2.0)["copy"])
 
 
 def commit() -> str:
-    """Of the source tree; "unknown" where there is no git, or no repository."""
+    """The source tree's commit; "unknown" without git or a repository."""
     try:
         command = ["git", "rev-parse", "--short", "HEAD"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
@@ -127,7 +127,7 @@ def commit() -> str:
 
 
 def machine() -> dict[str, str]:
-    """What every row of a table of results has to say."""
+    """The columns that describe the machine in every results table."""
     from ov3fast.ops import _chip, cpu
 
     if device() == "cuda":

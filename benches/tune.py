@@ -1,11 +1,11 @@
-"""Measures other block sizes, warps and stages of the Triton kernels on this GPU, and keeps what beats the static table.
+"""Tunes block sizes, warps and stages of the Triton kernels on this GPU, and keeps what beats the static table.
 
     ov3fast tune                      # all operators
-    ov3fast tune --only attention     # some; what was found for the others stays
+    ov3fast tune --only attention     # some; earlier results for the others are kept
 
-For every row that a case of the operator table picks, the blocks that the table has for its size class (on any chip, for any dtype) are tried with 4 and
-8 warps and 1 to 4 stages, and this chip's rows of that size class with a word behind ("64 tma") as they stand. The file lies in $OV3FAST_CACHE or
-~/.cache/ov3fast, named by device, driver and the kernels' source: after an update of either, the static table holds again.
+For every row that a case of the operator table picks, it tries the block sizes that the table has for its size class (on any chip, for any dtype) with 4 and
+8 warps and 1 to 4 stages, and, unchanged, this chip's rows for variants of that size class ("64 tma"). The result is stored in $OV3FAST_CACHE or
+~/.cache/ov3fast, keyed by device, driver and the kernels' source: after a change of any of them, the static table applies again.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from ov3fast.cli.tune import TuneOptions
 
 GAIN = 0.97
-"""A candidate must take less than this share of the time of the row before it."""
+"""A candidate must take less than this fraction of the previous row's time."""
 
 
 def candidates(key: Key) -> Iterator[Config]:
-    """What is worth a try for this kernel, dtype and size class."""
+    """Candidates for this kernel, dtype and size class."""
     kernel, _, size = key
     for block in blocks_for(kernel, size):
         for warps in (4, 8):
@@ -40,27 +40,27 @@ def candidates(key: Key) -> Iterator[Config]:
 
 
 def blocks_for(kernel: str, size: str) -> list[tuple[tuple[str, int], ...]]:
-    """The blocks that the table has for a size class, on any chip, for any dtype."""
+    """The block sizes in the table for a size class, on any chip, for any dtype."""
     rows = configs.TABLE[kernel].items()
     return sorted({tuple(sorted(row.blocks.items())) for (_, s, _), row in rows if s in (size, configs.ANY)})
 
 
 def described(key: Key) -> list[Config]:
-    """This chip's rows of the size class with a word behind, which no launch picks by itself."""
+    """This chip's rows for variants of the size class ("64 tma"), which are not picked by default."""
     kernel, dtype, size = key
     here = dtype, configs.current_architecture()
     return [row for (d, s, a), row in configs.TABLE[kernel].items() if (d, a) == here and s.startswith(f"{size} ")]
 
 
 def assert_agrees(results: Any, expected: Any) -> None:
-    """Other blocks add up in another order, and round the same sums elsewhere."""
+    """Compares up to rounding, since other block sizes sum in another order."""
     torch.testing.assert_close(results, expected, rtol=2e-2, atol=2e-2)
 
 
 def improve(
     run: Callable[[], Any], found: dict[Key, Config], seconds: Callable[[Callable[[], Any]], float]
 ) -> Iterator[tuple[Key, Config, float]]:
-    """Puts better rows for what `run` picks into `found`; yields each with its time over that of the row before."""
+    """Adds better rows for the kernels that `run` launches to `found`; yields each with its time relative to the previous row."""
     with configs.trying(found) as picked:
         expected = run()
         best = seconds(run)
@@ -71,7 +71,7 @@ def improve(
                 try:
                     assert_agrees(run(), expected)
                     now = seconds(run)
-                except Exception:  # too large for the chip, or not a tile of this kernel
+                except Exception:  # too large for the chip, or not a valid tile for this kernel
                     continue
             if now < GAIN * best:
                 found[key], best = config, now

@@ -2,7 +2,7 @@
 
     python examples/encode_folder.py runs/demo/model photos/ vectors.safetensors
 
-The file holds pooled vectors [N, E] and tokens [N, T, D]. Images that can't be read are skipped and named.
+The file contains pooled vectors [N, E] and tokens [N, T, D]. Unreadable images are skipped and listed.
 """
 
 import sys

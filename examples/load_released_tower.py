@@ -1,7 +1,7 @@
 """Load a vision tower in the released layout (open_clip_config.json and weights).
 
 python examples/load_released_tower.py path/to/tower      # or a hub id
-python examples/load_released_tower.py                    # random weights in the same layout, made on the spot
+python examples/load_released_tower.py                    # random weights in the same layout, generated on the fly
 """
 
 import json
@@ -19,7 +19,7 @@ from ov3fast.models.vit import ViTEncoder
 
 
 def random_tower(folder: Path) -> Path:
-    """A small tower with the released files' names, keys and shapes."""
+    """Writes a small tower with the file names and keys of the released ones."""
     tower = ViTEncoder(VisionConfig(width=48, depth=2, heads=3, mlp_dim=192, image_size=64, embed_dim=40))
     save_file(to_released_state_dict(tower), folder / "open_clip_model.safetensors")
     vision = {

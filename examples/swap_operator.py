@@ -1,8 +1,8 @@
-"""Swap one operator into a plain ViT: the same weights, the same result, no N x N scores kept for the backward.
+"""Swap one operator into a plain ViT: same weights, same result, no N x N scores saved for the backward.
 
     python examples/swap_operator.py
 
-Only torch and ov3fast.ops are needed. `attention` is all that changes.
+Needs only torch and ov3fast.ops. Only `attention` changes.
 """
 
 import torch

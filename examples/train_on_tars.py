@@ -2,8 +2,8 @@
 
     python examples/train_on_tars.py "shards/*.tar" runs/mine --steps 2000
 
-A sample is an image and its caption under one key: `0001.jpg` with `0001.txt`, or with a `0001.json` whose text fields are captions under
-their names. A run that was stopped continues when the command is given again, to the same bits.
+A sample is an image and its caption with the same key: `0001.jpg` with `0001.txt`, or with a `0001.json` whose text fields are captions under
+their own names. Run the command again to resume an interrupted run, bit for bit.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Write a backend for one operator, and hold it to the error budget.
+"""Write a backend for one operator, and check it against the error budget.
 
     python examples/write_backend.py
 
-A backend is a plain function on tensors under the operator's contract: the same inputs, outputs and saved tensors as eager PyTorch's
-(`_forward_...` in ov3fast/ops/layer_norm.py). Validation, autograd and torch.compile come with the operator. This one has no backward of its own, so
-gradients are left to the next backend that has one.
+A backend is a plain function on tensors with the signature of the eager backend: the same inputs, outputs and saved tensors
+(`_forward_...` in ov3fast/ops/layer_norm.py). Validation, autograd and torch.compile come with the operator. This one has no backward, so
+gradients are computed by the next backend that has one.
 """
 
 from functools import partial
@@ -27,7 +27,7 @@ def forward(x, weight, bias, residual, eps):
 
 
 def main() -> None:
-    # The last choice where nobody asks for it; before="cpu" would put it in front of the CPU kernels.
+    # Registered with the lowest priority; before="cpu" would prefer it over the CPU kernels.
     register("layer_norm", "mine", forward)
     print(ops.table()["layer_norm"])
 

@@ -1,9 +1,9 @@
-"""The certificates of a demo-size model's exports, benches/results/certificates.json: made, or checked against what is committed.
+"""Generates or checks benches/results/certificates.json, the certificates of a demo-size model's exports.
 
     python tools/certificates.py            # make certificates
-    python tools/certificates.py --check    # exits 1 where a format fails, or its parts, inputs or outputs are no longer those of the file
+    python tools/certificates.py --check    # exits with 1 if a format fails, or its parts, inputs or outputs differ from the file
 
-The model has random weights of a fixed seed, the small VAE, and the demo recipe's sizes. Formats whose packages are missing are left out of a check.
+The model has random weights with a fixed seed, the small VAE, and the demo recipe's sizes. A check skips formats whose packages are missing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WORDS = ["a red square", "a photo of a dog on the grass", "two blue boats"]
 
 
 def demo_model() -> OpenVision3:
-    """The demo recipe's model, of a fixed seed."""
+    """The demo recipe's model, with a fixed seed."""
     tokenizer = get_tokenizer("wordpiece").restrict(WORDS)
     config = get_recipe("demo").model
     torch.manual_seed(0)
@@ -41,7 +41,7 @@ def demo_model() -> OpenVision3:
 
 
 def certificates(formats: Iterable[str]) -> dict[str, Any]:
-    """Format -> its certificate, of those whose packages are here."""
+    """Format -> certificate, for the formats whose packages are installed."""
     found = {}
     for format in formats:
         missing = [name for name in NEEDS[format] if importlib.util.find_spec(name) is None]
@@ -58,7 +58,7 @@ def certificates(formats: Iterable[str]) -> dict[str, Any]:
 
 
 def differences(committed: dict[str, Any], made: dict[str, Any]) -> list[str]:
-    """What a certificate that is made anew says otherwise; its errors are within the budget, or it would not have been made."""
+    """Differences between the committed and a newly made certificate. Errors need no comparison: an export over the budget fails."""
     found = []
     for format, values in made.items():
         before, after = (

@@ -1,7 +1,8 @@
-"""The doors to other libraries beside the libraries themselves: python tools/doors.py [--folder build/doors]
+"""Tests ov3fast.interop against the real libraries: python tools/doors.py [--folder build/doors]
 
-timm and open_clip need torchvision, and torchvision an exact torch, so they get an environment of their own. In it the tests of tests/interop run, with
-those that skip where timm or open_clip is missing, and tests of `optimize` on their models. `make test-doors` does it; gigabytes the first time.
+timm and open_clip need torchvision, which needs an exact torch version, so they get a separate environment. It runs all of tests/interop, including
+the tests that are otherwise skipped without timm or open_clip, and the tests of `optimize` on their models. `make test-doors` runs this; it downloads
+gigabytes the first time.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ PINNED = (
     "pytest",
     "hypothesis",
 )
-"""As constraints.txt has them."""
+"""Pinned as in constraints.txt."""
 TESTS = ("tests/interop", "tests/inference/test_optimize.py")
 
 
 def prepare(home: Path) -> Path:
-    """The environment's Python. Reuses one of the same packages that was finished."""
+    """The environment's Python. Reuses a complete environment with the same packages."""
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     packages = [*TORCH, *LIBRARIES, *(f"{name}=={pins[name]}" for name in PINNED)]
     python, finished = home / "bin" / "python", home / "finished"
@@ -52,7 +53,7 @@ def main() -> int:
     given = parser.parse_args()
     python = prepare(given.folder.resolve())
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    # A library that is missing would skip what this is for.
+    # If a library were missing, the tests that matter would be skipped.
     needed = "import timm, open_clip, torchvision, diffusers, transformers"
     for command in ([python, "-c", needed], [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", *TESTS]):
         if subprocess.run(command, cwd=ROOT, env=environment).returncode:

@@ -1,12 +1,12 @@
-"""What a GPU can tell in half an hour, from a source tree and nothing to install: three plans of at most nine minutes.
+"""Tests, times and diagnoses all kernels on a GPU in half an hour, from a source tree without installation: three plans of at most nine minutes.
 
-    python tools/gpu_run.py correct --out DIR      # parity as error over budget, the same bits, captured graphs
-    python tools/gpu_run.py time --out DIR         # each operator by graph replay: ours by choice and by name, PyTorch's
-    python tools/gpu_run.py diagnose --out DIR     # compute-sanitizer, Nsight Compute, what failed in `correct` again
-    python tools/gpu_run.py PLAN --out DIR --rehearse      # the same on tiny sizes without a GPU, in Triton's interpreter
+    python tools/gpu_run.py correct --out DIR      # errors over budget, determinism, captured graphs
+    python tools/gpu_run.py time --out DIR         # each operator by graph replay: ours by automatic choice and by name, PyTorch's
+    python tools/gpu_run.py diagnose --out DIR     # compute-sanitizer, Nsight Compute, reruns of what failed in `correct`
+    python tools/gpu_run.py PLAN --out DIR --rehearse      # the same at tiny sizes without a GPU, in Triton's interpreter
 
 Needs torch, triton, numpy and the built libraries in ov3fast/_native (`OV3FAST_CUDA=1 python csrc/build.py ov3fast/_native`). Writes DIR/PLAN.jsonl, one
-row at a time, and prints a summary last. Exit status 1 where anything failed, is missing or was not reached. See docs/gpu.md.
+row at a time, and prints a summary at the end. Exits with 1 if anything failed, is missing or was not reached. See docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# The script's own folder comes first by itself: its module names must not pass for packages.
+# Replaces the script's own folder on sys.path, whose module names must not shadow packages.
 sys.path[0] = str(ROOT)
 
 

@@ -1,7 +1,7 @@
-"""What we rely on of torch and Triton that they don't promise to keep: each name, and where it is needed.
+"""The private names of torch and Triton that we rely on, and what each is used for.
 
-`tests/test_private_names.py` holds this list against the sources and against the installed versions; `make test-versions` runs it for the oldest and
-the newest that we allow. Private is a name with a leading underscore, or one of Triton beyond `triton` and `triton.language`.
+`tests/test_private_names.py` checks this list against the sources and the installed versions; `make test-versions` runs it for the oldest and
+newest versions that we support. Private names are those with a leading underscore, and those of Triton outside `triton` and `triton.language`.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ NAMES = {
         "triton.runtime.interpreter.interpreter_builder.set_grid_dim", "triton.runtime.interpreter.interpreter_builder.set_grid_idx",
     ),
 }  # fmt: skip
-"""What for -> names."""
+"""Purpose -> names."""
 
 
 def private(name: str) -> bool:
-    """Whether nobody promises to keep `name`."""
+    """Whether `name` is private."""
     first, *parts = name.split(".")
     if any(part.startswith("_") for part in parts):
         return True
@@ -101,7 +101,7 @@ def files() -> Iterator[Path]:
 
 
 def names_in(tree: ast.AST) -> Iterator[str]:
-    """The longest dotted names below torch and Triton: of imports, attributes, and what mock.patch.object replaces."""
+    """The longest dotted names below torch and Triton in imports, attributes, and targets of mock.patch.object."""
     aliases = dict(_aliases(tree))
     yield from (name for name in aliases.values() if "." in name)
     inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -135,7 +135,7 @@ def _dotted(node: ast.AST, aliases: dict[str, str]) -> str | None:
 
 
 def resolve(name: str) -> Any:
-    """The object of that dotted name; AttributeError or ImportError where it is not there."""
+    """The object with that dotted name. Raises AttributeError or ImportError if it does not exist."""
     first, *parts = name.split(".")
     value, path = importlib.import_module(first), first
     for part in parts:

@@ -1,8 +1,8 @@
-"""Makes the README's picture from a run of the demo: reconstructions of held-out photos, and retrieval in an unseen drawing style.
+"""Draws the README's picture from a run of the demo: reconstructions of held-out photos, and retrieval in an unseen drawing style.
 
     python tools/readme_picture.py runs/demo        # writes docs/assets/demo.jpg and shows it in README.md
 
-What it shows is chosen by a rule, not by hand: photos and queries evenly spaced over the held-out sets.
+The selection is not hand-picked: photos and queries are evenly spaced over the held-out sets.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def held_out(sources: Sources, size: int) -> tuple[Pictures, Pictures]:
-    """The photos (or pictures, where there are none) to reconstruct, and the captioned pictures to search."""
+    """The photos (or, if there are none, pictures) to reconstruct, and the captioned pictures to search."""
     pairs = sources.pairs.get("style") or next(iter(sources.pairs.values()))
     return read_pictures(sources.photos or pairs, size, limit=PHOTOS), read_pictures(pairs, size)
 
@@ -83,7 +83,7 @@ def save(image: Image.Image, out: Path) -> None:
 
 
 def show(readme: Path, out: Path) -> None:
-    """Puts the picture behind README's mark, once."""
+    """Inserts the picture after the README's marker, once."""
     text = readme.read_text(encoding="utf-8")
     line = f"![{ALT}]({out.relative_to(readme.parent).as_posix()})"
     if line not in text:

@@ -1,8 +1,8 @@
-"""One pair of versions that ov3fast claims to run with: python tools/versions.py TORCH TRITON NUMPY [--folder build/versions]
+"""Tests one combination of supported versions: python tools/versions.py TORCH TRITON NUMPY [--folder build/versions]
 
-Makes an environment of its own for them, with the test tools of constraints.txt, and runs there: the imports, the names that
-torch and Triton don't promise to keep, a part of the operators' tests in Triton's interpreter, and for sm_90 a part of the gate on compiled kernels, of their execution by ptxrun, and the launchers on a pretended GPU. `make test-versions` does the oldest
-and the newest.
+Creates a separate environment with them and the test tools of constraints.txt, and runs there: the imports, the private names of
+torch and Triton that we rely on, part of the operators' tests in Triton's interpreter, and for sm_90 part of the checks on compiled kernels, of their
+execution by ptxrun, and the launchers on a pretended GPU. `make test-versions` does this for the oldest and the newest versions.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GATED = (
 
 
 def prepare(folder: Path, torch: str, triton: str, numpy: str) -> Path:
-    """The environment's Python. Reuses an environment of the same versions that was finished."""
+    """The environment's Python. Reuses a complete environment with the same versions."""
     home = folder / f"torch-{torch}-triton-{triton}-numpy-{numpy}"
     python, finished = home / "bin" / "python", home / "finished"
     if not finished.exists():
@@ -46,7 +46,7 @@ def prepare(folder: Path, torch: str, triton: str, numpy: str) -> Path:
 
 
 def try_out(python: Path) -> bool:
-    """Whether everything passed; all is run, whatever fails."""
+    """Whether everything passed. A failure does not stop the rest."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pytest = [python, "-m", "pytest", "-q", "--disable-warnings", "-p", "no:cacheprovider"]
     commands = [

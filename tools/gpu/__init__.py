@@ -1,1 +1,1 @@
-"""A first run on a GPU: what `python tools/gpu_run.py` is made of."""
+"""The parts of `python tools/gpu_run.py`, which tests and benchmarks on a GPU."""

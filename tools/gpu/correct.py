@@ -1,7 +1,7 @@
-"""One operator's results on the GPU: python -m tools.gpu.correct ROWS BACKEND OPERATOR, with "descriptors" for attention's ways that only tuning turns on.
+"""Checks one operator on the GPU: python -m tools.gpu.correct ROWS BACKEND OPERATOR; "descriptors" checks attention's variants that only tuning enables.
 
-Errors are over the budget of ov3fast.testing, as a ratio; the same call gives the same bits five times, the first time launched by Triton and then by
-our launcher; a captured call gives an eager call's.
+Checks: errors, as a ratio to the budget of ov3fast.testing; the same call gives the same bits five times, launched by Triton the first time and then by
+our launcher; a captured call equals an eager one.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from .setting import DEVICE, DTYPES, REHEARSAL, SIZES, capture, doing, named_lau
 
 REPEATS = 2 if REHEARSAL else 5
 WAYS = ("tma", "warp-specialized")
-"""The words behind a size class in attention's rows of configuration."""
+"""Variant suffixes of size classes in attention's configurations."""
 
 
 class Checks:
-    """Runs checks, each to its own rows, whatever becomes of the one before."""
+    """Runs checks independently, each writing its own rows."""
 
     def __init__(self, rows: Rows, backend: str):
         self.rows, self.backend = rows, backend
 
     def run(self, name: str, check: str, call: Callable[[], Iterator[dict[str, Any]]], **where: str) -> None:
-        """`call` yields what its rows have besides. Raises what makes further calls senseless: CUDA's errors stay with the process."""
+        """`call` yields additional fields of its rows. Re-raises errors after which further calls are pointless, since CUDA errors are sticky."""
         doing(operator=name, check=check, backend=self.backend, **where)
         more = dict(backend=self.backend, **where)
         try:
@@ -54,7 +54,7 @@ class Checks:
 
 
 def parity(sample: Any, size: str, dtype: str) -> Iterator[dict[str, Any]]:
-    """The worst ratio of the outputs, and of the gradients."""
+    """The worst ratio over the outputs, and over the gradients."""
     inputs = sample.inputs(size, DTYPES[dtype], DEVICE)
     upstream = sample.upstream(inputs, sample.plain)
     budget = testing.Budget(lambda values: sample.results(values, sample.plain, upstream), inputs)
@@ -78,7 +78,7 @@ def same_bits(sample: Any, size: str, dtype: str) -> Iterator[dict[str, Any]]:
 
 
 def captured(sample: Any, size: str, dtype: str) -> Iterator[dict[str, Any]]:
-    """For other values in the same places."""
+    """Replays the graph with other values in the same memory."""
     inputs = sample.inputs(size, DTYPES[dtype], DEVICE)
     upstream = sample.upstream(inputs)
     graph, results = capture(lambda: sample.results(inputs, upstream=upstream))
@@ -92,7 +92,7 @@ def captured(sample: Any, size: str, dtype: str) -> Iterator[dict[str, Any]]:
 
 
 def descriptors(checks: Checks) -> None:
-    """Attention's forward as `ov3fast tune` may turn it on."""
+    """The variants of attention's forward that `ov3fast tune` may enable."""
     from ov3fast.kernels.attention.tiles import size_class
     from ov3fast.kernels.lib import config as configs
     from ov3fast.ops.flash_attention import reference

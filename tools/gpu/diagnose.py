@@ -1,4 +1,4 @@
-"""compute-sanitizer on every kernel, Nsight Compute on some. In a rehearsal the programs that they would examine run by themselves."""
+"""compute-sanitizer on every kernel, Nsight Compute on some. A rehearsal runs the examined programs without these tools."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ METRICS = {
     "launch__registers_per_thread": "registers",
 }
 KERNELS = 12
-"""Launches of ours that are profiled per operator, at most."""
+"""Most launches of ours to profile per operator."""
 
 
 def jobs(plan: Plan) -> list[Job]:
@@ -43,7 +43,7 @@ def jobs(plan: Plan) -> list[Job]:
     if sanitizer is None:
         plan.rows.write("all", "compute-sanitizer", "missing", detail="compute-sanitizer is not installed")
         return []
-    # The caching allocator would hide reads beyond a tensor and of memory that nobody wrote.
+    # The caching allocator would hide out-of-bounds and uninitialised reads.
     environment = {**plan.environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
         Job("all", [sanitizer, "--tool", tool, "--error-exitcode", "9", *python("tools.gpu.once", backend, *names)], 180, environment,
@@ -53,7 +53,7 @@ def jobs(plan: Plan) -> list[Job]:
 
 
 def profiles(plan: Plan) -> list[Job]:
-    """One call of each of some operators at real sizes, under Nsight Compute."""
+    """One call of several operators at real sizes, under Nsight Compute."""
     from .plans import find
 
     if plan.rehearse:
@@ -125,7 +125,7 @@ def _profile(plan: Plan, name: str):
 
 
 def parse(output: str) -> list[tuple[str, dict[str, str]]]:
-    """(kernel, metric -> value with its unit) of each launch in ncu's CSV, which stands among the program's own lines."""
+    """(kernel, metric -> value with unit) per launch, from ncu's CSV, which is mixed with the program's own output."""
     lines = [line for line in output.splitlines() if re.match(r'^"(ID|\d+)",', line)]
     launches: dict[str, tuple[str, dict[str, str]]] = {}
     for row in csv.DictReader(io.StringIO("\n".join(lines))):

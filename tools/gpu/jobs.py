@@ -1,4 +1,4 @@
-"""Subprocesses with a hard end: one per operator, so that a kernel that hangs or breaks its context takes nothing else along."""
+"""Subprocesses with a time limit, one per operator, so that a kernel that hangs or corrupts its context affects nothing else."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Job:
     name: str
     command: list[str]
     limit: float
-    """Seconds after which it is killed."""
+    """Seconds after which the job is killed."""
     environment: dict[str, str] = field(default_factory=dict)
     finished: Callable[[int, str], None] | None = None
-    """Gets the exit status and the output, instead of the row that a status other than 0 gives."""
+    """Called with the exit status and the output; without it, a nonzero status writes a row."""
 
 
 def python(module: str, *arguments: str) -> list[str]:
@@ -33,7 +33,7 @@ def python(module: str, *arguments: str) -> list[str]:
 
 
 def run_all(jobs: Iterable[Job], rows: Rows, end: float, at_once: int = 1) -> None:
-    """Runs the jobs, `at_once` of them at a time, until time.monotonic() is `end`; writes a row for each that fails, is killed or not reached."""
+    """Runs the jobs, `at_once` at a time, until time.monotonic() reaches `end`; writes a row for each that fails, is killed or is not reached."""
     waiting, running = list(jobs), []
     while waiting or running:
         while waiting and len(running) < at_once and time.monotonic() < end:
@@ -57,7 +57,7 @@ class _Running:
             "PYTHONUNBUFFERED": "1",
             **job.environment,
         }
-        # A group of its own, so that a compiler that it started dies with it.
+        # In its own process group, so that a compiler that it started is killed with it.
         self.process = subprocess.Popen(
             job.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=self.output, stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -1,4 +1,4 @@
-"""What the run needs and what it runs on: python -m tools.gpu.machine ROWS. Whatever is missing is a row, and ends the run."""
+"""Checks the requirements of a run and records its machine: python -m tools.gpu.machine ROWS. Anything missing gets a row and ends the run."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def backends_that_are_not_there(rows: Rows, table: Mapping[str, Mapping[str, str]], backends: Iterable[str]) -> None:
-    """A row for each: tests of such a backend would skip, and a run without it would look as if all were well."""
+    """Writes a row for each: tests of a missing backend are skipped, so the run would look successful without it."""
     for op, states in table.items():
         for backend in backends:
             if states.get(backend, "ready") != "ready":

@@ -1,8 +1,8 @@
-"""One operator's times: python -m tools.gpu.measure ROWS OPERATOR [--compile].
+"""Times one operator: python -m tools.gpu.measure ROWS OPERATOR [--compile].
 
-ms is the median of replays of a captured graph, each from a cache without the operands: the GPU's time alone. host_us is the median time of the
-call in Python, launches included and nothing waited for. Ours runs by the automatic choice ("ov3fast") and forced by name. With --compile,
-torch.compile's variants alone, whose compilation takes longest.
+ms is the median over replays of a captured graph, each with a cold cache: pure GPU time. host_us is the median time of the
+call in Python, including launches but no synchronisation. Ours runs by automatic choice ("ov3fast") and by name. --compile measures only
+torch.compile's variants, which take longest to compile.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TURNS, SECONDS = (1, 0.0) if REHEARSAL else (25, 1.0)
 
 
 def variants(case: cases.Case, compiles: bool) -> Iterator[tuple[str, str | None, Callable[[], object]]]:
-    """(name, backend forced or None, call)."""
+    """(name, forced backend or None, call)."""
     for name, call in case.variants.items():
         if (name == "compile") == compiles:
             yield name, None, call
@@ -38,7 +38,7 @@ def variants(case: cases.Case, compiles: bool) -> Iterator[tuple[str, str | None
 
 
 def measured(call: Callable[[], object]) -> dict[str, Any]:
-    """ms, its quartiles, host_us, and whether a graph was captured: where it can't be, ms is that of calls, Python's time included."""
+    """ms, its quartiles, host_us, and whether a graph was captured; if it can't be, ms is the time of calls, including Python's."""
     call()
     synchronize()
     host = []
@@ -73,7 +73,7 @@ def measure(case: cases.Case, compiles: bool, rows: Rows) -> None:
                 rows.write(case.operator, "time", **where, variant=name, **work, **measured(call))
         except Exception as reason:
             ours = name == cases.OURS or forced
-            # By contract a backend need not take every call, nor a peer every shape.
+            # A backend need not support every call, nor a peer every shape.
             status = "failed" if ours and "can't run this call" not in str(reason) else "left out"
             rows.write(case.operator, "time", status, **where, variant=name, detail=traceback.format_exc(limit=-3))
             if isinstance(reason, torch.AcceleratorError):
@@ -81,7 +81,7 @@ def measure(case: cases.Case, compiles: bool, rows: Rows) -> None:
 
 
 def rates(rows: Rows) -> None:
-    """The machine's own: what the floors of the table are made of."""
+    """The machine's peak rates, for the table's rooflines."""
     for dtype, kind in cases.DTYPES.items():
         doing(operator="machine", check="rate", dtype=dtype)
         rows.write("machine", "rate", dtype=dtype, size="product", rate=timing.gemm_rate(kind))

@@ -1,6 +1,6 @@
-"""Calls samples once, for a program that looks over the shoulder: python -m tools.gpu.once BACKEND [--real] [NAME ...]; without names, all.
+"""Calls samples once, to be run under a sanitizer or profiler: python -m tools.gpu.once BACKEND [--real] [NAME ...]; default: all samples.
 
-BACKEND "any" is the automatic choice.
+BACKEND "any" means the automatic choice.
 """
 
 from __future__ import annotations

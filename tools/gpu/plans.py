@@ -19,28 +19,28 @@ SUMMARY = 10_000
 """Characters."""
 
 CUDA_OPERATORS = ("group_norm_silu", "adamw_ema_")
-"""Those that have CUDA C++ kernels."""
+"""Operators with CUDA C++ kernels."""
 CASES = (
     "flash_attention", "contrastive_loss", "linear_cross_entropy", "noise_projection", "patch_embed", "moments to tokens", "mlp", "layer_norm + residual",
     "group_norm_silu", "linear", "latent_projection", "random_normal", "adamw_ema_", "ViT-B/2 encoder", "VAE",
 )  # fmt: skip
-"""Operators of benches/cases.py."""
+"""Operators in benches/cases.py."""
 TUNED = (
     "flash_attention", "contrastive_loss", "linear_cross_entropy", "noise_projection", "patch_embed", "mlp", "layer_norm + residual",
     "group_norm_silu", "latent_projection",
 )  # fmt: skip
-"""Of those, where the time is in kernels of ours."""
+"""Those that spend their time in our kernels."""
 
 
 def operators() -> tuple[str, ...]:
-    """The simplest first: if that fails, nothing else is tried."""
+    """All operators, the simplest first: if that fails, nothing else is tried."""
     from ov3fast import ops
 
     return ("layer_norm", *(op for op in ops.table() if op != "layer_norm"))
 
 
 class Plan:
-    """What the jobs of a plan need to know."""
+    """Shared settings of a plan's jobs."""
 
     def __init__(self, name: str, rows: Rows, only: str, rehearse: bool, end: float, cache: Path):
         self.name, self.rows, self.only, self.rehearse, self.end, self.cache = name, rows, only, rehearse, end, cache
@@ -53,7 +53,7 @@ class Plan:
             self.environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
     def job(self, name: str, module: str, *arguments: str, limit: float) -> Job:
-        # The interpreter takes its time.
+        # The interpreter is slow.
         limit = 4 * limit if self.rehearse else limit
         return Job(name, python(f"tools.gpu.{module}", str(self.rows.path), *arguments), limit, self.environment)
 
@@ -89,12 +89,12 @@ def _precompile(plan: Plan) -> Job:
     only = [plan.only] if plan.only or not plan.rehearse else ["layer_norm"]
     sizes = ["tiny"] if plan.rehearse else ["tiny", "real"]
     job = plan.job("all", "precompile", plan.name, "--cache", str(plan.cache), "--only", *only, "--sizes", *sizes, limit=150)
-    # It pretends to have a GPU: it must not find a real one, and must compile even where the rest is interpreted.
+    # It uses a pretended GPU, so it must not find a real one, and must compile even if everything else is interpreted.
     return Job(job.name, job.command, job.limit, {**job.environment, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"})
 
 
 def correct(plan: Plan) -> None:
-    """A first operator alone; if that fails, nothing else need be tried, unless Triton's launches do what ours don't. What was only ever compiled comes last."""
+    """Runs the first operator alone; if it fails, the rest is skipped, unless Triton's own launcher works where ours doesn't. Code never run before comes last."""
     plan.run([plan.job("layer_norm", "correct", "triton", "layer_norm", limit=90)])
     failed = len(bad(plan.rows.read()))
     if failed:
@@ -119,7 +119,7 @@ def correct(plan: Plan) -> None:
 
 
 def timed(plan: Plan) -> None:
-    """Alone on the machine. torch.compile last, since what it needs is the longest."""
+    """One job at a time. torch.compile comes last, since it takes longest."""
     wanted = plan.wanted(CASES)
     if not plan.rehearse:
         plan.run([plan.job("machine", "measure", "machine", limit=60)])
@@ -145,7 +145,7 @@ PLANS = {"correct": correct, "time": timed, "diagnose": diagnosed}
 
 
 def summary(name: str, rows: list[Row], seconds: float) -> str:
-    """At most SUMMARY characters: counts, everything that is not right, then the numbers, as far as there is room."""
+    """At most SUMMARY characters: counts, everything that went wrong, then as many of the numbers as fit."""
     counts = Counter(row["status"] for row in rows)
     wrong = bad(rows)
     lines = [
@@ -172,7 +172,7 @@ def summary(name: str, rows: list[Row], seconds: float) -> str:
 
 
 def tuned(rows: list[Row]) -> list[str]:
-    """For each row of configuration that was tried, the best of its neighbours."""
+    """For each configuration that was tuned, the best of its neighbours."""
     best: dict[tuple[str, ...], Row] = {}
     for row in rows:
         if row["check"] == "tune" and "ms" in row:
@@ -186,7 +186,7 @@ def tuned(rows: list[Row]) -> list[str]:
 
 
 def find(program: str) -> str | None:
-    """A tool of the CUDA toolkit, which may not be on the path."""
+    """The path of a CUDA toolkit program, which may not be on PATH."""
     return shutil.which(program) or shutil.which(f"/usr/local/cuda/bin/{program}")
 
 

@@ -1,8 +1,8 @@
-"""Compiles what a plan will launch into Triton's cache, on all cores, before the GPU is asked for anything.
+"""Compiles everything that a plan will launch into Triton's cache, on all cores, before the GPU is used.
 
     python -m tools.gpu.precompile ROWS PLAN --cache FOLDER [--only layer_norm]
 
-Needs no GPU: the launchers run on a pretended one. A launcher that fails there would fail on a GPU too: it gets a row, as does a kernel that
+Needs no GPU: the launchers run on a pretended one. A launcher that fails there would fail on a GPU too and gets a row, as does a kernel that
 does not compile.
 """
 
@@ -29,15 +29,15 @@ from . import pretend, setting
 from .rows import Rows
 
 Compiled = dict[str, str]
-"""kernel, seconds, error ("" where it compiled)."""
+"""kernel, seconds, error ("" if it compiled)."""
 
 
 def compile_all(
     specialisations: Mapping[str, JITFunction], cache: Path, target: str = "sm_90", processes: int | None = None
 ) -> list[Compiled]:
-    """One row per specialisation, as pretend.Record has them; the code lies in `cache` afterwards."""
+    """One row per specialisation in a pretend.Record; leaves the code in `cache`."""
     jobs = list(specialisations.items())
-    # Forked, so that kernels need not travel; nothing here has touched a GPU, or run threads.
+    # Forked, so that kernels need not be pickled; nothing here has touched a GPU or started threads.
     with ProcessPoolExecutor(processes or os.cpu_count(), get_context("fork"), _begin, (jobs, str(cache), target)) as pool:
         return list(pool.map(_compile, range(len(jobs))))
 
@@ -64,7 +64,7 @@ def _compile(number: int) -> Compiled:
 
 
 def collect(plan: str, only: str, target: str, rows: Rows, sizes: Iterable[str]) -> pretend.Record:
-    """What the plan launches: the samples in all dtypes, or the cases of the operator table."""
+    """Everything the plan launches: the samples in all dtypes, or the cases of the operator table."""
     with pretend.gpu(target) as record, ops.use("triton"):
         for name, call in CALLS[plan](only, sizes):
             try:
@@ -89,16 +89,16 @@ def _tried(only: str, sizes: Iterable[str]) -> Iterator[tuple[str, Callable[[], 
 def _timed(only: str, sizes: Iterable[str]) -> Iterator[tuple[str, Callable[[], object]]]:
     from benches import cases
 
-    # trunc_normal_ draws until all values lie within bounds, which fake ones never do; and no fake parameter can be cast in place.
+    # trunc_normal_ resamples until all values are within bounds, which never ends on fake tensors; and fake parameters can't be cast in place.
     with mock.patch.object(torch.nn.init, "trunc_normal_"), mock.patch.object(torch.nn.Module, "to", _with_new_parameters):
         for case in cases.table(only, makers=cases.full(on_gpu=True) if "real" in sizes else cases.tiny()):
-            # What has no Triton kernels would run others, on addresses of nothing.
+            # Operators without Triton kernels would run other kernels on invalid addresses.
             if "triton" in ops.table().get(case.operator, ("triton",)):
                 yield case.operator, case.variants[cases.OURS]
 
 
 def _diagnosed(only: str, sizes: Iterable[str]) -> Iterator[tuple[str, Callable[[], object]]]:
-    """What the sanitizer looks at, and the rows of configuration that are tried."""
+    """Everything that the sanitizer runs, and the configurations to be tuned."""
     from benches import cases
 
     from . import plans

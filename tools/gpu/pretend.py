@@ -1,7 +1,7 @@
-"""An NVIDIA GPU that isn't there: launchers run on fake tensors, and what they would launch is written down instead.
+"""A pretended NVIDIA GPU: launchers run on fake tensors, and their launches are recorded instead of executed.
 
-Finds what would fail between an operator's call and the compiler on a machine with CUDA tensors, and every specialisation that Triton
-would compile there, which `precompile` can then do on all cores.
+Finds errors between an operator's call and the compiler that would occur with CUDA tensors, and every specialisation that Triton
+would compile there, which `precompile` can then compile on all cores.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from ov3fast.ops import triton as triton_backend
 
 CAPABILITIES = {"sm_80": (8, 0), "sm_90": (9, 0), "sm_100": (10, 0)}
 DEVICE = 1
-"""Where tensors are, of two: launches that go to the current device, 0, show."""
+"""The tensors' device, of two, so that launches that wrongly go to the current device, 0, are noticed."""
 
 
 @dataclass(frozen=True)
 class Launch:
     kernel: str
     device: int
-    """The current one at that moment, where Triton launches."""
+    """The device that was current at the launch, which Triton launches on."""
     grid: tuple[int, ...]
 
 
 @dataclass
 class Record:
-    """What was launched, and what would be compiled for it: specialisation -> kernel."""
+    """The launches, and what would be compiled for them: specialisation -> kernel."""
 
     launches: list[Launch] = field(default_factory=list)
     specialisations: dict[str, JITFunction] = field(default_factory=dict)
 
 
 class _Driver:
-    """What Triton asks its active driver for."""
+    """Triton's active driver."""
 
     def __init__(self, target: GPUTarget, current: Callable[[], int]):
         self.target, self.current = target, current
@@ -69,7 +69,7 @@ class _Driver:
 
 
 class _Pointer:
-    """A fake tensor as Triton specialises it: a dtype, and an address that allocators give (16 bytes aligned where the offset is)."""
+    """A fake tensor as seen by Triton's specialisation: a dtype, and an address as from an allocator (16-byte aligned if the offset is)."""
 
     def __init__(self, tensor: Tensor):
         self.dtype = tensor.dtype
@@ -80,7 +80,7 @@ class _Pointer:
 
 
 class _Launchers(TorchDispatchMode):
-    """Within the block our operators run their launchers, not the shape functions that fake tensors would meet."""
+    """Within the block our operators run their launchers rather than the fake implementations registered for fake tensors."""
 
     def __init__(self, fake: FakeTensorMode):
         super().__init__()
@@ -98,7 +98,7 @@ class _Launchers(TorchDispatchMode):
 
 @contextmanager
 def driver(target: str = "sm_90", current: Callable[[], int] = lambda: 0) -> Iterator[None]:
-    """Within the block Triton compiles for that architecture; `current` is the current device's number."""
+    """Within the block Triton compiles for that architecture; `current` returns the index of the current device."""
     major, minor = CAPABILITIES[target]
     active = _Driver(GPUTarget("cuda", 10 * major + minor, 32), current)
     with mock.patch.object(triton.runtime.driver, "_active", active):
@@ -107,9 +107,9 @@ def driver(target: str = "sm_90", current: Callable[[], int] = lambda: 0) -> Ite
 
 @contextmanager
 def gpu(target: str = "sm_90", compiles: bool = False) -> Iterator[Record]:
-    """Within the block operators run on a GPU of that architecture, one of two; nothing is computed or launched.
+    """Within the block operators run on a pretended GPU of that architecture, one of two; nothing is computed or launched.
 
-    `compiles`: compile instead of writing down what to compile.
+    `compiles`: compile instead of recording what to compile.
     """
     record, current, kernels = Record(), [0], set()
     launch = JITFunction.run
@@ -135,11 +135,11 @@ def gpu(target: str = "sm_90", compiles: bool = False) -> Iterator[Record]:
         return before
 
     capability = CAPABILITIES[target]
-    # Fake tensors stay on the CPU where PyTorch asks, since autograd and indexing want a CUDA runtime for others, and say otherwise in Python.
+    # To PyTorch the fake tensors are on the CPU, since autograd and indexing would need a CUDA runtime otherwise; only Python sees a CUDA device.
     tensors = {
         "is_cuda": property(lambda tensor: True),
         "get_device": lambda tensor: DEVICE,
-        "__bool__": lambda tensor: True,  # what a launcher asks of data is whether it is valid
+        "__bool__": lambda tensor: True,  # launchers only test data for validity
     }
     there = {
         "is_available": lambda: True,
@@ -159,7 +159,7 @@ def gpu(target: str = "sm_90", compiles: bool = False) -> Iterator[Record]:
             stack.enter_context(mock.patch.object(FakeTensor, name, value, create=True))
         stack.enter_context(mock.patch.object(triton_backend, "INTERPRETED", True))
         stack.enter_context(mock.patch.object(cuda_driver, "version", lambda: 13000))
-        # It refuses float16 on the CPU, where these tensors seem to be.
+        # It rejects float16 on the CPU, where these tensors seem to be.
         stack.enter_context(mock.patch.object(_check, "tensor", lambda *_, **__: None))
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
         stack.enter_context(mock.patch.object(triton.knobs.runtime, "jit_cache_hook", written_down))
@@ -176,7 +176,7 @@ def gpu(target: str = "sm_90", compiles: bool = False) -> Iterator[Record]:
 
 
 class _Binaries:
-    """Triton's utilities: every binary loads, as a function that its number names."""
+    """Triton's utilities: every binary loads, and its handle is a number."""
 
     def __init__(self) -> None:
         self.functions: list[str] = []
@@ -193,10 +193,10 @@ class _Binaries:
 
 
 class _Library:
-    """libcuda, in which every call succeeds and none does anything; launches by a function written in C, to cost what a call costs."""
+    """A libcuda whose calls all succeed and do nothing; launches call a C function, to cost what a call costs."""
 
     def __init__(self, launch: Callable[..., int] | None):
-        # Returns the floating-point exceptions that trap: none.
+        # A cheap C function that returns 0.
         self.cuLaunchKernel = launch or ctypes.CDLL("libm.so.6").fegetexcept
 
     def cuCtxGetCurrent(self, found: Any) -> int:  # noqa: N802
@@ -206,10 +206,9 @@ class _Library:
 
 @contextmanager
 def host(target: str = "sm_90", launch: Callable[..., int] | None = None) -> Iterator[list[str]]:
-    """Within the block the Triton backend takes CPU tensors for a GPU's. Kernels are compiled, and everything runs but what a driver would do.
+    """Within the block the Triton backend treats CPU tensors as a GPU's. Kernels are compiled, and everything except the driver calls runs.
 
-    For the host's time per call. `launch` is called in place of cuLaunchKernel. Yields the names of the functions that were loaded, whose
-    handles count from 1.
+    For measuring host time. `launch` replaces cuLaunchKernel. Yields the names of the loaded functions, whose handles count from 1.
     """
     library, current = _Library(launch), _Driver(GPUTarget("cuda", 10 * CAPABILITIES[target][0], 32), lambda: 0)
     current.utils = _Binaries()

@@ -1,8 +1,8 @@
-"""Takes over what a run on a GPU brought back: python -m tools.gpu.results DIR
+"""Imports the results of a run on a GPU: python -m tools.gpu.results DIR
 
-Writes benches/results/operators-cuda.csv and step-cuda.csv (whole encoders) from time.jsonl, parity-cuda.csv from correct.jsonl, profiles-cuda.csv
-from diagnose.jsonl, kernels/measured.csv (the rows of configuration that won, which kernels pick from then on), and the sentence of the README that
-says what was run on a GPU. A file that DIR lacks leaves its tables alone; rows of a rehearsal are refused.
+Writes benches/results/operators-cuda.csv and step-cuda.csv (full encoders) from time.jsonl, parity-cuda.csv from correct.jsonl, profiles-cuda.csv
+from diagnose.jsonl, kernels/measured.csv (the configurations that won, which kernels use from then on), and the README's sentence
+about what has run on a GPU. Tables whose file is missing in DIR are left alone; results of a rehearsal are rejected.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ README = ROOT / "README.md"
 STATUS = re.compile(r"\*\*(Nothing here has (?:been )?run on a GPU yet|Run on a GPU: [^*]*?)\.?\*\*")
 OURS = ("ov3fast", "triton", "cuda")
 GAIN = 0.97
-"""A row must take less than this share of the time of the row before it."""
+"""A configuration must take less than this fraction of the previous one's time."""
 
 
 def facts(rows: Iterable[Row]) -> dict[str, str]:
-    """What the run says about its machine. ValueError for a rehearsal's rows, and for rows that say nothing."""
+    """The run's description of its machine. Raises ValueError for a rehearsal, and if there is none."""
     found = next((row["facts"] for row in rows if row["operator"] == "machine" and row["check"] == "facts"), None)
     if found is None:
         raise ValueError("the rows don't say on which machine they were made: the run was stopped before it began")
@@ -40,7 +40,7 @@ def facts(rows: Iterable[Row]) -> dict[str, str]:
 
 
 def operator_table(rows: list[Row]) -> list[dict[str, str]]:
-    """One line per case, in the columns of operators-cpu-zen4.csv as far as they are known, and ours by backend and in host time."""
+    """One line per case, with the columns of operators-cpu-zen4.csv as far as known, plus our time per backend and host time."""
     machine, rates = (
         facts(rows),
         {row["dtype"] or row["size"]: row["rate"] for row in rows if row["check"] == "rate" and "rate" in row},
@@ -98,7 +98,7 @@ def profile_table(rows: list[Row]) -> list[dict[str, str]]:
 
 
 def winners(rows: list[Row]) -> dict[tuple[str, ...], dict[str, str]]:
-    """(kernel, dtype, size class, architecture) -> the line of kernels/measured.csv, where a row beats the one before it in all cases together."""
+    """(kernel, dtype, size class, architecture) -> line of kernels/measured.csv, if a row beats the previous one over all cases together."""
     machine = facts(rows)
     shares: dict[tuple[str, ...], dict[str, dict[tuple[str, ...], float]]] = {}
     cases: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
@@ -126,7 +126,7 @@ def winners(rows: list[Row]) -> dict[tuple[str, ...], dict[str, str]]:
 
 
 def sentence(correct: list[Row], timed: list[Row]) -> str:
-    """For the README, without the stars around it."""
+    """The README's sentence, without the asterisks."""
     machine = facts(correct or timed)
     said = []
     if correct:
@@ -138,7 +138,7 @@ def sentence(correct: list[Row], timed: list[Row]) -> str:
 
 
 def with_status(readme: str, words: str) -> str:
-    """ValueError where the README has no such sentence to replace."""
+    """The README with its status sentence replaced. Raises ValueError if it has none."""
     text, count = STATUS.subn(lambda _: f"**{words}**", readme, count=1)
     if not count:
         raise ValueError(
@@ -156,7 +156,7 @@ def write(rows: list[dict[str, str]], path: Path) -> None:
 
 
 def take_over(folder: Path, results: Path = RESULTS, readme: Path = README, measured: Path = configs.MEASURED) -> None:
-    """FileNotFoundError where `folder` holds nothing of a run; nothing is written unless all of it can be read."""
+    """Imports a run. Raises FileNotFoundError if `folder` has none; nothing is written unless all files can be read."""
     found = {name: Rows(folder / f"{name}.jsonl").read() for name in ("correct", "time", "diagnose")}
     if not found["correct"] and not found["time"]:
         raise FileNotFoundError(f"{folder} holds neither correct.jsonl nor time.jsonl")

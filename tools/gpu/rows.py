@@ -1,4 +1,4 @@
-"""The rows of a run: JSON lines, each in the file before the next check begins, from several processes at a time."""
+"""The rows of a run: JSON lines, each written before the next check starts, by several processes concurrently."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-"""operator, direction, dtype, size, check, status; and what the check has to say: ratio, ms, host_us, detail ..."""
+"""operator, direction, dtype, size, check, status, and the check's results: ratio, ms, host_us, detail ..."""
 
 GOOD = ("ok", "left out")
-"""Of the statuses. The others: "over" (the budget), "failed", "killed", "missing", "not reached"."""
+"""Statuses that count as success. The others: "over" (the budget), "failed", "killed", "missing", "not reached"."""
 
 LARGEST_FILE = 16 * 2**20
 DETAIL = 2000
-"""Characters of a detail that are kept, the last ones."""
+"""A detail is cut to its last so many characters."""
 
 
 class Rows:
@@ -40,7 +40,7 @@ class Rows:
         row = {"operator": operator, "direction": direction, "dtype": dtype, "size": size, "check": check, "status": status}
         row |= {name: value[-DETAIL:] if isinstance(value, str) else value for name, value in more.items()}
         line = (json.dumps(row) + "\n").encode()
-        # One write of a whole line, at the end of the file wherever that is by then.
+        # A single write per line with O_APPEND, which is atomic across processes.
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             if os.fstat(handle).st_size + len(line) <= LARGEST_FILE:
@@ -50,7 +50,7 @@ class Rows:
         return row
 
     def read(self) -> list[Row]:
-        """All rows so far; a line that was cut off is left out."""
+        """All rows so far, without truncated lines."""
         if not self.path.exists():
             return []
         rows = []

@@ -1,4 +1,4 @@
-"""Where a worker's checks run: on a GPU at real sizes, or in a rehearsal, in Triton's interpreter at tiny ones."""
+"""The setting of a worker's checks: a GPU and real sizes, or, in a rehearsal, Triton's interpreter and tiny ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZES = ("least",) if REHEARSAL else ("tiny", "real")
 
 
 def samples() -> Any:
-    """The module tests/kernel_tools/samples.py; tests/ itself must not come onto the path, where its folders would pass for packages."""
+    """The module tests/kernel_tools/samples.py. tests/ itself must not be on sys.path, where its folders would shadow packages."""
     if "kernel_tools" not in sys.modules:
         folder = ROOT / "tests" / "kernel_tools"
         spec = importlib.util.spec_from_file_location(
@@ -34,13 +34,13 @@ def samples() -> Any:
 
 
 def doing(**what: str) -> None:
-    """Says what begins: the last line of a process that was killed is what it hung in."""
+    """Prints what starts next, so that the last line of a killed process says where it hung."""
     print(json.dumps(what), flush=True)
 
 
 @contextmanager
 def named_launches() -> Iterator[None]:
-    """Within the block Triton makes the launches, each of which says its kernel's name, so that the one that hangs is known."""
+    """Within the block Triton does the launches, and each prints its kernel's name, so that a hanging kernel can be identified."""
     from triton import knobs
 
     def tell(metadata: Any) -> None:
@@ -59,7 +59,7 @@ def synchronize() -> None:
 
 
 def capture(run: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A graph of `run` and its results, after some calls on a side stream."""
+    """A graph of `run` and its results, after a few warm-up calls on a side stream."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -1,8 +1,8 @@
-"""Other rows of configuration, measured: python -m tools.gpu.tuning ROWS OPERATOR.
+"""Measures alternative configurations: python -m tools.gpu.tuning ROWS OPERATOR.
 
-For each row that a bfloat16 case of the operator picks, its neighbours are tried: a stage more or less, other warps, the other blocks that the table has
-for its size class. The time is that of the whole call by graph replay, so no host time hides a difference. Each gets a row of results;
-`python -m tools.gpu.results` makes kernels/measured.csv of those that win.
+For each configuration that a bfloat16 case of the operator picks, its neighbours are tried: one stage more or less, other warps, the other block sizes in the
+table for its size class. The time is that of the full call by graph replay, so that host time hides no difference. Each result is a row;
+`python -m tools.gpu.results` writes the winners to kernels/measured.csv.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from .rows import Rows
 from .setting import DEVICE, REHEARSAL, capture, doing
 
 MOST = 2 if REHEARSAL else 12
-"""Neighbours of a row that are tried."""
+"""Most neighbours to try per configuration."""
 
 
 def neighbours(key: Key, row: Config) -> list[Config]:
-    """What is worth a try in place of `row`, the likeliest first."""
+    """Candidates to replace `row`, the most promising first."""
     kernel, _, size = key
     found = [replace(row, stages=row.stages + step) for step in (1, -1) if 1 <= row.stages + step <= 5]
     found.append(replace(row, warps=8 if row.warps == 4 else 4))
@@ -39,7 +39,7 @@ def neighbours(key: Key, row: Config) -> list[Config]:
 
 
 def trials(call: Callable[[], object]) -> Iterator[tuple[Key, Config, Config]]:
-    """(what was picked, its row, a neighbour) of all kernels of a call."""
+    """(key, its configuration, a neighbour) for all kernels of a call."""
     with configs.trying({}) as picked:
         call()
     for key in sorted(picked):
@@ -67,7 +67,7 @@ def measure(case: cases.Case, rows: Rows) -> None:
             with configs.trying({key: other}):
                 tune.assert_agrees(call(), expected)
                 more = {"ms": milliseconds(call)}
-        except Exception as reason:  # too large for the chip, or not a tile of this kernel
+        except Exception as reason:  # too large for the chip, or not a valid tile for this kernel
             status, more = "left out", {"detail": traceback.format_exc(limit=-2)}
             if isinstance(reason, torch.AcceleratorError):
                 rows.write(

@@ -23,7 +23,7 @@ class Struct:
     """A struct argument. Fields in order, each (kind, value) or (kind, values, length), aligned as C does.
 
     kind: 'ptr' (tensors or None), i8..i64, u8..u64, f16, f32, f64, bool, another Struct, or bytes. With a length the field
-    is an array, filled up with zeros:
+    is an array, padded with zeros:
 
         Struct(('ptr', params, 24), ('ptr', grads, 24), ('i64', sizes, 24), ('i32', len(params)))
     """
@@ -73,7 +73,7 @@ class Struct:
 
 
 def tensors_of(args):
-    """(name, tensor) pairs, those in structs included."""
+    """(name, tensor) pairs, including those in structs."""
     import torch
 
     for name, v in args:

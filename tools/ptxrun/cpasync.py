@@ -1,6 +1,6 @@
-"""cp.async: data are taken when the copy is issued and arrive in shared memory at the wait of the issuing thread.
+"""cp.async: data is read when the copy is issued and arrives in shared memory at the issuing thread's wait.
 
-Groups are counted per thread, as on the GPU, so commits and waits may stand under divergence. A mixin of the executor.
+Groups are counted per thread, as on the GPU, so commits and waits may be divergent. A mixin of the executor.
 """
 
 import numpy as np
@@ -45,7 +45,7 @@ class CpAsync:
         self.committed = self.committed + (np.int32(1) if M is None else M.astype(np.int32))
 
     def cp_wait(self, keep, M):
-        """Wait until at most `keep` of the thread's groups are pending; keep < 0: for everything issued."""
+        """Waits until at most `keep` of the thread's groups are pending; keep < 0: for everything issued."""
         limit = self.committed - np.int32(keep)
         left = []
         for copy in self.copies:
@@ -75,7 +75,7 @@ class CpAsync:
 
     def arrive(self, E, data, G, warp):
         self.sm.views[4][E] = data
-        self.sm.w[G] = warp  # from now on like a plain write of the copying warp
+        self.sm.w[G] = warp  # from now on like a plain write by the copying warp
 
     def cp_end(self):
         if self.copies and self.check:

@@ -20,7 +20,7 @@ def _cache_dir():
 
 
 def _includes(text, dirs, seen):
-    """Contents of quoted includes, recursively: they count for the cache."""
+    """Contents of quoted includes, recursively; part of the cache key."""
     for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', text, re.M):
         for d in dirs:
             path = os.path.join(d, name)
@@ -35,7 +35,7 @@ def _includes(text, dirs, seen):
 def compile_cuda(source_or_path, arch="sm_80", flags=(), instantiate=()):
     """CUDA C++ text, or the path of a file -> PTX text. Cached by content, in memory and on disk (PTXRUN_CACHE).
 
-    flags: further options of nvcc. The macro PTXRUN is defined, so that a file can leave out host code.
+    flags: further options of nvcc. The macro PTXRUN is defined, so that a file can exclude host code.
     instantiate: kernel template instances to generate, e.g. 'scale<float, 4>'.
     """
     text, folder, name = str(source_or_path), None, "kernel.cu"
@@ -77,7 +77,7 @@ def compile_cuda(source_or_path, arch="sm_80", flags=(), instantiate=()):
                 raise PtxError(f"nvcc failed:\n{(r.stderr + r.stdout).replace(tmp + os.sep, '')}")
             partial = f"{out}.{os.getpid()}"
             shutil.copyfile(ptx, partial)
-            os.replace(partial, out)  # atomic: another process may be at it
+            os.replace(partial, out)  # atomic: another process may be doing the same
     with open(out, encoding="utf-8") as f:
         _memory[key] = f.read()
     return _memory[key]
@@ -107,7 +107,7 @@ def _plain(s):
 
 
 def find_symbol(wanted, names):
-    """The one of `names` that is `wanted`, or whose C++ name is, or starts with, or contains it."""
+    """The one of `names` that equals `wanted`, or whose C++ name equals, starts with or contains it."""
     if wanted in names:
         return wanted
     cpp = [_plain(d) for d in demangle(names)]
@@ -130,12 +130,12 @@ def find_symbol(wanted, names):
 def run_cuda(source_or_path, kernel_name, grid, block, args, shared=0, arch="sm_80", flags=(), symbols=None, edit=None, **kw):
     """Compile CUDA C++ with nvcc and run one of its kernels on CPU tensors, in place. Returns a Report.
 
-    kernel_name: the kernel's name, mangled, or a part of its C++ name that only it has. A template instance that the source
-        does not name ('scale<float, 4>') is instantiated.
+    kernel_name: the kernel's mangled name, or a unique part of its C++ name. A template instance that the source
+        does not contain ('scale<float, 4>') is instantiated.
     args: the arguments in order: a list of values, a list of (name, value) or a dict (names show in findings). Values are
         tensors, numbers, None (a null pointer), bytes or a Struct.
     shared: bytes of dynamic shared memory. symbols: contents of __constant__ and __device__ variables, by name.
-    edit: a function PTX -> PTX applied before running (to plant a bug, say). Further keywords: see run_ptx.
+    edit: a function PTX -> PTX applied before running (for example to plant a bug). Further keywords: see run_ptx.
     """
     ptx = compile_cuda(source_or_path, arch, flags)
     module = Module(ptx)

@@ -56,8 +56,8 @@ class Executor(WarpOps, CpAsync, Wmma):
         self.epoch = 0  # counts barriers, over all CTAs
 
     def lay_out_shared(self, dynamic):
-        """Dynamic shared memory first, then the static arrays, with unusable gaps between: an index that runs out of
-        its array is found."""
+        """Dynamic shared memory first, then the static arrays, with unusable gaps in between, so that an index past the end
+        of its array is detected."""
         static = {n: v for n, v in self.k.shared.items() if v.size}
         top, places, ranges = (
             dynamic,
@@ -300,7 +300,7 @@ class Executor(WarpOps, CpAsync, Wmma):
             cur = view.take(E)
             old[:, lanes] = cur
             view[E] = self.combine(op, ty, cur, b[:, lanes], None if c is None else c[:, lanes])
-        else:  # several lanes at one address: one after the other
+        else:  # several lanes at one address: serialised
             for j, lane in enumerate(lanes):
                 e = E[:, j]
                 cur = view.take(e)
@@ -478,7 +478,7 @@ class Executor(WarpOps, CpAsync, Wmma):
         return sm.views[width].take(idx >> (width.bit_length() - 1))
 
     def wgmma(self, ln, R, d, a, b, scale, flags, shape, kind, acc, M):
-        """Results appear at once; shared operands count as being read until the group's wait."""
+        """Results are available at once; shared operands count as being read until the group's wait."""
         if M is not None and not M.all():
             self.fault(ln, "wgmma under divergence")
         n, k = (int(x) for x in shape[4:].split("k"))

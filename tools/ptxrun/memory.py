@@ -18,7 +18,7 @@ STEPS = np.arange(256, dtype=i8)[:, None]
 
 
 class PtxFault(Exception):
-    """An access a GPU would fault on (out of bounds, misaligned), or a barrier reached by part of the CTA."""
+    """An access that would fault on a GPU (out of bounds, misaligned), or a barrier reached by only part of the CTA."""
 
 
 class Space:
@@ -269,7 +269,7 @@ class SharedMemory(Space):
     BASE = 1024
 
     def __init__(self, nbytes, granule, warp_of, ranges=None):
-        """ranges: the arrays as (start, end, name); what lies between is not usable."""
+        """ranges: the arrays as (start, end, name); memory between them is not usable."""
         self.limit = self.BASE + nbytes
         super().__init__(self.limit + 16, granule)
         self.usable, self.ranges = None, ranges or []
@@ -296,8 +296,8 @@ class SharedMemory(Space):
             self.dirty[:] = False
 
     def barrier(self, warps=None):
-        """warps: those that take part in a barrier of a part of the CTA. Granules that several warps touched then count as
-        ordered too: what the others did to them is no longer known."""
+        """warps: the participants of a partial barrier. Granules that several warps touched then count as
+        ordered too, since the other warps' accesses are no longer known."""
         w = self.w
         if warps is None:
             w[(w < FLIGHT) & (w != UNINIT)] = 0

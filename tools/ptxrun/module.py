@@ -29,7 +29,7 @@ SIZES = {
 
 
 class PtxError(Exception):
-    """The PTX cannot be parsed or uses something this interpreter does not know."""
+    """The PTX can't be parsed or uses something that this interpreter does not support."""
 
 
 @dataclass

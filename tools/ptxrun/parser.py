@@ -1,7 +1,7 @@
 """PTX text -> a control-flow graph of decoded instructions.
 
-Calls of functions that the module defines are expanded in place; their parameters live in local memory. So a kernel is
-one graph, with `.reg` declarations of nested scopes, labels, jump tables and source places resolved.
+Calls of functions defined in the module are inlined; their parameters live in local memory. So a kernel is
+one graph, with `.reg` declarations of nested scopes, labels, jump tables and source locations resolved.
 """
 
 from __future__ import annotations
@@ -287,7 +287,7 @@ class _Body:
         return Sym(tok)
 
     def slot(self, name, size, scope):
-        """A call parameter: an own place in local memory."""
+        """Allocates a call parameter in local memory."""
         self.slots += 1
         sym = scope.slots[name] = Sym(f"{name}:{self.slots}")
         self.k.add_local(sym.name, size)
@@ -368,7 +368,7 @@ class _Body:
             self.blocks[-1].instrs.append(ins)
 
     def expand(self, fn, ins):
-        """Put the body of a called function in place of the call."""
+        """Inlines the body of a called function."""
         if fn.name in self.calls:
             raise PtxError(f"line {ins.line}: recursive function {fn.name}")
         if ins.pred is not None:
@@ -389,7 +389,7 @@ class _Body:
 
 
 def _post_dominators(blocks):
-    """Immediate post-dominators: where lanes that took different sides of a branch meet again."""
+    """Immediate post-dominators, where lanes that took different sides of a branch reconverge."""
     n = len(blocks)
     for b in blocks:
         nxt = b.index + 1 if b.index + 1 < n else -1

@@ -40,9 +40,9 @@ class LocalMemory(Space):
 
 
 class ParamMemory(LocalMemory):
-    """The kernel's parameters, for accesses with a computed address (a struct of arrays passed by value, say).
+    """The kernel's parameters, for accesses with a computed address (such as a struct of arrays passed by value).
 
-    A function expanded in place has its parameters in local memory; an address formed from those is below BASE."""
+    An inlined function has its parameters in local memory; an address formed from those is below BASE."""
 
     BASE = 1 << 24
     kind = "kernel parameter"

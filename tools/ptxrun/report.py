@@ -1,4 +1,4 @@
-"""What a run reports: findings of the checks, traffic and instruction statistics."""
+"""The report of a run: findings of the checks, traffic and instruction statistics."""
 
 import re
 from dataclasses import dataclass, field
@@ -63,7 +63,7 @@ class Report:
         return sum(self.traffic.get("st", {}).values())
 
     def share16(self, *kinds):
-        """Share of the bytes that move in 16-byte accesses."""
+        """Fraction of bytes moved in 16-byte accesses."""
         ts = [self.traffic.get(k, {}) for k in kinds or self.traffic]
         total = sum(sum(t.values()) for t in ts)
         return sum(v for t in ts for w, v in t.items() if w >= 16) / total if total else 1.0

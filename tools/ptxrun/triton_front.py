@@ -103,7 +103,7 @@ def run(
 ):
     """Compile a Triton kernel for `target` and run its PTX over the grid on CPU tensors, in place.
 
-    edit: a function PTX -> PTX applied before running (to plant a bug, say). Further keywords: see run_ptx."""
+    edit: a function PTX -> PTX applied before running (for example to plant a bug). Further keywords: see run_ptx."""
     c = compile_kernel(kernel_fn, args, constexprs, target, num_warps, num_stages, types, specialize, options)
     if callable(grid):
         grid = grid({**args, **(constexprs or {})})

@@ -19,7 +19,7 @@ class WarpOps:
         return (m.reshape(-1, 32).astype(u4) << np.arange(32, dtype=u4)).sum(1, dtype=u4)
 
     def members(self, ln, mask, m):
-        """Every existing lane that an executing lane's member mask names must take part. mask None: all 32."""
+        """Checks that every existing lane in an executing lane's member mask participates. mask None: all 32."""
         if m is None and mask is None:
             return
         act = np.full(self.W, FULL, u4) if m is None else self.bits(m)
@@ -35,7 +35,7 @@ class WarpOps:
             self.fault(ln, "warp-wide instruction reached by only part of the lanes in its member mask")
 
     def shuffled(self, values, idx, m):
-        """values[idx]; a lane that does not take part gives a poison value."""
+        """values[idx]; a lane that does not participate gives a poison value."""
         return np.where(m.take(idx), values.take(idx), u4(0x7FFBADBA)) if m is not None else values.take(idx)
 
     def vote(self, mode, p, mask, M):

@@ -1,6 +1,6 @@
 """wmma: whole-matrix loads and stores, and their products as sequences of m?n8k? mma steps. A mixin of the executor.
 
-Which element a lane's register holds is unspecified in PTX; here it is as on sm_80, the layout of the mma instructions:
+PTX does not specify which element a lane's register holds; here it is as on sm_80, the layout of the mma instructions:
 8x8 tiles (8 rows, 32 bits in each of 4 column positions), numbered down the rows first.
 """
 
@@ -50,7 +50,7 @@ class Wmma:
         return self.patterns[key]
 
     def wmma_lanes(self, lines, nbytes, base, stride, size):
-        """16-byte chunks of the matrix dealt out to the lanes of each warp: [(addresses, lanes in use, chunk numbers)]"""
+        """Distributes 16-byte chunks of the matrix over the lanes of each warp: [(addresses, lanes in use, chunk numbers)]"""
         per, lane, out = nbytes // 16, np.arange(self.T) % 32, []
         for first in range(0, lines * per, 32):
             chunk = lane + first

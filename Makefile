@@ -8,12 +8,19 @@ JOBS ?= 2
 
 CSRC := csrc/build.py $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
-.PHONY: demo docs test test-all test-gpu test-versions test-old-cpu test-doors gpu aot lint bench certificates step-table sanitize clean
+.PHONY: demo demo-generate docs test test-all test-gpu test-versions test-old-cpu test-doors gpu aot lint bench certificates step-table sanitize clean
 
 demo: .venv/demo
 	$(BIN)/ov3fast data demo
 	$(BIN)/ov3fast train --recipe demo --run-dir $(RUN) --resume
 	$(BIN)/ov3fast evaluate $(RUN) --data demo
+
+# A generator over the tokens of a finished `make demo`: statistics, training, a report with pictures, a grid with a row per class; a quarter of an hour.
+# GENERATE holds further flags of the training: `make demo-generate GENERATE="--steps 60"` tries the whole path in a minute or two.
+GENERATOR ?= runs/generate-demo
+demo-generate: .venv/demo
+	$(BIN)/ov3fast train --recipe generate-demo --model $(RUN) --run-dir $(GENERATOR) $(GENERATE) --resume
+	$(BIN)/ov3fast generate $(GENERATOR) --class all --count 12 --precision bf16 --out $(GENERATOR)/grid.png
 
 # The quick tests: the widest instruction set, each Triton kernel once in the interpreter, one compiled kernel. Other tests
 # are marked `full` (see the markers in pyproject.toml).

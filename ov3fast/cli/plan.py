@@ -18,7 +18,7 @@ class PlanOptions:
     """Estimate a recipe on a number of GPUs: memory per rank, step time and bottleneck, days and cost. Needs no GPU and no data."""
 
     recipe: str = "base"
-    """demo, base, large, or a .json or .yaml file."""
+    """demo, base, large, generate-base, or a .json or .yaml file."""
     gpus: int = 8
     """Processes, one GPU each, in nodes of eight."""
     device: str = "h100"
@@ -39,10 +39,13 @@ def run(arguments: list[str]) -> int:
 
     from ov3fast import terminal
     from ov3fast.recipes import SUFFIXES, get_recipe, read_recipe
+    from ov3fast.recipes.generate import GENERATE_RECIPES
     from ov3fast.training.cluster import CHIPS, estimate
 
     if given.device not in CHIPS:
         raise ValueError(f"--device must be one of {', '.join(CHIPS)}; got {given.device!r}")
+    if given.recipe in GENERATE_RECIPES:
+        return _generator(given)
     recipe = read_recipe(given.recipe) if Path(given.recipe).suffix in SUFFIXES else get_recipe(given.recipe)
     with Console(stderr=True).status("") as status:
         result = estimate(
@@ -53,6 +56,31 @@ def run(arguments: list[str]) -> int:
         print(json.dumps(result.to_dict(), indent=1))
     else:
         _show(result, terminal.console())
+    return 0
+
+
+def _generator(given: PlanOptions) -> int:
+    """A generator's training, on tokens of 256 px and 1000 classes."""
+    from ov3fast import terminal
+    from ov3fast.generation.plan import SAMPLES, SAMPLING_STEPS, plan_generator
+    from ov3fast.recipes.generate import GENERATE_RECIPES
+    from ov3fast.training.cluster import CHIPS
+
+    recipe = GENERATE_RECIPES[given.recipe]
+    plan = plan_generator(recipe, given.gpus, CHIPS[given.device], mfu=given.mfu, price=given.price)
+    if given.json:
+        print(json.dumps(plan.to_dict(), indent=1))
+        return 0
+    console = terminal.console()
+    for line in (
+        f"Recipe {plan.recipe} on {plan.gpus} x {plan.chip}, assuming {plan.mfu:.0%} MFU, latents 768 x 16 x 16, 1000 classes",
+        f"  {plan.parameters / 1e6:,.0f} M parameters, {plan.forward_flops / 1e9:,.0f} GFLOP a pass",
+        f"  {plan.steps:,} steps, {plan.samples / 1e6:,.1f} M samples: {plan.days:,.2f} days, {plan.gpu_hours:,.0f} GPU-hours",
+        f"  sampling {SAMPLES:,} pictures at {SAMPLING_STEPS} steps: {plan.sampling_gpu_hours:,.0f} GPU-hours",
+    ):
+        console.print(line, highlight=False)
+    if plan.cost is not None:
+        console.print(f"  cost {plan.cost:,.0f}", highlight=False)
     return 0
 
 

@@ -29,7 +29,9 @@ def run(name: str, arguments: list[str], resume: str | None) -> int:
         overwrite: bool = False
         """Start over in a run_dir that already has a run."""
         report: bool = True
-        """Sample and evaluate after training: generate.html and generate.json in run_dir (class-conditional recipes only)."""
+        """Sample and evaluate after training: generate.html and generate.json in run_dir (class-conditional recipes with held-out data)."""
+        samples: int = 600
+        """Largest number of pictures in each set that the report compares."""
 
     given = parse(Train, arguments, "train", default=Train(base))
     if given.overwrite and resume is not None:
@@ -38,10 +40,9 @@ def run(name: str, arguments: list[str], resume: str | None) -> int:
 
     run_dir = train_generator(given.recipe, resume=resume is not None, overwrite=given.overwrite)
     print(f"{run_dir / 'generator'}: `ov3fast generate {run_dir}` lists its classes")
-    if given.report and given.recipe.condition == "class":
-        from ov3fast.generation.report import write_generation_report
+    if given.report and given.recipe.condition == "class" and given.recipe.heldout:
+        from ov3fast.generation.report import print_figures, write_generation_report
 
-        for key, value in write_generation_report(given.recipe).items():
-            print(f"{key.replace('_', ' '):<30} {f'{value:.4g}' if isinstance(value, float) else value}")
+        print_figures(write_generation_report(given.recipe, samples=given.samples))
         print(f"report: {run_dir / 'generate.html'}")
     return 0

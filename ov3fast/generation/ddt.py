@@ -1,6 +1,6 @@
 """The two generators over latents [B, C, H, W]: a narrow, deep trunk and a wide head of two blocks that sees x_t again (DiT^DH).
 
-DDT (RAE src/stage2/models/DDT.py, what the paper used): adaLN with shift throughout; predicts the velocity.
+DDT (RAE src/stage2/models/DDT.py, what the paper used): adaLN with shift throughout; predicts the velocity, or x where asked.
 
     trunk:  z = blocks(embed(x_t) + positions;  c),   c = silu(t_emb + y_emb)
     head:   v = final(blocks(embed'(x_t);  s);  s),   s = project(silu(t_emb + z)), one condition per token
@@ -31,7 +31,7 @@ BASE_BLOCK = 8
 @dataclass(frozen=True)
 class GeneratorConfig:
     """Sizes of a generator. channels, height, width: of the latents; pairs are (trunk, head). classes: 0 for one conditioned on text of
-    text_width channels."""
+    text_width channels. predicts_x: what its last layer gives is x, not the velocity; the in-context generator's always is."""
 
     channels: int
     height: int
@@ -42,6 +42,7 @@ class GeneratorConfig:
     classes: int = 1000
     text_width: int = 0
     in_context: bool = False
+    predicts_x: bool = False
 
     def __post_init__(self) -> None:
         if (self.classes > 0) == (self.text_width > 0):
@@ -56,6 +57,11 @@ class GeneratorConfig:
             raise ValueError(
                 f"GeneratorConfig: the head must be at least as wide as the latents' {self.channels} channels, got {self.widths[1]}"
             )
+
+    @property
+    def clamped(self) -> bool:
+        """Whether its velocity comes from a prediction of x, with flow.SMALLEST_T in it."""
+        return self.predicts_x or self.in_context
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -187,8 +193,8 @@ class DDT(_Generator):
         z = self.embed(x_BNC) + self.positions
         for block in self.trunk:
             z = block(z, self.angles, c)
-        v = self._wide(x_BNC, z, time)
-        return (v.transpose(1, 2).reshape(x_t.shape),)
+        found = self._wide(x_BNC, z, time).transpose(1, 2).reshape(x_t.shape)
+        return (velocity_of(x_t, found, t) if self.config.predicts_x else found,)
 
 
 class InContextDDT(_Generator):

@@ -17,6 +17,28 @@ THETA = 1e4
 FREQUENCIES = 256
 
 
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + EPS) * weight over the last axis, in x's dtype."""
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), EPS)
+
+
+def swiglu(gate_value: Tensor) -> Tensor:
+    """[..., 2K] -> silu(first half) * second half, [..., K]."""
+    gate, value = gate_value.chunk(2, -1)
+    return F.silu(gate) * value
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the last axis with a weight and no bias."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight)
+
+
 class SwiGLU(nn.Module):
     """w3(silu(a) * b), (a, b) = w12(x); hidden = 2/3 of mlp_ratio times the width, so that it costs what a plain MLP does."""
 
@@ -27,8 +49,7 @@ class SwiGLU(nn.Module):
         self.w3 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.w12(x).chunk(2, -1)
-        return self.w3(F.silu(gate) * value)
+        return self.w3(swiglu(self.w12(x)))
 
 
 def rotary_angles(height: int, width: int, head_dim: int, prefix: int = 0) -> Tensor:
@@ -57,8 +78,8 @@ class RotaryAttention(nn.Module):
         self.heads = heads
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
-        self.q_norm = nn.RMSNorm(width // heads, EPS) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(width // heads, EPS) if qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
 
     def forward(self, x_BND: Tensor, angles: Tensor) -> Tensor:
         q, k, v = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).unbind(2)
@@ -74,7 +95,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, *, conditioned: bool, qk_norm: bool) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.RMSNorm(width, EPS), nn.RMSNorm(width, EPS)
+        self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
         self.attn = RotaryAttention(width, heads, qk_norm)
         self.mlp = SwiGLU(width)
         self.modulation = Linear(width, 6 * width) if conditioned else None
@@ -93,7 +114,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, channels: int, *, conditioned: bool) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width, EPS)
+        self.norm = RMSNorm(width)
         self.modulation = Linear(width, 2 * width) if conditioned else None
         self.linear = Linear(width, channels)
 

@@ -1,8 +1,15 @@
 """What a generator makes, measured and shown: generate.json and generate.html in its run.
 
-For every class: samples, beside each the nearest picture of the training set, so that copies show. Figures are FID-style (protocol
-"squeezenet") and stand between two others of the same kind: the reconstructions of the training pictures (what no generator over these
-tokens goes below) and uniform noise in place of tokens (what knows nothing).
+Four sets of equally many pictures are measured alike, so that the generator's figures stand between a control and chance:
+
+    generated        samples, with classes as frequent as in training
+    held out         real pictures that were not trained on
+    reconstructed    training pictures through encoder and decoders: what no generator over these tokens surpasses, and copies throughout
+    noise            noise in place of tokens, with their mean and variance
+
+Frechet distances are FID-style (protocol "squeezenet"). A picture counts as a copy where it is nearer to a training picture (or its
+mirror image) than all but COPY_SHARE of the held-out pictures are, in features or in pixels: the share of such among the reconstructions
+says how well copies are caught, that among the held-out ones what is by chance.
 """
 
 from __future__ import annotations
@@ -11,31 +18,60 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ov3fast.data.assets import fetch
 from ov3fast.evaluation.palette import png_data, scale_css
+from ov3fast.evaluation.pictures import spread
 from ov3fast.evaluation.report import TEMPLATES
-from ov3fast.generation import fid, frechet
+from ov3fast.generation import fid, flow, frechet
 from ov3fast.generation.moments import FeatureMoments
-from ov3fast.generation.saved import SavedGenerator
+from ov3fast.generation.robustness import as_pictures, robustness
+from ov3fast.generation.saved import Precision, SavedGenerator
 from ov3fast.generation.training import read_data
 from ov3fast.inference.load import load_model
 from ov3fast.io import atomic_write
 from ov3fast.models.openvision3 import OpenVision3
 from ov3fast.recipes.generate import GenerateRecipe
 
-SHOWN = 10
-"""Pairs of sample and nearest training picture per class."""
+SHOWN = 8
+"""Samples per class on the page."""
+COPY_SHARE = 0.05
 BATCH = 64
+PIXELS = 32
+"""Side to which pictures are brought for distances between pixels."""
+COLUMNS = {
+    "fid_style": "FID-style",
+    "precision": "precision",
+    "recall": "recall",
+    "class_of_nearest": "class of nearest",
+    "copies_in_features": "copies (features)",
+    "copies_in_pixels": "copies (pixels)",
+}
 
 
-def tiled(pictures: Tensor, gap: int = 2) -> Tensor:
-    """uint8 [N, 3, H, W] -> one picture of about square, white between."""
-    columns = math.ceil(len(pictures) ** 0.5)
+class Looks(NamedTuple):
+    """Pictures as they are compared: features [N, D], and pixels [N, P] in [0, 1]."""
+
+    features: Tensor
+    pixels: Tensor
+
+
+class Nearest(NamedTuple):
+    """Of each picture the nearest training picture's place and distance, in features and in pixels."""
+
+    by_features: Tensor
+    feature_distance: Tensor
+    by_pixels: Tensor
+    pixel_distance: Tensor
+
+
+def tiled(pictures: Tensor, gap: int = 2, columns: int | None = None) -> Tensor:
+    """uint8 [N, 3, H, W] -> one picture, about square where columns is None, white between."""
+    columns = columns or math.ceil(len(pictures) ** 0.5)
     rows = math.ceil(len(pictures) / columns)
     height, width = (side + gap for side in pictures.shape[2:])
     board = torch.full((3, rows * height - gap, columns * width - gap), 255, dtype=torch.uint8)
@@ -46,93 +82,156 @@ def tiled(pictures: Tensor, gap: int = 2) -> Tensor:
 
 
 def write_generation_report(
-    recipe: GenerateRecipe, *, samples: int = 512, seed: int = 1, weight: float = 1.5, steps: int = 50
+    recipe: GenerateRecipe, *, samples: int = 600, seed: int = 1, weight: float = 2.0, steps: int = 50
 ) -> dict[str, Any]:
-    """Samples a class-conditional run's generator, with classes as frequent as in training, and writes both files. Returns the figures."""
+    """Samples a class-conditional run's generator and writes both files. Returns the figures; `print_figures` shows them.
+
+    samples: at most so many pictures per set, and no more than are held out.
+    """
     saved = SavedGenerator.load(recipe.run_dir)
     model = load_model(recipe.model, vae=recipe.vae)
-    images, names, _ = read_data(recipe, model)
+    images, names, _ = read_data(recipe.data, recipe, model)
+    held, held_names, _ = read_data(recipe.heldout, recipe, model)
+    held, held_names = _known(held, held_names, saved.classes)
     extractor = fid.build_extractor(fid.protocol_named("squeezenet"), None, fetch)
-    labels = torch.tensor([saved.label_of(name) for name in names])
-    chosen = labels[torch.linspace(0, len(labels) - 1, samples).long()]
-    chosen = chosen.sort().values
-    pictures = _sampled(saved, model, chosen, seed, weight, steps)
-    real, made = _features(images, extractor), _features(pictures, extractor)
-    reconstructed = _features(_reconstructed(model, images), extractor)
-    nothing = _features(
-        saved.pictures(model, saved.statistics.denormalize(torch.rand(min(samples, 256), *saved.statistics.mean.shape))),
-        extractor,
-    )
-    reference = FeatureMoments.of(real)
+    real, labels = _looks(images, extractor), torch.tensor([saved.label_of(name) for name in names])
+    mirrored = _looks(images.flip(-1), extractor)
+    pool = Looks(*(torch.cat(pair) for pair in zip(real, mirrored, strict=True)))
+
+    kept = spread(len(held), min(samples, len(held)))
+    count = len(kept)
+    wanted = labels[spread(len(labels), count)].sort().values
+    shown = torch.cat([wanted, _missing(wanted, len(saved.classes))])
+    generated = _sampled(saved, model, shown, seed, weight, steps, recipe.precision)
+    noise = saved.statistics.denormalize(flow.noise_of(seed + 1, range(count), saved.statistics.mean.shape))
+    rows = spread(len(images), count)
+    sets = {
+        "generated": (generated[:count], wanted),
+        "held out": (held[kept], torch.tensor([saved.label_of(held_names[i]) for i in kept])),
+        "reconstructed": (_reconstructed(model, images[rows]), labels[rows]),
+        "noise": (torch.cat([saved.pictures(model, part) for part in noise.split(BATCH)]), wanted),
+    }
+    looks = {name: _looks(pictures, extractor) for name, (pictures, _) in sets.items()}
+    near = {name: _nearest(of, pool) for name, of in looks.items()}
+    limits = [
+        float(distance.quantile(COPY_SHARE))
+        for distance in (near["held out"].feature_distance, near["held out"].pixel_distance)
+    ]
+    reference = FeatureMoments.of(real.features)
     figures: dict[str, Any] = {
         "protocol": "squeezenet",
-        "samples": samples,
+        "pictures_per_set": count,
         "training_pictures": len(images),
         "seed": seed,
         "steps": steps,
         "guidance": weight,
-        "fid_style": frechet.frechet_of(FeatureMoments.of(made), reference),
-        "fid_style_of_reconstructions": frechet.frechet_of(FeatureMoments.of(reconstructed), reference),
-        "fid_style_of_noise": frechet.frechet_of(FeatureMoments.of(nothing), reference),
+        "class_by_chance": float((labels.bincount() / len(labels)).square().sum()),
+        "sets": {name: _measured(looks[name], near[name], sets[name][1], real, labels, reference, limits) for name in sets},
     }
-    figures |= frechet.precision_recall(made, real)._asdict()
-    place, distance = _nearest(made, real)
-    own, _ = _nearest_of_itself(real)
-    figures["copies"] = float((distance < own.quantile(0.01)).float().mean())
-    figures["class_of_nearest"] = float((labels[place] == chosen).float().mean())
-    figures["class_of_nearest_by_chance"] = float((labels.bincount() / len(labels)).square().sum())
+    borne = robustness(model, held[kept], lambda pictures: _looks(pictures, extractor).features, reference)
+    figures["robustness"] = [{"sigma": row.sigma, "psnr": row.psnr, "fid_style": row.fid_style} for row in borne]
     with atomic_write(recipe.run_dir / "generate.json") as temporary:
         temporary.write_text(json.dumps(figures, indent=1))
+
+    found, mirror = _nearest(_looks(generated, extractor), pool), torch.cat([images, images.flip(-1)])
     groups = []
     for label, name in enumerate(saved.classes):
-        rows = (chosen == label).nonzero()[:SHOWN, 0].tolist()
-        pairs = [(png_data(pictures[i]), png_data(images[place[i]])) for i in rows]
-        if pairs:
-            groups.append((name, int((labels == label).sum()), pairs))
-    _write_page(recipe.run_dir / "generate.html", figures, groups)
+        places = (shown == label).nonzero()[:SHOWN, 0].tolist()
+        columns = [
+            [png_data(picture) for picture in (generated[i], mirror[found.by_features[i]], mirror[found.by_pixels[i]])]
+            for i in places
+        ]
+        groups.append({"name": name, "count": int((labels == label).sum()), "columns": columns})
+    strips = [[png_data(picture) for picture in row.pictures[:SHOWN]] for row in borne]
+    _write_page(recipe.run_dir / "generate.html", figures, groups, [png_data(p) for p in held[kept][:SHOWN]], strips)
     return figures
 
 
-def _sampled(saved: SavedGenerator, model: OpenVision3, labels: Tensor, seed: int, weight: float, steps: int) -> Tensor:
+def print_figures(figures: dict[str, Any]) -> None:
+    """The report's two tables on the terminal."""
+    for head, rows in tables(figures):
+        widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
+        for line in (head, *rows):
+            print("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))))  # fmt: skip
+        print()
+
+
+def tables(figures: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
+    """(head, rows) of the sets' figures, and of the decoders under noise."""
+    rows = [[name, *(_cell(key, values[key]) for key in COLUMNS)] for name, values in figures["sets"].items()]
+    chance = {"class_of_nearest": figures["class_by_chance"]}
+    rows.append(["chance", *(_cell(key, chance[key]) if key in chance else "" for key in COLUMNS)])
+    count = figures["pictures_per_set"]
+    sets = ([f"{count} pictures each", *COLUMNS.values()], rows)
+    borne = [[f"sigma {row['sigma']:g}", f"{row['psnr']:.2f} dB", f"{row['fid_style']:.1f}"] for row in figures["robustness"]]
+    return [sets, (["held out, noise on tokens", "PSNR", "FID-style"], borne)]
+
+
+def _cell(key: str, value: float) -> str:
+    return f"{value:.1f}" if key == "fid_style" else f"{100 * value:.1f} %"
+
+
+def _known(images: Tensor, names: list[str], classes: list[str]) -> tuple[Tensor, list[str]]:
+    """The pictures whose class the generator knows."""
+    rows = [i for i, name in enumerate(names) if name in classes]
+    return images[rows], [names[i] for i in rows]
+
+
+def _missing(wanted: Tensor, classes: int) -> Tensor:
+    """Labels of further samples, so that each class has SHOWN to show."""
+    counts = wanted.bincount(minlength=classes)
+    return torch.arange(classes).repeat_interleave((SHOWN - counts).clamp(min=0))
+
+
+def _sampled(
+    saved: SavedGenerator, model: OpenVision3, labels: Tensor, seed: int, weight: float, steps: int, precision: Precision
+) -> Tensor:
     parts = []
     for rows in torch.arange(len(labels)).split(BATCH):
-        latents = saved.sample(labels[rows], rows.tolist(), seed=seed, weight=weight, steps=steps)
+        latents = saved.sample(labels[rows], rows.tolist(), seed=seed, weight=weight, steps=steps, precision=precision)
         parts.append(saved.pictures(model, latents))
     return torch.cat(parts)
 
 
 def _reconstructed(model: OpenVision3, images: Tensor) -> Tensor:
-    parts = [model.reconstruct(batch.float() / 127.5 - 1) for batch in images.split(BATCH)]
-    return ((torch.cat(parts) + 1) * 127.5).floor().clamp(0, 255).to(torch.uint8)
+    return torch.cat([as_pictures(model.reconstruct(batch.float() / 127.5 - 1)) for batch in images.split(BATCH)])
 
 
 @torch.inference_mode()
-def _features(images: Tensor, extractor: Callable[[Tensor], tuple[Tensor, Tensor | None]]) -> Tensor:
-    return torch.cat([extractor(batch)[0].float() for batch in images.split(BATCH)])
+def _looks(images: Tensor, extractor: Callable[[Tensor], tuple[Tensor, Tensor | None]]) -> Looks:
+    features = torch.cat([extractor(batch)[0].float() for batch in images.split(BATCH)])
+    small = torch.nn.functional.interpolate(images / 255, (PIXELS, PIXELS), mode="area")
+    return Looks(features, small.flatten(1))
 
 
-def _nearest(features: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row the nearest one's place and distance."""
-    distance, place = torch.cdist(features, of).min(1)
-    return place, distance
+def _nearest(looks: Looks, pool: Looks) -> Nearest:
+    found = [torch.cdist(own, of).min(1) for own, of in zip(looks, pool, strict=True)]
+    return Nearest(found[0].indices, found[0].values, found[1].indices, found[1].values)
 
 
-def _nearest_of_itself(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Distances to the nearest other row, and its place."""
-    distances = torch.cdist(features, features).fill_diagonal_(float("inf"))
-    found = distances.min(1)
-    return found.values, found.indices
+def _measured(
+    looks: Looks, near: Nearest, wanted: Tensor, real: Looks, labels: Tensor, reference: FeatureMoments, limits: list[float]
+) -> dict[str, float]:
+    agrees = labels[near.by_features % len(labels)] == wanted
+    return {
+        "fid_style": frechet.frechet_of(FeatureMoments.of(looks.features), reference),
+        **frechet.precision_recall(looks.features, real.features)._asdict(),
+        "class_of_nearest": float(agrees.float().mean()),
+        "copies_in_features": float((near.feature_distance < limits[0]).float().mean()),
+        "copies_in_pixels": float((near.pixel_distance < limits[1]).float().mean()),
+    }
 
 
-def _write_page(path: Path, figures: dict[str, Any], groups: list[Any]) -> None:
+def _write_page(path: Path, figures: dict[str, Any], groups: list[Any], originals: list[str], strips: list[list[str]]) -> None:
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )  # fmt: skip
-    rows = [
-        (name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value)) for name, value in figures.items()
-    ]
-    page = environment.get_template("generate.html").render(figures=rows, groups=groups, error_scale=scale_css())
+    sets, noise = tables(figures)
+    page = environment.get_template("generate.html").render(
+        figures=figures, sets=sets, noise=noise, groups=groups, originals=originals, strips=strips, copy_share=f"{COPY_SHARE:.0%}",
+        error_scale=scale_css(),
+    )  # fmt: skip
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from torch import Tensor
 from ov3fast import __version__
 from ov3fast.generation import flow, guidance
 from ov3fast.generation.ddt import DDT, GeneratorConfig, InContextDDT, build_generator
+from ov3fast.generation.quantized import quantized
+from ov3fast.generation.robustness import as_pictures
 from ov3fast.generation.statistics import LatentStatistics, as_tokens
 from ov3fast.io import atomic_folder
 from ov3fast.models.openvision3 import OpenVision3
@@ -24,17 +26,22 @@ from ov3fast.models.openvision3 import OpenVision3
 CONFIG, WEIGHTS, STATISTICS = "config.json", "generator.safetensors", "statistics.safetensors"
 GENERATOR = "generator"
 """Folder within a run."""
+CALIBRATED, CALIBRATION_STEPS = 4, 10
+"""Samples and steps that int8's ranges are taken from."""
+Precision = Literal["fp32", "bf16", "int8"]
 
 
 @dataclass
 class SavedGenerator:
     """generator with its average's weights; statistics of the latents; model: the tokenizer's folder or hub id; classes: names, in the
-    order of labels ([] for a generator conditioned on text)."""
+    order of labels ([] for a generator conditioned on text); shift: of the times, as in training."""
 
     generator: DDT | InContextDDT
     statistics: LatentStatistics
     model: str
     classes: list[str]
+    shift: float
+    _quantized: Any = None
 
     def save(self, folder: Path) -> None:
         from safetensors.torch import save_file
@@ -43,6 +50,7 @@ class SavedGenerator:
             "generator": self.generator.config.to_dict(),
             "model": self.model,
             "classes": self.classes,
+            "time_shift": self.shift,
             "ov3fast_version": __version__,
         }
         with atomic_folder(folder) as temporary:
@@ -66,10 +74,11 @@ class SavedGenerator:
             sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in config["generator"].items()}
             generator = build_generator(GeneratorConfig(**sizes))
             generator.load_state_dict(load_file(folder / WEIGHTS))
+            shift = float(config.get("time_shift") or flow.time_shift((sizes["channels"], sizes["height"], sizes["width"])))
         except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
             raise ValueError(f"generate: {folder} does not fit this version: {' '.join(str(error).split())[:300]}") from None
         statistics = LatentStatistics.load(folder / STATISTICS)
-        return cls(generator.requires_grad_(False).eval(), statistics, config["model"], config["classes"])
+        return cls(generator.requires_grad_(False).eval(), statistics, config["model"], config["classes"], shift)
 
     def label_of(self, name: str) -> int:
         """ValueError for a class that it does not know."""
@@ -90,23 +99,38 @@ class SavedGenerator:
         weight: float = 1.0,
         method: str = "euler",
         interval: tuple[float, float] = (0.1, 1.0),
+        precision: Precision = "fp32",
     ) -> Tensor:
         """Latents [B, C, H, W], not normalized, one per row of condition; row i is a function of (seed, indices[i]) and its condition.
 
-        weight: of guidance, 1 for none; internal where the generator has a base head, else classifier-free.
+        weight: of guidance, 1 for none; internal where the generator has a base head, else classifier-free. precision: of the
+        network's products; the state between steps is float32 in any of them.
         """
-        generator, shape = self.generator, self.statistics.mean.shape
+        generator, shape = self.generator if precision != "int8" else self._in_int8(), self.statistics.mean.shape
         denoiser = generator.denoiser(condition)
         if weight != 1 and isinstance(generator, InContextDDT):
             denoiser = guidance.internal(lambda x, t: generator(x, t, condition), weight, interval)  # type: ignore[arg-type, return-value]
         elif weight != 1:
             denoiser = guidance.classifier_free(denoiser, generator.denoiser(generator.null(condition)), weight, interval)
-        times = flow.sampling_times(steps, flow.time_shift(shape))
+        times = flow.sampling_times(steps, self.shift)
         noise = flow.noise_of(seed, indices, shape).to(condition.device)
-        return self.statistics.denormalize(flow.sample(denoiser, noise, times, method))
+        with torch.autocast(noise.device.type, torch.bfloat16, enabled=precision != "fp32"):
+            return self.statistics.denormalize(flow.sample(denoiser, noise, times, method))
+
+    def _in_int8(self) -> DDT | InContextDDT:
+        """The generator with int8 products, made once."""
+        if self._quantized is None:
+            generator, config, shape = self.generator, self.generator.config, self.statistics.mean.shape
+            if config.classes:
+                condition = torch.linspace(0, config.classes, CALIBRATED, dtype=torch.float64).round().long()
+            else:
+                condition = generator.null(torch.zeros(CALIBRATED, 1, config.text_width))
+            times, noise = flow.sampling_times(CALIBRATION_STEPS, self.shift), flow.noise_of(0, range(CALIBRATED), shape)
+            with torch.autocast("cpu", torch.bfloat16):
+                self._quantized = quantized(generator, lambda: flow.sample(generator.denoiser(condition), noise, times))
+        return self._quantized
 
     @torch.inference_mode()
     def pictures(self, model: OpenVision3, latents: Tensor) -> Tensor:
-        """Latents, as `sample` gives them -> uint8 [B, 3, H, W] by the tokenizer's two decoders; floor(255 x), as RAE writes images."""
-        found = model.decode_latents(model.decode(as_tokens(latents).to(model.device)))
-        return (((found.float().clamp(-1, 1) + 1) / 2) * 255).floor().to(torch.uint8).cpu()
+        """Latents, as `sample` gives them -> uint8 [B, 3, H, W] by the tokenizer's two decoders."""
+        return as_pictures(model.decode_latents(model.decode(as_tokens(latents).to(model.device))))

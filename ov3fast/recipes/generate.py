@@ -21,6 +21,8 @@ class GenerateRecipe:
     """Shards: folders, tars, patterns, or demo:SET."""
     condition: Literal["class", "text"] = "class"
     """class: a label per value of class_field; text: the tokens that the model's text tower gives for the caption."""
+    heldout: tuple[str, ...] = ("demo:pairs-unseen", "demo:photos-heldout")
+    """Shards of real pictures that are not trained on: the report's control. Empty: no report."""
     class_field: str = "group"
     """Field of the samples' metadata that names the class."""
     widths: tuple[int, int] = (256, 384)
@@ -29,8 +31,14 @@ class GenerateRecipe:
     heads: tuple[int, int] = (4, 6)
     in_context: bool = False
     """RAEv2's generator (predicts x, internal guidance) in place of RAE's."""
+    predicts: Literal["velocity", "x"] = "velocity"
+    """What RAE's generator predicts; the loss is the velocity's in either case."""
+    time_shift: float | None = None
+    """Shift of the times, in training and sampling, above 1 towards noise; None: sqrt(channels * height * width / 4096)."""
     batch_size: int = 128
     steps: int = 900
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the blocks' matrices (its update scaled to AdamW's size, so the same lr serves), AdamW for the rest."""
     lr: float = 5e-4
     """Constant after the warm-up for half of the steps, then linear to a tenth."""
     warmup_steps: int = 50
@@ -55,6 +63,8 @@ class GenerateRecipe:
                 raise ValueError(f"recipe: {name} must be positive, got {value}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"recipe: dropout must be in [0, 1), got {self.dropout}")
+        if self.time_shift is not None and self.time_shift <= 0:
+            raise ValueError(f"recipe: time_shift must be positive, got {self.time_shift}")
         if not self.data:
             raise ValueError("recipe: data must name at least one set of shards")
 
@@ -72,7 +82,7 @@ GENERATE_RECIPES = {
     "generate-demo": GenerateRecipe(),
     "generate-base": GenerateRecipe(
         name="generate-base", model="runs/base", data=("imagenet-train",), class_field="class", widths=(1152, 2048), depths=(28, 2),
-        heads=(16, 16), batch_size=RAE_BATCH, steps=math.ceil(RAE_EPOCHS * IMAGENET_IMAGES / RAE_BATCH), lr=2e-4, warmup_steps=1250,
+        heads=(16, 16), heldout=(), batch_size=RAE_BATCH, steps=math.ceil(RAE_EPOCHS * IMAGENET_IMAGES / RAE_BATCH), lr=2e-4, warmup_steps=1250,
         ema_decay=0.9995, checkpoint_every=2500, log_every=100, run_dir=Path("runs/generate-base"),
     ),
 }  # fmt: skip

@@ -7,7 +7,7 @@ queries and scalars. State of a parameter: step, exp_avg and exp_avg_sq, as torc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,11 +35,14 @@ class AdamW(torch.optim.Optimizer):
 
     param_groups: the parameters with weight decay, and those without. They share lr, betas and eps: the operator takes one each.
     Parameters that FSDP2 sharded are updated share by share, clipped by the norm over all ranks; their state is sharded alike.
+    leave: names of parameters that another optimizer updates.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, lr: float = 1e-3) -> None:
+    def __init__(
+        self, model: nn.Module, config: OptimizerConfig, lr: float = 1e-3, leave: Container[str] = frozenset()
+    ) -> None:
         self.config = config
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in leave}
         self.grad_norm = torch.zeros(())
         """Global norm of the gradients of the last step, before clipping: a scalar on the parameters' device. Where it is not finite,
         that step changed nothing."""

@@ -1,12 +1,27 @@
 """The generators: parameter counts of the published ones, shapes, conditions, positions, and that they learn."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from ov3fast.generation import flow, layers
+from ov3fast.generation import flow, layers, plan
 from ov3fast.generation.ddt import GeneratorConfig, build_generator, generator_config
+from ov3fast.generation.saved import SavedGenerator
+from ov3fast.generation.statistics import LatentStatistics
+from ov3fast.inference.int8 import unavailable_reason
+from ov3fast.recipes.generate import GENERATE_RECIPES
+from ov3fast.training.cluster import CHIPS
 
 KINDS = [(False, "class"), (False, "text"), (True, "class"), (True, "text")]
+
+
+def filled(generator):
+    """Random values also where training begins at zero."""
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return generator
 
 
 def small(in_context: bool, condition: str):
@@ -58,6 +73,63 @@ def test_condition_and_time_matter(in_context, condition):
 def test_a_velocity_network_starts_at_zero():
     generator, labels = small(False, "class")
     assert not generator(torch.randn(2, 6, 4, 4), torch.rand(2), labels)[0].any()
+
+
+def test_a_prediction_of_x_becomes_the_velocity_that_ends_there():
+    """One Euler step from t to 0 arrives at what the last layer gave; the velocity is clamped below SMALLEST_T."""
+    torch.manual_seed(0)
+    config = GeneratorConfig(6, 4, 4, (32, 48), (2, 1), (2, 2), classes=5, predicts_x=True)
+    of_x = filled(build_generator(config))
+    of_velocity = build_generator(dataclasses.replace(config, predicts_x=False))
+    of_velocity.load_state_dict(of_x.state_dict())
+    x, labels = torch.randn(2, 6, 4, 4), torch.tensor([1, 4])
+    for t in (0.7, 0.01):
+        times = torch.full((2,), t)
+        with torch.no_grad():
+            v, x_hat = of_x(x, times, labels)[0], of_velocity(x, times, labels)[0]
+        torch.testing.assert_close(v * max(t, flow.SMALLEST_T), x - x_hat, rtol=1e-5, atol=1e-5)
+    assert config.clamped and not of_velocity.config.clamped
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("in_context", [False, True])
+def test_autocast_warns_of_nothing(in_context):
+    generator, labels = small(in_context, "class")
+    with torch.autocast("cpu", torch.bfloat16):
+        generator(torch.randn(2, 6, 4, 4), torch.tensor([0.3, 0.9]), labels)[0].sum().backward()
+
+
+def test_flops_and_what_they_take():
+    """By hand, for one token and no attention to speak of: the trunk's condition is one row, the head's one per token."""
+    config = GeneratorConfig(6, 2, 2, (32, 48), (3, 2), (2, 2), classes=5)
+    hidden, wide, n = int(8 / 3 * 32), int(8 / 3 * 48), 4
+    trunk = n * (4 * 32**2 + 3 * 32 * hidden) + 6 * 32**2
+    head = n * (4 * 48**2 + 3 * 48 * wide + 6 * 48**2)
+    ends = n * (6 * 32 + 6 * 48 + 32 * 48 + 2 * 48**2 + 48 * 6) + 512 * 32 + 32**2
+    attention = 4 * n * n * (3 * 32 + 2 * 48)
+    assert plan.forward_flops(build_generator(config)) == 2 * (3 * trunk + 2 * head + ends) + attention
+    made = plan.plan_generator(GENERATE_RECIPES["generate-base"], 8, CHIPS["h100"], mfu=0.5, price=2.0)
+    assert made.gpu_hours == pytest.approx(3 * made.forward_flops * made.samples / (0.5 * 989e12) / 3600)
+    assert made.days == pytest.approx(made.gpu_hours / 8 / 24) and made.parameters == pytest.approx(839e6, rel=2e-3)
+    assert made.samples == pytest.approx(80 * 1_281_167, rel=1e-4)
+    with pytest.raises(ValueError, match="mfu"):
+        plan.plan_generator(GENERATE_RECIPES["generate-base"], 8, CHIPS["h100"], mfu=0.0)
+
+
+@pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
+def test_int8_samples_are_near_and_do_not_depend_on_their_batch():
+    torch.manual_seed(0)
+    config = GeneratorConfig(8, 4, 4, (64, 96), (3, 2), (2, 2), classes=5)
+    generator = filled(build_generator(config)).eval().requires_grad_(False)
+    one = torch.ones(8, 4, 4, dtype=torch.float64)
+    saved = SavedGenerator(generator, LatentStatistics(0 * one, one, {}), "", list("abcde"), 1.0)
+    labels = torch.tensor([0, 3, 4])
+    exact = saved.sample(labels, range(3), steps=8)
+    for precision, bound in (("bf16", 0.05), ("int8", 0.15)):
+        found = saved.sample(labels, range(3), steps=8, precision=precision)
+        assert 0 < float((found - exact).norm() / exact.norm()) < bound, precision
+        alone = saved.sample(labels[1:2], [1], steps=8, precision=precision)
+        assert float((alone[0] - found[1]).norm() / exact[1].norm()) < bound / 5, precision
 
 
 def test_rotation_depends_on_the_distance_alone():

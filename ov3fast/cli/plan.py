@@ -78,7 +78,7 @@ def _generator(given: PlanOptions) -> int:
         f"  {plan.steps:,} steps, {plan.samples / 1e6:,.1f} M samples: {plan.days:,.2f} days, {plan.gpu_hours:,.0f} GPU-hours",
         f"  sampling {SAMPLES:,} pictures at {SAMPLING_STEPS} steps: {plan.sampling_gpu_hours:,.0f} GPU-hours",
     ):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
     if plan.cost is not None:
         console.print(f"  cost {plan.cost:,.0f}", highlight=False)
     return 0

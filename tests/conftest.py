@@ -1,4 +1,4 @@
-"""Makes tests/kernel_tools importable by that name, without tests/ on the path, where folders would pass for packages."""
+"""Makes tests/kernel_tools importable by that name without putting tests/ on sys.path, where its folders would shadow packages."""
 
 import importlib.util
 import os
@@ -21,11 +21,11 @@ def _load(name: str) -> None:
 if "kernel_tools" not in sys.modules:
     _load("kernel_tools")
 
-# A shell starts what runs in the background with Ctrl-C ignored, and tests of Ctrl-C send it to themselves and to processes of theirs.
+# Shells start background jobs with SIGINT ignored, but tests of Ctrl-C send it to themselves and their subprocesses.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Compiled kernels are tried without the interpreter.
+# Compiled kernels are tested without the interpreter.
 collect_ignore_glob = ["kernels/*_compiled.py", "kernels/test_cuda_*.py"] if os.environ.get("TRITON_INTERPRET") == "1" else []
 
 
@@ -39,7 +39,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """small_disk(kilobytes) -> the folder of a file system of that size, which a further call makes larger; skips where none can be
+    """small_disk(kilobytes) -> the folder of a file system of that size; calling it again resizes it. Skips if none can be
     mounted."""
     folder = tmp_path / "disk"
     folder.mkdir()

@@ -36,7 +36,7 @@ def test_operator_rows_hold_ours_the_best_peer_and_the_floor():
 
 
 def test_every_operator_has_a_row():
-    """One of its own, or that of its call: a new operator has one without a line in benches/."""
+    """Its own, or the default one from its call: a new operator needs no line in benches/."""
     from benches import cases
     from ov3fast import ops
 

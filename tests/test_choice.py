@@ -1,4 +1,4 @@
-"""Which backend an automatic choice takes on a CPU: by the chip, by committed measurements, by what was measured on this machine."""
+"""Automatic choice of CPU backends: by chip, by committed measurements, by measurements on this machine."""
 
 import math
 import re
@@ -39,7 +39,7 @@ def test_chips_are_told_by_vendor_family_and_flags():
 
 @pytest.fixture
 def chip(monkeypatch, tmp_path):
-    """Call it to be on a chip, with the kernels of its widest instruction set and nothing tuned."""
+    """Call it to simulate a chip, with the kernels of its widest instruction set and no tuning."""
     if not ops.cpu.available_isas():
         pytest.skip("the CPU kernels were not built")
     monkeypatch.setenv("OV3FAST_CACHE", str(tmp_path))
@@ -71,7 +71,7 @@ def test_no_choice_is_one_that_the_evidence_shows_slower(name):
 
 
 def slower(rows, table):
-    """The measured calls for which the table takes a backend that is more than 3 % behind the fastest that can be called."""
+    """The measured calls for which the table chooses a backend more than 3 % slower than the fastest callable one."""
     found = []
     for row in rows:
         times = rule.milliseconds(row["backends"])
@@ -95,7 +95,7 @@ def slower(rows, table):
 
 
 def measured(choice, rows):
-    """The directions in which this choice's call was timed alone, or the backward after this forward."""
+    """The directions in which this choice's call was timed, alone or as the backward after this forward."""
     size = " ".join(map(str, choice.size))
     found = {
         r["direction"]
@@ -303,7 +303,7 @@ def test_tune_measures_keeps_and_is_deterministic_afterwards(chip, monkeypatch, 
 
 
 def test_times_below_zero_choose_all_the_same():
-    """A backward's time is a difference, which noise takes below 0 where calls are short."""
+    """A backward's time is a difference, which noise can make negative for short calls."""
     assert _trials.pick("linear", "backward", "fp32", (1, 1, 1), {"cpu": 2e-5, "eager": -1e-5}).backend == "eager"
 
 

@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it returns, and one clear line for every mistake a user can make."""
+"""The command line: output, exit codes, and a one-line error for every user mistake."""
 
 import json
 import os
@@ -314,7 +314,7 @@ def test_evaluate_takes_a_skip_budget(capsys, model, photo, tmp_path):
 
 
 def test_evaluate_in_the_home_folder(capsys, model, shards, tmp_path, monkeypatch):
-    """The model is read there, and the report is written there, not beside a folder called ~."""
+    """The model is read and the report written there, not in a folder called ~."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("OV3FAST_CACHE", str(tmp_path / "cache"))
     (tmp_path / "here").mkdir()
@@ -428,7 +428,7 @@ def test_missing_key_is_named(capsys, model, photo, tmp_path):
 
 
 def test_no_compiler(capsys, monkeypatch, tmp_path):
-    """torch.compile on a CPU needs a C++ compiler; without one the run says so before it reads any data."""
+    """torch.compile on a CPU needs a C++ compiler; without one the run fails before reading any data."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     code, _, err = run(capsys, "train", "--recipe", "demo", "--compile", "--device", "cpu", "--run-dir", str(tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""Threads are as many as this process may use: the affinity mask, OMP_NUM_THREADS, a cgroup's share of CPU time."""
+"""The number of threads respects the affinity mask, OMP_NUM_THREADS and the cgroup's CPU quota."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ print(torch.get_num_threads(), 1 + len(os.listdir("/proc/self/task")) - before)
 
 
 def threads(first="", before=None, **environment):
-    """(threads that PyTorch counts on, threads that products run on), in a process of its own where our kernels come first."""
+    """(PyTorch's number of threads, threads used by products), in a separate process that runs our kernels first."""
     kept = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     command = [sys.executable, "-c", COUNT.format(first=first)]
     done = subprocess.run(command, env={**kept, **environment}, preexec_fn=before, capture_output=True, text=True, check=True)

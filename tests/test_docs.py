@@ -1,4 +1,4 @@
-"""The documentation: it builds without network, its links lead somewhere, and it lists what exists."""
+"""The documentation builds without network, has no dead links, and lists what exists."""
 
 import importlib.util
 import os

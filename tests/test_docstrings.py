@@ -1,4 +1,4 @@
-"""What the documentation names exists, and its doctests run."""
+"""Names in the documentation exist, and doctests pass."""
 
 import doctest
 import importlib
@@ -31,7 +31,7 @@ def test_doctests(path):
     "path", [path for path in (*PAGES, *SOURCES) if path.exists()], ids=lambda path: str(path.relative_to(ROOT))
 )
 def test_named_operators_and_helpers_exist(path):
-    """ops.NAME and testing.NAME, wherever prose or code has them; ops.NAME may be a file of that folder."""
+    """ops.NAME and testing.NAME, anywhere in prose or code; ops.NAME may also be a file in that folder."""
     text = path.read_text(encoding="utf-8")
     files = {module.name for module in pkgutil.iter_modules(ops.__path__)}
     for owner, name in set(re.findall(r"(?<![\w.])(?:ov3fast\.)?(ops|testing)\.(\w+)", text)):

@@ -1,4 +1,4 @@
-"""The examples do what their first line says."""
+"""The examples do what their docstrings say."""
 
 import importlib.util
 import io
@@ -31,7 +31,7 @@ def png(seed: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A model that train_on_tars made in two steps."""
+    """A model trained by train_on_tars for two steps."""
     from ov3fast.data.shards import write_shards
 
     folder = tmp_path_factory.mktemp("trained")
@@ -59,7 +59,7 @@ def test_swap_operator():
 
 
 def test_write_backend():
-    """In a process of its own, for it adds to the list of backends."""
+    """In a separate process, since it adds to the list of backends."""
     example("write_backend")
     command = [sys.executable, "-W", "ignore", str(FOLDER / "write_backend.py")]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(FOLDER.parent)}, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""tools/gpu_run.py, as far as it goes without a GPU."""
+"""tools/gpu_run.py, as far as it can be tested without a GPU."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ def run(plan, out, *options, paths=()):
 
 @pytest.mark.parametrize("plan", sorted(plans.PLANS))
 def test_rehearsal(plan, tmp_path):
-    """From another folder, where the packages that a bare machine lacks can't be imported."""
+    """Run from another folder, with packages that a bare machine lacks made unimportable."""
     absent = tmp_path / "absent"
     absent.mkdir()
     for name in ABSENT:
@@ -51,7 +51,7 @@ def test_rehearsal(plan, tmp_path):
 
 
 def test_rehearsal_of_attention_s_descriptors(tmp_path):
-    """Which no `--only` of the plans above reaches."""
+    """The `--only` of the plans above does not cover this."""
     command = [sys.executable, "-m", "tools.gpu.correct", tmp_path / "rows.jsonl", "triton", "descriptors"]
     subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, stdout=subprocess.DEVNULL)
     rows = Rows(tmp_path / "rows.jsonl").read()
@@ -59,7 +59,7 @@ def test_rehearsal_of_attention_s_descriptors(tmp_path):
 
 
 def test_a_launcher_that_fails_is_left_for_triton_s(tmp_path, monkeypatch):
-    """Half an hour on a GPU is not lost to it; the run fails all the same."""
+    """The run goes on with Triton's launcher, and still counts as failed."""
     rows, ran = Rows(tmp_path / "correct.jsonl"), []
     plan = plans.Plan("correct", rows, "", True, time.monotonic() + 60, tmp_path)
 
@@ -98,7 +98,7 @@ def test_a_backend_that_was_not_built_is_a_failure(tmp_path):
 
 
 def test_a_job_that_hangs_is_killed_and_says_in_what(tmp_path):
-    """Its own subprocess too."""
+    """And so is its own subprocess."""
     rows, child = Rows(tmp_path / "rows.jsonl"), tmp_path / "child"
     script = (
         "import subprocess, sys, time; print('launch some_kernel', flush=True);"
@@ -122,7 +122,7 @@ def test_a_job_that_hangs_is_killed_and_says_in_what(tmp_path):
         except (FileNotFoundError, ProcessLookupError):
             return True
 
-    # It was sent the signal; when the kernel delivers it is another matter.
+    # The signal was sent; the kernel may deliver it later.
     while not gone() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert gone()

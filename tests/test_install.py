@@ -1,4 +1,4 @@
-"""What pip installs: the operators need torch alone, and the pinned versions fit both kinds of torch."""
+"""Installation: the operators need only torch, and the pinned versions fit CPU and GPU builds of torch."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ def pins(name: str) -> dict[str, str]:
 
 
 def closure(*names: str) -> set[str]:
-    """These distributions and all that they depend on."""
+    """These distributions and all their dependencies."""
     found, waiting = set(), list(names)
     while waiting:
         if (name := waiting.pop()) not in found:
@@ -34,7 +34,7 @@ def closure(*names: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def torch_alone(tmp_path_factory) -> Path:
-    """A folder of packages with ov3fast, torch and what torch depends on."""
+    """A folder of packages with ov3fast, torch and torch's dependencies."""
     site = tmp_path_factory.mktemp("site")
     for name in closure("torch"):
         distribution = metadata.distribution(name)

@@ -1,4 +1,4 @@
-"""The objective against equations 4 to 6 written out."""
+"""The objective against equations 4 to 6, written out."""
 
 from types import SimpleNamespace
 

@@ -1,6 +1,6 @@
-"""Adding an operator touches its own files and one line in each of two tables; here for one called `halve`, in a copy of the tree.
+"""Adding an operator takes its own files and one line in each of two tables, shown here for one called `halve`, in a copy of the tree.
 
-What CONTRIBUTING.md lists is all that is written: the dispatch, the samples of every backend, the bench table and the documentation find it.
+Only the files listed in CONTRIBUTING.md are written: the dispatch, the samples of every backend, the bench table and the documentation pick it up.
 """
 
 import os
@@ -137,7 +137,7 @@ def add(tree: Path, files: dict[str, str]) -> None:
 
 @pytest.fixture
 def tree(tmp_path):
-    """A copy of what can be asked about operators, with the toy's files but for its CPU kernel, and its two lines."""
+    """A copy of the relevant parts of the tree, plus the toy operator's files except its CPU kernel, and its two lines."""
     unneeded = shutil.ignore_patterns("_native", "__pycache__", "results", "*.so")
     for name in ("ov3fast", "kernels", "benches", "csrc", "docs", "tests/kernel_tools", "tests/ops", "tools"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=unneeded, symlinks=name == "ov3fast")

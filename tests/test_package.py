@@ -1,4 +1,4 @@
-"""The package as users meet it: builds, imports, layers, and the neighbours it must not disturb."""
+"""The package as users see it: builds, imports, layers, and no interference with other packages."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ WITH_CUDA = {**os.environ, "OV3FAST_CUDA": "1"}
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """A folder with the sdist and the wheel, made from a copy so that no build folder is left in the checkout."""
+    """A folder with the sdist and the wheel, built from a copy to keep the checkout clean."""
     folder = tmp_path_factory.mktemp("built")
     source = folder / "source"
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")

@@ -1,4 +1,4 @@
-"""The names of torch and Triton that may go without notice: listed in tools/private_names.py, and there in what is installed."""
+"""The private names of torch and Triton that we use are listed in tools/private_names.py, and exist in the installed versions."""
 
 import ast
 import re

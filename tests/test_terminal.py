@@ -1,4 +1,4 @@
-"""The command line as a process: encodings that lack characters, pipes that close, Ctrl-C, --quiet and -v, narrow terminals."""
+"""The command line as a process: limited encodings, closed pipes, Ctrl-C, --quiet and -v, narrow terminals."""
 
 import json
 import os
@@ -147,7 +147,7 @@ def test_the_list_of_commands_fits_40_columns(monkeypatch, capsys):
 
 
 def test_bench_and_tune_explain_themselves_without_a_checkout(tmp_path):
-    """As installed: a copy of the package alone."""
+    """As installed: only a copy of the package."""
     import shutil
 
     shutil.copytree(ROOT / "ov3fast", tmp_path / "ov3fast", ignore=shutil.ignore_patterns("_native", "__pycache__"))

@@ -1,4 +1,4 @@
-"""The error budget: what it forgives (another order of summation) and what it doesn't (mutations of every sum of an operator)."""
+"""The error budget accepts any order of summation and rejects mutations of every sum of an operator."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def sample(name):
 @pytest.mark.parametrize("mutation", MUTATIONS)
 @pytest.mark.parametrize("name", MUTATED)
 def test_no_mutation_of_a_sum_is_within_the_budget(name, mutation):
-    """The eager operator and its gradients, in float32, with each of its sums wrong in turn."""
+    """The eager operator and its gradients, in float32, with each of its sums mutated in turn."""
     chosen = sample(name)
     inputs = chosen.inputs("tiny", torch.float32)
 
@@ -42,7 +42,7 @@ def test_no_mutation_of_a_sum_is_within_the_budget(name, mutation):
 
 
 def test_bfloat16_accumulation_of_bfloat16_products_is_over_the_budget():
-    """Where storage rounds as coarsely as the wrong sum does."""
+    """Even though storage rounds as coarsely as the mutated sum."""
     inputs = [testing.make(33, 1024).bfloat16(), testing.make(17, 1024, seed=1).bfloat16()]
     budget = testing.Budget(lambda values: [values[0] @ values[1].T], inputs)
     with Mutant("bfloat16_accumulation", turn=0):
@@ -53,7 +53,7 @@ def test_bfloat16_accumulation_of_bfloat16_products_is_over_the_budget():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_order_of_summation_is_within_the_budget(dtype):
-    """One product after the other, pairwise, and backwards; PyTorch's own error is left out, as if it had been lucky."""
+    """Sequential, pairwise and reversed sums; with PyTorch's own error set to zero."""
     a, b = testing.make(40, 300), testing.make(30, 300, seed=1)
 
     def orders(a, b):
@@ -83,7 +83,7 @@ def test_the_bound_is_the_formula_on_absolute_values():
 
 
 def test_the_bound_knows_cancellation():
-    """A variance of values far from 0 is as bad as their mean; a sum of two numbers is good to eps."""
+    """A variance of values far from 0 is as inaccurate as their mean; a sum of two numbers is accurate to eps."""
     x = testing.make(4, 64)
     norm = [a_priori_error(lambda x=x: [torch.nn.functional.layer_norm(x, (64,))], 2.0**-23)[0] for x in (x, x + 1000)]
     assert norm[1] > 100 * norm[0]
@@ -104,7 +104,7 @@ def test_a_result_of_the_wrong_shape_or_with_a_stray_nan_is_over_the_budget():
 
 
 def test_ratio_to_the_budget():
-    """1 is where `check` begins to raise."""
+    """Above 1, `check` raises."""
     x = testing.make(5, dtype=torch.float32)
     budget = testing.Budget(lambda values: [values[0] + 1, values[0]], [x])
     [ratio, exact] = budget.ratios([x + 1 + 1e-3, x])

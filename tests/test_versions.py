@@ -1,4 +1,4 @@
-"""tools/versions.py, without making an environment."""
+"""tools/versions.py, without creating an environment."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Small shards, written in a moment: picture i has the colour (i, 2 i, 3 i) and the key "0000i"."""
+"""Small shards: picture i has the colour (i, 2 i, 3 i) and the key "0000i"."""
 
 import io
 import json
@@ -40,7 +40,7 @@ def make_shards(tmp_path):
 
 @pytest.fixture
 def files():
-    """files(i) -> the files of sample i, to be changed."""
+    """files(i) -> the files of sample i, for tests to modify."""
     return lambda i, **options: dict(sample(i, **options)[1])
 
 

@@ -1,4 +1,4 @@
-"""Small package files in the layouts of the real ones, for the tests of the demo set."""
+"""Small fake package files in the layouts of the real ones, for the tests of the demo set."""
 
 import io
 import json
@@ -60,7 +60,7 @@ def deb(path: Path, files: dict[str, bytes], data_name: str = "data.tar.xz") -> 
 
 
 def rcc(files: dict[str, bytes], version: int = 3, compressed: tuple[str, ...] = ()) -> bytes:
-    """A Qt resource bundle of these files; breadth first, as rcc lays out its tree."""
+    """A Qt resource bundle of these files, in breadth-first order as written by rcc."""
     root: dict = {}
     for path, data in files.items():
         *folders, name = path.strip("/").split("/")

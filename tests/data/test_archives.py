@@ -1,4 +1,4 @@
-"""Archives as other programs leave them: what is not understood is counted and named, and the rest is read."""
+"""Archives written by other programs: unsupported content is counted and reported, and the rest is read."""
 
 import io
 import json
@@ -84,7 +84,7 @@ def test_training_and_evaluation_notice_a_cut_at_the_start(tmp_path, png, indexe
         assert pictures.skipped == {"truncated_tar": 100 - len(pictures)} and len(data.store.sources[0].dataset) == 100
     else:
         assert data.skips.counts == pictures.skipped == {"truncated_tar": 1}
-        assert len(data.batch(0).keys) == 2  # what no index counts is outside the budget
+        assert len(data.batch(0).keys) == 2  # samples that no index counts are outside the budget
         assert "truncated_tar" in str(summarise(tmp_path))
     assert not summarise(tmp_path).complete
 
@@ -301,7 +301,7 @@ def test_a_broken_index_or_sidecar_is_named(tmp_path, png, text):
 
 
 def test_files_and_shards_show_the_same_image(tmp_path, png):
-    """EXIF and 16 bits, by way of training, evaluation and `encode`."""
+    """EXIF and 16-bit images in training, evaluation and `encode`."""
     from ov3fast.data.preprocess import read_image
 
     exif = Image.Exif()

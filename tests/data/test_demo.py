@@ -29,7 +29,7 @@ def fakes(tmp_path_factory):
 
 @pytest.fixture
 def build(fakes, tmp_path):
-    """build(missing={...}) -> DemoSet, with `build.fetched` the names that were asked for."""
+    """build(missing={...}) -> DemoSet; `build.fetched` are the names that were fetched."""
 
     def run(missing=(), failing=(), **options):
         def fetch(name, cache):
@@ -57,7 +57,7 @@ def test_the_whole_set(build, tmp_path):
     unseen, style, train = ([ShardDataset(p)[i] for i in range(len(ShardDataset(p)))] for p in
                             (demo.pairs_unseen, demo.pairs_style, demo.pairs_train))  # fmt: skip
     concept = lambda samples: {s.meta["concept"] for s in samples}  # noqa: E731
-    # 4 concepts are wholly unseen, 4 are seen in the other styles only
+    # 4 concepts are unseen in all styles, 4 are seen only in the other styles
     assert len(concept(unseen)) == len(concept(style)) == 4
     assert not concept(unseen) & (concept(train) | concept(style)) and concept(style) < concept(train)
     assert {s.meta["style"] for s in style} == {"noto"}
@@ -170,7 +170,7 @@ def test_without_apt_two_emoji_styles_remain(build):
 
 
 def test_pip_alone_suffices(build, monkeypatch):
-    """Symbols in the styles of the fonts; here letters, which the test's font has."""
+    """Symbols drawn in several fonts; here letters, since the test's font has no symbols."""
     monkeypatch.setattr(sources, "SYMBOLS", range(0x41, 0x5B))
     demo = build(missing={"npm", "apt"})
     assert set(demo.left_out) == {"fluent", "twitter", "noto", "tuxpaint", "gcompris", "fashion-mnist"}

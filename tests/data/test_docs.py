@@ -1,4 +1,4 @@
-"""docs/skips.md names every reason under which data is left out."""
+"""docs/skips.md lists every reason for skipping data."""
 
 import re
 from pathlib import Path

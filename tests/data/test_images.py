@@ -60,7 +60,7 @@ def _png_header(width: int, height: int) -> bytes:
 
 
 def test_a_large_image_is_refused_by_its_header(png):
-    """No memory for its pixels is taken; Pillow's own warning about large images is not shown to the user."""
+    """Its pixels are never allocated, and Pillow's own warning about large images is not shown."""
     for size in ((10_000, 10_000), (60_000, 60_000)):
         with pytest.raises(ImageError) as error:
             decode_image(_png_header(*size))
@@ -108,13 +108,13 @@ def tiff(pixels: bytes, byte_order: bytes = b"II*\0", bits: int = 16, photometri
 
 
 def test_16_bit_colour_and_transparency():
-    """A 16-bit RGB PNG, and a 16-bit grey one of which one value is transparent."""
+    """A 16-bit RGB PNG, and a 16-bit grey one with one transparent value."""
     colour = np.stack([RAMP, RAMP.T, 65535 - RAMP], -1)
     assert np.array_equal(np.asarray(decode_image(png16(colour))), colour >> 8)
     clear = decode_image(png16(RAMP[..., None], transparent=(int(RAMP[3, 5]),)))
     assert clear.mode == "RGBA" and np.array_equal(np.asarray(clear)[..., 3] == 0, RAMP == RAMP[3, 5])
     assert np.array_equal(np.asarray(clear)[..., 1], RAMP >> 8)
-    # Pillow has no 16-bit RGB, so a transparent colour of 16 bits can't be told from its neighbours: the pixels count.
+    # Pillow has no 16-bit RGB, so a 16-bit transparent colour can't be told from its neighbours; only the pixels are compared.
     assert np.array_equal(np.asarray(decode_image(png16(colour, transparent=(300, 60000, 5))).convert("RGB")), colour >> 8)
 
 
@@ -169,7 +169,7 @@ def test_images_are_upright(png, kind, value, size, red):
     image = decode_image(png(CORNER, kind, **options))
     assert image.size == size and image.getpixel(red)[0] > 200
     assert sum(np.asarray(image)[..., 0].ravel() > 128) in range(60, 69)
-    assert ImageOps.exif_transpose(image).size == size  # nothing is left to apply twice
+    assert ImageOps.exif_transpose(image).size == size  # the orientation tag is gone, so it can't be applied twice
 
 
 def with_segment(jpeg: bytes, marker: int, payload: bytes) -> bytes:
@@ -253,7 +253,7 @@ def test_a_bomb_in_the_metadata_is_named(png):
 
 
 def test_pixels_and_their_version_change_together(png):
-    """What keeps decoded pictures goes by DECODE_VERSION: raise it, and put the new sum here, if this decode was meant to change."""
+    """Caches of decoded pictures depend on DECODE_VERSION: if decoding was meant to change, raise it and update this checksum."""
     grey = np.arange(64 * 4, dtype=np.uint16).reshape(8, 32) * 257
     palette = Image.fromarray((np.arange(64, dtype=np.uint8) % 4).reshape(8, 8), "P")
     palette.putpalette([0, 0, 0, 250, 9, 9, 9, 250, 9, 9, 9, 250])

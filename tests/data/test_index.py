@@ -1,4 +1,4 @@
-"""The index beside a tar: what it says is what a walk through the tar says."""
+"""A tar's index agrees with a scan of the tar."""
 
 import io
 import tarfile
@@ -124,7 +124,7 @@ def test_shards_are_written_anew_over_indexed_ones(make_shards):
 
 @pytest.mark.full
 def test_a_hundred_thousand_indexed_shards_start_in_seconds(make_shards, tmp_path):
-    """They are hard links to one tar, so that the test is about names."""
+    """They are hard links to one tar, so that only the number of names matters."""
     import json
     import os
 
@@ -134,7 +134,7 @@ def test_a_hundred_thousand_indexed_shards_start_in_seconds(make_shards, tmp_pat
     folder.mkdir()
     size = (source / "00000.tar").stat().st_size
     for number in range(count):
-        if number % 30_000 == 0:  # a file takes so many links at most
+        if number % 30_000 == 0:  # file systems limit the number of links to a file
             links = [tmp_path / f"copy-{number}.tar", tmp_path / f"copy-{number}.index"]
             for link, name in zip(links, ("00000.tar", "00000.index"), strict=True):
                 link.write_bytes((source / name).read_bytes())
@@ -148,11 +148,11 @@ def test_a_hundred_thousand_indexed_shards_start_in_seconds(make_shards, tmp_pat
     assert store.n == 2 * count
     assert store.sample(2 * count - 1, decode=True)[1].key == "00001"
     print(f"start-up on {count} shards: {seconds:.1f} s")
-    assert seconds < 60  # a bound for busy machines; benches/data.py has the figure
+    assert seconds < 60  # generous, for busy machines; benches/data.py measures it
 
 
 def test_the_index_is_small():
-    """9 bytes for a file and 4 for a sample, and the keys: what 1.2 billion samples would take."""
+    """9 bytes per file, 4 per sample, and the keys; checks the size for 1.2 billion samples."""
     from types import SimpleNamespace
 
     from ov3fast.data.skips import Tally

@@ -1,4 +1,4 @@
-"""simplejpeg gives Pillow's pixels, or the file is Pillow's."""
+"""simplejpeg gives the same pixels as Pillow, or Pillow decodes the file."""
 
 import io
 

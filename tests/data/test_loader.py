@@ -287,7 +287,7 @@ def test_a_tar_cut_short_is_counted(make_shards):
 
 
 def test_a_concept_loses_a_style_or_gives_way(make_shards, files):
-    """Sample 3 is one of three of concept c3; 0, 8 and 16 are all there is of c0."""
+    """Sample 3 is one of three of concept c3; 0, 8 and 16 are the only ones of c0."""
     replace = {i: {**files(i, concepts=8), "png": b"-"} for i in (3, 0, 8, 16)}
     folder = make_shards(24, concepts=8, replace=replace)
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Sources of one's own, exact mixing, threads, and a run whose world changes."""
+"""Custom sources, exact mixing, threads, and runs with a changing number of ranks."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from ov3fast.data import DataConfig, DataError, Loader, Sample, SampleError, Sam
 
 
 class Numbers:
-    """n samples in shards of equal length: sample i has the key i."""
+    """n samples in shards of equal length; sample i has the key i."""
 
     def __init__(self, n=60, shards=1):
         self.n, self.lengths = n, [n // shards] * shards
@@ -101,7 +101,7 @@ def test_every_sample_of_a_period_comes_from_one_source(weight):
     off = np.abs(counts * sum(weight) - np.arange(len(counts))[:, None] * np.array(weight))
     k = len(weight)
     if k > 4:
-        assert (off * (2 * k - 2) <= sum(weight) * (2 * k - 3)).all()  # Tijdeman's bound, which none can better for all weights
+        assert (off * (2 * k - 2) <= sum(weight) * (2 * k - 3)).all()  # Tijdeman's bound, which is optimal
     assert (off < sum(weight)).all()
 
 
@@ -162,13 +162,13 @@ def test_threads_and_a_fork_change_nothing(make_shards):
     options = dict(image_size=8, batch_size=8)
     expected = list(Loader(DataConfig(sources=(shards,)), **options).batches(stop=6))
     loader = Loader(DataConfig(sources=(shards,), threads=3, workers=1), **options)
-    loader.batch(0)  # its threads are this process's: the worker has to start its own
+    loader.batch(0)  # starts threads in this process; the forked worker has to start its own
     for a, b in zip(expected, loader.batches(stop=6), strict=True):
         assert a.keys == b.keys and torch.equal(a.images, b.images) and a.text == b.text
 
 
 def test_every_id_once_per_epoch_while_world_and_workers_change():
-    """W = 2 -> 1 -> 3 in the middle of an epoch, with other workers each time: each sample once."""
+    """W = 2 -> 1 -> 3 in the middle of an epoch, with different numbers of workers: each sample comes once."""
     config = DataConfig(sources=(source("numbers:120"),), skip_budget=0.5)
     whole = Loader(config, image_size=8, batch_size=12)
     seen = []
@@ -180,7 +180,7 @@ def test_every_id_once_per_epoch_while_world_and_workers_change():
                 (batch,) = loader.batches(step, step + 1)
                 assert (batch.planned == whole.batch(step).planned).all()
                 seen += batch.keys
-    assert len(seen) == 120 and len(set(seen) | {"13"}) == 120  # 13 is broken; another stands for it
+    assert len(seen) == 120 and len(set(seen) | {"13"}) == 120  # 13 is broken and replaced by another
 
 
 def test_at_the_internets_scale():
@@ -195,7 +195,7 @@ def test_at_the_internets_scale():
     order, lengths = loader.orders[0], np.array(loader.sources[0].dataset.lengths)
     assert order.n == lengths.sum() > 1_190_000_000
 
-    # Once per epoch: the blocks divide the epoch, the shards are in one block each, and a block holds each sample of its shards once.
+    # Once per epoch: the blocks partition the epoch, each shard is in one block, and a block has each sample of its shards once.
     for epoch in (0, 3):
         shards, starts, edges = order._order_of_shards(epoch)
         assert (np.bincount(shards, minlength=len(lengths)) == 1).all() and edges[-1] == order.n and (np.diff(edges) > 0).all()
@@ -206,7 +206,7 @@ def test_at_the_internets_scale():
             expected = np.concatenate([np.arange(order._first[shard], order._first[shard + 1]) for shard in np.sort(inside)])
             assert (np.sort(samples) == expected).all()
 
-    # The cursor: step 10^6 is as near as step 0, and ranks of any world together hold the batch.
+    # The cursor: step 10^6 is reached as fast as step 0, and the ranks of any world size together have the batch.
     for step in (0, 10**6):
         batch = loader.batch(step)
         assert len(batch.keys) == 8 and len(batch.planned) == 8192

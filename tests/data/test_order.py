@@ -43,7 +43,7 @@ def test_epochs_and_seeds_differ():
 
 
 def test_order_is_well_mixed():
-    """Neighbours land apart and each place is hit evenly: mean |distance| of a random permutation is n / 3."""
+    """Neighbours are far apart and positions are hit evenly: the mean |distance| in a random permutation is n / 3."""
     n, seeds = 400, 50
     places = np.stack([permute(np.arange(n), n, seed) for seed in range(seeds)])
     assert abs(np.abs(np.diff(places, axis=1)).mean() - n / 3) < 0.03 * n

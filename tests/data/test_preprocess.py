@@ -1,4 +1,4 @@
-"""preprocess: every way to hand over an image gives the same tensor."""
+"""preprocess: every form of an image gives the same tensor."""
 
 import numpy as np
 import pytest

@@ -1,7 +1,7 @@
-"""Random archives and random images: never a crash, never a silent loss.
+"""Random archives and images: never a crash, never a silent loss.
 
-Samples in = samples used + samples counted, for the index, `data check`, the training loader, the evaluation and `encode`'s
-reader alike.
+Samples in = samples used + samples counted as skipped, for the index, `data check`, the training loader, the evaluation and `encode`'s
+reader.
 """
 
 import io
@@ -116,7 +116,7 @@ def keys_in(data: bytes) -> set[str]:
 
 
 def keys_of(dataset: ShardDataset) -> set[str]:
-    """The keys of all samples, by whether they can be read or not."""
+    """The keys of all samples, readable or not."""
     keys = set()
     for i in range(len(dataset)):
         try:
@@ -194,7 +194,7 @@ def test_any_archive(members, kind, cut, indexed):
     ids=["ustar", "pax", "gnu"],
 )
 def test_a_small_tar_cut_at_every_offset(tmp_path, kind, stem):
-    """Every sample before the cut is there, and a cut is told from a whole archive. Long names have headers of their own."""
+    """Every sample before the cut is found, and a cut archive is distinguished from a complete one. Long names have extra headers."""
     picture = encoded(Image.new("L", (1, 1)), "GIF")
     files = (("gif", picture), ("txt", b"words"))
     data = tar_of([(f"{stem}{i}.{suffix}", content, tarfile.REGTYPE, "") for i in range(2) for suffix, content in files], kind)
@@ -218,7 +218,7 @@ def test_a_small_tar_cut_at_every_offset(tmp_path, kind, stem):
                 assert expected == 0 and ("no_tar" in str(error) or "empty_file" in str(error)), cut
                 continue
         captions = [dataset.text(i).captions for i in range(len(dataset))]
-        # Without a second sample nothing tells that the first one lost its text; it counts as missing_caption.
+        # Without a second sample nothing shows that the first one lost its text, so it counts as missing_caption.
         assert captions == [{"txt": "words"}] * expected or (captions == [{}] and expected == 0), cut
         assert (dataset.left_out.counts["truncated_tar"] == 1 == dataset.uncounted) == (cut < end_mark), cut
 

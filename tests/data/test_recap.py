@@ -1,4 +1,4 @@
-"""The join's faults: lost captions, keys of other types, sides that don't fit, mixed files."""
+"""Faults in a join: lost captions, keys of other types, sides that don't match, mixed files."""
 
 import json
 

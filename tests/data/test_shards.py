@@ -66,7 +66,7 @@ def test_equal_samples_give_equal_bytes(tmp_path, files):
 
 
 def test_img2dataset_layout(tmp_path, png):
-    """key.jpg, key.txt, key.json with caption, url, sha256 and the sizes; read by folder, file, list and pattern."""
+    """key.jpg, key.txt, key.json with caption, url, sha256 and sizes; read as folder, file, list and pattern."""
     from PIL import Image
 
     from ov3fast.data.skips import Skip

@@ -1,4 +1,4 @@
-"""The files of ov3fast.data import each other one way."""
+"""The modules of ov3fast.data have no import cycles."""
 
 import ast
 from pathlib import Path
@@ -9,7 +9,7 @@ FOLDER = Path(ov3fast.data.__file__).parent
 
 
 def imports(path: Path) -> set[str]:
-    """Names of the files beside it that a file imports, anywhere in it."""
+    """Names of the sibling modules that a file imports anywhere."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "ov3fast.data":

@@ -30,7 +30,7 @@ def test_center_boxes():
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_resizing_antialiases(interpolation):
-    """A one-pixel checkerboard, shrunk eight times, is grey; without antialiasing it would be black or white."""
+    """A one-pixel checkerboard, downscaled eightfold, is grey; without antialiasing it would be black or white."""
     board = Image.fromarray((255 * (np.indices((128, 128)).sum(0) % 2)).astype(np.uint8)).convert("RGB")
     small = crop_resize(board, (0, 0, 128, 128), 16, interpolation)
     assert small.shape == (16, 16, 3) and np.abs(small.astype(int) - 128).max() <= 2
@@ -44,7 +44,7 @@ def test_the_gap_is_close_to_the_exact_filter():
 
 
 def test_transparent_colours_do_not_bleed():
-    """A dark red square on transparent green: every pixel of it over white is between dark red and white, nowhere green."""
+    """A dark red square on transparent green, composited over white: every pixel is between dark red and white, never green."""
     image = Image.new("RGBA", (64, 64), (0, 255, 0, 0))
     image.paste((128, 0, 0, 255), (19, 21, 43, 45))
     x = to_tensor(crop_resize(premultiplied(image), (0, 0, 64, 64), 16, "bilinear")[None])[0]

@@ -1,4 +1,4 @@
-"""Shards behind URLs, in fsspec's memory file system: the same samples, no byte more than asked for, and failures that pass or are named."""
+"""Shards behind URLs, in fsspec's memory file system: the same samples, no excess bytes, transient failures retried and permanent ones reported."""
 
 import threading
 
@@ -11,7 +11,7 @@ from ov3fast.data.urls import LocalCache, Url
 
 
 class Counting(MemoryFileSystem):
-    """memory:// that counts bytes, and fails when told to."""
+    """A memory:// file system that counts bytes and fails on demand."""
 
     protocol = "counting"
     store: dict = {}
@@ -119,7 +119,7 @@ def test_joined_captions_are_found(remote):
 def test_failures_that_pass_are_not_seen(remote):
     folder, url = remote
     dataset = ShardDataset(url)
-    Counting.failures[:] = [OSError("reset"), TimeoutError(), 7, 0]  # 7 and 0: so many bytes come
+    Counting.failures[:] = [OSError("reset"), TimeoutError(), 7, 0]  # 7 and 0: only that many bytes arrive
     assert dataset[5].key == ShardDataset(folder)[5].key
     assert not Counting.failures
 
@@ -167,7 +167,9 @@ def test_tars_are_read_ahead(remote, tmp_path):
     loader._fetcher[1].shutdown()
     names = {path.name.partition("-")[2] for path in tmp_path.glob("*.tar")}
     wanted = {f"{int(loader.orders[0][[10 * step]][0]) // 10:05d}.tar" for step in (0, 3)}
-    assert wanted <= names <= wanted | {"00000.tar", "00001.tar"}  # of the first samples, whose captions the start looks at
+    assert (
+        wanted <= names <= wanted | {"00000.tar", "00001.tar"}
+    )  # those of the first samples, whose captions are checked at startup
 
 
 def test_a_cut_fetch_leaves_nothing(remote, tmp_path):

@@ -70,7 +70,7 @@ def write_idx(path, values: np.ndarray) -> None:
 
 
 def write_fashion_mnist(folder, train: int = 60, test: int = 40) -> None:
-    """Pictures whose class is the bright row, so that a linear probe can read it."""
+    """Pictures in which the position of a bright row is the class, so that a linear probe can learn it."""
     rng = np.random.default_rng(0)
     folder.mkdir(exist_ok=True)
     for part, count in (("train", train), ("t10k", test)):

@@ -14,7 +14,7 @@ from ov3fast.evaluation.retrieval import ranks, similarity
 
 
 class Brightness(torch.nn.Module):
-    """An LPIPS in shape: differs by the mean."""
+    """A stand-in for LPIPS: the difference of the means."""
 
     backbone, preprocess = "brightness", "none"
 
@@ -138,7 +138,7 @@ def test_any_folder_of_shards(model, demo, fashion_folder):
         probe_test=20,
     )
     table = found.tables["retrieval"]["data"]
-    # Not a demo set: styles are not told apart, and both pictures of a name answer it.
+    # Not a demo set: styles are not distinguished, and both pictures of a name are correct.
     assert list(table["styles"]) == [""] and table["texts"] == 5 and table["images"] == 10
     assert table["chance"]["image_to_text"]["R@1"] == pytest.approx(1 / 5) == table["chance"]["text_to_image"]["R@1"]
     assert all(row["target"] is None for row in found.tables["metrics"])

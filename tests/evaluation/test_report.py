@@ -20,7 +20,7 @@ VOID = {"meta", "img", "br", "path"}
 
 
 class Checker(HTMLParser):
-    """Every tag is closed where it was opened; collects text, pictures and addresses."""
+    """Checks that tags are properly nested; collects text, pictures and URLs."""
 
     def __init__(self):
         super().__init__()
@@ -203,7 +203,7 @@ def test_error_maps_share_one_scale():
     maps = palette.error_map(images, reference)
     assert maps.dtype == torch.uint8 and maps.shape == images.shape
     assert maps[0, :, 0, 0].tolist() == [0, 0, 4] and maps[2, :, 0, 0].tolist() == [252, 255, 164]
-    # 32 / 255 is half of the range and a bit: between the fourth and the fifth of eight colours.
+    # 32 / 255 is slightly above half of the range: between the fourth and fifth of eight colours.
     assert 159 <= maps[1, 0, 0, 0] <= 212
     lightness = palette.error_map(
         torch.arange(64, dtype=torch.uint8).expand(3, 1, 64), torch.zeros(3, 1, 64, dtype=torch.uint8)

@@ -6,7 +6,7 @@ from ov3fast.evaluation.retrieval import chance, concept_ids, nearest, ranks, re
 
 
 def brute_force_rank(row, concept, gallery):
-    """The place of the best right answer when every tie is lost."""
+    """The rank of the best correct answer if every tie counts against it."""
     order = sorted(range(len(gallery)), key=lambda j: (-row[j], gallery[j] == concept))
     return next(place for place, j in enumerate(order) if gallery[j] == concept)
 

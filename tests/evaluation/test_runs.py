@@ -1,4 +1,4 @@
-"""Runs while they train and side by side: ov3fast watch, ov3fast compare."""
+"""ov3fast watch and ov3fast compare."""
 
 import json
 import os

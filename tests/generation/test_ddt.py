@@ -1,4 +1,4 @@
-"""The generators: parameter counts of the published ones, shapes, conditions, positions, and that they learn."""
+"""The generators: published parameter counts, shapes, conditioning, positions, and learning."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ def count(config: GeneratorConfig) -> float:
 
 
 def test_parameters_of_the_published_ones():
-    """RAE, table 7: DiT^DH-XL has 839 M parameters for tokens of 768 channels. By hand, for a block: 4 + 8 + 6 squares of its width."""
+    """RAE, table 7: DiT^DH-XL has 839 M parameters for tokens of 768 channels. By hand: a block has 4 + 8 + 6 times its squared width."""
     assert count(generator_config("XL")) == pytest.approx(839, abs=1)
     by_hand = (28 * 18 * 1152**2 + 2 * 18 * 2048**2) / 1e6
     assert by_hand < count(generator_config("XL")) < 1.03 * by_hand
@@ -48,7 +48,7 @@ def test_parameters_of_the_published_ones():
 @pytest.mark.parametrize(("in_context", "condition"), KINDS)
 def test_shapes_and_gradients(in_context, condition):
     generator, labels = small(in_context, condition)
-    with torch.no_grad():  # what starts at zero would hide the rest
+    with torch.no_grad():  # zero-initialised layers would hide the rest
         for parameter in generator.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     outputs = generator(torch.randn(2, 6, 4, 4), torch.tensor([0.3, 0.9]), generator.drop(labels, torch.tensor([True, False])))
@@ -133,7 +133,7 @@ def test_int8_samples_are_near_and_do_not_depend_on_their_batch():
 
 
 def test_rotation_depends_on_the_distance_alone():
-    """<R(a) q, R(b) k> is a function of b - a, along the rows and along the columns."""
+    """<R(a) q, R(b) k> depends only on b - a, along rows and columns."""
     angles = layers.rotary_angles(5, 5, 16).double()
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
     turned_q, turned_k = (layers.rotate(x.expand(1, 25, 1, 16), angles)[0, :, 0] for x in (q, k))
@@ -147,7 +147,7 @@ def test_rotation_depends_on_the_distance_alone():
 @pytest.mark.full
 @pytest.mark.parametrize("in_context", [False, True])
 def test_it_learns_two_classes(in_context):
-    """Two constant pictures: after some steps samples are nearer to their class's picture than to the other's."""
+    """Two constant pictures: after a few steps, samples are closer to their class's picture than to the other's."""
     generator, _ = small(in_context, "class")
     data = torch.stack([torch.full((6, 4, 4), 1.0), torch.full((6, 4, 4), -1.0)])
     optimizer = torch.optim.AdamW(generator.parameters(), 3e-3)

@@ -1,4 +1,4 @@
-"""Statistics of tokens and figures of images: by the library and by the command line, and what they refuse."""
+"""Token statistics and FID-style metrics: library, command line and errors."""
 
 import json
 
@@ -35,7 +35,7 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
 def test_statistics_do_not_depend_on_the_batch(folder, pictures, tmp_path):
     model = load_model(folder)
     one, many = (token_statistics(model, pictures, batch_size=batch) for batch in (1, 4))
-    # Tokens of another batch size may differ by rounding; float32 tokens, so at its accuracy.
+    # Tokens may differ by float32 rounding for another batch size.
     torch.testing.assert_close((one.mean, one.var), (many.mean, many.var), rtol=1e-4, atol=1e-6)
     assert one.about["images"] == "9" and one.about["skipped"] == "1" and one.mean.shape == (24, 2, 2)
     read = LatentStatistics.load(one.save(tmp_path / "statistics.safetensors"))
@@ -46,7 +46,7 @@ def test_statistics_do_not_depend_on_the_batch(folder, pictures, tmp_path):
 
 
 def test_conventions_of_others(folder, pictures):
-    """RAE divides by sqrt(var + 1e-5); diffusers by std + 1e-5: the same numbers come out."""
+    """RAE divides by sqrt(var + 1e-5), diffusers by std + 1e-5; both give the same numbers."""
     found = token_statistics(load_model(folder), pictures)
     z = torch.randn(2, 24, 2, 2)
     rae, diffusers = found.to_rae(), found.to_diffusers()
@@ -92,13 +92,13 @@ def test_inception(weights, tmp_path):
 
 
 def test_resize_of_tensorflow_1():
-    """Doubling a row [0, 1]: pixels at 0, 0.5, 1 and beyond the last one, which repeats."""
+    """Upscaling a row [0, 1] twofold: pixels at 0, 0.5, 1 and past the last one, which repeats."""
     row = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2).expand(1, 1, 2, 2)
     assert inception.resize_tf1(row, 4)[0, 0, 0].tolist() == [0, 0.5, 1, 1]
 
 
 def test_protocols(weights, pictures, tmp_path):
-    """A figure is refused where reference and protocol don't fit."""
+    """A reference of another protocol is rejected."""
     protocol = fid.protocol_named("torch-fidelity")
     extractor = fid.build_extractor(protocol, weights, lambda name: None)
     found = fid.extract(sorted(pictures.glob("[0-4].png")), protocol, extractor, image_size=32)
@@ -121,7 +121,7 @@ def test_protocols(weights, pictures, tmp_path):
 
 
 def test_the_fid_command(capsys, monkeypatch, pictures, tmp_path):
-    """With features that need no download: means of channels."""
+    """With features that need no download: channel means."""
     features = lambda images: (torch.cat([images.float().mean((2, 3)), images.float().std((2, 3))], 1), None)  # noqa: E731
     monkeypatch.setattr(fid, "build_extractor", lambda *_: features)
     reference = tmp_path / "reference.npz"

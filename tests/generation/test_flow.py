@@ -20,7 +20,7 @@ def gaussian(mean: float, std: float):
 
 
 def end(mean: float, std: float, noise: torch.Tensor) -> torch.Tensor:
-    """Where the exact flow ends: the noise keeps its quantile."""
+    """The end of the exact flow, which preserves the quantile of the noise."""
     return mean + std * noise
 
 

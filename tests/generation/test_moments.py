@@ -74,7 +74,7 @@ def test_frechet_equals_the_matrix_square_root(values):
 
 
 def test_frechet_of_what_commutes():
-    """For diagonal covariances it is |m1 - m2|^2 + sum of (sigma1 - sigma2)^2; equal sets are at distance 0."""
+    """For diagonal covariances it is |m1 - m2|^2 + sum (sigma1 - sigma2)^2; equal sets have distance 0."""
     mean, sigma = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 1.0, 2.0])
     found = frechet.frechet_distance(mean, sigma.square().diag(), mean + 1, (2 * sigma).square().diag())
     assert found == pytest.approx(3 + float(sigma.square().sum()))
@@ -88,14 +88,14 @@ def test_fewer_samples_than_dimensions():
 
 
 def test_inception_score_by_hand():
-    """Images of K classes in equal parts, each surely its own: K. All alike: 1."""
+    """K equally frequent classes, each predicted with certainty: K. All predictions alike: 1."""
     logits = torch.eye(4).repeat(25, 1) * 1e3
     assert frechet.inception_score(logits, splits=5)[0] == pytest.approx(4)
     assert frechet.inception_score(torch.zeros(20, 4), splits=2) == (pytest.approx(1), pytest.approx(0))
 
 
 def test_precision_and_recall_by_hand():
-    """Generated points inside one of the reference's two clusters: all are real, half of the reference is found."""
+    """Generated points cover one of the reference's two clusters: precision 1, recall 1/2."""
     torch.manual_seed(0)
     cluster = torch.randn(40, 2)
     assert frechet.precision_recall(cluster, torch.cat([cluster + 1e-3, cluster + 1000])) == (1.0, 0.5)

@@ -1,4 +1,4 @@
-"""A generator's run: exact resume, several processes, what is refused, the commands that sample it, and the report."""
+"""Training a generator: exact resume, several processes, errors, the commands that sample it, and the report."""
 
 import dataclasses
 import io
@@ -66,7 +66,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(recipe, tmp_path, changes):
     whole = dataclasses.replace(recipe, run_dir=tmp_path / "whole", **changes)
     training.train_generator(whole)
     half = dataclasses.replace(whole, run_dir=tmp_path / "half", steps=2)
-    # The schedule is a function of all steps, so the first half is run as the whole one, and stopped.
+    # The schedule depends on the total number of steps, so the first half is a full run that is stopped.
     tokens = training.encode_tokens(whole, training.load_model(whole.model))
     trainer = training.Trainer(whole, tokens)
     trainer.step(), trainer.step()

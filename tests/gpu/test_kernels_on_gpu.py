@@ -1,6 +1,6 @@
-"""Every operator's Triton and CUDA kernels on a GPU, at sizes that training meets; `make test-gpu`.
+"""Every operator's Triton and CUDA kernels on a GPU, at sizes from training; `make test-gpu`.
 
-With TRITON_INTERPRET=1 what needs no GPU runs in Triton's interpreter, at tiny sizes.
+With TRITON_INTERPRET=1, tests that need no GPU run in Triton's interpreter, at tiny sizes.
 """
 
 import os
@@ -27,7 +27,7 @@ if not GPU and not triton.INTERPRETED:
 DEVICE, SIZE = ("cuda", "real") if GPU else ("cpu", "tiny")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16) if GPU else (torch.float32, torch.bfloat16)
 BACKENDS = ("triton", "cuda") if GPU else ("triton",)
-# What a backend's contract refuses is left out: it would count as skipped, and that is how a backend that isn't there shows.
+# Calls that a backend does not support are excluded here: as skips they would be indistinguishable from a missing backend.
 CASES = [(b, sample, dtype) for b in BACKENDS for sample in SAMPLES for dtype in DTYPES if sample.takes(b, dtype)]
 PAIRS = list(dict.fromkeys((sample, b) for b, sample, _ in CASES))
 
@@ -45,14 +45,14 @@ def chosen(backend, sample):
 
 @pytest.fixture(params=PAIRS, ids=lambda pair: f"{pair[1]}-{pair[0].name}")
 def sample(request):
-    """Each sample, with the backend chosen."""
+    """Each sample, with the backend selected."""
     with chosen(request.param[1], request.param[0]) as sample:
         yield sample
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1].name}-{case[2]}")
 def case(request):
-    """Each sample and dtype, with the backend chosen."""
+    """Each sample and dtype, with the backend selected."""
     backend, sample, dtype = request.param
     with chosen(backend, sample):
         yield sample, dtype
@@ -74,7 +74,7 @@ def test_parity_across_chunks(sample):
 @pytest.mark.parametrize("sample", [s for s in SAMPLES if s.op.startswith("flash_attention")], ids=lambda sample: sample.name)
 @pytest.mark.parametrize("library", ["flash_attn", "flash_attn_3", "cudnn", "xformers", "sdpa"])
 def test_attention_of_a_library(library, sample):
-    """What an automatic choice may take instead of the Triton kernels keeps their contract."""
+    """Libraries that automatic selection may use instead of the Triton kernels satisfy the same contract."""
     state = ops.table()[sample.op][library]
     if state != "ready":
         pytest.skip(f"{library}: {state}")
@@ -93,7 +93,7 @@ def test_attention_of_a_library(library, sample):
 @pytest.mark.parametrize("head_dim", [64, 72, 128])
 @pytest.mark.parametrize("way", ["tma", "warp-specialized"])
 def test_attention_through_descriptors(way, head_dim, causal, dtype):
-    """What `ov3fast tune` may turn on: parity, the same bits every time, and in a captured graph."""
+    """Variants that `ov3fast tune` may enable: parity, determinism, and graph capture."""
     from ov3fast.kernels.attention.tiles import size_class
     from ov3fast.kernels.lib.common import TYPES
 
@@ -158,7 +158,7 @@ def test_opcheck(sample):
 
 @needs_gpu
 def test_compile_keeps_the_whole_graph(sample):
-    """In the interpreter, tests/ops looks at that."""
+    """In the interpreter, tests/ops covers this."""
     inputs = sample.inputs("tiny", torch.float32, DEVICE)
     torch.compiler.reset()
     compiled = torch.compile(sample.function, fullgraph=True, backend="inductor")
@@ -168,7 +168,7 @@ def test_compile_keeps_the_whole_graph(sample):
 
 @needs_gpu
 def test_graph_capture(sample):
-    """A captured call gives, for other values in the same places, what an eager call gives."""
+    """A captured call, replayed with other values in the same memory, equals an eager call."""
     inputs = sample.inputs(SIZE, torch.bfloat16, DEVICE)
     upstream = sample.upstream(inputs)
     stream = torch.cuda.Stream()
@@ -196,7 +196,7 @@ def test_compute_sanitizer(backend, tool):
     if program is None:
         pytest.skip("compute-sanitizer is not installed")
     command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "tools.gpu.once", backend]
-    # The caching allocator would hide reads beyond a tensor and of memory that nobody wrote.
+    # The caching allocator would hide out-of-bounds and uninitialised reads.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=environment)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

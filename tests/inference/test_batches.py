@@ -1,4 +1,4 @@
-"""An image's bits don't depend on its company."""
+"""An image's results are bitwise independent of its batch."""
 
 import contextlib
 
@@ -65,7 +65,7 @@ def test_a_backend_that_is_asked_for_stays(model):
 
 
 class Sums:
-    """Adds 1e-9 to what rides with others, in batches of the sizes named."""
+    """Adds 1e-9 to all but the first item in batches of the given sizes."""
 
     def __init__(self, *wrong: int) -> None:
         self.wrong, self.sizes = wrong, []

@@ -1,4 +1,4 @@
-"""Many images: sources, parts, processes, and what a killed run leaves for the next."""
+"""Bulk encoding: sources, parts, processes, and resuming after a kill."""
 
 import io
 import json
@@ -49,7 +49,7 @@ def expected(model, photos):
 
 @pytest.fixture
 def run(model_folder, vae_folder, capsys):
-    """The command; its JSON summary."""
+    """Runs the command and returns its JSON summary."""
 
     def run(*arguments, model=model_folder):
         assert cli.main(["encode", str(model), *map(str, arguments), "--vae", str(vae_folder), "--json"]) == 0

@@ -1,4 +1,4 @@
-"""The model takes images in every form that people hold them in."""
+"""The model accepts images in every common form."""
 
 import numpy as np
 import pytest

@@ -47,7 +47,7 @@ def test_it_is_what_the_model_gives(found, model, folder):
 def test_embeddings_do_not_depend_on_the_batch(found, model, folder, batch_size):
     again = encode(model, folder, batch_size=batch_size, workers=batch_size)
     assert again.names == found.names
-    # float32 rounding: sums of some hundred terms in another order.
+    # float32 rounding: sums of a few hundred terms in another order.
     for ours, theirs in ((again.pooled, found.pooled), (again.tokens, found.tokens)):
         assert (ours - theirs).abs().max() <= 2e-6 * theirs.abs().max()
 
@@ -68,7 +68,7 @@ def test_files_and_folders_mixed_keep_their_names_apart(folder, tmp_path):
     (tmp_path / "p0.png").write_bytes((folder / "p0.png").read_bytes())
     names = find_images([folder / "p1.png", tmp_path, folder])
     assert list(names)[0] == f"{folder}/p1.png" and f"{tmp_path}/p0.png" in names and "p2.png" in names
-    # A file that is given twice is there once.
+    # A file given twice is encoded once.
     assert len(names) == 1 + 9 and names["more/p5.jpg"] == folder / "more" / "p5.jpg"
 
 

@@ -1,4 +1,4 @@
-"""Captured models, on the stand-in of kernel_tools/graphs.py: replays are of recorded calls, into the recorded places."""
+"""Captured models, on the stand-in for CUDA graphs of kernel_tools/graphs.py, which replays recorded calls into the recorded memory."""
 
 import threading
 
@@ -16,7 +16,7 @@ from ov3fast.inference.load import VisionTower
 
 @pytest.fixture
 def machine(monkeypatch):
-    # It looks at tensors on a CPU, and not at a GPU's.
+    # It inspects values of CPU tensors but not of GPU tensors.
     for module in ("vit", "openvision3"):
         monkeypatch.setattr(f"ov3fast.models.{module}.as_images", lambda images, size: images)
     with graphs_on_cpu() as machine:
@@ -38,7 +38,7 @@ def test_a_replay_gives_what_the_model_gives(machine, model, name):
     fast = capture(model, sizes=[(2, 32)])
     inputs = [testing.make(2, 16, 4, 4, seed=seed) if name == "encode_latents" else pictures(2, seed) for seed in range(3)]
     found = [results(fast, name, x) for x in inputs]
-    for ours, x in zip(found, inputs, strict=True):  # earlier results were not overwritten
+    for ours, x in zip(found, inputs, strict=True):  # replays don't overwrite earlier results
         testing.assert_same_bits(ours, results(model, name, x))
     assert machine.recordings == 1 and machine.replays == 3 and not fast.eager_calls
     assert machine.log[:4] == ["wait", "side stream", "wait", "record"]
@@ -118,7 +118,7 @@ def test_towers_and_encode(machine, model, vae, folder):
 
 
 def test_by_way_of_optimize(machine, model):
-    """In another dtype the weights are a copy's."""
+    """In another dtype the weights are copies."""
     fast, x = ov3fast.optimize(model, torch.bfloat16, mode="graph"), pictures(1)
     assert fast.original is model and "replays CUDA graphs" in str(fast.report)
     ours = results(fast, "encode", x)
@@ -152,7 +152,7 @@ def test_bad_calls_are_refused(model):
 
 
 def test_a_value_that_is_read_within_a_recording_is_found():
-    """Of the stand-in itself."""
+    """Tests the stand-in itself."""
     x = torch.arange(4.0)
     with graphs_on_cpu():
         for read in (lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x.tolist(), lambda x: x[x > 1]):

@@ -1,4 +1,4 @@
-"""int8: how near it comes, on photos that it was not calibrated on; what stays wide; what is refused."""
+"""int8: accuracy on photos that it was not calibrated on, modules that are not quantised, and errors."""
 
 import pytest
 import torch
@@ -14,12 +14,12 @@ from ov3fast.models.vae import FrozenVAE
 pytestmark = pytest.mark.skipif(int8.unavailable_reason() is not None, reason=str(int8.unavailable_reason()))
 
 COSINE, PSNR = 0.999, 40.0
-"""What is promised: least cosine of pooled vectors and tokens to the wide model's, PSNR of a VAE's reconstruction to its own."""
+"""Guaranteed accuracy: minimum cosine of pooled vectors and tokens, and PSNR of a VAE's reconstruction, relative to the unquantised model."""
 
 
 @pytest.fixture(scope="module")
 def photos():
-    """(to calibrate on, to measure on)."""
+    """(photos for calibration, photos for evaluation)."""
     pytest.importorskip("skimage")
     prepared = ov3fast.preprocess(package_photos("photos"), 64)
     return prepared[:5], prepared[5:]
@@ -32,7 +32,7 @@ def small_vae():
 
 @pytest.fixture(scope="module")
 def tower(small_vae):
-    """The demo's sizes, with layers whose channels differ by two orders of magnitude, as trained ones do."""
+    """The demo's sizes, with channels that differ in scale by two orders of magnitude, as in trained models."""
     torch.manual_seed(0)
     vision = VisionConfig(width=192, depth=4, heads=3, mlp_dim=768, image_size=64, embed_dim=64)
     model = OpenVision3(
@@ -120,7 +120,7 @@ def test_a_product_is_the_formula(bias, dtype):
     exact = scale * t.double() * ((q - zero) @ w.double().t()) + (0 if offset is None else offset.double())
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
-    # Half a step of each, and of both at once.
+    # Half a quantisation step of each operand, and of both at once.
     x, step = x.double(), t.double()[None, None]
     bound = scale / 2 * weight.double().abs().sum(1) + step / 2 * x.abs().sum(-1, keepdim=True) + 24 * scale / 2 * step / 2
     rounded = torch.finfo(dtype).eps * (x.abs() @ weight.double().abs().t())

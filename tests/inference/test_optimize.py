@@ -1,4 +1,4 @@
-"""ov3fast.optimize: others' models with the operators in them give the same outputs within the budget, and are undone whole."""
+"""ov3fast.optimize: other libraries' models give the same outputs within the budget, and the original is unchanged."""
 
 import copy
 import json
@@ -42,7 +42,7 @@ TOWERS = {"clip": clip, "siglip": siglip, "dinov2": dinov2, "clip_quick_gelu": l
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
-    """No second of measuring, no compiler, and a memory of its own."""
+    """No lengthy timing, no compiler, and a private cache."""
     monkeypatch.setattr(choosing, "SECONDS", 0.0)
     monkeypatch.setattr(choosing, "ROUNDS", 1)
     monkeypatch.setattr(choosing, "compiled", lambda *_: (_ for _ in ()).throw(RuntimeError("left out")))

@@ -1,4 +1,4 @@
-"""What encode does with paths: all checked before the work, results alike in every format, nothing lost when a job ends early."""
+"""Paths in encode: checked before any work, same results in every format, nothing lost if a job ends early."""
 
 import errno
 import json
@@ -21,7 +21,7 @@ FORMATS = ("e.safetensors", "e.npz", "e.npy")
 
 @pytest.fixture
 def photos(folder, tmp_path):
-    """Five good pictures in a folder of their own."""
+    """Five valid pictures in a separate folder."""
     photos = tmp_path / "photos"
     photos.mkdir()
     for name in ("p0.png", "p1.png", "p2.png", "p3.png", "p4.png"):
@@ -210,7 +210,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(model, photos, tmp_path, mon
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("kilobytes", [4, 8, 12, 24])
 def test_a_file_system_that_is_really_full(model, photos, small_disk, monkeypatch, name, kilobytes):
-    """The rows as they are written, the file made of them, and its words meet the end of the disk in turn."""
+    """The disk fills up while writing the rows, the final file, and its metadata, in turn."""
     encode_ = model.encode
     monkeypatch.setattr(
         model, "encode", lambda inputs: [value.repeat(1, *[30] * (value.ndim - 1)) for value in encode_(inputs)]

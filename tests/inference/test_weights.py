@@ -1,4 +1,4 @@
-"""A tower is in memory once: it is built without values, and takes those of the file one by one."""
+"""Loading a tower takes the memory of one copy: it is built without storage and filled tensor by tensor."""
 
 import os
 import subprocess

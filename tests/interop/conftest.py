@@ -1,4 +1,4 @@
-"""A tiny model with a random VAE, the same as a released tower, and pictures."""
+"""A tiny model with a random VAE, its released-tower form, and pictures."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The first code block of each door's page, of Serve a model and of Many images runs as it stands, in a folder with a run and a photo."""
+"""The first code block of each interop page, of serve.md and of bulk.md runs unchanged, in a folder with a run and a photo."""
 
 import os
 import re

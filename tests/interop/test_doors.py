@@ -1,4 +1,4 @@
-"""One set of weights through each door: the same tokens, bit for bit, and each library's contract."""
+"""The same weights through each library's API: bitwise equal tokens, and each library's contract."""
 
 import copy
 from types import SimpleNamespace
@@ -61,7 +61,7 @@ class TestDiffusers:
             latent = autoencoder.encode(images).latent
             assert latent.shape == (2, 32, 2, 2)
             tokens = model.encode(images)[1]
-            # The statistics of zeros and ones leave the tokens but for the root of 1 + 1e-5.
+            # Statistics of zeros and ones leave the tokens unchanged except for the factor 1 / sqrt(1 + 1e-5).
             torch.testing.assert_close(latent.flatten(2).transpose(1, 2), tokens / (1 + 1e-5) ** 0.5)
             sample = autoencoder.decode(latent).sample
             torch.testing.assert_close(sample.clamp(-1, 1), model.reconstruct(images), rtol=1e-4, atol=1e-4)
@@ -93,7 +93,7 @@ class TestDiffusers:
         autoencoder.set_statistics(mean, var)
         normalised = autoencoder.encode(images).latent
         assert normalised.mean(0).abs().max() < 1e-3 and normalised.var(0, correction=0).max() < 1.01
-        # The statistics are those of the un-normalised latents, whatever is set.
+        # Statistics are always those of the unnormalised latents.
         torch.testing.assert_close(latent_statistics(autoencoder, [images])[0], mean, rtol=1e-4, atol=1e-5)
         with pytest.raises(ValueError, match="got no image"):
             latent_statistics(autoencoder, [])

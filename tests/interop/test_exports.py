@@ -1,4 +1,4 @@
-"""Exports: the files give what the model gives, at every batch and size, where no ov3fast can be imported; and their certificates say so."""
+"""Exports: the files reproduce the model at every batch size and image size without ov3fast, as their certificates state."""
 
 import json
 import os
@@ -38,7 +38,7 @@ torch.save({"found": [found] if isinstance(found, torch.Tensor) else list(found)
 
 
 def elsewhere(kind, file, given, folder):
-    """What the exported file gives in a process in which an import of ov3fast fails."""
+    """The output of the exported file in a process where importing ov3fast fails."""
     torch.save({"given": given}, folder / "io.pt")
     command = [sys.executable, "-c", RUN, kind, str(file), str(folder / "io.pt")]
     done = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True)
@@ -76,7 +76,7 @@ def test_positions_from_the_weights_fix_the_size(model):
 
 @pytest.fixture(scope="module")
 def exported(model_folder, tmp_path_factory):
-    """The folder of each format, made once by the command."""
+    """The folder of each format, exported once with the command."""
     made = {}
 
     def folder(format):
@@ -126,7 +126,7 @@ def test_runs_without_ov3fast(exported, model, model_folder, tmp_path, format):
 
 @pytest.mark.full
 def test_a_compiled_package_runs_without_ov3fast(model, tmp_path):
-    """The vision tower's alone: compiling takes minutes."""
+    """Only the vision tower, since compilation takes minutes."""
     folder = export(VisionTower(model.encoder, model.get_vae()), tmp_path / "out", aotinductor=True)
     images = torch.rand(3, 3, 48, 32, generator=torch.Generator().manual_seed(2)) * 2 - 1
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_a_file_that_is_off_is_not_written(model, tmp_path, monkeypatch):
 
 
 def test_the_budget_is_that_of_the_operators(model, tmp_path):
-    """Another order of summation passes, the model itself has no error but its own."""
+    """Another order of summation passes, and the model compared with itself has no error."""
     certificate = _certificate.Certificate(model, "torch", "here")
 
     def run(given):

@@ -1,4 +1,4 @@
-"""Beside timm and open_clip themselves, where they are installed (`make test-doors`): their code takes our doors, `optimize` takes their models."""
+"""Against the real timm and open_clip, if installed (`make test-doors`): their code runs with our models, and `optimize` with theirs."""
 
 import copy
 
@@ -19,7 +19,7 @@ def within_budget(model, fast, dtype, x, call):
 
 
 def shaken(model):
-    """Norms, biases and layer scales that do something."""
+    """Randomises norms, biases and layer scales, so that they matter."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -59,7 +59,7 @@ class TestTimm:
         assert fast.report.choices["blocks.0"] == "int8" and fast.report.accuracy["least cosine, pooled"] > 0.99
 
     def test_features_only(self, dtype, model):
-        """timm's own getter, over our door."""
+        """timm's own getter, on our model."""
         from timm.models._features import FeatureInfo
 
         door = timm_door.TimmModel(copy.deepcopy(model).to(dtype))

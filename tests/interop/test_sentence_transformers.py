@@ -1,4 +1,4 @@
-"""SentenceEncoder: the vectors of the model, in the forms that callers of sentence-transformers ask for."""
+"""SentenceEncoder: the model's vectors, in the forms that sentence-transformers returns."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""transformers' door: the same weights give the same tokens through its classes, with and without ov3fast, and inside Llava."""
+"""transformers: the same weights give the same tokens through its classes, with and without ov3fast, and in Llava."""
 
 import json
 import os
@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 import ov3fast.interop.transformers as door  # noqa: E402
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-"""For weights that transformers maps from a file: oneDNN takes other kernels for their alignment."""
+"""For weights memory-mapped by transformers: oneDNN picks other kernels for their alignment."""
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ torch.save({"tokens": found.last_hidden_state, "pooled": found.pooler_output, "p
 
 @pytest.mark.parametrize("kind", ["model", "tower"])
 def test_trust_remote_code_without_ov3fast(model, images, folder, tower_folder, tmp_path, kind):
-    """The folder's own code, on plain PyTorch: an import of ov3fast fails in that process."""
+    """The folder's own code, on plain PyTorch, in a process where importing ov3fast fails."""
     torch.save({"images": images}, tmp_path / "io.pt")
     path = folder if kind == "model" else tower_folder
     command = [sys.executable, "-c", WITHOUT_OV3FAST, str(path), str(tmp_path / "io.pt")]

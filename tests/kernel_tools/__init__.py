@@ -1,1 +1,1 @@
-"""Shared by the tests of kernels: small kernels to try the tools on, program orders, sample calls of every operator."""
+"""Shared by the kernel tests: small kernels for testing the tools, program orders, sample calls of every operator."""

@@ -1,7 +1,7 @@
-"""A stand-in for CUDA graphs on the CPU: what PyTorch dispatches within a recording is kept and replayed, into the same tensors.
+"""A stand-in for CUDA graphs on the CPU: operations that PyTorch dispatches during a recording are stored and replayed into the same tensors.
 
-As on a GPU, a replay reads what lies at the recorded places and writes where the recording wrote; a recording itself changes nothing and leaves
-nothing to read, and reading a value in Python within it raises.
+As on a GPU, a replay reads the recorded memory and writes where the recording wrote; recording itself computes nothing, and reading a value
+in Python during it raises.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ HOST_READS = (
 )
 
 INDEXED = ("aten::index", "aten::index_put", "aten::index_put_")
-"""By a mask they have to count first, unless one number is written everywhere."""
+"""With a mask they must count its elements first, unless they write a single number."""
 
 
 class HostReadError(RuntimeError):
-    """A value was read while a graph was recorded."""
+    """A value was read during graph recording."""
 
 
 class Tape(TorchDispatchMode):
-    """Records the calls within the block; `replay` makes them again."""
+    """Records the calls within the block; `replay` repeats them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, tuple, dict, list[Tensor]]] = []
         self.reads = False
-        """Whether values may be read at the moment."""
+        """Whether values may currently be read."""
         self.own: set[int] = set()
-        """Addresses of what was made within the recording."""
+        """Addresses of tensors created during the recording."""
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
-        """Address -> what was changed, and a copy of what it was."""
+        """Address -> the modified tensor, and a copy of its original value."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -63,9 +63,9 @@ class Tape(TorchDispatchMode):
                         self.before[place] = bytes_of, bytes_of.clone()
         with self._trusted(function.namespace == "ov3fast"):
             results = function(*args, **kwargs)
-        # Views and results in place lie where their source does, whose replay writes them.
+        # Views and in-place results share memory with their source, which the replay writes.
         fresh = [] if any(r.alias_info is not None for r in function._schema.returns) else tree_leaves(results)
-        # Kept apart from what is handed out: that may be changed into something else (.data, resize_).
+        # Detached from the returned tensors, which may later be changed (.data, resize_).
         keep = [value.detach() if isinstance(value, Tensor) else None for value in fresh]
         self.own |= {value.untyped_storage().data_ptr() for value in keep if value is not None}
         args, kwargs = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
@@ -74,7 +74,7 @@ class Tape(TorchDispatchMode):
 
     @torch.no_grad()
     def undo(self) -> None:
-        """As if nothing had been computed yet."""
+        """Restores the state before the recording."""
         for _, _, _, places in self.calls:
             for place in places:
                 if place is not None and place.is_floating_point():
@@ -92,7 +92,7 @@ class Tape(TorchDispatchMode):
 
     @contextmanager
     def _trusted(self, ours: bool) -> Iterator[None]:
-        """Our operators' CPU backends may look at values; that launchers on a GPU don't is what a pretended one shows."""
+        """Lets our operators' CPU backends read values; the pretended GPU checks that launchers on a GPU don't."""
         before, self.reads = self.reads, ours
         try:
             yield
@@ -101,7 +101,7 @@ class Tape(TorchDispatchMode):
 
 
 class Machine:
-    """What was asked of the stand-in, in order."""
+    """A log of the stand-in's recordings and replays."""
 
     def __init__(self) -> None:
         self.log: list[str] = []
@@ -119,7 +119,7 @@ class Machine:
 
 @contextmanager
 def graphs_on_cpu() -> Iterator[Machine]:
-    """Within the block torch.cuda's graphs, streams and events are the stand-in's, and the CPU passes for a device that has them."""
+    """Within the block torch.cuda's graphs, streams and events are the stand-in's, and the CPU is treated as a device that supports them."""
     machine = Machine()
 
     class Stream:

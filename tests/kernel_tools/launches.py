@@ -1,4 +1,4 @@
-"""Runs the kernels' own launchers on CPU tensors: kernel[grid](...) executes the kernel's PTX in ptxrun, which checks every access."""
+"""Runs the real launchers on CPU tensors: kernel[grid](...) executes the kernel's PTX in ptxrun, which checks every access."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Report = ptxrun.report.Report
 
 @contextmanager
 def on_ptx(order: str = "forward", target: str = "sm_80", **options: Any) -> Iterator[list[tuple[str, Report]]]:
-    """Yields (kernel, report) of each launch in the block, with the target's rows of configuration; any finding fails at once."""
+    """Yields (kernel, report) of each launch in the block, using the target's configurations; any finding fails immediately."""
     launched = []
 
     def run(kernel, *args, grid, warmup=False, num_warps=4, num_stages=2, **kwargs):
@@ -37,7 +37,7 @@ def on_ptx(order: str = "forward", target: str = "sm_80", **options: Any) -> Ite
 
 @contextmanager
 def compiled(order: str = "forward", target: str = "sm_80", **options: Any) -> Iterator[dict[str, list[Report]]]:
-    """The same, by kernel; filled in when the block ends."""
+    """The same, grouped by kernel; filled when the block ends."""
     reports: dict[str, list[Report]] = {}
     with on_ptx(order, target, **options) as launched:
         yield reports
@@ -59,7 +59,7 @@ def in_any_order(
 
 
 def assert_traffic(report: Report, expected: float, *small: str) -> None:
-    """Bytes read and written are within 10 % of the formula; `small` names vectors that many threads reread from cache."""
+    """Asserts that the bytes read and written are within 10 % of the formula; `small` are vectors that many threads reread from cache."""
     moved = sum(sum(kinds.values()) for name, kinds in report.per_tensor.items() if name not in small)
     assert abs(moved - expected) <= 0.1 * expected, (
         f"{moved} bytes moved, formula {expected:.0f}\n{report}\n{report.per_tensor}"

@@ -1,4 +1,4 @@
-"""Wrong kernels: plain PyTorch with one of its sums computed wrongly."""
+"""Mutated operators: plain PyTorch with one of its sums computed incorrectly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PRODUCTS = {aten.mm.default, aten.bmm.default}
 
 
 def _terms(operation: Any, args: tuple) -> Tensor:
-    """What is summed, its last axis the one to sum over."""
+    """The summands, with the reduction over the last axis."""
     if operation in PRODUCTS:
         a, b = args
         return a.unsqueeze(-2) * b.transpose(-1, -2).unsqueeze(-3)
@@ -28,13 +28,13 @@ def _terms(operation: Any, args: tuple) -> Tensor:
 
 
 def _dropped_term(terms: Tensor) -> Tensor:
-    """The last one that isn't zero everywhere."""
+    """Drops the last term that isn't zero everywhere."""
     last = int((terms != 0).reshape(-1, terms.shape[-1]).any(0).nonzero()[-1])
     return terms.sum(-1) - terms[..., last]
 
 
 def _wrong_scale(terms: Tensor) -> Tensor:
-    """As by dividing by n - 1 in place of n."""
+    """The scale error of dividing by n - 1 instead of n."""
     return terms.sum(-1) * (terms.shape[-1] / (terms.shape[-1] - 1))
 
 
@@ -53,7 +53,7 @@ MUTATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Mutant(TorchDispatchMode):
-    """Within the block, the sum of number `turn` is wrong in the way that `mutation` names."""
+    """Within the block, sum number `turn` is computed with the error `mutation`."""
 
     def __init__(self, mutation: str | None, turn: int = -1):
         super().__init__()
@@ -80,7 +80,7 @@ class Mutant(TorchDispatchMode):
 
 
 def number_of_sums(call: Callable[[], Any]) -> int:
-    """How many sums of two terms or more there are."""
+    """Number of sums of two or more terms."""
     with Mutant(None) as counting:
         call()
     return counting.sums

@@ -1,4 +1,4 @@
-"""Sets the order in which Triton's interpreter runs the programs of a launch; on a GPU it is undefined."""
+"""Sets the order in which Triton's interpreter runs the programs of a launch, which is undefined on a GPU."""
 
 import random
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ class Launches:
 
     @property
     def several(self) -> int:
-        """How many launches had more than one program."""
+        """Number of launches with more than one program."""
         return sum(x * y * z > 1 for x, y, z in self.grids)
 
 

@@ -1,4 +1,4 @@
-"""The operators' calls with values: at a tiny size for the interpreter (a few programs per launch), and at a size of real training."""
+"""Sample calls of the operators: at a tiny size for the interpreter (a few programs per launch), and at a real training size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ov3fast.ops import _calls
 
 
 class Sample:
-    """A call, and what it comes to."""
+    """A call and its expected results."""
 
     def __init__(
         self,
@@ -24,7 +24,7 @@ class Sample:
         real: tuple[int, ...] | None = None,
         plain: Callable[..., Any] | None = None,
     ):
-        """Its name ends in `label`; `real` and `plain` take the places of the call's size and of its reference."""
+        """The name ends in `label`; `real` and `plain` replace the call's size and its reference."""
         self.call, self.op = call, call.op
         self.name = f"{call.name}-{label}" if label else call.name
         self.sizes = {"least": call.least, "tiny": call.tiny, "real": real or call.real}
@@ -50,7 +50,7 @@ class Sample:
     def results(
         self, inputs: Sequence[Tensor], function: Callable[..., Any] | None = None, upstream: list[Tensor] | None = None
     ) -> list[Tensor]:
-        """Outputs, then the gradients of all floating arguments. Calls that repeat take one `upstream`: large ones take a second to draw."""
+        """Outputs, then the gradients of all floating arguments. Repeated calls can share `upstream`, which takes a second to generate at large sizes."""
         leaves = {i: inputs[i].detach().requires_grad_() for i in self.leaves(inputs)}
         outputs = _listed((function or self.function)(*[leaves.get(i, v) for i, v in enumerate(inputs)]))
         if not leaves:
@@ -60,24 +60,24 @@ class Sample:
         return [*(value.detach() for value in outputs), *grads]
 
     def upstream(self, inputs: Sequence[Tensor], function: Callable[..., Any] | None = None) -> list[Tensor]:
-        """Of the outputs for these arguments."""
+        """Upstream gradients for the outputs of these arguments."""
         with torch.no_grad():
             return upstream_of(_listed((function or self.function)(*inputs))) if self.call.differentiable else []
 
     def assert_parity(self, size: str, dtype: torch.dtype, device: str = "cpu") -> None:
-        """Outputs and gradients within the error budget of ov3fast.testing."""
+        """Asserts that outputs and gradients are within the error budget of ov3fast.testing."""
         narrow = self.inputs(size, dtype, device)
         upstream = self.upstream(narrow, self.plain)
         budget = testing.Budget(lambda values: self.results(values, self.plain, upstream), narrow)
         budget.check(self.results(narrow, upstream=upstream))
 
     def takes(self, backend: str, dtype: torch.dtype) -> bool:
-        """Whether this call is one for the backend, by its contract."""
+        """Whether the backend supports this call."""
         return backend in ops.table()[self.op] and dtype not in self.call.refused.get(backend, ())
 
 
 def upstream_of(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Upstream gradients that depend on shapes alone."""
+    """Upstream gradients that depend only on the shapes."""
     return [testing.make(*value.shape, seed=77 + n).to(value) for n, value in enumerate(outputs)]
 
 
@@ -86,7 +86,7 @@ def _listed(value: Any) -> list[Tensor]:
 
 
 def in_chunks(sample: Sample) -> Callable[..., Any]:
-    """The same call on the reference's backend."""
+    """The same call on the eager backend."""
 
     def call(*arguments: Tensor) -> Any:
         with ops.use("reference"):
@@ -97,7 +97,7 @@ def in_chunks(sample: Sample) -> Callable[..., Any]:
 
 SAMPLES = [Sample(call) for call in _calls.every()]
 
-# At sizes that the launchers take in several chunks, the last one smaller; against the reference's backend, which takes chunks too: the
+# At sizes that the launchers process in several chunks, the last one smaller; compared with the eager backend, which uses chunks too, since the
 # plain reference would need all logits at once, in float64.
 ACROSS_CHUNKS = [
     Sample(
@@ -118,5 +118,5 @@ ACROSS_CHUNKS = [
 
 
 def with_backend(name: str, dtype: torch.dtype = torch.float32) -> list[Sample]:
-    """The samples whose operator has this backend, and that it takes in this dtype."""
+    """The samples whose operator has this backend and that it supports in this dtype."""
     return [sample for sample in SAMPLES if sample.takes(name, dtype)]

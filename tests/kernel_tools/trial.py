@@ -1,4 +1,4 @@
-"""Small kernels to test the tools with: a scaled copy, a matrix product, and some that do what no kernel should."""
+"""Small kernels for testing the tools: a scaled copy, a matrix product, and some deliberately bad ones."""
 
 from dataclasses import replace
 

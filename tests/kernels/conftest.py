@@ -1,4 +1,4 @@
-"""`target`: the chips whose compiled code is executed. Compiled code is left to the full suite, but for one kernel's, which shows that it runs."""
+"""`target`: the chips whose compiled code is executed. Tests of compiled code are in the full suite, except for one kernel."""
 
 import pytest
 from kernel_tools import launches

@@ -16,7 +16,7 @@ SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 
 @contextmanager
 def emulated(**options: Any) -> Iterator[list[tuple[cuda.Launch, ptxrun.report.Report]]]:
-    """Within the block the operators choose the CUDA backend for CPU tensors; any finding fails. Yields what ran so far.
+    """Within the block the operators use the CUDA backend for CPU tensors; any finding fails. Yields the launches so far.
 
     options: ptxrun.run_cuda's, such as order="reversed".
     """
@@ -34,10 +34,10 @@ def emulated(**options: Any) -> Iterator[list[tuple[cuda.Launch, ptxrun.report.R
 
 
 def moved(ran: Sequence[tuple[cuda.Launch, ptxrun.report.Report]], kernel: str) -> int:
-    """Bytes that the launches of kernels whose name has `kernel` in it read and wrote."""
+    """Bytes read and written by launches of kernels whose name contains `kernel`."""
     return sum(report.bytes_read() + report.bytes_written() for launch, report in ran if kernel in launch.kernel)
 
 
 def share16(ran: Sequence[tuple[cuda.Launch, ptxrun.report.Report]], kernel: str) -> float:
-    """Least share of these bytes, over those launches, that moved 16 at a time."""
+    """Minimum fraction of these bytes moved 16 at a time, over those launches."""
     return min(report.share16("ld", "st") for launch, report in ran if kernel in launch.kernel)

@@ -1,4 +1,4 @@
-"""Kernels compiled for each chip without a GPU: every row of the table passes the gate, and the gate catches what it should."""
+"""Kernels compiled for each chip without a GPU: every row of the table passes the checks, and the checks catch what they should."""
 
 import ast
 import csv
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(backend.INTERPRETED, reason="compiled kernels, n
 
 OPS = sorted({} if backend.INTERPRETED else {entry.op for module in compile.modules() for entry in entries(module)})
 GATED = ("sm_80", "sm_90")
-# float16 compiles to what bfloat16 does, but for names of instructions, and float32 takes minutes; `make aot` looks at all three.
+# float16 compiles like bfloat16 except for instruction names, and float32 takes minutes; `make aot` covers all three.
 DTYPES = ("bf16",)
 
 
@@ -39,7 +39,7 @@ def test_no_row_falls_short(op, target):
 
 
 def test_the_committed_table_has_no_shortcomings_on_nvidia():
-    """For all chips and dtypes, as `make aot` wrote it."""
+    """For all chips and dtypes, as written by `make aot`."""
     with TABLE.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert {row["op"] for row in rows} >= set(OPS) and {row["target"] for row in rows} == set(CHIPS)
@@ -47,7 +47,7 @@ def test_the_committed_table_has_no_shortcomings_on_nvidia():
 
 
 def jit_functions():
-    """(module, function) of every @triton.jit function that a file of kernels/ defines."""
+    """(module, function) of every @triton.jit function defined in kernels/."""
     from triton.runtime.jit import JITFunction
 
     for info in pkgutil.walk_packages(kernels.__path__, "ov3fast.kernels."):
@@ -73,7 +73,7 @@ def returns_a_value(function):
 
 
 def test_every_entry_point_is_described():
-    """Entry points are launched: they return nothing, and no other function names them."""
+    """Entry points are the functions that return nothing and that no other function refers to."""
     everything = dict.fromkeys(jit_functions())
     described = [entry for module in compile.modules() for entry in entries(module)]
     helpers = {name for _, function in everything for name in mentioned(function) if name != id(function)}

@@ -1,4 +1,4 @@
-"""Attention's forward through TMA, as compiled: its code matches its rows of configuration. Nothing here executes it."""
+"""The compiled code of attention's forward with TMA matches its configurations. It is inspected, not executed."""
 
 import re
 
@@ -41,7 +41,7 @@ def test_code_loads_through_tma(way, head_dim, target):
 
 
 def test_groups_of_warps_share_the_queries_on_hopper():
-    """Each consumer multiplies 64 of the 128 rows: no product is computed twice."""
+    """Each consumer multiplies 64 of the 128 rows, so no product is computed twice."""
     code, config = compiled("D=64 warp-specialized", "sm_90")
     assert config.blocks["BLOCK_QUERIES"] == 128
     products = re.findall(r"ttng\.warp_group_dot .* -> tensor<(\d+)x", code.asm["ttgir"])

@@ -1,4 +1,4 @@
-"""contrastive_loss's compiled kernels, executed on every schedule: results, findings, order of programs, traffic."""
+"""Executes contrastive_loss's compiled kernels with every schedule: results, findings, program order, traffic."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def inputs(kind, dtype, pairs=PAIRS, width=WIDTH):
 
 
 def both_ways(image, text, scale, bias, kind):
-    """Loss, and the gradients by image, text, scale (and bias) for an upstream gradient of 3."""
+    """The loss and the gradients of image, text, scale (and bias) for an upstream gradient of 3."""
     loss, r, c, sizes = FORWARD(image, text, scale, bias, kind, "", "gather")
     grads = BACKWARD(torch.tensor(3.0), image, text, scale, bias, r, c, sizes, kind, "", "gather", True, True)
     return loss, *grads[: 3 if bias is None else 4]
@@ -65,14 +65,14 @@ def test_float32(schedule, kind):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_one_pair_has_no_gradient(dtype):
-    """The backward recomputes the forward's logits to the bit; so few are features in float32, each row below its own maximum."""
+    """Exactly zero, since the backward recomputes the forward's logits bit for bit; features this narrow are float32, with a maximum per row."""
     with on_ptx():
         loss, by_image, by_text, by_scale = both_ways(*inputs("softmax", dtype, 1, 37), "softmax")
     assert loss == 0 and by_scale == 0 and not by_image.any() and not by_text.any()
 
 
 def test_a_row_far_below_the_shift(monkeypatch):
-    """Its program takes maxima in a second launch, and the gradients then have one term for rows and one for columns."""
+    """Its program uses maxima in a second launch, and the gradients then have one term for rows and one for columns."""
     monkeypatch.setattr(contrastive_loss, "FEW", 0)
     centre = testing.make(1, WIDTH, seed=5)
     image, text = (centre + 0.4 * testing.make(40, WIDTH, seed=seed) for seed in (1, 2))

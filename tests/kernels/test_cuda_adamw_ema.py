@@ -1,4 +1,4 @@
-"""The CUDA kernels of adamw_ema_, as nvcc compiles them for sm_80, executed on the CPU."""
+"""The CUDA kernels of adamw_ema_, compiled by nvcc for sm_80 and executed on the CPU."""
 
 import copy
 import importlib.util
@@ -67,7 +67,7 @@ def test_budget(dtypes, max_norm):
 @pytest.mark.parametrize("dtypes", KINDS)
 @pytest.mark.parametrize("ema_decay", [0.99, 0.3])
 def test_budget_with_numbers_on_the_device(dtypes, ema_decay):
-    """As a captured graph reads them; `_lerp` goes from the other end for the second average."""
+    """As read by a captured graph; `_lerp` starts from the other end for the second EMA decay."""
     lists, how = tensors(dtypes), {**HOW, "ema_decay": ema_decay, "weight_decay": [0.1 * (i % 3) for i in range(len(SHAPES))]}
     exact, plain = [[t.double() for t in values] for values in lists], copy.deepcopy(lists)
     expected = [reference(*exact, **how), reference(*plain, **how)]
@@ -84,7 +84,7 @@ def test_budget_without_ema():
 
 
 def test_gradients_of_both_dtypes_and_more_tensors_than_a_launch_takes(monkeypatch):
-    """The lists of one launch then have fewer tensors than room."""
+    """With fewer tensors than a launch's capacity."""
     lists = tensors(KINDS[1], [(i % 7 + 1,) for i in range(12)])
     lists[1][::3] = [g.float() for g in lists[1][::3]]
     expected, _ = step(lists)

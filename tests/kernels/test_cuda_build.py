@@ -1,4 +1,4 @@
-"""How the CUDA kernels are built, described and handed to the driver."""
+"""How the CUDA kernels are built, described and passed to the driver."""
 
 import ctypes
 import importlib.util
@@ -28,7 +28,7 @@ def build():
 @needs_nvcc
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_no_stack_and_no_spill(target):
-    """And every kernel is in the table, once."""
+    """Also, every kernel is in the table exactly once."""
     pytest.importorskip("ov3fast.kernels.aot.chips")
     from ov3fast.kernels.aot import cuda as cuda_aot
 
@@ -37,7 +37,7 @@ def test_no_stack_and_no_spill(target):
     for row in table:
         assert row["stack_bytes"] == row["spills"] == 0 and row["registers"] <= 128, row
         assert row["estimate_us"] > 0
-        # Memory bounds all that move 16 bytes at a time.
+        # Kernels that move 16 bytes at a time are all memory-bound.
         assert row["bound"] == "hbm" or "single" in row["variant"] or row["estimate_us"] < 30, row
 
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels of group_norm_silu, as nvcc compiles them for sm_80, executed on the CPU."""
+"""The CUDA kernels of group_norm_silu, compiled by nvcc for sm_80 and executed on the CPU."""
 
 import dataclasses
 import importlib.util
@@ -36,7 +36,7 @@ def inputs(shape, dtype, weight_dtype=None, mean=0.0):
 
 
 def both_ways(groups, x, weight, bias, grad_y, needs=(True, True, True), **options):
-    """(y, dx, dweight, dbias, mean, rstd) of the kernels, and what ran. Past the public function, which takes no float16 on the CPU."""
+    """(y, dx, dweight, dbias, mean, rstd) of the kernels, and the launches. Bypasses the public function, which rejects float16 on the CPU."""
     with emulation.emulated(**options) as ran:
         y, mean, rstd = torch.ops.ov3fast.group_norm_silu(x, groups, weight, bias, 1e-6, "cuda")
         grads = torch.ops.ov3fast.group_norm_silu_backward(grad_y, x, weight, bias, mean, rstd, *needs, "cuda")
@@ -133,7 +133,7 @@ def test_other_layouts_are_refused():
 
 
 def test_choice_by_table(monkeypatch):
-    """Against a stand-in for Triton: packs of channels go to the CUDA kernels, odd channels to it, unless it can't or we are asked for."""
+    """Against a stand-in for Triton: packable channels go to the CUDA kernels, odd ones to Triton, unless it can't run or cuda is requested."""
     ready = dataclasses.replace(_dispatch._backends["group_norm_silu"]["eager"])
     backends = dict(_dispatch._backends["group_norm_silu"])
     monkeypatch.setitem(_dispatch._backends, "group_norm_silu", {**backends, "triton": ready})
@@ -150,7 +150,7 @@ def test_choice_by_table(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_traffic(dtype):
-    """As many bytes as the table counts; all of them 16 at a time but for the statistics."""
+    """As many bytes as the table counts, all of them 16 at a time except for the statistics."""
     x, weight, bias, grad_y = inputs((1, 128, 48, 64), dtype)
     _, ran = both_ways(32, x, weight, bias, grad_y)
     plan = Plan(x, 32)

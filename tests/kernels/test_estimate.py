@@ -1,4 +1,4 @@
-"""The estimate's four terms against cases computed by hand, and the loops of machine code that they count."""
+"""The estimate's four terms and the counted loops of machine code, against cases computed by hand."""
 
 import pytest
 
@@ -49,7 +49,7 @@ NESTED = sass(
 
 
 def test_loops_are_those_of_the_control_flow():
-    """The wait and the code out of line, which a backward branch leaves, belong to the loop around them."""
+    """A spin loop, and out-of-line code that ends in a backward branch, belong to the loop around them."""
     kernel, outer, inner = loops.of_nvidia(NESTED)
     assert [loop["parent"] for loop in (kernel, outer, inner)] == [None, 0, 1]
     assert inner["issue"] == 3 and inner["flops"] == 2 * 64 * 128 * 16 / 4 and inner["mufu"] == inner["bytes"] == 0
@@ -61,7 +61,7 @@ def test_turns_follow_from_the_products():
     found = loops.of_nvidia(NESTED)
     each = found[2]["flops"]
     assert loops.trips(found, (5,), (), 5 * 7 * each, 0) == [1, 5, 35]
-    # Unrolled twice, the body has twice the products and turns half as often.
+    # Unrolled twice, the body has twice the products and half the iterations.
     found[2]["flops"] *= 2
     assert loops.trips(found, (5,), (), 5 * 7 * each, 0) == [1, 5, 17.5]
 
@@ -124,7 +124,7 @@ def counts(parent, issue=0, mufu=0, flops=0, bytes=0):
 
 
 def test_the_four_terms():
-    """Two programs an SM, one after the other; 8 warps, 1000 turns of 4 products, 40 instructions and 2 special functions."""
+    """Two programs per SM, one after the other; 8 warps, 1000 iterations of 4 products, 40 instructions and 2 special functions."""
     flops = 2 * 132 * 8 * 1000 * 4 * 4096
     work = Work(flops, bytes=6e9, programs=2 * 132, distinct=3e9)
     found = estimate(work, H100, "bf16", True, 8, measured(counts(None, 500), counts(0, 40, 2, 4 * 4096)))
@@ -167,7 +167,7 @@ def test_attention_is_bound_by_its_products():
     found = estimate(work, H100, "bf16", True, 8, measured())
     assert found["tensor_us"] == pytest.approx(43.4 * 8 * 132 / 1024, rel=1e-2)
     assert found["hbm_us"] == pytest.approx(1e6 * 4 * 8 * 1024 * 16 * 64 * 2 / 3.015e12, rel=1e-2)
-    # One exp per pair: 16 a clock and SM.
+    # One exp per pair: 16 per clock and SM.
     one_exp = counts(0, mufu=64, flops=2 * 2 * 64 * 128 * 128 / 8)
     found = estimate(work, H100, "bf16", True, 8, measured(counts(None), one_exp))
     assert found["mufu_us"] == pytest.approx(1e6 * 8 * 128 * 1024 / 16 / 1.83e9, rel=1e-2)

@@ -1,4 +1,4 @@
-"""Fences between what threads write to shared memory and the products that read it, on Hopper."""
+"""Fences between writes to shared memory and the products that read it, on Hopper."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ RACING = {
     "test_mlp_compiled.py": "sm_90 and whole and large",
     "test_patch_embed_compiled.py": "test_within_budget and sizes1 and contiguous and sm_90",
 }
-"""Where ptxrun finds races in the code of Triton 3.6 without the fences: file -> tests."""
+"""Tests in which ptxrun finds races in the code of Triton 3.6 without the fences: file -> tests."""
 
 
 def test_a_fence_comes_before_each_barrier_and_each_group_of_products():
@@ -44,7 +44,7 @@ def test_it_is_for_the_versions_that_need_it(monkeypatch, version, installed):
 
 @pytest.mark.skipif(ops.triton.INTERPRETED, reason="the interpreter compiles nothing")
 def test_our_kernels_alone_are_changed():
-    """A hook that was there before is still called."""
+    """A previously installed hook is still called."""
     called = []
     hook = fences._Hook(lambda *arguments: called.append(arguments) or ("other", "hash"))
     for name, expected in ((mlp._mlp_forward.__name__, fences.fenced(PTX)), ("somebody_else's", PTX)):
@@ -60,7 +60,7 @@ def test_our_kernels_alone_are_changed():
 )
 @pytest.mark.parametrize("file", RACING)
 def test_code_of_another_triton_has_no_race(file):
-    """The folder is one that `pip install --no-deps --target FOLDER triton==3.6.0` filled."""
+    """The folder comes from `pip install --no-deps --target FOLDER triton==3.6.0`."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.environ["OV3FAST_OTHER_TRITON"], str(ROOT)])}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/kernels/{file}", "-k", RACING[file]]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""flash_attention's sm_80 and sm_90 code, executed on the CPU through the real launchers, every access checked."""
+"""Executes flash_attention's sm_80 and sm_90 code on the CPU through the real launchers, checking every access."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ CASES = {
 
 
 def make(queries, keys, heads, head_dim, dtype):
-    """q, k, v and an upstream gradient. k and v are views of one packed tensor; a head of NaN lies beside q's."""
+    """q, k, v and an upstream gradient. k and v are views of one packed tensor; a head of NaN is adjacent to q's."""
     room = torch.full((1, queries + 1, heads + 1, head_dim), torch.nan, dtype=dtype)
     q = room[:, :-1, :-1]
     q.copy_(testing.make(1, queries, heads, head_dim))
@@ -31,7 +31,7 @@ def make(queries, keys, heads, head_dim, dtype):
 
 
 def run(q, k, v, grad, causal, prefix_len, order="forward", target="sm_80"):
-    """out, grad_q, grad_k, grad_v; kernel -> its launch's report. Fails on any finding."""
+    """out, grad_q, grad_k, grad_v, and kernel -> report of its launch. Fails on any finding."""
     options = causal, prefix_len, q.shape[-1] ** -0.5
     with launches.compiled(order, target) as reports:
         out, lse = forward(q, k, v, *options)
@@ -56,7 +56,7 @@ def check(values, causal, prefix_len, target="sm_80"):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("case", CASES)
 def test_compiled_code(case, dtype):
-    """A float32 product is three TF32 products; its narrower tiles leave some threads less than 16 bytes to load."""
+    """A float32 product is three TF32 products; with its narrower tiles some threads load less than 16 bytes."""
     *sizes, causal, prefix_len = CASES[case]
     reports = check(make(*sizes, dtype), causal, prefix_len)
     assert len(reports) == 3

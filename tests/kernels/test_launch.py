@@ -1,4 +1,4 @@
-"""Launches by our own launcher (kernels/lib/launch.py): what the driver is handed, and which calls share compiled code."""
+"""Our own launcher (kernels/lib/launch.py): what is passed to the driver, and which calls share compiled code."""
 
 import ctypes
 import sys
@@ -31,7 +31,7 @@ def scaled(x, other, y, count, step, factor, KIND: tl.constexpr, BLOCK: tl.const
 
 
 class Driver:
-    """Notes what cuLaunchKernel is called with."""
+    """Records the arguments of cuLaunchKernel."""
 
     def __init__(self):
         self.launches, self.error = [], 0
@@ -58,7 +58,7 @@ def call(x=None, other=None, y=None, count=40, step=2, factor=0.5, KIND=0, BLOCK
 
 
 def test_the_driver_gets_what_the_compiled_code_reads(driver):
-    """Held against the parameters that the PTX declares, as ptxrun lays them out."""
+    """Compared with the parameters that the PTX declares, in ptxrun's layout."""
     x, other, y = torch.zeros(80), torch.zeros(40), torch.zeros(40)
     for _ in range(2):
         compiled = call(x, other, y, count=40, factor=0.25)
@@ -125,7 +125,7 @@ def test_an_empty_grid_launches_nothing(driver):
 
 
 def test_hooks_make_triton_launch(driver):
-    """Profilers, and the names of launches in tools/gpu, wait for Triton's."""
+    """Profilers and tools/gpu rely on Triton's launch hooks."""
     for _ in range(2):
         call()
     hook = launches._entered
@@ -175,7 +175,7 @@ def test_a_refusal_is_in_the_driver_s_words(driver, monkeypatch):
 
 
 def test_each_thread_has_its_own_record_and_a_context(driver, monkeypatch):
-    """The driver reads it while other threads run."""
+    """The driver reads the record while other threads run."""
     ensured = []
     monkeypatch.setattr(cuda_driver, "ensure_context", lambda device: ensured.append((threading.get_ident(), device)))
     for _ in range(3):
@@ -226,7 +226,7 @@ def test_the_environment_leaves_launches_to_triton(driver, monkeypatch):
 
 
 def test_every_kernel_that_a_launcher_calls_is_ours():
-    """`kernel[grid](...)` of a function under `triton.jit` would cost Triton's time."""
+    """`kernel[grid](...)` of a plain `triton.jit` function would use Triton's slower launcher."""
     import ast
     import importlib
     from pathlib import Path
@@ -252,7 +252,7 @@ def test_every_kernel_that_a_launcher_calls_is_ours():
 
 
 def events(run):
-    """Calls of Python and C functions in one run, once everything is remembered."""
+    """Number of Python and C function calls in one run, with warm caches."""
     seen = []
     for _ in range(3):
         run()
@@ -284,13 +284,13 @@ class Plain(torch.autograd.Function):
         return grad
 
 
-# Forward; forward and backward less what PyTorch's own part takes.
+# Forward; forward and backward minus PyTorch's own share.
 MOST_CALLS = {"layer_norm": (74, 187), "linear": (47, 139), "flash_attention": (85, 212), "mlp": (95, 289)}
 
 
 @pytest.mark.parametrize("op", MOST_CALLS)
 def test_calls_within_a_call(op):
-    """Host time, without a clock; `python -m benches.host --backend triton` has the microseconds."""
+    """Host time, measured in function calls; `python -m benches.host --backend triton` gives microseconds."""
     function, values = calls()[op]
     leaves = [value.clone().requires_grad_() for value in values]
     upstream = torch.ones_like(values[0])

@@ -1,4 +1,4 @@
-"""The bits do not depend on the order of programs, since none reads or writes what another writes; in Triton's interpreter."""
+"""Results are bitwise independent of the order of programs, since none reads or writes what another writes; in Triton's interpreter."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_any_order_gives_the_same_bits(sample, dtype):
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
 def test_nothing_is_read_before_it_is_written(sample):
-    """Fills everything that a launcher allocates with NaN."""
+    """Fills all memory that launchers allocate with NaN."""
     require_kernels(sample.op)
     inputs = sample.inputs("tiny", torch.float32)
     expected = sample.results(inputs)
@@ -59,7 +59,7 @@ def test_programs_run_in_the_order_asked_for():
 
     @triton_package.jit
     def numbered(turn, places):
-        """places[n] = number of the program that ran n-th."""
+        """places[n] = index of the program that ran n-th."""
         place = (tl.program_id(0) * 3 + tl.program_id(1)) * 4 + tl.program_id(2)
         now = tl.load(turn)
         tl.store(places + now, place)

@@ -1,4 +1,4 @@
-"""One random stream in all languages: the compiled Triton kernel's words equal the reference's and the C++ kernels', bit for bit."""
+"""The same random numbers in all languages: the compiled Triton kernel's words equal those of the reference and of the C++ kernels, bit for bit."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_normals(dtype):
     assert (normals.double() - exact.double()).abs().max() < 1e-6 + torch.finfo(dtype).eps * exact.abs().max() / 2
     (report,) = reports["random_normal"]
     assert abs(report.bytes_written() - n * dtype.itemsize) == 0
-    # The ragged end alone is stored element by element.
+    # Only the ragged end is stored element by element.
     assert report.share16("st") > 0.8
 
 

@@ -1,4 +1,4 @@
-"""What happens between an operator's call and the compiler on a GPU, on one that isn't there (tools/gpu/pretend.py)."""
+"""Everything between an operator's call and the compiler, on a pretended GPU (tools/gpu/pretend.py)."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_rows_are_those_of_each_gpu(monkeypatch):
 
 
 def test_what_is_compiled_ahead_is_what_a_launch_looks_for(tmp_path, monkeypatch):
-    """The launch that comes afterwards finds all of it in the cache."""
+    """A later launch finds all of it in the cache."""
     [sample] = [s for s in with_backend("triton") if s.name == "layer_norm-residual"]
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
 
@@ -62,14 +62,14 @@ def test_a_kernel_that_does_not_compile_is_named(record, tmp_path):
 
 
 def test_kernels_compile_as_launched(record, tmp_path):
-    """One of each file, of those that the launchers ask for; `tools/gpu_run.py` compiles all."""
+    """One launched kernel per file; `tools/gpu_run.py` compiles all."""
     one = {kernel.module: (data, kernel) for data, kernel in record.specialisations.items() if "bf16" in data}
     rows = precompile.compile_all(dict(one.values()), tmp_path, processes=2)
     assert len(rows) > 8 and precompile.failures(rows) == []
 
 
 def test_launchers_of_a_whole_encoder(tmp_path):
-    """Its parameters are drawn and cast on fake tensors too."""
+    """Its parameters are initialised and cast on fake tensors too."""
     rows = Rows(tmp_path / "rows.jsonl")
     record = precompile.collect("time", "ViT-B/2", "sm_90", rows, ["real"])
     assert rows.read() == [] and {"_layer_norm_forward", "_mlp_backward"} <= {launch.kernel for launch in record.launches}

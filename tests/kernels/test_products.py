@@ -18,7 +18,7 @@ def uninitialised_is_nan():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_zeros_lie_between_rows_on_cpus(dtype, uninitialised_is_nan):
-    """With AMX, PyTorch's product of bfloat16 lets NaN from a strided operand's padding into its result."""
+    """With AMX, PyTorch's bfloat16 product propagates NaN from a strided operand's padding."""
     room = room_for_rows(torch.empty(1), 3, 17, dtype)
     assert room.shape == (3, 17) and room.stride() == (32, 1)
     assert (room._base[:, 17:] == 0).all()

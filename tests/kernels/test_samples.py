@@ -1,4 +1,4 @@
-"""Every operator has a sample, and the backend that runs here computes them within the error budget."""
+"""Every operator has a sample, which the local backend computes within the error budget."""
 
 import pytest
 import torch
@@ -30,8 +30,8 @@ def test_parity_across_chunks(sample):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("sample", [s for s in SAMPLES if "cuda" in ops.table()[s.op]], ids=lambda sample: sample.name)
 def test_samples_that_the_cuda_backend_refuses(sample, dtype, monkeypatch):
-    """tests/gpu leaves out what `refused` names, and nothing else."""
-    monkeypatch.setattr(_check, "tensor", lambda *_, **__: None)  # it would refuse float16 for being on the CPU
+    """tests/gpu excludes exactly the unsupported samples."""
+    monkeypatch.setattr(_check, "tensor", lambda *_, **__: None)  # it would reject float16 on the CPU
     with cuda.executed_by(lambda launch: None), ops.use("cuda"):
         inputs = sample.inputs("tiny", dtype)
         if sample.takes("cuda", dtype):

@@ -74,7 +74,7 @@ def test_captioner(config, fields):
         plain_blocks(seen + text + targets, width, caption.depth, caption.mlp_dim)
         F.linear(torch.randn(targets, width), torch.randn(caption.vocab_size, width))
 
-    # The counter takes attention for full; what the mask saves is its share of the pairs.
+    # The counter assumes full attention; the mask saves its share of the pairs.
     hidden_pairs = (seen + text) * targets + targets * (targets - 1) // 2
     saved = caption.depth * 4 * width * hidden_pairs
     assert flops.caption_flops(caption, 16, 10, 48, 12, 32) == counted(run) - saved

@@ -38,7 +38,7 @@ def score(log_probs, ids) -> float:
     return total
 
 
-# The likeliest first word leads to unlikely ends, the second likeliest to a sure one.
+# The likeliest first word leads to unlikely endings, the second likeliest to a certain one.
 GARDEN_PATH = {BOS: {A: 0.55, B: 0.45}, A: {A: 0.2, B: 0.2, C: 0.2, EOS: 0.4}, B: {C: 0.9, EOS: 0.1}, C: {EOS: 1.0}}
 
 
@@ -70,7 +70,7 @@ def test_rows_tell_which_beam_goes_on():
 
     found = run(remembering, beams=2, batch=2)
     assert found.tolist() == [[BOS, B, C, EOS]] * 2
-    # What each row remembers is the sequence it stands for, so a cache reordered by `rows` would be the right one.
+    # Each row remembers its own sequence, so a cache reordered by `rows` would be correct.
     assert [BOS, B, C] in history
 
 

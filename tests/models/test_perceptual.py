@@ -1,4 +1,4 @@
-"""LPIPS: the published graph, its file formats, and what it must refuse."""
+"""LPIPS: the published graph, its file formats, and what it must reject."""
 
 import io
 import pickle

@@ -1,4 +1,4 @@
-"""Weights on disk: dtype, device, variants, shards, hub words, one copy's memory, other sizes, and back to the released layout."""
+"""Weights on disk: dtype, device, variants, shards, hub options, memory of loading, other sizes, and export to the released layout."""
 
 import json
 import os
@@ -96,7 +96,7 @@ def test_parameters_can_be_trained(build, tmp_path):
 
 
 def test_the_weights_dont_follow_the_file(build, tmp_path):
-    """A file that is overwritten in place must not reach into a model that was loaded from it."""
+    """Overwriting a file in place must not change a model that was loaded from it."""
     build().save_pretrained(tmp_path / "m")
     model = OpenVision3.from_pretrained(tmp_path / "m")
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""The shipped VAE: its size, its latents, and what it does on photos that it never saw."""
+"""The shipped VAE: its size, its latents, and its reconstruction of held-out photos."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def photos(size: int = 128) -> torch.Tensor:
 
 
 def test_held_out_photos():
-    """The card says 25.02 dB on 28 photos; these four of them come to 26.55 dB."""
+    """The card states 25.02 dB on 28 photos; these four of them reach 26.55 dB."""
     vae = FrozenVAE.from_pretrained("small")
     images = photos()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Upsampling folded into its convolution: the same numbers, within the error budget, and the same names of parameters."""
+"""Upsampling folded into the convolution: the same values within the error budget, and the same parameter names."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def vae(request):
 
 
 def test_a_whole_decoder(vae, monkeypatch):
-    """On a CPU nothing changes; folded, as on a GPU, its pictures are the same up to rounding."""
+    """Unchanged on a CPU; folded, as on a GPU, its pictures are equal up to rounding."""
     names = list(vae.state_dict())
     z = testing.make(1, 4, 6, 5).float()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The frozen VAE: latents by the two conventions, no gradient to its weights, errors."""
+"""The frozen VAE: latents in both conventions, no gradients for its weights, errors."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The released layout: the key table, parity with plain PyTorch, every way a file may come, errors."""
+"""The released layout: the key table, parity with plain PyTorch, every file variant, errors."""
 
 import json
 import math
@@ -197,7 +197,7 @@ def test_the_position_embedding_is_the_checkpoints(plain, latents, tmp_path):
     assert torch.equal(encoder.pos_embed, plain.positional_embedding)
     with pytest.raises(ValueError, match="is not sincos2d, so it serves 4x4 tokens only"):
         encoder(latents[:, :, :4, :4])
-    # A release has the formula's values, to rounding: then other sizes run as well.
+    # A release has the formula's values up to rounding, so other sizes work too.
     sincos = ViTEncoder(SMALL).position_embedding((4, 4))
     plain.positional_embedding.data = sincos + 1e-6
     encoder = load_vision_encoder(write(tmp_path / "t", plain.state_dict()))

@@ -1,8 +1,8 @@
-"""Every operator's test runs on eager PyTorch and on the CPU kernels of each instruction set that this machine has.
+"""Every operator's test runs on eager PyTorch and on the CPU kernels of each instruction set that this machine supports.
 
-Instruction sets but the widest are left to the full suite. Tests marked `backend_independent`, and those in float64, which no kernel
-takes, run once, with what is chosen by itself: the widest. With TRITON_INTERPRET=1 the rest runs on the Triton kernels instead, in Triton's
-interpreter, with fewer examples, since each takes long: part of the full suite too.
+Instruction sets other than the widest are tested only in the full suite. Tests marked `backend_independent`, and those in float64, which no kernel
+supports, run once, with the automatic choice. With TRITON_INTERPRET=1 the others run on the Triton kernels in Triton's
+interpreter, with fewer examples since each is slow; these are in the full suite too.
 """
 
 import os
@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, is_hypothesis_test, settings
 from ov3fast import ops
 from ov3fast.ops import _choice, _dispatch, cpu, triton
 
-# The fixture below holds for a whole test, whatever number of examples it tries.
+# The fixture below applies to an entire test, whatever number of examples it tries.
 settings.register_profile("ops", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 EXAMPLES = int(os.environ.get("OV3FAST_INTERPRETER_EXAMPLES", 4))
 settings.register_profile("interpreter", settings.get_profile("ops"), max_examples=EXAMPLES)
@@ -26,7 +26,7 @@ VARIANTS = ["triton"] if triton.INTERPRETED else ["reference", *cpu.available_is
 
 @pytest.fixture(autouse=True, params=VARIANTS)
 def implementation(request):
-    """'reference', 'triton', or the instruction set: their kernels are chosen wherever they take the call."""
+    """'reference', 'triton' or an instruction set, whose kernels are used wherever they support the call."""
     contexts = {"reference": lambda: ops.use("reference"), "triton": nullcontext}
     with contexts.get(request.param, lambda: our_kernels(request.param))():
         yield request.param
@@ -34,7 +34,7 @@ def implementation(request):
 
 @contextmanager
 def our_kernels(isa):
-    """The kernels of an instruction set, also where PyTorch's products are faster and would be chosen (tests/test_choice.py)."""
+    """Selects the kernels of an instruction set even where PyTorch's products are faster and would be chosen (tests/test_choice.py)."""
     with pytest.MonkeyPatch.context() as patch, cpu.use_isa(isa):
         patch.setattr(_choice, "backend_for", lambda *_: _choice.OURS)
         _dispatch.forget_choices()
@@ -67,7 +67,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def fewer_examples(item):
-    """Also where a test asks for a number of its own."""
+    """Also for tests that set their own number of examples."""
     if is_hypothesis_test(getattr(item, "obj", None)):
         asked = getattr(item.obj, "_hypothesis_internal_use_settings", settings())
         item.obj._hypothesis_internal_use_settings = settings(asked, max_examples=min(EXAMPLES, asked.max_examples))

@@ -25,7 +25,7 @@ def tensors(dtype=torch.float32, grad_dtype=None, shapes=SHAPES, requires_grad=F
 
 
 def check(lists, arrange=torch.Tensor.contiguous, **how):
-    """One step within the budget of the specification, and the same bits twice. Returns the norm."""
+    """Checks one step against the specification's budget, and determinism. Returns the norm."""
 
     def after_a_step(function, tensors, arrange=torch.Tensor.contiguous):
         """The norm, then params, grads, exp_avgs, exp_avg_sqs and ema."""
@@ -74,7 +74,7 @@ def test_against_torch(dtype, max_norm):
 )
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
 def test_parity(layout, dtype):
-    """Over every layout, with a decay per parameter."""
+    """For every layout, with per-parameter decay."""
     decays = [0.1 * i for i in range(len(SHAPES))]
     check(tensors(*dtype), testing.LAYOUTS[layout], step=3, weight_decay=decays, max_norm=1.0, ema_decay=0.99)
 
@@ -84,7 +84,7 @@ def channels_last(t):
 
 
 LONG = [(8191,), (3, 8192), (8193,), (1,), (129, 193), (4, 5, 7, 3), (47,), (1025,)]
-"""Around the borders of chunks and vectors."""
+"""Sizes around the boundaries of chunks and vectors."""
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_gradients_of_both_dtypes():
 
 
 def test_layouts_that_differ():
-    """A parameter in channels_last whose gradient is contiguous, and the other way round."""
+    """A channels_last parameter with a contiguous gradient, and vice versa."""
     lists = tensors(shapes=[(4, 5, 7, 3), (2, 3, 4, 5)])
     other = copy.deepcopy(lists)
     how = dict(NUMBERS, step=1, weight_decay=0.1, max_norm=1.0, ema_decay=0.9)
@@ -169,7 +169,7 @@ def test_without_ema_clip_or_parameters():
 
 
 def test_parameters_that_require_gradients():
-    """Leaves are updated outside autograd, which learns of it: a graph that still needs the old values refuses to go backward."""
+    """Leaves are updated outside autograd but bump its version counter: a graph that still needs the old values raises in backward."""
     lists = tensors(requires_grad=True)
     loss = lists[0][0].square().sum()
     before = lists[0][0].detach().clone()
@@ -257,7 +257,7 @@ SCHEDULE = {"step": 7, "lr": 0.1, "ema_decay": 0.97}
 @pytest.mark.parametrize("max_norm", [None, 0.5, 1e6])
 @pytest.mark.parametrize("names", [("step", "lr", "ema_decay"), ("lr",), ("step",)])
 def test_numbers_as_tensors(dtype, max_norm, names):
-    """As a recorded step takes them: within the same budget of the specification, which takes numbers."""
+    """As in a captured step; within the same budget of the specification, which takes Python numbers."""
     lists = tensors(*dtype)
     how = NUMBERS | SCHEDULE | {"weight_decay": [0.1 * (i % 2) for i in range(len(SHAPES))], "max_norm": max_norm}
     kinds = {"step": torch.int64, "lr": torch.float64, "ema_decay": torch.float64}
@@ -288,7 +288,7 @@ def test_a_scheduled_step_changes_nothing_where_the_norm_is_not_finite():
 
 
 def test_a_recorded_step_reads_its_numbers_anew():
-    """On the stand-in for CUDA graphs, where reading a value raises."""
+    """On the stand-in for CUDA graphs, in which reading a value raises."""
     from kernel_tools.graphs import graphs_on_cpu
 
     from ov3fast._graphs import Graph
@@ -320,7 +320,7 @@ def test_scheduled_numbers_are_checked():
 
 @pytest.mark.parametrize("max_norm", [None, 0.5])
 def test_shards_with_the_norm_of_the_whole(max_norm):
-    """Halves of every tensor, each updated by itself, make the whole's step."""
+    """Updating the halves of every tensor separately equals updating the full tensors."""
     how = dict(NUMBERS, step=3, weight_decay=0.1, max_norm=max_norm, ema_decay=0.9)
     lists = tensors(shapes=[(8, 3), (2,), (16384,)])
     whole = copy.deepcopy(lists)

@@ -1,4 +1,4 @@
-"""Attention's forward through TMA descriptors, in Triton's interpreter; tests/kernels inspects the compiled code."""
+"""Attention's forward with TMA descriptors, in Triton's interpreter; tests/kernels inspects the compiled code."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ CASES = {
 
 
 def within(q, variant):
-    """The row of `variant` for q's kind of head, in small blocks."""
+    """The configuration of `variant` for q's head dimension, with small blocks."""
     described, specialized = variant
     blocks = {"BLOCK_QUERIES": 32, "BLOCK_KEYS": 32, "TMA": described, "WARP_SPECIALIZED": specialized}
     return configs.trying({("flash_attention_forward", TYPES[q.dtype], size_class(q.shape[-1])): Config(blocks)})
@@ -37,7 +37,7 @@ def within(q, variant):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Records what each launch through TMA reads."""
+    """Records the inputs of each launch through TMA."""
     calls = []
     before = tma.with_workspace
     monkeypatch.setattr(
@@ -47,7 +47,7 @@ def launched(monkeypatch):
 
 
 def inputs(queries, keys, heads, head_dim, dtype):
-    """q, k and v within larger tensors of NaN, their rows whole units of 16 bytes apart."""
+    """q, k and v inside larger tensors of NaN, with row strides that are multiples of 16 bytes."""
 
     def view(rows, seed):
         room = torch.full((3, rows + 2, heads + 1, head_dim + 8), torch.nan, dtype=dtype)
@@ -62,7 +62,7 @@ def check(ours, q, k, v, how):
 
 
 def attend(*args):
-    """(out, lse) of the Triton backend: the operator refuses float16 on a CPU, the interpreter doesn't."""
+    """(out, lse) of the Triton backend, called directly since the operator rejects float16 on a CPU."""
     return _dispatch._backends["flash_attention"]["triton"].forward(*args)
 
 
@@ -70,7 +70,7 @@ def attend(*args):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("case", CASES)
 def test_parity_and_the_same_bits(case, variant, dtype, launched):
-    """Within the budget, and to the bit what the plain loads give in the same blocks."""
+    """Within the budget, and bitwise equal to plain loads with the same blocks."""
     *sizes, causal, prefix_len = CASES[case]
     q, k, v = inputs(*sizes, dtype)
     how = {"causal": causal, "prefix_len": prefix_len}

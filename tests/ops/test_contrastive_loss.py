@@ -62,7 +62,7 @@ def test_scalars_are_differentiated(small_chunks, kind):
 @pytest.mark.parametrize("scale", [1.0, 14.0, 100.0])
 @pytest.mark.parametrize("aligned", [1.0, -1.0])
 def test_any_scale_and_low_row_maxima(scale, aligned):
-    """A fixed shift by the scale underflows at scale 100 when all cosines of a row are near -1; a running maximum does not."""
+    """A fixed shift by the scale underflows at scale 100 if all cosines of a row are near -1; a running maximum does not."""
     image, text, _ = inputs(17, 8)
     text = aligned * (image.sign() * 4 + 0.1 * text)  # cosines near +1 or -1
     image = image.sign() * 4 + 0.1 * image
@@ -72,7 +72,7 @@ def test_any_scale_and_low_row_maxima(scale, aligned):
 
 
 def test_converged_gradients_keep_their_digits():
-    """Pairs told apart almost surely: p_ii is 1 - 1e-5, which bfloat16 would round to 1 before the one-hot is taken off."""
+    """Nearly perfect predictions: p_ii is 1 - 1e-5, which bfloat16 would round to 1 before the one-hot is subtracted."""
     image = torch.eye(8, dtype=torch.float64) + 0.01 * testing.make(8, 8)
     values = (image, image.flip(0).flip(0) + 0.01 * testing.make(8, 8, seed=3), torch.tensor(12.0, dtype=torch.float64))
     testing.check(*pair("softmax"), values, dtype=torch.bfloat16, keep=(2,))
@@ -87,7 +87,7 @@ def test_zero_features_follow_the_clamp():
 
 @pytest.mark.backend_independent
 def test_known_values():
-    """One pair: no other to confuse it with; orthogonal pairs: log(1 + (N - 1) e^-s)."""
+    """One pair: 0; orthogonal pairs: log(1 + (N - 1) e^-s)."""
     scale = torch.tensor(3.0)
     assert contrastive_loss(torch.ones(1, 4), -torch.ones(1, 4), scale).item() == 0.0
     expected = torch.log(1 + 4 * torch.exp(-scale))
@@ -212,14 +212,14 @@ def test_errors(change, error, words):
         )
 
 
-# What only the compiled kernels can get wrong: edges of tiles, rounded gradients by logits, threads.
+# Errors that only the compiled kernels can make: tile edges, rounded gradients, threads.
 
 EDGES = [1, 7, 8, 9, 47, 48, 49, 63, 64, 65, 193]
 
 
 @pytest.fixture
 def rounded_gradients(monkeypatch):
-    """Gradients by logits in the features' dtype however few the columns."""
+    """Gradients with respect to logits in the features' dtype, even with few columns."""
     file = "ov3fast.kernels.contrastive.launch" if triton.INTERPRETED else "ov3fast.ops.contrastive_loss"
     monkeypatch.setattr(importlib.import_module(file), "FEW", 0)
 
@@ -247,7 +247,7 @@ def test_any_shape(pairs, width, kind, dtype, layout):
 
 @pytest.mark.parametrize("spread", [1.0, 0.05, 0.01])
 def test_features_that_are_alike(rounded_gradients, spread):
-    """Gradients are differences of what nearly cancels; rounding of what cancels must not show."""
+    """Gradients are differences of nearly equal terms, whose rounding errors must not dominate."""
     centres = testing.make(1, 64, seed=5), testing.make(1, 64, seed=6)
     image, text = (centre + spread * testing.make(96, 64, seed=seed) for seed, centre in enumerate(centres))
     scale = torch.tensor(14.0, dtype=torch.float64)
@@ -269,7 +269,7 @@ def test_schedules(rounded_gradients, monkeypatch, schedule, kind):
     ("opposite", "scale"), [("none", 14.0), ("none", 100.0), ("image", 64.0), ("image", 100.0), ("text", 100.0)]
 )
 def test_logits_far_below_the_largest(rounded_gradients, scale, opposite):
-    """One image, or one text, that is unlike all others, its own pair included: all its logits are near -scale."""
+    """One image or text that is unlike all others, including its positive: all its logits are near -scale."""
     image, text, _ = inputs(70, 24, "softmax")
     centre = testing.make(1, 24, seed=5)
     image, text = centre + 0.1 * image, centre + 0.4 * text

@@ -30,7 +30,7 @@ CHECKS = [
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
-    """check -> what each of the ranks says: 'passed' or its traceback."""
+    """check -> the result of each rank: 'passed' or a traceback."""
     folder = tmp_path_factory.mktemp("ranks")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "ov3fast.ops", "ov3fast.testing"])
@@ -126,7 +126,7 @@ def compare(rank, group, sizes, kind, upstream, exchange):
 
 
 def check_views(rank, groups):
-    """Several views of the images: the mean of the views' shares and its gradients, and texts that travel as often as for one view."""
+    """Several views of the images: the mean of the views' shares and its gradients, with texts sent only once, as for a single view."""
     for world, group in groups.items():
         for sizes in SPLITS[world] if rank < world else []:
             for kind in ("softmax", "sigmoid"):
@@ -155,7 +155,7 @@ def compare_views(rank, group, sizes, kind, exchange):
 
 
 def check_ring(rank, groups):
-    """Pieces come from the ranks before, each asked for before the one in hand is worked on; sums come home."""
+    """Chunks come from the preceding ranks, each requested before the current one is processed; gradient sums return to their owners."""
     sizes = (2, 0, 5, 1)
     shards = _row_shards.RowShards(dist.group.WORLD, rank, sizes)
     everyones = testing.make(8, 4, dtype=torch.bfloat16).split(sizes)
@@ -178,7 +178,7 @@ def check_ring(rank, groups):
 
 
 def check_ring_memory(rank, groups):
-    """What is received and kept at a time, of 24 rows that the others have: three pieces of two rows in the forward, with sums six."""
+    """Peak receive buffers, of the others' 24 rows: three chunks of two rows in the forward, six with gradient sums."""
     held, most, real = [], 0, torch.Tensor.new_empty
 
     def counting(self, size, *args, **options):
@@ -201,7 +201,7 @@ def check_ring_memory(rank, groups):
 
 
 def check_absence(rank, groups):
-    """A rank that doesn't come to it: the others are told within the time that was set. The last check, since the group is lost then."""
+    """If a rank is missing, the others raise within the timeout. This check is last, since it destroys the group."""
     os.environ["OV3FAST_EXCHANGE_TIMEOUT"] = "2"
     if rank == 1:
         time.sleep(4)
@@ -215,7 +215,7 @@ def check_absence(rank, groups):
 
 
 def texts_sent(views):
-    """How often rows as wide as the features travel, forward and backward."""
+    """Number of transfers of feature-wide rows, forward and backward."""
     count = 0
     real = {name: getattr(dist, name) for name in ("broadcast", "all_gather")}
 
@@ -295,7 +295,7 @@ def check_low_precision(rank, groups):
 
 
 def check_exchange(rank, groups):
-    """A rank has its own rows at once, before the others have come to the exchange at all; then theirs, in rank order."""
+    """A rank gets its own rows immediately, before the others have joined the exchange, then theirs in rank order."""
     sizes = (2, 0, 3, 1)
     shards = _row_shards.RowShards(dist.group.WORLD, rank, sizes)
     everyones = testing.make(6, 4, dtype=torch.bfloat16).split(sizes)
@@ -326,7 +326,7 @@ def check_reduce_scatter(rank, groups):
 
 
 def check_disagreement(rank, groups):
-    """Ranks that disagree are all told so; none hangs."""
+    """If ranks disagree, all of them raise and none hangs."""
     width = WIDTH + (rank == 1)
     x = testing.make(2, width)
     words = rf"the width of image must be the same on all ranks of the group, got \[{WIDTH}, {WIDTH + 1}, {WIDTH}, {WIDTH}\]"

@@ -1,4 +1,4 @@
-"""Derivatives beyond the backward, for every operator: right, or an error by name. Meta tensors, FlopCounterMode, autocast."""
+"""Derivatives beyond the backward, for every operator: correct, or a clear error. Meta tensors, FlopCounterMode, autocast."""
 
 import importlib
 import warnings
@@ -117,7 +117,7 @@ def test_is_the_specifications(case, number, derivative):
         return
     exact = flat(derivative(plain, [value.double() for value in inputs]))
     for actual, same, wide in zip(flat(derivative(ours, inputs)), expected, exact, strict=True):
-        # Another order of sums than the specification's own: the a-priori bound of a chain of a hundred roundings.
+        # Sums are in another order than the specification's: an a-priori bound for a chain of a hundred roundings.
         scale = float(wide.abs().max()) if wide.numel() else 0.0
         assert testing.error(actual, wide) <= 2 * testing.error(same, wide) + 100 * torch.finfo(actual.dtype).eps * (1 + scale)
 
@@ -143,7 +143,7 @@ def test_meta_tensors(case):
 
 @cases
 def test_flops_are_counted(case):
-    """As many as PyTorch counts for the specification, but for what is computed again in a backward."""
+    """As many as PyTorch counts for the specification, plus what the backward recomputes."""
     function, plain, values = CASES[case]
 
     def count(run):
@@ -171,7 +171,7 @@ def test_random_and_adamw_on_meta_tensors():
 
 @pytest.mark.parametrize("place", range(5), ids=["params", "grads", "exp_avgs", "exp_avg_sqs", "ema"])
 def test_an_update_in_place_says_that_it_has_no_derivative(place):
-    """It would give zeros: the tangents, and torch.func's gradients, are not in what it writes to."""
+    """Otherwise the result would be zeros: tangents and torch.func's gradients don't pass through in-place writes."""
 
     def update(value):
         lists = [[torch.ones(3)] for _ in range(5)]
@@ -194,7 +194,7 @@ def test_an_update_in_place_says_that_it_has_no_derivative(place):
 
 
 def test_random_numbers_are_constants():
-    """No input of random.normal is differentiable: a derivative goes past it, and it counts no products."""
+    """No input of random.normal is differentiable: derivatives ignore it, and it counts no FLOPs."""
     here = random.normal((3,), RNG)
     x, tangent = torch.arange(3.0), torch.ones(3)
     value, found = torch.func.jvp(lambda x: x * random.normal((3,), RNG), (x,), (tangent,))
@@ -217,7 +217,7 @@ def test_contrastive_loss_casts_under_autocast():
 def test_one_warning_for_swapped_axes(monkeypatch):
     module = importlib.import_module("ov3fast.ops.flash_attention")
     monkeypatch.setattr(module, "_warned", False)
-    _dispatch.forget_choices()  # calls that look like one before are not checked again
+    _dispatch.forget_choices()  # calls with a signature seen before are not checked again
     right = make(1, 9, 3, 4).float()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

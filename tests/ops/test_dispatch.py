@@ -1,6 +1,6 @@
-"""Which backend runs a call: registration, requests, the choice and what is remembered of it, on an operator of this file.
+"""Backend selection: registration, requests, automatic choice and its cache, on a toy operator.
 
-Its backends multiply by numbers of their own, so that a result names who made it.
+Its backends multiply by different numbers, so that a result identifies the backend.
 """
 
 import sys
@@ -57,7 +57,7 @@ def times(factor):
 
 @pytest.fixture(autouse=True)
 def backends(monkeypatch, implementation):
-    """The operator without a backend; names and order as they were afterwards."""
+    """The operator without backends; restores names and order afterwards."""
     monkeypatch.setattr(_dispatch, "_override", None)
     monkeypatch.setattr(_dispatch, "_order", list(_dispatch._order))
     monkeypatch.setitem(_dispatch._backends, "toy", {})
@@ -77,7 +77,7 @@ def register(name, factor, *, forward_only=False, **options):
 
 
 def ran(x, n=0, scale=1.0, impl=None):
-    """The factor of the backend that ran forward."""
+    """The factor of the backend that ran the forward."""
     return TOY(impl, x, n, scale).flatten()[0].item()
 
 
@@ -415,7 +415,7 @@ def test_parse_schema():
 
 
 def events(run):
-    """Calls of Python and C functions in one run, once everything is remembered: what a call costs the host, without a clock."""
+    """Number of Python and C function calls in one run with warm caches: a clock-free measure of host time."""
     seen = []
     for _ in range(3):
         run()
@@ -428,7 +428,7 @@ def events(run):
 
 
 class Plain(torch.autograd.Function):
-    """What PyTorch takes for any node, whatever it computes."""
+    """PyTorch's own overhead per autograd node."""
 
     @staticmethod
     def forward(ctx, x):
@@ -446,13 +446,13 @@ CALLS = {
     "flash_attention": (ops.flash_attention, tuple(torch.ones(1, 2, 1, 8) for _ in range(3)), 64, 140),
     "mlp": (ops.mlp, (X, WEIGHT, BIAS, WEIGHT, BIAS), 67, 168),
 }
-"""operator -> function, arguments, most calls in a forward, and in a forward and a backward beyond PyTorch's own."""
+"""operator -> function, arguments, most calls in a forward, and in forward plus backward minus PyTorch's own."""
 
 
 @pytest.mark.skipif(not ops.cpu.available_isas(), reason="the CPU kernels were not built")
 @pytest.mark.parametrize("op", CALLS)
 def test_calls_within_a_call(op):
-    """Host time, without a clock; `python -m benches.host` has the microseconds."""
+    """Host time, measured in function calls; `python -m benches.host` gives microseconds."""
     function, values, forward, both = CALLS[op]
     leaves = [value.clone().requires_grad_() for value in values]
     upstream = torch.ones_like(function(*values, impl="cpu"))

@@ -27,7 +27,7 @@ CASES = {
     "cross_prefix": (7, 11, 1, 24, True, 9),
     "fewer_keys": (9, 5, 2, 16, False, 0),
 }
-# Sizes about the borders of the kernels' tiles.
+# Sizes around the edges of the kernels' tiles.
 BORDERS = {
     "query_blocks": (193, 48, 1, 64, False, 0),
     "key_blocks": (49, 277, 1, 16, True, 3),
@@ -74,7 +74,7 @@ def test_tile_borders(case, dtype):
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_keys_with_a_common_offset(dtype):
-    """The exact gradient of q has no part of it, so a row of gs must sum to 0 to far more digits than `out` is kept with."""
+    """The exact gradient of q does not depend on the offset, so a row of gs must sum to 0 far more precisely than `out` is stored."""
     q, k, v = inputs(70, 150, 1, 64, batch=1)
     offset = testing.make(1, 1, 1, 64, seed=4)
     ours, plain = pair(False, 0, KERNELS)
@@ -122,7 +122,7 @@ def test_bottom_right_alignment_and_prefix():
     q, k, v = inputs(2, 5, 1, 4, batch=1)
 
     def seen(**how):
-        """Which keys move query 0: the gradient of its output by v."""
+        """Which keys query 0 sees: the gradient of its output with respect to v."""
         leaf = v.clone().requires_grad_()
         flash_attention(q, k, leaf, causal=True, **how)[0, 0].sum().backward()
         return (leaf.grad[0, :, 0, 0] != 0).tolist()
@@ -307,7 +307,7 @@ def test_nan_and_inf_come_out_as_from_pytorch(dtype):
 @needs_kernels
 @pytest.mark.parametrize("queries", [1, 2])
 def test_rows_of_infinite_scores(queries):
-    """Scores of -inf leave the logarithm -inf and no numbers behind; a score of inf leaves it inf."""
+    """Scores of -inf give lse -inf and NaN outputs; a score of inf gives lse inf."""
     for sign, due in ((-1, -math.inf), (1, math.inf)):
         q, k, v = torch.ones(1, queries, 1, 1), torch.full((1, 20, 1, 1), sign * math.inf), torch.ones(1, 20, 1, 1)
         for causal in (False, True):
@@ -354,7 +354,7 @@ def test_choice_among_the_others():
 
 @pytest.mark.backend_independent
 def test_cuda_kernels_take_our_arguments():
-    """PyTorch's CUDA kernels on shapes alone: what we pass fits what they take, and what they give fits our contract."""
+    """PyTorch's CUDA kernels on meta tensors: our arguments match their signatures, and their outputs our contract."""
     q, k, v = (torch.empty(2, n, 2, 8, dtype=torch.bfloat16, device="meta") for n in (5, 7, 7))
     out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, None, None, 5, 7, 0.0, True, False, scale=0.5)
     assert out.shape == q.shape and lse.shape == (2, 2, 5) and lse.dtype == torch.float32
@@ -372,7 +372,7 @@ def test_cudnn_takes_our_arguments():
 
 @pytest.mark.backend_independent
 def test_flash_attention_3_is_called_by_its_names(monkeypatch):
-    """Against a stand-in that has the arguments of that package that we give, and its results."""
+    """Against a stand-in with that package's arguments and results."""
     plain = torch.ops.ov3fast
 
     def _flash_attn_forward(q, k, v, *, softmax_scale, causal):
@@ -396,7 +396,7 @@ def test_flash_attention_3_is_called_by_its_names(monkeypatch):
 @pytest.mark.backend_independent
 @pytest.mark.parametrize("row", peers.PREFERENCES, ids=lambda row: f"{row.capability}-{row.direction}-{row.head_dims[0]}")
 def test_choice_on_a_gpu(monkeypatch, row):
-    """The rule, as if each generation of GPUs were here and everything installed; then with nothing but Triton; then what no library takes."""
+    """The rule for each GPU generation with everything installed, then with only Triton, then for calls that no library supports."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (row.capability, 0))
     monkeypatch.setattr(
         peers, "_cuda_unsupported_reason", lambda q, k, causal, prefix_len, dtypes=(): "no prefix" if prefix_len else None
@@ -429,7 +429,7 @@ def test_preferences_do_not_overlap():
         same = [r for r in peers.PREFERENCES if (r.capability, r.direction) == (row.capability, row.direction)]
         assert [r for r in same if r.head_dims[0] <= row.head_dims[1] and row.head_dims[0] <= r.head_dims[1]] == [row]
         assert row.reason and all(name in _dispatch.PREFERENCE for name in row.backends)
-        # PyTorch's backward through cuDNN does not repeat its bits.
+        # PyTorch's backward through cuDNN is not deterministic.
         assert row.direction == "forward" or "cudnn" not in row.backends
 
 

@@ -9,7 +9,7 @@ from ov3fast.ops.group_norm_silu import group_norm_silu, reference
 
 
 def channels_last(x):
-    """Memory format for pictures and volumes; other tensors as they are."""
+    """Converts 4D and 5D tensors to channels last; other tensors are unchanged."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     return x.contiguous(memory_format=formats[x.ndim]) if x.ndim in formats else x
 
@@ -77,7 +77,7 @@ def test_threads_do_not_change_bits(dtype, layout, shape):
 
 
 def strided(x, layout, slices):
-    """x in the layout, as a part of a larger tensor (NaN elsewhere) in the sliced axes."""
+    """x in the layout, as a slice (along the given axes) of a larger tensor that is NaN elsewhere."""
     room = [size + 2 * cut for size, cut in zip(x.shape, slices, strict=True)]
     place = tuple(slice(cut, cut + size) for size, cut in zip(x.shape, slices, strict=True))
     whole = LAYOUTS[layout](torch.full(room, torch.nan, dtype=x.dtype))
@@ -107,7 +107,7 @@ def test_any_shape_and_strides(batch, groups, per_group, height, width, dtype, l
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_not_finite(dtype, layout, value):
-    """Not finite in x spoils its group alone; in weight or bias its channel; as in PyTorch."""
+    """A non-finite value in x affects only its group; in weight or bias, its channel; as in PyTorch."""
     x, weight, bias = (v.to(dtype) for v in inputs(2, 6, 5, 9))
     x[0, 1, 2, 3], weight[2], bias[4] = value, value, value
     leaves = [v.requires_grad_() for v in (LAYOUTS[layout](x), weight, bias)]

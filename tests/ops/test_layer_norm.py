@@ -81,7 +81,7 @@ def test_threads_do_not_change_bits(dtype, implementation):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_not_finite(dtype, value):
-    """Not finite in x spoils its row alone."""
+    """A non-finite value in x affects only its row."""
     x, weight, bias = (v.to(dtype) for v in inputs(4, 21))
     x[1, 2, 20] = value
     y, expected = layer_norm(x, weight, bias), reference(x, weight, bias)

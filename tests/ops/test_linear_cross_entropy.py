@@ -85,7 +85,7 @@ def test_nothing_counts():
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_confident_rows_keep_their_digits(scale):
-    """Logits up to about 1000, and rows whose own class has nearly all the mass."""
+    """Logits up to about 1000, and rows whose label has nearly all the probability."""
     hidden = scale * torch.eye(8, dtype=torch.float64) + 0.01 * testing.make(8, 8)
     weight = scale * torch.eye(8, dtype=torch.float64) + 0.01 * testing.make(8, 8, seed=1)
     for dtype in (torch.float32, torch.bfloat16):
@@ -180,7 +180,7 @@ def test_errors(change, error, words):
         ops.linear_cross_entropy(**{**arguments, **change})
 
 
-# What only the compiled kernels can get wrong: edges of tiles, several chunks, threads.
+# Errors that only the compiled kernels can make: tile edges, several chunks, threads.
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -196,7 +196,7 @@ def test_edges_of_tiles(size, dtype, reduction):
 
 @pytest.mark.skipif(triton.INTERPRETED, reason="too many rows for the interpreter")
 def test_many_chunks_lose_no_digits():
-    """What the weight's gradient gathers between chunks is wider than bfloat16."""
+    """The weight gradient is accumulated across chunks in more than bfloat16 precision."""
     hidden, weight, labels = inputs(40 * 528, 7, 50)
     testing.check(*pair(labels), (hidden, weight), dtype=torch.bfloat16)
 
@@ -234,7 +234,7 @@ def test_threads_change_no_bit(implementation):
 
 
 def test_backward_twice():
-    """The gradients that the forward computed are scaled anew each time, and not shared with what came before."""
+    """The gradients computed in the forward are scaled again each time and don't alias earlier results."""
     hidden, weight, labels = inputs(6, 8, 5)
     leaves = [hidden.float().requires_grad_(), weight.float().requires_grad_()]
     loss = linear_cross_entropy(*leaves, labels)

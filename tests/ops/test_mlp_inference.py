@@ -1,4 +1,4 @@
-"""mlp's forward where nothing needs a gradient, on Triton's backend."""
+"""mlp's forward without gradients, on the Triton backend."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""oneDNN's products behind linear, mlp and latent_projection: the backend that is taken where the evidence shows it faster."""
+"""The onednn backend of linear, mlp and latent_projection, which is chosen where measurements show it to be faster."""
 
 import functools
 import importlib
@@ -87,7 +87,7 @@ def test_what_it_leaves_to_others():
 
 
 def test_it_is_never_the_first_choice():
-    """Without evidence others go first: on Intel's chips MKL is the faster one."""
+    """Without measurements others take precedence: on Intel chips MKL is faster."""
     assert _dispatch.PREFERENCE[-1] == "onednn"
 
 

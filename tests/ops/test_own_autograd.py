@@ -1,4 +1,4 @@
-"""Where a call goes forward and backward on PyTorch's products, PyTorch's own autograd does the rest: no node of ours, the same results."""
+"""If forward and backward both use PyTorch's products, PyTorch's own autograd runs them: no node of ours, the same results."""
 
 import functools
 
@@ -21,7 +21,7 @@ calls = pytest.mark.parametrize("name", CALLS)
 
 @pytest.fixture
 def choose(monkeypatch):
-    """Call it with the backends of forward and backward calls that the table of measurements is to take."""
+    """Call it with the backends that the measurements should select for forward and backward."""
     if not ops.cpu.available_isas():
         pytest.skip("the CPU kernels were not built")
 
@@ -68,7 +68,7 @@ def test_the_backend_by_name_is_the_same_path(name):
 @calls
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_are_those_of_the_contract(name, dtype, choose):
-    """Each mixture of the two directions, whose nodes are ours, against PyTorch's autograd alone."""
+    """Each combination of backends for the two directions, with our nodes, against PyTorch's autograd alone."""
     function, found = CALLS[name][0], {}
     for pair in (("eager", "eager"), ("eager", "cpu"), ("cpu", "eager")):
         choose(*pair)

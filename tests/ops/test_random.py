@@ -23,7 +23,7 @@ def test_known_answers(counter, key, expected):
 
 
 def plain_philox(counter: list[int], key: list[int]) -> list[int]:
-    """The rounds in Python's unbounded integers."""
+    """The rounds with Python's unbounded integers."""
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(10):
         a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
@@ -98,7 +98,7 @@ def test_shape_and_dtype_do_not_change_the_stream():
     assert random.normal((3, 0, 2), rng).shape == (3, 0, 2)
     assert random.normal((), rng) == flat[0]
     assert torch.equal(random.normal((210,), rng, torch.bfloat16), flat.bfloat16())
-    # float64 is the reference's, whose normals differ by a few ulps.
+    # float64 runs on the reference, whose normals differ by a few ulps.
     torch.testing.assert_close(random.normal((210,), rng, torch.float64), flat.double(), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(random.reference((210,), rng), flat, atol=1e-6, rtol=1e-6)
 

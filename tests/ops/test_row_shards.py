@@ -1,4 +1,4 @@
-"""How ranks tell each other the sizes of their shares."""
+"""How ranks exchange the sizes of their shards."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from ov3fast.ops import _row_shards
 @pytest.mark.backend_independent
 @pytest.mark.parametrize(("config", "device"), [("cpu:gloo,cuda:nccl", "cpu"), ("cpu:gloo", "cpu"), ("cuda:nccl", "meta")])
 def test_sizes_go_by_the_cpu_where_the_group_can(monkeypatch, config, device):
-    """ "meta" stands for a GPU: what lies there can't be read without waiting, and here not at all."""
+    """ "meta" stands in for a GPU: reading its values would synchronise, and here is impossible."""
     devices = []
 
     class Work:

@@ -1,4 +1,4 @@
-"""Every Python declaration of a CPU kernel against the types that the C++ side exports."""
+"""Every Python declaration of a CPU kernel matches the types exported by the C++ side."""
 
 import ctypes
 
@@ -65,7 +65,7 @@ def test_a_call_goes_through():
 
 @pytest.mark.backend_independent
 def test_each_library_has_kernels_of_its_own():
-    """Symbols that the dynamic linker shares among loaded libraries would have all instruction sets run the first one's kernels."""
+    """If the dynamic linker shared symbols among the loaded libraries, all instruction sets would run the first one's kernels."""
     places = {}
     for isa in cpu.available_isas():
         library = cpu._library(isa)

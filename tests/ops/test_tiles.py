@@ -1,4 +1,4 @@
-"""The tile unit (AMX) against its model: the same bits, on processors that have it."""
+"""The AMX tile unit is bitwise equal to its model, on processors that have it."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every operator as torch.compile sees it: one node, no graph break, outputs where the inputs are."""
+"""Every operator under torch.compile: one node, no graph break, outputs on the inputs' device."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ samples = pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.n
 
 @samples
 def test_no_graph_break(sample):
-    """The forward's graph holds the operator itself, and the whole gives what an eager call gives."""
+    """The forward's graph contains the operator itself, and the result equals an eager call."""
     seen = set()
 
     def look(graph, inputs):
@@ -31,7 +31,7 @@ def test_no_graph_break(sample):
 
 
 class Calls(TorchDispatchMode):
-    """Of our operators within the block: (operator, arguments)."""
+    """Records calls of our operators within the block: (operator, arguments)."""
 
     def __init__(self):
         super().__init__()
@@ -45,7 +45,7 @@ class Calls(TorchDispatchMode):
 
 @samples
 def test_outputs_are_where_the_inputs_are(sample):
-    """A CPU tensor among a GPU's keeps Inductor from recording a CUDA graph."""
+    """A CPU tensor among GPU tensors would keep Inductor from using CUDA graphs."""
     from torch._subclasses import FakeTensorMode
 
     with Calls() as mode:

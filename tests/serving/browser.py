@@ -1,4 +1,4 @@
-"""Headless Chromium, driven through its pipe in the DevTools protocol: no package is needed for it."""
+"""Headless Chromium, driven by the DevTools protocol over a pipe, without any package."""
 
 import base64
 import contextlib
@@ -71,7 +71,7 @@ class Page:
 
 @contextlib.contextmanager
 def page(profile):
-    """A Page of a Chromium of its own, whose profile lies in the folder `profile`."""
+    """A Page of a separate Chromium instance whose profile is in the folder `profile`."""
     down, up = os.pipe(), os.pipe()  # it reads from 3 and writes to 4
 
     def hold():

@@ -37,7 +37,7 @@ class Answer(NamedTuple):
 
 
 class Client:
-    """Calls of a server on the loopback; one connection a call."""
+    """Calls a server on the loopback interface; one connection per call."""
 
     def __init__(self, port: int, server=None) -> None:
         self.port, self.server = port, server
@@ -74,7 +74,7 @@ def form(images=(), texts=(), **headers) -> tuple[bytes, dict[str, str]]:
 
 @contextlib.contextmanager
 def running(model, options: Options | None = None):
-    """A Client of a server that runs in a thread."""
+    """A Client for a server running in a thread."""
     options = options or Options()
     with _bound("127.0.0.1", 0) as listener:
         server = _Server(create_app(model, options, name="tiny"), options, 10)

@@ -1,4 +1,4 @@
-"""Endpoints: what goes in, what comes out, and that it is what the library gives for the files, to the bit."""
+"""Endpoints: inputs, outputs, and bitwise equality with the library's results for the same files."""
 
 import base64
 import io

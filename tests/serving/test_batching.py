@@ -1,4 +1,4 @@
-"""The queue in front of the model: who rides with whom, and who is refused."""
+"""The queue in front of the model: which items are batched together, and which are rejected."""
 
 import threading
 import time
@@ -10,7 +10,7 @@ from ov3fast.serving.batching import Batcher, Closed, Full
 
 
 class Model:
-    """Notes its batches; waits for `gate` before each."""
+    """Records its batches; waits for `gate` before each."""
 
     def __init__(self) -> None:
         self.batches, self.gate = [], threading.Event()
@@ -34,7 +34,7 @@ def batcher(model, **options) -> Batcher:
 
 
 def behind_a_busy_model(model, queue) -> None:
-    """Returns once one item is in work that stays there until the gate opens."""
+    """Returns once an item is being processed, which lasts until the gate opens."""
     model.gate.clear()
     queue.submit("job", "first", ["x"])
     while queue.waiting:

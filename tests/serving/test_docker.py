@@ -1,4 +1,4 @@
-"""The Dockerfile is linted, and starts what exists."""
+"""The Dockerfile passes the linter, and starts an existing command."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Bad input and bad clients: each gets a clear answer, and nobody else notices."""
+"""Bad input and bad clients: each gets a clear error, and other clients are unaffected."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ def small(model):
 
 @pytest.fixture(autouse=True)
 def unharmed(small, photos):
-    """After each test: the server answers as before, and holds nothing."""
+    """After each test: the server still answers, and holds no resources."""
     yield
     assert small.form("/encode", photos[:1]).status == 200
     end = time.monotonic() + 5

@@ -1,4 +1,4 @@
-"""Many mixed requests at once, faults among them: none lost, none wrong, memory flat; and a drain that loses nothing."""
+"""Many concurrent mixed requests, some faulty: none lost, none wrong, constant memory; and a drain that loses nothing."""
 
 import contextlib
 import io
@@ -26,7 +26,7 @@ TEXTS = ["a red square", "red", "a"]
 
 
 class Load:
-    """Requests with what each must answer, worked out by the library."""
+    """Requests with their expected responses, computed with the library."""
 
     def __init__(self, model, photos, folder) -> None:
         self.images = [*photos, *READABLE.items()]
@@ -41,7 +41,7 @@ class Load:
         self.scores = similarity(model, files, TEXTS).tolist()
 
     def one(self, client: Client, number: int) -> str:
-        """Makes request `number`, checks its answer, and returns what kind it was."""
+        """Sends request `number`, checks its response, and returns its kind."""
         pick = random.Random(number)
         kinds = ["encode", "several", "tokens", "caption", "reconstruct", "similarity", "broken", "leaves", "lies", "slow"]
         kind = pick.choices(kinds, [30, 10, 15, 8, 10, 10, 8, 4, 3, 2])[0]
@@ -50,7 +50,7 @@ class Load:
         return kind
 
     def _answer(self, client, path, images, texts=(), **headers):
-        """Refused for lack of room, it comes again: a request is lost only if it gets no answer at all."""
+        """Retries requests rejected because the queue is full; a request is lost only if it never gets a response."""
         for _ in range(200):
             answer = client.form(path, images, texts, **headers)
             if answer.status not in (429, 503):
@@ -132,7 +132,7 @@ def test_mixed_requests_with_faults(load, server):
 
 @contextlib.contextmanager
 def command(model, vae_folder, folder, *options: str):
-    """`ov3fast serve` as a process of its own: (client, process) once it is ready."""
+    """`ov3fast serve` in a separate process: (client, process) once it is ready."""
     if not (folder / "model").exists():
         model.save_pretrained(folder / "model")
     arguments = ["serve", str(folder / "model"), "--vae", str(vae_folder), "--port", "0", "--threads", "1", *options]
@@ -153,7 +153,7 @@ def command(model, vae_folder, folder, *options: str):
 
 
 def resident(process) -> int:
-    """Bytes of a process in memory."""
+    """Resident memory of a process in bytes."""
     with open(f"/proc/{process.pid}/status") as file:
         return 1024 * int(re.search(r"VmRSS:\s+(\d+)", file.read()).group(1))
 

@@ -1,4 +1,4 @@
-"""The page at /, in a real browser: pictures are dropped, and what comes back is shown."""
+"""The page at / in a real browser: pictures are dropped on it, and results are shown."""
 
 import os
 from pathlib import Path

@@ -8,7 +8,7 @@ import torch
 
 
 def beside(name: str) -> ModuleType:
-    """The module of that name beside this file."""
+    """The module of that name in this folder."""
     spec = importlib.util.spec_from_file_location(f"ov3fast_tests_{name}", Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -38,7 +38,7 @@ def data(tiny, tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Runs that are compared bit for bit must sum in one order, in this process and in those that tests start."""
+    """Runs compared bit for bit must sum in the same order, in this process and in subprocesses."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""Started by torchrun: whole runs of the tiny recipe and single steps in float64, as a file of jobs asks.
+"""Started by torchrun: full runs of the tiny recipe and single steps in float64, as listed in a jobs file.
 
 torchrun ... many_ranks.py DATA OUT JOBS.json        jobs: [{"name": ..., "do": "train" | "gradients", "fields": {...}}, ...]
 """
@@ -28,7 +28,7 @@ def load_tiny():
 
 
 def recipe_of(tiny, folder, run_dir, micro_batches, world, **fields):
-    """36 images a step in `micro_batches` micro-batches over all processes: the same run whatever their number."""
+    """36 images per step in `micro_batches` micro-batches over all processes: the same run for any number of processes."""
     recipe = tiny.recipe(
         folder,
         run_dir,
@@ -39,7 +39,7 @@ def recipe_of(tiny, folder, run_dir, micro_batches, world, **fields):
 
 
 def gradients(recipe, ranks) -> dict[str, torch.Tensor]:
-    """Of the first step's contrastive loss, in float64: whole tensors, on every rank."""
+    """Gradients of the first step's contrastive loss, in float64: full tensors on every rank."""
     store, timer = SampleStore(recipe.data), Timer(ranks.device)
     model = build.build_model(recipe, build.build_tokenizer(recipe, store), ranks.device)
     objective = Objective(recipe.stage_objective(recipe.stages[0]), None, recipe.contrastive_exchange)

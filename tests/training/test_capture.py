@@ -1,4 +1,4 @@
-"""`train --capture` on the stand-in for CUDA graphs: reading a value within a recording raises there, and a recording computes nothing."""
+"""`train --capture` on the stand-in for CUDA graphs, where reading a value during a recording raises and recording computes nothing."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ def weights(run_dir):
 
 
 def scheduled(monkeypatch):
-    """A run without graphs whose optimizer reads its numbers as a captured one does."""
+    """A run without graphs whose optimizer reads its numbers from tensors, as a captured one does."""
     init = AdamW.__init__
 
     def with_schedule(self, *args, **kwargs):
@@ -57,7 +57,7 @@ def test_a_scheduled_run_is_near_one_with_numbers(tiny, data, tmp_path, monkeypa
 
 
 def test_another_shape_is_recorded_beside_it_and_the_oldest_goes(tiny, data, tmp_path, monkeypatch):
-    """Batches of varying size, as grouped sources make them."""
+    """Batches of varying size, as from grouped sources."""
     monkeypatch.setattr(capture, "MOST", 1)
     calls = []
 

@@ -93,7 +93,7 @@ def test_only_damaged_ones(tmp_path):
 
 
 def test_a_kill_while_saving_leaves_the_one_before(tmp_path):
-    """The process dies in the middle of the second save, after each of its system calls that write or rename in turn."""
+    """The process dies during the second save, after each of its write and rename system calls in turn."""
     code = f"""
 import os, pathlib, sys, torch
 from ov3fast.training import saving
@@ -129,7 +129,7 @@ for n in range(1, 14):
         for n in range(1, 14):
             found = checkpoint.latest(tmp_path / f"k{n}")
             seen.add(found.state["n"])
-            # The next save clears what the kill left behind.
+            # The next save removes the leftovers of the kill.
             saving.save(tmp_path / f"k{n}", 3, {"model": {"w": torch.zeros(1)}}, {"n": 3}, keep=1)
             assert checkpoint.steps(tmp_path / f"k{n}") == [3] and not list((tmp_path / f"k{n}").glob(".*"))
     assert seen == {1, 2}
@@ -180,7 +180,7 @@ def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_an_earlier_version(tmp_path):
-    """Files of safetensors under a manifest of their hashes."""
+    """safetensors files with a manifest of their hashes."""
     path = tmp_path / "step-00000007"
     path.mkdir()
     tensors = {group: {name: value.contiguous() for name, value in values.items()} for group, values in TENSORS.items()}
@@ -248,7 +248,7 @@ def test_on_a_remote_file_system():
     files = fsspec.filesystem("memory")
     found = checkpoint.latest(where)
     assert torch.equal(found.tensors["model"]["w"], TENSORS["model"]["w"])
-    # A save that was cut off has no manifest: it counts as none, and the next save removes it.
+    # An interrupted save has no manifest: it does not count, and the next save removes it.
     files.rm("/bucket/run/step-00000003/manifest.json")
     with pytest.warns(checkpoint.CheckpointWarning):
         assert checkpoint.latest(where).state["progress"]["step"] == 2

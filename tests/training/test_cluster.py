@@ -38,7 +38,7 @@ def small(**changes):
 
 
 def measured_peak(recipe) -> int:
-    """Bytes that PyTorch's allocator handed out at once while the step ran, beside weights and gradients."""
+    """Peak allocation during the step, excluding weights and gradients, in bytes."""
     stage, config = recipe.stages[0], recipe.stage_objective(recipe.stages[0])
     model = OpenVision3(recipe.model).train()
     model.set_activation_checkpointing(recipe.activation_checkpointing)

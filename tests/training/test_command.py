@@ -1,4 +1,4 @@
-"""`ov3fast train`: recipes from files, own shards, going on, and being stopped."""
+"""`ov3fast train`: recipes from files, own shards, resuming, and signals."""
 
 import dataclasses
 import json
@@ -59,7 +59,7 @@ def test_a_finished_run_is_lengthened(tiny, data, tmp_path, capsys):
     assert train("--resume", run, "--extend", "--add-stage", "name=more,steps=2") == 0
     rows = read_rows(run / "log.jsonl")
     assert [(row["step"], row["stage"]) for row in rows] == [(n, "s0") for n in range(1, 6)] + [(6, "more"), (7, "more")]
-    # The samples are those of a run that was this long from the beginning.
+    # The samples are those of a run with this length from the start.
     whole = dataclasses.replace(recipe, run_dir=tmp_path / "whole")
     assert (
         train("--recipe", write(whole, tmp_path / "whole.json"), "--stages.0.steps", 5, "--add-stage", "name=more,steps=2") == 0
@@ -109,7 +109,7 @@ def test_a_signal_to_the_process_group_saves(tiny, data, tmp_path, number):
 
 
 def test_a_pipe_that_closes_saves(tiny, data, tmp_path):
-    """`ov3fast train ... | head -4`: what was trained is kept, and the exit code is that of SIGPIPE."""
+    """`ov3fast train ... | head -4`: the run is saved, and the exit code is that of SIGPIPE."""
     recipe = tiny.recipe(data, tmp_path / "run", ((4000, 32),), cache_latents=False, log_every=1, checkpoint_steps=None)
     command = [sys.executable, "-m", "ov3fast", "train", "--device", "cpu", "--recipe", str(write(recipe, tmp_path / "r.json"))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

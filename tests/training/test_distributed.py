@@ -21,12 +21,12 @@ from ov3fast.training.timing import Timer
 
 CPU = torch.device("cpu")
 BOUND = 1e-5
-"""Largest difference of a weight or its average after 8 float32 steps at 1e-3 (eps 1e-6, so that noise is not amplified)."""
+"""Largest difference of a weight or its EMA after 8 float32 steps at 1e-3 (eps 1e-6, so that noise is not amplified)."""
 
 
 @pytest.fixture(scope="module")
 def two(data, tmp_path_factory) -> Path:
-    """The folder that two_ranks.py filled."""
+    """The output folder of two_ranks.py."""
     out = tmp_path_factory.mktemp("two")
     script = Path(__file__).with_name("two_ranks.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, data, out]

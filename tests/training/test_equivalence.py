@@ -1,7 +1,7 @@
-"""One run and one step on 1, 2, 3 and 4 processes, in every way of holding the model: the same numbers.
+"""One run and one step on 1, 2, 3 and 4 processes, with every --parallel mode: the same results.
 
-A step is 12 micro-batches, dealt over the processes, so that all runs are the same sums in other orders. Bounds: float32 runs as in
-test_distributed; bfloat16 runs, whose roundings differ (FSDP gathers norms and biases in bfloat16 too), by their losses.
+A step is 12 micro-batches, distributed over the processes, so that all runs are the same sums in different orders. Bounds: float32 runs as in
+test_distributed; bfloat16 runs, whose rounding differs (FSDP gathers norms and biases in bfloat16 too), by their losses.
 """
 
 import json
@@ -18,9 +18,9 @@ from ov3fast.training.distributed import ALONE
 from ov3fast.training.logs import read_rows
 
 BOUND = 1e-5
-"""Largest difference of a weight or its average after 5 float32 steps at 1e-3 (eps 1e-6, so that noise is not amplified)."""
+"""Largest difference of a weight or its EMA after 5 float32 steps at 1e-3 (eps 1e-6, so that noise is not amplified)."""
 EXACT = 1e-10
-"""Of float64 gradients, relative to the largest of their tensor."""
+"""Largest error of float64 gradients, relative to the largest in their tensor."""
 BF16_LOSS = 0.02
 """Relative difference of a bfloat16 run's losses."""
 
@@ -62,7 +62,7 @@ def launch(world: int, data: Path, out: Path, jobs: list[dict], timeout: int = 6
 
 @pytest.fixture(scope="module", params=WAYS)
 def launched(request, data, tmp_path_factory) -> tuple[int, Path]:
-    """(processes, folder) after all ways of that many have run."""
+    """(processes, folder) after all modes have run with that many processes."""
     world, out = request.param, tmp_path_factory.mktemp(f"world-{request.param}")
     jobs = [{"name": f"gradients-{name}", "do": "gradients", "fields": fields} for name, fields in WAYS[world].items()]
     jobs += [{"name": name, "do": "train", "fields": fields} for name, fields in WAYS[world].items()]
@@ -72,7 +72,7 @@ def launched(request, data, tmp_path_factory) -> tuple[int, Path]:
 
 @pytest.fixture(scope="module")
 def one(tiny, many_ranks, data, tmp_path_factory) -> Path:
-    """The run of one process."""
+    """The single-process run."""
     folder = tmp_path_factory.mktemp("one")
     train(many_ranks.recipe_of(tiny, data, folder, 12, 1))
     return folder
@@ -111,7 +111,7 @@ def test_the_contrastive_loss_is_exact(tiny, many_ranks, data, tmp_path, launche
 
 
 def test_other_numbers_of_processes_go_on(tiny, many_ranks, data, tmp_path, one):
-    """Two processes, then one, then three, in another way each time: the samples of a run that one process did."""
+    """Two processes, then one, then three, each time with another mode: the same samples as in a single-process run."""
     where = tmp_path / "run"
 
     def stage_of(steps):
@@ -121,7 +121,7 @@ def test_other_numbers_of_processes_go_on(tiny, many_ranks, data, tmp_path, one)
     folders = checkpoint.Folder(where / "checkpoints")
 
     def forget(after: int) -> None:
-        """What the run did after this step, as if it had been killed there."""
+        """Removes what the run did after this step, as if it had been killed there."""
         for step in checkpoint.steps(folders):
             if step > after:
                 folders.fs.rm(f"{folders.root}/step-{step:08d}", recursive=True)

@@ -1,4 +1,4 @@
-"""A run on a file system that is really full: one line, the checkpoint before whole, nothing half written."""
+"""A run on a file system that is actually full: a one-line error, the previous checkpoint intact, nothing half written."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ def kilobytes(folder) -> int:
 
 @pytest.fixture(scope="module")
 def whole(tiny, data, tmp_path_factory) -> int:
-    """Kilobytes of a run that had the room for itself, after its two checkpoints and its model."""
+    """Size in kilobytes of an undisturbed run, with its two checkpoints and its model."""
     run = tmp_path_factory.mktemp("whole") / "run"
     recipe = tiny.recipe(data, run, ((6, 32),), gradient_norms_every=None)
     (run.parent / "recipe.json").write_text(json.dumps(recipe.to_dict()))

@@ -1,6 +1,6 @@
-"""One of two processes is killed at random moments, again and again; the run ends with the bits of one that never was.
+"""One of two processes is killed repeatedly at random moments; the run ends bitwise equal to one that was never killed.
 
-OV3FAST_KILLS sets how many times (3; 20 for a thorough drill) and OV3FAST_KILL_SEED the moments.
+OV3FAST_KILLS sets the number of kills (default 3; 20 for a thorough test), OV3FAST_KILL_SEED their timing.
 """
 
 import json
@@ -21,7 +21,7 @@ from ov3fast.training.logs import read_rows
 KILLS = int(os.environ.get("OV3FAST_KILLS", "3"))
 SEED = int(os.environ.get("OV3FAST_KILL_SEED", "0"))
 LIMIT = 300
-"""Seconds that a start of the run may take: none hangs."""
+"""Time limit in seconds for each start of the run; none may hang."""
 CLOCK = ("seconds", "images_per_s", "data_wait", "memory_gib", "tflops")
 pytestmark = pytest.mark.full
 
@@ -44,7 +44,7 @@ def start(data: Path, out: Path, parallel: str) -> subprocess.Popen:
 
 
 def workers(parent: int) -> list[int]:
-    """Pids of the processes that it started."""
+    """Pids of its child processes."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

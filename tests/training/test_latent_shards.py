@@ -1,4 +1,4 @@
-"""The cache of `ov3fast data encode`: a run that reads it is the run that encodes as it goes."""
+"""The cache of `ov3fast data encode`: a run that reads it equals one that encodes online."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ VAE = {"vae": "0" * 64, "vae_dtype": "fp32", "vae_batch": 3, "latent_convention"
 
 
 def average(images):
-    """Stands for a VAE of stride 8: [B, 3, 32, 32] -> [B, 2, 4, 4]."""
+    """Stands in for a VAE with stride 8: [B, 3, 32, 32] -> [B, 2, 4, 4]."""
     assert len(images) == VAE["vae_batch"]
     pooled = torch.nn.functional.avg_pool2d(images, 8)
     return torch.stack([pooled[:, 0], pooled[:, 1:].sum(1)], 1)
@@ -89,7 +89,7 @@ def size(pixels):
 
 @pytest.fixture(scope="module")
 def encoded(tiny, data, tmp_path_factory):
-    """A recipe, and the folder that holds its latents."""
+    """A recipe, and the folder of its latents."""
     folder = tmp_path_factory.mktemp("encoded")
     recipe = tiny.recipe(data, folder / "run", stages=((1, 32),), cache_latents=False, vae_batch=4)
     encode(recipe, folder / "latents")

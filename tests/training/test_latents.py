@@ -66,7 +66,7 @@ def test_the_key_names_the_decode(tiny, data, tmp_path, monkeypatch):
 
 
 def test_a_cached_run_is_the_run_that_encodes_as_it_goes(tiny, data, tmp_path):
-    """The same samples, crops and noise; only the encoder's batch size differs, and with it the last bits of its sums."""
+    """The same samples, crops and noise; only the encoder's batch size differs, and hence the rounding of its sums."""
     cached = tiny.recipe(data, tmp_path / "cached", stages=((3, 32),))
     online = dataclasses.replace(cached, cache_latents=False, run_dir=tmp_path / "online")
     hashes = {train(recipe)["order_hash"] for recipe in (cached, online)}

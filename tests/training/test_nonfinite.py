@@ -10,7 +10,7 @@ from ov3fast.training.optimizer import AdamW
 
 
 def updates(monkeypatch):
-    """The steps whose update has begun."""
+    """The steps whose update has started."""
     begun, update = [], ops.adamw_ema_
 
     def counted(*arguments, step, **options):

@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed against one that never was: the same bits."""
+"""An interrupted and resumed run is bitwise equal to an uninterrupted one."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,7 @@ CLOCK = ("seconds", "images_per_s", "data_wait", "memory_gib", "tflops")
 
 
 def outcome(run_dir: Path) -> dict:
-    """All that must not differ: sha256 of the last checkpoint's tensors, the order of the samples, the logged values."""
+    """Everything that must agree: sha256 of the last checkpoint's tensors, the order of the samples, the logged values."""
     last = checkpoint.latest(run_dir / "checkpoints")
     rows = [{key: value for key, value in row.items() if key not in CLOCK} for row in read_rows(run_dir / "log.jsonl")]
     progress = last.state["progress"]

@@ -1,4 +1,4 @@
-"""on_spike: what a run does about a loss that is not finite, or far above those before it."""
+"""on_spike: how a run handles a loss that is non-finite or far above the previous ones."""
 
 import json
 
@@ -13,7 +13,7 @@ from ov3fast.training.step import Step
 
 
 def spoiling(monkeypatch, steps, value):
-    """Every loss of the steps (from 0, by the optimizer's count) becomes `value` times what it is, once."""
+    """Multiplies every loss in the given steps (from 0, by the optimizer's count) by `value`, once."""
     call, zero_grad, seen, left = Step.__call__, AdamW.zero_grad, {}, list(steps)
 
     def counted(self):

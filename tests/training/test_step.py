@@ -1,4 +1,4 @@
-"""One step's gradients: micro-batches against the whole batch, and what the measurements mean."""
+"""One step's gradients: micro-batches against the full batch, and the meaning of the measurements."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ RANKS = Ranks(0, 1, torch.device("cpu"))
 
 
 def setting(tiny, data, tmp_path, accumulate=1, over="batch", **model):
-    """(model in float64, micro_batches, Step) without noise, all images captioned, no pixel losses."""
+    """(float64 model, micro_batches, Step) without noise and pixel losses, with all images captioned."""
     recipe = tiny.recipe(data, tmp_path, accumulate=accumulate, contrastive_over=over, cache_latents=False)
     stage = dataclasses.replace(recipe.stages[0], pixel_images=0, caption_images=None)
     objective = dataclasses.replace(recipe.objective, contrastive=model.get("contrastive", "softmax"))

@@ -1,4 +1,4 @@
-"""A whole run small enough for a test: data, VAE and recipe. As a script it runs the recipe, for tests that need a process.
+"""A full run small enough for a test: data, VAE and recipe. As a script it runs the recipe, for tests that need a process.
 
 python tiny.py FOLDER RUN_DIR [--kill-at STEP] [field=value ...]        e.g. accumulate=2
 """
@@ -87,7 +87,7 @@ def write_data(folder: Path) -> None:
 
 
 def recipe(folder: Path, run_dir: Path, stages: Any = ((4, 32), (4, 48)), **changes: Any) -> Recipe:
-    """stages: (steps, image size) each, 24 images a step: 8 concepts in two styles and 8 photos."""
+    """stages: (steps, image size) each, with 24 images per step: 8 concepts in two styles and 8 photos."""
     width = dict(width=32, depth=1, heads=2, mlp_dim=48)
     defaults = dict(
         name="tiny",
@@ -141,7 +141,7 @@ def with_stages(recipe: Recipe, **changes: Any) -> Recipe:
 
 
 def main(folder: str, run_dir: str, *rest: str) -> None:
-    """Runs the recipe; with --kill-at this process gets a SIGKILL in the middle of that step's update, the step before having been saved."""
+    """Runs the recipe; with --kill-at the process is killed by SIGKILL during that step's update, after the previous step was saved."""
     import os
     import signal
 

@@ -1,4 +1,4 @@
-"""Started by torchrun: the tiny recipe whole, and again with a SIGTERM to one rank and a resume.
+"""Started by torchrun: the tiny recipe uninterrupted, and again with a SIGTERM to one rank and a resume.
 
 torchrun ... two_ranks.py FOLDER OUT
 """

@@ -46,7 +46,7 @@ class Backend:
     slower_than_backward: Callable[..., Sequence[str]]
     """The same for backward calls."""
     differentiable: Callable[..., Callable[..., Any] | None]
-    """The forward as a function that PyTorch's own autograd differentiates, or None where these operands have none. An eager call that goes
+    """The operator's arguments -> the forward as a function that PyTorch's own autograd differentiates, or None where they have none. An eager call that goes
     forward and backward on this backend runs it, without a node of ours: the operator's arguments -> its outputs that have gradients."""
 
 
@@ -226,7 +226,7 @@ class Selector:
         backend = _backends[self.op][name]
         function = backend.backward if self.backward else backend.forward
         assert function is not None
-        whole = None if self.backward else backend.differentiable(*self._operands(backend, args))
+        whole = None if self.backward else backend.differentiable(*args)
         if whole is not None and self._goes_back_on(name, request, args):
             assert whole is not function, "only the one that PyTorch differentiates may be marked as that"
             whole.contract = function  # type: ignore[attr-defined]

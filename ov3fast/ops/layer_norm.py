@@ -121,7 +121,7 @@ def _save(inputs, output):
 _dispatch.register(
     "layer_norm", "eager", _forward_eager, _backward_eager, operands=("x",),
     # PyTorch's own backward in 16 bits adds up the gradients of weight and bias in them.
-    differentiable=lambda x: _differentiable if x.dtype in (torch.float32, torch.float64) else None,
+    differentiable=lambda x, *_: _differentiable if x.dtype in (torch.float32, torch.float64) else None,
 )  # fmt: skip
 _layer_norm = _operator.define(
     "layer_norm",

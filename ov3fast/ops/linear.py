@@ -77,7 +77,7 @@ def _fake_backward(grad_y, x, weight, need_x, need_weight, need_bias):
     )
 
 
-_dispatch.register("linear", "eager", _forward_eager, _backward_eager, differentiable=lambda: _differentiable)
+_dispatch.register("linear", "eager", _forward_eager, _backward_eager, differentiable=lambda *_: _differentiable)
 _linear = _operator.define(
     "linear",
     "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",

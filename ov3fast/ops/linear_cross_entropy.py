@@ -125,6 +125,10 @@ def _tiles(rows: int, classes: int) -> tuple[list[slice], list[slice]]:
     )
 
 
+def _is_one_tile(hidden, weight):
+    return [len(slices) for slices in _tiles(len(hidden), len(weight))] == [1, 1]
+
+
 def _forward_eager(hidden, weight, labels, ignore_index):
     # In tiles, where the reference has all T x V logits at once; lse is for the backward.
     check_labels(labels, len(weight), ignore_index)
@@ -145,6 +149,17 @@ def _forward_eager(hidden, weight, labels, ignore_index):
         lse[0, chunk], lse[1, chunk] = m_i, log_sum
         nll[chunk] = (m_i - own) + log_sum
     return _spread(nll, rows, len(hidden)), _spread(lse, rows, len(hidden))
+
+
+def _inference_eager(hidden, weight, labels, ignore_index):
+    """The forward where no backward follows: lse is left out, and what fits in one tile is PyTorch's own."""
+    if not _is_one_tile(hidden, weight):
+        return _forward_eager(hidden, weight, labels, ignore_index)
+    count_labels(labels, len(weight), ignore_index)
+    return _specification(hidden, weight, labels, ignore_index)
+
+
+_forward_eager.inference = _inference_eager  # type: ignore[attr-defined]
 
 
 def _backward_eager(grad_nll, hidden, weight, labels, lse, ignore_index, need_hidden, need_weight):
@@ -236,8 +251,21 @@ _linear_cross_entropy = _operator.define(
 # The sum or mean over rows together with its gradients, which are computed for an upstream gradient of 1.
 
 
+def _differentiable_total(hidden, weight, *_):
+    """Where all logits fit in one tile PyTorch keeps them, and its fused softmax costs less than writing the gradients over them."""
+    return _total_by_autograd if _is_one_tile(hidden, weight) else None
+
+
+def _total_by_autograd(hidden, weight, labels, ignore_index, mean, *needs):
+    rows = count_labels(labels, len(weight), ignore_index)
+    logits = F.linear(hidden, weight).to(_check.accumulate_dtype(hidden.dtype))
+    # PyTorch's mean over no rows is nan.
+    reduction = "mean" if mean and (len(labels) if rows is None else len(rows)) else "sum"
+    return (F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction),)
+
+
 def _total_eager(hidden, weight, labels, ignore_index, mean, need_hidden, need_weight):
-    if [len(slices) for slices in _tiles(len(hidden), len(weight))] == [1, 1]:
+    if _is_one_tile(hidden, weight):
         return _total_of_tile(hidden, weight, labels, ignore_index, mean, need_hidden, need_weight)
     nll, lse = _forward_eager(hidden, weight, labels, ignore_index)
     factor = mean_factor(int((labels != ignore_index).sum())) if mean else 1.0
@@ -286,7 +314,7 @@ def _save_total(inputs, output):
     return _operator.Saved(output[1:], without_formula=output[1:])
 
 
-_dispatch.register("linear_cross_entropy_total", "eager", _total_eager, _scale_eager)
+_dispatch.register("linear_cross_entropy_total", "eager", _total_eager, _scale_eager, differentiable=_differentiable_total)
 _total = _operator.define(
     "linear_cross_entropy_total",
     "(Tensor hidden, Tensor weight, Tensor labels, int ignore_index, bool mean, bool need_hidden, bool need_weight)"

@@ -131,7 +131,7 @@ def _save(inputs, output):
     return _operator.Saved((x, output[1], w1, b1, w2), (activation,), constants=(output[1],))
 
 
-_dispatch.register("mlp", "eager", _forward_eager, _backward_eager, differentiable=lambda: _differentiable)
+_dispatch.register("mlp", "eager", _forward_eager, _backward_eager, differentiable=lambda *_: _differentiable)
 _mlp = _operator.define(
     "mlp",
     "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation) -> (Tensor y, Tensor h)",

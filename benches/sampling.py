@@ -1,9 +1,9 @@
-"""Sampling speed of a generator: the tokens of one picture, S with random weights, 50 Euler steps without guidance.
+"""Sampling speed of a generator: the tokens of one picture, size S with random weights, 50 Euler steps without guidance.
 
     python -m benches.sampling [--size S] [--precisions fp32 bf16 int8] [--out benches/results/sampling.csv]
 
-Rows of the file that were not measured again stay. A row per precision: seconds for one picture and for two in one batch, how far the first of the two is from the one alone (the largest difference
-over the largest value), and how far either is from float32's.
+Rows that are not measured again are kept. One row per precision: seconds for one picture and for a batch of two, the error of the first of the two relative to sampling it
+alone (largest difference over largest value), and the error of either relative to float32.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STEPS = 50
 
 
 def saved(size: str) -> SavedGenerator:
-    """A generator with random weights everywhere, also where training would begin at zero."""
+    """A generator with random weights everywhere, including layers that are zero-initialised for training."""
     torch.manual_seed(0)
     config = generator_config(size)
     generator = build_generator(config).eval().requires_grad_(False)

@@ -12,23 +12,23 @@ from ov3fast.cli.options import parse
 
 @dataclass
 class Ablate:
-    """Train a recipe with one thing changed at a time, over several seeds, and compare the runs in one page. The same command goes on
-    with a set that was stopped."""
+    """Train a recipe with one change at a time, over several seeds, and compare the runs on one page. Run the same command again to
+    resume an interrupted set."""
 
     variants: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Names (--list shows them); default: the losses, pixels and noise. The recipe as it is, `full`, is always among them."""
+    """Names of variants (--list shows them); default: losses, pixels and noise. The unchanged recipe, `full`, is always included."""
     recipe: str = "demo"
-    """A recipe of the package, or a .json or .yaml file; its first stage is trained."""
+    """A built-in recipe, or a .json or .yaml file; its first stage is trained."""
     seeds: int = 3
-    """Runs of each variant, at least 2."""
+    """Runs per variant, at least 2."""
     steps: int | None = None
-    """Length of each run; default: 200 for a stage that follows the clock, else the stage's own."""
+    """Steps per run; default: 200 if the stage's length is set in minutes, else the stage's own."""
     data: str = "demo"
     """Held-out shards for the metrics, or "demo"."""
     out: Path = Path("runs/ablation")
     """Folder of the runs, ablation.json and ablation.html."""
     list: bool = False
-    """Show the variants and stop."""
+    """List the variants and exit."""
 
 
 STEPS = 200
@@ -44,7 +44,7 @@ def run(arguments: list[str]) -> int:
 
     console = terminal.console(highlight=False)
     if given.list:
-        shown = Table("variant", "what it changes", "set by default")
+        shown = Table("variant", "change", "default")
         for variant in VARIANTS.values():
             shown.add_row(variant.name, variant.what, "yes" if variant.name in PAPER else "")
         console.print(shown)
@@ -75,7 +75,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _print(facts: dict, out: Path, console: object) -> None:
-    """The page's table: a variant a column."""
+    """Prints the page's table, one column per variant."""
     from rich.table import Table
 
     from ov3fast.ablation.report import table

@@ -31,7 +31,7 @@ class Generate:
     method: str = "euler"
     """euler or heun."""
     precision: Literal["fp32", "bf16", "int8"] = "fp32"
-    """Of the generator's products; the state between steps is float32 in any of them. int8 for CPUs with VNNI."""
+    """Precision of the generator's matrix products; the state between steps is always float32. int8 needs a CPU with VNNI."""
     batch_size: int = 64
     out: Path | None = None
     """A folder for one PNG per picture, or a .png file for a grid; with --class all, one row per class in the order of the list."""
@@ -70,7 +70,7 @@ def run(arguments: list[str]) -> int:
     model = load_model(given.model or saved.model, vae=given.vae)
     rows = torch.tensor(labels) if labels else text_tokens(model, [given.text or ""])
     condition = rows.repeat_interleave(given.count, 0)
-    # Picture i of a class depends on the seed and on i, whichever other classes are asked for.
+    # Picture i of a class depends only on the seed and i, not on the other classes.
     numbers = list(range(given.count)) * len(rows)
     parts = []
     for chosen in torch.arange(len(condition)).split(given.batch_size):

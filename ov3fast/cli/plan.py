@@ -60,7 +60,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _generator(given: PlanOptions) -> int:
-    """A generator's training, on tokens of 256 px and 1000 classes."""
+    """Plans a generator's training on tokens of 256 px images with 1000 classes."""
     from ov3fast import terminal
     from ov3fast.generation.plan import SAMPLES, SAMPLING_STEPS, plan_generator
     from ov3fast.recipes.generate import GENERATE_RECIPES

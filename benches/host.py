@@ -8,6 +8,10 @@ one that returns at once (tools/gpu/pretend.py). PyTorch's own kernels between o
 "forward + backward" is one call and one torch.autograd.grad, which alone takes some 40 us; "in a chain" is the cost of one more call in a model with a
 single backward pass: the difference between a chain of 12 calls and of one, per call.
 
+"floor" is what PyTorch alone takes for such a call: a trivial torch.autograd.Function that allocates and multiplies (8 x 8 matrices) as often as
+the operator's kernels and products require, and launches nothing. "PyTorch's own" is the same formula with its own operators, whose autograd nodes are
+written in C++.
+
 The time is the thread's CPU time, the minimum over many rounds, so a busy machine has little effect. With --before, another checkout (with built
 kernels) is measured alternately with this one, in a separate process, and both appear in the table.
 """
@@ -27,11 +31,14 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 FIELDS = ("op", "direction", "before_us", "after_us", "ratio", "cpu", "torch")
 ROUNDS = 2
 CHAIN = 12
 """Number of calls, each on the result of the previous one."""
+NEEDED = {"layer_norm": (4, 0, 4, 0), "linear": (0, 1, 1, 2), "flash_attention": (2, 0, 5, 0), "mlp": (2, 1, 5, 3)}
+"""Allocations and PyTorch products of a forward, then of a backward."""
 
 
 def least(run: Callable[[], object], rounds: int = 40, inner: int = 25) -> float:
@@ -71,7 +78,54 @@ def measure(backend: str) -> dict[str, float]:
                 lambda f=function, v=leaves, g=upstream: torch.autograd.grad(f(*v), v, g)
             )
             found[f"{name} forward + backward, in a chain"] = in_a_chain(function, values, upstream)
+            trivial = trivial_function(*NEEDED[name])
+            found[f"{name} floor of forward + backward"] = least(
+                lambda f=trivial, v=leaves, g=upstream: torch.autograd.grad(f(*v), v, g)
+            )
+            found[f"{name} floor, in a chain"] = in_a_chain(trivial, values, upstream)
+            own = PYTORCH[name]
+            found[f"{name} PyTorch's own, forward + backward"] = least(
+                lambda f=own, v=leaves, g=upstream: torch.autograd.grad(f(*v), v, g)
+            )
+            found[f"{name} PyTorch's own, in a chain"] = in_a_chain(own, values, upstream)
     return found
+
+
+def _attention(q, k, v):
+    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+
+PYTORCH = {
+    "layer_norm": lambda x, weight, bias: F.layer_norm(x, (8,), weight, bias),
+    "linear": F.linear,
+    "flash_attention": _attention,
+    "mlp": lambda x, w1, b1, w2, b2: F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2),
+}
+
+
+def trivial_function(allocated: int, products: int, allocated_back: int, products_back: int) -> Callable[..., torch.Tensor]:
+    """(*inputs) -> something like the first; saves its inputs."""
+    a = torch.ones(8, 8)
+
+    def make(likes: tuple[torch.Tensor, ...], allocations: int, multiplications: int) -> list[torch.Tensor]:
+        for _ in range(multiplications):
+            torch.mm(a, a)
+        return [torch.empty_like(likes[i % len(likes)]) for i in range(allocations)]
+
+    class Trivial(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            ctx.save_for_backward(*inputs)
+            made = make(inputs, allocated, products)
+            return made[0] if made else torch.empty_like(inputs[0])
+
+        @staticmethod
+        def backward(ctx, grad):
+            inputs = ctx.saved_tensors
+            made = make(inputs, allocated_back, products_back)
+            return (*made, *inputs[len(made) :])[: len(inputs)]
+
+    return Trivial.apply
 
 
 def in_a_chain(function: Callable[..., torch.Tensor], values: tuple[torch.Tensor, ...], upstream: torch.Tensor) -> float:

@@ -3,8 +3,9 @@
 A tile of patches is gathered, sampled, scaled, rounded and multiplied in registers; bias, position embedding and CLS token are added in the
 epilogue, so the forward only reads latents and writes tokens. A patch has few values, K = C p p (64 for 16 channels); if they fit in one
 tile, a program forms it once and loops over the features, so each random number is generated once, provided there are enough tiles of
-patches to fill the chip. For the weight gradient the patches are written (2 MB at 64 images of 32 x 32, which stay in the L2 cache) and multiplied by
-cuBLAS; fused into the product, each of six tiles of 128 features would regenerate them.
+patches to fill the chip. For the weight gradient the patches are written (2 MB at 64 images of 32 x 32, which stay in the L2 cache) before they are
+multiplied; fused into the product, each of six tiles of 128 features would regenerate them. cuBLAS would need a copy of the upstream gradient without
+its CLS rows; multiplying those rows by zeros would turn an infinite gradient of the CLS token into NaN.
 A row m of the products is patch (b, n); z is [B, C, H, W].
 """
 
@@ -19,7 +20,7 @@ from .lib.common import TYPES, cdiv, dot, rounded
 from .lib.config import ANY, TABLE, Config, pick
 from .lib.launch import kernel
 from .lib.patches import patch_offsets, shares_of
-from .lib.reduce import merge, sum_batches
+from .lib.reduce import merge, splits_of, sum_batches, sum_splits
 
 PROGRAMS = 256
 """Target number of programs in the forward; kept low since programs that share the features of a tile of patches each generate its noise."""
@@ -31,6 +32,7 @@ TABLE["patch_embed_forward"] = {
     ("fp16", ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, warps=4, stages=2),
 }
 TABLE["patch_embed_grad_latents"] = {(ANY, ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, warps=4, stages=3)}
+TABLE["patch_embed_grad_weight"] = {(ANY, ANY, ANY): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}, warps=8, stages=3)}
 TABLE["patch_embed_patches"] = {(ANY, ANY, ANY): Config({"BLOCK_M": 32, "BLOCK_K": 64}, warps=4, stages=1)}
 
 
@@ -175,9 +177,9 @@ def patch_embed_grad_latents(
 @kernel(do_not_specialize=["channels", "grid_w"])
 def patch_embed_patches(
     latents, stride_b, stride_c, stride_h, rng, scale, shift, x, rows, tokens, grid_w, channels, tiles,
-    PATCH: tl.constexpr, SAMPLE: tl.constexpr, IN_ORDER: tl.constexpr, CLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    PATCH: tl.constexpr, SAMPLE: tl.constexpr, IN_ORDER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x [B, CLS + N, K]: the patches that the forward multiplied, with zeros in the CLS row."""
+    """x [B N, K]: the patches that the forward multiplied."""
     program = tl.program_id(0)
     first_m, first_k = program // tiles * BLOCK_M, program % tiles * BLOCK_K
     values = channels * PATCH * PATCH
@@ -186,13 +188,29 @@ def patch_embed_patches(
         PATCH, SAMPLE, IN_ORDER, BLOCK_M, BLOCK_K,
     )  # fmt: skip
     m, k = first_m + tl.arange(0, BLOCK_M), first_k + tl.arange(0, BLOCK_K)
-    row = (m // tokens).to(tl.int64) * (tokens + CLS) + CLS + m % tokens
-    tl.store(x + row[:, None] * values + k[None, :], tile, mask=(m < rows)[:, None] & (k < values)[None, :])
-    if CLS:
-        cls_row = x + tl.cdiv(first_m, tokens).to(tl.int64) * (tokens + 1) * values + k
-        for _ in range(tl.cdiv(first_m, tokens), tl.cdiv(tl.minimum(first_m + BLOCK_M, rows), tokens)):
-            tl.store(cls_row, tl.zeros((BLOCK_K,), x.dtype.element_ty), mask=k < values)
-            cls_row += (tokens + 1) * values
+    tl.store(x + m.to(tl.int64)[:, None] * values + k[None, :], tile, mask=(m < rows)[:, None] & (k < values)[None, :])
+
+
+@kernel(do_not_specialize=["tokens"])
+def patch_embed_grad_weight(
+    grad_y, grad_stride_b, grad_stride_n, x, partials, rows, tokens, features, values, split_rows, tiles_d, tiles_k,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Partial products of a split of the patches: partials [splits, D, K]. BLOCK_M is of features, BLOCK_N of values, BLOCK_K of patches."""
+    program = tl.program_id(0)
+    split = program // (tiles_d * tiles_k)
+    d = program // tiles_k % tiles_d * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = program % tiles_k * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(split * split_rows, tl.minimum((split + 1) * split_rows, rows), BLOCK_K):
+        m = first + tl.arange(0, BLOCK_K)
+        at = grad_y + ((m // tokens).to(tl.int64) * grad_stride_b + (m % tokens).to(tl.int64) * grad_stride_n)[:, None]
+        upstream = tl.load(at + d[None, :], mask=(m < rows)[:, None] & (d < features)[None, :], other=0.0)
+        at = x + m.to(tl.int64)[:, None] * values + k[None, :]
+        patches = tl.load(at, mask=(m < rows)[:, None] & (k < values)[None, :], other=0.0)
+        total = dot(tl.trans(upstream), patches, total)
+    at = partials + (split * features + d).to(tl.int64)[:, None] * values + k[None, :]
+    tl.store(at, rounded(total, partials.dtype.element_ty), mask=(d < features)[:, None] & (k < values)[None, :])
 
 
 class _Sizes:
@@ -253,18 +271,29 @@ def backward(
             s.rows, s.tokens, s.grid_w, s.channels, s.features, tiles, patch_size, moments, sample, s.in_order, **config.options,
         )  # fmt: skip
     if need_weight:
-        grad_weight = grad_y.reshape(-1, s.features).t() @ _written_patches(s, rng, patch_size, scale, shift, cls, weight.dtype)
+        x = _written_patches(s, patch_size, scale, shift, weight.dtype)
+        config = pick("patch_embed_grad_weight", s.dtype)
+        tiles_d, tiles_k = cdiv(s.features, config.blocks["BLOCK_M"]), cdiv(s.values, config.blocks["BLOCK_N"])
+        splits, split_rows = splits_of(s.rows, config.blocks["BLOCK_K"], tiles_d * tiles_k)
+        grad_weight = grad_y.new_empty(s.features, s.values)
+        partials = grad_weight if splits == 1 else grad_weight.new_empty(splits, s.features, s.values, dtype=torch.float32)
+        patch_embed_grad_weight[(splits * tiles_d * tiles_k,)](
+            patches, *patches.stride()[:2], x, partials, s.rows, s.tokens, s.features, s.values, split_rows, tiles_d, tiles_k,
+            **config.options,
+        )  # fmt: skip
+        if splits > 1:
+            sum_splits(partials, grad_weight)
     return grad_latents, grad_weight, *_vector_gradients(grad_y, patches, need_bias, need_pos, need_cls and cls == 1)
 
 
-def _written_patches(s, rng, patch_size, scale, shift, cls, dtype):
-    """[B (cls + N), K]: one row per row of the upstream gradient, so that both are single matrices; zeros for CLS tokens."""
-    x = torch.empty(s.batch * (cls + s.tokens), s.values, dtype=dtype, device=s.latents.device)
+def _written_patches(s, patch_size, scale, shift, dtype):
+    """[B N, K]"""
+    x = torch.empty(s.rows, s.values, dtype=dtype, device=s.latents.device)
     config = pick("patch_embed_patches", s.dtype)
     tiles = cdiv(s.values, config.blocks["BLOCK_K"])
     patch_embed_patches[(cdiv(s.rows, config.blocks["BLOCK_M"]) * tiles,)](
         s.latents, *s.strides, s.rng, float(scale), float(shift), x, s.rows, s.tokens, s.grid_w, s.channels, tiles,
-        patch_size, rng is not None, s.in_order, cls, **config.options,
+        patch_size, s.rng is not None, s.in_order, **config.options,
     )  # fmt: skip
     return x
 

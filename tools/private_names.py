@@ -19,7 +19,7 @@ PUBLIC = ("triton.language", "triton.testing")
 
 NAMES = {
     "an operator's call without PyTorch's dispatcher (ov3fast/ops/_operator.py)": (
-        "torch._C._any_requires_grad", "torch._C._are_functorch_transforms_active", "torch._C._functorch.TransformType.Grad",
+        "torch._C._any_requires_grad", "torch._C._are_functorch_transforms_active", "torch._C._autograd._top_saved_tensors_default_hooks", "torch._C._functorch.TransformType.Grad",
         "torch._C._functorch.get_interpreter_stack",
         "torch._C._functorch.is_functorch_wrapped_tensor", "torch._C._get_tracing_state", "torch._C._is_any_autocast_enabled",
         "torch._C._len_torch_dispatch_stack", "torch._functorch.utils.unwrap_dead_wrappers", "torch.autograd.forward_ad._current_level",
@@ -58,6 +58,7 @@ NAMES = {
     ),
     "a step's memory on fake tensors (ov3fast/training/footprint.py)": ("torch._subclasses.fake_tensor.FakeTensorMode",),
     "fences that Triton before 3.9 leaves out (kernels/lib/fences.py)": ("triton.knobs.runtime.add_stages_inspection_hook", "triton.knobs.runtime.scope"),
+    "what a launcher asks PyTorch for (kernels/lib/plan.py)": ("torch._C._AutoDispatchBelowAutograd",),
     "launches without Triton's cost per call (kernels/lib/launch.py)": (
         "triton.knobs.runtime.launch_enter_hook", "triton.knobs.runtime.launch_exit_hook",
     ),

@@ -131,18 +131,20 @@ def measured() -> Mapping[tuple[str, str, str, str], Config]:
 
 _trial: dict[Key, Config] = {}
 _picked: set[Key] | None = None
+generation = 0
+"""Counts changes of what is picked; -1 while rows are tried. What remembers a row looks here."""
 
 
 @contextmanager
 def trying(found: Mapping[Key, Config]) -> Iterator[set[Key]]:
     """Replaces the table's rows within the block; yields the set of keys that are looked up there."""
-    global _trial, _picked
-    before = _trial, _picked
-    _trial, _picked = dict(found), set()
+    global _trial, _picked, generation
+    before = _trial, _picked, generation
+    _trial, _picked, generation = dict(found), set(), -1
     try:
         yield _picked
     finally:
-        _trial, _picked = before
+        _trial, _picked, generation = before
 
 
 def tuned_path() -> Path:
@@ -171,6 +173,8 @@ def load(path: Path) -> dict[Key, Config]:
 
 
 def save(found: Mapping[Key, Config], path: Path) -> None:
+    global generation
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([{"key": key, **asdict(config)} for key, config in found.items()], indent=1))
     _tuned_for.cache_clear()
+    generation += 1

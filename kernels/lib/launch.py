@@ -41,6 +41,8 @@ KERNELS: list[Kernel] = []
 """All that launchers call, of the modules that were imported."""
 
 _address, _dtype = Tensor.data_ptr, attrgetter("dtype")
+listener: Callable[[_Launch | None, tuple[int, ...], Sequence[Any]], None] | None = None
+"""Is told of every launch: how ours does it (None where only Triton can), its grid and its arguments. See plan.py."""
 
 
 def kernel(function: Callable[..., Any] | None = None, **options: Any) -> Any:
@@ -75,6 +77,8 @@ class Kernel(JITFunction):  # type: ignore[misc]  # Triton has no types
             if kinds not in self._calls:
                 self._calls[kinds] = call = _call_of(tuple(map(type, args)))
             if call is None:
+                if listener is not None:
+                    listener(None, grid, args)
                 return self.run(*args, grid=grid, warmup=False, **constants)
         tensors = call.tensors(args)
         addresses = tuple(map(_address, tensors))
@@ -82,14 +86,18 @@ class Kernel(JITFunction):  # type: ignore[misc]  # Triton has no types
         alignment = tuple([address % 16 for address in addresses])
         key = device, call.values(args), tuple(map(_dtype, tensors)), alignment, *constants.values()
         launch = call.launches.get(key)
-        if launch is None or _is_watched():
+        if launch is None or is_watched():
             compiled = self.run(*args, grid=grid, warmup=False, **constants)
             if launch is None and compiled is not None:
                 call.remember(key, compiled)
+            if listener is not None:
+                listener(call.launches.get(key), grid, args)
             return compiled
         x, y, z = (*grid, 1, 1)[:3]
         if not (x and y and z):
             return launch.compiled
+        if listener is not None:
+            listener(launch, grid, args)
         room = _rooms.of.get(device) or _rooms.make(device)
         # Last come two pointers to scratch memory, which these kernels don't use.
         launch.pack(room.record, 0, *launch.taken(addresses + args), 0, 0)
@@ -130,14 +138,15 @@ def _call_of(types: tuple[type, ...]) -> _Call | None:
 class _Launch:
     """A compiled kernel on one device, and how the driver gets its arguments.
 
-    places: of the record's values in (*addresses of the tensors, *arguments); layout: theirs, as struct writes it.
+    arguments: positions of those that the record holds; places: theirs in (*addresses of the tensors, *arguments); layout: as struct
+    writes them.
     """
 
-    def __init__(self, compiled: Any, places: Sequence[int], layout: str):
+    def __init__(self, compiled: Any, arguments: Sequence[int], places: Sequence[int], layout: str):
         self.compiled = compiled  # whose end would unload the function
         self.function = ctypes.c_void_p(compiled.function)
         warps, _, self.shared = compiled.packed_metadata
-        self.threads = 32 * warps
+        self.threads, self.arguments = 32 * warps, arguments
         self.pack, self.size, self.taken = struct.Struct(layout).pack_into, struct.calcsize(layout), taker(places)
 
 
@@ -149,12 +158,13 @@ def _launch_of(compiled: Any, call: _Call) -> _Launch | None:
         return None
     if metadata.global_scratch_size or metadata.profile_scratch_size:
         return None
-    places, layout = [], ""
+    arguments, places, layout = [], [], ""
     for place, kind in enumerate(list(compiled.src.signature.values())[: len(call.types)]):
         if kind == "constexpr":
             if call.types[place] is float:  # whose value the key does not hold
                 return None
         elif kind.startswith("*") or kind in FORMATS:
+            arguments.append(place)
             places.append(call.places.index(place) if kind.startswith("*") else len(call.places) + place)
             layout += FORMATS.get(kind, "P")
         else:
@@ -163,7 +173,7 @@ def _launch_of(compiled: Any, call: _Call) -> _Launch | None:
     sizes = [8 * struct.calcsize(letter) for letter in layout]
     if parameter_sizes(compiled.asm["ptx"]) != sizes or struct.calcsize(layout) > LARGEST_RECORD:
         return None
-    return _Launch(compiled, places, layout)
+    return _Launch(compiled, arguments, places, layout)
 
 
 def parameter_sizes(ptx: str) -> list[int]:
@@ -183,7 +193,7 @@ _runtime, _driver = triton.knobs.runtime, triton.runtime.driver
 _entered, _left = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether something waits for Triton to tell of launches."""
     ours = _runtime.launch_enter_hook is _entered and _runtime.launch_exit_hook is _left
     return not ours or bool(_entered.calls or _left.calls)
@@ -212,3 +222,13 @@ class _Rooms(threading.local):
 
 
 _rooms = _Rooms()
+
+
+def rooms() -> _Rooms:
+    return _rooms
+
+
+def stream_of() -> Callable[[int], int]:
+    """What tells a device's current stream."""
+    found: Callable[[int], int] = _driver.active.get_current_stream
+    return found

@@ -48,6 +48,28 @@ class Backend:
     differentiable: Callable[..., Callable[..., Any] | None]
     """The operator's arguments -> the forward as a function that PyTorch's own autograd differentiates, or None where they have none. An eager call that goes
     forward and backward on this backend runs it, without a node of ours: the operator's arguments -> its outputs that have gradients."""
+    of_one_kind: Callable[[Callable[..., Any]], Callable[..., Any]] | None
+    """forward or backward -> the same for calls that agree in all that choices depend on, so that it may remember what follows from that."""
+
+
+class Selected:
+    """What runs the calls of one kind: those that agree in all that a choice depends on."""
+
+    __slots__ = ("backwards", "contract", "function", "inference")
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        inference: Callable[..., Any] | None = None,
+        contract: Callable[..., Any] | None = None,
+    ):
+        self.function = function
+        self.inference = inference or function
+        """The same where nothing is kept for a backward."""
+        self.contract = contract
+        """Where PyTorch differentiates `function`: the one that returns all that the operator's contract names."""
+        self.backwards: dict[tuple[Any, ...], Any] = {}
+        """What _operator.py knows of the backward calls that follow, by what it can't know from the forward."""
 
 
 _order = list(PREFERENCE)
@@ -77,6 +99,7 @@ def register(
     slower_than: Callable[..., Sequence[str]] = _no_backends,
     slower_than_backward: Callable[..., Sequence[str]] | None = None,
     differentiable: Callable[..., Callable[..., Any] | None] = _no_reason,
+    of_one_kind: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
 ) -> None:
     """Make `name` a backend of `op`; see Backend. forward and backward take the registered operator's arguments, without `impl`.
 
@@ -98,6 +121,7 @@ def register(
         slower_than,
         slower_than_backward or slower_than,
         differentiable,
+        of_one_kind,
     )
     forget_choices()
 
@@ -172,13 +196,13 @@ class Selector:
         self._inputs = [self._position[name] for name in inputs if name in self._position]
         self._remembers = not any("[]" in kind for kind, _ in parameters)
         self._check, self._alignment_matters = check, alignment_matters
-        self._choices: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self._choices: dict[tuple[Any, ...], Selected] = {}
         _selectors.append(self)
 
-    def __call__(self, request: Request, args: Sequence[Any]) -> Callable[..., Any]:
-        """The function to run. RuntimeError, with the reason, where none can."""
+    def __call__(self, request: Request, args: Sequence[Any]) -> Selected:
+        """What to run. RuntimeError, with the reason, where nothing can."""
         if not self._remembers:
-            return self._function(self.select_backend(request, args), request, args)
+            return self._selected(self.select_backend(request, args), request, args)
         key: list[Any] = [request]
         for arg in args:
             if isinstance(arg, Tensor):
@@ -192,7 +216,7 @@ class Selector:
             self._check(*args)
             if len(self._choices) >= 4096:
                 self._choices.clear()
-            found = self._choices[choice] = self._function(self.select_backend(request, args), request, args)
+            found = self._choices[choice] = self._selected(self.select_backend(request, args), request, args)
         return found
 
     def forget(self) -> None:
@@ -221,17 +245,17 @@ class Selector:
                 return next((n for n in faster if n in backends and self._obstacle(backends[n], args) is None), name)
         raise RuntimeError(f"{self.op}: no backend takes this call; see `ov3fast doctor`")
 
-    def _function(self, name: str, request: Request, args: Sequence[Any]) -> Callable[..., Any]:
-        """The function of the contract, or one that PyTorch differentiates, which then has that of the contract as `contract`."""
+    def _selected(self, name: str, request: Request, args: Sequence[Any]) -> Selected:
         backend = _backends[self.op][name]
         function = backend.backward if self.backward else backend.forward
         assert function is not None
         whole = None if self.backward else backend.differentiable(*args)
         if whole is not None and self._goes_back_on(name, request, args):
-            assert whole is not function, "only the one that PyTorch differentiates may be marked as that"
-            whole.contract = function  # type: ignore[attr-defined]
-            return whole
-        return function
+            return Selected(whole, contract=function)
+        inference = getattr(function, "inference", None)
+        if self._remembers and backend.of_one_kind is not None:
+            return Selected(backend.of_one_kind(function), inference and backend.of_one_kind(inference))
+        return Selected(function, inference)
 
     def _goes_back_on(self, name: str, request: Request, args: Sequence[Any]) -> bool:
         """Whether the backward of this forward call would be that backend's too."""

@@ -83,12 +83,11 @@ class Operator:
         return self._call_plain(request, unwrapped)
 
     def _call_plain(self, request: str, args: tuple[Any, ...]) -> Any:
-        function = self.select(request, args)
+        selected = self.select(request, args)
         if self.apply is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            if not hasattr(function, "contract"):  # else PyTorch's own nodes do
-                return self.apply(*args, request, function)
-        # A backend's forward may have another beside it that keeps nothing for a backward.
-        return _without_autocast(getattr(function, "inference", function), args)
+            if selected.contract is None:  # else PyTorch's own nodes do
+                return self.apply(*args, request, selected)
+        return _without_autocast(selected.inference, args)
 
     def _call_watched(self, impl: str | None, request: str, args: tuple[Any, ...]) -> Any:
         if not torch.compiler.is_compiling():
@@ -111,8 +110,8 @@ class Operator:
     def run(self, *args: Any) -> Any:
         """The forward, on the backend that the last argument asks for."""
         *inputs, word = args
-        function = self.select(_dispatch.decode(word), inputs)
-        return _without_autocast(getattr(function, "contract", function), inputs)
+        selected = self.select(_dispatch.decode(word), inputs)
+        return _without_autocast(selected.contract or selected.function, inputs)
 
     def define_backward(
         self,
@@ -145,7 +144,7 @@ class Operator:
         torch.library.register_autograd(
             f"ov3fast::{self.name}_backward", self._backward_twice, setup_context=_save_all, lib=LIBRARY
         )
-        node = _make_node(self.name, forward=self._forward_in_node, backward=self._backward)
+        node = _make_node(self.name, forward=self._forward_in_node, backward=self._backward_in_node)
         # Not node.apply, which looks for transforms of torch.func first: plain calls have none.
         self.apply = super(torch.autograd.Function, node).apply  # type: ignore[misc]  # written in C++
         self.wanted: dict[tuple[bool, ...], tuple[list[bool], itemgetter[Any]]] = {}
@@ -163,7 +162,7 @@ class Operator:
     def run_backward(self, *args: Any) -> Any:
         """The backward, on the backend that the last argument asks for."""
         *inputs, word = args
-        return _without_autocast(self.select_backward(_dispatch.decode(word), inputs), inputs)
+        return _without_autocast(self.select_backward(_dispatch.decode(word), inputs).function, inputs)
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any, registered: bool = False) -> None:
         *args, word = inputs
@@ -171,11 +170,30 @@ class Operator:
         ctx.mark_non_differentiable(*saved.constants, *(saved.without_formula if registered else ()))
 
     def _forward_in_node(self, ctx: Any, *args: Any) -> Any:
-        """The forward of a plain call that leads to gradients: of (*arguments, word, the backend's function), the outputs that have some."""
-        *inputs, word, function = args
-        output = _without_autocast(function, inputs)
+        """The forward of a plain call that leads to gradients: of (*arguments, word, what was selected), the outputs that have some."""
+        *inputs, word, selected = args
+        output = _without_autocast(selected.function, inputs)
         constants = self._keep(ctx, inputs, output, word).constants
+        # A hook may give back other tensors than were saved, of another kind.
+        ctx.selected = None if torch._C._autograd._top_saved_tensors_default_hooks(False) else selected
         return output[: -len(constants)] if constants else output
+
+    def _backward_in_node(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """`_backward` of a plain call. Its kind follows from the forward's, which gradients are asked for, and how those upstream lie."""
+        selected = ctx.selected
+        if selected is None or grads[0] is None or self.shortcut is not None or not _is_plain_backward(grads):
+            return self._backward(ctx, *grads)
+        needs, saved = ctx.needs_input_grad, ctx.saved_tensors
+        upstream = grads if len(grads) == self.upstream else (*grads, *(None,) * self.upstream)[: self.upstream]
+        kind = needs, *[None if grad is None else grad.stride() for grad in grads]
+        known = selected.backwards.get(kind)
+        if known is None:
+            flags, of_inputs = self._wanted(needs)
+            args = *upstream, *saved, *ctx.options, *flags
+            known = selected.backwards[kind] = self.select_backward(ctx.word, args).function, flags, of_inputs
+        function, flags, of_inputs = known
+        made = function(*upstream, *saved, *ctx.options, *flags)
+        return of_inputs((None, made) if isinstance(made, Tensor) else (None, *made))
 
     def _keep(self, ctx: Any, inputs: Sequence[Any], output: Any, word: str) -> Saved:
         saved = self.save(inputs, output)
@@ -223,7 +241,7 @@ class Operator:
         with_graph = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         if not with_graph and _is_plain_call(args):
             known = None if self.shortcut is None else self.shortcut(*args)
-            return _without_autocast(self.select_backward(word, args), args) if known is None else known
+            return _without_autocast(self.select_backward(word, args).function, args) if known is None else known
         if not torch.compiler.is_compiling():
             if _is_transformed(args):
                 return self.differentiable_backward(*args)
@@ -324,6 +342,20 @@ def _is_plain_call(args: tuple[Any, ...]) -> bool:
         or torch._C._get_tracing_state() is not None
         or not _PLAIN.issuperset(map(type, args))
         or getattr(args[0], "is_meta", True)  # no tensor at all: about to be refused
+    )
+
+
+def _is_plain_backward(grads: tuple[Any, ...]) -> bool:
+    """`_is_plain_call` of a node's backward, whose saved tensors are plain since its forward's arguments were. A graph of it is none."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._is_any_autocast_enabled()
+        or not _PLAIN.issuperset(map(type, grads))
     )
 
 

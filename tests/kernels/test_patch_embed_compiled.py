@@ -86,7 +86,10 @@ def test_traffic():
         reports["patch_embed_grad_latents"][0], cases.grad_latents_work(*call, "bf16", row("grad_latents")).bytes, *SMALL
     )
     launches.assert_traffic(
-        reports["patch_embed_patches"][0], cases.patches_work(*call[:3], 1, "bf16", row("patches")).bytes, *SMALL
+        reports["patch_embed_patches"][0], cases.patches_work(*call[:3], "bf16", row("patches")).bytes, *SMALL
     )
-    for name in ("patch_embed_forward", "patch_embed_grad_latents"):
+    launches.assert_traffic(
+        reports["patch_embed_grad_weight"][0], cases.grad_weight_work(*call, "bf16", row("grad_weight")).bytes, *SMALL
+    )
+    for name in ("patch_embed_forward", "patch_embed_grad_latents", "patch_embed_grad_weight"):
         assert reports[name][0].mma_count > 0

@@ -130,6 +130,19 @@ def test_nan_in_logvar_is_kept(dtype):
     assert y[0, 0].isnan().all() and y[0, 1:].isfinite().all() and y[1].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_infinite_gradient_of_the_cls_token_stays_with_it(dtype, value):
+    """No other gradient sums over that row, but those of its position embedding and its token."""
+    latents, weight, bias, pos_embed, cls_token = (v.to(dtype).requires_grad_() for v in inputs(channels=4, features=24))
+    y = patch_embed(latents, weight, bias, pos_embed, cls_token)
+    upstream = torch.ones_like(y)
+    upstream[1, 0] = value
+    grads = torch.autograd.grad(y, (latents, weight, bias, cls_token, pos_embed), upstream)
+    assert all(grad.isfinite().all() for grad in grads[:3]) and not grads[3].isfinite().any()
+    assert not grads[4][0].isfinite().any() and grads[4][1:].isfinite().all()
+
+
 def test_optional_arguments():
     latents, weight, bias, pos_embed, cls_token = inputs()
     for rest in ((None, None, None), (bias, None, None), (None, pos_embed[1:], None), (None, None, cls_token)):

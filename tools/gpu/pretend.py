@@ -7,6 +7,7 @@ would compile there, which `precompile` can then compile on all cores.
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -226,6 +227,7 @@ def host(target: str = "sm_90", launch: Callable[..., int] | None = None) -> Ite
         stack.enter_context(mock.patch.object(cuda_driver, "library", lambda: library))
         stack.enter_context(mock.patch.object(launches, "_rooms", launches._Rooms()))
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", current))
+        stack.callback(gc.collect)  # compiled kernels in plans, which are cycles, ask the driver to unload them
         for forget in (*(cached.cache_clear for cached in caches), _dispatch.forget_choices):
             stack.callback(forget)
             forget()

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from ...lib.common import cdiv
 from ...lib.patches import shares_of
-from ...patch_embed import PROGRAMS, patch_embed_forward, patch_embed_grad_latents, patch_embed_patches
+from ...lib.reduce import splits_of
+from ...patch_embed import (
+    PROGRAMS,
+    patch_embed_forward,
+    patch_embed_grad_latents,
+    patch_embed_grad_weight,
+    patch_embed_patches,
+)
 from ..catalog import SIZES, Entry, Work, argument_types
 
 POINTERS = {
     **dict.fromkeys(("latents", "weight", "bias", "pos_embed", "cls_token", "y", "grad_y", "grad_latents", "x"), "*{}"),
+    "partials": "*fp32",
     **dict.fromkeys(("scale", "shift"), "fp32"),
     "rng": "*i64",
 }
 ALIGNED = (
-    "stride_b", "stride_c", "stride_h", "grad_stride_b", "grad_stride_n", "weight_stride", "rows", "tokens", "features",
+    "stride_b", "stride_c", "stride_h", "grad_stride_b", "grad_stride_n", "weight_stride", "rows", "tokens", "features", "values",
+    "split_rows",
 )  # fmt: skip
 
 
@@ -45,10 +54,22 @@ OPERATIONS = 45
 """Operations per random number: a quarter of those for a block of four."""
 
 
-def patches_work(batch, tokens, values, cls, dtype, config):
+def patches_work(batch, tokens, values, dtype, config):
     blocks, rows = config.blocks, batch * tokens
-    moved = (rows * 2 + batch * (tokens + cls)) * values * SIZES[dtype]
+    moved = rows * 3 * values * SIZES[dtype]
     return Work(OPERATIONS * rows * values, moved, cdiv(rows, blocks["BLOCK_M"]) * cdiv(values, blocks["BLOCK_K"]))
+
+
+def grad_weight_work(batch, tokens, values, features, dtype, config):
+    """Of its bytes the partial products are written once; reduce's merge_splits reads them."""
+    blocks, size, rows = config.blocks, SIZES[dtype], batch * tokens
+    tiles_d, tiles_k = cdiv(features, blocks["BLOCK_M"]), cdiv(values, blocks["BLOCK_N"])
+    splits, split_rows = splits_of(rows, blocks["BLOCK_K"], tiles_d * tiles_k)
+    written = splits * values * features * (4 if splits > 1 else size)
+    moved = (tiles_k * rows * features + tiles_d * rows * values) * size + written
+    distinct = rows * (features + values) * size + written
+    trips = (split_rows // blocks["BLOCK_K"],)
+    return Work(2 * rows * values * features, moved, splits * tiles_d * tiles_k, distinct, trips=trips)
 
 
 def entries() -> list[Entry]:
@@ -58,12 +79,13 @@ def entries() -> list[Entry]:
     def entry(kernel, work, matrix=True, **constexprs):
         return Entry(
             kernel, "patch_embed", argument_types(kernel, **POINTERS), problem, work,
-            constexprs={"PATCH": 2, "SAMPLE": True, "IN_ORDER": True, **constexprs}, aligned=ALIGNED, matrix=matrix,
+            constexprs=constexprs, aligned=ALIGNED, matrix=matrix,
         )  # fmt: skip
 
-    sizes = batch, tokens, values, features
+    sizes, drawn = (batch, tokens, values, features), {"PATCH": 2, "SAMPLE": True, "IN_ORDER": True}
     return [
-        entry(patch_embed_forward, lambda *how: forward_work(*sizes, 1, *how), CLS=1, WHOLE=True),
-        entry(patch_embed_grad_latents, lambda *how: grad_latents_work(*sizes, *how), MOMENTS=True),
-        entry(patch_embed_patches, lambda *how: patches_work(batch, tokens, values, 1, *how), matrix=False, CLS=1),
+        entry(patch_embed_forward, lambda *how: forward_work(*sizes, 1, *how), CLS=1, WHOLE=True, **drawn),
+        entry(patch_embed_grad_latents, lambda *how: grad_latents_work(*sizes, *how), MOMENTS=True, **drawn),
+        entry(patch_embed_patches, lambda *how: patches_work(batch, tokens, values, *how), matrix=False, **drawn),
+        entry(patch_embed_grad_weight, lambda *how: grad_weight_work(*sizes, *how)),
     ]

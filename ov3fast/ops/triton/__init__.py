@@ -109,6 +109,12 @@ def launch(module: str, function: str) -> Callable[..., Any]:
     return call
 
 
+def planned(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` for calls of one kind: what it works out from that is worked out once. See ov3fast/kernels/lib/plan.py."""
+    made: Callable[..., Any] = importlib.import_module("ov3fast.kernels.lib.plan").planned(function)
+    return made
+
+
 def _without_b1(backward: Callable[..., Any]) -> Callable[..., Any]:
     """mlp's backward for kernels that have the bias in h."""
     return lambda grad_y, x, h, w1, b1, *rest: backward(grad_y, x, h, w1, *rest)
@@ -132,5 +138,6 @@ for _op, _kernels in KERNELS.items():
             _options["slower_than_backward"] = lambda *_: ()
     _dispatch.register(
         _op, "triton", _forward, _backward, operands=_kernels.operands, unavailable_reason=unavailable_reason,
-        unsupported_reason=functools.partial(unsupported_reason, widest=_kernels.widest, axis=_kernels.axis), **_options,
+        unsupported_reason=functools.partial(unsupported_reason, widest=_kernels.widest, axis=_kernels.axis),
+        of_one_kind=None if _op == "contrastive_loss" else planned, **_options,
     )  # fmt: skip

@@ -1,0 +1,352 @@
+"""What a launcher does for calls of one kind, noted once and then done without working it out again.
+
+A launcher (`forward` or `backward` of a kernel's file) works out layouts, grids and rows of configuration, and asks for memory, views, products and
+launches. For calls that agree in everything but addresses and values it asks for the same each time. `Planned` lets the first call pass,
+notes what the second asks for, and writes a Python function of it that has nothing left to decide:
+
+    def plan(x, weight, bias):
+        if <not the kind that was noted>: return launcher(x, weight, bias)
+        t0 = empty_strided((8, 64), (64, 1), dtype=c0, device=c1)
+        pack0(record, 0, x.data_ptr(), 8, weight.data_ptr(), t0.data_ptr(), ...)
+        launch(c2, 4, 1, 1, ...)
+        return t0
+
+PyTorch's operations are noted by a dispatch mode, which misses none, launches by launch.listener. What can't be noted (a value that is read back, a
+launch that is Triton's) leaves the launcher as it was.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import config as configs
+from . import cuda_driver
+from . import launch as launches
+from .common import INTERPRETED
+
+ALLOCATIONS = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
+ALIGNMENT = 16
+"""Bytes: Triton compiles for addresses that are multiples of it, as allocators give them."""
+
+MOST_STEPS = 64
+"""Of one call: a longer one costs the device more than the host."""
+BINDINGS = {
+    "addmm": torch.addmm, "clone": torch.clone, "linear": torch.nn.functional.linear, "matmul": torch.matmul, "mm": torch.mm, "zero_": torch.zero_,
+}  # fmt: skip
+"""Operations whose binding takes what the operation takes, at less cost than the operation as an object."""
+
+_noting = threading.Lock()
+
+
+def planned(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """`launcher` for calls of one kind; the interpreter launches nothing that could be noted."""
+    return launcher if INTERPRETED else Planned(launcher)
+
+
+class Planned:
+    """`launcher` for calls whose tensors agree in dtype, device, shape and strides, and whose other arguments but floats are equal."""
+
+    def __init__(self, launcher: Callable[..., Any]):
+        self.launcher = launcher
+        self.run: Callable[..., Any] = self._first
+
+    def __call__(self, *args: Any) -> Any:
+        return self.run(*args)
+
+    def _first(self, *args: Any) -> Any:
+        """Compiles, and fills caches."""
+        self.run = self._second
+        return self.launcher(*args)
+
+    def _second(self, *args: Any) -> Any:
+        if not _can_be_noted(args) or not _noting.acquire(blocking=False):
+            return self.launcher(*args)
+        try:
+            notes = _Notes(args)
+            result = notes.run(self.launcher)
+        finally:
+            _noting.release()
+        try:
+            self.run = _Writer(notes, result, self._otherwise).function()
+        except NotPlannable:
+            self.run = self.launcher
+        return result
+
+    def _otherwise(self, *args: Any) -> Any:
+        """A call that the plan does not serve; of another generation of configurations, the plan is made anew."""
+        if configs.generation >= 0 and configs.generation != getattr(self.run, "generation", configs.generation):
+            self.run = self._first
+        return self.launcher(*args)
+
+
+class NotPlannable(Exception):
+    """What was asked for can't be repeated without the launcher."""
+
+
+def _can_be_noted(args: Sequence[Any]) -> bool:
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    here = all(tensor.get_device() < 0 or tensor.get_device() == torch.cuda.current_device() for tensor in tensors)
+    aligned = all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors)
+    return bool(tensors) and here and aligned and configs.generation >= 0 and launches.OURS and not launches.is_watched()
+
+
+class _Known:
+    """A tensor of a call: an argument, or what one of PyTorch's operations returned.
+
+    root: of a view, the tensor whose memory it is, which is none itself; offset: bytes from its first element to the view's.
+    """
+
+    def __init__(self, tensor: Tensor, name: str, root: _Known | None = None):
+        self.tensor, self.name = tensor, name
+        self.root = root or self
+        self.offset = 0
+        if root is not None and tensor.numel() and root.tensor.numel():
+            self.offset = tensor.data_ptr() - root.tensor.data_ptr()
+        self.is_argument = self.is_allocated = False
+        self.shape, self.strides = tuple(tensor.shape), tensor.stride()
+
+
+class _Notes(TorchDispatchMode):
+    """Of one call: its steps in order, and every tensor that it met."""
+
+    def __init__(self, args: Sequence[Any]):
+        super().__init__()
+        # Each argument as a tensor of its own: one that is passed twice stands for two.
+        self.args = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
+        self.thread = threading.get_ident()
+        self.known: dict[int, _Known] = {}
+        self.steps: list[tuple[str, Any]] = []
+        for i, arg in enumerate(self.args):
+            if isinstance(arg, Tensor):
+                self._meet(arg, f"a{i}").is_argument = True
+
+    def _meet(self, tensor: Tensor, name: str | None = None, root: _Known | None = None) -> _Known:
+        known = self.known[id(tensor)] = _Known(tensor, name or f"t{len(self.known)}", root)
+        return known
+
+    def run(self, launcher: Callable[..., Any]) -> Any:
+        launches.listener, before = self._launched, launches.listener
+        try:
+            # Below autograd, which would put tensors of its own in place of views.
+            with torch._C._AutoDispatchBelowAutograd(), self:
+                return launcher(*self.args)
+        finally:
+            launches.listener = before
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        name = function.overloadpacket.__name__
+        operands = [self.known[id(value)] for value in _tensors((args, kwargs)) if id(value) in self.known]
+        fresh = []
+        for value in _tensors(result):
+            if id(value) not in self.known:
+                whose = next((known.root for known in operands if _share_memory(value, known.tensor)), None)
+                known = self._meet(value, root=whose)
+                fresh += [known] if whose is None else []
+        if name in ALLOCATIONS and len(fresh) == 1:
+            fresh[0].is_allocated = True
+            self.steps.append(("allocate", fresh[0]))
+        elif fresh or function._schema.is_mutable or not _tensors(result):
+            self.steps.append(("operate", (function, args, kwargs, result, fresh)))
+        return result
+
+    def _launched(self, launch: Any, grid: tuple[int, ...], args: Sequence[Any]) -> None:
+        if threading.get_ident() == self.thread:
+            self.steps.append(("launch", (launch, (*grid, 1, 1)[:3], args)))
+
+
+class _Writer:
+    """Notes as the source of a function, and the constants that it names."""
+
+    def __init__(self, notes: _Notes, result: Any, otherwise: Callable[..., Any]):
+        self.notes, self.result, self.known = notes, result, notes.known
+        self.lines: list[str] = []
+        self.names: dict[str, Any] = {
+            "otherwise": otherwise, "configs": configs, "is_watched": launches.is_watched, "empty_strided": torch.empty_strided,
+            "current_device": torch.cuda.current_device, "rooms": launches.rooms(), "stream_of": launches.stream_of(),
+            "pointer": ctypes.c_void_p, "refuse": cuda_driver.refuse,
+        }  # fmt: skip
+        self.pointed: dict[str, None] = {}
+        """Arguments whose addresses are read."""
+        self.views: set[_Known] = set()
+        """Those that were made."""
+
+    def constant(self, value: Any) -> str:
+        if value is None or type(value) in (bool, int):
+            return repr(value)
+        name = f"c{len(self.names)}"
+        self.names[name] = value
+        return name
+
+    def value(self, value: Any) -> str:
+        """An operation's argument, or a part of the result, as source."""
+        if isinstance(value, Tensor):
+            return self.tensor(value)
+        if isinstance(value, (tuple, list)):
+            inner = "".join(f"{self.value(item)}, " for item in value)
+            return f"({inner})" if isinstance(value, tuple) else f"[{inner}]"
+        return self.constant(value)
+
+    def tensor(self, tensor: Tensor) -> str:
+        """The name of a variable that holds it; a view is made where one is needed as a tensor."""
+        known = self._find(tensor)
+        root = known.root
+        if known.offset == 0 and (known.shape, known.strides) == (root.shape, root.strides):
+            return root.name
+        if known not in self.views:
+            self.views.add(known)
+            self.lines.append(f"{known.name} = {self._view(known)}")
+        return known.name
+
+    def _find(self, tensor: Tensor) -> _Known:
+        known = self.known.get(id(tensor))
+        if known is None:
+            raise NotPlannable("a tensor from elsewhere")
+        return known
+
+    def _view(self, known: _Known) -> str:
+        root = known.root
+        whole = known.offset == 0 and known.tensor.numel() == root.tensor.numel()
+        if whole and len(root.shape) == 2 and (known.shape, known.strides) == (root.shape[::-1], root.strides[::-1]):
+            return f"{root.name}.t()"
+        if whole and known.tensor.is_contiguous() and root.tensor.is_contiguous():
+            return f"{root.name}.view({known.shape})"
+        first = str(known.offset // known.tensor.element_size())
+        if root.is_argument:
+            first += f" + {root.name}.storage_offset()"
+        return f"{root.name}.as_strided({known.shape}, {known.strides}, {first})"
+
+    def address(self, tensor: Tensor) -> str:
+        known = self._find(tensor)
+        root = known.root
+        if root.is_argument:
+            self.pointed[root.name] = None
+        return f"p_{root.name}" + (f" + {known.offset}" if known.offset else "")
+
+    def function(self) -> Callable[..., Any]:
+        if len(self.notes.steps) > MOST_STEPS:
+            raise NotPlannable(f"{len(self.notes.steps)} steps")
+        self._shape_results()
+        for kind, what in self.notes.steps:
+            getattr(self, f"_{kind}")(what)
+        launched = any(kind == "launch" for kind, _ in self.notes.steps)
+        self.lines.append(f"return {self.value(self.result)}")
+        parameters = ", ".join(f"a{i}" for i in range(len(self.notes.args)))
+        body = [*self._guards(parameters, launched), *self._freed()]
+        source = f"def plan({parameters}):\n" + "".join(f"    {line}\n" for line in body)
+        exec(compile(source, "<plan>", "exec"), self.names)
+        plan: Callable[..., Any] = self.names["plan"]
+        plan.source, plan.generation = source, configs.generation  # type: ignore[attr-defined]  # a function's own
+        return plan
+
+    def _shape_results(self) -> None:
+        """Memory that only launches meet and that is returned as one whole view is allocated in the view's shape."""
+        operands = {id(v) for kind, what in self.notes.steps if kind == "operate" for v in _tensors(what[1:])}
+        for value in _tensors(self.result):
+            known = self._find(value)
+            root = known.root
+            whole = known.tensor.is_contiguous() and root.tensor.is_contiguous() and value.numel() == root.tensor.numel()
+            others = [k for k in self.known.values() if k.root is root and k is not known]
+            met = any(id(k.tensor) in operands for k in (*others, known)) or any(
+                k.tensor is v for k in others for v in _tensors(self.result)
+            )
+            if root is not known and root.is_allocated and whole and not met:
+                root.shape, root.strides = known.shape, known.strides
+
+    def _guards(self, parameters: str, launched: bool) -> list[str]:
+        """What makes a call another than the one that was noted."""
+        floats = [f"a{i} != {self.constant(arg)}" for i, arg in enumerate(self.notes.args) if isinstance(arg, float)]
+        device = next(arg for arg in self.notes.args if isinstance(arg, Tensor)).get_device()
+        here = [f"current_device() != {device}"] if device >= 0 else []
+        watched = ["is_watched()"] if launched else []
+        other = " or ".join([*floats, f"configs.generation != {configs.generation}", *here, *watched])
+        lines = [f"if {other}: return otherwise({parameters})"]
+        if self.pointed:
+            lines += [f"p_{name} = {name}.data_ptr()" for name in self.pointed]
+            addresses = " | ".join(f"p_{name}" for name in self.pointed)
+            lines.append(f"if ({addresses}) & {ALIGNMENT - 1}: return otherwise({parameters})")
+        if launched:
+            lines += [
+                f"room = rooms.of.get({device}) or rooms.make({device})",
+                "record, size, extra, launch = room.record, room.size, room.extra, room.launch",
+                f"stream = pointer(stream_of({device}))",
+            ]
+        return lines
+
+    def _allocate(self, known: _Known) -> None:
+        dtype, device = self.constant(known.tensor.dtype), self.constant(known.tensor.device)
+        self.lines.append(f"{known.name} = empty_strided({known.shape}, {known.strides}, dtype={dtype}, device={device})")
+        self._points(known)
+
+    def _points(self, known: _Known) -> None:
+        """Reads the address of memory that a launch will meet."""
+        if any(
+            self.known[id(arg)].root is known
+            for kind, what in self.notes.steps
+            if kind == "launch"
+            for arg in what[2]
+            if isinstance(arg, Tensor) and id(arg) in self.known
+        ):
+            self.lines.append(f"p_{known.name} = {known.name}.data_ptr()")
+
+    def _operate(self, what: Any) -> None:
+        function, args, kwargs, result, fresh = what
+        if function.namespace != "aten" or not (result is None or _tensors(result)):
+            raise NotPlannable(f"{function}, or what it returns")
+        values = [self.value(arg) for arg in args] + [f"{name}={self.value(arg)}" for name, arg in kwargs.items()]
+        call = f"{self.constant(BINDINGS.get(function.overloadpacket.__name__, function))}({', '.join(values)})"
+        if fresh and len(fresh) != len(_tensors(result)):
+            raise NotPlannable(f"{function} returns views beside other tensors")
+        self.lines.append(f"{', '.join(known.name for known in fresh)} = {call}" if fresh else call)
+        for known in fresh:
+            self._points(known)
+
+    def _launch(self, what: Any) -> None:
+        launch, (x, y, z), args = what
+        if launch is None:
+            raise NotPlannable("Triton's own launch")
+        number = len(self.names)
+        self.names |= {f"pack{number}": launch.pack, f"f{number}": launch.function, f"kept{number}": launch.compiled}
+        values = [args[place] for place in launch.arguments]
+        record = [self.address(value) if isinstance(value, Tensor) else self.constant(value) for value in values]
+        self.lines += [
+            f"pack{number}(record, 0, {', '.join(record)}, 0, 0)",
+            f"size.value = {launch.size}",
+            f"error = launch(f{number}, {x}, {y}, {z}, {launch.threads}, 1, 1, {launch.shared}, stream, None, extra)",
+            "if error: refuse('cuLaunchKernel', error)",
+        ]
+
+    def _freed(self) -> list[str]:
+        """The lines, and behind the last one that needs a tensor, its end: a launcher's loop keeps no more than one turn's."""
+        last = {name: i for i, line in enumerate(self.lines) for name in re.findall(r"\b(?:p_)?(t\d+)\b", line)}
+        ended: dict[int, list[str]] = {}
+        for name, i in last.items():
+            ended.setdefault(i, []).append(name)
+        return [line for i, text in enumerate(self.lines) for line in (text, *self._end(i, ended))]
+
+    def _end(self, i: int, ended: dict[int, list[str]]) -> list[str]:
+        return [f"del {', '.join(ended[i])}"] if i in ended and i < len(self.lines) - 1 else []
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return []
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    first = a.untyped_storage().data_ptr()
+    return first != 0 and first == b.untyped_storage().data_ptr()

@@ -1,11 +1,11 @@
 """Maps the folders of this repository to packages and compiles the CPU and CUDA kernels; the metadata is in pyproject.toml.
 
-The Triton kernels live in kernels/ beside csrc/ and are installed as `ov3fast.kernels`: Hugging Face has a package named
+The Triton kernels are in kernels/, next to csrc/, and are installed as `ov3fast.kernels`: Hugging Face has a package named
 `kernels`, so ours must never be importable under that name.
 
-csrc/build.py makes them, free of Python's and PyTorch's headers: a wheel is bound to a platform, not to a Python or a PyTorch. Without a
-compiler the package is installed all the same; the operators then run on PyTorch (or Triton), and `ov3fast doctor` says so. The CUDA kernels
-need nvcc alone, no GPU; without it they are left out.
+csrc/build.py compiles the kernels without Python's or PyTorch's headers: a wheel is tied to a platform, not to a Python or PyTorch version. Without a
+compiler the package still installs; the operators then run on PyTorch (or Triton), and `ov3fast doctor` says so. The CUDA kernels
+need only nvcc, no GPU; without nvcc they are not built.
 """
 
 import subprocess
@@ -22,7 +22,7 @@ from build import NoCompiler, build, build_cuda  # noqa: E402
 
 
 class BuildKernels(build_ext):
-    """Builds the libraries into ov3fast/_native: of the source tree for an editable installation, of the build otherwise."""
+    """Builds the libraries into ov3fast/_native, in the source tree for an editable install, else in the build folder."""
 
     def run(self):
         root = HERE if self.inplace or self.editable_mode else Path(self.build_lib)
@@ -30,7 +30,7 @@ class BuildKernels(build_ext):
             try:
                 make(root / "ov3fast" / "_native")
             except (NoCompiler, subprocess.CalledProcessError) as reason:
-                self.warn(f"ov3fast: installed without its {what} kernels: {reason}")
+                self.warn(f"ov3fast: installed without {what} kernels: {reason}")
 
     def get_outputs(self):
         return []

@@ -195,14 +195,14 @@ def write(new: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(CASES), help="models, separated by commas")
+    parser.add_argument("--only", default=",".join(CASES), help="comma-separated models")
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of timing, for each model, batch and dtype")
-    parser.add_argument("--least", type=int, default=3, help="turns")
+    parser.add_argument("--seconds", type=float, default=5.0, help="seconds of timing per model, batch and dtype")
+    parser.add_argument("--least", type=int, default=3, help="minimum number of rounds")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--batch", type=int, help="default: the model's own list")
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--warm", action="store_true", help="only compiles")
+    parser.add_argument("--warm", action="store_true", help="only compile, to warm the caches")
     given = parser.parse_args()
     for name in given.only.split(","):
         began = time.perf_counter()
@@ -211,7 +211,7 @@ def main() -> None:
                 write([row])
                 print(*(f"{row[key]}" for key in HEAD[:9]), sep=", ", flush=True)
         except ImportError as missing:
-            print(f"{name}: left out, {missing}")
+            print(f"{name}: skipped, {missing}")
         print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
 
 

@@ -97,4 +97,4 @@ def main(options: TuneOptions) -> None:
             for key, config, share in improve(case.variants[cases.OURS], found, seconds):
                 print(f"{case.operator} {case.shape}: {' '.join(key)}: {config}, {share:.2f} of the time")
                 configs.save({**kept, **found}, path)
-    print(f"{len(found)} rows beat the table; written: {path}" if found else "the table stands")
+    print(f"{len(found)} rows beat the table; written: {path}" if found else "no row beats the table")

@@ -46,7 +46,7 @@ def certificates(formats: Iterable[str]) -> dict[str, Any]:
     for format in formats:
         missing = [name for name in NEEDS[format] if importlib.util.find_spec(name) is None]
         if missing:
-            print(f"{format}: left out, {', '.join(missing)} not installed", file=sys.stderr)
+            print(f"{format}: skipped, {', '.join(missing)} not installed", file=sys.stderr)
             continue
         with tempfile.TemporaryDirectory() as folder:
             options = {"aotinductor": True} if format == "torch" else {}
@@ -72,7 +72,7 @@ def differences(committed: dict[str, Any], made: dict[str, Any]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--formats", default=",".join(NEEDS), help="separated by commas; the others stay as they are")
+    parser.add_argument("--formats", default=",".join(NEEDS), help="comma-separated; the others are kept unchanged")
     given = parser.parse_args()
     check = given.check
     committed = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}

@@ -25,8 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", choices=sorted(plans.PLANS))
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--only", default="", help="operators whose name contains this")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--only", default="", help="only operators whose name contains this")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes in Triton's interpreter, without a GPU")
     parser.add_argument("--minutes", type=float, default=plans.MINUTES, help="when to stop (default: %(default)s)")
     options = parser.parse_args(arguments)

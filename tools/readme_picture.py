@@ -93,8 +93,8 @@ def show(readme: Path, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a training run, or of a model")
-    parser.add_argument("--data", help="shards in place of the demo set's held-out parts")
-    parser.add_argument("--out", type=Path, default=OUT, help="README.md shows it only where it is the default")
+    parser.add_argument("--data", help="shards to use instead of the demo set's held-out parts")
+    parser.add_argument("--out", type=Path, default=OUT, help="README.md is updated only for the default")
     given = parser.parse_args()
     if given.data is None:
         from ov3fast.data.demo import build_demo

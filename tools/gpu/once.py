@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("backend")
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--real", action="store_true", help="at sizes that training meets, in bfloat16 alone")
+    parser.add_argument("--real", action="store_true", help="at sizes from training, only in bfloat16")
     options = parser.parse_args()
     backend = None if options.backend == "any" else options.backend
     with ops.use(backend) if backend else nullcontext():

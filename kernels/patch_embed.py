@@ -196,7 +196,7 @@ def patch_embed_grad_weight(
     grad_y, grad_stride_b, grad_stride_n, x, partials, rows, tokens, features, values, split_rows, tiles_d, tiles_k,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Partial products of a split of the patches: partials [splits, D, K]. BLOCK_M is of features, BLOCK_N of values, BLOCK_K of patches."""
+    """Split-K partial products over the patches: partials [splits, D, K]. BLOCK_M counts features, BLOCK_N values, BLOCK_K patches."""
     program = tl.program_id(0)
     split = program // (tiles_d * tiles_k)
     d = program // tiles_k % tiles_d * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -287,7 +287,7 @@ def backward(
 
 
 def _written_patches(s, patch_size, scale, shift, dtype):
-    """[B N, K]"""
+    """The patches as a matrix [B N, K]."""
     x = torch.empty(s.rows, s.values, dtype=dtype, device=s.latents.device)
     config = pick("patch_embed_patches", s.dtype)
     tiles = cdiv(s.values, config.blocks["BLOCK_K"])

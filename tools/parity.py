@@ -1,8 +1,8 @@
-"""How much of the error budget (ov3fast.testing) each Triton kernel uses, in Triton's interpreter: python -m tools.parity [OPERATOR ...]
+"""The fraction of the error budget (ov3fast.testing) that each Triton kernel uses, in Triton's interpreter: python -m tools.parity [OPERATOR ...]
 
-Every operator forward and backward, in float32 and bfloat16, at the tiny sizes of its CALLS: a few programs a launch, with ragged edges. A ratio above 1
-would be over the budget. Writes benches/results/parity-interpreter.csv; the exit status is 1 where a ratio is above 1. On a GPU `tools/gpu_run.py
-correct` records the same, float16 and real sizes besides.
+Every operator, forward and backward, in float32 and bfloat16, at the tiny sizes of its CALLS: a few programs per launch, with ragged edges. Writes
+benches/results/parity-interpreter.csv; exits with 1 if a ratio is above 1, that is, over the budget. On a GPU `tools/gpu_run.py correct` records the
+same, also for float16 and real sizes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     from tools.gpu.setting import DTYPES, samples
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("operators", nargs="*", help="all if none is named")
+    parser.add_argument("operators", nargs="*", help="default: all")
     parser.add_argument("--size", choices=("least", "tiny"), default="tiny")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args(arguments)

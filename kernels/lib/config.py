@@ -132,7 +132,7 @@ def measured() -> Mapping[tuple[str, str, str, str], Config]:
 _trial: dict[Key, Config] = {}
 _picked: set[Key] | None = None
 generation = 0
-"""Counts changes of what is picked; -1 while rows are tried. What remembers a row looks here."""
+"""Incremented whenever `pick` may return other rows; -1 while rows are being tried. Caches of rows check it."""
 
 
 @contextmanager

@@ -1,18 +1,18 @@
-"""What a launcher does for calls of one kind, noted once and then done without working it out again.
+"""Records the work of a launcher for one kind of call, and replays it without the host-side computation.
 
-A launcher (`forward` or `backward` of a kernel's file) works out layouts, grids and rows of configuration, and asks for memory, views, products and
-launches. For calls that agree in everything but addresses and values it asks for the same each time. `Planned` lets the first call pass,
-notes what the second asks for, and writes a Python function of it that has nothing left to decide:
+A launcher (`forward` or `backward` in a kernel's file) computes layouts, grids and configurations, and requests memory, views, products and
+launches. Calls that differ only in addresses and values make the same requests every time. `Planned` passes the first call through,
+records the requests of the second, and generates a Python function that has no decisions left:
 
     def plan(x, weight, bias):
-        if <not the kind that was noted>: return launcher(x, weight, bias)
+        if <not the recorded kind>: return launcher(x, weight, bias)
         t0 = empty_strided((8, 64), (64, 1), dtype=c0, device=c1)
         pack0(record, 0, x.data_ptr(), 8, weight.data_ptr(), t0.data_ptr(), ...)
         launch(c2, 4, 1, 1, ...)
         return t0
 
-PyTorch's operations are noted by a dispatch mode, which misses none, launches by launch.listener. What can't be noted (a value that is read back, a
-launch that is Triton's) leaves the launcher as it was.
+PyTorch operations are recorded by a dispatch mode, which misses none, and launches by launch.listener. If something can't be recorded (a value read
+back to the host, a launch by Triton), the launcher is used unchanged.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ from .common import INTERPRETED
 
 ALLOCATIONS = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 ALIGNMENT = 16
-"""Bytes: Triton compiles for addresses that are multiples of it, as allocators give them."""
+"""In bytes. Triton specialises on addresses that are multiples of this, which allocators guarantee."""
 
 MOST_STEPS = 64
-"""Of one call: a longer one costs the device more than the host."""
+"""Most steps of a plan; longer calls are bound by the device, not the host."""
 BINDINGS = {
     "addmm": torch.addmm, "clone": torch.clone, "linear": torch.nn.functional.linear, "matmul": torch.matmul, "mm": torch.mm, "zero_": torch.zero_,
 }  # fmt: skip
-"""Operations whose binding takes what the operation takes, at less cost than the operation as an object."""
+"""Operations with a Python binding that takes the same arguments and costs less than the operation object."""
 
 _noting = threading.Lock()
 
 
 def planned(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """`launcher` for calls of one kind; the interpreter launches nothing that could be noted."""
+    """Wraps `launcher` with plans; not in the interpreter, which launches nothing that could be recorded."""
     return launcher if INTERPRETED else Planned(launcher)
 
 
 class Planned:
-    """`launcher` for calls whose tensors agree in dtype, device, shape and strides, and whose other arguments but floats are equal."""
+    """`launcher`, with a plan for calls whose tensors agree in dtype, device, shape and strides and whose non-float arguments are equal."""
 
     def __init__(self, launcher: Callable[..., Any]):
         self.launcher = launcher
@@ -62,7 +62,7 @@ class Planned:
         return self.run(*args)
 
     def _first(self, *args: Any) -> Any:
-        """Compiles, and fills caches."""
+        """Compiles and fills caches."""
         self.run = self._second
         return self.launcher(*args)
 
@@ -81,14 +81,14 @@ class Planned:
         return result
 
     def _otherwise(self, *args: Any) -> Any:
-        """A call that the plan does not serve; of another generation of configurations, the plan is made anew."""
+        """A call that the plan does not apply to. If the configurations have changed, the plan is made again."""
         if configs.generation >= 0 and configs.generation != getattr(self.run, "generation", configs.generation):
             self.run = self._first
         return self.launcher(*args)
 
 
 class NotPlannable(Exception):
-    """What was asked for can't be repeated without the launcher."""
+    """The recorded requests can't be replayed without the launcher."""
 
 
 def _can_be_noted(args: Sequence[Any]) -> bool:
@@ -99,9 +99,9 @@ def _can_be_noted(args: Sequence[Any]) -> bool:
 
 
 class _Known:
-    """A tensor of a call: an argument, or what one of PyTorch's operations returned.
+    """A tensor of a call: an argument, or the result of a PyTorch operation.
 
-    root: of a view, the tensor whose memory it is, which is none itself; offset: bytes from its first element to the view's.
+    root: for a view, the base tensor that owns its memory; offset: bytes from the base's first element to the view's.
     """
 
     def __init__(self, tensor: Tensor, name: str, root: _Known | None = None):
@@ -115,11 +115,11 @@ class _Known:
 
 
 class _Notes(TorchDispatchMode):
-    """Of one call: its steps in order, and every tensor that it met."""
+    """The recording of one call: its steps in order, and every tensor involved."""
 
     def __init__(self, args: Sequence[Any]):
         super().__init__()
-        # Each argument as a tensor of its own: one that is passed twice stands for two.
+        # Each argument as a separate tensor: one passed twice counts as two.
         self.args = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
         self.thread = threading.get_ident()
         self.known: dict[int, _Known] = {}
@@ -135,7 +135,7 @@ class _Notes(TorchDispatchMode):
     def run(self, launcher: Callable[..., Any]) -> Any:
         launches.listener, before = self._launched, launches.listener
         try:
-            # Below autograd, which would put tensors of its own in place of views.
+            # Below autograd, which would replace views with its own tensors.
             with torch._C._AutoDispatchBelowAutograd(), self:
                 return launcher(*self.args)
         finally:
@@ -165,7 +165,7 @@ class _Notes(TorchDispatchMode):
 
 
 class _Writer:
-    """Notes as the source of a function, and the constants that it names."""
+    """Turns a recording into the source of a function and its constants."""
 
     def __init__(self, notes: _Notes, result: Any, otherwise: Callable[..., Any]):
         self.notes, self.result, self.known = notes, result, notes.known
@@ -176,9 +176,9 @@ class _Writer:
             "pointer": ctypes.c_void_p, "refuse": cuda_driver.refuse,
         }  # fmt: skip
         self.pointed: dict[str, None] = {}
-        """Arguments whose addresses are read."""
+        """Arguments whose addresses the launches read."""
         self.views: set[_Known] = set()
-        """Those that were made."""
+        """Tensors that the plan allocates."""
 
     def constant(self, value: Any) -> str:
         if value is None or type(value) in (bool, int):
@@ -188,7 +188,7 @@ class _Writer:
         return name
 
     def value(self, value: Any) -> str:
-        """An operation's argument, or a part of the result, as source."""
+        """The source of an operation's argument, or of part of the result."""
         if isinstance(value, Tensor):
             return self.tensor(value)
         if isinstance(value, (tuple, list)):
@@ -197,7 +197,7 @@ class _Writer:
         return self.constant(value)
 
     def tensor(self, tensor: Tensor) -> str:
-        """The name of a variable that holds it; a view is made where one is needed as a tensor."""
+        """The name of the variable for a tensor; creates a view if it is needed as a tensor."""
         known = self._find(tensor)
         root = known.root
         if known.offset == 0 and (known.shape, known.strides) == (root.shape, root.strides):
@@ -245,11 +245,11 @@ class _Writer:
         source = f"def plan({parameters}):\n" + "".join(f"    {line}\n" for line in body)
         exec(compile(source, "<plan>", "exec"), self.names)
         plan: Callable[..., Any] = self.names["plan"]
-        plan.source, plan.generation = source, configs.generation  # type: ignore[attr-defined]  # a function's own
+        plan.source, plan.generation = source, configs.generation  # type: ignore[attr-defined]
         return plan
 
     def _shape_results(self) -> None:
-        """Memory that only launches meet and that is returned as one whole view is allocated in the view's shape."""
+        """Memory that only launches use and that is returned as a single full view is allocated in the view's shape."""
         operands = {id(v) for kind, what in self.notes.steps if kind == "operate" for v in _tensors(what[1:])}
         for value in _tensors(self.result):
             known = self._find(value)
@@ -263,7 +263,7 @@ class _Writer:
                 root.shape, root.strides = known.shape, known.strides
 
     def _guards(self, parameters: str, launched: bool) -> list[str]:
-        """What makes a call another than the one that was noted."""
+        """The condition under which a call differs from the recorded kind."""
         floats = [f"a{i} != {self.constant(arg)}" for i, arg in enumerate(self.notes.args) if isinstance(arg, float)]
         device = next(arg for arg in self.notes.args if isinstance(arg, Tensor)).get_device()
         here = [f"current_device() != {device}"] if device >= 0 else []
@@ -288,7 +288,7 @@ class _Writer:
         self._points(known)
 
     def _points(self, known: _Known) -> None:
-        """Reads the address of memory that a launch will meet."""
+        """Emits code that reads the address of memory used by a launch."""
         if any(
             self.known[id(arg)].root is known
             for kind, what in self.notes.steps
@@ -326,7 +326,7 @@ class _Writer:
         ]
 
     def _freed(self) -> list[str]:
-        """The lines, and behind the last one that needs a tensor, its end: a launcher's loop keeps no more than one turn's."""
+        """The lines, with each tensor deleted after its last use, so that a loop keeps only one iteration's buffers."""
         last = {name: i for i, line in enumerate(self.lines) for name in re.findall(r"\b(?:p_)?(t\d+)\b", line)}
         ended: dict[int, list[str]] = {}
         for name, i in last.items():

@@ -1,4 +1,4 @@
-"""Plans (kernels/lib/plan.py): they do what the launcher does, for the calls that they are for, and leave the others to it."""
+"""Plans (kernels/lib/plan.py) do the same as the launcher for the calls that they apply to, and pass other calls to it."""
 
 import ctypes
 import struct
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(ops.triton.INTERPRETED, reason="the interpreter 
 
 
 class Driver:
-    """Notes what cuLaunchKernel is called with."""
+    """Records the arguments of cuLaunchKernel."""
 
     def __init__(self):
         self.launches = []
@@ -40,7 +40,7 @@ def driver():
 
 
 class Kept(TorchDispatchMode):
-    """Every tensor that comes into being within the block, in order."""
+    """Every tensor created within the block, in order."""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,7 @@ class Kept(TorchDispatchMode):
 
 
 def described(record, places):
-    """The record's words, addresses as (the memory's number, offset)."""
+    """The words of the argument record, with addresses as (index of the memory, offset)."""
     words, i = [], 0
     while i < len(record):
         if i + 8 <= len(record):
@@ -71,7 +71,7 @@ def described(record, places):
 
 
 def noted(driver, function, args):
-    """What a call hands to the driver, and what it returns, without addresses and values."""
+    """The driver calls and the result of a call, without addresses and values."""
     driver.launches.clear()
     with Kept() as kept:
         result = function(*args)
@@ -98,7 +98,7 @@ def calls():
 
 
 def every_call():
-    """Compiling them all takes a while; a single launch of each kind is enough for the working loop."""
+    """Compiling all of them takes a while; one launch of each kind is enough for the quick tests."""
     for call in calls():
         for dtype in (torch.float32, torch.bfloat16):
             quick = call.name in ("layer_norm", "mlp-gelu") and dtype == torch.float32
@@ -107,7 +107,7 @@ def every_call():
 
 @pytest.mark.parametrize(("call", "dtype"), list(every_call()))
 def test_a_plan_does_what_the_launcher_does(call, dtype, driver, monkeypatch):
-    """The same launches in the same order, with the same arguments; the same results but for their values."""
+    """The same launches in the same order with the same arguments, and the same results except for their values."""
     compared = []
 
     class Compared(plans.Planned):
@@ -164,7 +164,7 @@ def launcher():
 
 @pytest.fixture
 def planned(launcher, driver):
-    """After two calls, which it is made from."""
+    """After the two calls that the plan is made from."""
     function = plans.planned(launcher)
     for _ in range(2):
         function(torch.zeros(8, 4), torch.zeros(8, 4), 0.5)
@@ -198,7 +198,7 @@ def test_one_tensor_passed_twice_stands_for_two(launcher, driver):
 
 
 def test_views_of_arguments_begin_where_these_do(launcher, driver):
-    """An argument's own offset is no part of its kind."""
+    """An argument's storage offset is not part of its kind."""
     planned = plans.planned(lambda x, other, factor: launcher(x, other, factor)[1] + x[1:3, :].t() @ other[1:3, :])
     room = torch.randn(2, 64)
     for start in (0, 0, 0, 16, 32):
@@ -259,7 +259,7 @@ def test_a_loop_of_many_steps_is_no_plan(driver):
 
 
 def test_memory_is_given_back_as_soon_as_it_is_not_needed(driver):
-    """Not at the end of the call: a launcher's loop has one buffer at a time."""
+    """Buffers are freed within the call, not at its end: a launcher's loop holds one at a time."""
     launcher = Launcher(lambda x: [x.new_empty(2**20).zero_() for _ in range(8)])
     planned = plans.planned(launcher)
     for _ in range(2):
@@ -282,7 +282,7 @@ def test_threads_share_a_plan(planned, launcher, driver):
 
 
 def test_the_operators_plan_by_themselves(driver):
-    """From the third call of a kind on, forward and backward; with hooks on saved tensors too, whose kind may be another."""
+    """From the third call of a kind on, forward and backward; also with hooks on saved tensors, which may change the kind."""
     x, weight, bias = (torch.randn(*shape).requires_grad_() for shape in ((6, 8), (8,), (8,)))
 
     def both():

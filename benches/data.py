@@ -1,116 +1,117 @@
-"""Benchmarks of the data path: decoding and cropping, the latent cache, the contrastive exchange, and startup with many shards.
-
-    python -m benches.data decode | latents | exchange | start          # writes benches/results/data-PART-CHIP.csv
-
-decode: images/s of the decoder alone and with crops, in threads. latents: a training step from the cache against one that encodes, and the speed of
-writing the cache. exchange: peak memory and time of two gloo ranks against one process. start: seconds until 10^5 indexed shards can be
-read. Variants are interleaved and medians reported. Use a quiet machine.
-"""
+"""Parts of the pretraining table about data: decoding and cropping, the contrastive exchange, resuming, and the start on many shards."""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
 import io
 import json
 import multiprocessing
 import os
-import resource
+import resource as process_resources
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 
 from . import timing
-
-RESULTS = Path(__file__).parent / "results"
-
-
-@dataclass
-class Options:
-    part: tyro.conf.Positional[Literal["decode", "latents", "exchange", "start"]]
-    threads: int = 2
-    budget: float = 20.0
-    """Seconds of timing per comparison."""
-    pairs: int = 8192
-    """exchange: number of pairs over all ranks."""
-    width: int = 512
-    """exchange: width of the features."""
-    save: bool = True
-
-
-Rows = list[dict[str, Any]]
-
+from .figures import Figure
 
 # ---- decode ----------------------------------------------------------------------------------------------------------
 
+SIZES = (((512, 384), 128), ((512, 384), 256), ((1024, 768), 128), ((1024, 768), 256), ((2048, 1536), 256))
+"""(width, height) of the files -> side of the crops. Recap-DataComp's are mostly 512 pixels or less a side."""
 
-def decode(options: Options) -> Rows:
-    from PIL import Image
 
-    from ov3fast.data import jpeg
-    from ov3fast.data.images import decode_image
-    from ov3fast.data.transforms import crop_resize
+def decode(options: Any) -> list[Figure]:
+    """images/s in processes, as the loader's workers: of the faster decoder alone, and with training's crops, with data.decode "full" and "fast"."""
+    from ov3fast.data import hash_rng, jpeg, transforms
+    from ov3fast.data.images import decode_image, decode_reduced
+
+    def crop(item: tuple[int, bytes], size: int, fast: bool) -> None:
+        number, content = item
+
+        def box(width: int, height: int) -> list[float]:
+            uniforms = hash_rng.uniform(0, hash_rng.CROP, number, 0, np.arange(40).reshape(1, 10, 4))
+            return transforms.inception_boxes(np.array([[width, height]]), uniforms)[0].tolist()
+
+        image: Any
+        if fast:
+            image = decode_reduced(content, lambda width, height: transforms.reduction(box(width, height), size))
+        else:
+            image = decode_image(content)
+        transforms.crop_resize(image, box(*getattr(image, "full_size", image.size)), size, "bilinear", 1.5)
 
     rows = []
-    for (width, height), size in (
-        ((512, 384), 128),
-        ((512, 384), 256),
-        ((1024, 768), 128),
-        ((1024, 768), 256),
-        ((2048, 1536), 256),
-    ):
-        files = [_photo(width, height, seed) for seed in range(max(4, 6 * 2**20 // (width * height)))]
-        box = (0.1 * width, 0.1 * height, 0.9 * width, 0.9 * height)
-
-        def alone(content: bytes) -> None:
-            decode_image(content)
-
-        def cropped(content: bytes, box: Any = box, size: int = size) -> None:
-            crop_resize(decode_image(content), box, size, "bilinear", 1.5)
-
-        with ThreadPoolExecutor(options.threads) as pool:
-            variants = {}
-            for name, decoder in (("pillow", lambda: None), ("simplejpeg", jpeg.decoder)):
-                if decoder() is None and name != "pillow":
-                    continue
-                for kind, work in (("decode", alone), ("decode + crop", cropped)):
-                    variants[f"{name} {kind}"] = _with_decoder(decoder, pool, work, files)
-            seconds = timing.interleaved(variants, options.budget / 5, least=3)
+    for (width, height), size in SIZES:
+        files = list(enumerate(photo(width, height, seed) for seed in range(max(8, 12 * 2**20 // (width * height)))))
+        works: dict[str, Callable[[Any], None]] = {
+            "decoder alone": lambda item: decode_image(item[1]) and None,
+            "decode + crop, full": lambda item, size=size: crop(item, size, False),
+            "decode + crop, fast": lambda item, size=size: crop(item, size, True),
+        }
+        with _Processes(options.threads, works, files) as processes:
+            runs = {name: partial(processes.run, name) for name in works}
+            seconds = timing.interleaved(runs, options.budget / len(SIZES), least=3)
         rates = {name: len(files) / statistics.median(values) for name, values in seconds.items()}
-        best = max((name for name in rates if name.endswith("decode")), key=lambda name: rates[name])
+        alone = rates["decoder alone"]
         for name, rate in rates.items():
-            rows.append({"case": f"{width}x{height} to {size}", "variant": name, "images_per_s": f"{rate:.0f}",
-                         "of_best_decoder_alone": f"{rate / rates[best]:.2f}", "pillow": Image.__version__})  # fmt: skip
+            held = name != "decoder alone"
+            rows.append(
+                Figure(
+                    f"JPEG {width}x{height} to {size}, {options.threads} processes", name, rate, "images/s", alone if held else None,
+                    rate / alone if held else None, ">= 0.90" if "fast" in name else "", "" if held else _decoder_name(jpeg),
+                )
+            )  # fmt: skip
     return rows
 
 
-def _with_decoder(
-    decoder: Callable[[], Any], pool: ThreadPoolExecutor, work: Callable[[bytes], None], files: list[bytes]
-) -> Callable[[], None]:
-    from ov3fast.data import jpeg
+class _Processes:
+    """Forked processes that go through the files by turns, each with all of one work's."""
 
-    def run() -> None:
-        real, jpeg.decoder = jpeg.decoder, decoder
-        try:
-            for _ in pool.map(work, files):
-                pass
-        finally:
-            jpeg.decoder = real
+    def __init__(self, count: int, works: dict[str, Callable[[Any], None]], files: list[Any]) -> None:
+        context = multiprocessing.get_context("fork")
+        self.pipes, self.members = [], []
+        for number in range(count):
+            ours, theirs = context.Pipe()
+            member = context.Process(target=self._serve, args=(theirs, works, files[number::count]), daemon=True)
+            member.start()
+            self.pipes.append(ours)
+            self.members.append(member)
 
-    return run
+    @staticmethod
+    def _serve(pipe: Any, works: dict[str, Callable[[Any], None]], files: list[Any]) -> None:
+        torch.set_num_threads(1)
+        while name := pipe.recv():
+            for file in files:
+                works[name](file)
+            pipe.send(True)
+
+    def run(self, name: str) -> None:
+        for pipe in self.pipes:
+            pipe.send(name)
+        for pipe in self.pipes:
+            pipe.recv()
+
+    def __enter__(self) -> _Processes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pipe, member in zip(self.pipes, self.members, strict=True):
+            pipe.send("")
+            member.join()
 
 
-def _photo(width: int, height: int, seed: int) -> bytes:
-    """A JPEG with about the detail of a photo: 0.25 bytes per pixel at quality 90."""
+def _decoder_name(jpeg: Any) -> str:
+    return "Pillow" if jpeg.decoder() is None else "simplejpeg"
+
+
+def photo(width: int, height: int, seed: int) -> bytes:
+    """Something with the detail of a photo: about 0.25 bytes a pixel at quality 90."""
     from PIL import Image
 
     random = np.random.default_rng(seed)
@@ -122,143 +123,54 @@ def _photo(width: int, height: int, seed: int) -> bytes:
     return file.getvalue()
 
 
-# ---- latents ---------------------------------------------------------------------------------------------------------
-
-
-def latents(options: Options) -> Rows:
-    """The base recipe at 256 px, batch 2, with a FLUX-size VAE with random weights."""
-    from ov3fast.data.config import DataConfig, SourceConfig
-    from ov3fast.data.latent_shards import write_latents
-    from ov3fast.data.shards import write_shards
-    from ov3fast.data.store import SampleStore
-    from ov3fast.losses import Objective
-    from ov3fast.models.openvision3 import OpenVision3
-    from ov3fast.models.tokenizer import get_tokenizer
-    from ov3fast.models.vae import FLUX_VAE, FrozenVAE
-    from ov3fast.recipes import get_recipe
-    from ov3fast.training import build
-    from ov3fast.training.distributed import Ranks
-    from ov3fast.training.inputs import Inputs
-    from ov3fast.training.optimizer import AdamW
-    from ov3fast.training.parallel import Parallel
-    from ov3fast.training.step import Step
-    from ov3fast.training.timing import Timer
-
-    with tempfile.TemporaryDirectory() as folder:
-        samples = [(f"{i:03d}", {"jpg": _photo(512, 384, i), "txt": b"a picture of something"}) for i in range(4)]
-        write_shards(samples, Path(folder) / "shards")
-        base, batch = get_recipe("base"), 2
-        data = DataConfig(
-            sources=(SourceConfig(str(Path(folder) / "shards"), captions=(("txt", 1.0),), caption_key="txt"),), interpolation="bilinear", variants=1
-        )  # fmt: skip
-        stage = dataclasses.replace(
-            base.stages[1], batch_size=batch, epochs=None, steps=100, warmup_epochs=None, lpips_weight=0.0, pixel_images=batch
-        )
-        recipe = dataclasses.replace(
-            base,
-            data=data,
-            stages=(stage,),
-            vae_batch=1,
-            activation_checkpointing=False,
-            compile=False,
-            run_dir=Path(folder) / "run",
-        )
-        torch.manual_seed(0)
-        vae = FrozenVAE.from_config(FLUX_VAE).to(memory_format=torch.channels_last)
-        model = OpenVision3(recipe.model, tokenizer=get_tokenizer("wordpiece"))
-        model.set_vae(vae)
-        model.train()
-        optimizer = AdamW(model, recipe.optimizer)
-        optimizer.set_lr(1e-5)
-        pixels = torch.rand(1, 3, 256, 256) * 2 - 1
-        alone = [timing._seconds(lambda: vae.moments(pixels)) for _ in range(3)][1:]
-        facts = build.vae_facts(vae, 256, recipe.model.latent_convention, 1)
-        began = time.perf_counter()
-        write_latents(data, Path(folder) / "latents", 256, vae.moments, facts, workers=1)
-        written = len(samples) / (time.perf_counter() - began)
-        after = [timing._seconds(lambda: vae.moments(pixels)) for _ in range(2)]
-        vae_rate = 1 / statistics.median(alone + after)
-
-        ranks, timer = Ranks(0, 1, torch.device("cpu")), Timer(torch.device("cpu"))
-
-        def step(pixel: bool, cached: bool) -> Callable[[], None]:
-            own_stage = stage if pixel else dataclasses.replace(stage, pixel_images=0)
-            own = dataclasses.replace(recipe, stages=(own_stage,))
-            if cached:
-                own = dataclasses.replace(own, data=dataclasses.replace(data, latents=str(Path(folder) / "latents")))
-            objective = own.stage_objective(own_stage)
-            inputs = Inputs(own, 0, objective, model, SampleStore(own.data), ranks, timer, None)
-            inputs.prepare(lambda done, total: None)
-            inputs.start(0, 100)
-            run = Step(Parallel(model, own, ranks), Objective(objective), timer, bf16=True, exact_contrastive=True)
-            number = iter(range(100))
-
-            def whole() -> None:
-                optimizer.zero_grad()
-                micro_batches, _ = inputs.next(next(number))
-                run(micro_batches)
-                run.update(optimizer)
-
-            return whole
-
-        variants = {
-            "cached, latents alone": step(False, True),
-            "online, latents alone": step(False, False),
-            "online, with pixel L1": step(True, False),
-        }
-        seconds = {name: [] for name in variants}
-        for turn in range(2):
-            for name, run in variants.items():
-                if turn or "pixel" not in name:
-                    seconds[name].append(timing._seconds(run))
-        medians = {name: values[-1] for name, values in seconds.items()}
-    cached = medians["cached, latents alone"]
-    rows: Rows = [
-        {
-            "case": "step, base at 256 px, batch 2, FLUX-size VAE",
-            "variant": name,
-            "seconds": f"{value:.3f}",
-            "ratio": f"{value / cached:.2f}",
-        }
-        for name, value in medians.items()
-    ]
-    rows.append({"case": "VAE encode alone, images/s", "variant": "vae", "seconds": f"{1 / vae_rate:.3f}", "ratio": "1.00"})
-    rows.append(
-        {
-            "case": "cache written",
-            "variant": "of the VAE's rate",
-            "seconds": f"{1 / written:.3f}",
-            "ratio": f"{written / vae_rate:.3f}",
-        }
-    )
-    return rows
-
-
 # ---- exchange --------------------------------------------------------------------------------------------------------
 
+PAIRS, WIDTH = 8192, 512
 
-def exchange(options: Options) -> Rows:
-    """One thread per process. Memory is the growth of a process beyond the size of its features."""
-    rows, alone = [], None
-    for name, world in (("one process", 1), ("gather", 2), ("ring", 2)):
+
+def exchange(options: Any) -> list[Figure]:
+    """The contrastive loss and its gradients over two gloo ranks against one process, a thread each. Memory is what a process grows by, and its
+    features."""
+    rows: list[Figure] = []
+    alone: tuple[float, float] | None = None
+    what = f"contrastive loss, N = {PAIRS}, D = {WIDTH}, fp32, forward + backward"
+    for name, world in (("one process", 1), ("gather, 2 ranks", 2), ("ring, 2 ranks", 2)):
         context = multiprocessing.get_context("spawn")
         with tempfile.TemporaryDirectory() as folder:
             processes = [
-                context.Process(target=_exchange_rank, args=(rank, world, name, options.pairs, options.width, folder)) for rank in range(world)
-            ]  # fmt: skip
+                context.Process(target=_exchange_rank, args=(rank, world, name.partition(",")[0], PAIRS, WIDTH, folder))
+                for rank in range(world)
+            ]
             for process in processes:
                 process.start()
             for process in processes:
                 process.join()
             told = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world)]
-        seconds, memory = max(t["seconds"] for t in told), max(t["mb"] for t in told)
-        whole = max(t["features_mb"] + t["mb"] for t in told)
-        alone = alone or (seconds, memory, whole)
-        rows.append({
-            "case": f"softmax, N = {options.pairs}, D = {options.width}, fp32, forward + backward", "variant": name, "ranks": world,
-            "seconds": f"{seconds:.3f}", "time_ratio": f"{seconds / alone[0]:.2f}", "extra_mb_per_rank": f"{memory:.1f}",
-            "extra_ratio": f"{memory / alone[1]:.2f}", "with_features_mb": f"{whole:.1f}", "memory_ratio": f"{whole / alone[2]:.2f}",
-        })  # fmt: skip
+        seconds, whole = max(t["seconds"] for t in told), max(t["features_mb"] + t["mb"] for t in told)
+        alone = alone or (seconds, whole)
+        ratios = [None, None] if world == 1 else [seconds / alone[0], whole / alone[1]]
+        rows.append(
+            Figure(
+                what,
+                f"{name}: time",
+                seconds,
+                "s",
+                None if world == 1 else alone[0] / 2,
+                ratios[0],
+                "<= 0.65" if world > 1 else "",
+            )
+        )
+        rows.append(
+            Figure(
+                what,
+                f"{name}: memory of a rank",
+                whole,
+                "MB",
+                None if world == 1 else alone[1] / 2,
+                ratios[1],
+                "<= 0.6" if "ring" in name else "",
+            )
+        )
     return rows
 
 
@@ -279,7 +191,7 @@ def _exchange_rank(rank: int, world: int, name: str, pairs: int, width: int, fol
         ops.contrastive_loss(image, text, scale, **options).backward()
 
     small = [torch.randn(64, width, requires_grad=True) for _ in range(2)]
-    ops.contrastive_loss(*small, scale, **options).backward()  # loads code and allocates buffers once
+    ops.contrastive_loss(*small, scale, **options).backward()  # code and buffers that are there once
     dist.barrier()
     memory = timing.extra_memory(run)
     times = []
@@ -288,31 +200,78 @@ def _exchange_rank(rank: int, world: int, name: str, pairs: int, width: int, fol
         times.append(timing._seconds(run))
     features = 2 * image.numel() * 4 / 1e6
     Path(folder, f"{rank}.json").write_text(
-        json.dumps({"seconds": statistics.median(times), "mb": memory, "features_mb": features, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss})
+        json.dumps({"seconds": statistics.median(times), "mb": memory, "features_mb": features, "peak": process_resources.getrusage(process_resources.RUSAGE_SELF).ru_maxrss})
     )  # fmt: skip
     dist.destroy_process_group()
 
 
-# ---- start -----------------------------------------------------------------------------------------------------------
+# ---- resuming and starting -------------------------------------------------------------------------------------------
 
 
-def start(options: Options) -> Rows:
-    """10^5 links to a few tars of 12 samples each; then a batch from the last step of the epoch, and one from a middle step."""
+def resume(options: Any) -> list[Figure]:
+    """Bytes that a fresh loader reads for the first batch after a resume, from tars behind URLs in fsspec's memory file system."""
+    import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    from ov3fast.data import DataConfig, Loader, SourceConfig, index_shards
+    from ov3fast.data.shards import write_shards
+
+    read: list[int] = []
+
+    class Counting(MemoryFileSystem):
+        protocol = "counting"
+        store: dict[str, Any] = {}
+        pseudo_dirs = [""]
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return MemoryFileSystem._strip_protocol(path.replace("counting://", "memory://"))
+
+        def cat_file(self, path: str, start: Any = None, end: Any = None, **rest: Any) -> bytes:
+            content = super().cat_file(path, start, end, **rest)
+            read.append(len(content))
+            return content
+
+    fsspec.register_implementation("counting", Counting, clobber=True)
+    with tempfile.TemporaryDirectory() as folder:
+        picture = photo(512, 384, 0)
+        write_shards([(f"{i:05d}", {"jpg": picture, "txt": b"text"}) for i in range(2000)], folder, samples_per_shard=50)
+        store = fsspec.filesystem("counting")
+        for tar in Path(folder).glob("*.tar"):
+            store.pipe_file(f"/shards/{tar.name}", tar.read_bytes())
+    index_shards("counting://shards", workers=1)
+    config = DataConfig(sources=(SourceConfig("counting://shards", captions=(("txt", 1.0),)),), shard_window=8)
+    rows: list[Figure] = []
+    for step in (10, 10**6):
+        read.clear()
+        began = time.perf_counter()
+        Loader(config, image_size=64, batch_size=64).batch(step)
+        seconds = time.perf_counter() - began
+        ratio = sum(read) / 1e6 / rows[0].value if rows else None
+        rows.append(
+            Figure(
+                "resume: read until the first batch of 64 is there", f"at step {step:,}", sum(read) / 1e6, "MB", 64 * len(picture) / 1e6, ratio,
+                "the same bytes" if rows else "", f"{seconds:.2f} s; floor: the 64 pictures",
+            )
+        )  # fmt: skip
+    return rows
+
+
+def start(options: Any) -> list[Figure]:
+    """10^5 names of a few tars of 12 samples: until the first batch can be made, and batches at the beginning, middle and end of an epoch."""
     from ov3fast.data import DataConfig, Loader, SourceConfig, index_shards
     from ov3fast.data.shards import INDEX, write_shards
 
     count, per = 100_000, 12
     with tempfile.TemporaryDirectory() as folder:
         source, many = Path(folder) / "one", Path(folder) / "many"
-        write_shards([(f"{i:03d}", {"jpg": _photo(64, 48, i), "txt": b"text"}) for i in range(per)], source)
-        began = time.perf_counter()
+        write_shards([(f"{i:03d}", {"jpg": photo(64, 48, i), "txt": b"text"}) for i in range(per)], source)
         index_shards(source, workers=1)
-        indexed = time.perf_counter() - began
         many.mkdir()
         size = (source / "00000.tar").stat().st_size
         links: list[Path] = []
         for number in range(count):
-            if number % 30_000 == 0:  # file systems limit the number of links to a file
+            if number % 30_000 == 0:  # a file takes so many links at most
                 links = [Path(folder) / f"copy-{number}{suffix}" for suffix in (".tar", ".index")]
                 for link in links:
                     link.write_bytes((source / f"00000{link.suffix}").read_bytes())
@@ -324,32 +283,15 @@ def start(options: Options) -> Rows:
         began = time.perf_counter()
         loader = Loader(config, image_size=64, batch_size=64)
         seconds = time.perf_counter() - began
-        batches = []
-        for step in (10, count * per // 128, count * per // 64 - 2):
+        rows = [
+            Figure(
+                "start on 100,000 indexed shards", "until the first batch can be made", seconds, "s", None, seconds, "< 10 s"
+            )
+        ]
+        places = {"the first": 0, "the middle": count * per // 128, "the last": count * per // 64 - 2}
+        for name, step in places.items():
             began = time.perf_counter()
             loader.batch(step)
-            batches.append(time.perf_counter() - began)
-    rows = [{"case": f"{count} indexed shards", "variant": "until the first batch can be made", "seconds": f"{seconds:.2f}"}]
-    for name, value in zip(("step 10 (orders the shards)", "the middle step", "the last step"), batches, strict=True):
-        rows.append({"case": f"{count} indexed shards, batch of 64", "variant": name, "seconds": f"{value:.3f}"})
-    rows.append({"case": f"index of one tar of {per}", "variant": "written", "seconds": f"{indexed:.3f}"})
+            note = "orders the shards" if step == 0 else ""
+            rows.append(Figure("batch of 64 on them", name, time.perf_counter() - began, "s", note=note))
     return rows
-
-
-def main(options: Options) -> None:
-    torch.set_num_threads(options.threads)
-    rows = {"decode": decode, "latents": latents, "exchange": exchange, "start": start}[options.part](options)
-    machine = timing.machine()
-    rows = [{**row, **{key: machine[key] for key in ("cpu", "threads", "torch", "commit")}} for row in rows]
-    for row in rows:
-        print("  ".join(f"{value}" for key, value in row.items() if key not in machine), flush=True)
-    if options.save:
-        RESULTS.mkdir(exist_ok=True)
-        with (RESULTS / f"data-{options.part}-{machine['chip']}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-
-
-if __name__ == "__main__":
-    main(tyro.cli(Options))

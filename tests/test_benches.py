@@ -131,3 +131,62 @@ def test_bench_and_tune_without_a_gpu(capsys):
     for command in (["bench", "--device", "cuda"], ["tune"]):
         assert cli.main(command) == 2
         assert "there is no GPU" in capsys.readouterr().err
+
+
+@pytest.mark.full
+def test_the_parts_of_the_pretraining_table(monkeypatch):
+    """On a tiny model and VAE: every part gives its figures."""
+    from types import SimpleNamespace
+
+    from benches import data, pretrain, training
+    from ov3fast import recipes
+    from ov3fast.models import vae
+
+    base = recipes.get_recipe("base")
+    towers = {"width": 32, "depth": 1, "heads": 2, "mlp_dim": 64}
+    model = replace(
+        base.model, **{name: replace(getattr(base.model, name), **towers) for name in ("vision", "decoder", "text", "caption")}
+    )
+    monkeypatch.setattr(
+        recipes, "get_recipe", lambda name: replace(base, model=replace(model, vision=replace(model.vision, embed_dim=16)))
+    )
+    monkeypatch.setattr(vae, "FLUX_VAE", {**vae.FLUX_VAE, "block_out_channels": [32, 32, 32, 32], "layers_per_block": 1})
+    monkeypatch.setattr(data, "SIZES", (((96, 64), 32),))
+    monkeypatch.setattr(training.timing, "gemm_rate", lambda dtype: 1e11)
+    monkeypatch.setattr(training.timing, "copy_rate", lambda: 1e10)
+    options = SimpleNamespace(threads=1, budget=0.0, variants=("ov3fast", "eager"))
+    asked = {}
+    for part in ("step-128-bf16", "step-256", "cached", "written", "decode", "resume", "checkpoint"):
+        rows = pretrain.PARTS[part](options)
+        assert all(row.value > 0 and set(row.columns()) == set(rows[0].columns()) for row in rows), part
+        asked[part] = sum(bool(row.asked) for row in rows)
+    assert asked == {"step-128-bf16": 1, "step-256": 1, "cached": 1, "written": 1, "decode": 1, "resume": 1, "checkpoint": 1}
+
+
+def test_the_compiled_peer_is_the_model(monkeypatch):
+    """What the step is compared with under torch.compile computes the same."""
+    from benches import plain
+    from ov3fast.models.config import CaptionConfig, DecoderConfig, OpenVision3Config, TextConfig, VisionConfig
+    from ov3fast.models.openvision3 import OpenVision3
+    from ov3fast.models.vae import FLUX_VAE, FrozenVAE
+
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    torch.manual_seed(0)
+    towers = {"width": 32, "depth": 2, "heads": 2, "mlp_dim": 64}
+    config = OpenVision3Config(
+        vision=VisionConfig(**towers, image_size=32, embed_dim=16), decoder=DecoderConfig(**towers),
+        text=TextConfig(**towers, context_length=8), caption=CaptionConfig(**towers, length=10, style="autoregressive"),
+    )  # fmt: skip
+    model = OpenVision3(config)
+    vae = FrozenVAE.from_config({**FLUX_VAE, "block_out_channels": [32, 32, 32, 32], "layers_per_block": 1})
+    latents, ids, captions = torch.randn(2, 16, 4, 4), torch.randint(5, 99, (2, 8)), torch.randint(5, 99, (2, 10))
+
+    def outputs():
+        found = model(latents, ids, captions, decode=True)
+        return [found.pooled, found.tokens, found.text, found.latents_hat, found.caption_hidden, vae.decode(latents)]
+
+    expected = outputs()
+    with plain.compiled(model, vae.vae, {}):
+        actual = outputs()
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -2,7 +2,7 @@
 
     python tools/doc_tables.py        # after a CSV file in benches/results has changed; a test checks that they are up to date
 
-NAME is `environment`, `step`, `certificates`, `optimize`, `index` (the list of operators), `operators` (every row), `amx` (rows measured on
+NAME is `environment`, `step`, `certificates`, `optimize`, `pretrain`, `index` (the list of operators), `operators` (every row), `amx` (rows measured on
 that chip), or the name of one operator.
 """
 
@@ -57,6 +57,11 @@ def measured_on(row: dict[str, str]) -> str:
     return f"Measured on {row['cpu']} ({row['isa']}), {row['threads']} threads, torch {row['torch']}, commit {row['commit']}."
 
 
+def machine(rows: list[dict[str, str]]) -> str:
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    return f"Measured on {rows[0]['cpu']}, {rows[0]['threads']} threads, torch {rows[0]['torch']}, commits {commits}.\n\n"
+
+
 def index() -> list[tuple[str, str]]:
     """Each page in docs/operators with the first sentence of its module's docstring."""
     rows = []
@@ -98,6 +103,11 @@ def render(page: str) -> str:
         elif name == "optimize":
             rows = [list(row.values()) for row in read("optimize.csv")]
             made = table(read("optimize.csv")[0], rows) if rows else "No row yet."
+        elif name == "pretrain":
+            rows = read("pretrain-zen4.csv")
+            head = ("what", "", "value", "unit", "floor", "ratio", "asked", "")
+            keys = ("what", "variant", "value", "unit", "floor", "ratio", "asked", "note")
+            made = (machine(rows) + table(head, [[row[key] for key in keys] for row in rows])) if rows else "No row yet."
         elif name == "amx":
             rows = [
                 [row["operator"], *cells(row)[:3], row["ms"], row["peer_ms"], row["ratio"]]

@@ -75,6 +75,8 @@ class DataEncode:
     """Default: inception, or the recipe's."""
     min_area: float | None = None
     interpolation: Literal["bicubic", "bilinear"] | None = None
+    decode: Literal["full", "fast"] | None = None
+    """Default: full, or the recipe's."""
     flip: bool | None = None
     background: Literal["random", "white", "mixed"] | None = None
     seed: int | None = None
@@ -181,7 +183,8 @@ def _wanted(given: DataEncode) -> tuple[str, str | None, dict[str, Any], DataCon
     if not config.sources:
         raise ValueError("data encode: give the shards: folders, tars or patterns, in the order of the run's sources")
     changes = {
-        name: getattr(given, name) for name in ("variants", "crop", "min_area", "interpolation", "flip", "background", "seed")
+        name: getattr(given, name)
+        for name in ("variants", "crop", "min_area", "interpolation", "decode", "flip", "background", "seed")
     }
     config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
     if config.variants is None:

@@ -67,6 +67,9 @@ class DataConfig:
     latents: str | None = None
     """Folder that `ov3fast data encode` filled: each stage reads the VAE's moments of its size there in place of the images, and
     images only for pixel losses. Needs variants; None: images are encoded as they come."""
+    decode: Literal["full", "fast"] = "full"
+    """"fast": JPEGs whose crop has at least twice, four or eight times the wanted pixels a side are decoded at a half, a quarter or an eighth of
+    their size, crops lie on whole pixels, and PyTorch resizes them. For sources with one view; other files are decoded as by "full"."""
     cache_images: bool = False
     """Decode everything once at the start and keep it in memory."""
     workers: int = 0
@@ -106,6 +109,13 @@ class DataConfig:
             ("interpolation", self.interpolation, ("bicubic", "bilinear")),
             ("background", self.background, ("random", "white", "mixed")),
             ("mixing", self.mixing, ("batch", "stream")),
+            ("decode", self.decode, ("full", "fast")),
         ):
             if given not in known:
                 raise ValueError(f"{name}: got {given!r}; it takes {' or '.join(map(repr, known))}")
+        if self.decode == "fast" and self.cache_images:
+            raise ValueError(
+                'decode: "fast" decodes for one crop, cache_images keeps whole pictures for all; leave one of them out'
+            )
+        if self.decode == "fast" and any(source.views > 1 for source in self.sources):
+            raise ValueError('decode: "fast" takes sources with one view of a text')

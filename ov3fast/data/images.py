@@ -15,13 +15,15 @@ from __future__ import annotations
 import importlib
 import io
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ov3fast.data import jpeg
 from ov3fast.data.image_metadata import frames, orientation, without_metadata
+from ov3fast.data.jpeg import Reduced
 from ov3fast.data.limits import MAX_IMAGE_PIXELS
 
 if TYPE_CHECKING:
@@ -58,14 +60,25 @@ def decode_image(data: bytes, max_image_pixels: int = MAX_IMAGE_PIXELS, max_fram
     """
     if max_frames is not None and (found := frames(data, max_frames)) > max_frames:
         raise ImageError("too_many_frames", f"at least {found} frames, the limit is {max_frames}")
+    return _decoded(data, max_image_pixels, None)
+
+
+def decode_reduced(
+    data: bytes, shrink: Callable[[int, int], int], max_image_pixels: int = MAX_IMAGE_PIXELS
+) -> Image.Image | Reduced:
+    """A JPEG at 1 / shrink(width, height) of its size, 1, 2, 4 or 8: a fraction of the work. What is no JPEG, or has to be turned, as decode_image."""
+    return _decoded(data, max_image_pixels, shrink)
+
+
+def _decoded(data: bytes, max_image_pixels: int, shrink: Callable[[int, int], int] | None) -> Any:
     try:
-        return _decode(data, max_image_pixels)
+        return _decode(data, max_image_pixels, shrink)
     except ImageError as error:
         stripped = without_metadata(data) if error.reason == "broken_image" else data
         if stripped == data:
             raise
         try:
-            return _decode(stripped, max_image_pixels)
+            return _decode(stripped, max_image_pixels, shrink)
         except ImageError:
             raise error from None
 
@@ -83,7 +96,7 @@ def _turned(decoded: Image.Image, method: Image.Transpose | None) -> Image.Image
     return decoded
 
 
-def _decode(data: bytes, max_image_pixels: int) -> Image.Image:
+def _decode(data: bytes, max_image_pixels: int, shrink: Callable[[int, int], int] | None) -> Any:
     from PIL import Image
 
     try:
@@ -93,6 +106,8 @@ def _decode(data: bytes, max_image_pixels: int) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=_formats())
             if image.width * image.height > max_image_pixels:
                 raise ImageError("too_large", f"{image.width}x{image.height} pixels, the limit is {max_image_pixels}")
+            if shrink is not None and image.format == "JPEG" and orientation(image) is None:
+                return _reduced(data, image, shrink)
             fast = jpeg.pixels(data) if image.format == "JPEG" and image.mode == "RGB" else None
             if fast is not None:
                 return _turned(Image.fromarray(fast), orientation(image))
@@ -106,6 +121,18 @@ def _decode(data: bytes, max_image_pixels: int) -> Image.Image:
         raise
     except Exception as error:  # Pillow's codecs raise OSError, SyntaxError, struct.error, EOFError and others on bad bytes
         raise _named(error, data) from None
+
+
+def _reduced(data: bytes, image: Image.Image, shrink: Callable[[int, int], int]) -> Reduced:
+    full = image.size
+    reduction = shrink(*full)
+    least = (0, 0) if reduction == 1 else (-(-full[0] // reduction), -(-full[1] // reduction))
+    pixels = jpeg.pixels(data, least) if image.mode == "RGB" else None
+    if pixels is None:
+        jpeg.draft(image, reduction)
+        image.load()
+        pixels = np.array(upright_rgb(image))
+    return Reduced(pixels, full, reduction)
 
 
 @lru_cache

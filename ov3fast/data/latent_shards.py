@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from ov3fast.data.config import DataConfig
-from ov3fast.data.images import DECODE_VERSION, ImageError, decode_image
+from ov3fast.data.images import DECODE_VERSION, ImageError, decode_image, decode_reduced
+from ov3fast.data.jpeg import Reduced
 from ov3fast.data.loader import Loader
 from ov3fast.data.skips import DataError, SampleError, Skip
 from ov3fast.data.store import SampleStore
@@ -57,6 +58,8 @@ def facts(config: DataConfig, store: SampleStore, image_size: int, **vae: Any) -
     crop = {
         name: getattr(config, name) for name in ("crop", "interpolation", "flip", "background", "max_image_pixels", "variants")
     }
+    if config.decode != "full":
+        crop["decode"] = config.decode
     if config.crop == "inception" or config.flip or config.background != "white":
         crop |= {name: getattr(config, name) for name in _RANDOM}
     return {"image_size": image_size, **vae, **crop, "decode_version": DECODE_VERSION, "sources": sources}
@@ -244,13 +247,22 @@ def _read(loader: Loader, index: int) -> _Read:
     try:
         key, content = source.dataset.image_bytes(index - source.offset)
         digest = hashlib.sha256(content).digest()
-        picture = premultiplied(decode_image(content, loader.config.max_image_pixels))
+        variants = range(loader.config.variants or 1)
+        shrinks = [loader.shrink(index, variant) for variant in variants]
+        limit = loader.config.max_image_pixels
+        decoded = [decode_reduced(content, shrink, limit) for shrink in shrinks if shrink] or [decode_image(content, limit)]
+        pictures = [premultiplied(picture) for picture in decoded]
     except ImageError as error:
         return _Read(index, key, digest, None, Skip(index, key, error.reason, str(error)))
     except SampleError as error:
         return _Read(index, error.skip.key, digest, None, error.skip._replace(index=index))
-    variants = np.arange(loader.config.variants)
-    return _Read(index, key, digest, loader.crops(np.full(len(variants), index), variants, {index: picture}))
+    if len(variants) == 1 or len(pictures) == 1:  # it is that of all variants
+        return _Read(index, key, digest, loader.crops(np.full(len(variants), index), np.array(variants), {index: pictures[0]}))
+    for variant, picture in zip(variants, pictures, strict=True):
+        if isinstance(picture, Reduced):
+            picture.variant = variant
+    crops = [loader.crops(np.array([index]), np.array([v]), {index: pictures[v]}) for v in variants]
+    return _Read(index, key, digest, torch.cat(crops))
 
 
 def _ahead(pool: ThreadPoolExecutor, read: Callable[[int], _Read], indices: Iterable[int], depth: int) -> Iterator[_Read]:

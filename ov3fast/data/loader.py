@@ -25,6 +25,7 @@ from torch import Tensor
 from ov3fast.data import hash_rng, mixing, transforms
 from ov3fast.data.captions import pick_caption
 from ov3fast.data.config import DataConfig
+from ov3fast.data.jpeg import Reduced
 from ov3fast.data.order import Order
 from ov3fast.data.shards import Sample
 from ov3fast.data.skips import DataError, SampleError, Skip, SkipCounter
@@ -218,10 +219,10 @@ class Loader:
         epochs = positions // source.units
         members = self._members(k, units, epochs)
         uniforms = hash_rng.uniform(seed, hash_rng.CAPTION, k, units, epochs).tolist()
-        ready = self._read_many([index for group in members for index in group[: source.config.views]], pixels)
+        ready = self._read_many([index for group in members for index in group[: source.config.views]], epochs, pixels)
         drawn = []
         for position, epoch, u, candidates in zip(positions.tolist(), epochs.tolist(), uniforms, members, strict=True):
-            found = self._usable(candidates, source.config.views, pixels, images, skips, ready)
+            found = self._usable(candidates, source.config.views, epoch, pixels, images, skips, ready)
             attempt = 0
             while not found:
                 if attempt == SUBSTITUTES:
@@ -231,7 +232,7 @@ class Loader:
                     )
                 other = hash_rng.bits(seed, hash_rng.SUBSTITUTE, k, position, attempt) % np.uint64(source.units)
                 [candidates] = self._members(k, np.array([other], np.int64), np.array([epoch]))
-                found = self._usable(candidates, source.config.views, pixels, images, skips, ready)
+                found = self._usable(candidates, source.config.views, epoch, pixels, images, skips, ready)
                 attempt += 1
             drawn.append(self._drawn(source, epoch, u, found))
         return drawn
@@ -247,21 +248,24 @@ class Loader:
         flat = flat[np.lexsort((ranks, which))]
         return [part.tolist() for part in np.split(flat, np.cumsum(lengths)[:-1])]
 
-    def _read_many(self, indices: list[int], pixels: bool) -> dict[int, Any]:
-        """Global number -> (image, sample), or the SampleError; in threads, where the config has some."""
+    def _read_many(self, indices: list[int], epochs: np.ndarray, pixels: bool) -> dict[int, Any]:
+        """Global number -> (image, sample), or the SampleError; in threads, where the config has some. epochs: of as many units as there
+        are indices, where a unit has one sample."""
         if self.config.threads == 1 or self.config.cache_images:
             return {}
+        one_each = len(epochs) == len(indices)
 
-        def read(index: int) -> Any:
+        def read(item: tuple[int, int]) -> Any:
+            index, epoch = item
             if self.latents is not None and self.latents.skip(index) is not None:
                 return None
             try:
-                return self.store.sample(index, decode=pixels)
+                return self.store.sample(index, decode=pixels, shrink=self.shrink(index, epoch) if one_each else None)
             except SampleError as error:
                 return error
 
-        indices = list(dict.fromkeys(indices))
-        return dict(zip(indices, self._in_threads(read, indices), strict=True))
+        first = dict(zip(indices, epochs.tolist() if one_each else [0] * len(indices), strict=True))
+        return dict(zip(first, self._in_threads(read, list(first.items())), strict=True))
 
     def _in_threads(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
         if self.config.threads == 1 or len(items) < 2:
@@ -294,7 +298,7 @@ class Loader:
         return {**self.__dict__, "_pool": None, "_fetcher": None, "_asked_for": {}}
 
     def _usable(
-        self, members: list[int], views: int, pixels: bool, images: dict, skips: dict, ready: dict[int, Any]
+        self, members: list[int], views: int, epoch: int, pixels: bool, images: dict, skips: dict, ready: dict[int, Any]
     ) -> list[tuple[int, Sample]]:
         """The first `views` of the samples that can be read; the others are noted in `skips`."""
         found: list[tuple[int, Sample]] = []
@@ -303,10 +307,15 @@ class Loader:
                 skips[index] = skip
                 continue
             try:
-                given = ready[index] if index in ready else self.store.sample(index, decode=pixels)
+                given = ready[index] if index in ready else self.store.sample(index, pixels, self.shrink(index, epoch))
                 if isinstance(given, SampleError):
                     raise given
                 images[index], sample = given
+                if self.config.decode == "fast" and pixels:
+                    # This source has one view: see _drawn.
+                    variant = epoch if self.config.variants is None else epoch % self.config.variants
+                    if isinstance(images[index], Reduced):
+                        images[index].variant = variant
             except SampleError as error:
                 skips[index] = error.skip
                 continue
@@ -340,15 +349,18 @@ class Loader:
     def crops(self, index: np.ndarray, variant: np.ndarray, images: Mapping[int, Any]) -> Tensor:
         """As `pixels`; images: those that are decoded already, by global number."""
         config, size = self.config, self.image_size
-        pictures = self._in_threads(lambda i: images[i] if i in images else self.store.image(i), index.tolist())
-        sizes = np.array([picture.size for picture in pictures], np.float64).reshape(-1, 2)
+
+        def picture(item: tuple[int, int]) -> Any:
+            i, v = item
+            found = images.get(i)
+            # The same sample may be in a batch twice, in two crops.
+            fits = found is not None and getattr(found, "variant", v) == v
+            return found if fits else self.store.image(i, self.shrink(i, v))
+
+        pictures = self._in_threads(picture, list(zip(index.tolist(), variant.tolist(), strict=True)))
+        sizes = np.array([getattr(found, "full_size", found.size) for found in pictures], np.float64).reshape(-1, 2)
         background = None
-        if self.train and config.crop == "inception":
-            draws = np.arange(transforms.CROP_ATTEMPTS * 4).reshape(1, -1, 4)
-            uniforms = hash_rng.uniform(config.seed, hash_rng.CROP, index[:, None, None], variant[:, None, None], draws)
-            boxes = transforms.inception_boxes(sizes, uniforms, (config.min_area, 1.0))
-        else:
-            boxes = transforms.center_boxes(sizes)
+        boxes = self._boxes(index, variant, sizes)
         if self.train and config.background != "white":
             channel = np.arange(3)
             background = 255 * hash_rng.uniform(config.seed, hash_rng.BACKGROUND, index[:, None], variant[:, None], channel)
@@ -366,6 +378,26 @@ class Loader:
             mirrored = hash_rng.uniform(config.seed, hash_rng.FLIP, index, variant) < 0.5
             out[mirrored] = out[mirrored, :, ::-1]
         return transforms.to_tensor(out, background)
+
+    def shrink(self, index: int, variant: int) -> Callable[[int, int], int] | None:
+        """(width, height) of a sample's picture -> how much smaller it may be decoded for this variant's crop; None: not at all."""
+        if self.config.decode == "full":
+            return None
+        which = variant if self.config.variants is None else variant % self.config.variants
+
+        def shrink(width: int, height: int) -> int:
+            [box] = self._boxes(np.array([index]), np.array([which]), np.array([[width, height]], np.float64))
+            return transforms.reduction(box.tolist(), self.image_size)
+
+        return shrink
+
+    def _boxes(self, index: np.ndarray, variant: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """float64 [M, 4]: each picture's crop, from its (width, height)."""
+        if not self.train or self.config.crop != "inception":
+            return transforms.center_boxes(sizes)
+        draws = np.arange(transforms.CROP_ATTEMPTS * 4).reshape(1, -1, 4)
+        uniforms = hash_rng.uniform(self.config.seed, hash_rng.CROP, index[:, None, None], variant[:, None, None], draws)
+        return transforms.inception_boxes(sizes, uniforms, (self.config.min_area, 1.0))
 
 
 @dataclass

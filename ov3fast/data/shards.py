@@ -26,7 +26,7 @@ import numpy as np
 
 from ov3fast.data import tar_index
 from ov3fast.data.captions import read_captions, read_record, sidecar, text_of_bytes
-from ov3fast.data.images import IMAGE_SUFFIXES, ImageError, decode_image
+from ov3fast.data.images import IMAGE_SUFFIXES, ImageError, decode_image, decode_reduced
 from ov3fast.data.indexed_tar import OpenShard
 from ov3fast.data.limits import MAX_IMAGE_PIXELS
 from ov3fast.data.shard_files import INDEX, Shard, find_shards, find_tars, tars_in, warn_left_out
@@ -300,15 +300,19 @@ class ShardDataset:
             warnings.warn(printable(text), SkipWarning, stacklevel=2)
         return shard
 
-    def read(self, i: int, decode: bool = True) -> Sample:
-        """Sample i; without its image unless `decode`."""
+    def read(self, i: int, decode: bool = True, shrink: Callable[[int, int], int] | None = None) -> Sample:
+        """Sample i; without its image unless `decode`. shrink: as decode_reduced, whose picture it then has."""
         key, members, shard = self._find(i)
         content = shard.reader({k: m for k, m in members.items() if decode or k in (".json", ".txt")})
         captions, meta, refused = self._texts(i, key, members, shard, content)
-        image = None
+        image: Any = None
         if decode:
             try:
-                image = decode_image(_image_bytes(i, key, members, content), self.max_image_pixels)
+                file = _image_bytes(i, key, members, content)
+                if shrink is None:
+                    image = decode_image(file, self.max_image_pixels)
+                else:
+                    image = decode_reduced(file, shrink, self.max_image_pixels)
             except ImageError as error:
                 raise SampleError(Skip(i, key, error.reason, str(error))) from None
         return Sample(key, image, captions, meta, refused)

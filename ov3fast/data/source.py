@@ -51,7 +51,8 @@ class GivenSource:
     def __len__(self) -> int:
         return len(self.source)
 
-    def read(self, i: int, decode: bool = True) -> Sample:
+    def read(self, i: int, decode: bool = True, shrink: Any = None) -> Sample:
+        """shrink is for files: what a source gives is decoded."""
         return self.source.read(i, decode)
 
     def text(self, i: int) -> Sample:

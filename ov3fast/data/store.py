@@ -8,7 +8,7 @@ way the loader draws the same substitutes, so the choice changes no batch.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +27,7 @@ from ov3fast.data.urls import LocalCache, is_url
 if TYPE_CHECKING:
     from PIL import Image
 
+Shrink = Callable[[int, int], int]
 LOOKED_AT = 16  # samples read at the start to see whether the configured keys exist
 
 
@@ -115,17 +116,17 @@ class SampleStore:
     def source_of(self, index: int) -> Source:
         return self.sources[int(np.searchsorted(self._offsets, index, side="right")) - 1]
 
-    def image(self, index: int) -> Image.Image:
-        """The decoded picture, mode RGB or RGBa. Raises SampleError for a sample to skip."""
-        return self._images[index] if index in self._images else self._read(index)[0]
+    def image(self, index: int, shrink: Shrink | None = None) -> Image.Image:
+        """The decoded picture, mode RGB or RGBa. shrink: as images.decode_reduced. Raises SampleError for a sample to skip."""
+        return self._images[index] if index in self._images else self._read(index, shrink=shrink)[0]
 
-    def sample(self, index: int, decode: bool) -> tuple[Image.Image | None, Sample]:
-        """The image (None unless asked for or cached) and the text. Raises SampleError for a sample to skip."""
+    def sample(self, index: int, decode: bool, shrink: Shrink | None = None) -> tuple[Image.Image | None, Sample]:
+        """The image (None unless asked for or cached) and the text. shrink: as images.decode_reduced. Raises SampleError for a sample to skip."""
         if index in self._bad:
             raise SampleError(self._bad[index])
         if index in self._texts:
             return self._images[index], self._texts[index]
-        return self._read(index, decode)
+        return self._read(index, decode, shrink)
 
     def skipped(self) -> list[Skip]:
         """What is known to be unusable: all of it with `cache_images`, else what the sources' indexes tell."""
@@ -142,10 +143,10 @@ class SampleStore:
             raise ValueError("cache_images: it is off, so which samples are usable is not known before they are read")
         return np.array(sorted(self._images), np.int64)
 
-    def _read(self, index: int, decode: bool = True) -> tuple[Image.Image | None, Sample]:
+    def _read(self, index: int, decode: bool = True, shrink: Shrink | None = None) -> tuple[Image.Image | None, Sample]:
         source = self.source_of(index)
         try:
-            sample = source.dataset[index - source.offset] if decode else source.dataset.text(index - source.offset)
+            sample = source.dataset.read(index - source.offset, decode, shrink)
         except SampleError as error:
             raise SampleError(error.skip._replace(index=index)) from None
         keys = [key for key, p in source.config.captions if p > 0]

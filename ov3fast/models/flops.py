@@ -107,6 +107,20 @@ def blocks_flops(tokens: int, width: int, depth: int, mlp_dim: int, pairs: int |
     return float(depth * (8 * tokens * width**2 + 4 * pairs * width + 4 * tokens * width * mlp_dim))
 
 
+def mlp_flops_per_image(config: OpenVision3Config, image_size: int) -> dict[str, float]:
+    """Tower -> the part of its forward FLOPs that its MLPs take."""
+    tokens = (image_size // (VAE_STRIDE * config.vision.patch_size)) ** 2
+    caption = config.caption
+    prefix = max(1, int(tokens * caption.visual_keep)) + (config.text.context_length if caption.text_prefix else 0)
+    towers: dict[str, tuple[Any, int]] = {
+        "encoder": (config.vision, tokens + 1),
+        "decoder": (config.decoder, tokens),
+        "text": (config.text, config.text.context_length),
+        "captioner": (caption, prefix + caption.length - 1),
+    }
+    return {name: 4.0 * length * part.depth * part.width * part.mlp_dim for name, (part, length) in towers.items()}
+
+
 def encoder_flops(config: VisionConfig, tokens: int) -> float:
     """The ViT encoder on `tokens` patch tokens and the CLS token."""
     embed = 2 * tokens * config.in_channels * config.patch_size**2 * config.width

@@ -148,10 +148,10 @@ class OpenVision3(nn.Module):
         if self.config.logit_scale_max is not None:
             self.logit_scale.clamp_(max=math.log(self.config.logit_scale_max))
 
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Recompute each block of the four towers in the backward pass in place of keeping its activations."""
+    def set_activation_checkpointing(self, enabled: bool, recompute: str = "block") -> None:
+        """Recompute each block of the four towers, or its MLP alone (recompute="mlp"), in the backward pass in place of keeping its activations."""
         for part in PARTS:
-            getattr(self, part).set_activation_checkpointing(enabled)
+            getattr(self, part).set_activation_checkpointing(enabled, recompute)
 
     # Use
 

@@ -49,9 +49,9 @@ class TextEncoder(nn.Module):
         feature = self.head(pooled)
         return (feature, tokens) if return_tokens else feature
 
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Recompute each block in the backward pass in place of keeping its activations."""
-        self.transformer.activation_checkpointing = enabled
+    def set_activation_checkpointing(self, enabled: bool, recompute: str = "block") -> None:
+        """Recompute each block, or its MLP alone (recompute="mlp"), in the backward pass in place of keeping its activations."""
+        self.transformer.set_activation_checkpointing(enabled, recompute)
 
 
 class CaptionDecoder(nn.Module):
@@ -141,9 +141,9 @@ class CaptionDecoder(nn.Module):
             bos=config.bos_id, eos=config.eos_id, pad=config.pad_id, length_penalty=length_penalty, device=tokens.device,
         )  # fmt: skip
 
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Recompute each block in the backward pass in place of keeping its activations."""
-        self.transformer.activation_checkpointing = enabled
+    def set_activation_checkpointing(self, enabled: bool, recompute: str = "block") -> None:
+        """Recompute each block, or its MLP alone (recompute="mlp"), in the backward pass in place of keeping its activations."""
+        self.transformer.set_activation_checkpointing(enabled, recompute)
 
     def _prefix(self, tokens: Tensor, text_tokens: Tensor | None) -> Tensor:
         if tokens.ndim != 3 or tokens.shape[2] != self.image_proj.in_features:

@@ -11,6 +11,9 @@ Legend: B batch, N tokens, D width, H heads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from ov3fast import ops
 
 EPS = 1e-6
+RECOMPUTE = ("block", "mlp")
+"""What activation checkpointing may recompute."""
 
 
 class LayerNorm(nn.Module):
@@ -104,6 +109,7 @@ class Block(nn.Module):
         self.attn = Attention(width, heads)
         self.norm2 = LayerNorm(width)
         self.mlp = Mlp(width, mlp_dim, activation)
+        self.recompute_mlp = False
 
     def forward(
         self,
@@ -115,6 +121,11 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         normed, x_BND = (self.norm1(x_BND), x_BND) if branch_BND is None else self.norm1(branch_BND, residual=x_BND)
         branch_BND = self.attn(normed, causal, prefix_len, cache, self.index)
+        if self.recompute_mlp and torch.is_grad_enabled():
+            return recomputed(self._second_half, x_BND, branch_BND)
+        return self._second_half(x_BND, branch_BND)
+
+    def _second_half(self, x_BND: Tensor, branch_BND: Tensor) -> tuple[Tensor, Tensor]:
         normed, x_BND = self.norm2(branch_BND, residual=x_BND)
         return x_BND, self.mlp(normed)
 
@@ -126,6 +137,15 @@ class Transformer(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(width, heads, mlp_dim, activation, index) for index in range(depth))
         self.activation_checkpointing = False
+
+    def set_activation_checkpointing(self, enabled: bool, recompute: str = "block") -> None:
+        """Recompute in the backward pass in place of keeping activations: "block" every block, "mlp" (selective) its second norm and MLP alone,
+        whose hidden layer is the widest thing that a block keeps. ValueError for another word."""
+        if recompute not in RECOMPUTE:
+            raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
+        self.activation_checkpointing = enabled and recompute == "block"
+        for block in self.blocks:
+            block.recompute_mlp = enabled and recompute == "mlp"
 
     def forward(
         self,
@@ -145,13 +165,18 @@ class Transformer(nn.Module):
         recompute = self.activation_checkpointing and torch.is_grad_enabled() and cache is None
         for block in self.blocks:
             if recompute:
-                # Nothing in a block is random, and a captured step can't read the state of the GPU's generator.
-                x, branch = checkpoint(block, x, branch, causal, prefix_len, use_reentrant=False, preserve_rng_state=False)
+                x, branch = recomputed(block, x, branch, causal, prefix_len)
             else:
                 x, branch = block(x, branch, causal, prefix_len, cache)
         if norm is None:
             return x if branch is None else x + branch
         return norm(x) if branch is None else norm(branch, residual=x)[0]
+
+
+def recomputed(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), of which the backward pass keeps the arguments alone."""
+    # Nothing in a block is random, and a captured step can't read the state of the GPU's generator.
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def activation_dtype(x: Tensor) -> Tensor:

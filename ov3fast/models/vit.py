@@ -253,9 +253,9 @@ class ViTEncoder(nn.Module):
             self.set_position_embedding(state_dict[prefix + "pos_embed"])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Recompute each block in the backward pass in place of keeping its activations."""
-        self.transformer.activation_checkpointing = enabled
+    def set_activation_checkpointing(self, enabled: bool, recompute: str = "block") -> None:
+        """Recompute each block, or its MLP alone (recompute="mlp"), in the backward pass in place of keeping its activations."""
+        self.transformer.set_activation_checkpointing(enabled, recompute)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # nn.Module would take a VAE for a submodule.
@@ -329,6 +329,6 @@ class ViTDecoder(nn.Module):
         x = self.transformer(x, self.norm)
         return ops.latent_projection(x, self.head.weight, self.head.bias, patch_size=self.patch_size, grid=tuple(grid))
 
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Recompute each block in the backward pass in place of keeping its activations."""
-        self.transformer.activation_checkpointing = enabled
+    def set_activation_checkpointing(self, enabled: bool, recompute: str = "block") -> None:
+        """Recompute each block, or its MLP alone (recompute="mlp"), in the backward pass in place of keeping its activations."""
+        self.transformer.set_activation_checkpointing(enabled, recompute)

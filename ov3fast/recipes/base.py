@@ -59,7 +59,13 @@ RECIPE = Recipe(
         rec_weight=0.5, und_weight=1.0, pixel_weight=1.0, latent_weight=0.4, caption_weight=1.0, contrastive_weight=1.0
     ),
     data=DataConfig(
-        sources=(RECAP_DATACOMP,), crop="inception", min_area=0.4, interpolation="bilinear", workers=8, shard_window=64
+        sources=(RECAP_DATACOMP,),
+        crop="inception",
+        min_area=0.4,
+        interpolation="bilinear",
+        decode="fast",
+        workers=8,
+        shard_window=64,
     ),
     stages=STAGES,
     optimizer=OptimizerConfig(betas=(0.9, 0.95), weight_decay=0.2, clip_norm=1.0),

@@ -54,15 +54,22 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> O
         model = OpenVision3(config, tokenizer=tokenizer)
     model.set_vae(build_vae(config.vae, config.vae_subfolder, recipe.vae_dtype))
     model.to(device).train()
-    model.set_activation_checkpointing(recipe.activation_checkpointing)
+    model.set_activation_checkpointing(recipe.activation_checkpointing, recipe.recompute)
     if recipe.compile:
-        # The blocks, where the time goes: what is around them is single operators, and the tokens stay a tensor of the outer graph, at
-        # which each branch's gradient can be measured (several backward passes, so the compiled one may not take over its buffers).
-        torch._functorch.config.donated_buffer = False
-        for name in PARTS:
-            transformer = getattr(model, name).transformer
-            transformer.forward = torch.compile(transformer.forward)
+        compile_blocks(model)
     return model
+
+
+def compile_blocks(model: OpenVision3) -> None:
+    """torch.compile of each block's forward. What is around the blocks is single operators; FSDP gathers a block's weights before the
+    compiled call, and the tokens stay a tensor of the outer graph, at which each branch's gradient can be measured."""
+    # Those are several backward passes, so the compiled one may not take over its buffers.
+    torch._functorch.config.donated_buffer = False
+    # The blocks of all towers are one piece of code: each tower, and its first block, which has no branch to add, is compiled once.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(PARTS))
+    for name in PARTS:
+        for block in getattr(model, name).transformer.blocks:
+            block.forward = torch.compile(block.forward, dynamic=False)
 
 
 def build_vae(path: str, subfolder: str | None, dtype: str) -> FrozenVAE:

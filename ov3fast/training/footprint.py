@@ -80,7 +80,7 @@ def footprint(recipe: Recipe, stage: int, images: int) -> Footprint:
     vae = vae.to(torch.float32 if recipe.vae_dtype == "fp32" else torch.bfloat16)
     model.set_vae(vae)
     model.train()
-    model.set_activation_checkpointing(recipe.activation_checkpointing)
+    model.set_activation_checkpointing(recipe.activation_checkpointing, recipe.recompute)
     ranks = Ranks(0, 1, torch.device("cpu"))
     step = Step(
         Parallel(model, recipe, ranks), Objective(config, lpips), Timer(ranks.device),

@@ -52,7 +52,8 @@ class RunLog:
         self._file.write(json.dumps(plain) + "\n")
         self._file.flush()
         self._to_board(plain)
-        if self._wandb is not None:
+        # A resumed run comes by steps again that Weights & Biases has already.
+        if self._wandb is not None and plain["step"] >= self._wandb.step:
             self._wandb.log({key: value for key, value in plain.items() if key != "step"}, step=plain["step"])
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ov3fast import terminal
-from ov3fast.models.flops import flops_per_image, lpips_flops, parameter_counts
+from ov3fast.models.flops import flops_per_image, lpips_flops, mlp_flops_per_image, parameter_counts
 from ov3fast.recipes.config import Recipe, Stage, leaves
 from ov3fast.training.schedule import Schedule, schedule
 
@@ -50,7 +50,7 @@ class Plan:
 def make_plan(recipe: Recipe) -> Plan:
     """Resolves a recipe.
 
-    A tower's backward pass costs twice its forward pass (three times with activation checkpointing); the frozen VAE decoder's as much
+    A tower's backward pass costs twice its forward pass (three times with activation checkpointing, less where it recomputes MLPs alone); the frozen VAE decoder's as much
     as its forward pass, since only the gradient with respect to its input is needed, and LPIPS' likewise (it sees two images); the VAE
     encoder has none.
     """
@@ -72,15 +72,21 @@ def flops_by_part(recipe: Recipe, stage: Stage, flops: dict[str, float] | None =
     """`StagePlan.flops_by_part`. flops: those of `flops_per_image`, where they are known already."""
     flops = flops_per_image(recipe.model, stage.image_size) if flops is None else flops
     texts, paired = texts_and_paired(recipe)
-    towers = 4.0 if recipe.activation_checkpointing else 3.0
+    again = mlp_flops_per_image(recipe.model, stage.image_size) if recipe.recompute == "mlp" else flops
+    towers = {name: 3.0 * flops[name] + (again[name] if recipe.activation_checkpointing else 0.0) for name in TOWERS}
     needs_pixels = recipe.stage_objective(stage).needs_pixels
     latents = 1.0 if stage.latent_images is None else stage.latent_images / stage.batch_size
     pixels = 0.0 if not needs_pixels else latents if stage.pixel_images is None else stage.pixel_images / stage.batch_size
     captions = paired if stage.caption_images is None else stage.caption_images / stage.batch_size
-    again = 1.0 if recipe.accumulate > 1 and recipe.contrastive_over == "batch" else 0.0
+    contrasted = (
+        flops["encoder"] + texts * flops["text"] if recipe.accumulate > 1 and recipe.contrastive_over == "batch" else 0.0
+    )
     by_part = {
-        "towers": (towers + again) * (flops["encoder"] + texts * flops["text"])
-        + towers * (latents * flops["decoder"] + captions * flops["captioner"]),
+        "towers": towers["encoder"]
+        + texts * towers["text"]
+        + latents * towers["decoder"]
+        + captions * towers["captioner"]
+        + contrasted,
         "VAE encoder": 0.0 if recipe.cache_latents else flops["vae_encoder"],
         "VAE decoder": 2.0 * pixels * flops["vae_decoder"],
     }

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ov3fast.data import jpeg
-from ov3fast.data.images import ImageError, decode_image
+from ov3fast.data.images import ImageError, decode_image, decode_reduced
 
 pytest.importorskip("simplejpeg")
 
@@ -74,3 +74,34 @@ def test_another_build_s_pixels_are_not_taken(monkeypatch):
         assert jpeg.decoder() is None and jpeg.pixels(FILES["420"]) is None
     finally:
         jpeg.decoder.cache_clear()
+
+
+@pytest.mark.parametrize("reduction", jpeg.REDUCTIONS)
+@pytest.mark.parametrize("name", FILES)
+def test_smaller_ones_are_pillows_too(name, reduction, monkeypatch):
+    fast, full = decode_reduced(FILES[name], lambda *_: reduction), decode_image(FILES[name])
+    monkeypatch.setattr(jpeg, "decoder", lambda: None)
+    slow = decode_reduced(FILES[name], lambda *_: reduction)
+    if name in ("turned", "mirrored"):  # where the last row or column is rounded up to would be another side
+        assert fast.tobytes() == slow.tobytes() == full.tobytes()
+        return
+    assert fast.mode == "RGB" and fast.pixels.tobytes() == slow.pixels.tobytes()
+    assert (fast.full_size, fast.reduction) == (full.size, reduction)
+    assert fast.size == tuple(-(-side // reduction) for side in full.size)
+    if reduction == 1:
+        assert fast.pixels.tobytes() == full.tobytes()
+
+
+@pytest.mark.parametrize("cut", [3, 100, -200])
+def test_a_broken_one_has_its_reason_at_any_size(cut):
+    with pytest.raises(ImageError) as whole:
+        decode_image(FILES["420"][:cut])
+    with pytest.raises(ImageError) as smaller:
+        decode_reduced(FILES["420"][:cut], lambda *_: 2)
+    assert smaller.value.reason == whole.value.reason
+
+
+def test_what_is_no_jpeg_is_decoded_whole():
+    file = io.BytesIO()
+    picture(61, 47).save(file, "PNG")
+    assert decode_reduced(file.getvalue(), lambda *_: 8).tobytes() == picture(61, 47).tobytes()

@@ -209,7 +209,7 @@ def test_resuming_anywhere_needs_no_replay_and_the_hash_agrees(make_shards, monk
     resumed = loader(config(folder, workers=1))
     reads = []
     read = SampleStore.sample
-    monkeypatch.setattr(SampleStore, "sample", lambda self, index, decode: reads.append(index) or read(self, index, decode))
+    monkeypatch.setattr(SampleStore, "sample", lambda self, index, *more: reads.append(index) or read(self, index, *more))
     assert run(resumed, 7, 12, half) == whole != half
     fresh = loader(config(folder))
     reads.clear()

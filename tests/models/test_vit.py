@@ -132,13 +132,14 @@ def test_float64_and_bfloat16_autocast():
     torch.testing.assert_close(double.float(), single, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("recompute", ["block", "mlp"])
 @pytest.mark.parametrize("tower", ["encoder", "decoder"])
-def test_activation_checkpointing_changes_no_gradient(tower):
+def test_activation_checkpointing_changes_no_gradient(tower, recompute):
     module = make_encoder() if tower == "encoder" else make_decoder()
     call = (lambda: module(latents())[1]) if tower == "encoder" else (lambda: module(torch.ones(2, 4, 48), (2, 2)))
     grads = []
     for enabled in (False, True):
-        module.set_activation_checkpointing(enabled)
+        module.set_activation_checkpointing(enabled, recompute)
         module.zero_grad()
         call().square().sum().backward()
         grads.append([p.grad for p in module.parameters() if p.grad is not None])

@@ -1,16 +1,19 @@
-"""Started by torchrun: full runs of the tiny recipe and single steps in float64, as listed in a jobs file.
+"""Whole runs of the tiny recipe and single steps in float64, in each process that rank_server.py forks.
 
-torchrun ... many_ranks.py DATA OUT JOBS.json        jobs: [{"name": ..., "do": "train" | "gradients", "fields": {...}}, ...]
+jobs: [{"name": ..., "do": "train" | "gradients" | one of FAULTS, "fields": {...}, "fields_of_rank": {"1": {...}}}, ...]
 """
 
+import dataclasses
+import functools
 import importlib.util
-import json
-import sys
+import os
+import time
 import warnings
 from pathlib import Path
 
 import torch
 
+from ov3fast.data.skips import DataError
 from ov3fast.data.store import SampleStore
 from ov3fast.losses import Objective, ObjectiveConfig
 from ov3fast.training import build, distributed, train
@@ -64,24 +67,66 @@ def contrastive_alone(tiny, folder, run_dir, micro_batches, world, **fields):
     return tiny.with_stages(recipe, pixel_images=0)
 
 
+COMPILE = torch.compile
 CONTRASTIVE = ObjectiveConfig(rec_weight=0.0, caption_weight=0.0)
+
+
+# ---- what can go wrong in rank 1's second step -----------------------------------------------------------------------
+
+
+def one_image_less(micro_batches):
+    part = micro_batches[-1]
+    keep = len(part.keys) - 1
+    return [*micro_batches[:-1], dataclasses.replace(part, keys=part.keys[:keep], latents=part.latents[:keep])]
+
+
+def no_captions(micro_batches):
+    return [dataclasses.replace(part, caption_ids=None, caption_rows=None) for part in micro_batches]
+
+
+def one_micro_batch_less(micro_batches):
+    return micro_batches[:-1]
+
+
+def no_data(micro_batches):
+    raise DataError("100 samples in a row can't be used")
+
+
+def hang(micro_batches):
+    time.sleep(15)
+    return micro_batches
+
+
+FAULTS = {function.__name__: function for function in (one_image_less, no_captions, one_micro_batch_less, no_data, hang)}
+
+
+def spoil(fault) -> None:
+    following = Inputs.next
+
+    def spoiled(self, step):
+        micro_batches, planned = following(self, step)
+        return (fault(micro_batches) if step == 1 else micro_batches), planned
+
+    Inputs.next = spoiled
 
 
 def main(folder: Path, out: Path, jobs: list[dict]) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=UserWarning)
-    tiny, ranks = load_tiny(), distributed.start("cpu")
+    tiny, rank = load_tiny(), os.environ["RANK"]
     for job in jobs:
-        fields = dict(job["fields"])
+        fields = {**job["fields"], **job.get("fields_of_rank", {}).get(rank, {})}
         where, resume = out / job["name"], fields.pop("resume", False)
-        if job["do"] == "train":
-            train(recipe_of(tiny, folder, where, 12, ranks.world, **fields), resume=resume)
+        world = int(os.environ["WORLD_SIZE"])
+        if job["do"] in FAULTS and rank == "1":
+            spoil(FAULTS[job["do"]])
+        if fields.get("compile"):
+            torch.compile = functools.partial(COMPILE, backend="aot_eager")  # needs no C++ compiler and takes seconds
+        if job["do"] != "gradients":
+            train(recipe_of(tiny, folder, where, 12, world, **fields), resume=resume)
         else:
+            ranks = distributed.start("cpu")
             recipe = contrastive_alone(tiny, folder, where, 12, ranks.world, objective=CONTRASTIVE, **fields)
             found = gradients(recipe, ranks)
             if ranks.first:
                 torch.save(found, out / f"{job['name']}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text()))

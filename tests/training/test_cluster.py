@@ -41,7 +41,7 @@ def measured_peak(recipe) -> int:
     """Peak allocation during the step, excluding weights and gradients, in bytes."""
     stage, config = recipe.stages[0], recipe.stage_objective(recipe.stages[0])
     model = OpenVision3(recipe.model).train()
-    model.set_activation_checkpointing(recipe.activation_checkpointing)
+    model.set_activation_checkpointing(recipe.activation_checkpointing, recipe.recompute)
     dtype = torch.float32 if recipe.vae_dtype == "fp32" else torch.bfloat16
     model.set_vae(FrozenVAE.from_pretrained(recipe.model.vae, dtype=dtype))
     for p in model.parameters():
@@ -61,16 +61,23 @@ def measured_peak(recipe) -> int:
     return peak
 
 
+RECOMPUTE = {
+    "nothing": {},
+    "blocks": {"activation_checkpointing": True},
+    "mlps": {"activation_checkpointing": True, "recompute": "mlp"},
+}
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", RECOMPUTE)
 def test_memory_is_that_of_a_measured_step(precision, checkpointing):
-    recipe = small(precision=precision, activation_checkpointing=checkpointing)
+    recipe = small(precision=precision, **RECOMPUTE[checkpointing])
     assert footprint(recipe, 0, IMAGES).activations == pytest.approx(measured_peak(recipe), rel=0.05)
 
 
 @pytest.mark.full
 def test_flops_are_those_that_are_counted():
-    for recipe in (small(), small(activation_checkpointing=True), get_recipe("base")):
+    for recipe in (*(small(**changes) for changes in RECOMPUTE.values()), get_recipe("base")):
         planned = make_plan(recipe).stages[-1]
         images = planned.stage.batch_size if recipe.name == "demo" else 2
         assert planned.flops_per_sample == pytest.approx(footprint(recipe, -1, images).flops_per_image, rel=0.01)
@@ -79,7 +86,8 @@ def test_flops_are_those_that_are_counted():
 def test_more_images_take_more_memory_and_checkpointing_less():
     few, many = (footprint(small(), 0, images).activations for images in (8, 16))
     assert 1.5 * few < many < 2.1 * few
-    assert footprint(small(activation_checkpointing=True), 0, 16).activations < many
+    blocks, mlps = (footprint(small(**RECOMPUTE[name]), 0, 16).activations for name in ("blocks", "mlps"))
+    assert blocks < mlps < many
 
 
 @pytest.mark.full

@@ -179,7 +179,8 @@ class Operator:
         return output[: -len(constants)] if constants else output
 
     def _backward_in_node(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """`_backward` of a plain call. Its kind follows from the forward's, which gradients are asked for, and how those upstream lie."""
+        """`_backward` of a plain call. Its kind follows from the forward's, which gradients are asked for, and how those upstream lie: that of a
+        saved tensor changes only where somebody puts one of another layout in its `.data`, which autograd doesn't allow either."""
         selected = ctx.selected
         if selected is None or grads[0] is None or self.shortcut is not None or not _is_plain_backward(grads):
             return self._backward(ctx, *grads)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ov3fast import ops
 from ov3fast.ops import _calls, _choice, _dispatch
+from ov3fast.ops.rope import angles
 
 from . import peers
 from .case import DTYPES, OURS, Case, both, compiled, forward, randn, storage
@@ -280,6 +281,68 @@ def layer_norm(dtype: str, shape: tuple[int, int] = (2048, 768), target: float |
         yield Case(
             "layer_norm + residual", direction, shape, f"[{rows},{width}]", dtype,
             {n: wrap(f, *at.leaves) for n, f in functions.items()}, bytes=units * at.leaves[0].nbytes, target=target,
+        )  # fmt: skip
+
+
+def rms_norm(dtype: str, shape: tuple[int, int] = (2048, 2048), target: float | None = None) -> Iterator[Case]:
+    rows, width = shape
+    call = CALLS["rms_norm-residual"]
+    at = bound(call, dtype, shape)
+
+    def peer(x, weight, residual):
+        h = x + residual
+        return F.rms_norm(h, (width,), weight, 1e-6), h
+
+    functions = {OURS: at(call.function), "eager": peer, "compile": compiled(peer)}
+    for direction, wrap, units in (("forward", forward, 4.0), ("both", both, 8.0)):
+        yield Case(
+            "rms_norm + residual", direction, shape, f"[{rows},{width}]", dtype,
+            {n: wrap(f, *at.leaves) for n, f in functions.items()}, bytes=units * at.leaves[0].nbytes, target=target,
+        )  # fmt: skip
+
+
+def swiglu(dtype: str, shape: tuple[int, int] = (2048, 1024), target: float | None = None) -> Iterator[Case]:
+    rows, hidden = shape
+    at = bound(CALLS["swiglu"], dtype, shape)
+
+    def peer(x):
+        gate, value = x.chunk(2, -1)
+        return F.silu(gate) * value
+
+    functions = {OURS: ops.swiglu, "eager": peer, "compile": compiled(peer)}
+    for direction, wrap, units in (("forward", forward, 1.5), ("both", both, 4.0)):
+        yield Case(
+            "swiglu", direction, shape, f"[{rows},2 x {hidden}]", dtype,
+            {n: wrap(f, *at.leaves) for n, f in functions.items()}, bytes=units * at.leaves[0].nbytes, target=target,
+        )  # fmt: skip
+
+
+def rope(
+    dtype: str, shape: tuple[int, int, int, int] = (8, 256, 6, 64), norm: bool = True, target: float | None = None
+) -> Iterator[Case]:
+    """The peers leave v where it is, as they may: only q and k are new tensors."""
+    batch, tokens, heads, width = shape
+    call = CALLS["rope-norm" if norm else "rope"]
+    leaves = bound(call, dtype, shape).leaves
+    cos, sin = angles(tokens, width, leaves[0].device, torch.float32)
+
+    def turned(x, cos, sin):
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+    def peer(qkv, *weights):
+        q, k, v = qkv.unbind(2)
+        if weights:
+            q, k = (F.rms_norm(x, (width,), weight, 1e-6) for x, weight in zip((q, k), weights, strict=True))
+        c, s = cos[:, None].to(qkv.dtype), sin[:, None].to(qkv.dtype)
+        return turned(q, c, s), turned(k, c, s), v
+
+    functions = {OURS: lambda qkv, *weights: ops.rope(qkv, cos, sin, *weights), "eager": peer, "compile": compiled(peer)}
+    name = f"[{batch},{tokens},3,{heads},{width}]" + (" normalised" if norm else "")
+    for direction, wrap, units in (("forward", forward, 2.0), ("both", both, (4.0 + 2 / 3) if norm else 4.0)):
+        yield Case(
+            "rope", direction, (batch * tokens, heads, width) if norm else None, name, dtype,
+            {n: wrap(f, *leaves) for n, f in functions.items()}, bytes=units * leaves[0].nbytes, target=target,
         )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from . import cases
 
 OPERATORS = (
     "flash_attention", "contrastive_loss", "linear_cross_entropy", "patch_embed", "noise_projection", "group_norm_silu", "mlp",
-    "layer_norm", "ViT-B/2 encoder",
+    "layer_norm", "rms_norm", "swiglu", "rope", "ViT-B/2 encoder",
 )  # fmt: skip
 
 

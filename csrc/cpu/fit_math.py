@@ -42,7 +42,7 @@ def main():
     x = x[np.abs(x) > 1e-3]
     show("EXP_SQUARES", *fit(x, (np.exp(x) - 1 - x) / x**2, range(0, 5), x**2 / np.exp(x)))
 
-    # For group_norm_silu.cpp, which rounds the exponent down.
+    # For silu.h, which rounds the exponent down.
     x = nodes(0.0, 1.0)
     show("EXP2_ABOVE", *fit(x, np.exp2(x) - 1, range(1, 7), 1 / np.exp2(x)))
     show("EXP2_ABOVE_SHORT", *fit(x, np.exp2(x) - 1, range(1, 5), 1 / np.exp2(x)))

@@ -89,7 +89,7 @@ def build_generator(config: GeneratorConfig) -> DDT | InContextDDT:
 class _Generator(nn.Module):
     """What both share: embeddings of x_t, time and condition, the wide head."""
 
-    head_angles: Tensor
+    head_rotation: Tensor
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class _Generator(nn.Module):
         )
         self.final = layers.FinalLayer(head, config.channels, conditioned=True)
         angles = layers.rotary_angles(config.height, config.width, head // config.heads[1])
-        self.register_buffer("head_angles", angles, persistent=False)
+        self.register_buffer("head_rotation", layers.rotation(angles), persistent=False)
 
     def _initialise(self) -> None:
         """Xavier-uniform matrices and zero biases; what modulates and what ends the network starts at zero (DiT)."""
@@ -167,22 +167,21 @@ class _Generator(nn.Module):
         s = self.project(F.silu(time[:, None] + z_BND))
         x = self.embed_head(x_BNC)
         for block in self.head:
-            x = block(x, self.head_angles, s)
+            x = block(x, self.head_rotation, s)
         return self.final(x, s)
 
 
 class DDT(_Generator):
     """(x_t, t [B], condition) -> (velocity,)."""
 
-    angles: Tensor
+    rotation: Tensor
     positions: Tensor
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__(config)
         trunk = config.widths[0]
-        self.register_buffer(
-            "angles", layers.rotary_angles(config.height, config.width, trunk // config.heads[0]), persistent=False
-        )
+        angles = layers.rotary_angles(config.height, config.width, trunk // config.heads[0])
+        self.register_buffer("rotation", layers.rotation(angles), persistent=False)
         self.register_buffer("positions", layers.sincos_positions(config.height, config.width, trunk), persistent=False)
         self._initialise()
 
@@ -192,7 +191,7 @@ class DDT(_Generator):
         c = F.silu(time[:, None] + self._embedded(condition).mean(1, keepdim=True))
         z = self.embed(x_BNC) + self.positions
         for block in self.trunk:
-            z = block(z, self.angles, c)
+            z = block(z, self.rotation, c)
         found = self._wide(x_BNC, z, time).transpose(1, 2).reshape(x_t.shape)
         return (velocity_of(x_t, found, t) if self.config.predicts_x else found,)
 
@@ -217,10 +216,11 @@ class InContextDDT(_Generator):
         prefix = context.shape[1]
         config = self.config
         angles = layers.rotary_angles(config.height, config.width, config.widths[0] // config.heads[0], prefix).to(x_t.device)
+        rotation = layers.rotation(angles)
         z = torch.cat([context, self.embed(x_BNC)], 1)
         base = z
         for number, block in enumerate(self.trunk, 1):
-            z = block(z, angles)
+            z = block(z, rotation)
             if number == self.base_block:
                 base = self.base(z[:, prefix:])
         full = self._wide(x_BNC, z[:, prefix:], time)

@@ -17,26 +17,19 @@ THETA = 1e4
 FREQUENCIES = 256
 
 
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """x / sqrt(mean(x^2) + EPS) * weight over the last axis, in x's dtype."""
-    return F.rms_norm(x, weight.shape, weight.to(x.dtype), EPS)
-
-
-def swiglu(gate_value: Tensor) -> Tensor:
-    """[..., 2K] -> silu(first half) * second half, [..., K]."""
-    gate, value = gate_value.chunk(2, -1)
-    return F.silu(gate) * value
-
-
 class RMSNorm(nn.Module):
-    """RMS norm over the last axis with a weight and no bias."""
+    """RMS norm over the last axis through ops.rms_norm."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """norm(x), or (norm(x + residual), x + residual)."""
+        if residual is not None and residual.dtype != x.dtype:  # autocast: a float32 stream beside bfloat16 branches
+            x = x + residual
+            return ops.rms_norm(x, self.weight, EPS), x
+        return ops.rms_norm(x, self.weight, EPS, residual=residual)
 
 
 class SwiGLU(nn.Module):
@@ -49,7 +42,7 @@ class SwiGLU(nn.Module):
         self.w3 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w3(swiglu(self.w12(x)))
+        return self.w3(ops.swiglu(self.w12(x)))
 
 
 def rotary_angles(height: int, width: int, head_dim: int, prefix: int = 0) -> Tensor:
@@ -63,11 +56,9 @@ def rotary_angles(height: int, width: int, head_dim: int, prefix: int = 0) -> Te
     return torch.cat([angles.new_zeros(prefix, head_dim // 2), angles])
 
 
-def rotate(x_BNHP: Tensor, angles: Tensor) -> Tensor:
-    """Turns neighbouring channels (2i, 2i + 1) of each token by its angles [N, P / 2]."""
-    cos, sin = angles.cos()[:, None].to(x_BNHP.dtype), angles.sin()[:, None].to(x_BNHP.dtype)
-    even, odd = x_BNHP.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+def rotation(angles: Tensor) -> Tensor:
+    """[2, N, P / 2]: the cosines and sines of angles [N, P / 2], as ops.rope takes them."""
+    return torch.stack([angles.cos(), angles.sin()])
 
 
 class RotaryAttention(nn.Module):
@@ -78,13 +69,13 @@ class RotaryAttention(nn.Module):
         self.heads = heads
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
-        self.q_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(width // heads) if qk_norm else None
+        self.k_norm = RMSNorm(width // heads) if qk_norm else None
 
-    def forward(self, x_BND: Tensor, angles: Tensor) -> Tensor:
-        q, k, v = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
-        return self.proj(ops.flash_attention(q, k, v).flatten(2))
+    def forward(self, x_BND: Tensor, rotation: Tensor) -> Tensor:
+        qkv = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1))
+        weights = (norm.weight for norm in (self.q_norm, self.k_norm) if norm is not None)
+        return self.proj(ops.flash_attention_qkvpacked(ops.rope(qkv, *rotation, *weights, eps=EPS)).flatten(2))
 
 
 class Block(nn.Module):
@@ -100,13 +91,14 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width)
         self.modulation = Linear(width, 6 * width) if conditioned else None
 
-    def forward(self, x_BND: Tensor, angles: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x_BND: Tensor, rotation: Tensor, condition: Tensor | None = None) -> Tensor:
         if self.modulation is None:
-            x_BND = x_BND + self.attn(self.norm1(x_BND), angles)
-            return x_BND + self.mlp(self.norm2(x_BND))
+            normed, x_BND = self.norm2(self.attn(self.norm1(x_BND), rotation), x_BND)
+            return x_BND + self.mlp(normed)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition)).chunk(6, -1)
-        x_BND = x_BND + gate1 * self.attn(self.norm1(x_BND) * (1 + scale1) + shift1, angles)
-        return x_BND + gate2 * self.mlp(self.norm2(x_BND) * (1 + scale2) + shift2)
+        branch = gate1 * self.attn(self.norm1(x_BND) * (1 + scale1) + shift1, rotation)
+        normed, x_BND = self.norm2(branch, x_BND)
+        return x_BND + gate2 * self.mlp(normed * (1 + scale2) + shift2)
 
 
 class FinalLayer(nn.Module):

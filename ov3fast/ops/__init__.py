@@ -21,6 +21,9 @@ from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from .mlp import mlp as mlp
 from .noise_projection import noise_projection as noise_projection
 from .patch_embed import patch_embed as patch_embed
+from .rms_norm import rms_norm as rms_norm
+from .rope import rope as rope
+from .swiglu import swiglu as swiglu
 
 from . import cpu as cpu, cuda as cuda, onednn as onednn, triton as triton  # isort: skip  (kernels that join the operators defined above)
 

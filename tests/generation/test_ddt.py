@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from ov3fast import ops
 from ov3fast.generation import flow, layers, plan
 from ov3fast.generation.ddt import GeneratorConfig, build_generator, generator_config
 from ov3fast.generation.saved import SavedGenerator
@@ -136,12 +137,38 @@ def test_rotation_depends_on_the_distance_alone():
     """<R(a) q, R(b) k> depends only on b - a, along rows and columns."""
     angles = layers.rotary_angles(5, 5, 16).double()
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
-    turned_q, turned_k = (layers.rotate(x.expand(1, 25, 1, 16), angles)[0, :, 0] for x in (q, k))
+    turned_q, turned_k, _ = ops.rope(torch.stack([q, k, k], 2).expand(1, 25, 3, 1, 16), *layers.rotation(angles))[
+        0, :, :, 0
+    ].unbind(1)
     products = (turned_q @ turned_k.T).view(5, 5, 5, 5)
     torch.testing.assert_close(products[0, 0, 2, 1], products[2, 3, 4, 4])
     torch.testing.assert_close(products[1, 2, 0, 3], products[4, 1, 3, 2])
     assert not torch.allclose(products[0, 0, 2, 1], products[0, 0, 1, 2])
     assert layers.rotary_angles(2, 2, 8, prefix=3)[:3].abs().sum() == 0
+
+
+def test_the_block_is_its_formula():
+    """In plain PyTorch, with torch's own RMS norm and complex numbers for the rotation."""
+    torch.manual_seed(0)
+    block = layers.Block(32, 2, conditioned=False, qk_norm=True).double()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x, angles = torch.randn(2, 6, 32, dtype=torch.float64), layers.rotary_angles(2, 3, 16).double()
+
+    def norm(x, weight):
+        return torch.nn.functional.rms_norm(x, weight.shape, weight, layers.EPS)
+
+    def turned(x):
+        numbers = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angles), angles)[:, None]
+        return torch.view_as_real(numbers).flatten(-2).transpose(1, 2)
+
+    q, k, v = block.attn.qkv(norm(x, block.norm1.weight)).unflatten(-1, (3, 2, 16)).unbind(2)
+    q, k = (turned(norm(value, weight)) for value, weight in ((q, block.attn.q_norm.weight), (k, block.attn.k_norm.weight)))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v.transpose(1, 2)).transpose(1, 2).flatten(2)
+    h = x + block.attn.proj(out)
+    gate, value = block.mlp.w12(norm(h, block.norm2.weight)).chunk(2, -1)
+    expected = h + block.mlp.w3(torch.nn.functional.silu(gate) * value)
+    torch.testing.assert_close(block(x, layers.rotation(angles)), expected)
 
 
 @pytest.mark.full

@@ -22,12 +22,12 @@ CUDA_OPERATORS = ("group_norm_silu", "adamw_ema_")
 """Operators with CUDA C++ kernels."""
 CASES = (
     "flash_attention", "contrastive_loss", "linear_cross_entropy", "noise_projection", "patch_embed", "moments to tokens", "mlp", "layer_norm + residual",
-    "group_norm_silu", "linear", "latent_projection", "random_normal", "adamw_ema_", "ViT-B/2 encoder", "VAE",
+    "group_norm_silu", "linear", "latent_projection", "random_normal", "rms_norm + residual", "swiglu", "rope", "adamw_ema_", "ViT-B/2 encoder", "VAE",
 )  # fmt: skip
 """Operators in benches/cases.py."""
 TUNED = (
     "flash_attention", "contrastive_loss", "linear_cross_entropy", "noise_projection", "patch_embed", "mlp", "layer_norm + residual",
-    "group_norm_silu", "latent_projection",
+    "group_norm_silu", "latent_projection", "rms_norm + residual", "swiglu", "rope",
 )  # fmt: skip
 """Those that spend their time in our kernels."""
 

@@ -61,6 +61,9 @@ KERNELS = {
     "noise_projection": Kernels("noise_projection", ("z", "sigma", "weight", "rng")),
     "patch_embed": Kernels("patch_embed", ("latents", "weight", "rng")),
     "random_normal": Kernels("random_normal", ("rng", "dtype"), backward=None),
+    "rms_norm": Kernels("rms_norm", ("x", "weight"), widest=8192),
+    "rope": Kernels("rope", ("qkv", "cos", "q_weight"), widest=256, axis="head_dim"),
+    "swiglu": Kernels("swiglu", ("x",)),
 }
 
 

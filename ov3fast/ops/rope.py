@@ -179,7 +179,8 @@ def _forward_cpu(
     qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, inverse: bool = False
 ) -> Tensor:
     out = cpu.empty_like(qkv)
-    tables = cpu.wide(cos), cpu.wide(sin), cpu.wide(q_weight), cpu.wide(k_weight)
+    weights = (None if weight is None else cpu.wide(weight) for weight in (q_weight, k_weight))
+    tables = cpu.wide(cos), cpu.wide(sin), *weights
     _FORWARD(qkv.dtype, *_tokens(qkv), *tables, float(eps), out, inverse, *_sizes(qkv))
     return out
 
@@ -189,7 +190,7 @@ def _backward_cpu(
     need_qkv: bool, need_q_weight: bool, need_k_weight: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     none = grad_y.new_empty(0)
-    if qkv is None or q_weight is None:
+    if qkv is None or q_weight is None or k_weight is None:
         return _forward_cpu(grad_y, cos, sin, None, None, eps, True) if need_qkv else none, none, none
     grad_qkv, need_weights = cpu.empty_like(qkv, need_qkv), need_q_weight or need_k_weight
     weights = cpu.empty(qkv, (2, qkv.shape[4]), need_weights, torch.float32)

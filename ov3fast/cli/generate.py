@@ -28,6 +28,8 @@ class Generate:
     steps: int = 50
     guidance: float = 2.0
     """Guidance weight; 1 means none. Internal guidance if the generator has a base head, else classifier-free."""
+    worse: str | None = None
+    """AutoGuidance: the run of a smaller or less trained generator of the same classes, to guide away from."""
     method: str = "euler"
     """euler or heun."""
     precision: Literal["fp32", "bf16", "int8"] = "fp32"
@@ -63,6 +65,7 @@ def run(arguments: list[str]) -> int:
         raise ValueError("generate: --out is needed: a folder, or a .png file for a grid")
     if bool(saved.classes) != (given.text is None):
         raise ValueError(f"generate: this generator takes {'--class' if saved.classes else '--text'}")
+    worse = None if given.worse is None else SavedGenerator.load(given.worse)
     grid = given.out.suffix == ".png"
     every = given.class_ == "all"
     (check_writable if grid else check_writable_folder)(given.out, "--out")
@@ -76,7 +79,7 @@ def run(arguments: list[str]) -> int:
     for chosen in torch.arange(len(condition)).split(given.batch_size):
         latents = saved.sample(
             condition[chosen], [numbers[i] for i in chosen], seed=given.seed, steps=given.steps, weight=given.guidance,
-            method=given.method, precision=given.precision,
+            method=given.method, precision=given.precision, worse=worse,
         )  # fmt: skip
         parts.append(saved.pictures(model, latents))
     pictures = torch.cat(parts)

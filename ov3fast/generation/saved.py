@@ -100,15 +100,22 @@ class SavedGenerator:
         method: str = "euler",
         interval: tuple[float, float] = (0.1, 1.0),
         precision: Precision = "fp32",
+        worse: SavedGenerator | None = None,
     ) -> Tensor:
         """Latents [B, C, H, W], not normalized, one per row of condition; row i is a function of (seed, indices[i]) and its condition.
 
-        weight: of guidance, 1 for none; internal where the generator has a base head, else classifier-free. precision: of the
+        weight: of guidance, 1 for none; AutoGuidance with `worse`, a smaller or less trained generator of the same latents and classes;
+        else internal where the generator has a base head, else classifier-free. precision: of the
         network's products; the state between steps is float32 in any of them.
         """
         generator, shape = self.generator if precision != "int8" else self._in_int8(), self.statistics.mean.shape
         denoiser = generator.denoiser(condition)
-        if weight != 1 and isinstance(generator, InContextDDT):
+        if worse is not None and weight != 1:
+            if worse.classes != self.classes or worse.statistics.mean.shape != shape:
+                raise ValueError("generate: AutoGuidance's other generator must be of the same classes and latents")
+            other = worse.generator if precision != "int8" else worse._in_int8()
+            denoiser = guidance.autoguidance(denoiser, other.denoiser(condition), weight, interval)
+        elif weight != 1 and isinstance(generator, InContextDDT):
             denoiser = guidance.internal(lambda x, t: generator(x, t, condition), weight, interval)  # type: ignore[arg-type, return-value]
         elif weight != 1:
             denoiser = guidance.classifier_free(denoiser, generator.denoiser(generator.null(condition)), weight, interval)

@@ -88,6 +88,21 @@ def test_a_sample_does_not_depend_on_its_batch(trained):
     assert together.shape[1:] == saved.statistics.mean.shape
 
 
+def test_autoguidance_extrapolates_from_the_worse_generator(trained):
+    """One step from noise: v_worse + w (v - v_worse), so the latents lie on the line through the two unguided ones."""
+    saved, worse = SavedGenerator.load(trained), SavedGenerator.load(trained)
+    with torch.no_grad():
+        for parameter in worse.generator.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    labels, options = torch.tensor([0, 1]), {"steps": 1, "interval": (0.0, 1.0)}
+    better, bad = saved.sample(labels, [0, 1], **options), worse.sample(labels, [0, 1], **options)
+    guided = saved.sample(labels, [0, 1], weight=1.5, worse=worse, **options)
+    torch.testing.assert_close(guided, bad + 1.5 * (better - bad), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(guided, better)
+    with pytest.raises(ValueError, match="same classes"):
+        saved.sample(labels, [0, 1], weight=1.5, worse=dataclasses.replace(worse, classes=["a", "b"]))
+
+
 def test_commands(capsys, trained, tmp_path):
     assert run(capsys, "generate", trained)[1].split() == ["dark", "light"]
     arguments = ("generate", trained, "--class", "light", "--count", "3", "--steps", "2")
@@ -207,7 +222,14 @@ def test_muon_updates_the_blocks_matrices_by_orthogonal_ones(recipe):
 @pytest.mark.full
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_two_processes_equal_one(recipe, tmp_path, optimizer):
-    one = dataclasses.replace(recipe, optimizer=optimizer, run_dir=tmp_path / "one")
+    demo = GENERATE_RECIPES["generate-demo"]
+    sizes = {
+        name: getattr(recipe, name)
+        for name in ("model", "data", "heldout", "widths", "depths", "heads", "batch_size", "precision")
+    }
+    one = dataclasses.replace(
+        demo, **sizes, optimizer=optimizer, steps=4, warmup_steps=2, checkpoint_every=2, log_every=1, run_dir=tmp_path / "one"
+    )
     training.train_generator(one)
     arguments = ["--recipe", "generate-demo", "--no-report", "--run-dir", str(tmp_path / "two")]
     for name in ("model", "precision", "optimizer", "batch_size", "steps", "warmup_steps", "checkpoint_every", "log_every"):

@@ -264,7 +264,7 @@ def test_two_processes_equal_one(recipe, tmp_path, optimizer):
 def test_the_commands_of_make_demo_generate(plain_features, capsys, recipe, tmp_path):
     """At reduced time, on two classes: training from the start and again on a finished run, the report, grids; samples are of their class."""
     run_dir = tmp_path / "run"
-    fields = ["--data", *recipe.data, "--heldout", *recipe.heldout, "--steps", "150", "--batch-size", "16", "--samples", "12"]
+    fields = ["--data", *recipe.data, "--heldout", *recipe.heldout, "--steps", "400", "--batch-size", "16", "--samples", "12"]
     sizes = ["--widths", "32", "48", "--depths", "2", "1", "--heads", "2", "2"]
     arguments = [
         "train",
@@ -282,7 +282,7 @@ def test_the_commands_of_make_demo_generate(plain_features, capsys, recipe, tmp_
         code, out, error = run(capsys, *arguments)
         assert code == 0, error
         assert "class of nearest" in out and (run_dir / "generate.html").is_file()
-    assert "from step 150" in out
+    assert "from step 400" in out
     code, out, error = run(
         capsys, "generate", run_dir, "--class", "all", "--count", "4", "--precision", "bf16", "--out", run_dir / "grid.png"
     )

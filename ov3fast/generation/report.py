@@ -163,12 +163,12 @@ def tables(figures: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
     rows.append(["chance", *(_cell(key, chance[key]) if key in chance else "" for key in COLUMNS)])
     count = figures["pictures_per_set"]
     sets = ([f"{count} pictures each", *COLUMNS.values()], rows)
-    borne = [[f"sigma {row['sigma']:g}", f"{row['psnr']:.2f} dB", f"{row['fid_style']:.1f}"] for row in figures["robustness"]]
+    borne = [[f"sigma {row['sigma']:g}", f"{row['psnr']:.2f} dB", f"{row['fid_style']:.0f}"] for row in figures["robustness"]]
     return [sets, (["held out, noise on tokens", "PSNR", "FID-style"], borne)]
 
 
 def _cell(key: str, value: float) -> str:
-    return f"{value:.1f}" if key == "fid_style" else f"{100 * value:.1f} %"
+    return f"{value:.0f}" if key == "fid_style" else f"{100 * value:.1f} %"
 
 
 def _known(images: Tensor, names: list[str], classes: list[str]) -> tuple[Tensor, list[str]]:

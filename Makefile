@@ -8,7 +8,7 @@ JOBS ?= 2
 
 CSRC := csrc/build.py $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
-.PHONY: demo demo-generate docs test test-all test-gpu test-versions test-old-cpu test-doors gpu aot lint bench certificates step-table sanitize clean
+.PHONY: demo demo-generate demo-understand docs test test-all test-gpu test-versions test-old-cpu test-doors gpu aot lint bench certificates step-table sanitize clean
 
 demo: .venv/demo
 	$(BIN)/ov3fast data demo
@@ -21,6 +21,11 @@ GENERATOR ?= runs/generate-demo
 demo-generate: .venv/demo
 	$(BIN)/ov3fast train --recipe generate-demo --model $(RUN) --run-dir $(GENERATOR) $(GENERATE) --resume
 	$(BIN)/ov3fast generate $(GENERATOR) --class all --count 12 --precision bf16 --out $(GENERATOR)/grid.png
+
+# Questions about held-out pictures, answered from the tokens of a finished `make demo`; understand.html at the end.
+UNDERSTAND ?= runs/understand-demo
+demo-understand: .venv/understand
+	$(BIN)/ov3fast train --recipe understand-demo --tower $(RUN) --run-dir $(UNDERSTAND) --resume
 
 # The quick tests: the widest instruction set, each Triton kernel once in the interpreter, one compiled kernel. Other tests
 # are marked `full` (see the markers in pyproject.toml).
@@ -118,6 +123,10 @@ NO_TRITON := $(BIN)/python -m pip show torch | grep -q '^Requires:.*triton' || e
 
 .venv/demo: pyproject.toml setup.py constraints-cpu.txt $(CSRC) .venv/torch
 	$(PIP) install --quiet $(CONSTRAIN) --editable '.[demo]'
+	touch $@
+
+.venv/understand: .venv/demo
+	$(PIP) install --quiet $(CONSTRAIN) --editable '.[demo,transformers]'
 	touch $@
 
 .venv/dev: pyproject.toml setup.py constraints-cpu.txt $(CSRC) .venv/torch

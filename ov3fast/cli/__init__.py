@@ -41,7 +41,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command(
-        "train", "Train a recipe (demo, base, large, generate-demo, ...) or on your own shards; every recipe field is a flag."
+        "train", "Train a recipe (demo, base, large, generate-demo, understand-demo, ...) or on your own shards; every recipe field is a flag."
     ),
     "watch": Command("watch", "Follow a run in the terminal and on a page that refreshes itself.", prints=True),
     "compare": Command("compare", "Compare the curves and metrics of several runs.", prints=True),
@@ -63,6 +63,9 @@ COMMANDS = {
     ),
     "serve": Command("serve", "Serve a model over HTTP, with a page to try it; needs the extra `serve`."),
     "generate": Command("generate", "Generate pictures of a class or a text with a generator over the tokens.", prints=True),
+    "answer": Command(
+        "answer", "Answer questions about an image, or a benchmark's, with a run of understand-demo or its kin.", prints=True
+    ),
     "statistics": Command("statistics", "Compute the per-element mean and variance of image tokens, for a generator."),
     "fid": Command(
         "fid", "Compute FID and related metrics of images against a reference, under a named protocol.", prints=True

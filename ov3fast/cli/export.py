@@ -18,16 +18,17 @@ CERTIFIED = ("torch", "onnx", "openvino")
 class Export:
     """Export a model for other libraries and runtimes.
 
-    transformers: a folder for AutoModel, with its code. open_clip: the vision tower in the released layout. torch, onnx, openvino: the parts (image,
+    transformers: a folder for AutoModel, with its code. llava: a run of `ov3fast train --recipe understand-...`, for
+    LlavaForConditionalGeneration. open_clip: the vision tower in the released layout. torch, onnx, openvino: the parts (image,
     reconstruct, text) as files that run without ov3fast, with a certificate of their numerical error.
     """
 
     format: Annotated[
-        Literal["transformers", "open_clip", "torch", "onnx", "openvino"],
+        Literal["transformers", "llava", "open_clip", "torch", "onnx", "openvino"],
         tyro.conf.Positional,
         tyro.conf.arg(metavar="FORMAT"),
     ]
-    """transformers, open_clip, torch, onnx or openvino."""
+    """transformers, llava, open_clip, torch, onnx or openvino."""
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Model folder, training run, hub id, or the folder of a released vision tower."""
     out: Path
@@ -57,6 +58,12 @@ def run(arguments: list[str]) -> int:
             raise ValueError(f"export: --aotinductor is for torch, got {given.format}")
         options["aotinductor"] = True
     check_writable_folder(given.out, "--out")
+    if given.format == "llava":
+        if given.image_size or given.vae:
+            raise ValueError("export: --image-size and --vae are not for llava, whose run has both")
+        import_module("ov3fast.interop.llava_transformers").export(given.model, given.out)
+        print(f"{given.model} -> {given.out}")
+        return 0
     door = import_module(f"ov3fast.interop.{given.format}")
     model = load_model(given.model, vae=given.vae, image_size=given.image_size)
     door.export(model, given.out, **options)

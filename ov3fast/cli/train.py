@@ -25,7 +25,8 @@ HELP = """usage: {program} train [--recipe NAME|FILE] [options] [--FIELD VALUE .
 
 What to train
   --recipe NAME|FILE      {names}, or a .json or .yaml file (default: demo; custom with --data);
-                          generate-demo, generate-base: generators, with fields of their own
+                          generate-demo, generate-base: generators, with fields of their own;
+                          understand-demo, understand-base: language models on a tower's tokens, likewise
   --data PATH             your own shards: a folder of tars, a tar or a glob pattern; defaults are fitted to them
   --run-dir DIR           folder for checkpoints, logs and the model
   --init-from MODEL       start from the weights of a model: a folder, a run or a hub id
@@ -61,6 +62,11 @@ def run(arguments: list[str]) -> int:
 
         rest, resume = _take_optional(rest, "--resume")
         return run_generator(name, rest if help_about is None else [*rest, "--help"], resume)
+    if name.startswith("understand-"):
+        from ov3fast.cli.train_understanding import run as run_understanding
+
+        rest, resume = _take_optional(rest, "--resume")
+        return run_understanding(name, rest if help_about is None else [*rest, "--help"], resume)
     if help_about == "":
         groups = ", ".join(name.replace("_", "-") for name in _groups(Recipe))
         text = HELP.format(program=PROGRAM, names=", ".join(NAMES), groups=groups, common=COMMON)

@@ -9,10 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ov3fast.inference.hidden_states import hidden_states
 from ov3fast.inference.load import VisionTower, load_model
 from ov3fast.models.openvision3 import OpenVision3
 from ov3fast.models.vae import FrozenVAE
 from ov3fast.models.vit import ViTEncoder
+
+__all__ = ["Model", "encode", "encoder_of", "hidden_states", "loaded", "vae_config"]
 
 Model = OpenVision3 | VisionTower | ViTEncoder
 
@@ -38,17 +41,3 @@ def encode(model: Model, images: Tensor) -> tuple[Tensor, Tensor]:
     found = model.encode(images)
     assert isinstance(found, tuple)
     return found
-
-
-def hidden_states(model: Model, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """(pooled, states): the patch tokens [B, N, D] before the first block and after each, without CLS; the last are those of `encode`."""
-    blocks = list(encoder_of(model).transformer.blocks)
-    states: list[Tensor] = []
-    hooks = [blocks[0].register_forward_pre_hook(lambda _, inputs: states.append(inputs[0][:, 1:]))] if blocks else []
-    hooks += [block.register_forward_hook(lambda _, __, out: states.append((out[0] + out[1])[:, 1:])) for block in blocks]
-    try:
-        pooled, tokens = encode(model, images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return pooled, [*states[:-1], tokens]

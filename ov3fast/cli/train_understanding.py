@@ -1,0 +1,54 @@
+"""ov3fast train --recipe understand-demo|understand-base."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ov3fast.cli.options import parse
+from ov3fast.recipes.understand import UNDERSTAND_RECIPES, UnderstandRecipe
+
+
+def run(name: str, arguments: list[str], resume: str | None) -> int:
+    """Train a language model on a tower's tokens; resume: what --resume was given ("" for the recipe's run), None without."""
+    if name not in UNDERSTAND_RECIPES:
+        raise ValueError(f"--recipe: recipes of understanding are {', '.join(UNDERSTAND_RECIPES)}; got {name!r}")
+    base = UNDERSTAND_RECIPES[name]
+    if resume:
+        base = dataclasses.replace(base, run_dir=Path(resume))
+
+    @dataclass
+    class Train:
+        __doc__ = f"Train a language model on a frozen tower's tokens. The defaults below are those of --recipe {name}."
+
+        recipe: Annotated[UnderstandRecipe, tyro.conf.arg(name="")]
+        overwrite: bool = False
+        """Begin again in a run_dir that holds a run."""
+        device: str | None = None
+        """cpu, cuda or cuda:N; default: cpu."""
+
+    given = parse(Train, arguments, "train", default=Train(base))
+    if given.overwrite and resume is not None:
+        raise ValueError("--resume goes on with a run, --overwrite begins it again; give one of them")
+    recipe, options = given.recipe, {"resume": resume is not None, "overwrite": given.overwrite}
+    from ov3fast.training import EXIT_INTERRUPTED
+
+    if all(stage.data.startswith("demo:") for stage in recipe.stages):
+        from ov3fast.understanding.demo import lines, run_demo
+
+        figures = run_demo(recipe, **options)
+        if figures is None:
+            return EXIT_INTERRUPTED
+        print("\n".join(lines(figures)))
+        print(f"report: {recipe.run_dir / 'understand.html'}")
+    else:
+        from ov3fast.understanding.training import train_understanding
+
+        if not train_understanding(recipe, device=given.device, **options):
+            return EXIT_INTERRUPTED
+    print(f"{recipe.run_dir / 'model'}: `ov3fast answer {recipe.run_dir} IMAGE --question ...` asks it")
+    return 0

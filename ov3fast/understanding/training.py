@@ -1,0 +1,341 @@
+"""Training in stages, as LLaVA: the tower frozen, the projector first, then the language model with it.
+
+Which rows a step takes follows from (seed, stage, epoch) alone, so a run that was stopped goes on to the same bits. One process; a run folder
+holds
+
+    recipe.json  log.jsonl  checkpoint/ (weights, moments, where it is)  model/ (what `ov3fast answer` loads)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ov3fast.data import hash_rng
+from ov3fast.io import atomic_folder, atomic_write, check_writable_folder, naming_full_disk
+from ov3fast.recipes.config import OptimizerConfig
+from ov3fast.recipes.understand import UnderstandRecipe, UnderstandStage
+from ov3fast.training.logs import Display, RunLog, describe
+from ov3fast.training.optimizer import AdamW, copy
+from ov3fast.training.schedule import Schedule
+from ov3fast.training.signals import StopRequest
+from ov3fast.understanding.batches import Batch, collate, rows_of_epoch
+from ov3fast.understanding.conversations import IGNORED, Conversation, Encoder, Example, read_conversations
+from ov3fast.understanding.lora import add_lora, merge_lora
+from ov3fast.understanding.model import Understander, build_language_model
+from ov3fast.understanding.saved import MODEL, Answerer, opened
+from ov3fast.understanding.towers import Tower, load_tower
+
+RECIPE, CHECKPOINT = "recipe.json", "checkpoint"
+FREE = ("checkpoint_every", "log_every", "run_dir")
+"""What a run may change when it goes on."""
+ENCODED_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Source:
+    """A stage's conversations, and how an image that they name is read: to uint8 [3, S, S], as the tower looks at it."""
+
+    conversations: list[Conversation]
+    view: Callable[[str], Tensor]
+
+
+def source_of(stage: UnderstandStage, tower: Tower) -> Source:
+    """The stage's file and folder. FileNotFoundError or ValueError where they don't fit."""
+    folder = Path(stage.images).expanduser()
+    if stage.images and not folder.is_dir():
+        raise FileNotFoundError(f"stage {stage.name!r}: no folder of images {folder}")
+    return Source(read_conversations(stage.data), lambda name: tower.view(opened(folder / name)))
+
+
+class Features:
+    """The tower's features of images by name; with `cached` every image goes through the tower once."""
+
+    def __init__(self, tower: Tower, view: Callable[[str], Tensor], cached: bool) -> None:
+        self.tower, self.view = tower, view
+        self._kept: dict[str, Tensor] | None = {} if cached else None
+
+    def encode(self, names: Sequence[str], display: Display) -> None:
+        """Fills the cache."""
+        missing = [name for name in dict.fromkeys(names) if self._kept is not None and name not in self._kept]
+        for start in range(0, len(missing), ENCODED_AT_ONCE):
+            part = missing[start : start + ENCODED_AT_ONCE]
+            assert self._kept is not None
+            self._kept.update(zip(part, self._of(part).cpu(), strict=True))
+            display.update("encode", (start + len(part)) / len(missing), f"{start + len(part)} of {len(missing)} images")
+
+    def __call__(self, names: Sequence[str]) -> Tensor | None:
+        """[len(names), N, D]; None where there are no names."""
+        if not names:
+            return None
+        return self._of(names) if self._kept is None else torch.stack([self._kept[name] for name in names])
+
+    def _of(self, names: Sequence[str]) -> Tensor:
+        return self.tower.features(torch.stack([self.view(name) for name in names]))
+
+
+@dataclass
+class Progress:
+    """Where a run is. step: steps done, over all stages; place: rows of the epoch that are done."""
+
+    step: int = 0
+    stage: int = 0
+    stage_step: int = 0
+    epoch: int = 0
+    place: int = 0
+
+
+class Trainer:
+    """A model, and the stage that it is in: `step()` does one update, a function of what was saved and of the step's number."""
+
+    def __init__(
+        self, recipe: UnderstandRecipe, model: Understander, tokenizer: Any, tower: Tower, sources: list[Source]
+    ) -> None:
+        self.recipe, self.model, self.tokenizer, self.tower, self.sources = recipe, model, tokenizer, tower, sources
+        self.progress = Progress()
+        self.left_out = 0
+        self._begin()
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.stage == len(self.recipe.stages)
+
+    @property
+    def stage(self) -> UnderstandStage:
+        return self.recipe.stages[self.progress.stage]
+
+    def _begin(self) -> None:
+        """Prepares the current stage."""
+        recipe, stage, source = self.recipe, self.stage, self.sources[self.progress.stage]
+        image_tokens = self.tower.tokens if recipe.sighted and stage.trains != "language_model" else 0
+        encoder = Encoder(self.tokenizer, stage.template or recipe.template, image_tokens)
+        found = [encoder(conversation, stage.max_length) for conversation in source.conversations]
+        self.examples: list[Example] = [one for one in found if one is not None]
+        self.left_out = len(found) - len(self.examples)
+        if not self.examples:
+            raise ValueError(
+                f"stage {stage.name!r}: none of its {len(found)} conversations has an answer within {stage.max_length} tokens (max_length)"
+            )
+        self.features = Features(self.tower, source.view, recipe.cache_features)
+        self._rows_of: tuple[int, list[list[int]]] = (-1, [])
+        per_epoch = math.ceil(len(self._rows(0)) / stage.batch_size)
+        self.steps = stage.steps if stage.steps is not None else max(1, round((stage.epochs or 0) * per_epoch))
+        self.schedule = Schedule(stage.lr, 0.0, self.steps, None, round(stage.warmup * self.steps), None)
+        self.model.requires_grad_(False)
+        self.model.projector.requires_grad_(stage.trains != "language_model" and recipe.sighted)
+        if stage.trains == "lora":
+            with torch.random.fork_rng([]):
+                torch.manual_seed(recipe.seed + 1)
+                add_lora(self.model.language_model, recipe.lora_rank, recipe.lora_alpha)
+        elif stage.trains != "projector" or not recipe.sighted:
+            # The control has no projector; so that it takes the same steps, its language model is trained there.
+            self.model.language_model.requires_grad_(True)
+        config = OptimizerConfig(betas=(0.9, 0.999), weight_decay=stage.weight_decay, clip_norm=recipe.clip_norm)
+        self.optimizer = AdamW(self.model, config)
+
+    def _rows(self, epoch: int) -> list[list[int]]:
+        if self._rows_of[0] != epoch:
+            stage, lengths = self.stage, [len(one.ids) for one in self.examples]
+            self._rows_of = epoch, rows_of_epoch(
+                lengths, epoch, seed=self.recipe.seed, stage=self.progress.stage, packed=stage.packed, max_length=stage.max_length
+            )  # fmt: skip
+        return self._rows_of[1]
+
+    def step(self) -> dict[str, float]:
+        """RuntimeError where the gradient is not finite; nothing was changed then."""
+        stage, progress, device = self.stage, self.progress, self.model.device
+        rows = self._rows(progress.epoch)[progress.place : progress.place + stage.batch_size]
+        answers = sum(label != IGNORED for row in rows for number in row for label in self.examples[number].labels)
+        size = stage.micro_batch or len(rows)
+        total, images = torch.zeros((), device=device), 0
+        self.optimizer.zero_grad()
+        with torch.random.fork_rng([]):
+            # For language models with dropout.
+            torch.manual_seed(int(hash_rng.bits(self.recipe.seed, hash_rng.ORDER, progress.step) >> 1))
+            for start in range(0, len(rows), size):
+                batch = collate([[self.examples[number] for number in row] for row in rows[start : start + size]])
+                loss = self._loss(batch, device) / answers
+                loss.backward()
+                total += loss.detach()
+                images += len(batch.images)
+        lr = self.schedule.lr(progress.stage_step)
+        self.optimizer.set_lr(lr)
+        self.optimizer.step()
+        norm = float(self.optimizer.grad_norm)
+        if not math.isfinite(norm):
+            raise RuntimeError(
+                f"understanding: the gradient of step {progress.step + 1} is not finite; try a smaller lr or --precision fp32"
+            )
+        progress.step, progress.stage_step, progress.place = (
+            progress.step + 1,
+            progress.stage_step + 1,
+            progress.place + len(rows),
+        )
+        if progress.place == len(self._rows(progress.epoch)):
+            progress.epoch, progress.place = progress.epoch + 1, 0
+        return {"loss": float(total), "grad_norm": norm, "lr": lr, "images": images, "answers": answers}
+
+    def _loss(self, batch: Batch, device: torch.device) -> Tensor:
+        features = self.features(batch.images)
+        moved = batch._replace(**{name: getattr(batch, name).to(device) for name in ("ids", "labels", "positions", "mask")})
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            return self.model.loss(moved, None if features is None else features.to(device))
+
+    def end_stage(self) -> None:
+        """Goes on to the next stage, if there is one."""
+        merge_lora(self.model.language_model)
+        progress = self.progress
+        progress.stage, progress.stage_step, progress.epoch, progress.place = progress.stage + 1, 0, 0, 0
+        if not self.finished:
+            self._begin()
+
+    def save(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        state = {f"weights/{name}": value for name, value in self.model.named_parameters()}
+        if not self.finished:
+            state |= {f"moments/{name}": value for name, value in self.optimizer.moments().items()}
+        with atomic_folder(folder) as temporary:
+            save_file({name: value.detach().contiguous() for name, value in state.items()}, temporary / "state.safetensors")
+            (temporary / "progress.json").write_text(json.dumps(asdict(self.progress)))
+
+    def load(self, folder: Path) -> None:
+        """Goes to where a run of the same recipe was saved. ValueError names what doesn't fit."""
+        from safetensors.torch import load_file
+
+        state = load_file(folder / "state.safetensors")
+        self.progress = Progress(**json.loads((folder / "progress.json").read_text()))
+        if not self.finished:
+            self._begin()
+        weights, moments = (
+            {name.removeprefix(kind): value for name, value in state.items() if name.startswith(kind)} for kind in ("weights/", "moments/")
+        )  # fmt: skip
+        copy(dict(self.model.named_parameters()), weights, "understanding")
+        if not self.finished:
+            self.optimizer.load(moments, None, self.progress.stage_step)
+
+    def answerer(self) -> Answerer:
+        recipe = self.recipe
+        about = {
+            "tower": recipe.tower,
+            "vae": recipe.vae,
+            "feature_layer": recipe.feature_layer,
+            "image_aspect": recipe.image_aspect,
+            "template": recipe.template,
+            "image_tokens": self.tower.tokens if recipe.sighted else 0,
+            "feature_width": self.tower.width,
+        }
+        return Answerer(self.model.eval(), self.tokenizer, about, self.tower)
+
+
+def train_understanding(
+    recipe: UnderstandRecipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: torch.device | str | None = None,
+    tower: Tower | None = None,
+    sources: list[Source] | None = None,
+) -> bool:
+    """Runs a recipe to its end, in recipe.run_dir; False where a signal stopped it before (it was saved).
+
+    resume: goes on with the run that is there, and begins where there is none. tower, sources: in place of those that the recipe names.
+    FileExistsError for a run that is there without resume or overwrite; ValueError where a resumed run's recipe differs.
+    """
+    run_dir = check_writable_folder(recipe.run_dir, "run_dir")
+    there = (run_dir / RECIPE).is_file()
+    if there and resume:
+        _check_same(recipe, json.loads((run_dir / RECIPE).read_text()))
+    elif there and not overwrite:
+        raise FileExistsError(f"understanding: {run_dir} holds a run; --resume goes on with it, --overwrite begins again")
+    tower = tower or load_tower(
+        recipe.tower, layer=recipe.feature_layer, aspect=recipe.image_aspect, vae=recipe.vae, device=device
+    )  # fmt: skip
+    sources = sources or [source_of(stage, tower) for stage in recipe.stages]
+    texts = (text for source in sources for one in source.conversations for turn in one.turns for text in turn[:2] if text)
+    language_model, tokenizer = build_language_model(recipe, texts)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(recipe.seed)
+        model = Understander(language_model, tower.width).to(device or "cpu")
+    trainer = Trainer(recipe, model, tokenizer, tower, sources)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if resume and (run_dir / CHECKPOINT).is_dir():
+        trainer.load(run_dir / CHECKPOINT)
+        if trainer.finished and (run_dir / MODEL).is_dir():
+            return True
+    with naming_full_disk(run_dir), atomic_write(run_dir / RECIPE) as temporary:
+        temporary.write_text(json.dumps(asdict(recipe), indent=1, default=str))
+    with naming_full_disk(run_dir), StopRequest() as stop:
+        if not _run(trainer, run_dir, stop):
+            return False
+        trainer.answerer().save(run_dir / MODEL)
+    return True
+
+
+def _run(trainer: Trainer, run_dir: Path, stop: StopRequest) -> bool:
+    log = RunLog(run_dir, trainer.progress.step)
+    with Display() as display:
+        millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+        display.note(f"{trainer.tower.tokens} tokens an image, {millions:.1f} M parameters, from step {trainer.progress.step}")
+        try:
+            while not trainer.finished:
+                _announce(trainer, display)
+                if not _run_stage(trainer, run_dir, log, display, stop):
+                    trainer.save(run_dir / CHECKPOINT)
+                    display.note(f"{stop.name}: saved at step {trainer.progress.step}; --resume goes on")
+                    return False
+                trainer.end_stage()
+                trainer.save(run_dir / CHECKPOINT)
+        finally:
+            log.close()
+    return True
+
+
+def _announce(trainer: Trainer, display: Display) -> None:
+    stage, left_out = trainer.stage, trainer.left_out
+    without = f" ({left_out} longer than max_length left out)" if left_out else ""
+    display.note(
+        f"stage {stage.name}: {len(trainer.examples)} conversations{without}, {trainer.steps} steps, trains {stage.trains}"
+    )
+    if trainer.recipe.cache_features:
+        trainer.features.encode([one.image for one in trainer.examples if one.image is not None], display)
+
+
+def _run_stage(trainer: Trainer, run_dir: Path, log: RunLog, display: Display, stop: StopRequest) -> bool:
+    """False where it was stopped."""
+    recipe, progress = trainer.recipe, trainer.progress
+    began, done, sums = time.perf_counter(), 0, {"loss": 0.0, "images": 0.0, "answers": 0.0}
+    while progress.stage_step < trainer.steps:
+        if stop.name is not None:
+            return False
+        row = trainer.step()
+        done += 1
+        sums = {name: value + row[name] for name, value in sums.items()}
+        last = progress.stage_step == trainer.steps
+        if progress.step % recipe.log_every == 0 or last:
+            seconds = time.perf_counter() - began
+            rates = {f"{name}_per_s": sums[name] / seconds for name in ("images", "answers")}
+            written = {"step": progress.step, "stage": trainer.stage.name, **row, "loss": sums["loss"] / done, **rates}
+            log.write(written)
+            eta = (trainer.steps - progress.stage_step) * seconds / done
+            display.update(trainer.stage.name, progress.stage_step / trainer.steps, describe(written, eta), last)
+            began, done, sums = time.perf_counter(), 0, dict.fromkeys(sums, 0.0)
+        if progress.step % recipe.checkpoint_every == 0 and not last:
+            trainer.save(run_dir / CHECKPOINT)
+    return True
+
+
+def _check_same(recipe: UnderstandRecipe, before: dict[str, object]) -> None:
+    now = json.loads(json.dumps(asdict(recipe), default=str))
+    changed = [name for name in now if name not in FREE and now[name] != before.get(name)]
+    if changed:
+        name = changed[0]
+        raise ValueError(f"understanding: --resume keeps the recipe, but {name} is {now[name]!r} and was {before.get(name)!r}")

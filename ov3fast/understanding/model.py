@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,11 +84,26 @@ def build_language_model(recipe: UnderstandRecipe, texts: Iterable[str]) -> tupl
 
     if recipe.language_model:
         options = {"trust_remote_code": recipe.trust_remote_code}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(recipe.language_model, **options)
+        tokenizer = load_tokenizer(recipe.language_model, recipe.trust_remote_code)
         model = transformers.AutoModelForCausalLM.from_pretrained(recipe.language_model, dtype=torch.float32, **options)
         return model, tokenizer
     tokenizer = small_tokenizer(texts)
     return small_language_model(recipe.small, tokenizer, recipe.seed), tokenizer
+
+
+def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder or hub id.
+
+    Where its files say that tokenizer.json is all of it, that is what is read: AutoTokenizer would take the class that belongs to the language
+    model's type, and with it another splitting of words.
+    """
+    import transformers
+
+    file = Path(path).expanduser() / "tokenizer_config.json"
+    named = json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class") if file.is_file() else None
+    if named in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        return transformers.PreTrainedTokenizerFast.from_pretrained(path)
+    return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
 def small_tokenizer(texts: Iterable[str]) -> Any:

@@ -17,7 +17,7 @@ from ov3fast import __version__
 from ov3fast.data.images import ImageError, decode_image
 from ov3fast.io import atomic_folder
 from ov3fast.understanding.conversations import Encoder
-from ov3fast.understanding.model import Understander
+from ov3fast.understanding.model import Understander, load_tokenizer
 from ov3fast.understanding.towers import Tower, load_tower
 
 CONFIG, WEIGHTS, LANGUAGE_MODEL = "config.json", "projector.safetensors", "language_model"
@@ -81,7 +81,7 @@ class Answerer:
             about = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
             options = {"trust_remote_code": trust_remote_code}
             language_model = transformers.AutoModelForCausalLM.from_pretrained(folder / LANGUAGE_MODEL, **options)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder / LANGUAGE_MODEL, **options)
+            tokenizer = load_tokenizer(folder / LANGUAGE_MODEL, trust_remote_code)
             model = Understander(language_model, about["feature_width"])
             model.projector.load_state_dict(load_file(folder / WEIGHTS))
         except (KeyError, RuntimeError, json.JSONDecodeError) as error:

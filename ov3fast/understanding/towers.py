@@ -43,7 +43,7 @@ class Tower:
             image = padded(image)
         return evaluation_view(image, self.image_size)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] -> float32 [B, tokens, width] on the tower's device."""
         pixels = images.to(self.device, torch.float32) / 255

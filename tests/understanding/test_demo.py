@@ -98,7 +98,7 @@ def test_training_conversations_are_true_and_balanced():
         (turn,), fact = one.turns, by_key[one.image]
         answers[turn.answer] += 1
         if turn.question.startswith("is there"):
-            assert (fact.name in turn.question) == (turn.answer == "yes")
+            assert turn.question.endswith(f"a {fact.name}?") == (turn.answer == "yes")
         if turn.question == "which group?":
             assert turn.answer == fact.group
     assert 0.4 < answers["yes"] / (answers["yes"] + answers["no"]) < 0.6
@@ -152,7 +152,7 @@ def test_the_demos_commands(capsys, monkeypatch, cache, tower_folder, tmp_path):
     assert code == 0, error
     assert "all yes/no questions" in out and "95 % interval" in out
     figures = json.loads((run_dir / "understand.json").read_text())
-    assert figures["yes_no"]["control"][0] == 0.5 == figures["yes_no"]["chance"]
+    assert figures["yes_no"]["control"][0] <= 0.5 == figures["yes_no"]["chance"]
     assert {row["kind"] for row in figures["rows"]} <= set(demo_kinds())
     page = (run_dir / "understand.html").read_text()
     assert page.count("data:image/png") == 24 and "is there a red apple?" in page and "http" not in page

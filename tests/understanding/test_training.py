@@ -153,8 +153,8 @@ def test_what_is_refused(recipe, trained, tmp_path):
         UnderstandStage(steps=3, epochs=1)
     with pytest.raises(ValueError, match="warmup"):
         UnderstandStage(steps=3, warmup=1.0)
-    with pytest.raises(ValueError, match="none of its 13 conversations has an answer within 2 tokens"):
-        trainer_of(dataclasses.replace(recipe, stages=(dataclasses.replace(recipe.stages[0], max_length=2),)))
+    with pytest.raises(ValueError, match="none of its 13 conversations has an answer within 1 tokens"):
+        trainer_of(dataclasses.replace(recipe, stages=(dataclasses.replace(recipe.stages[0], max_length=1),)))
     with pytest.raises(FileNotFoundError, match="no folder of images"):
         trainer_of(dataclasses.replace(recipe, stages=(dataclasses.replace(recipe.stages[0], images="nowhere"),)))
     with pytest.raises(FileNotFoundError, match="holds no model"):

@@ -41,7 +41,8 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command(
-        "train", "Train a recipe (demo, base, large, generate-demo, understand-demo, ...) or on your own shards; every recipe field is a flag."
+        "train",
+        "Train a recipe (demo, base, large, generate-demo, understand-demo, ...) or on your own shards; every recipe field is a flag.",
     ),
     "watch": Command("watch", "Follow a run in the terminal and on a page that refreshes itself.", prints=True),
     "compare": Command("compare", "Compare the curves and metrics of several runs.", prints=True),

@@ -100,9 +100,9 @@ def render(page: str) -> str:
             made = measured_on(operators[0]) + "\n\n" + table(("operator", *HEAD, "target", "chosen", "extra MB (peer)"), rows)
         elif name == "certificates":
             made = table(("format", "file", "runtime", "largest difference from eager"), certificates())
-        elif name == "optimize":
-            rows = [list(row.values()) for row in read("optimize.csv")]
-            made = table(read("optimize.csv")[0], rows) if rows else "No row yet."
+        elif name in ("optimize", "serve", "serve_memory"):
+            rows = read(f"{name.replace('_', '-')}.csv")
+            made = table(rows[0], [row.values() for row in rows]) if rows else "No row yet."
         elif name == "pretrain":
             rows = read("pretrain-zen4.csv")
             head = ("what", "", "value", "unit", "floor", "ratio", "asked", "")

@@ -58,7 +58,7 @@ class AutoencoderOpenVision3(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_model(cls, model: OpenVision3 | str | Path, vae: FrozenVAE | str | Path | None = None) -> AutoencoderOpenVision3:
-        """The same weights, copied; in eval mode. model: in memory, or what `inference.load_model` takes. ValueError for a released
+        """The same weights, copied, in the same dtypes; in eval mode. model: in memory, or what `inference.load_model` takes. ValueError for a released
         tower, which has no decoder."""
         given = loaded(model, vae)
         if not isinstance(given, OpenVision3):
@@ -74,8 +74,8 @@ class AutoencoderOpenVision3(ModelMixin, ConfigMixin):
             learned_positions=model.encoder.pos_embed is not None,
         )
         for part, source in ((made.vae, own), (made.encoder, model.encoder), (made.decoder, model.decoder)):
-            part.load_state_dict(source.state_dict())
-        return made.eval()
+            part.to(next(source.parameters()).dtype).load_state_dict(source.state_dict())
+        return made.to(model.device).eval()
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
         """Images -> an output whose `latent` is [B, D, h, w]."""

@@ -1,5 +1,6 @@
 """A tiny model with a random VAE, its released-tower form, and pictures."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -7,10 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+from ov3fast.inference import VisionTower
 from ov3fast.models.config import CaptionConfig, DecoderConfig, OpenVision3Config, TextConfig, VisionConfig
 from ov3fast.models.openvision3 import OpenVision3
 from ov3fast.models.tokenizer import get_tokenizer
 from ov3fast.models.vae import FLUX_VAE, FrozenVAE
+from ov3fast.models.vit import ViTEncoder
 
 SMALL_VAE = {**FLUX_VAE, "block_out_channels": [8, 8, 8, 8], "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 32}
 
@@ -65,3 +68,19 @@ def images() -> torch.Tensor:
 @pytest.fixture(scope="session")
 def photo() -> Image.Image:
     return noise(0, 70, 50)
+
+
+def released(model: OpenVision3) -> VisionTower:
+    """The vision half alone, as a release has it."""
+    return VisionTower(copy.deepcopy(model.encoder), model.get_vae())
+
+
+def own_positions(model: OpenVision3) -> ViTEncoder:
+    """A tower with a table of positions, and its norm before the pool."""
+    torch.manual_seed(7)
+    encoder = ViTEncoder(
+        VisionConfig(width=32, depth=2, heads=2, mlp_dim=48, image_size=32, embed_dim=24, final_ln_after_pool=False)
+    )
+    encoder.set_position_embedding(torch.randn(5, 32))
+    encoder.set_vae(model.get_vae())
+    return encoder.eval()

@@ -1,4 +1,4 @@
-"""The same weights through each library's API: bitwise equal tokens, and each library's contract."""
+"""Each library's contract; test_conformance.py checks that the tokens are bitwise equal."""
 
 import copy
 from types import SimpleNamespace
@@ -8,50 +8,12 @@ import pytest
 import torch
 
 import ov3fast
-from ov3fast.inference import VisionTower
 from ov3fast.interop import llava, open_clip, rae, timm
-from ov3fast.models.config import VisionConfig
-from ov3fast.models.vit import ViTEncoder
+
+from .conftest import own_positions, released
 
 pytest.importorskip("diffusers")
 from ov3fast.interop.diffusers import AutoencoderOpenVision3, latent_statistics  # noqa: E402
-
-
-def released(model):
-    return VisionTower(copy.deepcopy(model.encoder), model.get_vae())
-
-
-def own_positions(model):
-    torch.manual_seed(7)
-    encoder = ViTEncoder(
-        VisionConfig(width=32, depth=2, heads=2, mlp_dim=48, image_size=32, embed_dim=24, final_ln_after_pool=False)
-    )
-    encoder.set_position_embedding(torch.randn(5, 32))
-    encoder.set_vae(model.get_vae())
-    return encoder.eval()
-
-
-WEIGHTS = {"whole": lambda model: copy.deepcopy(model), "released": released, "own positions": own_positions}
-DOORS = {
-    "llava": lambda m, x: (None, llava.OpenVision3VisionTower(m, SimpleNamespace(mm_vision_select_layer=-1))(x)),
-    "open_clip": lambda m, x: (open_clip.create_model_and_transforms(m)[0].encode_image(x), None),
-    "timm": lambda m, x: (timm.TimmModel(m)(x), timm.TimmModel(m).forward_features(x)),
-    "rae": lambda m, x: (None, rae.Stage1Encoder(m)(x)),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("name", DOORS)
-def test_the_same_tokens(model, images, name, weights, dtype):
-    given = WEIGHTS[weights](model).to(dtype)
-    with torch.no_grad():
-        pooled, tokens = given.encode(images)
-        got_pooled, got_tokens = DOORS[name](given, images.to(dtype) if name == "llava" and dtype == torch.float32 else images)
-    if got_pooled is not None:
-        assert torch.equal(got_pooled, pooled)
-    if got_tokens is not None:
-        assert torch.equal(got_tokens.to(tokens.dtype), tokens)
 
 
 class TestDiffusers:
@@ -104,6 +66,11 @@ class TestDiffusers:
         autoencoder.set_statistics(torch.randn(32, 2, 2), torch.ones(32, 2, 2))
         with pytest.raises(ValueError, match=r"the statistics are of \(2, 2\) places, got \(3, 4\)"):
             autoencoder.encode(images)
+
+    def test_a_model_keeps_its_dtypes(self, model):
+        made = AutoencoderOpenVision3.from_model(copy.deepcopy(model).bfloat16())
+        assert {p.dtype for part in (made.encoder, made.decoder) for p in part.parameters()} == {torch.bfloat16}
+        assert {p.dtype for p in made.vae.parameters()} == {made.latents_mean.dtype} == {torch.float32}
 
     def test_a_tower_is_refused(self, model):
         with pytest.raises(ValueError, match="a released vision tower has no decoder"):
@@ -195,7 +162,7 @@ class TestOpenClip:
 
 class TestTimm:
     def test_features_and_head(self, model, images):
-        for weights in WEIGHTS.values():
+        for weights in (copy.deepcopy, released, own_positions):
             door = timm.TimmModel(weights(model))
             with torch.no_grad():
                 tokens = door.forward_features(images)

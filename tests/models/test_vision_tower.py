@@ -1,5 +1,6 @@
 """The released layout: the key table, parity with plain PyTorch, every file variant, errors."""
 
+import contextlib
 import json
 import math
 import warnings
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+from ov3fast import ops
 from ov3fast.models.config import VisionConfig, vision_config
 from ov3fast.models.vision_tower import (
     from_released_state_dict,
@@ -158,6 +160,43 @@ def test_parity_in_float64(plain, latents, after_pool, tmp_path):
     for actual, expected in zip(encoder(latents.double()), plain.double()(latents.double()), strict=True):
         torch.testing.assert_close(actual, expected)
     assert encoder.config.final_ln_after_pool is after_pool and not encoder.training
+
+
+def trained_sizes(width, layers, heads, hidden, side, embed_dim):
+    """A tower with values of a trained one's sizes: weights of 0.02, norms around 1."""
+    torch.manual_seed(0)
+    tower = PlainTower(width, layers, heads, hidden, side, 16, embed_dim).eval()
+    with torch.no_grad():
+        for name, parameter in tower.named_parameters():
+            near_one = name.endswith("weight") and "ln_" in name
+            parameter.copy_(0.02 * torch.randn_like(parameter) + float(near_one))
+    return tower
+
+
+@pytest.mark.parametrize("impl", [None, "reference", "eager", "cpu"])
+@pytest.mark.parametrize("after_pool", [True, False])
+@pytest.mark.parametrize(
+    "sizes",
+    [(48, 2, 3, 192, 4, 40), pytest.param((768, 12, 12, 3072, 16, 768), marks=pytest.mark.full, id="B")],
+)
+def test_float32_is_within_1e5_of_the_formulas(tmp_path, sizes, after_pool, impl):
+    """Pooled vector and tokens against the formulas in float64, for both places of the last norm, which the release leaves open."""
+    if impl == "cpu" and ops.cpu.unavailable_reason():
+        pytest.skip(ops.cpu.unavailable_reason())
+    width, layers, heads, _, side, embed_dim = sizes
+    plain = trained_sizes(*sizes)
+    plain.after_pool = after_pool
+    values = {"image_size": 2 * side, "layers": layers, "width": width, "head_width": width // heads}
+    config = {"model_cfg": {"embed_dim": embed_dim, "vision_cfg": {**values, "final_ln_after_pool": after_pool}}}
+    encoder = load_vision_encoder(write(tmp_path / "t", plain.state_dict(), config))
+    assert encoder.config.final_ln_after_pool is after_pool and encoder.cls_token.dtype == torch.float32
+    x = torch.randn(2, 16, 2 * side, 2 * side, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), ops.use(impl) if impl else contextlib.nullcontext():
+        found = encoder(x)
+    with torch.no_grad():
+        expected = plain.double()(x.double())
+    for actual, exact in zip(found, expected, strict=True):
+        assert actual.dtype == torch.float32 and float((actual.double() - exact).abs().max()) <= 1e-5
 
 
 def test_there_and_back(plain):

@@ -79,10 +79,14 @@ def as_images(images: ImageLike | Sequence[ImageLike], image_size: int) -> Tenso
 def square(image: Image.Image, size: int, interpolation: str = "bicubic") -> Tensor:
     """A Pillow image, RGB or RGBA -> float32 [3, size, size] in [-1, 1]: on white, the shorter side resized to `size`
     (antialiased), the centre cropped."""
+    return to_tensor(square_pixels(image, size, interpolation)[None])[0]
+
+
+def square_pixels(image: Image.Image, size: int, interpolation: str = "bicubic") -> np.ndarray:
+    """What `square` makes a tensor of: uint8 [size, size, 3], or 4 for an image with alpha, whose colours are premultiplied."""
     side = min(image.size)
     left, top = ((length - side) / 2 for length in image.size)  # transforms.center_boxes of one image, at a tenth of its time
-    cropped = crop_resize(premultiplied(image), (left, top, left + side, top + side), size, interpolation)
-    return to_tensor(cropped[None])[0]
+    return crop_resize(premultiplied(image), (left, top, left + side, top + side), size, interpolation)
 
 
 def read_image(path: str | Path, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:

@@ -21,7 +21,8 @@ from ov3fast.data.skips import DataError
 from ov3fast.generation import frechet
 from ov3fast.generation.inception import SIDE, Inception, resize_tf1
 from ov3fast.generation.moments import FeatureMoments
-from ov3fast.inference.encode import Options, readable_batches
+from ov3fast.inference.decoding import Options, readable_batches
+from ov3fast.inference.encode import find_sources
 from ov3fast.io import atomic_write
 from ov3fast.models.perceptual import LPIPS
 
@@ -170,7 +171,7 @@ def extract(
     options = Options(image_size=image_size, batch_size=batch_size, progress=progress)
     moments, rows, logits = FeatureMoments(), [], []
     skipped: list[str] = []
-    for batch in readable_batches(images, image_size, options, skipped):
+    for batch in readable_batches(find_sources(images), image_size, options, skipped):
         features, scores = extractor(((batch + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
         moments.add(features)
         rows.append(features.float().cpu())

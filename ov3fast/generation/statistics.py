@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ov3fast.data.skips import DataError
 from ov3fast.generation.moments import ElementMoments
-from ov3fast.inference.encode import Options, image_side, readable_batches
+from ov3fast.inference.decoding import Options, readable_batches
+from ov3fast.inference.encode import find_sources, image_side
 from ov3fast.inference.load import VisionTower
 from ov3fast.io import atomic_write, check_writable
 from ov3fast.models.openvision3 import OpenVision3
@@ -120,7 +121,7 @@ def token_statistics(
     chosen = Options(**options)  # type: ignore[arg-type]
     size, moments = image_side(model, chosen, "statistics"), ElementMoments()
     skipped: list[str] = []
-    for batch in readable_batches(images, size, chosen, skipped):
+    for batch in readable_batches(find_sources(images), size, chosen, skipped):
         moments.add(as_latents(model.encode(batch)[1]))
     moments.all_reduce()
     if not moments.count:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
 from ov3fast.data.images import ImageError
 from ov3fast.inference.batches import batch_invariant
-from ov3fast.inference.encode import Options, decoded, find_sources, image_side
+from ov3fast.inference.decoding import Options, Picture, as_batch, decoded
+from ov3fast.inference.encode import find_sources, image_side
 from ov3fast.inference.load import VisionTower
 from ov3fast.models.openvision3 import OpenVision3
 
@@ -49,7 +48,7 @@ def caption(
 
 
 def _caption_each(model: OpenVision3, sources: dict, size: int, options: Options, beams: int) -> Iterator[Captioned]:
-    waiting: list[tuple[str, torch.Tensor | ImageError]] = []
+    waiting: list[tuple[str, Picture | ImageError]] = []
     for name, found in decoded(sources, size, options):
         waiting.append((name, found))
         if len(waiting) == options.batch_size:
@@ -59,10 +58,10 @@ def _caption_each(model: OpenVision3, sources: dict, size: int, options: Options
         yield from _captions(model, waiting, beams)
 
 
-def _captions(model: OpenVision3, batch: list[tuple[str, torch.Tensor | ImageError]], beams: int) -> list[Captioned]:
+def _captions(model: OpenVision3, batch: list[tuple[str, Picture | ImageError]], beams: int) -> list[Captioned]:
     pictures = [found for _, found in batch if not isinstance(found, ImageError)]
     with batch_invariant(model):
-        texts = iter(model.caption(torch.stack(pictures), beams=beams) if pictures else [])
+        texts = iter(model.caption(as_batch(pictures), beams=beams) if pictures else [])
     return [
         Captioned(name, None, f"{found.reason}: {found}") if isinstance(found, ImageError) else Captioned(name, next(texts))
         for name, found in batch

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -18,33 +16,18 @@ from torch import Tensor
 
 from ov3fast.data.images import ImageError
 from ov3fast.data.limits import MAX_IMAGE_PIXELS
-from ov3fast.data.preprocess import preprocess, read_image, square
 from ov3fast.data.skips import DataError, Skip, SkipCounter
 from ov3fast.inference.batches import batch_invariant
+from ov3fast.inference.decoding import Options, Picture, as_batch, decoded
 from ov3fast.inference.embeddings import Embeddings, MappedFile, check_output, write_embeddings
 from ov3fast.inference.images import find_images
 from ov3fast.inference.load import VisionTower
 from ov3fast.io import naming_full_disk
 from ov3fast.models.config import VAE_STRIDE
 from ov3fast.models.openvision3 import OpenVision3
-from ov3fast.terminal import is_terminal
 
 if TYPE_CHECKING:
     from ov3fast.data.preprocess import ImageLike
-
-
-@dataclass(frozen=True)
-class Options:
-    """How images are prepared and encoded; see `encode`."""
-
-    image_size: int | None = None
-    batch_size: int = 32
-    workers: int = 2
-    interpolation: str = "bicubic"
-    tokens: bool = True
-    max_image_pixels: int = MAX_IMAGE_PIXELS
-    progress: bool = False
-    batch_invariant: bool = True
 
 
 class Written(NamedTuple):
@@ -158,7 +141,7 @@ class Job:
     def run(self) -> None:
         skips = SkipCounter(len(self.sources), budget=1.0)
         names: list[str] = []
-        batch: list[Tensor] = []
+        batch: list[Picture] = []
         for number, (name, found) in enumerate(decoded(self.sources, self.size, self.options)):
             if isinstance(found, ImageError):
                 self.skipped[name] = found.reason
@@ -185,9 +168,9 @@ class Job:
             about(self.model, self.size, self.options.interpolation),
         )
 
-    def _encode(self, names: list[str], batch: list[Tensor]) -> None:
+    def _encode(self, names: list[str], batch: list[Picture]) -> None:
         with batch_invariant(self.model) if self.options.batch_invariant else contextlib.nullcontext():
-            pooled, tokens = self.model.encode(torch.stack(batch))
+            pooled, tokens = self.model.encode(as_batch(batch))
         self.pooled.append(pooled.float().cpu())
         if self.tokens is not None:
             self.tokens.append(tokens.float().cpu())
@@ -215,59 +198,6 @@ def image_side(model: OpenVision3 | VisionTower, options: Options, what: str) ->
     if size % stride:
         raise ValueError(f"{what}: image_size must be a multiple of {stride} pixels, got {size}")
     return size
-
-
-def decoded(sources: Mapping[str, Any], size: int, options: Options) -> Iterator[tuple[str, Tensor | ImageError]]:
-    """(name, picture float32 [3, size, size] or what is wrong with it) in order; two batches are in work at a time."""
-    waiting: deque[tuple[str, Future]] = deque()
-    items: Iterable[tuple[str, Any]] = sources.items()
-    if options.progress and is_terminal():
-        from rich.progress import track
-
-        items = track(items, "encode", len(sources), transient=True)
-    pool = ThreadPoolExecutor(options.workers)
-    try:
-        for name, source in items:
-            waiting.append((name, pool.submit(_read, source, size, options)))
-            if len(waiting) > 2 * options.batch_size:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        for name, future in waiting:
-            yield name, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def readable_batches(images: Any, size: int, options: Options, skipped: list[str]) -> Iterator[Tensor]:
-    """Batches float32 [B, 3, size, size] of the images that can be read, in order; the names of the others go into `skipped`."""
-    batch: list[Tensor] = []
-    for name, picture in decoded(find_sources(images), size, options):
-        if isinstance(picture, ImageError):
-            skipped.append(name)
-            continue
-        batch.append(picture)
-        if len(batch) == options.batch_size:
-            yield torch.stack(batch)
-            batch = []
-    if batch:
-        yield torch.stack(batch)
-
-
-def _read(source: Any, size: int, options: Options) -> Tensor | ImageError:
-    if not isinstance(source, Path) and not callable(source):
-        picture = preprocess(source, size, interpolation=options.interpolation)[0]
-        if picture.shape[1:] != (size, size):
-            raise ValueError(f"encode: float images are not resized; got {tuple(picture.shape)} for image_size {size}")
-        return picture
-    try:
-        image = source() if callable(source) else read_image(source, options.max_image_pixels)
-        return square(image, size, options.interpolation)
-    except ImageError as error:
-        return error
-    except OSError as error:
-        return ImageError("unreadable_file", str(error))
-    except Exception as error:  # one file never ends the work on the others
-        return ImageError("broken_image", f"{type(error).__name__}: {error}")
 
 
 def find_sources(images: ImageLike | Sequence[ImageLike]) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def test_a_dangling_link_is_named(photos, model):
 
 
 def test_an_error_of_any_kind_costs_one_image(photos, model, monkeypatch):
-    module = sys.modules["ov3fast.inference.encode"]
+    module = sys.modules["ov3fast.inference.decoding"]
     read = module.read_image
 
     def odd(path, *arguments):

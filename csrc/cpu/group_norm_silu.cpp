@@ -8,6 +8,7 @@
 
 #include "export.h"
 #include "parallel.h"
+#include "quantized.h"
 #include "silu.h"
 
 using namespace ov3;
@@ -85,8 +86,9 @@ inline void back(vf grad_y, vf x, const ChannelBack& c, vf& normal, vf& grad_n) 
     grad_n = grad_y * s * (1.0f + n * (1.0f - s));
 }
 
-template <class T, class At>
-inline void write_silu(const T* x, T* y, int64_t n, const At& at) {
+// y is a T*, or Quantized.
+template <class T, class Y, class At>
+inline void write_silu(const T* x, Y y, int64_t n, const At& at) {
     for_vectors(n, [&](int64_t i, int lanes) { store(y + i, silu<T>(load(x + i, lanes), at(i, lanes)), lanes); });
 }
 template <class T, class At>
@@ -372,9 +374,9 @@ inline void strip_moments(const Rows& rows, const T* x, int64_t positions, int64
     per_group([&](Moments& group, double total) { group.squares = float(total); });
 }
 
-template <class T>
+template <class T, class Y>
 void rows_forward(
-    const T* x, int64_t x_batch, const float* weight, const float* bias, double eps, T* y, float* mean, float* rstd, const Shape& shape
+    const T* x, int64_t x_batch, const float* weight, const float* bias, double eps, Y y, float* mean, float* rstd, const Shape& shape
 ) {
     const auto [B, C, S, G, threads] = shape;
     const int64_t channels = C / G;
@@ -398,7 +400,7 @@ void rows_forward(
             rows.fill(scale, G, [&](int64_t g, int64_t c) { return rstd[b * G + g] * weight[c]; });
             rows.fill(shift, G, [&](int64_t, int64_t c) { return bias[c]; });
             const T* data = x + b * x_batch + strip * rows.positions * C;
-            T* out = y + (b * S + strip * rows.positions) * C;
+            const Y out = y + (b * S + strip * rows.positions) * C;
             rows.each(rows.positions_of(strip) * C, [&](int64_t at, int64_t n) {
                 write_silu(data + at, out + at, n, [&](int64_t i, int lanes) {
                     return Channel{load(means + i, lanes), load(scale + i, lanes), load(shift + i, lanes)};
@@ -531,6 +533,19 @@ void group_norm_silu_forward(
     planes_forward(x, x_batch, x_channel, weight, bias, eps, y, mean, rstd, shape);
 }
 OV3_EXPORT(group_norm_silu_forward)
+
+// Channels last, with y as uint8 [B, S, C], round(y / scale) + zero: what an int8 convolution takes.
+template <class T>
+void group_norm_silu_quantized(
+    const T* x, int64_t x_batch, const float* weight, const float* bias, double eps, double scale, int64_t zero, void* y, int64_t B,
+    int64_t C, int64_t S, int64_t G, int threads
+) {
+    const Quantized out(y, scale, zero);
+    expect_writes(out, B * C * S);
+    Buffer<float> mean(B * G), rstd(B * G);
+    rows_forward(x, x_batch, weight, bias, eps, out, mean.data(), rstd.data(), Shape{B, C, S, G, threads});
+}
+OV3_EXPORT(group_norm_silu_quantized)
 
 // grad_y and x as x in the forward; mean, rstd [B, G] -> grad_x (or null), dense, in x's layout; grad_weight, grad_bias [C] float.
 template <class T>

@@ -4,6 +4,7 @@
 
 #include "export.h"
 #include "parallel.h"
+#include "quantized.h"
 #include "row_sums.h"
 
 using namespace ov3;
@@ -17,13 +18,10 @@ constexpr int64_t STRIP = 64;   // rows per partial sum of the weight and bias g
 template <class T>
 constexpr int TOGETHER = sizeof(T) == 2 ? 2 : 1;
 
-}  // namespace
-
-// x, residual (or null) [R, D] with row strides; weight, bias (or null) [D] float -> y, h (null without residual) [R, D],
-// mean, rstd [R].
-template <class T>
-void layer_norm_forward(
-    const T* x, int64_t x_stride, const T* residual, int64_t residual_stride, const float* weight, const float* bias, double eps, T* y,
+// y is a T*, or Quantized; mean and rstd may be null.
+template <class T, class Y>
+void normalise(
+    const T* x, int64_t x_stride, const T* residual, int64_t residual_stride, const float* weight, const float* bias, double eps, Y y,
     T* h, float* mean, float* rstd, int64_t R, int64_t D, int threads
 ) {
     expect_writes(y, R * D);
@@ -61,14 +59,14 @@ void layer_norm_forward(
 #pragma GCC unroll 4
         for (int i = 0; i < N; i++) {
             s[i] = 1.0f / std::sqrt(sum(total[i]) / float(D) + float(eps));
-            mean[r0 + i] = m[i];
-            rstd[r0 + i] = s[i];
+            if (mean) mean[r0 + i] = m[i];
+            if (rstd) rstd[r0 + i] = s[i];
         }
         for (int i = 0; i < N; i++)
             for_vectors(D, [&](int64_t d, int lanes) {
                 vf v = (load(row[i] + d, lanes) - m[i]) * s[i] * load(weight + d, lanes);
                 if (bias) v += load(bias + d, lanes);
-                store(y + (r0 + i) * D + d, v, lanes);
+                store(y + ((r0 + i) * D + d), v, lanes);
             });
     };
     parallel(ceil_div(R, ROWS), threads, [&](int64_t task, int) {
@@ -78,7 +76,30 @@ void layer_norm_forward(
         for (; r < end; r++) rows(r, std::integral_constant<int, 1>());
     });
 }
+
+}  // namespace
+
+// x, residual (or null) [R, D] with row strides; weight, bias (or null) [D] float -> y, h (null without residual) [R, D],
+// mean, rstd [R].
+template <class T>
+void layer_norm_forward(
+    const T* x, int64_t x_stride, const T* residual, int64_t residual_stride, const float* weight, const float* bias, double eps, T* y,
+    T* h, float* mean, float* rstd, int64_t R, int64_t D, int threads
+) {
+    normalise(x, x_stride, residual, residual_stride, weight, bias, eps, y, h, mean, rstd, R, D, threads);
+}
 OV3_EXPORT(layer_norm_forward)
+
+// The same with y as uint8 [R, D], round(y / scale) + zero: what an int8 product takes.
+template <class T>
+void layer_norm_quantized(
+    const T* x, int64_t x_stride, const T* residual, int64_t residual_stride, const float* weight, const float* bias, double eps,
+    double scale, int64_t zero, void* y, T* h, int64_t R, int64_t D, int threads
+) {
+    const Quantized out(y, scale, zero);
+    normalise<T>(x, x_stride, residual, residual_stride, weight, bias, eps, out, h, nullptr, nullptr, R, D, threads);
+}
+OV3_EXPORT(layer_norm_quantized)
 
 // grad_y, grad_h (or null), h [R, D], weight [D], mean, rstd [R] -> grad_x [R, D], grad_weight, grad_bias [D] float; results may be null.
 template <class T>

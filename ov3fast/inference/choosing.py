@@ -55,11 +55,15 @@ def measure(unit: nn.Module, inputs: tuple[Any, Any], what: str) -> tuple[str, s
     return best, "; ".join(notes)
 
 
-def measure_int8(conv: nn.Module, x: Tensor) -> tuple[str, str]:
-    """("int8" or "ours", what was measured) of a calibrated convolution against the same one packed: few channels don't pay for the rounding."""
+def measure_int8(conv: nn.Module, x: Tensor, behind_norm: bool) -> tuple[str, str]:
+    """("int8" or "ours", what was measured) of a calibrated convolution against the same one packed: few channels don't pay for the rounding.
+
+    behind_norm: a norm rounds for it.
+    """
     wide = twin(conv)
     fusions.fuse_convolution(wide)
-    ours, small = times([lambda: wide(x), lambda: conv(x)])
+    given = fusions.quantized_input(conv, x) if behind_norm else x
+    ours, small = times([lambda: wide(x), lambda: conv(given)])
     words = f"int8 {small * 1e3:.3f} ms, {str(x.dtype).removeprefix('torch.')} {ours * 1e3:.3f} ms"
     return "int8" if small < GAIN * ours else "ours", words
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ov3fast import ops
 from ov3fast.inference.blocks import Block, describe
-from ov3fast.inference.int8 import QuantizedConvolution, Range
+from ov3fast.inference.int8 import QuantizedConvolution, Range, group_norm_silu_quantized, has_kernels, quantize_activation
 from ov3fast.inference.packed import Kept, PackedConvolution, packs
 from ov3fast.inference.products import Products, Ranges, observed, packed, plain, quantized, run, stacked
-from ov3fast.models.group_norm_silu import fuse_group_norm_silu
+from ov3fast.models.group_norm_silu import GroupNormSiLU, fuse_group_norm_silu
 from ov3fast.models.transformer import Block as OwnBlock
 
 HARMLESS = ("output_hidden_states", "return_dict", "use_cache")
@@ -202,11 +202,45 @@ def _convolution_forward(base: Any) -> Callable[..., Any]:
                 return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
             _refuse_gradient(x)
             made = state.products.get(
-                tensors, lambda: QuantizedConvolution(self, ranges.scale_and_zero(), list(x.shape), x.dtype)
+                tensors, lambda: QuantizedConvolution(self, ranges.scale_and_zero(), list(x.shape), self.weight.dtype)
             )
             return made(x)
         if not packs(x, tensors):
             return base.forward(self, x)
         return state.products.get(tensors, lambda: PackedConvolution(self, list(x.shape)))(x)
+
+    return forward
+
+
+# Norms that write what an int8 convolution takes
+
+
+def norms_before(model: nn.Module) -> dict[str, str]:
+    """Path of a convolution -> that of the GroupNormSiLU whose result goes there and nowhere else."""
+    found = {}
+    for path, module in model.named_modules():
+        for norm, conv in (("norm1", "conv1"), ("norm2", "conv2")):
+            if isinstance(getattr(module, norm, None), GroupNormSiLU) and isinstance(getattr(module, conv, None), nn.Conv2d):
+                found[f"{path}.{conv}".lstrip(".")] = f"{path}.{norm}".lstrip(".")
+    return found
+
+
+def quantize_norm(norm: Any, conv: Any) -> None:
+    """The norm in front of a convolution in int8 gives it uint8; in place."""
+    _take_forward(norm, _quantized_norm_forward)
+    norm.__dict__[STATE] = conv.__dict__[STATE].ranges.scale_and_zero()
+
+
+def quantized_input(conv: Any, x: Tensor) -> Tensor:
+    """x as a norm in front of the calibrated convolution would give it."""
+    return quantize_activation(x.contiguous(memory_format=torch.channels_last), *conv.__dict__[STATE].ranges.scale_and_zero())
+
+
+def _quantized_norm_forward(base: Any) -> Callable[..., Any]:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last) or not has_kernels(x):
+            return base.forward(self, x)
+        _refuse_gradient(x)
+        return group_norm_silu_quantized(x, self.num_groups, self.weight, self.bias, self.eps, self.__dict__[STATE])
 
     return forward

@@ -8,14 +8,20 @@ The first and last products of a tower or autoencoder, norms, attention's scores
 Before a product that a layer norm feeds, the channels' ranges are evened out: the norm's weight and bias are divided by, and the product's
 columns multiplied with, r_k = sqrt(max|x_k| / max_o|w_ok|), which changes nothing in exact arithmetic (Xiao et al. 2022, arXiv 2211.10438,
 eq. 4 with alpha = 1/2). The parameters stay as they were, and so does the state dict; the packed weights beside them are made once.
+
+A norm in front of a product writes q itself (csrc/cpu), without a rounding to the wide dtype in between; anything else is quantised in one pass.
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import torch
 from torch import Tensor, nn
+
+from ov3fast import ops
+from ov3fast.ops import cpu
 
 LEVELS = 255
 SMALLEST = 1e-8
@@ -61,8 +67,39 @@ class Range:
         return scale, min(max(round(-low / scale), 0), LEVELS)
 
 
+_DECLARED = {
+    "quantize": "T* x, double scale, int64_t zero, void* q, int64_t n",
+    "layer_norm_quantized": "T* x, int64_t x_stride, T* residual, int64_t residual_stride, float* weight, float* bias, double eps, "
+    "double scale, int64_t zero, void* y, T* h, int64_t R, int64_t D",
+    "group_norm_silu_quantized": "T* x, int64_t x_batch, float* weight, float* bias, double eps, double scale, int64_t zero, void* y, "
+    "int64_t B, int64_t C, int64_t S, int64_t G",
+}
+"""The CPU kernels of this file, by name."""
+
+
+@functools.cache
+def kernel(name: str) -> cpu.Kernel:
+    """Declared when it is first called, since nothing but int8 needs it; RuntimeError where the libraries were built from other sources."""
+    declared = cpu.Kernel(name, _DECLARED[name])
+    declared.check(cpu._library(cpu.isa()))
+    return declared
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether this file's CPU kernels take x."""
+    return cpu.unavailable_reason() is None and cpu.unsupported_reason(x) is None and x.dtype != torch.int64
+
+
 def quantize_activation(x: Tensor, scale: float, zero: int) -> Tensor:
-    """uint8 of x's shape and memory format, rounded to nearest even and saturated."""
+    """uint8 of x's shape and memory format, rounded to nearest even and saturated; what is uint8 already stays as it is."""
+    if x.dtype == torch.uint8:
+        return x
+    if has_kernels(x):
+        dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+        x = x if dense else x.contiguous()
+        q = torch.empty_like(x, dtype=torch.uint8)
+        kernel("quantize")(x.dtype, x, scale, zero, q, x.numel())
+        return q
     made = _quint8(x.float(), scale, zero)
     return torch.empty(0, dtype=torch.uint8).set_(made.untyped_storage(), 0, made.shape, made.stride())
 
@@ -124,6 +161,41 @@ class QuantizedLinear:
             [],
             activation[1],
         )
+
+
+class QuantizedNorm:
+    """(layer_norm(x + residual) as uint8, x + residual); the latter is x where there is no residual."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float, scale_and_zero: tuple[float, int]) -> None:
+        self.weight, self.eps, self.output = weight.detach().float().contiguous(), eps, scale_and_zero
+        self.bias = None if bias is None else bias.detach().float().contiguous()
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        if not has_kernels(x):
+            normed = ops.layer_norm(x, self.weight, self.bias, self.eps, residual=residual)
+            y, h = (normed, x) if isinstance(normed, Tensor) else normed
+            return quantize_activation(y, *self.output), h
+        x_RD, x_stride, *sizes = cpu.matrix(x)
+        residual_RD, residual_stride, *_ = cpu.NO_ROWS if residual is None else cpu.matrix(residual)
+        q, h = torch.empty(x.shape, dtype=torch.uint8), cpu.empty_like(x, residual is not None)
+        kernel("layer_norm_quantized")(
+            x.dtype, x_RD, x_stride, residual_RD, residual_stride, self.weight, self.bias, self.eps, *self.output,
+            q, cpu.pointer(h, residual is not None), *sizes,
+        )  # fmt: skip
+        return q, x if residual is None else h
+
+
+def group_norm_silu_quantized(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, scale_and_zero: tuple[float, int]
+) -> Tensor:
+    """silu(group_norm(x)) as uint8, for x [B, C, H, W] that is channels_last and `has_kernels` takes."""
+    batch, channels, height, width = x.shape
+    q = torch.empty_like(x, dtype=torch.uint8)
+    kernel("group_norm_silu_quantized")(
+        x.dtype, x, channels * height * width, cpu.wide(weight), cpu.wide(bias), eps, *scale_and_zero,
+        q, batch, channels, height * width, num_groups,
+    )  # fmt: skip
+    return q
 
 
 class QuantizedConvolution:

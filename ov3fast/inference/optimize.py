@@ -9,7 +9,7 @@ fast.original                                                     # the model th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -243,8 +243,12 @@ def _quantized(model: Any, kind: Kind, calibration: Any, report: Report) -> Any:
             seen = fusions.calibrated(module)
             report.choices[path] = "int8" if seen else "ours"
             report.reasons[path] = "calibrated" if seen else f"not used by the calibration input, {wide}"
+        norms = {} if vae is None else fusions.norms_before(vae)
         if report.mode == "auto":
-            _keep_faster(inner, shapes, report)
+            _keep_faster(inner, shapes, norms, report)
+        for path, conv in inner:
+            if path in norms and report.choices[path] == "int8":
+                fusions.quantize_norm(vae.get_submodule(norms[path]), conv)
         report.accuracy = _nearness(call(model), call(made))
     products = sum(choice == "int8" for choice in report.choices.values())
     report.whole = f"{products} modules in int8, the rest in {wide}"
@@ -270,14 +274,16 @@ def _shapes(convolutions: list[tuple[str, Any]], run: Callable[[], Any]) -> dict
     return seen
 
 
-def _keep_faster(convolutions: list[tuple[str, Any]], inputs: dict[str, Tensor], report: Report) -> None:
-    """Convolutions stay in int8 where that is measured to be the faster."""
+def _keep_faster(
+    convolutions: list[tuple[str, Any]], inputs: dict[str, Tensor], quantized: Container[str], report: Report
+) -> None:
+    """Convolutions stay in int8 where that is measured to be the faster. quantized: paths of those that a norm gives uint8."""
     memory = choosing.Memory()
     for path, conv in convolutions:
         if report.choices[path] != "int8":
             continue
-        key = f"int8 {choosing.key_of(conv, ((inputs[path],), {}))}"
-        choice, words = memory.get(key) or choosing.measure_int8(conv, inputs[path])
+        key = f"int8{' behind a norm' * (path in quantized)} {choosing.key_of(conv, ((inputs[path],), {}))}"
+        choice, words = memory.get(key) or choosing.measure_int8(conv, inputs[path], path in quantized)
         memory.put(key, (choice, words))
         report.choices[path], report.reasons[path] = choice, words
         if choice != "int8":

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ov3fast import ops
 from ov3fast.inference.blocks import Block
-from ov3fast.inference.int8 import QuantizedLinear, Range, evened, quantize_activation
+from ov3fast.inference.int8 import QuantizedLinear, QuantizedNorm, Range, evened, quantize_activation
 from ov3fast.inference.packed import GELU, PackedLinear
 from ov3fast.models.transformer import EPS
 
-Norm = tuple[Tensor, Tensor | None, float]
+Norm = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""(x, residual) -> (the norm of x + residual, x + residual)."""
 Layer = Callable[[Tensor], Tensor]
 
 
@@ -41,13 +42,10 @@ class Ranges:
 def run(block: Block, products: Products, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x [B, N, D], and the branch that is still to be added to it -> the same behind the block."""
     batch, length, _ = x.shape
-    if branch is None:
-        normed: Any = ops.layer_norm(x, *products.norm1)
-    else:
-        normed, x = ops.layer_norm(branch, *products.norm1, residual=x)
+    normed, x = products.norm1(x, None) if branch is None else products.norm1(branch, x)
     qkv = products.qkv(normed).view(batch, length, 3, block.heads, -1)
     out = ops.flash_attention_qkvpacked(qkv).reshape(batch, length, -1)
-    normed, x = ops.layer_norm(products.proj(out), *products.norm2, residual=x)
+    normed, x = products.norm2(products.proj(out), x)
     return x, products.mlp(normed)
 
 
@@ -102,18 +100,17 @@ def observed(block: Block, ranges: Ranges) -> Products:
 
 def quantized(block: Block, ranges: Ranges, dtype: torch.dtype) -> Products:
     """In int8, from what calibration saw; results in `dtype`."""
-    norm1, qkv = _evened(_norm(block.norm1), stacked(block), ranges.qkv, dtype)
+    norm1, qkv = _evened(block.norm1, stacked(block), ranges.qkv, dtype)
     proj = QuantizedLinear(*_scaled_pair(block.proj, block.scale1), ranges.proj.scale_and_zero(), dtype)
     if block.fc1 is None or block.fc2 is None:
         return Products(norm1, qkv, proj, _norm(block.norm2), lambda x: _scaled(block.mlp(x), block.scale2))
-    norm2, fc1 = _evened(_norm(block.norm2), block.fc1, ranges.fc1, dtype)
+    norm2, fc1 = _evened(block.norm2, block.fc1, ranges.fc1, dtype)
     fc2 = QuantizedLinear(*_scaled_pair(block.fc2, block.scale2), ranges.fc2.scale_and_zero(), dtype)
 
     def mlp(x: Tensor) -> Tensor:
-        q = quantize_activation(x, *fc1.input)
         if block.activation is None:
-            return fc2(block.act(fc1.product(q)))
-        return fc2.product(fc1.product(q, fc2.input, GELU[block.activation]))
+            return fc2(block.act(fc1(x)))
+        return fc2.product(fc1.product(quantize_activation(x, *fc1.input), fc2.input, GELU[block.activation]))
 
     return Products(norm1, qkv, proj, norm2, mlp)
 
@@ -130,16 +127,28 @@ def stacked(block: Block) -> tuple[Tensor, Tensor | None]:
     return torch.cat(weights), torch.cat([torch.zeros_like(some) if bias is None else bias for bias in biases])
 
 
-def _evened(norm: Norm, layer: Any, range_: Range, dtype: torch.dtype) -> tuple[Norm, QuantizedLinear]:
+def _evened(module: Any, layer: Any, range_: Range, dtype: torch.dtype) -> tuple[Norm, QuantizedLinear]:
     weight, bias = layer
     ratio = evened(range_.largest(), weight)
     made = QuantizedLinear(weight.detach().float() * ratio, bias, range_.scale_and_zero(ratio), dtype)
-    scale, shift, eps = norm
-    return (scale.detach().float() / ratio, None if shift is None else shift.detach().float() / ratio, eps), made
+    scale, shift, eps = _parameters(module)
+    shift = None if shift is None else shift.detach().float() / ratio
+    return QuantizedNorm(scale.detach().float() / ratio, shift, eps, made.input), made
+
+
+def _parameters(module: Any) -> tuple[Tensor, Tensor | None, float]:
+    return module.weight, module.bias, getattr(module, "eps", EPS)
 
 
 def _norm(module: Any) -> Norm:
-    return module.weight, module.bias, getattr(module, "eps", EPS)
+    parameters = _parameters(module)
+
+    def norm(x: Tensor, residual: Tensor | None) -> Any:
+        if residual is None:
+            return ops.layer_norm(x, *parameters), x
+        return ops.layer_norm(x, *parameters, residual=residual)
+
+    return norm
 
 
 def _mlp(block: Block, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from ov3fast.inference.photos import package_photos
 from ov3fast.models.config import DecoderConfig, OpenVision3Config, VisionConfig
 from ov3fast.models.openvision3 import OpenVision3
 from ov3fast.models.vae import FrozenVAE
+from ov3fast.ops import cpu
 
 pytestmark = pytest.mark.skipif(int8.unavailable_reason() is not None, reason=str(int8.unavailable_reason()))
 
@@ -127,6 +128,90 @@ def test_a_product_is_the_formula(bias, dtype):
     assert (
         (exact - ops.linear(x, weight.double(), None if offset is None else offset.double())).abs() <= bound + rounded
     ).all()
+
+
+needs_kernels = pytest.mark.skipif(bool(cpu.unavailable_reason()), reason=str(cpu.unavailable_reason()))
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def within_a_level(got, exact, scale, zero):
+    """uint8 against values before quantisation: only what lies between two levels may round either way."""
+    expected = (exact.double() / scale).round().add(zero).clamp(0, 255)
+    assert got.dtype == torch.uint8 and (got.double() - expected).abs().max() <= 1
+    assert (got.double() == expected).double().mean() > 0.97
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", cpu.available_isas())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantising_is_the_formula(dtype, isa):
+    generator = torch.Generator().manual_seed(0)
+    odd = torch.tensor([0.0, -0.0, 1e9, -1e9, float("inf"), -float("inf"), 0.5, 1.5, -0.5])
+    with cpu.use_isa(isa):
+        for size in (0, 1, 15, 16, 17, 40_000):
+            x = torch.cat([odd, 3 * torch.randn(size, generator=generator)]).to(dtype)
+            # A power of two: halves lie exactly between two levels, and go to the even one.
+            assert torch.equal(
+                int8.quantize_activation(x, 0.5, 51), (torch.round(x.double() / 0.5) + 51).clamp(0, 255).to(torch.uint8)
+            )
+        assert int8.quantize_activation(torch.tensor([float("nan")], dtype=dtype), 0.5, 51).item() == 0
+    pictures = torch.randn(2, 3, 5, 7, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    made = int8.quantize_activation(pictures, 0.1, 100)
+    assert made.is_contiguous(memory_format=torch.channels_last) and made.shape == pictures.shape
+    within_a_level(int8.quantize_activation(pictures[:, 1:, ::2], 0.1, 100), pictures[:, 1:, ::2], 0.1, 100)
+    assert int8.quantize_activation(made, 9.0, 0) is made
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", cpu.available_isas())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual", [True, False])
+def test_a_norm_that_quantises(dtype, isa, residual):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(3, 7, 50).to(dtype), torch.rand(50) + 0.5, torch.randn(50)
+    more = torch.randn(3, 7, 50).to(dtype) if residual else None
+    with cpu.use_isa(isa):
+        got, h = int8.QuantizedNorm(weight, bias, 1e-6, (0.03, 120))(x, more)
+        assert torch.equal(h, x if more is None else ops.layer_norm(x, weight, bias, residual=more, impl="cpu")[1])
+    within_a_level(got, ops.layer_norm(h.double(), weight.double(), bias.double()), 0.03, 120)
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", cpu.available_isas())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(2, 12, 9, 5), (1, 64, 32, 32), (3, 4, 1, 1)])
+def test_a_group_norm_that_quantises(dtype, isa, size):
+    torch.manual_seed(0)
+    x = (torch.randn(size) + 1).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.rand(size[1]) + 0.5, torch.randn(size[1])
+    with cpu.use_isa(isa):
+        got = int8.group_norm_silu_quantized(x, 4, weight, bias, 1e-6, (0.02, 14))
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    within_a_level(got, ops.group_norm_silu(x.double(), 4, weight.double(), bias.double()), 0.02, 14)
+
+
+@needs_kernels
+def test_the_kernels_are_those_of_every_library():
+    for name in int8._DECLARED:
+        for isa in cpu.available_isas():
+            int8.kernel(name).check(cpu._library(isa))
+
+
+@pytest.mark.parametrize("missing", [False, pytest.param(True, id="without kernels")])
+def test_convolutions_behind_a_norm_get_uint8(small_vae, photos, monkeypatch, missing):
+    if missing:
+        monkeypatch.setattr(int8, "has_kernels", lambda x: False)
+        monkeypatch.setattr(fusions, "has_kernels", lambda x: False)
+    fast = ov3fast.optimize(small_vae, dtype=torch.int8, mode="ours", calibration=photos[0][:3])
+    given = {}
+    for path, conv in fusions.convolutions(fast).items():
+        conv.register_forward_pre_hook(lambda _, args, path=path: given.update({path: args[0].dtype}))
+    with torch.no_grad():
+        got, expected = (vae.decode(vae.encode(photos[1][:1])).float() for vae in (fast, small_vae))
+    behind = {path for path, dtype in given.items() if dtype == torch.uint8}
+    assert behind == (set() if missing or cpu.unavailable_reason() else set(fusions.norms_before(fast)))
+    assert missing or len(behind) > 10
+    assert 10 * torch.log10(4 / (got - expected).square().mean()) >= PSNR
 
 
 def test_ranges():

@@ -1,18 +1,24 @@
-"""`ov3fast.optimize` against eager PyTorch and torch.compile on models with random weights: benches/results/optimize.csv.
+"""`ov3fast.optimize` against eager PyTorch, torch.compile, OpenVINO and onnxruntime on models with random weights: benches/results/optimize.csv.
 
     python -m benches.optimize                       # all models whose libraries are installed; other rows are kept
+    python -m benches.optimize --resume              # only the rows that the file lacks
     python -m benches.optimize --only clip,siglip --warm     # only compiles, to warm the caches for a later run
 
-Variants are interleaved in one process. int8's ratio is to the fastest of all others in bfloat16. Models are cut to --layers blocks, since blocks are alike.
+Variants are interleaved in one process. int8's ratio is to the fastest of all others in bfloat16. OpenVINO runs in the row's dtype, onnxruntime in float32
+alone (its CPU kernels have no bfloat16). timm needs the environment of `make test-doors`.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
+import importlib.metadata
+import importlib.util
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +31,26 @@ from benches import timing
 from ov3fast import ops
 from ov3fast.inference import VisionTower
 from ov3fast.inference.kinds import caller, kind_of
+from ov3fast.interop._programs import decompositions, parts_of, program
 from ov3fast.io import atomic_write
 from ov3fast.models.config import VisionConfig
 from ov3fast.models.vae import FLUX_VAE, FrozenVAE
 from ov3fast.models.vit import ViTEncoder
 
 RESULTS = Path(__file__).parent / "results" / "optimize.csv"
-HEAD = ("model", "batch", "dtype", "ours_ms", "eager_ms", "compile_ms", "best_peer", "ratio", "chip", "threads", "versions")
+PEERS = ("eager", "compile", "openvino", "onnxruntime")
+HEAD = (
+    "model",
+    "batch",
+    "dtype",
+    "ours_ms",
+    *(f"{peer}_ms" for peer in PEERS),
+    "best_peer",
+    "ratio",
+    "chip",
+    "threads",
+    "versions",
+)
 
 
 def _clip(layers: int) -> nn.Module:
@@ -85,7 +104,6 @@ class Case:
     label: str
     build: Callable[[int], nn.Module]
     batches: tuple[int, ...] = (1,)
-    compiles: bool = True
     whole: bool = False
     """Not cut to --layers."""
 
@@ -96,17 +114,42 @@ CASES = {
     "dinov2": Case("transformers DINOv2-B/14", _dinov2),
     "timm": Case("timm ViT-B/16", _timm),
     "tower": Case("OpenVision 3 B/2, 256 px, small VAE", _own, (1, 8)),
-    "flux": Case("FLUX-size VAE, encode and decode, 256 px", _flux, compiles=False, whole=True),
+    "flux": Case("FLUX-size VAE, encode and decode, 256 px", _flux, whole=True),
 }
 
 
-def variants(model: Any, dtype: torch.dtype, batch: int, compiles: bool) -> dict[str, Callable[[], object]]:
-    """Name -> a call of the model in that variant, already run once."""
+class Plain(nn.Module):
+    """A model as other runtimes take it: images -> its results, by PyTorch's operators alone."""
+
+    def __init__(self, model: Any, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.inner = model.vae if isinstance(model, FrozenVAE) else model
+
+    def forward(self, images: torch.Tensor) -> Any:
+        if self.kind == "autoencoder":
+            return self.inner.decode(self.inner.encode(images).latent_dist.mean).sample
+        if self.kind == "transformers":
+            return self.inner(pixel_values=images).last_hidden_state
+        return self.inner(images)
+
+
+def exported(model: Any, kind: str, images: torch.Tensor) -> Any:
+    """The model as a torch.export program without operators of ours, for this batch alone."""
+    if kind == "ov3fast":
+        part = dataclasses.replace(parts_of(model)[0], example=images, free={})
+        return program(part)
+    with ops.use("eager"):
+        return torch.export.export(Plain(model, kind), (images,), strict=False).run_decompositions(decompositions())
+
+
+def variants(model: Any, dtype: torch.dtype, batch: int, wanted: Container[str]) -> dict[str, Callable[[], object]]:
+    """Name -> a call of the model in that variant, prepared and run once."""
     kind = kind_of(model)
     side = 256 if kind in ("ov3fast", "autoencoder") else 224
-    images = torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    wide = torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
     base = model if dtype == torch.float32 else _converted(model, dtype)
-    images = images if kind in ("ov3fast", "autoencoder") else images.to(dtype)
+    images = wide if kind in ("ov3fast", "autoencoder") else wide.to(dtype)
     call = caller(base, kind, images)
     made: dict[str, Callable[[], object]] = {}
 
@@ -115,24 +158,55 @@ def variants(model: Any, dtype: torch.dtype, batch: int, compiles: bool) -> dict
             return call(base)
 
     made["eager"] = eager
-    if compiles:
-        with ops.use("eager"):
-            compiled = torch.compile(lambda: call(base), dynamic=False)
-            compiled()
-
-        def compile_() -> object:
-            with ops.use("eager"):
-                return compiled()
-
-        made["compile"] = compile_
+    if "compile" in wanted:
+        made["compile"] = _compiled(base, kind, wide if kind == "ov3fast" else wide.to(dtype))
+    if "openvino" in wanted:
+        made["openvino"] = _openvino(model, kind, dtype, wide)
+    if "onnxruntime" in wanted and dtype == torch.float32:
+        made["onnxruntime"] = _onnxruntime(model, kind, wide)
     fast = ov3fast.optimize(base, mode="ours", calibration=images)
     made["ours"] = lambda: call(fast)
     if dtype == torch.bfloat16:
-        small = ov3fast.optimize(model, dtype=torch.int8, calibration=images[:1].float())
+        small = ov3fast.optimize(model, dtype=torch.int8, calibration=wide[:1])
         made["int8"] = lambda: call(small)
     for run in made.values():
         run()
     return made
+
+
+def _compiled(base: Any, kind: str, images: torch.Tensor) -> Callable[[], object]:
+    # Our operators are single nodes to the compiler, which could fuse nothing.
+    own = kind in ("ov3fast", "autoencoder")
+    compiled = torch.compile(exported(base, kind, images).module() if own else Plain(base, kind), dynamic=False)
+    return lambda: compiled(images)
+
+
+def _openvino(model: Any, kind: str, dtype: torch.dtype, images: torch.Tensor) -> Callable[[], object]:
+    import openvino
+
+    made = openvino.convert_model(exported(model, kind, images))
+    options = {
+        "INFERENCE_PRECISION_HINT": "f32" if dtype == torch.float32 else "bf16",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    request = openvino.Core().compile_model(made, "CPU", options).create_infer_request()
+    given = images.numpy()
+    return lambda: request.infer([given], share_inputs=True, share_outputs=True)
+
+
+def _onnxruntime(model: Any, kind: str, images: torch.Tensor) -> Callable[[], object]:
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/model.onnx"
+        made: Any = torch.onnx.export(exported(model, kind, images), (), dynamo=True, opset_version=20, verbose=False)
+        made.save(file)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    given = {session.get_inputs()[0].name: images.numpy()}
+    return lambda: session.run(None, given)
 
 
 def _converted(model: Any, dtype: torch.dtype) -> Any:
@@ -145,52 +219,72 @@ def _converted(model: Any, dtype: torch.dtype) -> Any:
 
 
 def rows(name: str, given: argparse.Namespace) -> Iterable[dict[str, Any]]:
-    case, layers, warm = CASES[name], given.layers, given.warm
+    case, layers = CASES[name], given.layers
+    label = case.label if case.whole or layers == 12 else f"{case.label}, {layers} blocks"
+    left = [
+        (batch, word)
+        for batch in (case.batches if given.batch is None else (given.batch,))
+        for word in given.dtypes.split(",")
+        if not (given.resume and (label, str(batch), word) in standing())
+    ]
+    if not left:
+        return
     torch.manual_seed(0)
     model = case.build(layers).eval().requires_grad_(False)
-    label = case.label if case.whole or layers == 12 else f"{case.label}, {layers} blocks"
-    for batch in case.batches[: 1 if warm else None] if given.batch is None else (given.batch,):
-        for dtype in (getattr(torch, word) for word in given.dtypes.split(",")):
-            with torch.no_grad():
-                made = variants(model, dtype, batch, case.compiles and not given.no_compile)
-                if warm:
-                    continue
-                taken = {
-                    key: statistics.median(value)
-                    for key, value in timing.interleaved(made, given.seconds, least=given.least).items()
-                }
-            peers = {key: taken[key] for key in ("eager", "compile") if key in taken}
-            best = min(peers, key=peers.__getitem__)
-            word = str(dtype).removeprefix("torch.")
-            yield _row(label, batch, word, taken["ours"], peers, best, peers[best] / taken["ours"])
-            if "int8" in taken:
-                others = {**peers, "ours": taken["ours"]}
-                best = min(others, key=others.__getitem__)
-                yield _row(label, batch, "int8", taken["int8"], {}, f"{best}, bfloat16", others[best] / taken["int8"])
+    for batch, word in left:
+        with torch.no_grad():
+            made = variants(model, getattr(torch, word), batch, wanted(given))
+            if given.warm:
+                continue
+            taken = {
+                key: statistics.median(value)
+                for key, value in timing.interleaved(made, given.seconds, least=given.least).items()
+            }
+        peers = {key: taken[key] for key in PEERS if key in taken}
+        best = min(peers, key=peers.__getitem__)
+        yield _row(label, batch, word, taken["ours"], peers, best, peers[best] / taken["ours"])
+        if "int8" in taken:
+            others = {**peers, "ours": taken["ours"]}
+            best = min(others, key=others.__getitem__)
+            yield _row(label, batch, "int8", taken["int8"], {}, f"{best}, bfloat16", others[best] / taken["int8"])
+
+
+def wanted(given: argparse.Namespace) -> set[str]:
+    """The peers that are asked for and installed."""
+    asked = set(given.peers.split(","))
+    return {peer for peer in asked if peer in ("eager", "compile") or importlib.util.find_spec(peer) is not None}
 
 
 def _row(label: str, batch: int, dtype: str, ours: float, peers: dict[str, float], best: str, ratio: float) -> dict[str, Any]:
     def ms(value: float | None) -> str:
         return "" if value is None else f"{value * 1e3:.1f}"
 
+    names = [name for name in ("openvino", "onnxruntime") if name in peers]
+    versions = [f"torch {torch.__version__}", *(f"{name} {importlib.metadata.version(name)}" for name in names)]
     return {
-        "model": label, "batch": batch, "dtype": dtype, "ours_ms": ms(ours), "eager_ms": ms(peers.get("eager")),
-        "compile_ms": ms(peers.get("compile")), "best_peer": best, "ratio": f"{ratio:.2f}",
-        "chip": timing.machine()["cpu"], "threads": torch.get_num_threads(), "versions": f"torch {torch.__version__}",
+        "model": label, "batch": batch, "dtype": dtype, "ours_ms": ms(ours), **{f"{peer}_ms": ms(peers.get(peer)) for peer in PEERS},
+        "best_peer": best, "ratio": f"{ratio:.2f}", "chip": timing.machine()["cpu"], "threads": torch.get_num_threads(),
+        "versions": ", ".join(versions),
     }  # fmt: skip
 
 
+def standing() -> dict[tuple[str, str, str], dict[str, Any]]:
+    """(model, batch, dtype) -> its row in the file."""
+    if not RESULTS.is_file():
+        return {}
+    with RESULTS.open(encoding="utf-8", newline="") as file:
+        return {(row["model"], row["batch"], row["dtype"]): row for row in csv.DictReader(file)}
+
+
 def write(new: list[dict[str, Any]]) -> None:
-    """Replaces rows with the same model, batch and dtype."""
-    before = []
-    if RESULTS.is_file():
-        with RESULTS.open(encoding="utf-8", newline="") as file:
-            before = list(csv.DictReader(file))
-    known = {(row["model"], str(row["batch"]), row["dtype"]): row for row in (*before, *new)}
+    """Rows of the same model, batch and dtype are replaced; the file is in the order of CASES."""
+    known = standing() | {(row["model"], str(row["batch"]), row["dtype"]): row for row in new}
+    labels = [case.label for case in CASES.values()]
+    order = sorted(known, key=lambda key: (next(i for i, label in enumerate(labels) if key[0].startswith(label)), int(key[1])))
     with atomic_write(RESULTS) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, HEAD)
         writer.writeheader()
-        writer.writerows(known.values())
+        writer.writerows(known[key] for key in order)
 
 
 def main() -> None:
@@ -201,7 +295,8 @@ def main() -> None:
     parser.add_argument("--least", type=int, default=3, help="minimum number of rounds")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--batch", type=int, help="default: the model's own list")
-    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--peers", default=",".join(PEERS), help="comma-separated; those that are installed run, eager always")
+    parser.add_argument("--resume", action="store_true", help="only the rows that the file lacks")
     parser.add_argument("--warm", action="store_true", help="only compile, to warm the caches")
     given = parser.parse_args()
     for name in given.only.split(","):
@@ -209,7 +304,7 @@ def main() -> None:
         try:
             for row in rows(name, given):
                 write([row])
-                print(*(f"{row[key]}" for key in HEAD[:9]), sep=", ", flush=True)
+                print(*(f"{row[key]}" for key in HEAD[:10]), sep=", ", flush=True)
         except ImportError as missing:
             print(f"{name}: skipped, {missing}")
         print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)

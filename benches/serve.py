@@ -179,14 +179,18 @@ def main() -> None:
             writer.writerows([FIELDS, *(one for one in former if one[0] != row[0]), row])
 
 
-async def measure(port: int, messages: list[bytes], seconds: float) -> tuple[float, list[float]]:
-    """(saturated requests per second, latencies at LOAD times that rate)."""
+async def until_ready(port: int) -> None:
     while True:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET /ready HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         if (await reader.read()).startswith(b"HTTP/1.1 200"):
-            break
+            return
         await asyncio.sleep(0.2)
+
+
+async def measure(port: int, messages: list[bytes], seconds: float) -> tuple[float, list[float]]:
+    """(saturated requests per second, latencies at LOAD times that rate)."""
+    await until_ready(port)
     await saturated(port, messages, seconds / 5)
     rate = await saturated(port, messages, seconds)
     return rate, await under_load(port, messages, LOAD * rate, seconds)

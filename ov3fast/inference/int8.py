@@ -85,9 +85,17 @@ def kernel(name: str) -> cpu.Kernel:
     return declared
 
 
+@functools.cache
+def _built() -> bool:
+    try:
+        return all(map(kernel, _DECLARED))
+    except RuntimeError:
+        return False
+
+
 def has_kernels(x: Tensor) -> bool:
-    """Whether this file's CPU kernels take x."""
-    return cpu.unavailable_reason() is None and cpu.unsupported_reason(x) is None and x.dtype != torch.int64
+    """Whether this file's CPU kernels were built and take x; PyTorch's operators do the same in more passes."""
+    return cpu.unavailable_reason() is None and x.dtype in (torch.float32, torch.bfloat16) and x.is_cpu and _built()
 
 
 def quantize_activation(x: Tensor, scale: float, zero: int) -> Tensor:

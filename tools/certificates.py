@@ -81,9 +81,8 @@ def main() -> int:
         changed = differences(committed, made)
         print("\n".join(f"differs from {RESULTS.name}: {line}" for line in changed) or f"as in {RESULTS.name}")
         return 1 if changed else 0
-    committed = (
-        json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    )  # another run may have added to it meanwhile
+    # Another run may have added to it meanwhile.
+    committed = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     with atomic_write(RESULTS) as file:
         file.write_text(json.dumps({**committed, **made}, indent=1) + "\n", encoding="utf-8")
     return 0

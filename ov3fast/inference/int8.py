@@ -80,8 +80,12 @@ _DECLARED = {
 @functools.cache
 def kernel(name: str) -> cpu.Kernel:
     """Declared when it is first called, since nothing but int8 needs it; RuntimeError where the libraries were built from other sources."""
-    declared = cpu.Kernel(name, _DECLARED[name])
-    declared.check(cpu._library(cpu.isa()))
+    library, declared = cpu._library(cpu.isa()), cpu.Kernel(name, _DECLARED[name])
+    try:
+        declared.check(library)
+    except RuntimeError:
+        del cpu.KERNELS[name]  # the other kernels go on without it
+        raise
     return declared
 
 

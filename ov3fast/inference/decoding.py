@@ -43,7 +43,7 @@ class Options:
 def as_batch(pictures: Sequence[Picture]) -> Tensor:
     """float32 [B, 3, S, S] in [-1, 1], on white."""
     if all(isinstance(one, np.ndarray) and one.shape[2] == 3 for one in pictures):
-        return to_tensor(np.stack(pictures))  # type: ignore[arg-type]
+        return to_tensor(np.stack(pictures))
     return torch.stack([one if isinstance(one, Tensor) else to_tensor(one[None])[0] for one in pictures])
 
 

@@ -247,7 +247,7 @@ def _quantized(model: Any, kind: Kind, calibration: Any, report: Report) -> Any:
         if report.mode == "auto":
             _keep_faster(inner, shapes, norms, report)
         for path, conv in inner:
-            if path in norms and report.choices[path] == "int8":
+            if vae is not None and path in norms and report.choices[path] == "int8":
                 fusions.quantize_norm(vae.get_submodule(norms[path]), conv)
         report.accuracy = _nearness(call(model), call(made))
     products = sum(choice == "int8" for choice in report.choices.values())

@@ -1,4 +1,5 @@
-"""Makes tests/kernel_tools importable by that name without putting tests/ on sys.path, where its folders would shadow packages."""
+"""Makes tests/kernel_tools and tests/tiny_models importable by these names without putting tests/ on sys.path, where its folders would
+shadow packages."""
 
 import importlib.util
 import os
@@ -18,8 +19,9 @@ def _load(name: str) -> None:
     spec.loader.exec_module(sys.modules[name])
 
 
-if "kernel_tools" not in sys.modules:
-    _load("kernel_tools")
+for _name in ("kernel_tools", "tiny_models"):
+    if _name not in sys.modules:
+        _load(_name)
 
 # Shells start background jobs with SIGINT ignored, but tests of Ctrl-C send it to themselves and their subprocesses.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

@@ -208,7 +208,7 @@ def _reflowed(text: str, width: int) -> str:
 
 def _help_of_group(recipe: "Recipe", group: str) -> str:
     """Lists every field of a group with the recipe's value."""
-    from ov3fast.recipes.config import leaves
+    from ov3fast.recipes.plain import leaves
 
     name = group.replace("-", "_")
     if name not in _groups(type(recipe)):

@@ -22,9 +22,9 @@ from ov3fast.evaluation.palette import ERROR_RANGE, error_map, png_data, scale_c
 from ov3fast.evaluation.pictures import Pictures, spread
 from ov3fast.evaluation.reconstruction import Reconstruction
 from ov3fast.evaluation.retrieval import nearest, ranks
+from ov3fast.evaluation.templates import template
 from ov3fast.io import atomic_write
 
-TEMPLATES = Path(__file__).parents[1] / "assets" / "report"
 LOG_FILE, SUMMARY_FILE = "log.jsonl", "summary.json"
 RECONSTRUCTIONS = 8
 QUERIES = 6
@@ -62,16 +62,12 @@ def report_html(
     summary: dict[str, Any] | None = None,
 ) -> str:
     """The page as text. rows: the training log's; summary: the run's, with its length and seconds_by_part."""
-    import jinja2
     import markupsafe
 
     tables = result.tables
     sets = ", ".join(f"{count} {name}" for name, count in tables["data"]["pictures"].items())
     about = f"Held-out data: {tables['data']['name']} ({sets}) at {tables['data']['image_size']} px"
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )  # fmt: skip
-    return environment.get_template("report.html").render(
+    return template("report.html").render(
         title=title,
         subtitle=f"{subtitle} {about}".strip(),
         error_scale=scale_css(),

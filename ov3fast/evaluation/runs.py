@@ -15,7 +15,8 @@ from typing import Any
 from ov3fast.evaluation.charts import Series, line_chart
 from ov3fast.evaluation.curves import PANELS, SMOOTHING, boundaries, number, read_log
 from ov3fast.evaluation.headline import format_value
-from ov3fast.evaluation.report import LOG_FILE, SUMMARY_FILE, TEMPLATES
+from ov3fast.evaluation.report import LOG_FILE, SUMMARY_FILE
+from ov3fast.evaluation.templates import template
 from ov3fast.io import atomic_write
 from ov3fast.recipes.config import leaves
 
@@ -126,13 +127,9 @@ def write_page(
 
     refresh_s: a browser loads it again after so many seconds. status: a line below the title.
     """
-    import jinja2
     import markupsafe
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )  # fmt: skip
-    html = environment.get_template("runs.html").render(
+    html = template("runs.html").render(
         title=runs[0].name if len(runs) == 1 else " and ".join(run.name for run in runs),
         status=status,
         refresh=refresh_s,

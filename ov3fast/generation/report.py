@@ -26,7 +26,7 @@ from torch import Tensor
 from ov3fast.data.assets import fetch
 from ov3fast.evaluation.palette import png_data, scale_css
 from ov3fast.evaluation.pictures import spread
-from ov3fast.evaluation.report import TEMPLATES
+from ov3fast.evaluation.templates import template
 from ov3fast.generation import fid, flow, frechet
 from ov3fast.generation.moments import FeatureMoments
 from ov3fast.generation.robustness import as_pictures, robustness
@@ -223,13 +223,8 @@ def _measured(
 
 
 def _write_page(path: Path, figures: dict[str, Any], groups: list[Any], originals: list[str], strips: list[list[str]]) -> None:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )  # fmt: skip
     sets, noise = tables(figures)
-    page = environment.get_template("generate.html").render(
+    page = template("generate.html").render(
         figures=figures, sets=sets, noise=noise, groups=groups, originals=originals, strips=strips, copy_share=f"{COPY_SHARE:.0%}",
         error_scale=scale_css(),
     )  # fmt: skip

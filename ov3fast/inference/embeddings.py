@@ -72,9 +72,11 @@ def check_output(path: str | Path, what: str = "out") -> Path:
         raise ValueError(f"{what} must end in {', '.join(SUFFIXES)}; got {path}")
     check_writable(path, what)
     if path.suffix == ".npy":
-        beside = check_writable(path.with_suffix(".json"), what)
-        if beside.exists() and not _is_ours(beside):
-            raise FileExistsError(f"{what}: {path} writes its names to {beside}, which holds something else; give another name")
+        sidecar = check_writable(path.with_suffix(".json"), what)
+        if sidecar.exists() and not _is_ours(sidecar):
+            raise FileExistsError(
+                f"{what}: {path} writes its names to {sidecar}, which holds something else; give another name"
+            )
     return path
 
 
@@ -89,9 +91,9 @@ def write_embeddings(path: str | Path, embeddings: Embeddings) -> Path:
     if embeddings.tokens is not None and path.suffix != ".npy":
         tensors["tokens"] = embeddings.tokens
     if path.suffix == ".npy":
-        with atomic_write(path) as temporary, atomic_write(path.with_suffix(".json")) as beside:
+        with atomic_write(path) as temporary, atomic_write(path.with_suffix(".json")) as sidecar:
             np.save(temporary, embeddings.pooled.numpy())
-            beside.write_text(json.dumps(words, indent=1), encoding="ascii")
+            sidecar.write_text(json.dumps(words, indent=1), encoding="ascii")
         return path
     with atomic_write(path) as temporary:
         if path.suffix == ".parquet":

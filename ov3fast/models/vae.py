@@ -141,9 +141,7 @@ class FrozenVAE(nn.Module):
         """Random weights in the given architecture (FLUX_VAE, say), for shapes and counts."""
         if autoencoder.supports(config):
             return cls(Autoencoder(AutoencoderConfig.from_json(config)), latent_convention)
-        from diffusers import AutoencoderKL
-
-        return cls(AutoencoderKL.from_config(dict(config)), latent_convention)
+        return cls(_autoencoder_kl().from_config(dict(config)), latent_convention)
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
@@ -229,10 +227,22 @@ def _load(folder: Path, dtype: torch.dtype, variant: str | None) -> nn.Module:
     try:
         if autoencoder.supports(config):
             return Autoencoder.from_pretrained(folder, dtype, variant)
-        from diffusers import AutoencoderKL
-
-        return AutoencoderKL.from_pretrained(str(folder), torch_dtype=dtype, variant=variant, low_cpu_mem_usage=False)
+        return _autoencoder_kl().from_pretrained(str(folder), torch_dtype=dtype, variant=variant, low_cpu_mem_usage=False)
     except ImportError:
         raise
     except Exception as error:  # a config with wrong types; diffusers and safetensors raise many kinds
         raise ValueError(f"VAE: can't load {folder}: {str(error).strip().splitlines()[0]}") from error
+
+
+def _autoencoder_kl() -> Any:
+    """diffusers' AutoencoderKL. ModuleNotFoundError that names the extra where diffusers is missing."""
+    try:
+        from diffusers import AutoencoderKL
+    except ModuleNotFoundError as error:
+        if error.name != "diffusers":
+            raise
+        raise ModuleNotFoundError(
+            "VAE: one of this layout is loaded by diffusers, which is not installed: pip install 'ov3fast[diffusers]'",
+            name="diffusers",
+        ) from None
+    return AutoencoderKL

@@ -25,6 +25,8 @@ from .rms_norm import rms_norm as rms_norm
 from .rope import rope as rope
 from .swiglu import swiglu as swiglu
 
-from . import cpu as cpu, cuda as cuda, onednn as onednn, triton as triton  # isort: skip  (kernels that join the operators defined above)
+# Kernels that join the operators above.
+from . import _attention_peers as _attention_peers  # isort: skip
+from . import cpu as cpu, cuda as cuda, onednn as onednn, triton as triton  # isort: skip
 
 BACKENDS = _dispatch.PREFERENCE

@@ -1,10 +1,10 @@
-"""Attention by libraries that others wrote: PyTorch's own kernels (`sdpa`), cuDNN's, FlashAttention-2 and -3, and xformers.
+"""Attention by other libraries: PyTorch's own kernels (`sdpa`), cuDNN, FlashAttention-2 and -3, and xformers.
 
 Each is a forward and a backward under flash_attention's contract: q, k, v [B,N,H,D] with any strides -> out [B,N,H,D]
 contiguous and lse [B,H,N] (natural logarithm, of the scaled scores); backward -> (grad_q, grad_k, grad_v). `*_unsupported_reason` says
 what a library can't do. Causal masks of flash-attn and of PyTorch's CUDA kernel are aligned bottom-right, as ours are.
 FlashAttention's backward, PyTorch's build of it included, runs in its deterministic mode; of cuDNN only the forward is used, since PyTorch has no
-such mode for its backward. Whether xformers repeats its bits is its own affair: no automatic choice takes it.
+such mode for its backward. xformers makes no promise of determinism, so no automatic choice takes it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ._attention_eager import has_blind_rows, visible_keys
+from .flash_attention import register_backend
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -65,24 +68,10 @@ copied together. In between, ours run.
 SHORT = 512
 
 
-def visible_keys(queries: int, keys: int, causal: bool, prefix_len: int, device: torch.device) -> Tensor | None:
-    """[queries, keys] bool, true where query i sees key j: j <= i + keys - queries or j < prefix_len. None where all see all."""
-    if not causal or queries == 1 or prefix_len >= keys:
-        return None
-    key = torch.arange(keys, device=device)
-    last = torch.arange(keys - queries, keys, device=device)
-    return (key <= last[:, None]) | (key < prefix_len)
-
-
-def has_blind_rows(q: Tensor, k: Tensor, causal: bool, prefix_len: int) -> bool:
-    """Whether some query sees no key at all."""
-    return k.shape[1] == 0 or (causal and q.shape[1] > k.shape[1] and prefix_len == 0)
-
-
 # PyTorch's kernels, in [B,H,N,D] on the CPU and [B,N,H,D] on CUDA.
 
 
-def sdpa_unsupported_reason(q, k, v, causal, prefix_len, scale) -> str | None:
+def sdpa_unsupported_reason(q: Tensor, k: Tensor, v: Tensor, causal: bool, prefix_len: int, scale: float) -> str | None:
     if q.numel() == 0 or k.numel() == 0:
         return "it takes no empty tensor"
     if has_blind_rows(q, k, causal, prefix_len):
@@ -94,7 +83,7 @@ def sdpa_unsupported_reason(q, k, v, causal, prefix_len, scale) -> str | None:
     )
 
 
-def sdpa_forward(q, k, v, causal, prefix_len, scale):
+def sdpa_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, prefix_len: int, scale: float) -> tuple[Tensor, Tensor]:
     if q.device.type == "cuda":
         q, k, v = (_unit_stride(t) for t in (q, k, v))
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
@@ -109,7 +98,9 @@ def sdpa_forward(q, k, v, causal, prefix_len, scale):
     return out.transpose(1, 2).contiguous(), lse.contiguous()
 
 
-def sdpa_backward(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
+def sdpa_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, prefix_len: int, scale: float
+) -> tuple[Tensor, ...]:
     if q.device.type == "cuda":
         return cuda_flash_backward(grad_out, q, k, v, out, lse, causal, scale)
     dtype = torch.float32 if q.dtype in HALVES and k.shape[1] < SHORT else q.dtype
@@ -121,7 +112,9 @@ def sdpa_backward(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
     return tuple(grad.transpose(1, 2).to(q.dtype).contiguous() for grad in grads)
 
 
-def cuda_flash_backward(grad_out, q, k, v, out, lse, causal, scale):
+def cuda_flash_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, ...]:
     """PyTorch's build of FlashAttention-2 in its deterministic mode, which follows PyTorch's setting for all operators."""
     grad_out, q, k, v = (_unit_stride(t) for t in (grad_out, q, k, v))
     rng = torch.empty(0, dtype=torch.uint64, device=q.device)  # of the dropout, which is off
@@ -133,7 +126,7 @@ def cuda_flash_backward(grad_out, q, k, v, out, lse, causal, scale):
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """Deterministic algorithms of PyTorch, without the NaN that it would fill new tensors with."""
+    """PyTorch's deterministic algorithms, without filling uninitialised memory with NaN."""
     was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     settings: Any = torch.utils.deterministic  # whose attributes are made at run time
     filled, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
@@ -162,11 +155,11 @@ def flash_attn_unavailable_reason() -> str | None:
     return _package_unavailable_reason("flash_attn", "flash-attn")
 
 
-def flash_attn_unsupported_reason(q, k, v, causal, prefix_len, scale) -> str | None:
+def flash_attn_unsupported_reason(q: Tensor, k: Tensor, v: Tensor, causal: bool, prefix_len: int, scale: float) -> str | None:
     return _cuda_unsupported_reason(q, k, causal, prefix_len)
 
 
-def flash_attn_forward(q, k, v, causal, prefix_len, scale):
+def flash_attn_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, prefix_len: int, scale: float) -> tuple[Tensor, Tensor]:
     from flash_attn.flash_attn_interface import _flash_attn_forward
 
     q, k, v = (_unit_stride(t) for t in (q, k, v))
@@ -174,7 +167,9 @@ def flash_attn_forward(q, k, v, causal, prefix_len, scale):
     return out, lse
 
 
-def flash_attn_backward(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
+def flash_attn_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, prefix_len: int, scale: float
+) -> tuple[Tensor, ...]:
     from flash_attn.flash_attn_interface import _flash_attn_backward
 
     grad_out, q, k, v = (_unit_stride(t) for t in (grad_out, q, k, v))
@@ -192,13 +187,13 @@ def flash_attn_3_unavailable_reason() -> str | None:
     )
 
 
-def flash_attn_3_unsupported_reason(q, k, v, causal, prefix_len, scale) -> str | None:
+def flash_attn_3_unsupported_reason(q: Tensor, k: Tensor, v: Tensor, causal: bool, prefix_len: int, scale: float) -> str | None:
     if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device)[0] != 9:
         return "it needs a GPU of compute capability 9"
     return _cuda_unsupported_reason(q, k, causal, prefix_len)
 
 
-def flash_attn_3_forward(q, k, v, causal, prefix_len, scale):
+def flash_attn_3_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, prefix_len: int, scale: float) -> tuple[Tensor, Tensor]:
     from flash_attn_interface import _flash_attn_forward
 
     q, k, v = (_unit_stride(t) for t in (q, k, v))
@@ -206,7 +201,9 @@ def flash_attn_3_forward(q, k, v, causal, prefix_len, scale):
     return out, lse
 
 
-def flash_attn_3_backward(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
+def flash_attn_3_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, prefix_len: int, scale: float
+) -> tuple[Tensor, ...]:
     from flash_attn_interface import _flash_attn_backward
 
     grad_out, q, k, v = (_unit_stride(t) for t in (grad_out, q, k, v))
@@ -227,7 +224,7 @@ def cudnn_unavailable_reason() -> str | None:
     return None if version >= 90000 else f"it needs cuDNN 9, found {version}"
 
 
-def cudnn_unsupported_reason(q, k, v, causal, prefix_len, scale) -> str | None:
+def cudnn_unsupported_reason(q: Tensor, k: Tensor, v: Tensor, causal: bool, prefix_len: int, scale: float) -> str | None:
     if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device)[0] < 9:
         return "it needs a GPU of compute capability 9 or later"
     if causal and q.shape[1] != k.shape[1]:
@@ -237,7 +234,7 @@ def cudnn_unsupported_reason(q, k, v, causal, prefix_len, scale) -> str | None:
     return _cuda_unsupported_reason(q, k, causal, prefix_len)
 
 
-def cudnn_forward(q, k, v, causal, prefix_len, scale):
+def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, prefix_len: int, scale: float) -> tuple[Tensor, Tensor]:
     q_BHND, k_BHND, v_BHND = (_unit_stride(t).transpose(1, 2) for t in (q, k, v))
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q_BHND, k_BHND, v_BHND, None, True, 0.0, causal, False, scale=scale
@@ -252,11 +249,11 @@ def xformers_unavailable_reason() -> str | None:
     return _package_unavailable_reason("xformers", "xformers")
 
 
-def xformers_unsupported_reason(q, k, v, causal, prefix_len, scale) -> str | None:
+def xformers_unsupported_reason(q: Tensor, k: Tensor, v: Tensor, causal: bool, prefix_len: int, scale: float) -> str | None:
     return _cuda_unsupported_reason(q, k, causal, prefix_len, dtypes=(*HALVES, torch.float32))
 
 
-def xformers_forward(q, k, v, causal, prefix_len, scale):
+def xformers_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, prefix_len: int, scale: float) -> tuple[Tensor, Tensor]:
     from xformers.ops import fmha
 
     q, k, v = (_unit_stride(t) for t in (q, k, v))
@@ -264,7 +261,9 @@ def xformers_forward(q, k, v, causal, prefix_len, scale):
     return out.contiguous(), lse[..., : q.shape[1]].contiguous()
 
 
-def xformers_backward(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
+def xformers_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, prefix_len: int, scale: float
+) -> tuple[Tensor, ...]:
     from xformers.ops import fmha
 
     grad_out, q, k, v = (_unit_stride(t) for t in (grad_out, q, k, v))
@@ -272,7 +271,7 @@ def xformers_backward(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
     return tuple(grad.contiguous() for grad in grads)
 
 
-def _xformers_bias(causal: bool):
+def _xformers_bias(causal: bool) -> Any:
     from xformers.ops.fmha.attn_bias import LowerTriangularFromBottomRightMask
 
     return LowerTriangularFromBottomRightMask() if causal else None
@@ -288,7 +287,7 @@ def rule() -> str:
     return f"the first that is ready and takes the call of: {rows}; else triton. The packed backward is triton's, which writes dQKV in place"
 
 
-def faster_than_triton(direction: str, q: Tensor, k: Tensor | None = None, *_) -> tuple[str, ...]:
+def faster_than_triton(direction: str, q: Tensor, k: Tensor | None = None, *_: Any) -> tuple[str, ...]:
     """What PREFERENCES has for q [B,N,H,D] (or qkv [B,N,3,H,D]) and k on their device."""
     if q.device.type != "cuda" or torch.version.hip:
         return ()
@@ -326,5 +325,24 @@ def _cuda_unsupported_reason(
 
 
 def _unit_stride(t: Tensor) -> Tensor:
-    """The kernels read the last axis as contiguous and leave the others to strides."""
+    """t with a contiguous last axis, which the kernels require; the other axes may have any strides."""
     return t if t.stride(-1) == 1 else t.contiguous()
+
+
+register_backend("sdpa", sdpa_forward, sdpa_backward, unsupported_reason=sdpa_unsupported_reason)
+register_backend(
+    "flash_attn", flash_attn_forward, flash_attn_backward,
+    unavailable_reason=flash_attn_unavailable_reason, unsupported_reason=flash_attn_unsupported_reason,
+)  # fmt: skip
+register_backend(
+    "flash_attn_3", flash_attn_3_forward, flash_attn_3_backward,
+    unavailable_reason=flash_attn_3_unavailable_reason, unsupported_reason=flash_attn_3_unsupported_reason,
+)  # fmt: skip
+register_backend(
+    "cudnn", cudnn_forward, None,
+    unavailable_reason=cudnn_unavailable_reason, unsupported_reason=cudnn_unsupported_reason,
+)  # fmt: skip
+register_backend(
+    "xformers", xformers_forward, xformers_backward,
+    unavailable_reason=xformers_unavailable_reason, unsupported_reason=xformers_unsupported_reason,
+)  # fmt: skip

@@ -1,6 +1,6 @@
-"""How each operator is called, at any size. The tests of every backend, the benches and `ov3fast tune` take their calls from here.
+"""Sample calls of each operator, at any size, for the tests of every backend, the benches and `ov3fast tune`.
 
-An operator's file lists its CALLS. What draws the values is the caller's: `draw(*shape, scale=1.0)` gives a floating tensor of normal values.
+An operator's file lists its CALLS; the caller supplies the random draws.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 Size = tuple[int, ...]
+Draw: TypeAlias = Callable[..., Tensor]
+"""(*shape, scale=1.0) -> a floating tensor of normal values."""
 
 
 def _plainly(function: Callable[..., Any], *arguments: Tensor) -> Any:
@@ -38,36 +40,34 @@ class Call:
     arguments: Callable[..., Sequence[Tensor]]
     """(draw, *size) -> arguments."""
     least: Size
-    """A size for derivatives of any order, one element at a time."""
+    """For derivatives of any order, which are checked element by element."""
     tiny: Size
-    """For an interpreter: a few programs per launch, with ragged edges."""
+    """For the interpreter: a few programs per launch, with ragged edges."""
     real: Size
-    """Of training."""
+    """A size of training."""
     label: str = ""
-    """Tells apart the calls of one operator."""
+    """Tells the calls of one operator apart."""
     apply: Callable[..., Any] = _plainly
     """(function, *arguments) -> outputs, for the public function and the reference alike."""
     measured: tuple[Size, ...] = ()
-    """Sizes that `ov3fast tune` tries."""
+    """Sizes that `ov3fast tune` measures."""
     counted: Callable[..., Size] = _as_it_is
     """(*size) -> the size as the choice of backends counts it, in _choice.DIMENSIONS."""
     data: tuple[int, ...] = ()
-    """Positions of arguments that training takes no gradient of."""
+    """Positions of arguments that need no gradient in training."""
     parameters: tuple[int, ...] = ()
     """Positions of parameters, if these may be float32 beside narrower activations."""
     single: tuple[int, ...] = ()
     """Positions of arguments that stay float32 when the others are narrower."""
     differentiable: bool = True
     refused: Mapping[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
-    """Backend -> dtypes of this call that it does not take, by its contract."""
+    """Backend -> dtypes that it refuses by contract."""
 
     @property
     def name(self) -> str:
         return f"{self.op}-{self.label}" if self.label else self.op
 
-    def make(
-        self, draw: Callable[..., Tensor], size: Size, dtype: torch.dtype, parameters: torch.dtype | None = None
-    ) -> list[Tensor]:
+    def make(self, draw: Draw, size: Size, dtype: torch.dtype, parameters: torch.dtype | None = None) -> list[Tensor]:
         """Arguments of that size and dtype; `parameters` is that of the parameters, if it is another."""
         made = []
         for i, value in enumerate(self.arguments(draw, *size)):

@@ -39,12 +39,12 @@ def parameter(
     *,
     mixed: bool = False,
 ) -> None:
-    """An optional tensor of shape `expected` on the device and of the dtype of `like`; with `mixed`, float32 will do as well."""
+    """Checks an optional tensor: of shape `expected`, on the device and of the dtype of `like`, or with `mixed` of float32."""
     if value is None:
         return
     if isinstance(value, Tensor) and value.shape == expected and value.device == like.device:
         if value.dtype == like.dtype or (mixed and value.dtype == torch.float32):
-            return  # as nearly always; the rest finds words for what is wrong
+            return  # the common case; what follows works out which error to raise
     tensor(op, name, value)
     shape(op, name, value, expected, meaning)
     same_device(op, name, value, like)
@@ -59,14 +59,14 @@ def same_device(op: str, name: str, value: Tensor, like: Tensor) -> None:
 
 
 def rng(op: str, value: Any) -> None:
-    """(seed, offset) as an int64[2] tensor."""
+    """TypeError unless `value` is (seed, offset) as an int64[2] tensor."""
     if not isinstance(value, Tensor) or value.dtype != torch.int64 or tuple(value.shape) != (2,):
         got = f"{_name(value.dtype)} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{op}: rng must be an int64 tensor (seed, offset) of shape (2,), got {got}; see ops.random.make_rng")
 
 
 def flag(op: str, name: str, value: Any) -> bool:
-    """True or False, as ints too."""
+    """`value` as a bool; 0 and 1 are accepted. TypeError for anything else."""
     if not isinstance(value, (bool, int)):
         raise TypeError(f"{op}: {name} must be True or False, got {type(value).__name__}")
     return bool(value)

@@ -37,12 +37,12 @@ class Backend:
     operands: tuple[str, ...]
     """The arguments, as the schemas name them, that the functions below are called with, for forward and backward calls alike."""
     unavailable_reason: Callable[[], str | None]
-    """Why it can't run in this environment at all (no compiler, no such package), or None."""
+    """Why it can't run in this environment at all (no compiler, package not installed), or None."""
     unsupported_reason: Callable[..., str | None]
     """Why it can't take these operands, or None. It may look at devices, dtypes, shapes, strides, ints, bools and strs, but not at values or
     floats: the answer is remembered."""
     slower_than: Callable[..., Sequence[str]]
-    """Backends that are faster on these operands, the best first: one that can takes the call over, unless this one is asked for."""
+    """Backends that are faster on these operands, the best first: the first that can run the call takes it over, unless this one is named."""
     slower_than_backward: Callable[..., Sequence[str]]
     """The same for backward calls."""
     differentiable: Callable[..., Callable[..., Any] | None]
@@ -227,7 +227,7 @@ class Selector:
         backends = _backends[self.op]
         request = decode(request)
         if self.backward and request and (request not in backends or backends[request].backward is None):
-            request = AUTOMATIC  # a forward-only backend leaves the backward to the next one, since both keep one contract
+            request = AUTOMATIC  # after a forward-only backend the next one runs the backward, under the same contract
         eager_takes_empty = any(args[i].numel() == 0 for i in self._inputs if isinstance(args[i], Tensor))
         eager_takes_empty = eager_takes_empty and "eager" in backends and self._obstacle(backends["eager"], args) is None
         if request in backends:
@@ -258,7 +258,7 @@ class Selector:
         return Selected(function, inference)
 
     def _goes_back_on(self, name: str, request: Request, args: Sequence[Any]) -> bool:
-        """Whether the backward of this forward call would be that backend's too."""
+        """Whether the same backend would run the backward of this forward call."""
         if decode(request) == name:
             return True
         for other in _order:
@@ -278,7 +278,7 @@ class Selector:
 
 
 def forget_choices() -> None:
-    """Choose anew at the next calls: something changed that keys don't hold, such as the backends themselves."""
+    """Drops remembered choices: something changed that their keys don't hold, such as the registered backends."""
     for selector in _selectors:
         selector.forget()
 

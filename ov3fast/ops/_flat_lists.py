@@ -1,4 +1,4 @@
-"""Lists of tensors as kernels walk them: element after element in memory, the same order in every list."""
+"""Lists of tensors as multi-tensor kernels read them: dense, with the same memory order in every list."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 def flatten(lists: Sequence[Sequence[Tensor]], changed: int) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
     """The lists with each tensor dense and in the same order as its partners in the other lists.
 
-    Where these lie differently or have gaps, contiguous copies stand in. Of the first `changed` lists, those have to be copied back:
-    (tensor, its copy) pairs.
+    Tensors whose layouts differ or have gaps are replaced by contiguous copies. The second result lists the (tensor, copy) pairs of the
+    first `changed` lists, to be copied back.
     """
     flat, copies = [list(values) for values in lists], []
     for i, tensors in enumerate(zip(*flat, strict=True)):
@@ -35,7 +35,7 @@ def dtype_obstacle(params: Sequence[Tensor], grads: Sequence[Tensor], states: Se
 
 
 def _alike_and_dense(tensors: Sequence[Tensor]) -> bool:
-    """Whether all lie in memory the same way and without gaps, so that their elements go together in the order of memory."""
+    """Whether all have the same strides and no gaps, so that equal offsets in memory are equal elements."""
     first = tensors[0]
     expected = 1
     for size, stride in sorted(zip(first.shape, first.stride(), strict=True), key=lambda axis: axis[1]):

@@ -21,13 +21,13 @@ Shape = tuple[int, ...]
 
 
 FORMULAS: dict[str, Callable[..., int]] = {}
-"""Of torch.ops.ov3fast, by name; what is not here has no products."""
+"""Operator of torch.ops.ov3fast, by name -> its formula; operators without matrix products have none."""
 
 COUNTER = "torch.utils.flop_counter"
 
 
 def counts(op: str, forward: Callable[..., int], backward: Callable[..., int] | None = None) -> None:
-    """Say how many operations `op` takes: functions of its registered arguments (without `impl`), with shapes in place of tensors."""
+    """Registers the FLOP formulas of `op`: functions of its registered arguments (without `impl`), with shapes in place of tensors."""
     for name, formula in ((op, forward), (f"{op}_backward", backward)):
         if formula is not None:
             FORMULAS[name] = formula
@@ -46,7 +46,7 @@ def _register(counter: ModuleType, name: str) -> None:
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):
-    """Registers the formulas once the counter is imported: it imports Triton, which most who import ov3fast don't need."""
+    """Registers the formulas when the counter is first imported. Importing it here would import Triton, which few callers need."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         if name != COUNTER:

@@ -1,8 +1,8 @@
 """One operator as PyTorch sees it: registration in torch.library, autograd, and the short way around the dispatcher.
 
 `define` registers `ov3fast::op` and `ov3fast::op_backward`, each with a trailing `str impl`, so that torch.compile keeps one node, fake and
-meta tensors have shapes, and dispatch modes (FlopCounterMode, selective checkpointing) see the operator. An eager call on plain tensors has
-none of these to serve and goes straight to its backend, through an autograd.Function where gradients are wanted, which saves most of the
+meta tensors have shapes, and dispatch modes (FlopCounterMode, selective checkpointing) see the operator. An eager call on plain tensors needs
+none of these and goes straight to its backend, through an autograd.Function where gradients are wanted, which saves most of the
 host time. What can be known from the kinds of its arguments (that they are valid, which backend takes them) is worked out once per kind.
 
 Derivatives beyond the first backward are the specification's, by PyTorch: forward mode, vmap and nested torch.func transforms run it in place
@@ -31,14 +31,14 @@ _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), int, float, bool, st
 
 
 class Saved(NamedTuple):
-    """What a forward leaves for its backward."""
+    """What a forward saves for its backward."""
 
     tensors: tuple[Tensor | None, ...]
     options: tuple[Any, ...] = ()
     constants: tuple[Tensor, ...] = ()
-    """The last outputs, if these have no gradient."""
+    """Trailing outputs that have no gradient."""
     without_formula: tuple[Tensor, ...] = ()
-    """Saved outputs whose own gradient nobody has a formula for: a gradient of a gradient that reaches them raises."""
+    """Saved outputs without a derivative formula: a double backward that reaches them raises."""
 
 
 class Operator:
@@ -76,7 +76,7 @@ class Operator:
         try:
             return self._call_plain(request, args)
         except RuntimeError:
-            # A tensor that outlived its torch.func transform is a wrapper without memory of its own.
+            # A tensor that outlived its torch.func transform is a wrapper without storage.
             unwrapped = unwrap_dead_wrappers(args)
             if all(new is old for new, old in zip(unwrapped, args, strict=True)):
                 raise
@@ -208,7 +208,7 @@ class Operator:
         for grad in grad_outputs[self.upstream :]:
             if grad is not None:
                 raise NotImplementedError(
-                    f"{self.name} keeps gradients in place of what they came from, so they can't be differentiated again;"
+                    f"{self.name} saves gradients instead of its inputs, so they can't be differentiated again;"
                     " linear_cross_entropy can with reduction='none'"
                 )
         if upstream[0] is None:
@@ -222,7 +222,7 @@ class Operator:
         return of_inputs((None, *grads))
 
     def _wanted(self, needs: tuple[bool, ...]) -> tuple[list[bool], itemgetter[Any]]:
-        """The backward's flags, and what takes the gradients of the inputs out of (None, *its outputs)."""
+        """The backward's flags, and the getter that picks the inputs' gradients from (None, *its outputs)."""
         found = self.wanted.get(needs)
         if found is None:
             flags = [any(needs[i] for i in inputs) for inputs in self.inputs_of_gradient]
@@ -255,7 +255,7 @@ class Operator:
         saved = iter(ctx.saved_tensors)
         args = [next(saved) if is_tensor else value for is_tensor, value in ctx.arguments]
         with torch.enable_grad():
-            # Views, since one tensor may stand for two arguments, whose gradients are to be told apart.
+            # Views, since one tensor may be passed as two arguments whose gradients must stay apart.
             args = [a.view_as(a) if need else a for a, need in zip(args, ctx.needs_input_grad[:-1], strict=True)]
             outputs = self.differentiable_backward(*args)
             outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
@@ -319,12 +319,12 @@ def define(
 
 
 def gradients(function: Callable[..., Any], inputs: tuple[Tensor, ...], grad_output: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of `function(*inputs)` by all inputs; any transform or graph around them sees through."""
+    """The gradients of `function(*inputs)` with respect to all inputs, visible to any transform or graph around them."""
     return torch.func.vjp(function, *inputs)[1](grad_output)
 
 
 def _is_transformed(args: tuple[Any, ...]) -> bool:
-    """Whether a derivative is asked for that the registered backward can't give: forward mode, vmap, nested transforms of torch.func."""
+    """Whether the registered backward can't serve this call: forward mode, vmap, nested torch.func transforms."""
     if torch._C._are_functorch_transforms_active():
         levels = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
         return levels != [torch._C._functorch.TransformType.Grad]
@@ -334,7 +334,7 @@ def _is_transformed(args: tuple[Any, ...]) -> bool:
 
 
 def _is_plain_call(args: tuple[Any, ...]) -> bool:
-    """Whether nothing but the backend has to see this call: no compiler, transform, dual tensor, mode or subclass."""
+    """Whether only the backend has to see this call: no compiler, transform, dual tensor, dispatch mode or subclass."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -342,7 +342,7 @@ def _is_plain_call(args: tuple[Any, ...]) -> bool:
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
         or not _PLAIN.issuperset(map(type, args))
-        or getattr(args[0], "is_meta", True)  # no tensor at all: about to be refused
+        or getattr(args[0], "is_meta", True)  # not a tensor: the check will raise
     )
 
 
@@ -365,7 +365,7 @@ def _anything(*_: Any) -> None:
 
 
 def _without_autocast(function: Callable[..., Any], args: Sequence[Any]) -> Any:
-    """The public functions cast under torch.autocast; inside an operator it would narrow what the backend keeps in float32."""
+    """Runs with autocast off: the public functions have cast already, and a backend's float32 intermediates must stay float32."""
     if not torch._C._is_any_autocast_enabled():
         return function(*args)
     flat = (value for arg in args for value in (arg if isinstance(arg, (list, tuple)) else (arg,)))

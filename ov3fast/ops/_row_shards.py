@@ -1,7 +1,7 @@
-"""Rows of one [N, ...] tensor dealt over a process group, and the collectives of the contrastive loss on them.
+"""Rows of one [N, ...] tensor sharded over a process group, and the collectives that the contrastive loss runs on them.
 
 Rank w holds sizes[w] rows, in rank order; sizes may differ, and be 0. Without a group there is one rank and every method is
-the identity. All sums run over ranks in the collective's own fixed order. Every rank of the group has to take part.
+the identity. Sums over ranks run in the collective's own fixed order. Every rank of the group must call them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from ov3fast import environment
 
 PIECE_ROWS, MOST_PIECES = 512, 16
-"""Rows of a rank that are passed round at once, and in how many parts at most."""
+"""Rows per piece that the ring passes on, and the largest number of pieces per rank."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class RowShards:
         return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
 
     def exchange(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(rank, its rows) for every rank: this one's at once, while the others' are on their way, then those in rank order."""
+        """(rank, its rows) for every rank: this one's first, while the others' are in flight, then those in rank order."""
         if self.group is None:
             yield self.rank, x
             return
@@ -78,8 +78,8 @@ class RowShards:
                 yield rank, part
 
     def ring(self, x: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-        """(rank, first, rows of it from `first` on) until every rank's rows have come: this one's whole, then those of the others in
-        `pieces`, each passed on by the rank before while the one before it is worked on. Three pieces are held at the most."""
+        """(rank, first, its rows from `first` on) until every rank's rows have arrived: this one's whole, then the others' in `pieces`,
+        each received from the previous rank while the piece before it is computed on. At most three pieces are in memory."""
         x = x.contiguous()
         places = [(piece, hop) for piece in range(self.pieces) for hop in range(1, self.world)]
         arriving = self._next(x, places, 0, None)
@@ -92,15 +92,15 @@ class RowShards:
 
     @property
     def pieces(self) -> int:
-        """In how many parts a rank's rows are passed round."""
+        """Pieces per rank."""
         return min(MOST_PIECES, max(1, -(-max(self.sizes) // PIECE_ROWS)))
 
     def piece(self, rank: int, number: int) -> slice:
-        """Which rows of a rank are its piece of that number."""
+        """The rows of a rank's piece `number`."""
         return slice(*(self.sizes[rank] * part // self.pieces for part in (number, number + 1)))
 
     def _next(self, x: Tensor, places: list[tuple[int, int]], number: int, held: Tensor | None) -> _Arriving:
-        """Starts the transfer of that number: this rank's own piece goes on in the first hop, then what it holds."""
+        """Starts transfer `number`: the first hop sends this rank's own piece, later hops the piece it received."""
         if number == len(places):
             return _Arriving(x, x, [])
         piece, hop = places[number]
@@ -109,7 +109,7 @@ class RowShards:
         return self._pass_on(sent, x.new_empty((rows.stop - rows.start, *x.shape[1:])))
 
     def _pass_on(self, sent: Tensor, room: Tensor, tag: int = 0) -> _Arriving:
-        """Starts to send a block to the next rank and to receive the one before's into `room`."""
+        """Starts sending a block to the next rank and receiving the previous rank's into `room`."""
         import torch.distributed as dist
 
         ends = ((dist.isend, sent, 1), (dist.irecv, room, -1))
@@ -148,7 +148,7 @@ class RowShards:
 
 
 class _Arriving:
-    """A block on its way; the one that is sent is kept until it has left."""
+    """A block in flight. The block being sent is kept alive until it has left."""
 
     def __init__(self, sent: Tensor, room: Tensor, works: list[Any]) -> None:
         self.sent: Tensor | None = sent
@@ -162,18 +162,18 @@ class _Arriving:
 
 
 class RingSums:
-    """Sums over the ranks for the rows that `RowShards.ring` brings: each travels one hop behind its piece, and ends at the rows' owner.
+    """Sums over the ranks for the rows that `RowShards.ring` yields: each travels one hop behind its piece, and ends at the rows' owner.
 
         for owner, first, block in shards.ring(x):
-            sums.expect(len(block))      # what the ranks before have summed for this piece is on its way
-            sums.add(partial)                   # [len(block), D]
-        own = sums.home()                       # [n, D]
+            sums.expect(len(block))     # starts receiving the sum of the previous ranks for this piece
+            sums.add(partial)           # [len(block), D]
+        own = sums.home()               # [n, D]
 
     The order of a sum is that of the ring, so its bits depend on the number of ranks alone.
     """
 
     def __init__(self, shards: RowShards, like: Tensor) -> None:
-        """like: of the sums' dtype, device and trailing shape."""
+        """like: a tensor of the sums' dtype, device and trailing shape."""
         self.shards, self.like, self.number = shards, like, -1
         self._own: Tensor | None = None
         self._sum: Tensor | None = None
@@ -216,16 +216,16 @@ class RingSums:
 
 
 def deal(op: str, group_name: str, rows: int, facts: dict[str, int], device: torch.device) -> RowShards:
-    """The sizes of all ranks, told to each. `facts` are integers that must be equal on all: ValueError on every rank if not.
+    """All-gathers the ranks' row counts. `facts` are integers that must agree on all ranks: ValueError on every rank if they don't.
 
-    RuntimeError where a rank doesn't come to it within OV3FAST_EXCHANGE_TIMEOUT seconds.
+    RuntimeError if a rank doesn't arrive within OV3FAST_EXCHANGE_TIMEOUT seconds.
     """
     if not group_name:
         return RowShards(None, 0, (rows,))
     import torch.distributed as dist
 
     group = resolve(group_name)
-    # By the CPU where the group can: reading sizes that lie on a GPU would wait for all that it has to do.
+    # On the CPU where the group can: reading sizes from a GPU would wait for its whole queue.
     on_cpu = any(kind.startswith("cpu:") for kind in str(dist.get_backend_config(group)).split(","))
     mine = torch.tensor([rows, *facts.values()], device="cpu" if on_cpu else device)
     told = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
@@ -234,8 +234,8 @@ def deal(op: str, group_name: str, rows: int, facts: dict[str, int], device: tor
         dist.all_gather(told, mine, group=group, async_op=True).wait(timedelta(seconds=limit))
     except RuntimeError as error:
         raise RuntimeError(
-            f"{op}: not every rank of the group came to the exchange within {limit:g} s (OV3FAST_EXCHANGE_TIMEOUT): one of them has "
-            f"failed, or has no {op} in this step ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__})"
+            f"{op}: not every rank of the group reached the exchange within {limit:g} s (OV3FAST_EXCHANGE_TIMEOUT): one of them has "
+            f"failed, or runs no {op} in this step ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__})"
         ) from None
     sizes, *columns = zip(*(values.tolist() for values in told), strict=True)
     for name, values in zip(facts, columns, strict=True):
@@ -245,14 +245,14 @@ def deal(op: str, group_name: str, rows: int, facts: dict[str, int], device: tor
 
 
 def resolve(group_name: Any) -> Any:
-    """The process group of that name (ProcessGroup.group_name), which is what can travel through an operator's schema."""
+    """The process group of that name (ProcessGroup.group_name): a schema can carry the name, not the group."""
     from torch.distributed.distributed_c10d import _resolve_process_group
 
     return _resolve_process_group(group_name)
 
 
 def name_of(op: str, group: Any) -> str:
-    """'' for None. TypeError for what is no process group, ValueError where this process is not in it."""
+    """The group's name; '' for None. TypeError for anything but a process group, ValueError where this process is not in it."""
     if group is None:
         return ""
     import torch.distributed as dist

@@ -9,22 +9,23 @@
 params p of one dtype (float32, bfloat16 or float64) and any shapes, grads g in it or in float32; exp_avgs m, exp_avg_sqs v and
 ema in float32 (float64 for float64 parameters). bfloat16 parameters are rounded to nearest, which loses steps below
 p / 256: train on float32 weights where that matters. With max_norm, a norm that is not finite leaves all as it was (max_norm = inf
-clips nothing and keeps this guard); without max_norm it is not looked at, and everything becomes NaN. Where the tensors are shards of
-what is trained, the norm over all shards is the caller's to give.
+clips nothing and keeps this guard); without max_norm the norm is not checked, and everything becomes NaN. Where the tensors are shards
+of the parameters, the caller passes the norm over all shards.
 Source: Loshchilov & Hutter 2019 (arXiv 1711.05101); clipping as torch.nn.utils.clip_grad_norm_.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _check, _dispatch, _flat_lists, _operator, cpu
-from ._calls import Call
+from ._calls import Call, Draw
 
 # The update runs over consecutive tensors of about this many elements at a time, so that they stay in the cache.
 BUCKET = 2**18
@@ -32,8 +33,10 @@ BUCKET = 2**18
 
 @torch.no_grad()
 def reference(
-    params, grads, exp_avgs, exp_avg_sqs, ema=None, *,
-    step, lr, betas, eps, weight_decay, max_norm=None, ema_decay=None, norm=None,
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    ema: Sequence[Tensor] | None = None, *, step: int, lr: float, betas: tuple[float, float], eps: float,
+    weight_decay: float | Sequence[float], max_norm: float | None = None, ema_decay: float | None = None,
+    norm: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Plain PyTorch, the specification, one tensor at a time."""
     wide = exp_avgs[0].dtype
@@ -77,12 +80,12 @@ def adamw_ema_(
     (0.0 for norms and biases, say). ema and ema_decay: both or neither. With max_norm nothing changes where the norm is not
     finite. Returns a scalar, float32 (float64 for float64).
 
-    step, lr and ema_decay may be scalar tensors on the parameters' device, for a step that a CUDA graph records: their values are read
-    there, by no backend that runs on the CPU. Out of range they are not noticed.
-    norm: the gradients' global norm where the lists hold shards of it, a scalar in the moments' dtype on their device; it is clipped by and
-    comes back. None: that of `grads`.
+    step, lr and ema_decay may be scalar tensors on the parameters' device, for a step that is captured in a CUDA graph: their values are
+    read on the device, so the CPU kernels don't take them, and are not range-checked.
+    norm: the gradients' global norm where the lists hold shards, a scalar in the moments' dtype on their device; it is used for clipping and
+    returned. None: the norm of `grads`.
     Raises TypeError or ValueError that name the argument; NotImplementedError for tensors that are differentiated in forward mode or
-    transformed by torch.func: there is no derivative. As in torch.optim, a graph behind the gradients is left out.
+    transformed by torch.func: there is no derivative. As in torch.optim, a graph behind the gradients is ignored.
     """
     op = "adamw_ema_"
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
@@ -127,7 +130,7 @@ def _schedule(op: str, numbers: dict[str, int | float | Tensor | None], device: 
 
 
 def _refuse_derivatives(op: str, lists: dict[str, Sequence[Tensor]]) -> None:
-    """An update in place would drop tangents, and torch.func's gradients, in silence."""
+    """An update in place would silently drop tangents and torch.func's gradients."""
     for name, tensors in lists.items():
         for i, tensor in enumerate(tensors):
             wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
@@ -145,7 +148,7 @@ def _check_lists(op: str, lists: dict[str, Sequence]) -> None:
     if params and all(
         values is decays or _fit(values, params, narrow=name in ("params", "grads")) for name, values in lists.items()
     ):
-        return  # as nearly always; the rest finds words for what is wrong
+        return  # the common case; what follows works out which error to raise
     for i, p in enumerate(params):
         _check.tensor(op, f"params[{i}]", p)
         if p.dtype != params[0].dtype or p.device != params[0].device:
@@ -173,7 +176,10 @@ def _fit(values: Sequence, params: Sequence, narrow: bool) -> bool:
     )
 
 
-def _check_numbers(op, step, lr, betas, eps, max_norm, ema_decay) -> None:
+def _check_numbers(
+    op: str, step: int | Tensor, lr: float | Tensor, betas: tuple[float, float], eps: float, max_norm: float | None,
+    ema_decay: float | Tensor | None,
+) -> None:  # fmt: skip
     if not isinstance(step, Tensor) and (not isinstance(step, int) or step < 1):
         raise ValueError(f"{op}: step must be an integer from 1 on, got {step!r}")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
@@ -189,8 +195,10 @@ def _check_numbers(op, step, lr, betas, eps, max_norm, ema_decay) -> None:
 
 # Lists at once (_foreach_*), several times as fast as the reference's loop over tensors.
 def _forward_eager(
-    params, grads, exp_avgs, exp_avg_sqs, ema, step, lr, beta1, beta2, eps, weight_decay, max_norm, ema_decay, schedule, norm
-):
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    ema: Sequence[Tensor], step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: Sequence[float],
+    max_norm: float | None, ema_decay: float | None, schedule: Tensor | None, norm: Tensor | None,
+) -> Tensor:  # fmt: skip
     if schedule is not None:
         return _forward_on_device(
             params, grads, exp_avgs, exp_avg_sqs, ema, beta1, beta2, eps, weight_decay, max_norm, schedule, norm
@@ -223,12 +231,16 @@ def _forward_eager(
     return norm
 
 
-def _norm(grads, wide):
+def _norm(grads: Sequence[Tensor], wide: torch.dtype) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=wide)))
 
 
-def _forward_on_device(params, grads, exp_avgs, exp_avg_sqs, ema, beta1, beta2, eps, weight_decay, max_norm, schedule, norm):
-    """By PyTorch, tensor by tensor, without a look at a value: for recorded steps where there is no kernel."""
+def _forward_on_device(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    ema: Sequence[Tensor], beta1: float, beta2: float, eps: float, weight_decay: Sequence[float], max_norm: float | None,
+    schedule: Tensor, norm: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """In PyTorch, tensor by tensor, without reading a value on the host: for captured steps where there is no kernel."""
     wide = exp_avgs[0].dtype
     step, lr, ema_decay = schedule.unbind()
     norm = _norm(grads, wide) if norm is None else norm.clone()
@@ -260,7 +272,7 @@ def _buckets(params: Sequence[Tensor]) -> list[slice]:
     return slices
 
 
-def _fake(params, grads, exp_avgs, *_):
+def _fake(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], *_: Any) -> Tensor:
     return params[0].new_empty((), dtype=exp_avgs[0].dtype)
 
 
@@ -285,8 +297,10 @@ _STEP = cpu.Kernel(
 
 
 def _forward_cpu(
-    params, grads, exp_avgs, exp_avg_sqs, ema, step, lr, beta1, beta2, eps, weight_decay, max_norm, ema_decay, schedule, norm
-):
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    ema: Sequence[Tensor], step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: Sequence[float],
+    max_norm: float | None, ema_decay: float | None, schedule: Tensor | None, norm: Tensor | None,
+) -> Tensor:  # fmt: skip
     changed = [params, exp_avgs, exp_avg_sqs, *([ema] if ema else [])]
     (*states, grads), copies = _flat_lists.flatten([*changed, grads], len(changed))
     given = norm
@@ -305,15 +319,18 @@ def _forward_cpu(
     return norm if given is None else given.clone()
 
 
-def _addresses(tensors):
+def _addresses(tensors: Sequence[Tensor]) -> Tensor:
     return _numbers([t.data_ptr() for t in tensors])
 
 
-def _numbers(values):
+def _numbers(values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
-def _unsupported_reason(params, grads, exp_avgs, exp_avg_sqs, ema, schedule, norm):
+def _unsupported_reason(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    ema: Sequence[Tensor], schedule: Tensor | None, norm: Tensor | None,
+) -> str | None:  # fmt: skip
     if schedule is not None:
         return "it takes step, lr and ema_decay as numbers"
     states = *exp_avgs, *exp_avg_sqs, *ema
@@ -331,13 +348,13 @@ cpu.register(
 # ---- how it is called
 
 
-def _states(draw, *sizes):
+def _states(draw: Draw, *sizes: int) -> list[Tensor]:
     """params, grads, m, v, ema, one after the other."""
     params, grads, m, v, ema = ([draw(size) for size in sizes] for _ in range(5))
     return [*params, *grads, *m, *(value.abs() for value in v), *ema]
 
 
-def _step(function, *tensors):
+def _step(function: Callable[..., Any], *tensors: Tensor) -> list[Tensor]:
     """The norm, and all that changes, of copies."""
     count = len(tensors) // 5
     lists = [[t.clone() for t in tensors[i * count : (i + 1) * count]] for i in range(5)]

@@ -19,16 +19,14 @@ An image [V,N,D] holds V views of each text's image: the loss is the mean of the
 With a process group each rank has its own pairs, in unequal numbers if need be, and computes its rows against all columns.
 Its share of the loss, W/N sum_{i on rank} [...], is such that the mean of the W shares is the loss of all pairs, and the
 gradients, averaged over ranks as DDP does, are those of that mean. Texts cross the ranks once in each direction, whatever the number
-of views. s and t must be equal on all ranks, and all ranks have to
-run the backward or none.
+of views. s and t must be equal on all ranks, and either all ranks run the backward or none.
 Source: CLIP, arXiv 2103.00020, figure 3; SigLIP, arXiv 2303.15343, equation 2; Inf-CL, arXiv 2410.17243 (blocks and ranks).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +34,8 @@ from torch import Tensor
 
 from ..kernels.contrastive.config import FEW
 from . import _check, _choice, _dispatch, _flops, _operator, _row_shards, cpu
-from ._calls import Call
-
-KINDS = ("softmax", "sigmoid")
-EXCHANGES = ("gather", "ring")
-SMALLEST_NORM = 1e-12
+from ._calls import Call, Draw
+from ._contrastive_ranks import EXCHANGES, KINDS, SMALLEST_NORM, join_views, over_ranks, project, split_views
 
 # Rows are taken in chunks of about this many logits, by shape alone, so that the order of sums never changes.
 CHUNK_LOGITS = 2**20
@@ -82,12 +77,12 @@ def contrastive_loss(
     logit_scale: scalar tensor, the multiplier of the cosines itself, not its logarithm.
     kind: "softmax" (CLIP), the mean of both directions' cross-entropies, or "sigmoid" (SigLIP), the sum over all N x N pairs divided by N.
     logit_bias: scalar tensor added to the logits; "sigmoid" only.
-    group: a torch.distributed process group over whose ranks the pairs are dealt, in unequal numbers if need be. Every rank's rows then meet
-        the columns of all ranks, and each rank gets its share of the loss: the mean of the shares over the ranks is the loss of all
+    group: a torch.distributed process group over whose ranks the pairs are sharded, in unequal numbers if need be. Every rank's rows are then
+        compared with the columns of all ranks, and each rank gets its share of the loss: the mean of the shares over the ranks is the loss of all
         pairs, and gradients averaged over the ranks, as DDP does, are that loss's. logit_scale and logit_bias must be equal on all
         ranks, and all ranks have to run the backward, or none.
     exchange: how texts cross the group's ranks: "gather" brings all of them to every rank, "ring" passes them from rank to rank, in both
-        directions of the derivative, so that a rank holds a few pieces of the others' texts at a time. The next piece travels while tiles are computed.
+        the forward and the backward, so that a rank holds a few pieces of the others' texts at a time. The next piece is in flight while tiles are computed.
     impl: a backend by name; None picks one.
 
     Returns a scalar: float32 (float64 for float64), under torch.autocast too; 0 for N = 0. All tensors get gradients; memory is linear in N.
@@ -121,11 +116,13 @@ def _scalar(op: str, name: str, value: Any, like: Tensor) -> Tensor:
     return value.reshape(())
 
 
-# A backend computes a rectangle: this rank's rows i against columns j, of which j = i + offset is the pair's own, if it is there. The
-# forward takes the columns of one rank after another's, since they arrive so; the backward those of all.
+# A backend computes a rectangle: this rank's rows i against columns j, where j = i + offset, if present, is the matching text. The
+# forward takes one rank's columns at a time, as they arrive; the backward all of them.
 
 
-def _forward_rows(image, text, scale, bias, kind, offset):
+def _forward_rows(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: str, offset: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """image [n,D], text [N,D] -> rows, columns, own.
 
     softmax: rows [2,n] are r's (max, log-sum), columns [2,N] c's (max, sum) over these rows alone, own [n] is z_ii.
@@ -152,10 +149,13 @@ def _forward_rows(image, text, scale, bias, kind, offset):
     return (rows, torch.stack([m_i, l_i]), own) if kind == "softmax" else (rows, None, None)
 
 
-def _backward_rows(image, text, scale, bias, kind, offset, r, c, row_weight, column_weight, need_image, need_text):
+def _backward_rows(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: str, offset: int, r: Tensor,
+    c: Sequence[Tensor] | None, row_weight: Tensor, column_weight: Tensor | None, need_image: bool, need_text: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:  # fmt: skip
     """Gradients by image [n,D]; by text over these rows [N,D], with its norms held fixed; by s and by t.
 
-    The first two are None unless needed; all but the first are in the wide dtype. `_project` turns the second into the gradient by
+    The first two are None unless needed; all but the first are in the wide dtype. `project` turns the second into the gradient by
     text, once the rows of all ranks are added up. softmax: r [2,n] and c [2,N] are the (max, log-sum) of rows and columns. row_weight
     (scalar) and column_weight [N] stand for the loss's 1/N, times the upstream gradient of the row's and column's rank.
     """
@@ -184,14 +184,14 @@ def _backward_rows(image, text, scale, bias, kind, offset, r, c, row_weight, col
         if grad_b is not None:
             grad_b.addmm_(g.T, a[chunk])
     return (
-        None if grad_a is None else _project(grad_a / _norm(image), image),
+        None if grad_a is None else project(grad_a / _norm(image), image),
         None if grad_b is None else grad_b / _norm(text),
         grad_scale,
         grad_bias,
     )
 
 
-def _chunks(rows: int, columns: int, offset: int):
+def _chunks(rows: int, columns: int, offset: int) -> list[tuple[slice, int]]:
     """Slices of rows, each with the diagonal on which its own pairs lie."""
     size = max(1, CHUNK_LOGITS // max(columns, 1))
     return [(slice(start, min(start + size, rows)), start + offset) for start in range(0, rows, size)]
@@ -206,204 +206,9 @@ def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(SMALLEST_NORM)
 
 
-def _project(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient by x with its norms held fixed, which may be overwritten -> the gradient by x."""
-    wide_x = x.to(grad.dtype)
-    norm = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True)
-    a = wide_x / norm
-    # Below the smallest norm the divisor is constant.
-    return torch.where(norm >= SMALLEST_NORM, grad - a * (a * grad).sum(-1, keepdim=True), grad).to(x.dtype)
-
-
-def _split(image, x):
-    """What belongs to each view, of what has a first axis for the views where the image has one."""
-    return x.unbind() if image.ndim == 3 else (x,)
-
-
-def _join(image, parts):
-    return torch.stack(parts) if image.ndim == 3 else parts[0]
-
-
-def _over_blocks(forward_rows, shards, blocks, views, text, scale, bias, kind):
-    """`forward_rows` of each view against the columns of all ranks, one rank's after another's: those of the others arrive meanwhile."""
-    rows, own = [None] * len(views), [None] * len(views)
-    columns = [[[scale.new_empty((2, 0))] for _ in shards.sizes] for _ in views]
-    for rank, _, block in blocks:
-        if rank != shards.rank and len(block) == 0:
-            continue
-        # Outside this rank's own block there are no pairs: with this offset every row's would lie left of it.
-        offset = 0 if rank == shards.rank else -len(text)
-        for v, image in enumerate(views):
-            part, by_column, block_own = forward_rows(image, block, scale, bias, kind, offset)
-            columns[v][rank].append(by_column)
-            if rank == shards.rank:
-                rows[v], own[v] = part, block_own
-            else:
-                rows[v] = _add_exponentials(rows[v], part) if kind == "softmax" else rows[v] + part
-        del block  # else it would be kept while the one after the next arrives
-    by_columns = [None if kind == "sigmoid" else torch.cat([part for parts in ranks for part in parts], 1) for ranks in columns]
-    return zip(rows, by_columns, own, strict=True)
-
-
-def _add_exponentials(a, b):
-    """Of two sums of exponentials, each as (max, log of the sum below it), the sum."""
-    m_i = torch.maximum(a[0], b[0])
-    return torch.stack([m_i, torch.logaddexp(a[0] - m_i + a[1], b[0] - m_i + b[1])])
-
-
-def _loss(rows, columns, own, kind, share, wide):
-    """(loss, rows, columns as (max, log-sum)) from what rows and columns of all pairs come to; the columns' sums are overwritten."""
-    if kind == "sigmoid":
-        return (rows.sum(dtype=torch.float64) * share).to(wide), rows.new_empty(2, 0), rows.new_empty(2, 0)
-    columns[1].log_()
-    losses = (rows[0] - own) + rows[1] + (columns[0] - own) + columns[1]
-    return (losses.sum(dtype=torch.float64) * (share / 2)).to(wide), rows, columns
-
-
-def over_ranks(forward_rows, backward_rows, project=_project):
-    """A backend's functions on rectangles -> its forward and backward of the operator, ranks and normalisation included."""
-
-    def forward(image, text, scale, bias, kind, group, exchange):
-        wide = _check.accumulate_dtype(image.dtype)
-        if not group and image.ndim == 2:  # all pairs are here, and nothing travels
-            rows, columns, own = forward_rows(image, text, scale.to(wide), None if bias is None else bias.to(wide), kind, 0)
-            return *_loss(rows, columns, own, kind, 1 / max(len(text), 1), wide), scale.new_empty(0, dtype=torch.int64)
-        views = _split(image, image)
-        facts = {
-            "the width of image": image.shape[-1], "kind": KINDS.index(kind), "the dtype's size": image.element_size(),
-            "the number of views": len(views), "exchange": EXCHANGES.index(exchange),
-        }  # fmt: skip
-        shards = _row_shards.deal("contrastive_loss", group, len(text), facts, image.device)
-        share = shards.world / max(shards.total, 1)
-        scale, bias = scale.to(wide), None if bias is None else bias.to(wide)
-        found = []
-        blocks = shards.ring(text) if exchange == "ring" else ((rank, 0, block) for rank, block in shards.exchange(text))
-        for rows, columns, own in _over_blocks(forward_rows, shards, blocks, views, text, scale, bias, kind):
-            if kind == "softmax":
-                columns = torch.stack([shards.own(x) for x in shards.merge(*columns)])
-            found.append(_loss(rows, columns, own, kind, share, wide))
-        # A CPU tensor would keep Inductor from capturing CUDA graphs; alone, a rank knows its size.
-        sizes = torch.tensor(shards.sizes) if group else scale.new_empty(0, dtype=torch.int64)
-        return *(_join(image, parts) for parts in zip(*found, strict=True)), sizes
-
-    def backward(grad_loss, image, text, scale, bias, r, c, sizes, kind, group, exchange, need_image, need_text):
-        wide = _check.accumulate_dtype(image.dtype)
-        resolved = _row_shards.resolve(group) if group else None
-        rank, sizes = (0, [len(text)]) if resolved is None else (resolved.rank(), sizes.tolist())
-        shards = _row_shards.RowShards(resolved, rank, tuple(sizes))
-        wide_scale, wide_bias = scale.to(wide), None if bias is None else bias.to(wide)
-        if not group and image.ndim == 2 and exchange != "ring":
-            weight = grad_loss.to(wide) * (1 / max(len(text), 1))
-            all_c, all_weights = (c.unbind(), weight.expand(len(text))) if kind == "softmax" else (None, None)
-            grad_image, grad_b, grad_scale, grad_bias = backward_rows(
-                image, text, wide_scale, wide_bias, kind, 0, r, all_c, weight, all_weights, need_image, need_text
-            )
-            return (
-                grad_image if need_image else image.new_empty(0),
-                project(grad_b, text) if need_text else text.new_empty(0),
-                grad_scale.to(scale.dtype),
-                grad_bias.to(scale.dtype if bias is None else bias.dtype),
-            )
-        weights = grad_loss.to(wide) * (shards.world / max(shards.total, 1))
-        views = []
-        for view, weight, rows, columns in zip(*(_split(image, x) for x in (image, weights, r, c)), strict=True):
-            all_columns = None
-            if kind == "softmax":
-                all_columns = shards.gather(torch.stack([*columns, weight.expand_as(columns[0])], dim=1)).unbind(1)
-            views.append(_View(view, weight, rows, all_columns))
-        rectangle = functools.partial(_backward_view, backward_rows, wide_scale, wide_bias, kind)
-        if exchange == "ring":
-            grad_images, grad_b, *by_scalars = _backward_ring(rectangle, shards, views, text, wide, need_image, need_text)
-            grad_text = project(grad_b, text) if need_text else None
-            grad_scale, grad_bias = by_scalars
-        else:
-            all_text, found = shards.gather(text), []
-            for view in views:
-                by_image, by_text, *by_scalars = rectangle(
-                    view, view.image, all_text, shards.offset, slice(None), need_image, need_text
-                )
-                by_text = project(shards.reduce_scatter(by_text), text) if need_text else text.new_empty(0)
-                kinds = (scale.dtype, scale.dtype if bias is None else bias.dtype)
-                found.append((by_image, by_text, *(grad.to(dtype) for grad, dtype in zip(by_scalars, kinds, strict=True))))
-            grad_images, *others = zip(*found, strict=True)
-            grad_text, grad_scale, grad_bias = (functools.reduce(torch.add, grads) for grads in others)
-        return (
-            _join(image, grad_images) if need_image else image.new_empty(0),
-            text.new_empty(0) if grad_text is None else grad_text,
-            grad_scale.to(scale.dtype),
-            grad_bias.to(scale.dtype if bias is None else bias.dtype),
-        )
-
-    return forward, backward
-
-
-class _View(NamedTuple):
-    """What the backward needs of one view."""
-
-    image: Tensor
-    weight: Tensor
-    rows: Tensor
-    columns: Sequence[Tensor] | None
-    """softmax: the (max, log-sum) and the weight of every column of all ranks, [N] each."""
-
-
-def _backward_view(
-    backward_rows, scale, bias, kind, view, image, text, offset, columns, need_image, need_text, rows=slice(None)
-):
-    """`backward_rows` of a view's rows against the texts of the slice `columns` of all ranks' columns."""
-    c = weights = None
-    if view.columns is not None:
-        *c, weights = (x[columns] for x in view.columns)
-    return backward_rows(
-        image, text, scale, bias, kind, offset, view.rows[..., rows], c, view.weight, weights, need_image, need_text
-    )
-
-
-def _backward_ring(rectangle, shards, views, text, wide, need_image, need_text):
-    """The gradients by each view, by the own texts with their norms held fixed, by s and by t, with the texts passed round.
-
-    A view's gradient is the sum of one part for each rank's texts, so parts are computed from wide features: in 16 bits each would be
-    rounded by itself.
-    """
-    images = [view.image if shards.world == 1 else view.image.to(wide) for view in views]
-    starts = [sum(shards.sizes[:rank]) for rank in range(shards.world + 1)]
-    grad_images: list[Any] = [None] * len(views)
-    grad_scale = grad_bias = 0
-    sums = _row_shards.RingSums(shards, text.new_empty((0, text.shape[1]), dtype=wide))
-    for rank, first, block in shards.ring(text):
-        if need_text:
-            sums.expect(len(block))
-        offset = 0 if rank == shards.rank else -len(text)  # as in _over_blocks
-        block = block.to(images[0].dtype)
-        grad_block: Any = None if len(block) or rank == shards.rank else sums.like
-        columns = slice(starts[rank] + first, starts[rank] + first + len(block))
-        # Against the others' pieces in chunks of rows, so that a chunk's gradient and the kernel's copies of it stay small.
-        size = max(len(text), 1) if rank == shards.rank else 2 * _row_shards.PIECE_ROWS
-        for v, (view, image) in enumerate(zip(views, images, strict=True)):
-            for start in range(0, max(len(image), 1), size):
-                if rank != shards.rank and len(block) == 0:
-                    continue
-                rows = slice(start, start + size)
-                by_image, by_text, by_scale, by_bias = rectangle(
-                    view, image[rows], block, offset, columns, need_image, need_text, rows
-                )
-                if need_image and grad_images[v] is None:
-                    grad_images[v] = by_image
-                elif need_image:
-                    grad_images[v][rows].add_(by_image)
-                if need_text:
-                    grad_block = by_text if grad_block is None else grad_block.add_(by_text)
-                grad_scale, grad_bias = grad_scale + by_scale, grad_bias + by_bias
-                del by_image, by_text
-        del block
-        if need_text:
-            sums.add(grad_block)
-    if need_image:
-        grad_images = [grad.to(view.image.dtype) for grad, view in zip(grad_images, views, strict=True)]
-    return grad_images, sums.home() if need_text else None, grad_scale, grad_bias
-
-
-def _fake(image, text, scale, bias, kind, group, exchange):
+def _fake(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: str, group: str, exchange: str
+) -> tuple[Tensor, ...]:
     wide = _check.accumulate_dtype(image.dtype)
     views = image.shape[:-2]
     lse = image.new_empty((*views, 2, len(text) if kind == "softmax" else 0), dtype=wide)
@@ -414,7 +219,10 @@ def _fake(image, text, scale, bias, kind, group, exchange):
     return image.new_empty(views, dtype=wide), lse, torch.empty_like(lse), sizes
 
 
-def _fake_backward(grad_loss, image, text, scale, bias, r, c, sizes, kind, group, exchange, need_image, need_text):
+def _fake_backward(
+    grad_loss: Tensor, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, r: Tensor, c: Tensor, sizes: Tensor,
+    kind: str, group: str, exchange: str, need_image: bool, need_text: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     return (
         image.new_empty(image.shape if need_image else 0),
         text.new_empty(text.shape if need_text else 0),
@@ -423,23 +231,28 @@ def _fake_backward(grad_loss, image, text, scale, bias, r, c, sizes, kind, group
     )
 
 
-def _specification(image, text, scale, bias, kind, group, exchange):
+def _specification(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: str, group: str, exchange: str
+) -> tuple[Tensor, ...]:
     if group:
         raise NotImplementedError(
             "contrastive_loss: with a group there is no forward-mode, batched, nested or second derivative; take it over one rank's pairs"
         )
-    losses = [reference(view, text, scale, kind=kind, logit_bias=bias) for view in _split(image, image)]
-    return (_join(image, losses),)
+    losses = [reference(view, text, scale, kind=kind, logit_bias=bias) for view in split_views(image, image)]
+    return (join_views(image, losses),)
 
 
-def _differentiable_backward(grad_loss, image, text, scale, bias, r, c, sizes, kind, group, exchange, *needs):
+def _differentiable_backward(
+    grad_loss: Tensor, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, r: Tensor, c: Tensor, sizes: Tensor,
+    kind: str, group: str, exchange: str, *needs: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     no_bias = torch.zeros_like(scale) if bias is None else bias
     return _operator.gradients(
         lambda i, t, s, b: _specification(i, t, s, b, kind, group, exchange)[0], (image, text, scale, no_bias), grad_loss
     )
 
 
-def _save(inputs, output):
+def _save(inputs: Sequence[Any], output: Any) -> _operator.Saved:
     image, text, scale, bias, *settings = inputs
     return _operator.Saved((image, text, scale, bias, *output[1:]), tuple(settings), constants=output[1:])
 
@@ -464,11 +277,14 @@ _contrastive_loss = _operator.define(
 # ---- its products, for FlopCounterMode
 
 
-def _flops_forward(image, text, *_):
+def _flops_forward(image: _flops.Shape, text: _flops.Shape, *_: Any) -> int:
     return _flops.product(image, text)
 
 
-def _flops_backward(grad_loss, image, text, scale, bias, r, c, sizes, kind, group, exchange, need_image, need_text, *_):
+def _flops_backward(
+    grad_loss: Any, image: _flops.Shape, text: _flops.Shape, scale: float, bias: Any, r: Any, c: Any, sizes: Any, kind: str,
+    group: str, exchange: str, need_image: bool, need_text: bool, *_: Any,
+) -> int:  # fmt: skip
     return (1 + need_image + need_text) * _flops.product(image, text)
 
 
@@ -494,14 +310,16 @@ _PROJECT = cpu.Kernel(
 )
 
 
-def _operands(image, text):
+def _operands(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     """image and text as the kernels take them."""
     if image.dtype == torch.bfloat16 and len(text) <= FEW:
         image, text = image.float(), text.float()
     return cpu.rows(image), cpu.rows(text)
 
 
-def _forward_rows_cpu(image, text, scale, bias, kind, offset):
+def _forward_rows_cpu(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: str, offset: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     image, text = _operands(image, text)
     softmax = kind == "softmax"
     lse = scale.new_empty((2, len(image)) if softmax else len(image))
@@ -513,7 +331,10 @@ def _forward_rows_cpu(image, text, scale, bias, kind, offset):
     return lse, columns, own
 
 
-def _backward_rows_cpu(image, text, scale, bias, kind, offset, r, c, row_weight, column_weight, need_image, need_text):
+def _backward_rows_cpu(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: str, offset: int, r: Tensor,
+    c: Sequence[Tensor] | None, row_weight: Tensor, column_weight: Tensor | None, need_image: bool, need_text: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:  # fmt: skip
     dtype = image.dtype
     image, text = _operands(image, text)
     c_max, c_log = (None, None) if c is None else map(cpu.wide, c)
@@ -531,7 +352,7 @@ def _backward_rows_cpu(image, text, scale, bias, kind, offset, r, c, row_weight,
     return None if grad_image is None else grad_image.to(dtype), grad_text, grad_scale, grad_bias
 
 
-def _project_cpu(grad, x):
+def _project_cpu(grad: Tensor, x: Tensor) -> Tensor:
     x_ND = cpu.rows(x)
     # A rank's part of a larger sum would keep all of it alive.
     in_place = x.dtype == grad.dtype and grad.untyped_storage().nbytes() == grad.nbytes
@@ -551,7 +372,7 @@ cpu.register(
 # ---- how it is called
 
 
-def _features(draw, pairs, width):
+def _features(draw: Draw, pairs: int, width: int) -> list[Tensor]:
     return [draw(pairs, width), draw(pairs, width), torch.tensor(7.0), torch.tensor(-3.0)]
 
 

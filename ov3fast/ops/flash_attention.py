@@ -16,13 +16,15 @@ Source: Dao 2023 (arXiv 2307.08691), algorithms 1 and 2.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _attention_peers as peers
+from . import _attention_eager as eager
 from . import _check, _choice, _dispatch, _flops, _operator, cpu
-from ._calls import Call
+from ._calls import Call, Draw
 
 
 def reference(
@@ -32,7 +34,7 @@ def reference(
     wide = _check.accumulate_dtype(q.dtype)
     q_BHND, k_BHND, v_BHND = (t.transpose(1, 2).to(wide) for t in (q, k, v))
     scores = q_BHND @ k_BHND.transpose(-1, -2) * _scale(q, scale)
-    visible = peers.visible_keys(q.shape[1], k.shape[1], causal, prefix_len, q.device)
+    visible = eager.visible_keys(q.shape[1], k.shape[1], causal, prefix_len, q.device)
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
     probabilities = scores.softmax(-1)
@@ -77,7 +79,7 @@ def flash_attention_qkvpacked(
     return _flash_attention_qkvpacked(impl, qkv, causal, prefix_len, _scale(qkv, scale))[0]
 
 
-def _check_arguments(q, k, v, causal, prefix_len, scale):
+def _check_arguments(q: Tensor, k: Tensor, v: Tensor, causal: bool, prefix_len: int, scale: float) -> None:
     op = "flash_attention"
     _check.tensor(op, "q", q, ndim=4)
     _check.tensor(op, "k", k, ndim=4)
@@ -90,7 +92,7 @@ def _check_arguments(q, k, v, causal, prefix_len, scale):
         _warn_of_swapped_axes(q)
 
 
-def _check_packed(qkv, causal, prefix_len, scale):
+def _check_packed(qkv: Tensor, causal: bool, prefix_len: int, scale: float) -> None:
     op = "flash_attention_qkvpacked"
     _check.tensor(op, "qkv", qkv, ndim=5)
     if qkv.shape[2] != 3:
@@ -109,7 +111,7 @@ def _warn_of_swapped_axes(q: Tensor) -> None:
         warnings.warn(
             f"flash_attention takes [B,N,H,D]; q of shape {tuple(q.shape)} has more heads than tokens and strides {q.stride()}, as"
             " [B,H,N,D] has after a transpose. If it is that, pass q.transpose(1, 2), and k and v alike.",
-            stacklevel=7,  # the caller of flash_attention, where it runs without a compiler or a mode around it
+            stacklevel=7,  # the caller of flash_attention in a plain eager call
         )
 
 
@@ -121,58 +123,23 @@ def _check_prefix(op: str, keys: int, prefix_len: int) -> None:
 def _scale(q: Tensor, scale: float | None) -> float:
     if scale is not None:
         return float(scale)
-    return max(q.shape[-1], 1) ** -0.5 if isinstance(q, Tensor) else 1.0  # what is no tensor is about to be refused
+    return max(q.shape[-1], 1) ** -0.5 if isinstance(q, Tensor) else 1.0  # not a tensor: the check will raise
 
 
-def _scores(q_BHND, k_BHND, scale, causal, prefix_len):
-    """Scaled scores with -inf where unseen, and where that is (None: nowhere)."""
-    scores = (q_BHND * scale) @ k_BHND.transpose(-1, -2)
-    visible = peers.visible_keys(q_BHND.shape[2], k_BHND.shape[2], causal, prefix_len, q_BHND.device)
-    if visible is None:
-        return scores, None
-    unseen = ~visible
-    return scores.masked_fill_(unseen, -torch.inf), unseen
+def register_backend(
+    name: str, forward: Callable[..., Any], backward: Callable[..., Any] | None, *,
+    unavailable_reason: Callable[[], str | None] = lambda: None,
+    unsupported_reason: Callable[..., str | None] = lambda *_: None,
+) -> None:  # fmt: skip
+    """Registers a backend of `flash_attention` for `flash_attention_qkvpacked` too, which passes it the three views of qkv."""
 
-
-def _probabilities(scores, unseen, lse):
-    """exp(scores - lse) in place of the scores; 0 also in rows whose lse is -inf."""
-    probabilities = scores.sub_(lse[..., None]).exp_()
-    return probabilities if unseen is None else probabilities.masked_fill_(unseen, 0.0)
-
-
-def _forward_eager(q, k, v, causal, prefix_len, scale):
-    # Unlike the reference it returns lse for the backward, and works on the scores in place: half the memory.
-    wide = _check.accumulate_dtype(q.dtype)
-    q_BHND, k_BHND, v_BHND = (t.transpose(1, 2).to(wide) for t in (q, k, v))
-    scores, unseen = _scores(q_BHND, k_BHND, scale, causal, prefix_len)
-    lse = torch.logsumexp(scores, -1)
-    out = _probabilities(scores, unseen, lse) @ v_BHND
-    return out.transpose(1, 2).to(q.dtype).contiguous(), lse
-
-
-def _backward_eager(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
-    wide = _check.accumulate_dtype(q.dtype)
-    grad_BHND, q_BHND, k_BHND, v_BHND = (t.transpose(1, 2).to(wide) for t in (grad_out, q, k, v))
-    scores, unseen = _scores(q_BHND, k_BHND, scale, causal, prefix_len)
-    p = _probabilities(scores, unseen, lse)
-    grad_v = p.transpose(-1, -2) @ grad_BHND
-    # The sum over j equals <grad_out_i, out_i>, which saves a pass; from p it is free of out's rounding.
-    grad_p = grad_BHND @ v_BHND.transpose(-1, -2)
-    grad_s = grad_p.sub_((grad_p * p).sum(-1, keepdim=True)).mul_(p).mul_(scale)
-    grads = (grad_s @ k_BHND, grad_s.transpose(-1, -2) @ q_BHND, grad_v)
-    return tuple(grad.transpose(1, 2).to(q.dtype).contiguous() for grad in grads)
-
-
-def register_backend(name, forward, backward, *, unavailable_reason=lambda: None, unsupported_reason=lambda *_: None) -> None:
-    """Make a backend of `flash_attention` one of `flash_attention_qkvpacked` too: it reads the three views of qkv."""
-
-    def forward_packed(qkv, *rest):
+    def forward_packed(qkv: Tensor, *rest: Any) -> Any:
         return forward(*qkv.unbind(2), *rest)
 
-    def backward_packed(grad_out, qkv, out, lse, *rest):
+    def backward_packed(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> Tensor:
         return torch.stack(backward(grad_out, *qkv.unbind(2), out, lse, *rest), dim=2)
 
-    def unsupported_reason_packed(qkv, *rest):
+    def unsupported_reason_packed(qkv: Tensor, *rest: Any) -> str | None:
         return unsupported_reason(*qkv.unbind(2), *rest)
 
     mask = ("causal", "prefix_len", "scale")
@@ -186,62 +153,51 @@ def register_backend(name, forward, backward, *, unavailable_reason=lambda: None
     )  # fmt: skip
 
 
-def _fake(q, k, v, causal, prefix_len, scale):
+def _fake(q: Tensor, k: Tensor, v: Tensor, causal: bool, prefix_len: int, scale: float) -> tuple[Tensor, ...]:
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=_check.accumulate_dtype(q.dtype))
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
-def _fake_backward(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
+def _fake_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, prefix_len: int, scale: float
+) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
 
 
-def _fake_packed(qkv, *rest):
+def _fake_packed(qkv: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return _fake(*qkv.unbind(2), *rest)
 
 
-def _fake_backward_packed(grad_out, qkv, out, lse, causal, prefix_len, scale):
+def _fake_backward_packed(
+    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, causal: bool, prefix_len: int, scale: float
+) -> Tensor:
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
-def _specification(q, k, v, causal, prefix_len, scale):
+def _specification(q: Tensor, k: Tensor, v: Tensor, causal: bool, prefix_len: int, scale: float) -> tuple[Tensor, ...]:
     return (reference(q, k, v, causal=causal, prefix_len=prefix_len, scale=scale),)
 
 
-def _specification_packed(qkv, *rest):
+def _specification_packed(qkv: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return _specification(*qkv.unbind(2), *rest)
 
 
-def _differentiable_backward(grad_out, q, k, v, out, lse, *rest):
+def _differentiable_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
     return _operator.gradients(lambda *qkv: _specification(*qkv, *rest)[0], (q, k, v), grad_out)
 
 
-def _differentiable_backward_packed(grad_out, qkv, out, lse, *rest):
+def _differentiable_backward_packed(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> Tensor:
     return _operator.gradients(lambda qkv: _specification_packed(qkv, *rest)[0], (qkv,), grad_out)[0]
 
 
-def _save(inputs, output):
+def _save(inputs: Sequence[Any], output: Any) -> _operator.Saved:
     *tensors, causal, prefix_len, scale = inputs
     return _operator.Saved((*tensors, *output), (causal, prefix_len, scale), constants=output[1:])
 
 
-register_backend("eager", _forward_eager, _backward_eager)
-register_backend("sdpa", peers.sdpa_forward, peers.sdpa_backward, unsupported_reason=peers.sdpa_unsupported_reason)
-register_backend(
-    "flash_attn", peers.flash_attn_forward, peers.flash_attn_backward,
-    unavailable_reason=peers.flash_attn_unavailable_reason, unsupported_reason=peers.flash_attn_unsupported_reason,
-)  # fmt: skip
-register_backend(
-    "flash_attn_3", peers.flash_attn_3_forward, peers.flash_attn_3_backward,
-    unavailable_reason=peers.flash_attn_3_unavailable_reason, unsupported_reason=peers.flash_attn_3_unsupported_reason,
-)  # fmt: skip
-register_backend(
-    "cudnn", peers.cudnn_forward, None,
-    unavailable_reason=peers.cudnn_unavailable_reason, unsupported_reason=peers.cudnn_unsupported_reason,
-)  # fmt: skip
-register_backend(
-    "xformers", peers.xformers_forward, peers.xformers_backward,
-    unavailable_reason=peers.xformers_unavailable_reason, unsupported_reason=peers.xformers_unsupported_reason,
-)  # fmt: skip
+register_backend("eager", eager.forward, eager.backward)
 _flash_attention = _operator.define(
     "flash_attention",
     "(Tensor q, Tensor k, Tensor v, bool causal, SymInt prefix_len, float scale) -> (Tensor out, Tensor lse)",
@@ -275,27 +231,27 @@ _flash_attention_qkvpacked = _operator.define(
 # ---- its products, for FlopCounterMode
 
 
-def _flops_forward(q, k, *_):
+def _flops_forward(q: _flops.Shape, k: _flops.Shape, *_: Any) -> int:
     """q k^T and p v."""
     batch, queries, heads, width = q
     return 4 * batch * heads * queries * k[1] * width
 
 
-def _flops_backward(grad_out, q, k, *_):
+def _flops_backward(grad_out: Any, q: _flops.Shape, k: _flops.Shape, *_: Any) -> int:
     """q k^T again, and the products for dv, dp, dq and dk."""
     return 5 * _flops_forward(q, k) // 2
 
 
-def _unpacked(qkv):
+def _unpacked(qkv: _flops.Shape) -> tuple[_flops.Shape, _flops.Shape]:
     one = (*qkv[:2], *qkv[3:])
     return one, one
 
 
-def _flops_qkvpacked(qkv, *_):
+def _flops_qkvpacked(qkv: _flops.Shape, *_: Any) -> int:
     return _flops_forward(*_unpacked(qkv))
 
 
-def _flops_qkvpacked_backward(grad_out, qkv, *_):
+def _flops_qkvpacked_backward(grad_out: Any, qkv: _flops.Shape, *_: Any) -> int:
     return _flops_backward(grad_out, *_unpacked(qkv))
 
 
@@ -322,12 +278,12 @@ _BACKWARD = cpu.Kernel(
 LARGEST_HEAD = 256
 
 
-def _sizes(q, k):
+def _sizes(q: Tensor, k: Tensor) -> tuple[int, ...]:
     batch, queries, heads, head_dim = q.shape
     return batch, heads, queries, k.shape[1], head_dim
 
 
-def _forward_cpu(q, k, v, causal, prefix_len, scale):
+def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, prefix_len: int, scale: float) -> tuple[Tensor, ...]:
     q, k, v = map(cpu.unit_stride, (q, k, v))
     batch, heads, queries, *_ = sizes = _sizes(q, k)
     out, lse = cpu.empty_like(q), cpu.empty(q, (batch, heads, queries), dtype=torch.float32)
@@ -338,17 +294,21 @@ def _forward_cpu(q, k, v, causal, prefix_len, scale):
     return out, lse
 
 
-def _backward_cpu(grad_out, q, k, v, out, lse, causal, prefix_len, scale):
+def _backward_cpu(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, prefix_len: int, scale: float
+) -> tuple[Tensor, ...]:
     grads = cpu.empty_like(q), cpu.empty_like(k), cpu.empty_like(v)
     _gradients(grad_out, q, k, v, out, lse, causal, prefix_len, scale, grads, q.shape[2] * q.shape[3])
     return grads
 
 
-def _forward_packed_cpu(qkv, *rest):
+def _forward_packed_cpu(qkv: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return _forward_cpu(*cpu.unit_stride(qkv).unbind(2), *rest)
 
 
-def _backward_packed_cpu(grad_out, qkv, out, lse, causal, prefix_len, scale):
+def _backward_packed_cpu(
+    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, causal: bool, prefix_len: int, scale: float
+) -> Tensor:
     qkv = cpu.unit_stride(qkv)
     grad = cpu.empty_like(qkv)
     q, k, v = qkv.unbind(2)
@@ -356,8 +316,11 @@ def _backward_packed_cpu(grad_out, qkv, out, lse, causal, prefix_len, scale):
     return grad
 
 
-def _gradients(grad_out, q, k, v, out, lse, causal, prefix_len, scale, grads, row):
-    """Writes dq, dk, dv; their rows are `row` elements apart."""
+def _gradients(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, prefix_len: int, scale: float,
+    grads: Sequence[Tensor], row: int,
+) -> None:  # fmt: skip
+    """Writes dq, dk and dv into `grads`, whose row stride is `row` elements."""
     grad_out, q, k, v = map(cpu.unit_stride, (grad_out, q, k, v))
     _BACKWARD(
         q.dtype, grad_out, *grad_out.stride()[:3], q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3],
@@ -365,7 +328,7 @@ def _gradients(grad_out, q, k, v, out, lse, causal, prefix_len, scale, grads, ro
     )  # fmt: skip
 
 
-def _unsupported_reason(q):
+def _unsupported_reason(q: Tensor) -> str | None:
     if q.shape[-1] > LARGEST_HEAD:
         return f"head_dim must be at most {LARGEST_HEAD}, got {q.shape[-1]}"
     return cpu.unsupported_reason(q)
@@ -390,7 +353,7 @@ cpu.register(
 # ---- how it is called
 
 
-def _qkv(draw, batch, queries, keys, heads, head_dim):
+def _qkv(draw: Draw, batch: int, queries: int, keys: int, heads: int, head_dim: int) -> list[Tensor]:
     return [draw(batch, queries, heads, head_dim), draw(batch, keys, heads, head_dim), draw(batch, keys, heads, head_dim)]
 
 

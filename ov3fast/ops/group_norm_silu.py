@@ -12,13 +12,16 @@ Source: Wu and He 2018 (arXiv 1803.08494), eq. 7; eps 1e-6 as in diffusers' Auto
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._contracts import memory_format
 from . import _check, _choice, _dispatch, _operator, cpu
-from ._calls import Call
+from ._calls import Call, Draw
 
 
 def reference(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
@@ -55,7 +58,7 @@ def group_norm_silu(
     return _group_norm_silu(impl, x, num_groups, weight, bias, eps)[0]
 
 
-def _forward_eager(x, num_groups, weight, bias, eps):
+def _forward_eager(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
     # Not aten's native_group_norm, which takes the variance of a channels_last tensor as E[x^2] - E[x]^2 and loses digits by it.
     x_BGcS, weight_GcS, bias_GcS, wide = _grouped(x, num_groups, weight, bias)
     mean = _group_mean(x_BGcS, wide)
@@ -66,7 +69,10 @@ def _forward_eager(x, num_groups, weight, bias, eps):
     return _like(x, y), mean.view(stats), rstd.view(stats)
 
 
-def _backward_eager(grad_y, x, weight, bias, mean, rstd, need_x, need_weight, need_bias):
+def _backward_eager(
+    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, need_x: bool, need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     # Nor its backward, which crashes on channels_last when no gradient of x is asked for.
     groups = mean.shape[1]
     x_BGcS, weight_GcS, bias_GcS, wide = _grouped(x, groups, weight, bias)
@@ -92,7 +98,7 @@ def _backward_eager(grad_y, x, weight, bias, mean, rstd, need_x, need_weight, ne
     return _like(x, grad_x), grad_weight, grad_bias
 
 
-def _grouped(x, groups, weight, bias):
+def _grouped(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
     """x [B, C, ...] as [B, G, c, ...] with at least one spatial axis, weight and bias to go with it, and the dtype to compute in."""
     wide = _check.accumulate_dtype(x.dtype)
     per_group = x.shape[1] // groups
@@ -102,22 +108,25 @@ def _grouped(x, groups, weight, bias):
     return view, weight.to(wide).reshape(affine), bias.to(wide).reshape(affine), wide
 
 
-def _group_mean(value_BGcS, wide):
+def _group_mean(value_BGcS: Tensor, wide: torch.dtype) -> Tensor:
     """Over the spatial axes first: one reduction over all would add a channels_last tensor up in one long chain."""
     return value_BGcS.mean(tuple(range(3, value_BGcS.ndim)), keepdim=True, dtype=wide).mean(2, keepdim=True)
 
 
-def _like(x, value):
+def _like(x: Tensor, value: Tensor) -> Tensor:
     """`value` in x's shape, dtype and memory format."""
     return value.reshape(x.shape).to(x.dtype).contiguous(memory_format=memory_format(x))
 
 
-def _fake(x, num_groups, weight, bias, eps):
+def _fake(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
     stats = x.new_empty(x.shape[0], num_groups, dtype=_check.accumulate_dtype(x.dtype))
     return torch.empty_like(x, memory_format=memory_format(x)), stats, torch.empty_like(stats)
 
 
-def _fake_backward(grad_y, x, weight, bias, mean, rstd, need_x, need_weight, need_bias):
+def _fake_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, need_x: bool, need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     return (
         torch.empty_like(x, memory_format=memory_format(x)) if need_x else x.new_empty(0),
         weight.new_empty(weight.shape) if need_weight else x.new_empty(0),
@@ -125,15 +134,17 @@ def _fake_backward(grad_y, x, weight, bias, mean, rstd, need_x, need_weight, nee
     )
 
 
-def _specification(x, num_groups, weight, bias, eps):
+def _specification(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
     return (reference(x, num_groups, weight, bias, eps),)
 
 
-def _differentiable_backward(grad_y, x, weight, bias, mean, rstd, *needs):
+def _differentiable_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, *needs: bool
+) -> tuple[Tensor, ...]:
     # eps, which the backward does not get, is 1 / rstd^2 less the variance: with it the specification's rstd has the value at hand.
     wide, shape = mean.dtype, x.shape
 
-    def forward(x, weight, bias):
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         x_BGn = x.to(wide).reshape(*mean.shape, -1)
         centred = x_BGn - x_BGn.mean(-1, keepdim=True)
         variance = centred.square().mean(-1, keepdim=True)
@@ -145,7 +156,7 @@ def _differentiable_backward(grad_y, x, weight, bias, mean, rstd, *needs):
     return _operator.gradients(forward, (x, weight, bias), grad_y)
 
 
-def _save(inputs, output):
+def _save(inputs: Sequence[Any], output: Any) -> _operator.Saved:
     x, _, weight, bias, _ = inputs
     return _operator.Saved((x, weight, bias, *output[1:]), constants=output[1:])
 
@@ -181,14 +192,14 @@ _BACKWARD = cpu.Kernel(
 )
 
 
-def _layout_of(x):
+def _layout_of(x: Tensor) -> tuple[int, tuple[int, int, int]]:
     """Whether x is laid out channels last, and its sizes B, C and S, the number of spatial positions."""
     spatial = x.shape[2:].numel()
     channels_last = memory_format(x) != torch.contiguous_format or (spatial == 1 and x.is_contiguous())
     return int(channels_last), (*x.shape[:2], spatial)
 
 
-def _layout(x, channels_last, sizes, like):
+def _layout(x: Tensor, channels_last: int, sizes: tuple[int, ...], like: Tensor) -> tuple[Tensor, int, int]:
     """x with its strides over batches and channels, as the kernel takes it; no copy where the layout allows."""
     if channels_last:
         x = x.contiguous(memory_format=memory_format(like))
@@ -199,7 +210,7 @@ def _layout(x, channels_last, sizes, like):
     return x, x.stride(0), x.stride(1)
 
 
-def _forward_cpu(x, num_groups, weight, bias, eps):
+def _forward_cpu(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
     channels_last, sizes = _layout_of(x)
     y = torch.empty_like(x, memory_format=memory_format(x))
     mean = x.new_empty(x.shape[0], num_groups, dtype=torch.float32)
@@ -213,7 +224,10 @@ def _forward_cpu(x, num_groups, weight, bias, eps):
     return y, mean, rstd
 
 
-def _backward_cpu(grad_y, x, weight, bias, mean, rstd, need_x, need_weight, need_bias):
+def _backward_cpu(
+    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, need_x: bool, need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     channels_last, sizes = _layout_of(x)
     none = x.new_empty(0)
     grad_x = torch.empty_like(x, memory_format=memory_format(x)) if need_x else none
@@ -242,11 +256,11 @@ cpu.register(
 # ---- how it is called
 
 
-def _arguments(draw, batch, channels, height, width):
+def _arguments(draw: Draw, batch: int, channels: int, height: int, width: int) -> list[Tensor]:
     return [draw(batch, channels, height, width), draw(channels) + 1, draw(channels)]
 
 
-def _channels_last(draw, *size):
+def _channels_last(draw: Draw, *size: int) -> list[Tensor]:
     x, weight, bias = _arguments(draw, *size)
     return [x.contiguous(memory_format=torch.channels_last), weight, bias]
 

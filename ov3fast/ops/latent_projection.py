@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,11 +58,13 @@ def latent_projection(
     return _latent_projection(impl, tokens, weight, bias, patch_size, grid[0], grid[1])
 
 
-def _forward_eager(tokens, weight, bias, patch_size, grid_h, grid_w):
+def _forward_eager(tokens: Tensor, weight: Tensor, bias: Tensor | None, patch_size: int, grid_h: int, grid_w: int) -> Tensor:
     return reference(tokens.contiguous(), weight, bias, patch_size=patch_size, grid=(grid_h, grid_w))
 
 
-def _backward_eager(grad_x, tokens, weight, patch_size, need_tokens, need_weight, need_bias):
+def _backward_eager(
+    grad_x: Tensor, tokens: Tensor, weight: Tensor, patch_size: int, need_tokens: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, ...]:
     b, n, d = tokens.shape
     grad_rows = to_patches(grad_x, patch_size).view(b * n, weight.shape[0])
     none = grad_x.new_empty(0)
@@ -72,11 +75,13 @@ def _backward_eager(grad_x, tokens, weight, patch_size, need_tokens, need_weight
     )
 
 
-def _fake(tokens, weight, bias, patch_size, grid_h, grid_w):
+def _fake(tokens: Tensor, weight: Tensor, bias: Tensor | None, patch_size: int, grid_h: int, grid_w: int) -> Tensor:
     return tokens.new_empty(tokens.shape[0], weight.shape[0] // patch_size**2, grid_h * patch_size, grid_w * patch_size)
 
 
-def _fake_backward(grad_x, tokens, weight, patch_size, need_tokens, need_weight, need_bias):
+def _fake_backward(
+    grad_x: Tensor, tokens: Tensor, weight: Tensor, patch_size: int, need_tokens: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, ...]:
     return (
         grad_x.new_empty(tokens.shape if need_tokens else 0),
         grad_x.new_empty(weight.shape if need_weight else 0),
@@ -84,11 +89,11 @@ def _fake_backward(grad_x, tokens, weight, patch_size, need_tokens, need_weight,
     )
 
 
-def _specification(tokens, weight, bias, patch_size, grid_h, grid_w):
+def _specification(tokens: Tensor, weight: Tensor, bias: Tensor | None, patch_size: int, grid_h: int, grid_w: int) -> Tensor:
     return reference(tokens, weight, bias, patch_size=patch_size, grid=(grid_h, grid_w))
 
 
-def _save(inputs, output):
+def _save(inputs: Sequence[Any], output: Any) -> _operator.Saved:
     tokens, weight, _, patch_size, _, _ = inputs
     return _operator.Saved((tokens, weight), (patch_size,))
 
@@ -111,11 +116,13 @@ _latent_projection = _operator.define(
 # ---- its products, for FlopCounterMode
 
 
-def _flops_forward(tokens, weight, *_):
+def _flops_forward(tokens: _flops.Shape, weight: _flops.Shape, *_: Any) -> int:
     return _flops.product(tokens, weight)
 
 
-def _flops_backward(grad_x, tokens, weight, patch_size, need_tokens, need_weight, *_):
+def _flops_backward(
+    grad_x: Any, tokens: _flops.Shape, weight: _flops.Shape, patch_size: int, need_tokens: bool, need_weight: bool, *_: Any
+) -> int:
     return (need_tokens + need_weight) * _flops.product(tokens, weight)
 
 
@@ -137,7 +144,7 @@ _BACKWARD = cpu.Kernel(
 )
 
 
-def _forward_cpu(tokens, weight, bias, patch_size, grid_h, grid_w):
+def _forward_cpu(tokens: Tensor, weight: Tensor, bias: Tensor | None, patch_size: int, grid_h: int, grid_w: int) -> Tensor:
     tokens, weight = cpu.unit_stride(tokens), cpu.rows(weight)
     channels = weight.shape[0] // patch_size**2
     x = cpu.empty(tokens, (tokens.shape[0], channels, grid_h * patch_size, grid_w * patch_size))
@@ -148,7 +155,9 @@ def _forward_cpu(tokens, weight, bias, patch_size, grid_h, grid_w):
     return x
 
 
-def _backward_cpu(grad_x, tokens, weight, patch_size, need_tokens, need_weight, need_bias):
+def _backward_cpu(
+    grad_x: Tensor, tokens: Tensor, weight: Tensor, patch_size: int, need_tokens: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, ...]:
     grad_x, tokens, weight = cpu.unit_stride(grad_x), cpu.unit_stride(tokens), cpu.rows(weight)
     batch, channels, height, width = grad_x.shape
     needs = need_tokens, need_weight, need_bias

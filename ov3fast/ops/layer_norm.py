@@ -10,15 +10,20 @@ Source: Ba et al. 2016 (arXiv 1607.06450); eps 1e-6 as in the official repositor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _check, _choice, _dispatch, _operator, cpu
-from ._calls import Call
+from ._calls import Call, Draw
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-6, *, residual: Tensor | None = None):
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-6, *, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
     """Plain PyTorch, the specification. Returns y, or (y, h) when a residual is given."""
     h = x if residual is None else x + residual
     wide = _check.accumulate_dtype(x.dtype)
@@ -44,7 +49,7 @@ def layer_norm(
     return found[0] if residual is None else (found[0], found[1])
 
 
-def _check_arguments(x, weight, bias, residual, eps):
+def _check_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float) -> None:
     op = "layer_norm"
     _check.tensor(op, "x", x)
     if x.ndim == 0:
@@ -57,8 +62,8 @@ def _check_arguments(x, weight, bias, residual, eps):
     _check.parameter(op, "residual", residual, tuple(x.shape), x, "like x")
 
 
-def _forward_eager(x, weight, bias, residual, eps):
-    # The reference's sum by the aten function below F.layer_norm, which also returns the statistics for the backward.
+def _forward_eager(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+    # The reference by the aten function below F.layer_norm, which also returns the statistics for the backward.
     h = x if residual is None else (x + residual).contiguous()
     wide = _check.accumulate_dtype(x.dtype)
     y, mean, rstd = torch.native_layer_norm(
@@ -68,14 +73,17 @@ def _forward_eager(x, weight, bias, residual, eps):
     return y.to(x.dtype), x.new_empty(0) if residual is None else h, mean[..., 0], rstd[..., 0]
 
 
-def _differentiable(x, weight, bias, residual, eps):
+def _differentiable(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float) -> tuple[Any, Tensor]:
     h = (x if residual is None else x + residual).contiguous()
     if weight.dtype != x.dtype:
         return reference(h, weight, bias, eps), h
     return F.layer_norm(h, h.shape[-1:], weight, bias, eps), h
 
 
-def _backward_eager(grad_y, grad_h, h, weight, mean, rstd, need_x, need_weight, need_bias):
+def _backward_eager(
+    grad_y: Tensor, grad_h: Tensor | None, h: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, need_x: bool,
+    need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     wide = _check.accumulate_dtype(h.dtype)
     grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
         grad_y.to(wide), h.to(wide), h.shape[-1:], mean[..., None], rstd[..., None], weight.to(wide),
@@ -90,14 +98,17 @@ def _backward_eager(grad_y, grad_h, h, weight, mean, rstd, need_x, need_weight, 
     )
 
 
-def _fake(x, weight, bias, residual, eps):
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float) -> tuple[Tensor, ...]:
     wide = _check.accumulate_dtype(x.dtype)
     h = x.new_empty(0) if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     stats = x.new_empty(x.shape[:-1], dtype=wide)
     return torch.empty_like(x, memory_format=torch.contiguous_format), h, stats, torch.empty_like(stats)
 
 
-def _fake_backward(grad_y, grad_h, h, weight, mean, rstd, need_x, need_weight, need_bias):
+def _fake_backward(
+    grad_y: Tensor, grad_h: Tensor | None, h: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, need_x: bool,
+    need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     return (
         h.new_empty(h.shape if need_x else 0),
         weight.new_empty(weight.shape if need_weight else 0),
@@ -105,12 +116,12 @@ def _fake_backward(grad_y, grad_h, h, weight, mean, rstd, need_x, need_weight, n
     )
 
 
-def _specification(x, weight, bias, residual, eps):
+def _specification(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float) -> Any:
     found = reference(x, weight, bias, eps, residual=residual)
     return (found, None) if residual is None else found
 
 
-def _save(inputs, output):
+def _save(inputs: Sequence[Any], output: Any) -> _operator.Saved:
     x, weight, _, residual, _ = inputs
     _, h, mean, rstd = output
     if residual is None:
@@ -153,7 +164,7 @@ _BACKWARD = cpu.Kernel(
 )
 
 
-def _forward_cpu(x, weight, bias, residual, eps):
+def _forward_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float) -> tuple[Tensor, ...]:
     x_RD, x_stride, *sizes = cpu.matrix(x)
     residual_RD, residual_stride, *_ = cpu.NO_ROWS if residual is None else cpu.matrix(residual)
     y, h = cpu.empty_like(x), cpu.empty_like(x, residual is not None)
@@ -166,7 +177,10 @@ def _forward_cpu(x, weight, bias, residual, eps):
     return y, h, mean, rstd
 
 
-def _backward_cpu(grad_y, grad_h, h, weight, mean, rstd, need_x, need_weight, need_bias):
+def _backward_cpu(
+    grad_y: Tensor, grad_h: Tensor | None, h: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, need_x: bool,
+    need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     grad_y_RD, grad_y_stride, *_ = cpu.matrix(grad_y)
     grad_h_RD, grad_h_stride, *_ = cpu.NO_ROWS if grad_h is None else cpu.matrix(grad_h)
     h_RD, h_stride, *sizes = cpu.matrix(h)
@@ -193,7 +207,7 @@ cpu.register(
 # ---- how it is called
 
 
-def _arguments(draw, rows, width):
+def _arguments(draw: Draw, rows: int, width: int) -> list[Tensor]:
     return [draw(rows, width), draw(width) + 1, draw(width), draw(rows, width)]
 
 

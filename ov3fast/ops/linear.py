@@ -10,6 +10,8 @@ x, weight.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str |
     return _linear(impl, x, weight, bias)
 
 
-def _check_arguments(x, weight, bias):
+def _check_arguments(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     op = "linear"
     _check.tensor(op, "x", x)
     if x.ndim == 0:
@@ -43,20 +45,22 @@ def _check_arguments(x, weight, bias):
         raise TypeError(f"{op}: bias must be of weight's dtype {weight.dtype}, got {bias.dtype}")
 
 
-def _rows(x):
+def _rows(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def _forward_eager(x, weight, bias):
+def _forward_eager(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # An operator's output has to be contiguous as the fake says; F.linear follows its input's layout.
     return reference(_rows(x).contiguous(), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
-def _differentiable(x, weight, bias):
+def _differentiable(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return reference(x, weight, bias) if x.is_contiguous() else _forward_eager(x, weight, bias)
 
 
-def _backward_eager(grad_y, x, weight, need_x, need_weight, need_bias):
+def _backward_eager(
+    grad_y: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, ...]:
     grad_y, none = _rows(grad_y), grad_y.new_empty(0)
     return (
         (grad_y @ weight.to(x.dtype)).view(x.shape) if need_x else none,
@@ -65,11 +69,13 @@ def _backward_eager(grad_y, x, weight, need_x, need_weight, need_bias):
     )
 
 
-def _fake(x, weight, bias):
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _fake_backward(grad_y, x, weight, need_x, need_weight, need_bias):
+def _fake_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, ...]:
     return (
         grad_y.new_empty(x.shape if need_x else 0),
         weight.new_empty(weight.shape if need_weight else 0),
@@ -97,11 +103,11 @@ _linear = _operator.define(
 # ---- its products, for FlopCounterMode
 
 
-def _flops_forward(x, weight, *_):
+def _flops_forward(x: _flops.Shape, weight: _flops.Shape, *_: Any) -> int:
     return _flops.product(x, weight)
 
 
-def _flops_backward(grad_y, x, weight, need_x, need_weight, *_):
+def _flops_backward(grad_y: Any, x: _flops.Shape, weight: _flops.Shape, need_x: bool, need_weight: bool, *_: Any) -> int:
     return (need_x + need_weight) * _flops.product(x, weight)
 
 
@@ -123,7 +129,7 @@ _BACKWARD = cpu.Kernel(
 )
 
 
-def _forward_cpu(x, weight, bias):
+def _forward_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x_RK, x_stride, *sizes = cpu.matrix(x)
     weight, w_stride, outputs, _ = cpu.matrix(weight)
     y = cpu.empty(x, (*x.shape[:-1], outputs))
@@ -131,7 +137,9 @@ def _forward_cpu(x, weight, bias):
     return y
 
 
-def _backward_cpu(grad_y, x, weight, need_x, need_weight, need_bias):
+def _backward_cpu(
+    grad_y: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, ...]:
     grad_y_RN, grad_stride, *_ = cpu.matrix(grad_y)
     x_RK, x_stride, *sizes = cpu.matrix(x)
     w_NK, w_stride, outputs, _ = cpu.matrix(weight)

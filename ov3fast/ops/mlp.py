@@ -15,13 +15,15 @@ Source: Vaswani et al. 2017 (arXiv 1706.03762), eq. 2, with Hendrycks and Gimpel
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _check, _choice, _dispatch, _flops, _operator, cpu
-from ._calls import Call
+from ._calls import Call, Draw
 
 # The public name -> PyTorch's.
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}
@@ -52,7 +54,7 @@ def mlp(
     return _mlp(impl, x, w1, b1, w2, b2, activation)[0]
 
 
-def _check_arguments(x, w1, b1, w2, b2, activation):
+def _check_arguments(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str) -> None:
     op = "mlp"
     _check.tensor(op, "x", x)
     if x.ndim == 0:
@@ -68,12 +70,14 @@ def _check_arguments(x, w1, b1, w2, b2, activation):
     _check.parameter(op, "b2", b2, (w2.shape[0],), w1, "[D]")
 
 
-def _rows(x):
+def _rows(x: Tensor) -> Tensor:
     """[..., K] -> [R, K], contiguous."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
 
 
-def _forward_eager(x, w1, b1, w2, b2, activation):
+def _forward_eager(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str
+) -> tuple[Tensor, ...]:
     # The reference step by step: the backward needs h.
     w1, b1, w2, b2 = (None if p is None else p.to(x.dtype) for p in (w1, b1, w2, b2))
     h = F.linear(_rows(x), w1, b1)
@@ -81,7 +85,10 @@ def _forward_eager(x, w1, b1, w2, b2, activation):
     return y.view(*x.shape[:-1], w2.shape[0]), h.view(*x.shape[:-1], w1.shape[0])
 
 
-def _backward_eager(grad_y, x, h, w1, b1, w2, activation, need_x, need_w1, need_b1, need_w2, need_b2, product=torch.matmul):
+def _backward_eager(
+    grad_y: Tensor, x: Tensor, h: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, activation: str, need_x: bool,
+    need_w1: bool, need_b1: bool, need_w2: bool, need_b2: bool, product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
+) -> tuple[Tensor, ...]:  # fmt: skip
     approximate = ACTIVATIONS[activation]
     kept, w1, w2 = w1.dtype, w1.to(x.dtype), w2.to(x.dtype)
     grad_y, h_rows = _rows(grad_y), _rows(h)
@@ -97,11 +104,14 @@ def _backward_eager(grad_y, x, h, w1, b1, w2, activation, need_x, need_w1, need_
     return grad_x, grad_w1, grad_b1, grad_w2, grad_b2
 
 
-def _fake(x, w1, b1, w2, b2, activation):
+def _fake(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str) -> tuple[Tensor, ...]:
     return x.new_empty(*x.shape[:-1], w2.shape[0]), x.new_empty(*x.shape[:-1], w1.shape[0])
 
 
-def _fake_backward(grad_y, x, h, w1, b1, w2, activation, need_x, need_w1, need_b1, need_w2, need_b2):
+def _fake_backward(
+    grad_y: Tensor, x: Tensor, h: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, activation: str, need_x: bool,
+    need_w1: bool, need_b1: bool, need_w2: bool, need_b2: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     return (
         grad_y.new_empty(x.shape if need_x else 0),
         w1.new_empty(w1.shape if need_w1 else 0),
@@ -111,22 +121,28 @@ def _fake_backward(grad_y, x, h, w1, b1, w2, activation, need_x, need_w1, need_b
     )
 
 
-def _differentiable(x, w1, b1, w2, b2, activation):
+def _differentiable(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str
+) -> tuple[Tensor, ...]:
     return (reference(_rows(x), w1, b1, w2, b2, activation=activation).view(*x.shape[:-1], w2.shape[0]),)
 
 
-def _specification(x, w1, b1, w2, b2, activation):
+def _specification(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str
+) -> tuple[Tensor, ...]:
     return (reference(x, w1, b1, w2, b2, activation=activation),)
 
 
-def _differentiable_backward(grad_y, x, h, w1, b1, w2, activation, *needs):
+def _differentiable_backward(
+    grad_y: Tensor, x: Tensor, h: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, activation: str, *needs: bool
+) -> tuple[Tensor, ...]:
     no_bias = w1.new_zeros(w1.shape[0]) if b1 is None else b1
     return _operator.gradients(
         lambda *inputs: reference(*inputs, activation=activation), (x, w1, no_bias, w2, w2.new_zeros(w2.shape[0])), grad_y
     )
 
 
-def _save(inputs, output):
+def _save(inputs: Sequence[Any], output: Any) -> _operator.Saved:
     x, w1, b1, w2, _, activation = inputs
     return _operator.Saved((x, output[1], w1, b1, w2), (activation,), constants=(output[1],))
 
@@ -152,12 +168,15 @@ _mlp = _operator.define(
 # ---- its products, for FlopCounterMode
 
 
-def _flops_forward(x, w1, b1, w2, *_):
+def _flops_forward(x: _flops.Shape, w1: _flops.Shape, b1: Any, w2: _flops.Shape, *_: Any) -> int:
     rows = math.prod(x[:-1])
     return 2 * rows * (math.prod(w1) + math.prod(w2))
 
 
-def _flops_backward(grad_y, x, h, w1, b1, w2, activation, need_x, need_w1, need_b1, need_w2, *_):
+def _flops_backward(
+    grad_y: Any, x: _flops.Shape, h: Any, w1: _flops.Shape, b1: Any, w2: _flops.Shape, activation: str, need_x: bool,
+    need_w1: bool, need_b1: bool, need_w2: bool, *_: Any,
+) -> int:  # fmt: skip
     first, second = (2 * math.prod(x[:-1]) * math.prod(w) for w in (w1, w2))
     return (need_x + need_w1) * first + ((need_x or need_w1 or need_b1) + need_w2) * second
 
@@ -184,7 +203,9 @@ _BACKWARD = cpu.Kernel(
 _KINDS = {"gelu": 0, "gelu_tanh": 1}
 
 
-def _forward_cpu(x, w1, b1, w2, b2, activation):
+def _forward_cpu(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str
+) -> tuple[Tensor, ...]:
     x_RK, x_stride, *sizes = cpu.matrix(x)
     w1, w1_stride, hidden, _ = cpu.matrix(w1)
     w2, w2_stride, outputs, _ = cpu.matrix(w2)
@@ -197,7 +218,10 @@ def _forward_cpu(x, w1, b1, w2, b2, activation):
     return y, h
 
 
-def _backward_cpu(grad_y, x, h, w1, b1, w2, activation, need_x, need_w1, need_b1, need_w2, need_b2):
+def _backward_cpu(
+    grad_y: Tensor, x: Tensor, h: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, activation: str, need_x: bool,
+    need_w1: bool, need_b1: bool, need_w2: bool, need_b2: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     grad_RD, grad_stride, *_ = cpu.matrix(grad_y)
     x_RK, x_stride, *sizes = cpu.matrix(x)
     h_RH, h_stride, *_ = cpu.matrix(h)
@@ -232,7 +256,7 @@ cpu.register(
 # ---- how it is called
 
 
-def _arguments(draw, rows, width, hidden):
+def _arguments(draw: Draw, rows: int, width: int, hidden: int) -> list[Tensor]:
     return [
         draw(rows, width), draw(hidden, width, scale=width**-0.5), draw(hidden), draw(width, hidden, scale=hidden**-0.5), draw(width),
     ]  # fmt: skip

@@ -13,12 +13,15 @@ Source: OpenVision 3, eq. 3 (x~ = x + sigma eps, one sigma per instance).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _check, _choice, _dispatch, _flops, _operator, cpu, random
-from ._calls import Call
+from ._calls import Call, Draw
 
 
 def reference(z: Tensor, sigma: Tensor, weight: Tensor, bias: Tensor | None = None, *, rng: Tensor) -> Tensor:
@@ -55,22 +58,25 @@ def noise_projection(
     return _noise_projection(impl, z, sigma, weight, bias, rng)
 
 
-def _per_instance(sigma, z):
+def _per_instance(sigma: Tensor, z: Tensor) -> Tensor:
     return sigma.view(-1, *[1] * (z.ndim - 1))
 
 
-def _noisy(z, sigma, noise):
+def _noisy(z: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
     """z + sigma eps in noise's wide dtype, rounded to z's; contiguous as the noise is, whatever z's layout."""
     return (noise * _per_instance(sigma, z)).add_(z).to(z.dtype)
 
 
-def _forward_eager(z, sigma, weight, bias, rng):
+def _forward_eager(z: Tensor, sigma: Tensor, weight: Tensor, bias: Tensor | None, rng: Tensor) -> Tensor:
     # The reference rounds the noise to z's dtype first; in bfloat16 that would cost a digit of x.
     noise = random.reference(z.shape, rng, _check.accumulate_dtype(z.dtype))
     return F.linear(_noisy(z, sigma, noise), weight, bias)
 
 
-def _backward_eager(grad_y, z, sigma, weight, rng, need_z, need_sigma, need_weight, need_bias):
+def _backward_eager(
+    grad_y: Tensor, z: Tensor, sigma: Tensor, weight: Tensor, rng: Tensor, need_z: bool, need_sigma: bool, need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     grad_rows = grad_y.reshape(z[..., 0].numel(), weight.shape[0])
     grad_z = grad_sigma = grad_weight = none = grad_y.new_empty(0)
     if need_sigma or need_weight:
@@ -85,11 +91,14 @@ def _backward_eager(grad_y, z, sigma, weight, rng, need_z, need_sigma, need_weig
     return grad_z if need_z else none, grad_sigma, grad_weight, grad_bias
 
 
-def _fake(z, sigma, weight, bias, rng):
+def _fake(z: Tensor, sigma: Tensor, weight: Tensor, bias: Tensor | None, rng: Tensor) -> Tensor:
     return z.new_empty(*z.shape[:-1], weight.shape[0])
 
 
-def _fake_backward(grad_y, z, sigma, weight, rng, need_z, need_sigma, need_weight, need_bias):
+def _fake_backward(
+    grad_y: Tensor, z: Tensor, sigma: Tensor, weight: Tensor, rng: Tensor, need_z: bool, need_sigma: bool, need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     return (
         grad_y.new_empty(z.shape if need_z else 0),
         sigma.new_empty(sigma.shape) if need_sigma else grad_y.new_empty(0),
@@ -98,17 +107,19 @@ def _fake_backward(grad_y, z, sigma, weight, rng, need_z, need_sigma, need_weigh
     )
 
 
-def _specification(z, sigma, weight, bias, rng):
+def _specification(z: Tensor, sigma: Tensor, weight: Tensor, bias: Tensor | None, rng: Tensor) -> Tensor:
     return reference(z, sigma, weight, bias, rng=rng)
 
 
-def _differentiable_backward(grad_y, z, sigma, weight, rng, *needs):
+def _differentiable_backward(
+    grad_y: Tensor, z: Tensor, sigma: Tensor, weight: Tensor, rng: Tensor, *needs: bool
+) -> tuple[Tensor, ...]:
     return _operator.gradients(
         lambda *inputs: reference(*inputs, rng=rng), (z, sigma, weight, weight.new_zeros(weight.shape[0])), grad_y
     )
 
 
-def _save(inputs, output):
+def _save(inputs: Sequence[Any], output: Any) -> _operator.Saved:
     z, sigma, weight, _, rng = inputs
     return _operator.Saved((z, sigma, weight, rng))
 
@@ -131,11 +142,14 @@ _noise_projection = _operator.define(
 # ---- its products, for FlopCounterMode
 
 
-def _flops_forward(z, sigma, weight, *_):
+def _flops_forward(z: _flops.Shape, sigma: Any, weight: _flops.Shape, *_: Any) -> int:
     return _flops.product(z, weight)
 
 
-def _flops_backward(grad_y, z, sigma, weight, rng, need_z, need_sigma, need_weight, *_):
+def _flops_backward(
+    grad_y: Any, z: _flops.Shape, sigma: Any, weight: _flops.Shape, rng: Any, need_z: bool, need_sigma: bool, need_weight: bool,
+    *_: Any,
+) -> int:  # fmt: skip
     return ((need_z or need_sigma) + need_weight) * _flops.product(z, weight)
 
 
@@ -156,12 +170,12 @@ _BACKWARD = cpu.Kernel(
 )
 
 
-def _instances(z):
+def _instances(z: Tensor) -> Tensor:
     """[B, ..., K] -> [B, N, K] whose last axis is contiguous."""
     return cpu.unit_stride(z.reshape(z.shape[0], z.shape[1:-1].numel(), z.shape[-1]))
 
 
-def _forward_cpu(z, sigma, weight, bias, rng):
+def _forward_cpu(z: Tensor, sigma: Tensor, weight: Tensor, bias: Tensor | None, rng: Tensor) -> Tensor:
     z_BNK, weight = _instances(z), cpu.rows(weight)
     y = cpu.empty(z, (*z.shape[:-1], weight.shape[0]))
     _FORWARD(
@@ -171,7 +185,10 @@ def _forward_cpu(z, sigma, weight, bias, rng):
     return y
 
 
-def _backward_cpu(grad_y, z, sigma, weight, rng, need_z, need_sigma, need_weight, need_bias):
+def _backward_cpu(
+    grad_y: Tensor, z: Tensor, sigma: Tensor, weight: Tensor, rng: Tensor, need_z: bool, need_sigma: bool, need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     z_BNK, grad_RD, weight = _instances(z), cpu.rows(grad_y), cpu.rows(weight)
     grad_z, grad_weight = cpu.empty(z, z.shape, need_z), cpu.empty(z, weight.shape, need_weight)
     grad_bias = cpu.empty(z, weight.shape[:1], need_bias)
@@ -197,7 +214,7 @@ cpu.register(
 # ---- how it is called
 
 
-def _arguments(draw, batch, tokens, width, features):
+def _arguments(draw: Draw, batch: int, tokens: int, width: int, features: int) -> list[Tensor]:
     return [
         draw(batch, tokens, width), draw(batch).abs(), draw(features, width, scale=width**-0.5), draw(features),
         random.make_rng(5, 3, device=torch.get_default_device()),

@@ -1,7 +1,7 @@
-"""oneDNN's products under our contracts: for processors on which PyTorch's `F.linear` takes another library in float32 (MKL), or a GELU of its own.
+"""oneDNN's matrix products as a backend: for processors on which PyTorch's `F.linear` calls another library in float32 (MKL), and for its fused GELU.
 
-PyTorch carries oneDNN and calls it for bfloat16; `torch.ops.mkldnn._linear_pointwise` is its door for float32 too, with the activation
-fused where no backward needs what comes before it. The functions are those of each operator's eager backend but for these products.
+PyTorch ships oneDNN and calls it for bfloat16; `torch.ops.mkldnn._linear_pointwise` reaches it in float32 too, with the activation
+fused where no backward needs the pre-activation. Apart from these products the functions are those of each operator's eager backend.
 """
 
 from __future__ import annotations
@@ -55,11 +55,13 @@ def _narrow(x: Tensor, *parameters: Tensor | None) -> list[Any]:
     return [None if p is None else p.to(x.dtype).contiguous() for p in parameters]
 
 
-def _linear_forward(x, weight, bias):
+def _linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product(_rows(x), *_narrow(x, weight, bias)).view(*x.shape[:-1], weight.shape[0])
 
 
-def _linear_backward(grad_y, x, weight, need_x, need_weight, need_bias):
+def _linear_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, ...]:
     grad_y, none = _rows(grad_y), grad_y.new_empty(0)
     return (
         product(grad_y, weight.to(x.dtype).t()).view(x.shape) if need_x else none,
@@ -68,14 +70,18 @@ def _linear_backward(grad_y, x, weight, need_x, need_weight, need_bias):
     )
 
 
-def _mlp_forward(x, w1, b1, w2, b2, activation):
+def _mlp_forward(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str
+) -> tuple[Tensor, ...]:
     w1, b1, w2, b2 = _narrow(x, w1, b1, w2, b2)
     h = product(_rows(x), w1, b1)
     y = product(torch.nn.functional.gelu(h, approximate=ACTIVATIONS[activation]), w2, b2)
     return y.view(*x.shape[:-1], w2.shape[0]), h.view(*x.shape[:-1], w1.shape[0])
 
 
-def _mlp_inference(x, w1, b1, w2, b2, activation):
+def _mlp_inference(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str
+) -> tuple[Tensor, None]:
     w1, b1, w2, b2 = _narrow(x, w1, b1, w2, b2)
     y = product(product(_rows(x), w1, b1, ACTIVATIONS[activation]), w2, b2)
     return y.view(*x.shape[:-1], w2.shape[0]), None
@@ -87,12 +93,14 @@ _mlp_forward.inference = _mlp_inference  # type: ignore[attr-defined]  # writes 
 _mlp_backward = functools.partial(_mlp_backward_by, product=lambda a, w: product(a, w.t()))
 
 
-def _latents_forward(tokens, weight, bias, patch_size, grid_h, grid_w):
+def _latents_forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, patch_size: int, grid_h: int, grid_w: int) -> Tensor:
     patches = product(_rows(tokens), *_narrow(tokens, weight, bias))
     return moved_from_patches(patches.view(*tokens.shape[:2], -1), patch_size, (grid_h, grid_w))
 
 
-def _latents_backward(grad_x, tokens, weight, patch_size, need_tokens, need_weight, need_bias):
+def _latents_backward(
+    grad_x: Tensor, tokens: Tensor, weight: Tensor, patch_size: int, need_tokens: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, ...]:
     rows, none = moved_to_patches(grad_x.contiguous(), patch_size).view(-1, weight.shape[0]), grad_x.new_empty(0)
     return (
         product(rows, weight.t()).view(tokens.shape) if need_tokens else none,

@@ -15,13 +15,15 @@ Source: Dosovitskiy et al. 2020 (arXiv 2010.11929), eq. 1; diffusers' DiagonalGa
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _check, _choice, _dispatch, _flops, _operator, cpu, random
-from ._calls import Call
+from ._calls import Call, Draw
 from ._patches import from_patches, to_patches
 
 
@@ -115,7 +117,10 @@ def _check_sizes(op: str, latents: Tensor, patch_size: int, moments: bool) -> tu
     return channels // 2 if moments else channels, (height // patch_size) * (width // patch_size)
 
 
-def _forward_eager(latents, weight, bias, pos_embed, cls_token, rng, patch_size, scale, shift, moments):
+def _forward_eager(
+    latents: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, cls_token: Tensor | None,
+    rng: Tensor | None, patch_size: int, scale: float, shift: float, moments: bool,
+) -> Tensor:  # fmt: skip
     # Unlike the reference it samples and maps bfloat16 latents in float32, and writes the tokens once: no torch.cat, no second sum.
     y = F.linear(_patches(latents, weight, rng, patch_size, scale, shift, moments), weight, bias)
     if cls_token is None:
@@ -131,8 +136,9 @@ def _forward_eager(latents, weight, bias, pos_embed, cls_token, rng, patch_size,
 
 
 def _backward_eager(
-    grad_y, latents, weight, rng, patch_size, scale, shift, moments, need_latents, need_weight, need_bias, need_pos, need_cls
-):
+    grad_y: Tensor, latents: Tensor, weight: Tensor, rng: Tensor | None, patch_size: int, scale: float, shift: float,
+    moments: bool, need_latents: bool, need_weight: bool, need_bias: bool, need_pos: bool, need_cls: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     b, _, height, width = latents.shape
     grid = height // patch_size, width // patch_size
     grad_patches = grad_y[:, grad_y.shape[1] - grid[0] * grid[1] :].reshape(-1, weight.shape[0])
@@ -154,7 +160,9 @@ def _backward_eager(
     )
 
 
-def _patches(latents, weight, rng, patch_size, scale, shift, moments):
+def _patches(
+    latents: Tensor, weight: Tensor, rng: Tensor | None, patch_size: int, scale: float, shift: float, moments: bool
+) -> Tensor:
     z = latents.chunk(2, dim=1)[0] if moments else latents
     wide = _check.accumulate_dtype(latents.dtype)
     if rng is not None:
@@ -164,11 +172,11 @@ def _patches(latents, weight, rng, patch_size, scale, shift, moments):
     return to_patches(z.to(weight.dtype), patch_size)
 
 
-def _deviation(moments, wide):
+def _deviation(moments: Tensor, wide: torch.dtype) -> Tensor:
     return moments.chunk(2, dim=1)[1].to(wide).clamp(-30.0, 20.0).mul_(0.5).exp_()
 
 
-def _latents_gradient(grad_z, latents, rng, scale, moments):
+def _latents_gradient(grad_z: Tensor, latents: Tensor, rng: Tensor | None, scale: float, moments: bool) -> Tensor:
     wide = _check.accumulate_dtype(latents.dtype)
     grad_mean = grad_z.to(wide).mul_(scale)
     if not moments:
@@ -182,14 +190,18 @@ def _latents_gradient(grad_z, latents, rng, scale, moments):
     return torch.cat([grad_mean, grad_logvar], dim=1).to(latents.dtype)
 
 
-def _fake(latents, weight, bias, pos_embed, cls_token, rng, patch_size, scale, shift, moments):
+def _fake(
+    latents: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, cls_token: Tensor | None,
+    rng: Tensor | None, patch_size: int, scale: float, shift: float, moments: bool,
+) -> Tensor:  # fmt: skip
     tokens = (latents.shape[2] // patch_size) * (latents.shape[3] // patch_size)
     return weight.new_empty(latents.shape[0], tokens + (cls_token is not None), weight.shape[0])
 
 
 def _fake_backward(
-    grad_y, latents, weight, rng, patch_size, scale, shift, moments, need_latents, need_weight, need_bias, need_pos, need_cls
-):
+    grad_y: Tensor, latents: Tensor, weight: Tensor, rng: Tensor | None, patch_size: int, scale: float, shift: float,
+    moments: bool, need_latents: bool, need_weight: bool, need_bias: bool, need_pos: bool, need_cls: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     return (
         latents.new_empty(latents.shape) if need_latents else grad_y.new_empty(0),
         grad_y.new_empty(weight.shape if need_weight else 0),
@@ -199,14 +211,20 @@ def _fake_backward(
     )
 
 
-def _specification(latents, weight, bias, pos_embed, cls_token, rng, patch_size, scale, shift, moments):
+def _specification(
+    latents: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, cls_token: Tensor | None,
+    rng: Tensor | None, patch_size: int, scale: float, shift: float, moments: bool,
+) -> Tensor:  # fmt: skip
     return reference(
         latents, weight, bias, pos_embed, cls_token,
         patch_size=patch_size, scale=scale, shift=shift, moments=moments, rng=rng,
     )  # fmt: skip
 
 
-def _differentiable_backward(grad_y, latents, weight, rng, patch_size, scale, shift, moments, *needs):
+def _differentiable_backward(
+    grad_y: Tensor, latents: Tensor, weight: Tensor, rng: Tensor | None, patch_size: int, scale: float, shift: float,
+    moments: bool, *needs: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     tokens = (latents.shape[2] // patch_size) * (latents.shape[3] // patch_size)
     with_cls, rest = grad_y.shape[1] > tokens, (rng, patch_size, scale, shift, moments)
     width = grad_y.shape[2:]
@@ -220,7 +238,7 @@ def _differentiable_backward(grad_y, latents, weight, rng, patch_size, scale, sh
     return grads if with_cls else (*grads, grad_y.new_empty(0))
 
 
-def _save(inputs, output):
+def _save(inputs: Sequence[Any], output: Any) -> _operator.Saved:
     latents, weight, _, _, _, rng, *options = inputs
     return _operator.Saved((latents, weight, rng), tuple(options))
 
@@ -245,15 +263,20 @@ _patch_embed = _operator.define(
 # ---- its products, for FlopCounterMode
 
 
-def _patch_product(latents, weight, patch_size):
+def _patch_product(latents: _flops.Shape, weight: _flops.Shape, patch_size: int) -> int:
     return 2 * latents[0] * (latents[2] // patch_size) * (latents[3] // patch_size) * math.prod(weight)
 
 
-def _flops_forward(latents, weight, bias, pos_embed, cls_token, rng, patch_size, *_):
+def _flops_forward(
+    latents: _flops.Shape, weight: _flops.Shape, bias: Any, pos_embed: Any, cls_token: Any, rng: Any, patch_size: int, *_: Any
+) -> int:
     return _patch_product(latents, weight, patch_size)
 
 
-def _flops_backward(grad_y, latents, weight, rng, patch_size, scale, shift, moments, need_latents, need_weight, *_):
+def _flops_backward(
+    grad_y: Any, latents: _flops.Shape, weight: _flops.Shape, rng: Any, patch_size: int, scale: float, shift: float,
+    moments: bool, need_latents: bool, need_weight: bool, *_: Any,
+) -> int:  # fmt: skip
     return (need_latents + need_weight) * _patch_product(latents, weight, patch_size)
 
 
@@ -277,13 +300,16 @@ _BACKWARD = cpu.Kernel(
 )
 
 
-def _sizes(latents, weight, patch_size, moments):
+def _sizes(latents: Tensor, weight: Tensor, patch_size: int, moments: bool) -> tuple[int, ...]:
     """B, C, p, h, w, D."""
     batch, channels, height, width = latents.shape
     return batch, channels // 2 if moments else channels, patch_size, height // patch_size, width // patch_size, weight.shape[0]
 
 
-def _forward_cpu(latents, weight, bias, pos_embed, cls_token, rng, patch_size, scale, shift, moments):
+def _forward_cpu(
+    latents: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, cls_token: Tensor | None,
+    rng: Tensor | None, patch_size: int, scale: float, shift: float, moments: bool,
+) -> Tensor:  # fmt: skip
     latents, weight = cpu.unit_stride(latents), cpu.rows(weight)
     batch, _, _, h, w, width = sizes = _sizes(latents, weight, patch_size, moments)
     y = cpu.empty(weight, (batch, h * w + (cls_token is not None), width))
@@ -295,8 +321,9 @@ def _forward_cpu(latents, weight, bias, pos_embed, cls_token, rng, patch_size, s
 
 
 def _backward_cpu(
-    grad_y, latents, weight, rng, patch_size, scale, shift, moments, need_latents, need_weight, need_bias, need_pos, need_cls
-):
+    grad_y: Tensor, latents: Tensor, weight: Tensor, rng: Tensor | None, patch_size: int, scale: float, shift: float,
+    moments: bool, need_latents: bool, need_weight: bool, need_bias: bool, need_pos: bool, need_cls: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     grad_y, latents, weight = cpu.unit_stride(grad_y), cpu.unit_stride(latents), cpu.rows(weight)
     _, _, _, h, w, width = sizes = _sizes(latents, weight, patch_size, moments)
     needs = need_latents, need_weight, need_bias, need_pos, need_cls
@@ -327,14 +354,14 @@ cpu.register(
 # ---- how it is called
 
 
-def _arguments(draw, batch, channels, side, width):
+def _arguments(draw: Draw, batch: int, channels: int, side: int, width: int) -> list[Tensor]:
     return [
         draw(batch, channels, side, side), draw(width, 4 * channels, scale=(4 * channels) ** -0.5), draw(width),
         draw(1 + side * side // 4, width), draw(width),
     ]  # fmt: skip
 
 
-def _moments(draw, batch, channels, side, width):
+def _moments(draw: Draw, batch: int, channels: int, side: int, width: int) -> list[Tensor]:
     _, *parameters = _arguments(draw, batch, channels, side, width)
     return [draw(batch, 2 * channels, side, side), *parameters, random.make_rng(5, 3, device=torch.get_default_device())]
 

@@ -128,7 +128,7 @@ def _check_shape(op: str, shape: Sequence[int]) -> None:
         raise ValueError(f"{op}: shape must have no negative size, got {tuple(shape)}")
 
 
-def _fake(shape, rng, dtype):
+def _fake(shape: Sequence[int], rng: Tensor, dtype: torch.dtype) -> Tensor:
     return rng.new_empty(shape, dtype=dtype)
 
 
@@ -149,7 +149,7 @@ _WORDS = cpu.Kernel(
 )
 
 
-def _forward_cpu(shape, rng, dtype):
+def _forward_cpu(shape: Sequence[int], rng: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(shape, dtype=dtype)
     _NORMAL(dtype, rng.contiguous(), out, out.numel())
     return out

@@ -11,7 +11,8 @@ from typing import Any
 
 from ov3fast.data.config import SourceConfig
 
-from .config import Recipe, Stage, build
+from .config import Recipe, Stage
+from .plain import build
 
 SUFFIXES = (".json", ".yaml", ".yml")
 

@@ -27,8 +27,8 @@ def announce(recipe: Recipe, parallel: Parallel, optimizer: AdamW, stage: int) -
             footprint(recipe, number, images).activations for number in range(stage, len(recipe.stages))
         )  # fmt: skip
     listed = ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items() if size)
-    beside = "" if "activations" in parts else ", and activations"
-    yield f"memory of each process: {_bytes(sum(parts.values()))} ({listed}){beside}"
+    not_counted = "" if "activations" in parts else ", and activations"
+    yield f"memory of each process: {_bytes(sum(parts.values()))} ({listed}){not_counted}"
     for planned in recipe.stages[stage:]:
         flops = sum(flops_by_part(recipe, planned).values())
         micro = planned.batch_size // (ranks.world * recipe.accumulate)

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import PIL
@@ -17,17 +18,32 @@ from ov3fast.data.captions import texts_under
 from ov3fast.data.images import DECODE_VERSION
 from ov3fast.data.skips import SampleError
 from ov3fast.data.store import SampleStore
-from ov3fast.models.openvision3 import PARTS, OpenVision3
-from ov3fast.models.tokenizer import Tokenizer, get_tokenizer
+from ov3fast.models import pretrained
+from ov3fast.models.openvision3 import PARTS, WEIGHTS_FILE, OpenVision3
+from ov3fast.models.tokenizer import CONFIG_FILE as TOKENIZER_CONFIG
+from ov3fast.models.tokenizer import FILE as TOKENIZER_FILE
+from ov3fast.models.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
 from ov3fast.models.vae import FrozenVAE
 from ov3fast.recipes.config import Recipe, Stage
+from ov3fast.recipes.plain import leaves
+from ov3fast.training.distributed import Ranks
 from ov3fast.training.latents import weights_hash
+from ov3fast.training.progress import TOKENIZER
 
 
 def build_tokenizer(recipe: Recipe, store: SampleStore) -> Tokenizer:
     """The recipe's tokenizer, with the vocabulary of the training captions alone where the recipe restricts it."""
     tokenizer = get_tokenizer(recipe.model.tokenizer, recipe.vocab_file)
     return tokenizer.restrict(training_texts(store)) if recipe.restrict_vocabulary else tokenizer
+
+
+def starting_tokenizer(recipe: Recipe, store: SampleStore, initial: Path | None, *, resumed: bool) -> Tokenizer:
+    """The run's own where it is resumed, else that of the model folder `initial` where it has one, else the recipe's."""
+    if resumed:
+        return load_tokenizer(recipe.run_dir / TOKENIZER)
+    if initial is not None and (initial / TOKENIZER_CONFIG).is_file():
+        return load_tokenizer(initial)
+    return build_tokenizer(recipe, store)
 
 
 def training_texts(store: SampleStore) -> Iterator[str]:
@@ -72,6 +88,19 @@ def compile_blocks(model: OpenVision3) -> None:
             block.forward = torch.compile(block.forward, dynamic=False)
 
 
+def initial_model(init_from: str | Path) -> Path:
+    """The model folder that a path, a run or a hub id stands for."""
+    what = f"init_from {init_from}"
+    found = pretrained.resolve(init_from, what, ["config.json", WEIGHTS_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG])
+    return pretrained.model_folder(found, what)
+
+
+def load_initial(model: OpenVision3, folder: Path, init_from: str | Path) -> None:
+    """Replaces the model's weights by those of a model folder, which errors call by what it was named as."""
+    what = f"init_from {init_from}"
+    pretrained.load_state(model, pretrained.read_tensors(folder / WEIGHTS_FILE, what), what)
+
+
 def build_vae(path: str, subfolder: str | None, dtype: str) -> FrozenVAE:
     """The frozen VAE as training computes with it. dtype: "fp32" or "bf16"."""
     vae = FrozenVAE.from_pretrained(path, subfolder, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
@@ -113,3 +142,14 @@ def latents_key(recipe: Recipe, stage: Stage, store: SampleStore, vae: FrozenVAE
         "decode": (DECODE_VERSION, PIL.__version__),
     }  # fmt: skip
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def check_same_recipe(recipe: Recipe, ranks: Ranks) -> None:
+    """ValueError on every rank, naming the field, where a rank was started with another recipe."""
+    own, *others = (dict(leaves(values)) for values in ranks.gather(recipe.to_dict()))
+    for rank, other in enumerate(others, 1):
+        for name in [*own, *(name for name in other if name not in own)]:
+            if own.get(name) != other.get(name):
+                raise ValueError(
+                    f"the processes disagree: {name} is {own.get(name)!r} for rank 0 and {other.get(name)!r} for rank {rank}"
+                )

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import resource
 import time
 from contextlib import nullcontext, suppress
 from datetime import timedelta
@@ -30,24 +29,20 @@ from torch import Tensor
 
 from ov3fast import ops
 from ov3fast.data.assets import fetch
-from ov3fast.data.order import order_hash
 from ov3fast.data.store import SampleStore
-from ov3fast.io import atomic_write, check_writable_folder, naming_full_disk
+from ov3fast.io import check_writable_folder, naming_full_disk
 from ov3fast.losses import Objective
-from ov3fast.models import pretrained
 from ov3fast.models.config import VERSIONS, versions
-from ov3fast.models.openvision3 import WEIGHTS_FILE
 from ov3fast.models.perceptual import build_lpips
-from ov3fast.models.tokenizer import CONFIG_FILE as TOKENIZER_CONFIG
-from ov3fast.models.tokenizer import FILE as TOKENIZER_FILE
-from ov3fast.models.tokenizer import Tokenizer, load_tokenizer
-from ov3fast.recipes.config import Recipe, Stage, leaves
+from ov3fast.models.tokenizer import Tokenizer
+from ov3fast.recipes.config import Recipe, Stage
 from ov3fast.training import build, capture, checkpoint, compare, distributed, plan
 from ov3fast.training.announce import announce
 from ov3fast.training.capture import CapturedStep
 from ov3fast.training.guard import MOST, NonFiniteError, SpikeError, median_if_spike, report
 from ov3fast.training.inputs import Inputs
-from ov3fast.training.logs import Display, RunLog, Window, describe
+from ov3fast.training.journal import Journal
+from ov3fast.training.logs import Display, Window
 from ov3fast.training.optimizer import AdamW
 from ov3fast.training.parallel import Parallel, whole
 from ov3fast.training.progress import (
@@ -60,13 +55,13 @@ from ov3fast.training.progress import (
     find_checkpoint,
     restored_state,
 )
+from ov3fast.training.results import describe_metrics, final_metrics, write_json
 from ov3fast.training.saving import Saver
 from ov3fast.training.schedule import schedule
-from ov3fast.training.signals import StopRequest
+from ov3fast.training.signals import Deadline, StopRequest
 from ov3fast.training.stage import StageRun, check_micro_batches, length
 from ov3fast.training.step import MicroBatch, Step, branches
 from ov3fast.training.timing import Timer
-from ov3fast.training.usage import Usage
 
 EXIT_INTERRUPTED = 75
 """Exit code (EX_TEMPFAIL) of a run that was told to stop and has saved: start the same command again with --resume."""
@@ -91,7 +86,7 @@ def train(
     """
     recipe = recipe.resolve()
     ranks = distributed.start(device, timedelta(minutes=recipe.rank_timeout_minutes))
-    check_same_recipe(recipe, ranks)
+    build.check_same_recipe(recipe, ranks)
     backend = ops.use(recipe.impl) if recipe.impl else nullcontext()
     with backend, StopRequest() as stop, Display(show=ranks.first) as display, naming_full_disk(recipe.run_dir):
         return Run(recipe, ranks, stop, display, extend).start(resume, overwrite, init_from)
@@ -101,14 +96,8 @@ class Run:
     """One process's part of a run."""
 
     def __init__(
-        self,
-        recipe: Recipe,
-        ranks: distributed.Ranks,
-        stop: StopRequest,
-        display: Display,
-        extend: bool = False,
-        until: int | None = None,
-    ) -> None:
+        self, recipe: Recipe, ranks: distributed.Ranks, stop: StopRequest, display: Display, extend: bool = False, until: int | None = None
+    ) -> None:  # fmt: skip
         """until: the step after which a run that writes nothing ends (training.replay)."""
         self.recipe, self.ranks, self.stop, self.display = recipe, ranks, stop, display
         check_writable_folder(recipe.run_dir, "run_dir")
@@ -118,16 +107,13 @@ class Run:
         if recipe.compile:
             build.check_compiler(ranks.device)
         self.extend, self.until = extend, until
-        self.log: RunLog | None = None
         self.state = State()
         self.timer = Timer(ranks.device, recipe.synchronize_timing)
         self.stopped = False
         self.reactions = 0
-        self.began = time.monotonic()
-        self.longest_step = 0.0
+        self.deadline = None if recipe.wall_minutes is None else Deadline(60 * recipe.wall_minutes)
         self.saved_at = (0, 0.0)
-        self.usage = Usage(self.timer, ranks)
-        self.row: dict[str, Any] = {}
+        self.journal = Journal(recipe, ranks, self.timer, display)
 
     # ---- the run ----
 
@@ -143,18 +129,16 @@ class Run:
             write_json(run_dir / RECIPE, {**recipe.to_dict(), VERSIONS: versions()})
             if saved is None:
                 tokenizer.save(run_dir / TOKENIZER)
-            self.log = self._open_log()
+            self.journal.open(self.state.step)
         counts = self.model.parameter_counts()
         self.display.note(
             f"{self.store.n:,} samples, {counts['total'] / 1e6:.2f} M parameters, vocabulary {tokenizer.vocab_size:,}, "
             f"{self.parallel.describe()} on {self.ranks.device}, {recipe.precision}, run_dir {run_dir}"
         )
-        for line in (
-            announce(recipe, self.parallel, self.optimizer, min(self.state.stage, len(recipe.stages) - 1))
-            if self.ranks.first
-            else ()
-        ):
-            self.display.note(line)
+        if self.ranks.first:
+            stage = min(self.state.stage, len(recipe.stages) - 1)
+            for line in announce(recipe, self.parallel, self.optimizer, stage):
+                self.display.note(line)
         # What set-up made stays to the end: the collector need not go through it in every one of its rounds.
         gc.collect()
         gc.freeze()
@@ -170,25 +154,18 @@ class Run:
         finally:
             gc.unfreeze()
             self.saver.close()
-            if self.log is not None:
-                self.log.close()
+            self.journal.close()
 
     def set_up(self, saved: checkpoint.Checkpoint | None, init_from: str | Path | None = None) -> Tokenizer:
         """Data, model, optimizer, and what was saved of them; returns the tokenizer."""
-        recipe, run_dir = self.recipe, self.recipe.run_dir
+        recipe = self.recipe
         self.display.note(f"recipe {recipe.name}: reading the data")
         self.store = SampleStore(recipe.data)
-        initial = None if init_from is None or saved is not None else _model_folder(init_from)
-        if saved is not None:
-            tokenizer = load_tokenizer(run_dir / TOKENIZER)
-        elif initial is not None and (initial / TOKENIZER_CONFIG).is_file():
-            tokenizer = load_tokenizer(initial)
-        else:
-            tokenizer = build.build_tokenizer(recipe, self.store)
+        initial = None if init_from is None or saved is not None else build.initial_model(init_from)
+        tokenizer = build.starting_tokenizer(recipe, self.store, initial, resumed=saved is not None)
         self.model = build.build_model(recipe, tokenizer, self.ranks.device)
         if initial is not None:
-            what = f"init_from {init_from}"
-            pretrained.load_state(self.model, pretrained.read_tensors(initial / WEIGHTS_FILE, what), what)
+            build.load_initial(self.model, initial, init_from)
             self.display.note(f"weights of {initial}")
         self.parallel = Parallel(self.model, recipe, self.ranks)
         self.optimizer = AdamW(self.model, recipe.optimizer)
@@ -280,7 +257,8 @@ class Run:
         """(whether any rank was told to stop, whether the step must not change the weights, for a spike the median it is held against)."""
         fine = bool(torch.stack(list(losses.values())).isfinite().all())
         minutes = (time.monotonic() - run.began) / 60
-        self.longest_step = max(self.longest_step, 60 * (minutes - run.minutes)) if run.minutes else 0.0
+        if self.deadline is not None:
+            self.deadline.note_step(60 * (minutes - run.minutes) if run.minutes else None)
         factor = self.recipe.spike_factor
         loss = float(losses["loss"]) if fine and factor is not None else 0.0
         asked = self.stop.name is not None or self._out_of_time()
@@ -292,11 +270,7 @@ class Run:
 
     def _out_of_time(self) -> bool:
         """Whether the job's time is nearly over: what is left is for ending two steps and for a save like the longest so far."""
-        limit = self.recipe.wall_minutes
-        if limit is None:
-            return False
-        save = self.saver.longest or min(60.0, 6.0 * limit)
-        out = time.monotonic() - self.began + 2 * self.longest_step + 2 * save > 60 * limit
+        out = self.deadline is not None and self.deadline.is_near(self.saver.longest)
         if out:
             self.stop.name = self.stop.name or "wall_minutes"
         return out
@@ -313,7 +287,7 @@ class Run:
         """Does what recipe.on_spike says about a step that changed nothing. Whether the run went back to a checkpoint."""
         recipe, state = self.recipe, self.state
         if state.step + 1 == self.until:
-            self.row = {"step": self.until, **{name: float(value) for name, value in values.items()}}
+            self.journal.row = {"step": self.until, **{name: float(value) for name, value in values.items()}}
             self.stopped = True
             return True
         message = report(
@@ -343,45 +317,28 @@ class Run:
         self._restore(saved)
         self.state.batches_left_out = following - self.state.stage_step
         run.begin(self.state)
-        if self.log is not None:
-            self.log.close()
-            self.log = self._open_log()
+        self.journal.reopen(self.state.step)
         return True
 
     def _record(
-        self,
-        run: StageRun,
-        losses: dict[str, Tensor],
-        norm: Tensor | None,
-        lr: float,
-        measured: dict[str, float],
-        samples: np.ndarray,
-        stop: bool,
-    ) -> None:
+        self, run: StageRun, losses: dict[str, Tensor], norm: Tensor | None, lr: float, measured: dict[str, float],
+        samples: np.ndarray, stop: bool,
+    ) -> None:  # fmt: skip
         """Counts the step and, where a row is due, logs the means since the last. norm: None where there was no update."""
         state = self.state
-        state.step += 1
-        state.stage_step += 1
-        state.images += run.stage.batch_size
-        state.stage_seconds, state.seconds = 60 * run.minutes, run.before + 60 * run.minutes
-        state.order_hash = order_hash(state.order_hash, samples.tolist())
+        state.advance(run.stage.batch_size, 60 * run.minutes, run.before, samples)
         if norm is not None:
             run.window.add(losses, norm, run.stage.batch_size)
         due = state.step % self.recipe.log_every == 0 or measured or stop or run.finished(state)
         if due and run.window.count:
-            self._log(run, lr, measured)
+            self.journal.write(run, state, lr, measured, float(self.model.logit_scale.detach().exp()), self.stop)
 
     def _checkpoint(self, run: StageRun, stop: bool) -> None:
         """Closes the stage if it has finished, and saves a checkpoint if one is due."""
         state = self.state
         last = run.finished(state)
         if last:
-            state.ended = {
-                "stage_step": state.stage_step, "stage_seconds": state.stage_seconds, "cursors": state.cursors,
-                "batches_left_out": state.batches_left_out,
-            }  # fmt: skip
-            state.cursors = run.inputs.cursors(state.stage_step + state.batches_left_out)
-            state.stage, state.stage_step, state.stage_seconds, state.batches_left_out = state.stage + 1, 0, 0.0, 0
+            state.end_stage(run.inputs.cursors(state.stage_step + state.batches_left_out))
         if last or stop or self._is_due():
             self._save()
         if stop:
@@ -409,9 +366,6 @@ class Run:
 
     # ---- what is written ----
 
-    def _open_log(self) -> RunLog:
-        return RunLog(self.recipe.run_dir, self.state.step, self.recipe.wandb, self.recipe.to_dict())
-
     def _is_due(self) -> bool:
         steps, minutes = self.recipe.checkpoint_steps, self.recipe.checkpoint_minutes
         by_steps = steps is not None and self.state.step % steps == 0
@@ -421,12 +375,8 @@ class Run:
         if self.saved_at[0] == self.state.step or self.until is not None:
             return
         with self.timer("checkpoint"):
-            state = {
-                "progress": dataclasses.asdict(self.state),
-                "recipe": self.recipe.to_dict(),
-                "world": self.ranks.world,
-                **versions(),
-            }
+            recipe, progress = self.recipe.to_dict(), dataclasses.asdict(self.state)
+            state = {"progress": progress, "recipe": recipe, "world": self.ranks.world, **versions()}
             self.saver.save(self.state.step, self._tensors(), state)
         self.saved_at = (self.state.step, self.state.seconds)
 
@@ -435,88 +385,16 @@ class Run:
         tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.moments()}
         return tensors if self.optimizer.ema is None else {**tensors, "ema": self.optimizer.ema}
 
-    def _log(self, run: StageRun, lr: float, measured: dict[str, float]) -> None:
-        state = self.state
-        names, values, rate = run.window.take()
-        means = (self.ranks.total(values) / self.ranks.world).tolist()
-        self.row = {
-            "step": state.step,
-            "stage": run.stage.name,
-            "images": state.images,
-            "seconds": round(state.seconds, 3),
-            "images_per_s": rate,
-            **self.usage.row(rate, run.flops_per_image),
-            "lr": lr,
-            **dict(zip(names, means, strict=True)),
-            "logit_scale": float(self.model.logit_scale.detach().exp()),
-            **measured,
-        }
-        if self.log is not None:
-            self.log.write(self.row)
-        last = run.finished(state)
-        share = 1.0 if last else run.times.progress(state.stage_step, run.minutes)
-        eta = 60 * run.minutes * (1 - share) / share if share > 0 else None
-        try:
-            self.display.update(run.stage.name, share, describe(self.row, eta), last)
-        except BrokenPipeError:  # the reader of the output went away: as on a signal, what was trained is saved
-            self.stop.name = self.stop.name or "SIGPIPE"
-
     def _finish(self) -> dict[str, Any]:
         """The final model (its EMA where one is kept) and the summary."""
-        state, seconds = self.state, self.timer.table()
-        metrics = {
-            **{key: value for key, value in self.row.items() if key not in ("step", "images", "seconds", "stage")},
-            "step": state.step,
-            "images": state.images,
-            "seconds": state.seconds,
-            "interrupted": self.interrupted,
-            "order_hash": state.order_hash,
-            "seconds_by_part": seconds,
-            "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        }
-        if (self.recipe.run_dir / COMPARISON).is_file():
-            metrics["comparison"] = json.loads((self.recipe.run_dir / COMPARISON).read_text(encoding="utf-8"))
-        if self.ranks.device.type == "cuda":
-            metrics["peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.ranks.device) / 2**30
+        metrics = final_metrics(self.recipe, self.state, self.journal.row, self.timer, self.ranks.device, self.interrupted)
         self.saver.finish()
         if not self.interrupted:
-            self._export()
-        if self.interrupted or not self.ranks.first:
-            self.ranks.wait()
-            return metrics
-        write_json(self.recipe.run_dir / SUMMARY, metrics)
-        total = sum(seconds.values()) or 1.0
-        for part, value in seconds.items():
-            self.display.note(f"  {part:<14} {value:9.1f} s  {100 * value / total:5.1f} %")
-        if "comparison" in metrics:
-            self.display.note(compare.describe(metrics["comparison"]))
-        self.display.note(f"done: {state.step} steps, {state.images:,} images; model in {self.recipe.run_dir / MODEL}")
+            weights = {name: whole(value) for name, value in {**self.model.state_dict(), **(self.optimizer.ema or {})}.items()}
+            if self.ranks.first:
+                self.model.save_pretrained(self.recipe.run_dir / MODEL, weights)
+                write_json(self.recipe.run_dir / SUMMARY, metrics)
+                for line in describe_metrics(metrics, self.recipe.run_dir / MODEL):
+                    self.display.note(line)
         self.ranks.wait()
         return metrics
-
-    def _export(self) -> None:
-        weights = {name: whole(value) for name, value in {**self.model.state_dict(), **(self.optimizer.ema or {})}.items()}
-        if self.ranks.first:
-            self.model.save_pretrained(self.recipe.run_dir / MODEL, weights)
-
-
-def check_same_recipe(recipe: Recipe, ranks: distributed.Ranks) -> None:
-    """ValueError on every rank, naming the field, where a rank was started with another recipe."""
-    own, *others = (dict(leaves(values)) for values in ranks.gather(recipe.to_dict()))
-    for rank, other in enumerate(others, 1):
-        for name in [*own, *(name for name in other if name not in own)]:
-            if own.get(name) != other.get(name):
-                raise ValueError(
-                    f"the processes disagree: {name} is {own.get(name)!r} for rank 0 and {other.get(name)!r} for rank {rank}"
-                )
-
-
-def _model_folder(path: str | Path) -> Path:
-    what = f"init_from {path}"
-    found = pretrained.resolve(path, what, ["config.json", WEIGHTS_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG])
-    return pretrained.model_folder(found, what)
-
-
-def write_json(path: Path, values: Any) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

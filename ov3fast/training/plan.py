@@ -7,7 +7,8 @@ from typing import Any
 
 from ov3fast import terminal
 from ov3fast.models.flops import flops_per_image, lpips_flops, mlp_flops_per_image, parameter_counts
-from ov3fast.recipes.config import Recipe, Stage, leaves
+from ov3fast.recipes.config import Recipe, Stage
+from ov3fast.recipes.plain import leaves
 from ov3fast.training.schedule import Schedule, schedule
 
 TOWERS = ("encoder", "decoder", "text", "captioner")

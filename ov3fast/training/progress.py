@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from ov3fast.data.order import order_hash
 from ov3fast.models.config import versions
 from ov3fast.recipes.config import Recipe, Stage
 from ov3fast.training import checkpoint
@@ -41,6 +44,23 @@ class State:
     """Losses of the last steps, where spikes are looked for."""
     order_hash: str = ""
     """Running sha256 of the samples' numbers, in order."""
+
+    def advance(self, images: int, stage_seconds: float, seconds_before: float, samples: np.ndarray) -> None:
+        """Counts a step. stage_seconds: of this stage so far; seconds_before: of the stages before it."""
+        self.step += 1
+        self.stage_step += 1
+        self.images += images
+        self.stage_seconds, self.seconds = stage_seconds, seconds_before + stage_seconds
+        self.order_hash = order_hash(self.order_hash, samples.tolist())
+
+    def end_stage(self, cursors: tuple[int, ...]) -> None:
+        """On to the next stage, which draws from `cursors` on."""
+        self.ended = {
+            "stage_step": self.stage_step, "stage_seconds": self.stage_seconds, "cursors": self.cursors,
+            "batches_left_out": self.batches_left_out,
+        }  # fmt: skip
+        self.cursors = cursors
+        self.stage, self.stage_step, self.stage_seconds, self.batches_left_out = self.stage + 1, 0, 0.0, 0
 
 
 def find_checkpoint(

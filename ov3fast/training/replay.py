@@ -57,11 +57,11 @@ def replay(run_dir: str | Path, step: int, device: str | torch.device | None = N
         begun = run.state.step
         while run.state.step < step and run.interrupted and not run.stopped:
             run.train_stage(recipe.stages[run.state.stage])
-    if run.row.get("step") != step:
+    if run.journal.row.get("step") != step:
         raise ValueError(f"replay: {run_dir} ends at step {run.state.step}, got step {step}")
     rows = {row["step"]: row for row in read_rows(run_dir / LOG)}
     alone = step == 1 or step - 1 in rows
-    return Replayed(run.row, rows.get(step) if alone else None, begun)
+    return Replayed(run.journal.row, rows.get(step) if alone else None, begun)
 
 
 def _before(where: str, step: int, ranks: distributed.Ranks) -> checkpoint.Checkpoint | None:

@@ -2,12 +2,14 @@
 
 The data workers ignore SIGTERM and SIGINT (data.loader), so that a signal to the process group leaves them to the run.
 The handler only sets a flag; saving inside a handler could run in the middle of an update. A second Ctrl-C stops at once.
+A job whose wall time is known (recipe.wall_minutes) stops the same way before it is over.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -34,3 +36,21 @@ class StopRequest:
         if number == signal.SIGINT and self.name is not None:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
+
+
+class Deadline:
+    """The end of the job's wall time, `seconds` after this object is made."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._began = time.monotonic()
+        self._longest_step = 0.0
+
+    def note_step(self, seconds: float | None) -> None:
+        """How long a step took; None at the first of a stage, whose time isn't known."""
+        self._longest_step = 0.0 if seconds is None else max(self._longest_step, seconds)
+
+    def is_near(self, longest_save: float) -> bool:
+        """Whether what is left is for ending two steps and for a save like the longest so far (0: none yet)."""
+        save = longest_save or min(60.0, self.seconds / 10)
+        return time.monotonic() - self._began + 2 * self._longest_step + 2 * save > self.seconds

@@ -5,7 +5,7 @@
 It stands in for the FLUX.1 VAE where that one can't be downloaded: the same class, the same latent shape, the same
 interface, 2.8 M parameters in place of 84 M. Data: gcompris' photos and Tux Paint's cut-out photos on plain backgrounds.
 scikit-image's and foolbox's photos are held out and only measured. Writes config.json, the weights in float16
-(safetensors, 5.5 MB) and a card with the command and the figures.
+(safetensors, 5.5 MB) and a card with the command and the metrics.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def build() -> torch.nn.Module:
 
 
 def train(config: SmallVAEConfig) -> dict[str, float]:
-    """Trains, measures and writes the VAE; returns its held-out figures."""
+    """Trains, measures and writes the VAE; returns its held-out metrics."""
     torch.manual_seed(config.seed)
     draw = random.Random(config.seed)
     photos, stamps = _training_pictures(config.cache_dir)
@@ -96,9 +96,9 @@ def train(config: SmallVAEConfig) -> dict[str, float]:
             print(f"step {step} at {elapsed:.1f} min: loss {loss.item():.4f}, kl {kl.item():.2f}, "
                   f"held-out {_psnr(average.module, held_out):.2f} dB", flush=True)  # fmt: skip
             _write(average.module, config, photos, {"steps": step, "psnr_128": _psnr(average.module, held_out)})
-    figures = {"steps": step, "psnr_128": _psnr(average.module, held_out)}
-    _write(average.module, config, photos, figures)
-    return figures
+    metrics = {"steps": step, "psnr_128": _psnr(average.module, held_out)}
+    _write(average.module, config, photos, metrics)
+    return metrics
 
 
 def _training_pictures(cache_dir: Path | None) -> tuple[list[Image.Image], list[Image.Image]]:
@@ -161,7 +161,7 @@ def _psnr(model: torch.nn.Module, images: Tensor) -> float:
 
 
 @torch.no_grad()
-def _write(model: torch.nn.Module, config: SmallVAEConfig, photos: list[Image.Image], figures: dict[str, float]) -> None:
+def _write(model: torch.nn.Module, config: SmallVAEConfig, photos: list[Image.Image], metrics: dict[str, float]) -> None:
     """Sets the latent scale from the training photos, then saves folder and card."""
     images = torch.stack([_centre(photo, 128) for photo in photos[::4]])
     means = torch.cat([model.encode(part).latent_dist.mean for part in images.split(8)])
@@ -170,7 +170,7 @@ def _write(model: torch.nn.Module, config: SmallVAEConfig, photos: list[Image.Im
     half.load_state_dict(model.state_dict())
     half.to(torch.float16).save_pretrained(config.out)
     (config.out / "README.md").write_text(
-        CARD.format(command=f"python -m ov3fast.training.small_vae --minutes {config.minutes:g}", **figures)
+        CARD.format(command=f"python -m ov3fast.training.small_vae --minutes {config.minutes:g}", **metrics)
     )
 
 

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import SMALL_VAE, tiny_config, tiny_tokenizer
 
 from ov3fast.data import write_shards
 from ov3fast.data.demo import DemoSet
-from ov3fast.models.config import CaptionConfig, DecoderConfig, OpenVision3Config, TextConfig, VisionConfig
 from ov3fast.models.openvision3 import OpenVision3
-from ov3fast.models.tokenizer import get_tokenizer
-from ov3fast.models.vae import FLUX_VAE, FrozenVAE
+from ov3fast.models.vae import FrozenVAE
 
 COLOURS = {
     "red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (230, 220, 40), "black": (20, 20, 20),
@@ -26,16 +25,10 @@ COLOURS = {
 
 @pytest.fixture(scope="session")
 def model() -> OpenVision3:
-    tokenizer = get_tokenizer("wordpiece").restrict([f"a picture of a {colour} square" for colour in COLOURS])
-    config = OpenVision3Config(
-        vision=VisionConfig(width=32, depth=1, heads=2, mlp_dim=48, image_size=32, embed_dim=24),
-        decoder=DecoderConfig(width=32, depth=1, heads=2, mlp_dim=48),
-        text=TextConfig(width=32, depth=1, heads=2, mlp_dim=48, context_length=10),
-        caption=CaptionConfig(width=24, depth=1, heads=2, mlp_dim=48, length=6),
-    ).for_tokenizer(tokenizer)
+    tokenizer = tiny_tokenizer(f"a picture of a {colour} square" for colour in COLOURS)
+    config = tiny_config(tokenizer, vision={"depth": 1})
     torch.manual_seed(0)
-    small = {"block_out_channels": [8, 8, 8, 8], "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 32}
-    vae = FrozenVAE.from_config({**FLUX_VAE, **small})
+    vae = FrozenVAE.from_config(SMALL_VAE)
     return OpenVision3(config, vae=vae, tokenizer=tokenizer).eval()
 
 

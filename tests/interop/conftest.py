@@ -3,51 +3,14 @@
 import copy
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import model, noise, vae, vae_folder
 
 from ov3fast.inference import VisionTower
-from ov3fast.models.config import CaptionConfig, DecoderConfig, OpenVision3Config, TextConfig, VisionConfig
 from ov3fast.models.openvision3 import OpenVision3
-from ov3fast.models.tokenizer import get_tokenizer
-from ov3fast.models.vae import FLUX_VAE, FrozenVAE
 from ov3fast.models.vit import ViTEncoder
-
-SMALL_VAE = {**FLUX_VAE, "block_out_channels": [8, 8, 8, 8], "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 32}
-
-
-@pytest.fixture(scope="session")
-def vae() -> FrozenVAE:
-    torch.manual_seed(1)
-    return FrozenVAE.from_config(SMALL_VAE)
-
-
-@pytest.fixture(scope="session")
-def vae_folder(vae, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vae")
-    vae.vae.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def model(vae) -> OpenVision3:
-    tokenizer = get_tokenizer("wordpiece").restrict(["a red square"])
-    config = OpenVision3Config(
-        vision=VisionConfig(width=32, depth=2, heads=2, mlp_dim=48, image_size=32, embed_dim=24),
-        decoder=DecoderConfig(width=32, depth=1, heads=2, mlp_dim=48),
-        text=TextConfig(width=32, depth=1, heads=2, mlp_dim=48, context_length=10),
-        caption=CaptionConfig(width=24, depth=1, heads=2, mlp_dim=48, length=6),
-    ).for_tokenizer(tokenizer)
-    torch.manual_seed(0)
-    return OpenVision3(config, vae=vae, tokenizer=tokenizer).eval()
-
-
-def noise(seed: int, width: int, height: int) -> Image.Image:
-    """Smooth noise, so that resizing keeps something."""
-    small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="session")

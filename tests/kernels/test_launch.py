@@ -1,7 +1,6 @@
 """Our own launcher (kernels/lib/launch.py): what is passed to the driver, and which calls share compiled code."""
 
 import ctypes
-import sys
 import threading
 
 import ptxrun.arguments
@@ -10,6 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from kernel_tools.host_time import Plain, events
 
 from ov3fast import ops
 from ov3fast.kernels.lib import cuda_driver
@@ -251,19 +251,6 @@ def test_every_kernel_that_a_launcher_calls_is_ours():
 # ---- host time -------------------------------------------------------------------------------------------------------
 
 
-def events(run):
-    """Number of Python and C function calls in one run, with warm caches."""
-    seen = []
-    for _ in range(3):
-        run()
-    sys.setprofile(lambda frame, event, argument: seen.append(event) if event in ("call", "c_call") else None)
-    try:
-        run()
-    finally:
-        sys.setprofile(None)
-    return len(seen) - 1  # setprofile itself
-
-
 def calls():
     x, weight, bias = torch.randn(2, 3, 8), torch.randn(8, 8), torch.randn(8)
     return {
@@ -272,16 +259,6 @@ def calls():
         "flash_attention": (ops.flash_attention, tuple(torch.randn(1, 2, 1, 8) for _ in range(3))),
         "mlp": (ops.mlp, (x, weight, bias, weight, bias)),
     }
-
-
-class Plain(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
 
 
 # Forward; forward and backward minus PyTorch's own share.

@@ -6,7 +6,7 @@ from kernel_tools.launches import in_any_order, on_ptx
 
 from ov3fast import testing
 from ov3fast.kernels import linear_cross_entropy
-from ov3fast.ops.linear_cross_entropy import _backward_eager, _forward_eager, _total_eager
+from ov3fast.ops import _cross_entropy_eager as eager
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -43,22 +43,22 @@ def check_traffic(reports, dtype, passes):
 def test_forward(values, chunks, target):
     arguments = (*values, -100)
     ours, reports = in_any_order(linear_cross_entropy.forward, *arguments, target=target)
-    check(ours, _forward_eager, arguments)
+    check(ours, eager.forward, arguments)
     check_traffic(reports, values[0].dtype, 1)
 
 
 def test_backward(values, chunks, target):
-    _, lse = _forward_eager(*wide((*values, -100)))
+    _, lse = eager.forward(*wide((*values, -100)))
     arguments = (testing.make(7, seed=2, dtype=torch.float32), *values, lse.float(), -100, True, True)
     ours, reports = in_any_order(linear_cross_entropy.backward, *arguments, target=target)
-    check(ours, _backward_eager, arguments)
+    check(ours, eager.backward, arguments)
     check_traffic(reports, values[0].dtype, 2)
 
 
 def test_total(values, chunks, target):
     arguments = (*values, -100, True, True, True)
     ours, reports = in_any_order(linear_cross_entropy.total, *arguments, target=target)
-    check(ours, _total_eager, arguments)
+    check(ours, eager.total, arguments)
     check_traffic(reports, values[0].dtype, 3)
 
 

@@ -208,7 +208,7 @@ def check_absence(rank, groups):
         return
     began = time.monotonic()
     with pytest.raises(
-        RuntimeError, match=r"not every rank of the group came to the exchange within 2 s \(OV3FAST_EXCHANGE_TIMEOUT\)"
+        RuntimeError, match=r"not every rank of the group reached the exchange within 2 s \(OV3FAST_EXCHANGE_TIMEOUT\)"
     ):
         contrastive_loss(*everyone((2,)), scalars("softmax")[0], group=dist.group.WORLD)
     assert time.monotonic() - began < 20

@@ -3,10 +3,9 @@
 Its backends multiply by different numbers, so that a result identifies the backend.
 """
 
-import sys
-
 import pytest
 import torch
+from kernel_tools.host_time import Plain, events
 from torch import Tensor
 
 from ov3fast import ops
@@ -412,31 +411,6 @@ def test_parse_schema():
 
 
 # ---- host time -------------------------------------------------------------------------------------------------------
-
-
-def events(run):
-    """Number of Python and C function calls in one run with warm caches: a clock-free measure of host time."""
-    seen = []
-    for _ in range(3):
-        run()
-    sys.setprofile(lambda frame, event, argument: seen.append(event) if event in ("call", "c_call") else None)
-    try:
-        run()
-    finally:
-        sys.setprofile(None)
-    return len(seen) - 1  # setprofile itself
-
-
-class Plain(torch.autograd.Function):
-    """PyTorch's own overhead per autograd node."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
 
 
 X, WEIGHT, BIAS = torch.ones(2, 3, 8), torch.ones(8, 8), torch.ones(8)

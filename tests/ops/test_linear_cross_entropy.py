@@ -34,7 +34,7 @@ def pair(labels, **how):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Two rows at a time for 33 classes."""
-    monkeypatch.setattr(module, "CHUNK_LOGITS", 66)
+    monkeypatch.setattr(importlib.import_module("ov3fast.ops._cross_entropy_eager"), "CHUNK_LOGITS", 66)
     if triton.INTERPRETED:
         monkeypatch.setattr(importlib.import_module("ov3fast.kernels.linear_cross_entropy"), "CHUNK_BYTES", 66 * 4)
 

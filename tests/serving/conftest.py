@@ -2,25 +2,19 @@
 
 import contextlib
 import http.client
-import importlib.util
 import io
 import json
 import threading
 import time
 import uuid
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from tiny_models import folder, model, noise, vae, vae_folder
 
 from ov3fast.serving.app import create_app
 from ov3fast.serving.options import Options
 from ov3fast.serving.server import _bound, _Server
-
-_spec = importlib.util.spec_from_file_location("inference_fixtures", Path(__file__).parents[1] / "inference" / "conftest.py")
-_fixtures = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_fixtures)
-vae, vae_folder, model, folder, noise = (getattr(_fixtures, n) for n in ("vae", "vae_folder", "model", "folder", "noise"))
 
 
 class Answer(NamedTuple):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 
-def beside(name: str) -> ModuleType:
+def load_sibling(name: str) -> ModuleType:
     """The module of that name in this folder."""
     spec = importlib.util.spec_from_file_location(f"ov3fast_tests_{name}", Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
@@ -23,13 +23,13 @@ def beside(name: str) -> ModuleType:
 @pytest.fixture(scope="session")
 def tiny() -> ModuleType:
     """tiny.py."""
-    return beside("tiny")
+    return load_sibling("tiny")
 
 
 @pytest.fixture(scope="session")
 def many_ranks() -> ModuleType:
     """many_ranks.py."""
-    return beside("many_ranks")
+    return load_sibling("many_ranks")
 
 
 class RankServer:

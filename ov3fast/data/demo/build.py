@@ -19,13 +19,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ov3fast import terminal
 from ov3fast.data.assets import ASSETS, CLIENTS, AssetError, default_cache_dir, fetch
 from ov3fast.data.demo import sources
 from ov3fast.data.demo.archives import members
@@ -37,6 +35,7 @@ from ov3fast.data.demo.concepts import (
     split_concepts,
     stamp_captions,
 )
+from ov3fast.data.demo.progress import Bars, progress_bars
 from ov3fast.data.shards import INDEX, write_shards
 from ov3fast.data.skips import DataError
 from ov3fast.io import atomic_write, check_writable_folder, naming_full_disk
@@ -118,7 +117,7 @@ def build_demo(
     if present and present["asked"] == asked and not (refresh and present["left_out"]):
         return DemoSet(root, present)
     check_writable_folder(cache, "cache_dir")
-    with _bars(progress) as bars, naming_full_disk(cache):
+    with progress_bars(progress) as bars, naming_full_disk(cache):
         return _Builder(cache, asked, workers or os.cpu_count() or 1, bars, fetch).build()
 
 
@@ -128,7 +127,7 @@ def _manifest(root: Path) -> dict[str, Any] | None:
 
 
 class _Builder:
-    def __init__(self, cache: Path, asked: dict, workers: int, bars: _Bars, fetch: Callable):
+    def __init__(self, cache: Path, asked: dict, workers: int, bars: Bars, fetch: Callable):
         self.cache, self.root, self.asked, self.workers, self.bars = cache, cache / "demo", asked, workers, bars
         self._fetch = fetch
         self.packages: dict[str, Path] = {}
@@ -362,43 +361,3 @@ def _map_in_order(
             yield key, meta, files.result()
     for key, meta, files in waiting:
         yield key, meta, files.result()
-
-
-class _Bars:
-    """rich progress bars, or silence."""
-
-    def __init__(self, bars=None):
-        self.bars = bars
-
-    def track(self, items: Iterable, label: str) -> Iterator:
-        if self.bars is None:
-            yield from items
-            return
-        total = len(items) if hasattr(items, "__len__") else None
-        task = self.bars.add_task(label, total=total)
-        for item in items:
-            yield item
-            self.bars.advance(task)
-        self.bars.update(task, total=self.bars.tasks[task].completed)
-
-    def say(self, text: str) -> None:
-        if self.bars is not None:
-            self.bars.console.print(text)
-
-
-class _bars:
-    """Context manager: `_Bars` that show, or don't."""
-
-    def __init__(self, show: bool):
-        self.context = nullcontext()
-        if show:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-            columns = TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-            self.context = Progress(*columns, console=terminal.console())
-
-    def __enter__(self) -> _Bars:
-        return _Bars(self.context.__enter__())
-
-    def __exit__(self, *exception) -> None:
-        self.context.__exit__(*exception)

@@ -38,7 +38,7 @@ _forced: str | None = os.environ.get("OV3FAST_CPU_ISA") or None
 
 @functools.cache
 def best_isa() -> str:
-    """The widest instruction set that this processor runs."""
+    """The widest instruction set that this processor supports."""
     ask = ctypes.CDLL(str(FOLDER / "ov3_portable.so")).ov3_best_isa
     ask.restype = ctypes.c_char_p
     return str(ask().decode())
@@ -46,7 +46,7 @@ def best_isa() -> str:
 
 @functools.cache
 def available_isas() -> tuple[str, ...]:
-    """What was built and runs here, the narrowest first, the emulation before the rest; none without the kernels."""
+    """Instruction sets that were built and run here, the narrowest first, the emulation before the rest; () without the kernels."""
     if not (FOLDER / "ov3_portable.so").is_file():
         return ()
     runs = ISAS[: ISAS.index(best_isa()) + 1]
@@ -67,7 +67,7 @@ def isa() -> str:
 
 @contextmanager
 def use_isa(name: str) -> Iterator[None]:
-    """Within the block, the kernels of that instruction set run."""
+    """Within the block, kernels of that instruction set are used."""
     global _forced
     before, _forced = _forced, name
     try:
@@ -106,7 +106,7 @@ def register(
     unsupported_reason: Callable[..., str | None] = unsupported_reason,
     **choice: Any,
 ) -> None:
-    """Make these functions the backend "cpu" of `op`, which gives way to others by `choice`, from `_choice.by_evidence`."""
+    """Registers the backend "cpu" of `op`. choice: what `_choice.by_evidence` returns, which hands calls to faster backends."""
     _dispatch.register(
         op, "cpu", forward, backward, operands=operands, unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason,
         **choice,
@@ -114,11 +114,11 @@ def register(
 
 
 _PLAIN = frozenset({int, float, bool, type(None)})
-"""What ctypes takes as it is."""
+"""What ctypes converts by itself."""
 
 
 class Kernel:
-    """A kernel of csrc/cpu as Python declares it: its name and its parameters, in C++'s words.
+    """A kernel of csrc/cpu as Python declares it: its name and its parameters in C++ syntax.
 
     "T* x, int64_t x_stride, double eps": T is the dtype of a call, P that of its parameters; bool and int travel as int64_t, and the number
     of threads, which comes last, is not in the list. T and P are float or bf16, P being T's or float (`mixed`).
@@ -134,7 +134,7 @@ class Kernel:
         KERNELS[name] = self
 
     def __call__(self, dtype: torch.dtype, *arguments: Any, parameters: torch.dtype | None = None) -> None:
-        """Run for elements of `dtype`, and parameters of the same or of the dtype given. Tensors go as pointers, None as null."""
+        """Runs the kernel for elements of `dtype`, with parameters of that or the given dtype. Tensors are passed as pointers, None as null."""
         key = (dtype, parameters or dtype, _forced)
         function = self._functions.get(key)
         if function is None:
@@ -145,7 +145,7 @@ class Kernel:
             raise MemoryError(f"{self.name}: no memory for its work space")
 
     def check(self, library: ctypes.CDLL) -> None:
-        """RuntimeError unless the library has this kernel with these types."""
+        """RuntimeError unless the library exports this kernel with these types."""
         for dtype, parameters in self.variants:
             try:
                 found = self._export(library, dtype, parameters).signature.decode()
@@ -186,21 +186,21 @@ def _library(name: str) -> ctypes.CDLL:
     return library
 
 
-# Host time counts below, where calls are small: a view costs about 1.5 us, asking a tensor for its layout 0.1 us.
+# Small calls are bound by host time: a view costs about 1.5 us, reading a tensor's layout 0.1 us.
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """x whose last axis is contiguous; no copy where it is already."""
+    """x with a contiguous last axis; copies only if it has none."""
     return x if x.is_contiguous() or x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
 
 
 def rows(x: Tensor) -> Tensor:
-    """[..., K] -> [R, K] whose last axis is contiguous; no copy where the layout allows."""
+    """[..., K] -> [R, K] with a contiguous last axis; copies only if the layout requires it."""
     return unit_stride(x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1]))
 
 
 def matrix(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """`rows` as a kernel takes them: a tensor at whose address they begin, the elements between two of them, R and K."""
+    """`rows` as a kernel takes them: the tensor, its row stride in elements, R and K."""
     if x.is_contiguous():
         width = x.shape[-1]
         return x, width, x.numel() // max(width, 1), width
@@ -209,7 +209,7 @@ def matrix(x: Tensor) -> tuple[Tensor, int, int, int]:
 
 
 NO_ROWS = None, 0, 0, 0
-"""`matrix` of a tensor that is not given."""
+"""`matrix` of an absent tensor."""
 
 
 Optional = TypeVar("Optional", Tensor, None)
@@ -228,14 +228,14 @@ def wide(x: Optional) -> Optional:
 
 
 def empty_like(x: Tensor, needed: bool = True) -> Tensor:
-    """Room for a contiguous result of x's shape and dtype, or an empty tensor where it is not asked for."""
+    """An uninitialised contiguous tensor of x's shape and dtype; an empty one if it isn't needed."""
     if not needed:
         return x.new_empty(0)
     return torch.empty_like(x) if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def empty(like: Tensor, shape: Any, needed: bool = True, dtype: torch.dtype | None = None) -> Tensor:
-    """Room for a result of like's dtype or the one given, or an empty tensor where it is not asked for."""
+    """An uninitialised contiguous tensor of like's dtype or the one given; an empty one if it isn't needed."""
     shape = tuple(shape) if needed else (0,)
     return like.new_empty_strided(shape, contiguous_strides(shape), dtype=dtype)  # half of new_empty's time
 
@@ -246,5 +246,5 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def pointer(tensor: Tensor | None, needed: bool) -> Tensor | None:
-    """The tensor, or None (null in C++: do not compute) where it is not asked for."""
+    """The tensor, or None (null in C++: don't compute it) if it isn't needed."""
     return tensor if needed else None

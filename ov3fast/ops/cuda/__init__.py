@@ -1,7 +1,7 @@
 """The CUDA backend: C++ kernels of csrc/cuda, compiled to one fat binary per operator when the package was installed.
 
 They are launched through the driver's C interface (driver.py), so neither the binaries nor the wheel depend on PyTorch's headers or version. An
-operator's file here lays out its arguments as `Launch`es; `executed_by` hands these to something else than a GPU, for tests.
+operator's file here lays out its arguments as `Launch`es; `executed_by` hands these to an emulator in place of a GPU, for tests.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FOLDER = Path(os.environ.get("OV3FAST_NATIVE") or Path(__file__).parents[2] / "_
 """Where the fat binaries lie, beside the CPU kernels' libraries."""
 
 THREADS = 256
-"""Of every block, as in csrc/cuda/vectors.h."""
+"""Threads per block, as in csrc/cuda/vectors.h."""
 
 FORMATS = {"ptr": "Q", "i32": "i", "i64": "q", "f32": "f"}
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}

@@ -1,11 +1,18 @@
 """Lays out adamw_ema_'s lists for csrc/cuda/adamw_ema.cu: two launches for up to CAPACITY tensors."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from .. import _dispatch, _flat_lists
-from . import SUFFIX, Launch, Struct, run, unavailable_reason, unsupported_reason
+from . import SUFFIX, Field, Launch, Struct, run, unavailable_reason, unsupported_reason
+
+_Batch = tuple[torch.dtype, torch.dtype, Struct, int]
+"""The tensors of one launch: dtypes of params and grads, the kernel's Lists, and the number of its chunks."""
 
 # As in the CUDA source.
 CAPACITY = 512
@@ -16,8 +23,10 @@ SUMS = 1024
 
 
 def _forward(
-    params, grads, exp_avgs, exp_avg_sqs, ema, step, lr, beta1, beta2, eps, weight_decay, max_norm, ema_decay, schedule, norm
-):
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    ema: Sequence[Tensor], step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: Sequence[float],
+    max_norm: float | None, ema_decay: float | None, schedule: Tensor | None, norm: Tensor | None,
+) -> Tensor:  # fmt: skip
     changed = [params, exp_avgs, exp_avg_sqs, *([ema] if ema else [])]
     (params_, *states, grads_), copies = _flat_lists.flatten([*changed, grads], len(changed))
     given = norm
@@ -39,7 +48,9 @@ def _forward(
     return norm
 
 
-def _launches(batches, numbers, scheduled, norm, given):
+def _launches(
+    batches: list[_Batch], numbers: Struct, scheduled: Tensor | None, norm: Tensor, given: Tensor | None
+) -> list[Launch]:
     """The sums of squares of every batch's gradients, into one row of partial sums, then the updates, of which the first writes the norm.
 
     given: that norm, where it is known: its square is then the only partial sum."""
@@ -67,7 +78,7 @@ def _launches(batches, numbers, scheduled, norm, given):
     return squares + updates
 
 
-def _alike(params, grads):
+def _alike(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[list[int]]:
     """Indices of the tensors of one launch: of one pair of dtypes, CAPACITY at most, none of them empty."""
     kinds: dict[torch.dtype, list[int]] = {}
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
@@ -76,7 +87,10 @@ def _alike(params, grads):
     return [chosen[at : at + CAPACITY] for chosen in kinds.values() for at in range(0, len(chosen), CAPACITY)]
 
 
-def _batch(chosen, params, grads, exp_avgs, exp_avg_sqs, ema, keep):
+def _batch(
+    chosen: list[int], params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor], ema: Sequence[Tensor] | None, keep: Sequence[float],
+) -> _Batch:  # fmt: skip
     """dtypes of params and grads, the kernel's Lists, and the number of its chunks."""
     sizes, first = [params[i].numel() for i in chosen], [0]
     for size in sizes:
@@ -90,7 +104,7 @@ def _batch(chosen, params, grads, exp_avgs, exp_avg_sqs, ema, keep):
     return params[chosen[0]].dtype, grads[chosen[0]].dtype, lists, first[-1]
 
 
-def _on_device(schedule, beta1, beta2):
+def _on_device(schedule: Tensor, beta1: float, beta2: float) -> Tensor:
     """(step, lr, ema_decay) -> the kernel's Scheduled: float32 [7]."""
     step, lr, ema_decay = schedule.unbind()
     root, size, weight = (1 - beta2**step).rsqrt(), -lr / (1 - beta1**step), 1 - ema_decay
@@ -99,18 +113,21 @@ def _on_device(schedule, beta1, beta2):
     return torch.stack([*twofold, weight + from_a - 1, from_a, lr]).float()
 
 
-def _lerp(weight):
+def _lerp(weight: float) -> tuple[Field, Field]:
     """The fields of a Lerp: a + weight (b - a) from the nearer end."""
     return ("f32", weight if weight < 0.5 else weight - 1.0), ("i32", int(weight < 0.5))
 
 
-def _twofold(x):
+def _twofold(x: float) -> tuple[Field, Field]:
     """The fields of a Twofold: x rounded to float32, and what is left."""
     high = torch.tensor(x, dtype=torch.float32).item()
     return ("f32", high), ("f32", x - high)
 
 
-def _unsupported_reason(params, grads, exp_avgs, exp_avg_sqs, ema):
+def _unsupported_reason(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    ema: Sequence[Tensor],
+) -> str | None:  # fmt: skip
     states = *exp_avgs, *exp_avg_sqs, *ema
     if params[0].dtype == torch.float16:
         return "it does not take torch.float16"

@@ -1,6 +1,11 @@
 """Lays out group_norm_silu's arguments for csrc/cuda/group_norm_silu.cu: channels-last tensors alone."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from .. import _dispatch
 from ..group_norm_silu import memory_format
@@ -18,7 +23,7 @@ FASTER = {"packs": "cuda", "single elements": "triton"}
 class Plan:
     """How the kernels go through x, as N channels to a thread: the positions of a strip, the tiles of channels, the grid, and their Shape."""
 
-    def __init__(self, x: torch.Tensor, groups: int, *others: torch.Tensor):
+    def __init__(self, x: Tensor, groups: int, *others: Tensor):
         self.B, self.C = x.shape[:2]
         self.G, self.S = groups, x.shape[2:].numel()
         fits = all(_in_packs(x, t) for t in (x, *others))
@@ -39,17 +44,17 @@ class Plan:
     def grid(self) -> tuple[int, int]:
         return self.B * self.strips, self.tiles
 
-    def parts(self, like: torch.Tensor) -> torch.Tensor:
+    def parts(self, like: Tensor) -> Tensor:
         """Room for two numbers of each strip and channel."""
         return like.new_empty(self.B, self.strips, 2, self.C, dtype=torch.float32)
 
-    def launch(self, step: str, grid: tuple[int, int], **arguments) -> list[Launch]:
-        """None where the grid is empty."""
+    def launch(self, step: str, grid: tuple[int, int], **arguments: Any) -> list[Launch]:
+        """No launch where the grid is empty."""
         kernel = f"ov3_group_norm_silu_{step}"
         return [Launch("group_norm_silu", kernel, grid, (*arguments.items(), ("shape", self.shape)))] if all(grid) else []
 
 
-def _forward(x, num_groups, weight, bias, eps):
+def _forward(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
     weight, bias = weight.contiguous(), bias.contiguous()
     y = torch.empty_like(x, memory_format=memory_format(x))
     mean = x.new_empty(x.shape[0], num_groups, dtype=torch.float32)
@@ -67,7 +72,10 @@ def _forward(x, num_groups, weight, bias, eps):
     return y, mean, rstd
 
 
-def _backward(grad_y, x, weight, bias, mean, rstd, need_x, need_weight, need_bias):
+def _backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, need_x: bool, need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     none = x.new_empty(0)
     grad_x = torch.empty_like(x, memory_format=memory_format(x)) if need_x else none
     grad_weight, grad_bias = (
@@ -101,11 +109,11 @@ def _backward(grad_y, x, weight, bias, mean, rstd, need_x, need_weight, need_bia
     return grad_x, grad_weight, grad_bias
 
 
-def _unsupported_reason(x, weight, bias):
+def _unsupported_reason(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
     return unsupported_reason(x, weight, bias) or _layout_obstacle(x)
 
 
-def _layout_obstacle(x):
+def _layout_obstacle(x: Tensor) -> str | None:
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
     if last is not None and x.is_contiguous(memory_format=last):
         return None
@@ -114,12 +122,12 @@ def _layout_obstacle(x):
     return "it takes channels_last tensors alone"
 
 
-def _in_packs(x, tensor):
+def _in_packs(x: Tensor, tensor: Tensor) -> bool:
     """Whether threads can read the tensor's channels 16 bytes of x's at a time."""
     return x.shape[1] % (16 // x.element_size()) == 0 and tensor.data_ptr() % 16 == 0
 
 
-def _slower_than(x, *_):
+def _slower_than(x: Tensor, *_: Any) -> tuple[str, ...]:
     return (FASTER["packs" if _in_packs(x, x) else "single elements"],)
 
 

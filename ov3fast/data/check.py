@@ -1,4 +1,4 @@
-"""Looking at data without training: what a folder of shards holds, and what of it can't be used."""
+"""Checks data without training: what a folder of shards holds, and which samples can't be used."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def orientation(image: Image.Image) -> Image.Transpose | None:
 def frames(data: bytes, limit: int) -> int:
     """How many frames or pages a file says it has, or limit + 1 where it has more; 1 for what can't be followed.
 
-    From the containers' own words: Pillow would walk through all of a GIF's or TIFF's frames, however many.
+    Read from the container's structure: Pillow would walk through all of a GIF's or TIFF's frames, however many.
     """
     try:
         if data[:4] == b"GIF8":

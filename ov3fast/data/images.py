@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 DECODE_VERSION = 2
-"""Goes up whenever the same bytes come to give other pixels: what keeps decoded pictures keeps this with them."""
+"""Incremented whenever the same bytes decode to other pixels; caches of decoded images include it in their keys."""
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".jfif", ".jpe", ".avif", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".jp2",

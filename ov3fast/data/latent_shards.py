@@ -6,7 +6,7 @@
       0000002048.safetensors       the next ones
 
 Samples are numbered as in the run, source after source. A part is written whole or not at all and parts are dealt to processes, so
-that any number of them may encode, stop and go on. What can't be used is noted with its reason: the loader then draws the same
+that any number of them may encode, stop and go on. Unusable samples are recorded with the reason, so the loader draws the same
 substitutes as with images.
 
 Legend: V variants (crops) of a sample, C latent channels, h x w the latents' size.

@@ -133,7 +133,7 @@ class OpenVision3(nn.Module):
             hidden, labels = self.captioner(
                 und_tokens[rows], caption_ids[rows], text_tokens if self.config.caption.text_prefix else None, rng
             )
-            # A view: FSDP puts hooks on what the model returns, and a parameter would gather them step after step.
+            # A view: FSDP registers hooks on the model's outputs, which would pile up on a parameter step by step.
             weight = self.captioner.head.weight.view_as(self.captioner.head.weight)
         bias = None if self.logit_bias is None else self.logit_bias.view(())
         return ModelOutput(pooled, tokens, feature, latents_hat, hidden, labels, weight, self.logit_scale.exp(), bias)
@@ -158,9 +158,9 @@ class OpenVision3(nn.Module):
     def encode(self, images: Tensor | ImageLike, *, rng: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Images [B, 3, H, W] in [-1, 1], on any device and of any floating dtype -> (pooled [B, E], tokens [B, N, D]).
 
-        What `ov3fast.preprocess` takes is taken too, at the model's image_size: Pillow images, paths, uint8 arrays and tensors, lists.
+        Also accepts what `ov3fast.preprocess` does, resized to the model's image_size: Pillow images, paths, uint8 arrays and tensors, lists.
 
-        The VAE's moments go straight into the encoder's patch embedding: no latents are made. They are sampled with rng =
+        The VAE's moments go straight into the encoder's patch embedding; the latents are never materialised. They are sampled with rng =
         (seed, offset) where config.posterior is "sample"; without rng their mean is taken. Sides are multiples of 8 * patch_size.
         Latents in place of images are deprecated: give them to `encode_latents`.
         """

@@ -52,7 +52,7 @@ def resolve(path: str | Path, what: str, patterns: list[str], hub: Hub | None = 
             allow_patterns=patterns,
         )
         return Path(found)
-    except Exception as error:  # the hub client raises many kinds: offline, gated, absent
+    except Exception as error:  # the hub client raises many types: offline, gated, absent
         first = str(error).strip().split("\n")[0]
         raise FileNotFoundError(
             f"{what}: {text} is no local folder, and the hub could not give it; name a folder, or check the id and network ({first})"
@@ -150,7 +150,7 @@ def read_tensors(
             for key, value in _safetensors(file) if file.suffix == ".safetensors" else _torch_file(file, what):
                 if isinstance(value, Tensor):
                     floating = dtype if value.is_floating_point() else None
-                    # What safetensors gives lies in a map of the file, which a later write to it would change.
+                    # safetensors returns views of the mapped file, which a later write to the file would change.
                     value = value.to(device=device, dtype=floating, copy=file.suffix == ".safetensors")
                 state[key] = value
         except (FileNotFoundError, _NotAStateDict):
@@ -171,7 +171,7 @@ def _safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
 
     with safe_open(str(file), "pt") as opened:
         keys = list(opened.keys())
-    for key in keys:  # opened for each, so that what was read does not stay mapped
+    for key in keys:  # reopened for each tensor, so that pages already read don't stay mapped
         with safe_open(str(file), "pt") as opened:
             value = opened.get_tensor(key)
         yield key, value

@@ -3,8 +3,8 @@
     openvision3     z * scaling_factor                    the authors' openvision3_test.py
     flux            (z - shift_factor) * scaling_factor   FLUX.1's own pipeline
 
-z is the posterior's mean or a sample. The names travel in the model's config; what was encoded in one convention must not be decoded
-in the other, so a VAE that is bound to one refuses the other by name.
+z is the posterior's mean or a sample. The model's config holds the name; latents of one convention must not be decoded in the other, so
+a VAE bound to one raises for the other.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .upsample import fold_upsampling
 CONVENTIONS = ("openvision3", "flux")
 
 SMALL = "small"
-"""Name of the VAE that the package carries."""
+"""Name of the VAE that ships with the package."""
 
 FLUX_VAE: dict[str, Any] = {
     "in_channels": 3,
@@ -147,7 +147,7 @@ class FrozenVAE(nn.Module):
     def moments(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] in [-1, 1] -> [B, 2C, H / stride, W / stride]: the posterior's mean and log-variance.
 
-        What reads them clamps the log-variance to [-30, 20], as diffusers does (ops.patch_embed and from_moments).
+        Callers clamp the log-variance to [-30, 20], as diffusers does (ops.patch_embed and from_moments).
         """
         if not images.is_floating_point():
             raise TypeError(f"VAE: images must be floating point in [-1, 1], got {images.dtype}; use images / 127.5 - 1")

@@ -188,7 +188,7 @@ class ViTEncoder(nn.Module):
                 raise ValueError(f"vae: must shrink images by {VAE_STRIDE}, this one shrinks by {vae.stride}")
             vae.latent_convention = vae.convention(self.latent_convention)
             vae.to(self.device)
-        # Past nn.Module's own bookkeeping, which would make it a submodule.
+        # Bypasses nn.Module's __setattr__, which would register it as a submodule.
         self.__dict__["_vae"] = vae
 
     def get_vae(self) -> FrozenVAE:
@@ -258,7 +258,7 @@ class ViTEncoder(nn.Module):
         self.transformer.set_activation_checkpointing(enabled, recompute)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # nn.Module would take a VAE for a submodule.
+        # nn.Module would register the VAE as a submodule.
         if name == "vae":
             self.set_vae(value)
         else:

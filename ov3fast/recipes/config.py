@@ -57,8 +57,8 @@ FREE_TO_CHANGE = frozenset(
         "data.skip_budget",
     }
 )
-"""Fields that may differ when a run is resumed: none of them changes what the run computes. (`accumulate`, `parallel` and `shard_size` change the
-order of sums, as another number of processes does.)"""
+"""Fields that may differ when a run is resumed: none of them changes what the run computes. (`accumulate`, `parallel` and `shard_size` change
+the order of sums, as another number of processes does.)"""
 
 
 @dataclass(frozen=True)

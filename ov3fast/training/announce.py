@@ -1,4 +1,4 @@
-"""What a run says before its first step: how the processes hold the model, what each needs of memory, and what is to be done."""
+"""What a run prints before its first step: how the model is sharded, the memory that each process needs, and the plan."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ov3fast.training.stage import length
 
 
 def announce(recipe: Recipe, parallel: Parallel, optimizer: AdamW, stage: int) -> Iterator[str]:
-    """Lines of text; stage: the one that comes next. Activations are estimated for GPUs, where they decide: that takes some seconds."""
+    """Lines of text. stage: the one to train next. Activations are estimated for GPUs only, where they set the peak; it takes seconds."""
     ranks = parallel.ranks
     yield f"mesh: {parallel.describe()}, {ranks.device.type}"
     parts = memory(parallel, optimizer)
@@ -39,7 +39,7 @@ def announce(recipe: Recipe, parallel: Parallel, optimizer: AdamW, stage: int) -
 
 
 def memory(parallel: Parallel, optimizer: AdamW) -> dict[str, int]:
-    """Bytes of a process by what they are for, activations left out."""
+    """Bytes of a process by purpose, without activations."""
     model = parallel.model
     shares = sum(_size(own(p)) for p in optimizer.parameters.values())
     states = {

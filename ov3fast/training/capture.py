@@ -1,4 +1,4 @@
-"""A training step as two CUDA graphs, forward and backward in one, the optimizer's update in the other: between them the losses are looked at, as in
+"""A training step as two CUDA graphs, forward and backward in one, the optimizer's update in the other; between them the losses are checked, as in
 any step.
 
 A step is recorded when its shapes come for the second time, and replayed from then on. Steps whose shapes are new, and those that measure the branches'
@@ -24,7 +24,7 @@ from ov3fast.training.optimizer import AdamW
 from ov3fast.training.step import MicroBatch, Step
 
 MOST = 4
-"""Shapes of a step whose graphs are kept; the least recently used goes first."""
+"""Step shapes whose graphs are kept; the least recently used is evicted."""
 
 
 def check(recipe: Recipe, ranks: Ranks) -> None:
@@ -62,7 +62,7 @@ class CapturedStep:
         """As Step's; the losses are overwritten by the next call."""
         inputs = [value for micro_batch in micro_batches for value in _tensors(micro_batch).values()]
         names = tuple(tuple(_tensors(micro_batch)) for micro_batch in micro_batches)
-        # Another backend may be chosen for a comparison.
+        # A comparison may select another backend.
         key = names, _graphs.signature(inputs), *(_dispatch.request(op, None) for op in ("linear", "adamw_ema_"))
         seen, recorded = key in self._known, self._known.get(key)
         self._known[key] = recorded

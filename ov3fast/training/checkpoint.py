@@ -4,7 +4,7 @@
 
 The tensors are torch.distributed.checkpoint's: each process writes the shares that it holds, and any number of processes reads them. A
 tensor's name is "group/name": model/..., optimizer/... and ema/.... manifest.json holds the sha256 of every tensor's bytes in every file,
-and of the other files, so that what was cut or changed is noticed, and named, on reading. A local checkpoint is written to a hidden folder
+and of the other files, so that truncation and corruption are detected, and named, on reading. A local checkpoint is written to a hidden folder
 and renamed; elsewhere (s3://, gs://) manifest.json comes last. In both a checkpoint without a manifest is none.
 
 Earlier versions wrote model.safetensors, optimizer.safetensors and ema.safetensors; these are read too.
@@ -93,7 +93,7 @@ class Folder:
 
 @dataclass
 class Checkpoint:
-    """A checkpoint that was found whole."""
+    """A checkpoint that passed its checks."""
 
     folder: Folder
     state: dict[str, Any]
@@ -197,7 +197,7 @@ def load(where: str | Path | Folder, ranks: Ranks = ALONE) -> Checkpoint:
 
 
 def problems(folder: Folder, manifest: Mapping[str, Any], part: int = 0, parts: int = 1) -> Iterator[str]:
-    """What is not as the manifest says, one sentence each; `part` of `parts` reads its share of the bytes."""
+    """Mismatches with the manifest, one sentence each; `part` of `parts` reads its share of the bytes."""
     for name, entry in manifest["files"].items():
         size = folder.size(name)
         if size is None:

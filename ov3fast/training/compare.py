@@ -1,4 +1,4 @@
-"""What the chosen kernels are worth: whole steps of a run, timed with them and with another backend, in turn.
+"""The speed-up of the chosen kernels: whole steps of a run, timed with them and with another backend, in turn.
 
 The steps are real ones (gradients, clipping, update, EMA) on the run's first batch; afterwards weights, moments and average are put back,
 so a run with a comparison computes the same bits as one without.

@@ -23,9 +23,9 @@ from ov3fast.training.step import MicroBatch
 SUMS = ("rec", "und", "loss", "gradient norm")
 NAMED = 5
 WINDOW, LEAST = 64, 16
-"""Losses whose median a spike is held against, and how many it takes."""
+"""Losses over which a spike's median is taken, and the fewest that it takes."""
 MOST = 10
-"""Steps that a run skips or goes back for before it ends all the same."""
+"""Steps that a run may skip or roll back before it ends anyway."""
 
 
 class NonFiniteError(RuntimeError):
@@ -37,7 +37,7 @@ class SpikeError(RuntimeError):
 
 
 def median_if_spike(recent: list[float], loss: float, factor: float) -> float | None:
-    """The median of the recent losses where this one is more than `factor` times as large, else None; then it is one of them."""
+    """The median of the recent losses if this one is more than `factor` times as large; else None, and the loss joins them."""
     if len(recent) >= LEAST and loss > factor * (median := statistics.median(recent)):
         return median
     recent.append(loss)

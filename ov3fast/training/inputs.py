@@ -76,7 +76,7 @@ class Inputs:
         path = recipe.run_dir / "latents" / f"{self.stage.image_size}.safetensors"
         key = build.latents_key(recipe, self.stage, self.store, vae)
         self.cache = latents.load(path, key)
-        # All ranks have looked before one of them writes.
+        # No rank may write before all have looked.
         self.ranks.wait()
         if self.cache is not None:
             return
@@ -90,7 +90,7 @@ class Inputs:
             latents.save(self.cache, path, key)
 
     def start(self, step: int, stop: int | None) -> None:
-        """The next call of next() is for this step of the stage."""
+        """Makes the next call of next() return this step of the stage."""
         self._batches = [
             loader.batches(step, stop, pixels=self.cache is None and loader.latents is None) for loader in self.loaders
         ]

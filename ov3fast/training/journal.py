@@ -40,7 +40,7 @@ class Journal:
     def write(
         self, run: StageRun, state: State, lr: float, measured: dict[str, float], logit_scale: float, stop: StopRequest
     ) -> None:
-        """A row of the means since the last. Every rank takes part. A terminal whose reader has gone asks the run to stop."""
+        """Writes a row of means since the last one. Every rank must call it. A closed output pipe stops the run like a signal."""
         names, values, rate = run.window.take()
         means = (self.ranks.total(values) / self.ranks.world).tolist()
         self.row = {
@@ -62,5 +62,5 @@ class Journal:
         eta = 60 * run.minutes * (1 - share) / share if share > 0 else None
         try:
             self.display.update(run.stage.name, share, describe(self.row, eta), last)
-        except BrokenPipeError:  # the reader of the output went away: as on a signal, what was trained is saved
+        except BrokenPipeError:  # as on a signal, what was trained is saved
             stop.name = stop.name or "SIGPIPE"

@@ -66,7 +66,7 @@ def fill(
     progress(total, total)
     if values is None:
         raise ValueError("latent cache: there is no usable sample to encode")
-    # Every element is written by one rank and zero elsewhere, so adding bytes copies them.
+    # One rank writes each element and it is zero on the others, so summing the bytes gathers them.
     ranks.total(values.view(torch.uint8))
     return LatentCache(values)
 

@@ -7,7 +7,7 @@
 
 Every step is a function of (recipe, step): sample order, augmentation, noise and sub-batches are counter-based, so a run resumed from
 a checkpoint has the same bits as one that was never stopped, in the same layout of processes. (A stage measured in minutes follows the
-clock, so its rates are those of the day.) SIGTERM, SIGUSR1 or Ctrl-C: the run saves after the current step and returns with
+clock, so its learning rates depend on the machine's speed.) SIGTERM, SIGUSR1 or Ctrl-C: the run saves after the current step and returns with
 metrics["interrupted"]; scripts end with EXIT_INTERRUPTED then. A loss that is not finite ends the run before it changes a weight, or as
 recipe.on_spike says.
 """
@@ -76,10 +76,10 @@ def train(
     init_from: str | Path | None = None,
     extend: bool = False,
 ) -> dict[str, Any]:
-    """Runs the recipe, as one process or as torchrun's, and returns the last losses and the run's figures.
+    """Runs the recipe, as one process or as torchrun's, and returns the last losses and the run's metrics.
 
     resume: go on from the newest whole checkpoint in recipe.run_dir; a run_dir without one starts anew. overwrite: a run_dir that holds a
-    run already is begun again, its checkpoints removed. init_from: a model's folder, a run or a hub id, whose weights and tokenizer a new
+    run is started over, its checkpoints removed. init_from: a model's folder, a run or a hub id, whose weights and tokenizer a new
     run begins with. extend: a resumed run's recipe may have longer stages and more of them (the learning rate follows the new length
     from there on); a run that was complete goes on. Raises FileExistsError where neither is given and there is a run;
     ValueError for a resume with another recipe, naming the field; NonFiniteError; DataError.
@@ -139,7 +139,7 @@ class Run:
             stage = min(self.state.stage, len(recipe.stages) - 1)
             for line in announce(recipe, self.parallel, self.optimizer, stage):
                 self.display.note(line)
-        # What set-up made stays to the end: the collector need not go through it in every one of its rounds.
+        # Everything made so far lives to the end: freezing it keeps the garbage collector from scanning it every time.
         gc.collect()
         gc.freeze()
         try:
@@ -147,7 +147,7 @@ class Run:
                 self.train_stage(recipe.stages[self.state.stage])
             return self._finish()
         except BaseException:
-            # A save that is under way ends first; the run's error is the one to be told.
+            # Let a save in progress finish, but report the run's error.
             with suppress(Exception):
                 self.saver.finish()
             raise
@@ -157,7 +157,7 @@ class Run:
             self.journal.close()
 
     def set_up(self, saved: checkpoint.Checkpoint | None, init_from: str | Path | None = None) -> Tokenizer:
-        """Data, model, optimizer, and what was saved of them; returns the tokenizer."""
+        """Builds data, model and optimizer, and restores what was saved of them; returns the tokenizer."""
         recipe = self.recipe
         self.display.note(f"recipe {recipe.name}: reading the data")
         self.store = SampleStore(recipe.data)
@@ -204,7 +204,7 @@ class Run:
             norm = None
             if not bad:
                 norm = self._update(run, lr)
-                if not bool(norm.isfinite()):  # all ranks' own; that update changed nothing
+                if not bool(norm.isfinite()):  # the norm over all ranks; the update changed nothing
                     losses, bad = {"gradient norm": norm}, True
             if bad and self._react(run, micro_batches, losses, median):
                 continue
@@ -248,13 +248,13 @@ class Run:
     def _forward_backward(
         self, run: StageRun, micro_batches: list[MicroBatch], measure: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        # A rank that exchanges other gradients than the rest would wait for ever.
+        # A rank that exchanged other gradients than the rest would hang.
         self.ranks.agree(the_step=self.state.step, **branches(micro_batches))
         self.optimizer.zero_grad()
         return run.step(micro_batches, measure)
 
     def _check(self, run: StageRun, losses: dict[str, Tensor]) -> tuple[bool, bool, float | None]:
-        """(whether any rank was told to stop, whether the step must not change the weights, for a spike the median it is held against)."""
+        """(whether any rank was told to stop, whether the update must be skipped, for a spike the median that it exceeds)."""
         fine = bool(torch.stack(list(losses.values())).isfinite().all())
         minutes = (time.monotonic() - run.began) / 60
         if self.deadline is not None:
@@ -284,7 +284,7 @@ class Run:
         return self.optimizer.grad_norm
 
     def _react(self, run: StageRun, micro_batches: list[MicroBatch], values: dict[str, Tensor], median: float | None) -> bool:
-        """Does what recipe.on_spike says about a step that changed nothing. Whether the run went back to a checkpoint."""
+        """Applies recipe.on_spike to a step that changed nothing. Returns whether the run went back to a checkpoint."""
         recipe, state = self.recipe, self.state
         if state.step + 1 == self.until:
             self.journal.row = {"step": self.until, **{name: float(value) for name, value in values.items()}}
@@ -347,7 +347,7 @@ class Run:
         run.done, self.stopped = last, stop
 
     def _compare(self, run: StageRun, micro_batches: list[MicroBatch], lr: float) -> None:
-        """Times the step with another backend, in turn with the chosen ones; the seconds that it takes are not the stage's."""
+        """Times the step with another backend, in turn with the chosen ones; the time that this takes doesn't count for the stage."""
         recipe, began, seconds = self.recipe, time.monotonic(), dict(self.timer.seconds)
 
         def update() -> None:

@@ -90,7 +90,7 @@ class AdamW(torch.optim.Optimizer):
         self._schedule = torch.zeros(3, dtype=torch.float64, device=device)
 
     def advance(self) -> None:
-        """The host's part of a step: counts it, and says where `update` looks at which step it is."""
+        """The host's part of a step: counts it, and writes its number to where `update` reads it."""
         steps, decay = self.steps + 1, self.config.ema_decay
         self.set_steps(steps)
         self._numbers = steps, self._shared("lr"), None if decay is None else min(decay, (1 + steps) / (10 + steps))
@@ -123,7 +123,7 @@ class AdamW(torch.optim.Optimizer):
             betas=tuple(self._shared("betas")),
             eps=self._shared("eps"),
             weight_decay=[decays[id(p)] for p in updated],
-            # With a bound, be it infinite, the operator leaves all as it is where the norm is not finite.
+            # With a bound, even an infinite one, the operator changes nothing where the norm is not finite.
             max_norm=math.inf if config.clip_norm is None else config.clip_norm,
             ema_decay=ema_decay if average else None,
             norm=norm,

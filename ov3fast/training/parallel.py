@@ -134,7 +134,7 @@ class Parallel:
                 fully_shard(block, **options)
         fully_shard(self.model, **{**options, "reshard_after_forward": False}, ignored_params=set(self._scalars))
         register_fsdp_forward_method(self.model, "contrastive_features")
-        # Nothing is written into the tokens that the model returns.
+        # The tokens that the model returns are never written to.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 

@@ -39,9 +39,9 @@ class State:
     skipped: int = 0
     """Steps, of those done, without an update: their loss was not finite or a spike."""
     batches_left_out: int = 0
-    """Of this stage, when the run went back to a checkpoint and on behind what had spoilt it."""
+    """Batches of this stage skipped by rollbacks: those from the checkpoint to the bad step."""
     recent: list[float] = field(default_factory=list)
-    """Losses of the last steps, where spikes are looked for."""
+    """Losses of the last steps, if spikes are watched for."""
     order_hash: str = ""
     """Running sha256 of the samples' numbers, in order."""
 

@@ -1,4 +1,4 @@
-"""What a run that has ended says of itself: the metrics that `train` returns and summary.json keeps."""
+"""The metrics of a run that has ended, which `train` returns and summary.json keeps."""
 
 from __future__ import annotations
 

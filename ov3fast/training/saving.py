@@ -84,7 +84,7 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether the save that is under way has ended with an error, which `finish` raises."""
+        """Whether the save in progress has failed, with an error that `finish` raises."""
         return self._written is not None and self._written.done() and self._written.exception() is not None
 
     def finish(self) -> None:
@@ -106,7 +106,7 @@ class Saver:
         self.longest = max(self.longest, time.monotonic() - self._began)
 
     def close(self) -> None:
-        """Ends the copying thread. What is being written is given up if `finish` was not called."""
+        """Ends the copying thread; abandons a save in progress unless `finish` was called."""
         self._stager.close()
 
     def _share(self, flat: Mapping[str, Tensor]) -> set[str]:
@@ -136,7 +136,7 @@ class Saver:
                 self._remove(name)
 
     def _remove(self, name: str) -> None:
-        """A checkpoint, or the link to one: what a link points to is not ours to remove."""
+        """Removes a checkpoint, or a link to one but not what it points to."""
         path = f"{self.folder.root}/{name}"
         if self.folder.local and os.path.islink(path):
             os.unlink(path)

@@ -86,7 +86,7 @@ def train(config: SmallVAEConfig) -> dict[str, float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step < 300 and config.init is None:  # an average that still holds the random start would be useless
+        if step < 300 and config.init is None:  # an average that still contains the random initial weights would be useless
             average.module.load_state_dict(model.state_dict())
         else:
             average.update_parameters(model)

@@ -26,7 +26,7 @@ class Usage:
         """data_wait: this process's share of the time in which it waited for batches. memory_gib: its peak, on a GPU the GPU's. tflops: of
         all processes, by the model's FLOPs, 1e12 FLOP/s. mfu: those over the peak of the GPUs, where it is known."""
         waited, now = self.timer.seconds.get("data", 0.0), time.monotonic()
-        # A comparison puts the timer back.
+        # A comparison rewinds the timer.
         share = max(waited - self._waited, 0.0) / max(now - self._at, 1e-9)
         self._waited, self._at = waited, now
         rate = images_per_s * flops_per_image

@@ -20,13 +20,12 @@ KINDS = ("softmax", "sigmoid")
 EXCHANGES = ("gather", "ring")
 SMALLEST_NORM = 1e-12
 
-ForwardRows: TypeAlias = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
+# Tensors that are None in some calls are Any here: columns and own with the sigmoid, gradients that nobody needs.
+ForwardRows: TypeAlias = Callable[..., tuple[Tensor, Any, Any]]
 """(image [n,D], text [N,D], scale, bias, kind, offset) -> rows, columns, own; see contrastive_loss._forward_rows."""
 
-BackwardRows: TypeAlias = Callable[..., tuple[Tensor | None, Tensor | None, Tensor, Tensor]]
+BackwardRows: TypeAlias = Callable[..., tuple[Any, Any, Tensor, Tensor]]
 """Gradients by image, by text with its norms held fixed, by s and by t; see contrastive_loss._backward_rows."""
-
-Project: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 def project(grad: Tensor, x: Tensor) -> Tensor:
@@ -50,10 +49,11 @@ def join_views(image: Tensor, parts: Sequence[Tensor]) -> Tensor:
 def _over_blocks(
     forward_rows: ForwardRows, shards: _row_shards.RowShards, blocks: Iterable[tuple[int, int, Tensor]],
     views: Sequence[Tensor], text: Tensor, scale: Tensor, bias: Tensor | None, kind: str,
-) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:  # fmt: skip
+) -> Iterator[tuple[Tensor, Any, Any]]:  # fmt: skip
     """`forward_rows` of each view against the columns of all ranks, one rank's after another's: those of the others arrive meanwhile."""
-    rows, own = [None] * len(views), [None] * len(views)
-    columns = [[[scale.new_empty((2, 0))] for _ in shards.sizes] for _ in views]
+    rows: list[Any] = [None] * len(views)
+    own: list[Any] = [None] * len(views)
+    columns: list[list[list[Any]]] = [[[scale.new_empty((2, 0))] for _ in shards.sizes] for _ in views]
     for rank, _, block in blocks:
         if rank != shards.rank and len(block) == 0:
             continue
@@ -77,9 +77,7 @@ def _add_exponentials(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([m_i, torch.logaddexp(a[0] - m_i + a[1], b[0] - m_i + b[1])])
 
 
-def _loss(
-    rows: Tensor, columns: Tensor | None, own: Tensor | None, kind: str, share: float, wide: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(rows: Tensor, columns: Any, own: Any, kind: str, share: float, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, rows, columns as (max, log-sum)) from what rows and columns of all pairs come to; the columns' sums are overwritten."""
     if kind == "sigmoid":
         return (rows.sum(dtype=torch.float64) * share).to(wide), rows.new_empty(2, 0), rows.new_empty(2, 0)
@@ -89,7 +87,7 @@ def _loss(
 
 
 def over_ranks(
-    forward_rows: ForwardRows, backward_rows: BackwardRows, project: Project = project
+    forward_rows: ForwardRows, backward_rows: BackwardRows, project: Callable[[Tensor, Tensor], Tensor] = project
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """A backend's functions on rectangles -> its forward and backward of the operator, ranks and normalisation included."""
 
@@ -109,6 +107,7 @@ def over_ranks(
         share = shards.world / max(shards.total, 1)
         scale, bias = scale.to(wide), None if bias is None else bias.to(wide)
         found = []
+        blocks: Iterable[tuple[int, int, Tensor]]
         blocks = shards.ring(text) if exchange == "ring" else ((rank, 0, block) for rank, block in shards.exchange(text))
         for rows, columns, own in _over_blocks(forward_rows, shards, blocks, views, text, scale, bias, kind):
             if kind == "softmax":
@@ -124,8 +123,8 @@ def over_ranks(
     ) -> tuple[Tensor, ...]:  # fmt: skip
         wide = _check.accumulate_dtype(image.dtype)
         resolved = _row_shards.resolve(group) if group else None
-        rank, sizes = (0, [len(text)]) if resolved is None else (resolved.rank(), sizes.tolist())
-        shards = _row_shards.RowShards(resolved, rank, tuple(sizes))
+        rank, counts = (0, [len(text)]) if resolved is None else (resolved.rank(), sizes.tolist())
+        shards = _row_shards.RowShards(resolved, rank, tuple(counts))
         wide_scale, wide_bias = scale.to(wide), None if bias is None else bias.to(wide)
         if not group and image.ndim == 2 and exchange != "ring":
             weight = grad_loss.to(wide) * (1 / max(len(text), 1))
@@ -140,7 +139,7 @@ def over_ranks(
                 grad_bias.to(scale.dtype if bias is None else bias.dtype),
             )
         weights = grad_loss.to(wide) * (shards.world / max(shards.total, 1))
-        views = []
+        views: list[_View] = []
         for view, weight, rows, columns in zip(*(split_views(image, x) for x in (image, weights, r, c)), strict=True):
             all_columns = None
             if kind == "softmax":
@@ -185,9 +184,10 @@ class _View(NamedTuple):
 def _backward_view(
     backward_rows: BackwardRows, scale: Tensor, bias: Tensor | None, kind: str, view: _View, image: Tensor, text: Tensor,
     offset: int, columns: slice, need_image: bool, need_text: bool, rows: slice = slice(None),
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Any, Any, Tensor, Tensor]:  # fmt: skip
     """`backward_rows` of a view's rows against the texts of the slice `columns` of all ranks' columns."""
-    c = weights = None
+    c: list[Tensor] | None = None
+    weights: Tensor | None = None
     if view.columns is not None:
         *c, weights = (x[columns] for x in view.columns)
     return backward_rows(
@@ -207,7 +207,8 @@ def _backward_ring(
     images = [view.image if shards.world == 1 else view.image.to(wide) for view in views]
     starts = [sum(shards.sizes[:rank]) for rank in range(shards.world + 1)]
     grad_images: list[Any] = [None] * len(views)
-    grad_scale = grad_bias = 0
+    grad_scale: Any = 0
+    grad_bias: Any = 0
     sums = _row_shards.RingSums(shards, text.new_empty((0, text.shape[1]), dtype=wide))
     for rank, first, block in shards.ring(text):
         if need_text:

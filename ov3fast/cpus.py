@@ -21,7 +21,7 @@ def quota(cgroup: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/c
         lines = cgroup.read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
-    found = []
+    found: list[float] = []
     for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
         if controllers and "cpu" not in controllers.split(","):
             continue

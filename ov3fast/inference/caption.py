@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ov3fast.data.images import ImageError
 from ov3fast.inference.batches import batch_invariant
@@ -47,7 +47,7 @@ def caption(
     return _caption_each(model, find_sources(images), size, options, beams)
 
 
-def _caption_each(model: OpenVision3, sources: dict, size: int, options: Options, beams: int) -> Iterator[Captioned]:
+def _caption_each(model: OpenVision3, sources: dict[str, Any], size: int, options: Options, beams: int) -> Iterator[Captioned]:
     waiting: list[tuple[str, Picture | ImageError]] = []
     for name, found in decoded(sources, size, options):
         waiting.append((name, found))

@@ -76,7 +76,7 @@ def _exact(unit: nn.Module, args: Any, kwargs: Any) -> Tensor:
 
 
 def compiled(unit: nn.Module, args: Any, kwargs: Any) -> nn.Module:
-    made = twin(unit)
+    made: nn.Module = twin(unit)
     made.compile(dynamic=False)
     made(*args, **kwargs)
     return made
@@ -124,7 +124,8 @@ def _tensor(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
     pair = len(output) == 2 and all(isinstance(part, Tensor) for part in output) and output[0].shape == output[1].shape
-    return output[0] + output[1] if pair else output[0]
+    stream: Tensor = output[0] + output[1] if pair else output[0]
+    return stream
 
 
 def twin(module: Any) -> Any:

@@ -116,7 +116,7 @@ def calibrated(module: Any) -> bool:
     """From now on it runs in int8, where it was given something: True."""
     state = module.__dict__[STATE]
     state.observing = False
-    seen = state.ranges.seen if isinstance(module, nn.Conv2d) else state.ranges.qkv.seen
+    seen: bool = state.ranges.seen if isinstance(module, nn.Conv2d) else state.ranges.qkv.seen
     if not seen:
         state.ranges = None
     return seen
@@ -206,7 +206,8 @@ def _convolution_forward(base: Any) -> Callable[..., Any]:
             )
             return made(x)
         if not packs(x, tensors):
-            return base.forward(self, x)
+            plain: Tensor = base.forward(self, x)
+            return plain
         return state.products.get(tensors, lambda: PackedConvolution(self, list(x.shape)))(x)
 
     return forward

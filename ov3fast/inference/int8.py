@@ -159,20 +159,11 @@ class QuantizedLinear:
     def product(self, q: Tensor, out: tuple[float, int] | None = None, activation: tuple[str, str] = ("none", "")) -> Tensor:
         """Of an input that is quantised already. out: scale and zero of a uint8 result; None: one in the wide dtype."""
         (scale, zero), dtype = out or (1.0, 0), self.dtype if out is None else torch.uint8
-        return torch.ops.onednn.qlinear_pointwise(
-            q,
-            *self.input,
-            self.weight,
-            self.scales,
-            self.zeros,
-            self.bias,
-            scale,
-            zero,
-            dtype,
-            activation[0],
-            [],
-            activation[1],
+        name, algorithm = activation
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
+            q, *self.input, self.weight, self.scales, self.zeros, self.bias, scale, zero, dtype, name, [], algorithm
         )
+        return y
 
 
 class QuantizedNorm:
@@ -223,6 +214,7 @@ class QuantizedConvolution:
 
     def __call__(self, x: Tensor) -> Tensor:
         q = quantize_activation(x.contiguous(memory_format=torch.channels_last), *self.input)
-        return torch.ops.onednn.qconv_pointwise(
+        y: Tensor = torch.ops.onednn.qconv_pointwise(
             q, *self.input, self.weight, self.scales, self.zeros, self.bias, *self.geometry, 1.0, 0, self.dtype, "none", [], ""
         )
+        return y

@@ -139,7 +139,8 @@ def _own(images: Tensor, latents: Tensor | None) -> Callable[[Any], list[Tensor]
 def _reconstructed(vae: Any, images: Tensor) -> Tensor:
     if isinstance(vae, FrozenVAE):
         return vae.decode(vae.encode(images))
-    return vae.decode(vae.encode(images.to(_dtype(vae))).latent_dist.mean).sample
+    found: Tensor = vae.decode(vae.encode(images.to(_dtype(vae))).latent_dist.mean).sample
+    return found
 
 
 def _tensors(output: Any) -> list[Tensor]:
@@ -151,7 +152,8 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 def _dtype(model: Any) -> torch.dtype:
-    return next(model.parameters()).dtype
+    dtype: torch.dtype = next(model.parameters()).dtype
+    return dtype
 
 
 def _side(model: Any, kind: Kind) -> int:

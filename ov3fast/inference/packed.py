@@ -42,7 +42,8 @@ class Kept:
             with torch.no_grad():
                 self.value = make()
             self.state = now
-        return self.value
+        made: Made = self.value
+        return made
 
     def __deepcopy__(self, memo: Any) -> Kept:
         return type(self)()
@@ -61,7 +62,8 @@ class PackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         name, algorithm = self.activation
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, name, [], algorithm)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, name, [], algorithm)
+        return y
 
 
 class PackedConvolution:
@@ -74,4 +76,5 @@ class PackedConvolution:
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.geometry, "none", [], "")
+        y: Tensor = torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.geometry, "none", [], "")
+        return y

@@ -153,7 +153,8 @@ def _norm(module: Any) -> Norm:
 
 def _mlp(block: Block, x: Tensor) -> Tensor:
     if block.fc1 is None or block.fc2 is None:
-        return block.mlp(x)
+        y: Tensor = block.mlp(x)
+        return y
     if block.activation is None:
         return ops.linear(block.act(ops.linear(x, *block.fc1)), *block.fc2)
     return ops.mlp(x, *block.fc1, *block.fc2, activation=block.activation)
@@ -161,7 +162,8 @@ def _mlp(block: Block, x: Tensor) -> Tensor:
 
 def _activated(block: Block, x: Tensor) -> Tensor:
     if block.activation is None:
-        return block.act(x)
+        y: Tensor = block.act(x)
+        return y
     return torch.nn.functional.gelu(x, approximate=GELU[block.activation][1])
 
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def cosines(images: Tensor, texts: Tensor) -> Tensor:
     """images [N, E], texts [T, E] -> float32 [N, T] in [-1, 1]; a pair's value has the same bits whatever N and T are."""
     a, b = (F / F.norm(dim=-1, keepdim=True).clamp_min(1e-12) for F in (images.double().cpu(), texts.double().cpu()))
-    return (a[:, None] * b[None]).sum(-1).float()
+    cosine: Tensor = (a[:, None] * b[None]).sum(-1)
+    return cosine.float()
 
 
 @torch.inference_mode()

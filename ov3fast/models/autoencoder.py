@@ -56,7 +56,9 @@ class AutoencoderConfig:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> AutoencoderConfig:
         """Names with an underscore in front (_class_name, _diffusers_version) are left out. TypeError for an unknown name."""
-        fields = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if not name.startswith("_")}
+        fields: dict[str, Any] = {
+            name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if not name.startswith("_")
+        }
         return cls(**fields)
 
 
@@ -154,7 +156,8 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(self.conv_norm_out(self.mid_block(x)))
+        x = self.conv_out(self.conv_norm_out(self.mid_block(x)))
+        return x
 
 
 class Decoder(nn.Module):
@@ -174,7 +177,8 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(self.conv_norm_out(x))
+        x = self.conv_out(self.conv_norm_out(x))
+        return x
 
 
 class DownBlock(nn.Module):
@@ -212,7 +216,8 @@ class MidBlock(nn.Module):
         x = self.resnets[0](x)
         for attention in self.attentions:
             x = attention(x)
-        return self.resnets[1](x)
+        x = self.resnets[1](x)
+        return x
 
 
 class ResnetBlock(nn.Module):
@@ -225,7 +230,7 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(into, out, 1) if into != out else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv2(self.norm2(self.conv1(self.norm1(x))))
+        h: Tensor = self.conv2(self.norm2(self.conv1(self.norm1(x))))
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
 
 
@@ -241,7 +246,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.group_norm(x.flatten(2)).transpose(1, 2)
+        h: Tensor = self.group_norm(x.flatten(2)).transpose(1, 2)
         q, k, v = (linear(h).unsqueeze(1) for linear in (self.to_q, self.to_k, self.to_v))
         h = self.to_out[0](F.scaled_dot_product_attention(q, k, v).squeeze(1))
         return h.transpose(1, 2).reshape(x.shape) + x
@@ -253,7 +258,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        x = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return x
 
 
 class Upsample(nn.Module):
@@ -264,7 +270,8 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if 4 * x.numel() >= 2**31:  # PyTorch's channels-last kernel counts elements in 32 bits
             x = x.contiguous()
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        x = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return x
 
 
 def _norm(groups: int, channels: int) -> GroupNormSiLU:

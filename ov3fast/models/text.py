@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import noise
 from .config import CaptionConfig, TextConfig
-from .generation import search
+from .generation import Step, search
 from .transformer import KeyValueCache, LayerNorm, Linear, Transformer, init_normal
 
 IGNORE = -100
@@ -155,13 +155,14 @@ class CaptionDecoder(nn.Module):
         return prefix if self.text_proj is None else torch.cat([prefix, self.text_proj(text_tokens)], dim=1)
 
     def _embed(self, ids: Tensor, start: int) -> Tensor:
-        x = self.embed(ids)
+        x: Tensor = self.embed(ids)
         return x + self.pos_embed[start : start + ids.shape[1]] if self.config.position == "learned" else x
 
     def _log_probs(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(x)).float().log_softmax(-1)
+        logits: Tensor = self.head(self.norm(x))
+        return logits.float().log_softmax(-1)
 
-    def _query_steps(self, prefix: Tensor, beams: int):
+    def _query_steps(self, prefix: Tensor, beams: int) -> Step:
         """The queries see no words, so one pass gives the distribution at every position, the same for all beams."""
         tail = self.queries.expand(prefix.shape[0], -1, -1).to(prefix.dtype)
         x = self.transformer(torch.cat([prefix, tail], dim=1), causal=True, prefix_len=prefix.shape[1])
@@ -172,7 +173,7 @@ class CaptionDecoder(nn.Module):
 
         return step
 
-    def _autoregressive_steps(self, prefix: Tensor, beams: int):
+    def _autoregressive_steps(self, prefix: Tensor, beams: int) -> Step:
         cache = KeyValueCache()
         length = prefix.shape[1]
         prefix = prefix.repeat_interleave(beams, dim=0)

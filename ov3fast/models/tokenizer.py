@@ -46,7 +46,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return max(self.backend.get_vocab().values()) + 1
+        largest: int = max(self.backend.get_vocab().values())
+        return largest + 1
 
     def __call__(self, texts: Sequence[str], length: int, kind: Literal["text", "caption"] = "text") -> Tensor:
         """Texts -> ids [B, length] int64 in the layout of `kind`. ValueError for a length that can't hold the special ids."""
@@ -73,7 +74,8 @@ class Tokenizer:
         if self.eos_id in row:
             row = row[: row.index(self.eos_id)]
         skip = {self.bos_id, self.cls_id} | ({self.pad_id} if self.name == "wordpiece" else set())
-        return self.backend.decode([i for i in row if i not in skip], skip_special_tokens=False).strip()
+        text: str = self.backend.decode([i for i in row if i not in skip], skip_special_tokens=False)
+        return text.strip()
 
     def restrict(self, texts: Iterable[str]) -> Tokenizer:
         """A WordPiece tokenizer with only the pieces that `texts` use, the special ones and every single character.
@@ -96,7 +98,7 @@ class Tokenizer:
             temporary.write_text(json.dumps({"name": self.name}) + "\n", encoding="utf-8")
 
     def _special(self, token: str) -> int:
-        index = self.backend.token_to_id(token)
+        index: int | None = self.backend.token_to_id(token)
         if index is None:
             raise ValueError(f"tokenizer: the vocabulary has no {token}; a {self.name} vocabulary needs it")
         return index
@@ -172,7 +174,8 @@ def _clip_bpe(path: Path) -> Any:
     raw = path.read_bytes()
     lines = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8").split("\n")
     # The first line is a version header; CLIP reads no more merges than fill its 49,408 ids.
-    merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1] if len(line.split()) == 2]
+    pairs = (line.split() for line in lines[1 : 49152 - 256 - 2 + 1])
+    merges = [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
     letters = _byte_letters()
     pieces = [*letters, *(letter + "</w>" for letter in letters), *("".join(merge) for merge in merges), *CLIP_SPECIALS]
     backend = Backend(

@@ -83,7 +83,8 @@ class Attention(nn.Module):
             # A lone newest token sees everything, so only the first call, with many queries, needs a mask.
             masked = causal and length > 1
             out = ops.flash_attention(q, k, v, causal=masked, prefix_len=prefix_len if masked else 0)
-        return self.proj(out.reshape(batch, length, width))
+        projected: Tensor = self.proj(out.reshape(batch, length, width))
+        return projected
 
 
 class Mlp(nn.Module):
@@ -170,7 +171,8 @@ class Transformer(nn.Module):
                 x, branch = block(x, branch, causal, prefix_len, cache)
         if norm is None:
             return x if branch is None else x + branch
-        return norm(x) if branch is None else norm(branch, residual=x)[0]
+        normed: Tensor = norm(x) if branch is None else norm(branch, residual=x)[0]
+        return normed
 
 
 def recomputed(function: Callable[..., Any], *args: Any) -> Any:
@@ -192,7 +194,7 @@ def init_xavier(transformer: Transformer, residual_init: float) -> None:
 
     q, k and v are three square matrices there, so each third of the stacked one is drawn on its own.
     """
-    for block in transformer.blocks:
+    for block in _blocks(transformer):
         for third in block.attn.qkv.weight.chunk(3):
             nn.init.xavier_uniform_(third)
         for linear in (block.attn.proj, block.mlp.fc1, block.mlp.fc2):
@@ -203,8 +205,8 @@ def init_xavier(transformer: Transformer, residual_init: float) -> None:
 def init_normal(transformer: Transformer, residual_init: float) -> None:
     """The text towers' initialisation (official src/models/text_transformer.py): normal, std by width and depth, zero biases."""
     depth = max(1, len(transformer.blocks))
-    for block in transformer.blocks:
-        width = block.attn.proj.weight.shape[0]
+    for block in _blocks(transformer):
+        width = block.attn.proj.in_features
         nn.init.normal_(block.attn.qkv.weight, std=width**-0.5)
         nn.init.normal_(block.attn.proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
         nn.init.normal_(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
@@ -219,6 +221,10 @@ def init_lecun(linear: nn.Linear) -> None:
     nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)
+
+
+def _blocks(transformer: Transformer) -> list[Block]:
+    return [block for block in transformer.blocks if isinstance(block, Block)]
 
 
 def _finish(block: Block, residual_init: float) -> None:

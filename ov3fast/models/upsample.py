@@ -7,6 +7,8 @@ arithmetic; sums of 16-bit weights are rounded once more.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,15 +40,16 @@ def phase_weights(weight: Tensor) -> Tensor:
 class UpsampleConvolution(nn.Module):
     """Upsampling and the convolution `conv` behind it: folded on a GPU, one after the other elsewhere. Its weights are frozen."""
 
-    def __init__(self, upsample: nn.Module) -> None:
+    def __init__(self, upsample: Any) -> None:
         super().__init__()
-        self.conv = upsample.conv
+        self.conv: nn.Conv2d = upsample.conv
         self.unfolded = [upsample]  # a list: its parameters are this module's
         self.phases: Tensor | None = None
 
     def forward(self, x: Tensor, *more: object) -> Tensor:
         if not self.folds(x) or more:
-            return self.unfolded[0](x, *more)
+            unfolded: Tensor = self.unfolded[0](x, *more)
+            return unfolded
         weight = self.conv.weight
         if self.phases is None or (self.phases.dtype, self.phases.device) != (weight.dtype, weight.device):
             self.phases = phase_weights(weight.detach())

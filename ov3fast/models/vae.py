@@ -90,12 +90,12 @@ class FrozenVAE(nn.Module):
 
     def __init__(self, vae: nn.Module, latent_convention: str | None = None) -> None:
         super().__init__()
-        self.vae = vae.requires_grad_(False).eval()
+        self.vae: Any = vae.requires_grad_(False).eval()
         fuse_group_norm_silu(self.vae)
         fold_upsampling(self.vae)
         self._channels_last = False
         self.latent_convention = None if latent_convention is None else check_convention(latent_convention)
-        config = vae.config
+        config: Any = vae.config
         self.scaling_factor: float = config.scaling_factor
         self.shift_factor: float | None = config.shift_factor
         self.channels: int = config.latent_channels
@@ -156,7 +156,8 @@ class FrozenVAE(nn.Module):
                 f"VAE: images must be [B, 3, H, W] with sides that are multiples of {self.stride}, got {tuple(images.shape)}"
             )
         with torch.autocast(images.device.type, enabled=False):
-            return self.vae.encode(self._laid_out(images.to(self.dtype))).latent_dist.parameters
+            moments: Tensor = self.vae.encode(self._laid_out(images.to(self.dtype))).latent_dist.parameters
+        return moments
 
     def encode(
         self, images: Tensor, posterior: str = "mean", convention: str | None = None, rng: Tensor | None = None
@@ -186,14 +187,15 @@ class FrozenVAE(nn.Module):
             raise ValueError(f"VAE: latents must be [B, {self.channels}, h, w], got {tuple(latents.shape)}")
         z = from_latents(latents.to(self.dtype), self.convention(convention), self.scaling_factor, self.shift_factor)
         with torch.autocast(latents.device.type, enabled=False):
-            return self.vae.decode(self._laid_out(z)).sample
+            images: Tensor = self.vae.decode(self._laid_out(z)).sample
+        return images
 
     def _laid_out(self, x: Tensor) -> Tensor:
         """On a GPU x and the weights in channels-last, as the fastest convolutions and the GroupNorm's kernels read them."""
         if not x.is_cuda:
             return x
         if not self._channels_last:
-            self.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.vae.to(memory_format=torch.channels_last)
             self._channels_last = True
         return x.contiguous(memory_format=torch.channels_last)
 
@@ -209,7 +211,7 @@ class FrozenVAE(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.vae.parameters()).dtype
+        return next(self.parameters()).dtype
 
     def train(self, mode: bool = True) -> FrozenVAE:
         """Stays in eval mode: it is frozen."""
@@ -221,7 +223,7 @@ def small_vae_folder() -> Path:
     return Path(str(resources.files("ov3fast"))) / "assets" / "small_vae"
 
 
-def _load(folder: Path, dtype: torch.dtype, variant: str | None) -> nn.Module:
+def _load(folder: Path, dtype: torch.dtype, variant: str | None) -> Any:
     """An Autoencoder, or diffusers' AutoencoderKL for a layout that Autoencoder doesn't have."""
     config = pretrained.read_json(folder / autoencoder.CONFIG_FILE, "VAE")
     try:

@@ -10,6 +10,7 @@ Legend: B batch, C latent channels, N = h * w tokens, D width, E embedding width
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,7 @@ class _Positions:
 
     def __init__(self, dim: int, cls: bool) -> None:
         self.dim, self.cls = dim, cls
-        self.known: dict[tuple, Tensor] = {}
+        self.known: dict[tuple[Any, ...], Tensor] = {}
 
     def __call__(self, grid: tuple[int, int], like: Tensor) -> Tensor:
         # Under torch.compile the values become a constant of the graph, and a cache would only be a side effect.
@@ -91,6 +92,7 @@ class ViTEncoder(nn.Module):
         self.transformer = Transformer(width, config.depth, config.heads, config.mlp_dim)
         self.norm = LayerNorm(width)
         self.head = Linear(width, config.embed_dim, bias=False)
+        self.pos_embed: Tensor | None
         self.register_buffer("pos_embed", None)
         self._is_sincos = True
         self._positions = _Positions(width, cls=True)
@@ -151,7 +153,8 @@ class ViTEncoder(nn.Module):
 
     def encode_latents(self, latents: Tensor, *, post_ln: bool = False) -> tuple[Tensor, Tensor] | Tensor:
         """Latents [B, C, h, w] in the encoder's convention, on any device and of any floating dtype -> what `forward` returns."""
-        return self(self._cast(latents), post_ln=post_ln)
+        outputs: tuple[Tensor, Tensor] | Tensor = self(self._cast(latents), post_ln=post_ln)
+        return outputs
 
     def encode_moments(
         self, moments: Tensor, *, rng: Tensor | None = None, post_ln: bool = False
@@ -159,7 +162,11 @@ class ViTEncoder(nn.Module):
         """The VAE's moments [B, 2C, h, w] (mean and log-variance, before the latent convention) -> what `forward` returns."""
         scale, shift = self.get_vae().scale_and_shift(self.latent_convention)
         rng = None if rng is None else noise.derive_rng(rng, noise.POSTERIOR).to(self.device)
-        return self(self._cast(moments), moments=True, rng=rng, scale=scale, shift=shift, post_ln=post_ln)
+        latents = self._cast(moments)
+        outputs: tuple[Tensor, Tensor] | Tensor = self(
+            latents, moments=True, rng=rng, scale=scale, shift=shift, post_ln=post_ln
+        )
+        return outputs
 
     def encode_to_moments(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] -> the VAE's moments [B, 2C, h, w], in its dtype; no gradient."""
@@ -177,7 +184,8 @@ class ViTEncoder(nn.Module):
     @property
     def vae(self) -> FrozenVAE | None:
         """The attached VAE, or None while there is none."""
-        return self.__dict__["_vae"]
+        vae: FrozenVAE | None = self.__dict__["_vae"]
+        return vae
 
     def set_vae(self, vae: FrozenVAE | None) -> None:
         """Attach a frozen VAE; raises ValueError if its channels, its stride or its latent convention differ."""
@@ -193,9 +201,11 @@ class ViTEncoder(nn.Module):
 
     def get_vae(self) -> FrozenVAE:
         """The attached VAE; `vae_source` is loaded on first need."""
-        if self.vae is None:
-            self.set_vae(FrozenVAE.from_pretrained(*self.vae_source, hub=self.vae_hub))
-        return self.vae
+        vae = self.vae
+        if vae is None:
+            vae = FrozenVAE.from_pretrained(*self.vae_source, hub=self.vae_hub)
+            self.set_vae(vae)
+        return vae
 
     def position_embedding(self, grid: tuple[int, int]) -> Tensor:
         """[1 + N, D] for a grid of tokens; the CLS row comes first and is zero. ValueError where only a checkpoint knows it."""
@@ -248,7 +258,7 @@ class ViTEncoder(nn.Module):
 
         save_vision_encoder(self, path, **options)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if prefix + "pos_embed" in state_dict:
             self.set_position_embedding(state_dict[prefix + "pos_embed"])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -266,7 +276,7 @@ class ViTEncoder(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> ViTEncoder:
         """Moves of the encoder take the VAE along; its dtype stays its own."""
-        super()._apply(fn, recurse)
+        nn.Module._apply(self, fn, recurse)
         if self.vae is not None and self.device.type != "meta":
             self.vae.to(self.device)
         return self
@@ -325,7 +335,7 @@ class ViTDecoder(nn.Module):
             raise ValueError("ViTDecoder: sigma needs rng, the (seed, offset) tensor that the noise is drawn from")
         else:
             x = ops.noise_projection(tokens, sigma, self.embed.weight, self.embed.bias, rng=rng)
-        x = x + self._positions(tuple(grid), x)
+        x = x + self._positions((grid[0], grid[1]), x)
         x = self.transformer(x, self.norm)
         return ops.latent_projection(x, self.head.weight, self.head.bias, patch_size=self.patch_size, grid=tuple(grid))
 

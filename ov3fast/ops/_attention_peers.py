@@ -106,7 +106,7 @@ def sdpa_backward(
     dtype = torch.float32 if q.dtype in HALVES and k.shape[1] < SHORT else q.dtype
     tensors = (_unit_stride(t.to(dtype)).transpose(1, 2) for t in (grad_out, q, k, v, out))
     square, mask = _cpu_mask(q, k, causal, prefix_len, dtype)
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    grads: tuple[Tensor, ...] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *tensors, lse, 0.0, square, attn_mask=mask, scale=scale
     )
     return tuple(grad.transpose(1, 2).to(q.dtype).contiguous() for grad in grads)
@@ -119,9 +119,10 @@ def cuda_flash_backward(
     grad_out, q, k, v = (_unit_stride(t) for t in (grad_out, q, k, v))
     rng = torch.empty(0, dtype=torch.uint64, device=q.device)  # of the dropout, which is off
     with _deterministic():
-        return torch.ops.aten._flash_attention_backward(
+        grads: tuple[Tensor, ...] = torch.ops.aten._flash_attention_backward(
             grad_out, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], 0.0, causal, rng, rng, scale=scale
         )
+    return grads
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def split_views(image: Tensor, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def join_views(image: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    return torch.stack(parts) if image.ndim == 3 else parts[0]
+    return torch.stack(list(parts)) if image.ndim == 3 else parts[0]
 
 
 def _over_blocks(
@@ -198,7 +198,7 @@ def _backward_view(
 def _backward_ring(
     rectangle: Callable[..., Any], shards: _row_shards.RowShards, views: Sequence[_View], text: Tensor, wide: torch.dtype,
     need_image: bool, need_text: bool,
-) -> tuple[Any, Tensor | None, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Any, Any, Tensor, Tensor]:  # fmt: skip
     """The gradients by each view, by the own texts with their norms held fixed, by s and by t, with the texts passed round.
 
     A view's gradient is the sum of one part for each rank's texts, so parts are computed from wide features: in 16 bits each would be

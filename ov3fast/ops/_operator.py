@@ -219,7 +219,8 @@ class Operator:
         flags, of_inputs = self._wanted(ctx.needs_input_grad)
         grads = self._call_backward((*upstream, *ctx.saved_tensors, *ctx.options, *flags), ctx.word)
         grads = (grads,) if isinstance(grads, Tensor) else grads
-        return of_inputs((None, *grads))
+        found: tuple[Tensor | None, ...] = of_inputs((None, *grads))
+        return found
 
     def _wanted(self, needs: tuple[bool, ...]) -> tuple[list[bool], itemgetter[Any]]:
         """The backward's flags, and the getter that picks the inputs' gradients from (None, *its outputs)."""
@@ -320,7 +321,8 @@ def define(
 
 def gradients(function: Callable[..., Any], inputs: tuple[Tensor, ...], grad_output: Tensor) -> tuple[Tensor, ...]:
     """The gradients of `function(*inputs)` with respect to all inputs, visible to any transform or graph around them."""
-    return torch.func.vjp(function, *inputs)[1](grad_output)
+    found: tuple[Tensor, ...] = torch.func.vjp(function, *inputs)[1](grad_output)
+    return found
 
 
 def _is_transformed(args: tuple[Any, ...]) -> bool:

@@ -53,7 +53,7 @@ def reference(
         denominator = (v.sqrt() / math.sqrt(1 - betas[1] ** step)).add_(eps)
         p.copy_((p.to(wide) * (1 - lr * decays[i])).addcdiv_(m, denominator, value=-lr / (1 - betas[0] ** step)))
         if ema is not None:
-            ema[i].lerp_(p.to(wide), 1 - ema_decay)
+            ema[i].lerp_(p.to(wide), 1 - (ema_decay or 0.0))
     return norm
 
 
@@ -110,10 +110,11 @@ def adamw_ema_(
         if any(isinstance(value, Tensor) for value in (step, lr, ema_decay)):
             schedule = _schedule(op, {"step": step, "lr": lr, "ema_decay": ema_decay}, params[0].device)
             step, lr, ema_decay = 1, 0.0, None if ema_decay is None else 0.0
-        return _adamw_ema_(
+        norm = _adamw_ema_(
             impl, *(list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs, ema or [])),
             step, lr, *betas, eps, decays, max_norm, ema_decay, schedule, norm,
         )  # fmt: skip
+    return norm
 
 
 def _schedule(op: str, numbers: dict[str, int | float | Tensor | None], device: torch.device) -> Tensor:
@@ -140,7 +141,7 @@ def _refuse_derivatives(op: str, lists: dict[str, Sequence[Tensor]]) -> None:
                 )
 
 
-def _check_lists(op: str, lists: dict[str, Sequence]) -> None:
+def _check_lists(op: str, lists: dict[str, Sequence[Any]]) -> None:
     params, decays = lists["params"], lists["weight_decay"]
     for name, values in lists.items():
         if len(values) != len(params):
@@ -164,7 +165,7 @@ def _check_lists(op: str, lists: dict[str, Sequence]) -> None:
             _check.same_device(op, f"{name}[{i}]", values[i], p)
 
 
-def _fit(values: Sequence, params: Sequence, narrow: bool) -> bool:
+def _fit(values: Sequence[Any], params: Sequence[Any], narrow: bool) -> bool:
     """Whether tensors are like their parameters, on one device, and all of the first parameter's dtype (`narrow`) or all wide."""
     first = params[0]
     if not isinstance(first, Tensor) or first.dtype not in (torch.float32, torch.bfloat16, torch.float64):
@@ -195,8 +196,8 @@ def _check_numbers(
 
 # Lists at once (_foreach_*), several times as fast as the reference's loop over tensors.
 def _forward_eager(
-    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
-    ema: Sequence[Tensor], step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: Sequence[float],
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    ema: list[Tensor], step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: Sequence[float],
     max_norm: float | None, ema_decay: float | None, schedule: Tensor | None, norm: Tensor | None,
 ) -> Tensor:  # fmt: skip
     if schedule is not None:
@@ -227,17 +228,18 @@ def _forward_eager(
             torch._foreach_copy_(p, wide_p)
             wide_p = [t.to(wide) for t in p]
         if ema:
-            torch._foreach_lerp_(ema[bucket], wide_p, 1 - ema_decay)
+            torch._foreach_lerp_(ema[bucket], wide_p, 1 - (ema_decay or 0.0))
     return norm
 
 
-def _norm(grads: Sequence[Tensor], wide: torch.dtype) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=wide)))
+def _norm(grads: list[Tensor], wide: torch.dtype) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=wide)))
+    return norm
 
 
 def _forward_on_device(
-    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
-    ema: Sequence[Tensor], beta1: float, beta2: float, eps: float, weight_decay: Sequence[float], max_norm: float | None,
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    ema: list[Tensor], beta1: float, beta2: float, eps: float, weight_decay: Sequence[float], max_norm: float | None,
     schedule: Tensor, norm: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """In PyTorch, tensor by tensor, without reading a value on the host: for captured steps where there is no kernel."""

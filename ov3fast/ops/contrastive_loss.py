@@ -104,7 +104,9 @@ def contrastive_loss(
     logit_scale = _scalar(op, "logit_scale", logit_scale, image)
     if logit_bias is not None:
         logit_bias = _scalar(op, "logit_bias", logit_bias, image)
-    losses = _contrastive_loss(impl, image, text, logit_scale, logit_bias, kind, _row_shards.name_of(op, group), exchange)[0]
+    losses: Tensor = _contrastive_loss(
+        impl, image, text, logit_scale, logit_bias, kind, _row_shards.name_of(op, group), exchange
+    )[0]
     return losses if image.ndim == 2 else losses.mean()
 
 
@@ -113,7 +115,8 @@ def _scalar(op: str, name: str, value: Any, like: Tensor) -> Tensor:
     if value.numel() != 1:
         raise ValueError(f"{op}: {name} must be a scalar tensor, got shape {tuple(value.shape)}")
     _check.same_device(op, name, value, like)
-    return value.reshape(())
+    scalar: Tensor = value.reshape(())
+    return scalar
 
 
 # A backend computes a rectangle: this rank's rows i against columns j, where j = i + offset, if present, is the matching text. The
@@ -151,7 +154,7 @@ def _forward_rows(
 
 def _backward_rows(
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: str, offset: int, r: Tensor,
-    c: Sequence[Tensor] | None, row_weight: Tensor, column_weight: Tensor | None, need_image: bool, need_text: bool,
+    c: Any, row_weight: Tensor, column_weight: Any, need_image: bool, need_text: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:  # fmt: skip
     """Gradients by image [n,D]; by text over these rows [N,D], with its norms held fixed; by s and by t.
 
@@ -202,8 +205,8 @@ def _normalise(x: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor) -> Tensor:
-    wide = x.to(_check.accumulate_dtype(x.dtype))
-    return torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(SMALLEST_NORM)
+    norm: Tensor = torch.linalg.vector_norm(x.to(_check.accumulate_dtype(x.dtype)), dim=-1, keepdim=True)
+    return norm.clamp_min(SMALLEST_NORM)
 
 
 def _fake(
@@ -333,7 +336,7 @@ def _forward_rows_cpu(
 
 def _backward_rows_cpu(
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: str, offset: int, r: Tensor,
-    c: Sequence[Tensor] | None, row_weight: Tensor, column_weight: Tensor | None, need_image: bool, need_text: bool,
+    c: Any, row_weight: Tensor, column_weight: Any, need_image: bool, need_text: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:  # fmt: skip
     dtype = image.dtype
     image, text = _operands(image, text)

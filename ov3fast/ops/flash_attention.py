@@ -65,7 +65,8 @@ def flash_attention(
     Raises TypeError or ValueError that name the argument. Source: arXiv 2307.08691, algorithms 1 and 2.
     """
     causal = _check.flag("flash_attention", "causal", causal)
-    return _flash_attention(impl, q, k, v, causal, prefix_len, _scale(q, scale))[0]
+    out: Tensor = _flash_attention(impl, q, k, v, causal, prefix_len, _scale(q, scale))[0]
+    return out
 
 
 def flash_attention_qkvpacked(
@@ -76,7 +77,8 @@ def flash_attention_qkvpacked(
     qkv [B,N,3,H,D], with any strides. Returns [B,N,H,D].
     """
     causal = _check.flag("flash_attention_qkvpacked", "causal", causal)
-    return _flash_attention_qkvpacked(impl, qkv, causal, prefix_len, _scale(qkv, scale))[0]
+    out: Tensor = _flash_attention_qkvpacked(impl, qkv, causal, prefix_len, _scale(qkv, scale))[0]
+    return out
 
 
 def _check_arguments(q: Tensor, k: Tensor, v: Tensor, causal: bool, prefix_len: int, scale: float) -> None:
@@ -123,7 +125,7 @@ def _check_prefix(op: str, keys: int, prefix_len: int) -> None:
 def _scale(q: Tensor, scale: float | None) -> float:
     if scale is not None:
         return float(scale)
-    return max(q.shape[-1], 1) ** -0.5 if isinstance(q, Tensor) else 1.0  # not a tensor: the check will raise
+    return float(max(q.shape[-1], 1) ** -0.5) if isinstance(q, Tensor) else 1.0  # not a tensor: the check will raise
 
 
 def register_backend(
@@ -137,6 +139,7 @@ def register_backend(
         return forward(*qkv.unbind(2), *rest)
 
     def backward_packed(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> Tensor:
+        assert backward is not None
         return torch.stack(backward(grad_out, *qkv.unbind(2), out, lse, *rest), dim=2)
 
     def unsupported_reason_packed(qkv: Tensor, *rest: Any) -> str | None:
@@ -165,7 +168,8 @@ def _fake_backward(
 
 
 def _fake_packed(qkv: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _fake(*qkv.unbind(2), *rest)
+    q, k, v = qkv.unbind(2)
+    return _fake(q, k, v, *rest)
 
 
 def _fake_backward_packed(
@@ -179,7 +183,8 @@ def _specification(q: Tensor, k: Tensor, v: Tensor, causal: bool, prefix_len: in
 
 
 def _specification_packed(qkv: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _specification(*qkv.unbind(2), *rest)
+    q, k, v = qkv.unbind(2)
+    return _specification(q, k, v, *rest)
 
 
 def _differentiable_backward(
@@ -303,7 +308,8 @@ def _backward_cpu(
 
 
 def _forward_packed_cpu(qkv: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _forward_cpu(*cpu.unit_stride(qkv).unbind(2), *rest)
+    q, k, v = cpu.unit_stride(qkv).unbind(2)
+    return _forward_cpu(q, k, v, *rest)
 
 
 def _backward_packed_cpu(

@@ -55,7 +55,8 @@ def group_norm_silu(
     _check.parameter(op, "bias", bias, (channels,), x, "[C]", mixed=True)
     if bias.dtype != weight.dtype:
         raise TypeError(f"{op}: bias must be of weight's dtype {weight.dtype}, got {bias.dtype}")
-    return _group_norm_silu(impl, x, num_groups, weight, bias, eps)[0]
+    y: Tensor = _group_norm_silu(impl, x, num_groups, weight, bias, eps)[0]
+    return y
 
 
 def _forward_eager(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:

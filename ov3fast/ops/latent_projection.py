@@ -55,7 +55,8 @@ def latent_projection(
         raise ValueError(f"{op}: weight must have a multiple of {patch_size}^2 rows, C*p*p, got {weight.shape[0]}")
     _check.parameter(op, "weight", weight, (weight.shape[0], tokens.shape[-1]), tokens, "[C*p*p, D]")
     _check.parameter(op, "bias", bias, (weight.shape[0],), tokens, "[C*p*p]")
-    return _latent_projection(impl, tokens, weight, bias, patch_size, grid[0], grid[1])
+    x: Tensor = _latent_projection(impl, tokens, weight, bias, patch_size, grid[0], grid[1])
+    return x
 
 
 def _forward_eager(tokens: Tensor, weight: Tensor, bias: Tensor | None, patch_size: int, grid_h: int, grid_w: int) -> Tensor:

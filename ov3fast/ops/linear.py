@@ -30,7 +30,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str |
     x [..., K]; weight [N, K] and bias [N] or None, of x's dtype or float32. All get gradients; under autocast x is cast. Raises TypeError
     or ValueError that name the argument.
     """
-    return _linear(impl, x, weight, bias)
+    y: Tensor = _linear(impl, x, weight, bias)
+    return y
 
 
 def _check_arguments(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -71,7 +71,8 @@ def linear_cross_entropy(
     # In float16 gradients for an upstream gradient of 1, which no loss scale has raised yet, would underflow.
     at_once = hidden.dtype in (torch.float32, torch.bfloat16)
     if reduction != "none" and at_once and (need_hidden or need_weight):
-        return _total(impl, hidden_TD, weight, labels_T, ignore_index, reduction == "mean", need_hidden, need_weight)[0]
+        loss: Tensor = _total(impl, hidden_TD, weight, labels_T, ignore_index, reduction == "mean", need_hidden, need_weight)[0]
+        return loss
     nll = _linear_cross_entropy(impl, hidden_TD, weight, labels_T, ignore_index)[0]
     return _reduce(nll.view(labels.shape), labels, ignore_index, reduction)
 

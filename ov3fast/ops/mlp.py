@@ -51,7 +51,8 @@ def mlp(
     x [..., K]; w1 [H, K], b1 [H] or None, w2 [D, H], b2 [D] or None, all of x's dtype or all float32. activation "gelu" (exact) or
     "gelu_tanh". All tensors get gradients; under autocast x is cast. Raises TypeError or ValueError that name the argument.
     """
-    return _mlp(impl, x, w1, b1, w2, b2, activation)[0]
+    y: Tensor = _mlp(impl, x, w1, b1, w2, b2, activation)[0]
+    return y
 
 
 def _check_arguments(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str) -> None:
@@ -79,7 +80,8 @@ def _forward_eager(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str
 ) -> tuple[Tensor, ...]:
     # The reference step by step: the backward needs h.
-    w1, b1, w2, b2 = (None if p is None else p.to(x.dtype) for p in (w1, b1, w2, b2))
+    w1, w2 = w1.to(x.dtype), w2.to(x.dtype)
+    b1, b2 = (None if b is None else b.to(x.dtype) for b in (b1, b2))
     h = F.linear(_rows(x), w1, b1)
     y = F.linear(F.gelu(h, approximate=ACTIVATIONS[activation]), w2, b2)
     return y.view(*x.shape[:-1], w2.shape[0]), h.view(*x.shape[:-1], w1.shape[0])

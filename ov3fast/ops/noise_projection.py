@@ -55,7 +55,8 @@ def noise_projection(
     _check.parameter(op, "bias", bias, (weight.shape[0],), z, "[D]")
     _check.rng(op, rng)
     _check.same_device(op, "rng", rng, z)
-    return _noise_projection(impl, z, sigma, weight, bias, rng)
+    y: Tensor = _noise_projection(impl, z, sigma, weight, bias, rng)
+    return y
 
 
 def _per_instance(sigma: Tensor, z: Tensor) -> Tensor:

@@ -43,7 +43,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: str | N
     if not weight.is_contiguous() and not weight.t().is_contiguous():
         weight = weight.contiguous()
     kind = ("none", "") if gelu is None else ("gelu", gelu)
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, kind[0], [], kind[1])
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, kind[0], [], kind[1])
+    return y
 
 
 def _rows(x: Tensor) -> Tensor:

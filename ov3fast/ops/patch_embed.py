@@ -100,7 +100,10 @@ def patch_embed(
         _check.same_device(op, "rng", rng, latents)
         if not moments:
             raise ValueError(f"{op}: rng samples from moments, but moments is False; drop rng, or pass moments=True")
-    return _patch_embed(impl, latents, weight, bias, pos_embed, cls_token, rng, patch_size, float(scale), float(shift), moments)
+    y: Tensor = _patch_embed(
+        impl, latents, weight, bias, pos_embed, cls_token, rng, patch_size, float(scale), float(shift), moments
+    )
+    return y
 
 
 def _check_sizes(op: str, latents: Tensor, patch_size: int, moments: bool) -> tuple[int, int]:

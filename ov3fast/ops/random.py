@@ -99,7 +99,8 @@ def normal(shape: Sequence[int], rng: Tensor, dtype: torch.dtype = torch.float32
     _check.rng(op, rng)
     if dtype not in _check.FLOATS:
         raise TypeError(f"{op}: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
-    return _random_normal(impl, list(shape), rng, dtype)
+    normals: Tensor = _random_normal(impl, list(shape), rng, dtype)
+    return normals
 
 
 def _blocks(n: int, rng: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

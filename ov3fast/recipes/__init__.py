@@ -16,4 +16,5 @@ def get_recipe(name: str) -> Recipe:
     """The recipe of that name. ValueError for another one."""
     if name not in NAMES:
         raise ValueError(f"recipe: name must be one of {', '.join(NAMES)}; got {name!r}")
-    return import_module(f"ov3fast.recipes.{name}").RECIPE
+    recipe: Recipe = import_module(f"ov3fast.recipes.{name}").RECIPE
+    return recipe

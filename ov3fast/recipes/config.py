@@ -336,12 +336,14 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values, ready for JSON."""
-        return to_plain(self)
+        values: dict[str, Any] = to_plain(self)
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
         """The inverse of to_dict; former names of fields are read too. ValueError names an unknown key."""
-        return build(cls, values, cls.__name__)
+        recipe: Recipe = build(cls, values, cls.__name__)
+        return recipe
 
     def difference(self, other: dict[str, Any], longer: bool = False) -> str | None:
         """The first field in which another recipe's to_dict differs, as "field: other -> own", FREE_TO_CHANGE aside; None: none.

@@ -66,7 +66,7 @@ def edit(
     return dataclasses.replace(recipe, stages=stages, data=dataclasses.replace(recipe.data, sources=sources))
 
 
-def _remove(items: tuple, names: Sequence[str], flag: str, field: str) -> tuple:
+def _remove(items: tuple[Any, ...], names: Sequence[str], flag: str, field: str) -> tuple[Any, ...]:
     known = [getattr(item, field) for item in items]
     for name in names:
         if name not in known and not (name.isdigit() and int(name) < len(items)):

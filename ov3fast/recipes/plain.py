@@ -58,7 +58,7 @@ def _named(kind: Any) -> str:
     if typing.get_origin(kind) is tuple:
         kinds = typing.get_args(kind)
         return "a list" if Ellipsis in kinds else f"a list of {len(kinds)}"
-    return {type(None): "null", Path: "a path"}.get(kind, kind.__name__)
+    return str({type(None): "null", Path: "a path"}.get(kind, kind.__name__))
 
 
 def _fits(kind: Any, value: Any) -> bool:

@@ -9,6 +9,7 @@ from PIL import Image
 from tiny_models import model, noise, vae, vae_folder
 
 from ov3fast.inference import VisionTower
+from ov3fast.models.config import VisionConfig
 from ov3fast.models.openvision3 import OpenVision3
 from ov3fast.models.vit import ViTEncoder
 

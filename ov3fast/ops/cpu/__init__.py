@@ -212,7 +212,7 @@ NO_ROWS = None, 0, 0, 0
 """`matrix` of an absent tensor."""
 
 
-Optional = TypeVar("Optional", Tensor, None)
+Optional = TypeVar("Optional", Tensor, None, Tensor | None)
 
 
 def dense(x: Optional) -> Optional:

@@ -39,7 +39,7 @@ def _forward(
     # With a schedule the kernel reads on the device what changes from step to step, and keep is the decay.
     keep = [1 - lr * decay for decay in weight_decay] if schedule is None else weight_decay
     scheduled = None if schedule is None else _on_device(schedule, beta1, beta2)
-    exp_avgs_, exp_avg_sqs_, ema_ = states if ema else (*states, None)
+    exp_avgs_, exp_avg_sqs_, ema_ = states if ema else (*states, [])
     batches = [_batch(chosen, params_, grads_, exp_avgs_, exp_avg_sqs_, ema_, keep) for chosen in _alike(params_, grads_)]
     run(_launches(batches, numbers, scheduled, norm, given), norm.device)
     for tensor, copy in copies:
@@ -74,7 +74,7 @@ def _launches(
         updates.append(Launch("adamw_ema", kernel, (chunks, 1), (*arguments, ("norm", None if updates else norm))))
         done += count
     if not batches:
-        norm.copy_(0.0 if given is None else given)
+        norm.copy_(norm.new_zeros(()) if given is None else given)
     return squares + updates
 
 
@@ -89,13 +89,13 @@ def _alike(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[list[int]]
 
 def _batch(
     chosen: list[int], params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor], ema: Sequence[Tensor] | None, keep: Sequence[float],
+    exp_avg_sqs: Sequence[Tensor], ema: Sequence[Tensor], keep: Sequence[float],
 ) -> _Batch:  # fmt: skip
     """dtypes of params and grads, the kernel's Lists, and the number of its chunks."""
     sizes, first = [params[i].numel() for i in chosen], [0]
     for size in sizes:
         first.append(first[-1] - (-size // CHUNK))
-    addresses = (params, grads, exp_avgs, exp_avg_sqs, ema or [None] * len(params))
+    addresses: tuple[Sequence[Tensor | None], ...] = (params, grads, exp_avgs, exp_avg_sqs, ema or [None] * len(params))
     lists = Struct(
         *(("ptr", [values[i] for i in chosen], CAPACITY) for values in addresses),
         ("i64", sizes, CAPACITY), ("f32", [keep[i] for i in chosen], CAPACITY), ("i32", first[:-1], CAPACITY),

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._contracts import memory_format
 from .. import _dispatch
-from ..group_norm_silu import memory_format
 from . import SUFFIX, THREADS, Launch, Struct, run, unavailable_reason, unsupported_reason
 
 # Of a strip: positions of large maps, and how many strips small maps are cut into to keep a GPU busy. Neither depends on the GPU, so no result does.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _attention_peers, _dispatch
-from ..contrastive_loss import over_ranks
+from .._contrastive_ranks import over_ranks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether the kernels run in Triton's interpreter, on CPU tensors."""

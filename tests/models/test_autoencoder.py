@@ -127,6 +127,14 @@ def test_diffusers_reads_other_layouts(tmp_path):
     assert vae.encode(torch.zeros(1, 3, 16, 16)).shape == (1, 16, 2, 2)
 
 
+def test_without_diffusers_other_layouts_name_the_extra(monkeypatch):
+    other = {**TINY, "down_block_types": ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"]}
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ModuleNotFoundError, match=r"not installed: pip install 'ov3fast\[diffusers\]'"):
+        FrozenVAE.from_config(other)
+    assert isinstance(FrozenVAE.from_config(TINY).vae, Autoencoder)
+
+
 @pytest.mark.parametrize("how", [{"safe_serialization": False}, {"variant": "fp16"}, {"max_shard_size": "20KB"}], ids=str)
 def test_other_files(how, tmp_path):
     torch.manual_seed(0)

@@ -16,7 +16,8 @@ from typing import Any
 from ov3fast.evaluation.charts import Series, line_chart
 from ov3fast.evaluation.curves import number, read_log
 from ov3fast.evaluation.headline import format_value
-from ov3fast.evaluation.report import LOG_FILE, TEMPLATES
+from ov3fast.evaluation.report import LOG_FILE
+from ov3fast.evaluation.templates import template
 from ov3fast.io import atomic_write
 
 from .variants import FULL
@@ -71,7 +72,6 @@ def cell(values: Sequence[float], full: Sequence[float] | None = None) -> Cell:
 
 def write_ablation_report(out: str | Path, facts: dict[str, Any]) -> Path:
     """Writes OUT/ablation.html from what `ablate` returned and the runs' logs; returns its path."""
-    import jinja2
     import markupsafe
 
     out = Path(out).expanduser()
@@ -82,10 +82,7 @@ def write_ablation_report(out: str | Path, facts: dict[str, Any]) -> Path:
     for variant in facts["variants"]:
         if variant["group"]:
             groups.setdefault(variant["group"], [FULL]).append(variant["name"])
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )  # fmt: skip
-    page = environment.get_template("ablation.html").render(
+    page = template("ablation.html").render(
         recipe=facts["recipe"]["name"], seeds=facts["seeds"], steps=stage["steps"], batch=stage["batch_size"], size=stage["image_size"],
         variants=facts["variants"], columns=columns, rows=rows,
         groups=[(group, [markupsafe.Markup(chart) for chart in _charts(group, names, logs, facts["seeds"])]) for group, names in groups.items()],

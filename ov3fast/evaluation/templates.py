@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import jinja2
 
-FOLDER = Path(__file__).parents[1] / "assets" / "report"
+TEMPLATES = Path(__file__).parents[1] / "assets" / "report"
 
 
 def template(name: str) -> jinja2.Template:
@@ -16,5 +16,5 @@ def template(name: str) -> jinja2.Template:
     import jinja2
 
     return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).get_template(name)  # fmt: skip

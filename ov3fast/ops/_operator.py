@@ -194,7 +194,8 @@ class Operator:
             known = selected.backwards[kind] = self.select_backward(ctx.word, args).function, flags, of_inputs
         function, flags, of_inputs = known
         made = function(*upstream, *saved, *ctx.options, *flags)
-        return of_inputs((None, made) if isinstance(made, Tensor) else (None, *made))
+        found: tuple[Tensor | None, ...] = of_inputs((None, made) if isinstance(made, Tensor) else (None, *made))
+        return found
 
     def _keep(self, ctx: Any, inputs: Sequence[Any], output: Any, word: str) -> Saved:
         saved = self.save(inputs, output)

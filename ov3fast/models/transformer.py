@@ -123,7 +123,8 @@ class Block(nn.Module):
         normed, x_BND = (self.norm1(x_BND), x_BND) if branch_BND is None else self.norm1(branch_BND, residual=x_BND)
         branch_BND = self.attn(normed, causal, prefix_len, cache, self.index)
         if self.recompute_mlp and torch.is_grad_enabled():
-            return recomputed(self._second_half, x_BND, branch_BND)
+            found: tuple[Tensor, Tensor] = recomputed(self._second_half, x_BND, branch_BND)
+            return found
         return self._second_half(x_BND, branch_BND)
 
     def _second_half(self, x_BND: Tensor, branch_BND: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +146,7 @@ class Transformer(nn.Module):
         if recompute not in RECOMPUTE:
             raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
         self.activation_checkpointing = enabled and recompute == "block"
-        for block in self.blocks:
+        for block in _blocks(self):
             block.recompute_mlp = enabled and recompute == "mlp"
 
     def forward(

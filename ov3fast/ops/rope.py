@@ -72,7 +72,8 @@ def rope(
     """
     if getattr(cos, "requires_grad", False) or getattr(sin, "requires_grad", False):
         raise ValueError("rope: cos and sin get no gradients; detach them")
-    return _rope(impl, qkv, cos, sin, q_weight, k_weight, eps)
+    y: Tensor = _rope(impl, qkv, cos, sin, q_weight, k_weight, eps)
+    return y
 
 
 def _check_arguments(

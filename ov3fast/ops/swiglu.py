@@ -31,7 +31,8 @@ def reference(x: Tensor) -> Tensor:
 
 def swiglu(x: Tensor, *, impl: str | None = None) -> Tensor:
     """silu(gate) * value of x [..., 2 H] = (gate, value), as [..., H] of x's dtype. TypeError or ValueError that names the argument."""
-    return _swiglu(impl, x)
+    y: Tensor = _swiglu(impl, x)
+    return y
 
 
 def _check_arguments(x: Tensor) -> None:

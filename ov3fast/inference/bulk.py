@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from ov3fast.data.skips import DataError, SkipWarning
+from ov3fast.inference.decoding import Options
 from ov3fast.inference.embeddings import (
     INDEX,
     SUFFIXES,
@@ -35,7 +36,7 @@ from ov3fast.inference.embeddings import (
     read_head,
     write_embeddings,
 )
-from ov3fast.inference.encode import Job, Memory, Options
+from ov3fast.inference.encode import Job, Memory
 from ov3fast.inference.load import VisionTower, load_model
 from ov3fast.inference.sources import Sources
 from ov3fast.io import atomic_write, check_writable_folder, naming_full_disk

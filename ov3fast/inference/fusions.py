@@ -240,7 +240,8 @@ def quantized_input(conv: Any, x: Tensor) -> Tensor:
 def _quantized_norm_forward(base: Any) -> Callable[..., Any]:
     def forward(self: Any, x: Tensor) -> Tensor:
         if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last) or not has_kernels(x):
-            return base.forward(self, x)
+            made: Tensor = base.forward(self, x)
+            return made
         _refuse_gradient(x)
         return group_norm_silu_quantized(x, self.num_groups, self.weight, self.bias, self.eps, self.__dict__[STATE])
 

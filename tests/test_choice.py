@@ -217,7 +217,7 @@ def test_a_trials_size_is_what_its_call_is_looked_up_by(trial, chip, monkeypatch
     chip("zen4")
     asked = []
     monkeypatch.setattr(_choice, "backend_for", lambda *call: asked.append(call) or "cpu")
-    monkeypatch.setattr(_dispatch.Selector, "_function", lambda self, *call: (_ for _ in ()).throw(InterruptedError))
+    monkeypatch.setattr(_dispatch.Selector, "_selected", lambda self, *call: (_ for _ in ()).throw(InterruptedError))
     function, leaves = _trials.prepare(trial)
     with pytest.raises(InterruptedError):
         function(*leaves)

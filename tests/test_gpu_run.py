@@ -24,7 +24,9 @@ def run(plan, out, *options, paths=()):
     return subprocess.run(command, capture_output=True, text=True, cwd=out, env=environment)
 
 
-@pytest.mark.parametrize("plan", sorted(plans.PLANS))
+@pytest.mark.parametrize(
+    "plan", [pytest.param(p, marks=pytest.mark.full) if p == "diagnose" else p for p in sorted(plans.PLANS)]
+)
 def test_rehearsal(plan, tmp_path):
     """Run from another folder, with packages that a bare machine lacks made unimportable."""
     absent = tmp_path / "absent"

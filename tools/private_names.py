@@ -44,7 +44,10 @@ NAMES = {
     "a process group that travels through an operator's schema": (
         "torch.distributed.distributed_c10d._get_default_store", "torch.distributed.distributed_c10d._resolve_process_group",
     ),
-    "several backward passes through a compiled block": ("torch._functorch.config.donated_buffer",),
+    "compiled blocks: several backward passes through them, as many kinds as there are towers (ov3fast/training/build.py)": (
+        "torch._dynamo.config.recompile_limit", "torch._functorch.config.donated_buffer",
+    ),
+    "moves of the encoder, which take the VAE along (ov3fast/models/vit.py)": ("torch.nn.Module._apply",),
     "the error budget and tests: what PyTorch dispatches": (
         "torch._decomp.get_decompositions", "torch.utils._python_dispatch.TorchDispatchMode", "torch.utils._pytree.tree_leaves",
         "torch.utils._pytree.tree_map",

@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 HELP = """usage: {program} train [--recipe NAME|FILE] [options] [--FIELD VALUE ...]
 
 What to train
-  --recipe NAME|FILE      {names}, or a .json or .yaml file (default: demo; custom with --data);
-                          generate-demo, generate-base: generators, with fields of their own;
-                          understand-demo, understand-base: language models on a tower's tokens, likewise
+  --recipe NAME|FILE      {names}, or a .json or .yaml file (default: demo);
+                          generate-demo|-base, understand-demo|-base: what is built on a tower, with fields of their own
   --data PATH             your own shards: a folder of tars, a tar or a glob pattern; defaults are fitted to them
   --run-dir DIR           folder for checkpoints, logs and the model
   --init-from MODEL       start from the weights of a model: a folder, a run or a hub id

@@ -34,7 +34,11 @@ def test_every_door_has_a_page():
     assert {page.stem for page in DOCS.glob("interop/*.md")} == set(DOORS)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.full) if page.stem == "export" else page for page in PAGES],
+    ids=lambda page: page.stem,
+)
 def test_the_first_example_runs(page, model_folder, cache, tmp_path):
     language, code = re.search(r"```(\w+)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL).groups()
     assert language == "python" and "build_demo()" in code

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ov3fast import _graphs
+from ov3fast.ops import _choice, _dispatch
 
 HOST_READS = (
     "aten::_local_scalar_dense",
@@ -167,6 +168,10 @@ def graphs_on_cpu() -> Iterator[Machine]:
         for name, value in there.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(_graphs, "check_device", lambda *_: None))
+        # The tape is a dispatch mode, and what PyTorch's own autograd would run outside of one has other bits within it; our kernels have not.
+        stack.enter_context(mock.patch.object(_choice, "backend_for", lambda *_: "cpu"))
+        stack.callback(_dispatch.forget_choices)
+        _dispatch.forget_choices()
         yield machine
 
 

@@ -188,7 +188,7 @@ def test_estimates_count_what_the_machine_code_does():
 
 def test_an_entry_that_does_not_fit_its_kernel_says_so():
     copy = trial.entries()[0]
-    with pytest.raises(ValueError, match="neither the entry nor the config .* says what BLOCK is"):
+    with pytest.raises(ValueError, match="neither the entry nor the config .* sets BLOCK"):
         measure(copy, Config(), "bf16", "sm_80")
     with pytest.raises(ValueError, match="no parameter WARPS"):
         measure(copy, Config({"BLOCK": 128, "WARPS": 2}), "bf16", "sm_80")

@@ -73,7 +73,7 @@ def test_old_nvcc(build, monkeypatch, tmp_path):
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 11.8, V11.8.89'\n")
     nvcc.chmod(0o755)
     monkeypatch.setenv("NVCC", str(nvcc))
-    with pytest.raises(build.NoCompiler, match="is of CUDA 11.8, older than 12.1"):
+    with pytest.raises(build.NoCompiler, match="is from CUDA 11.8, older than 12.1"):
         build.find_nvcc()
 
 

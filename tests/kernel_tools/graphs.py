@@ -119,6 +119,18 @@ class Machine:
 
 
 @contextmanager
+def our_kernels() -> Iterator[None]:
+    """Within the block automatic choices are of the CPU kernels.
+
+    Elsewhere PyTorch's own autograd may be chosen, which a dispatch mode such as the tape's excludes, and its stand-in has other bits.
+    """
+    with mock.patch.object(_choice, "backend_for", lambda *_: "cpu"):
+        _dispatch.forget_choices()
+        yield
+    _dispatch.forget_choices()
+
+
+@contextmanager
 def graphs_on_cpu() -> Iterator[Machine]:
     """Within the block torch.cuda's graphs, streams and events are the stand-in's, and the CPU is treated as a device that supports them."""
     machine = Machine()
@@ -168,10 +180,7 @@ def graphs_on_cpu() -> Iterator[Machine]:
         for name, value in there.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(_graphs, "check_device", lambda *_: None))
-        # The tape is a dispatch mode, and what PyTorch's own autograd would run outside of one has other bits within it; our kernels have not.
-        stack.enter_context(mock.patch.object(_choice, "backend_for", lambda *_: "cpu"))
-        stack.callback(_dispatch.forget_choices)
-        _dispatch.forget_choices()
+        stack.enter_context(our_kernels())
         yield machine
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from kernel_tools.graphs import graphs_on_cpu
+from kernel_tools.graphs import graphs_on_cpu, our_kernels
 from safetensors.torch import load_file
 
 from ov3fast import testing
@@ -42,7 +42,8 @@ def test_a_captured_run_has_the_bits_of_one_that_is_not(tiny, data, tmp_path, ch
     # Steps 0 and 5 measure; 1 to 4 replay both graphs, which were recorded once.
     assert machine.recordings == 2 and machine.replays == 8
     scheduled(monkeypatch)
-    plain = train(tiny.recipe(data, tmp_path / "plain", STEPS, **changes))
+    with our_kernels():
+        plain = train(tiny.recipe(data, tmp_path / "plain", STEPS, **changes))
     ours, theirs = weights(tmp_path / "captured"), weights(tmp_path / "plain")
     testing.assert_same_bits(list(ours.values()), list(theirs.values()))
     assert captured["loss"] == plain["loss"] and captured["grad_norm"] == plain["grad_norm"]

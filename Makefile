@@ -29,7 +29,7 @@ demo-understand: .venv/understand
 
 # The quick tests: the widest instruction set, each Triton kernel once in the interpreter, one compiled kernel. Other tests
 # are marked `full` (see the markers in pyproject.toml).
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 test: .venv/dev lint
 	$(PYTEST) -m "not full"
 	TRITON_INTERPRET=1 $(PYTEST) -m "not full" tests/ops tests/kernels

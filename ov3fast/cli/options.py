@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import os
 import re
 import shutil
 import textwrap
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -109,3 +111,16 @@ def _narrow_help(kind: Any, program: str, width: int, options: dict[str, Any]) -
     parser.usage = "%(prog)s [options] ..."
     parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=4, width=max(width - 1, 24))
     return f"{argparse.ArgumentParser.format_help(parser)}\n{textwrap.fill(COMMON, width)}"
+
+
+def recipe_to_train(recipes: Mapping[str, Any], what: str, name: str, resume: str | None) -> Any:
+    """The recipe of that name; in the run_dir that --resume names, if it names one. ValueError for an unknown name, which `what` explains."""
+    if name not in recipes:
+        raise ValueError(f"--recipe: {what} are {', '.join(recipes)}; got {name!r}")
+    return dataclasses.replace(recipes[name], run_dir=Path(resume)) if resume else recipes[name]
+
+
+def check_resume_or_overwrite(resume: str | None, overwrite: bool) -> None:
+    """ValueError if both are given. resume: the value of --resume, None without it."""
+    if overwrite and resume is not None:
+        raise ValueError("--resume continues a run, --overwrite starts it over; give one of them")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from ov3fast.cli import PROGRAM
-from ov3fast.cli.options import COMMON, expand_home, parse, take
+from ov3fast.cli.options import COMMON, check_resume_or_overwrite, expand_home, parse, take
 
 if TYPE_CHECKING:
     from ov3fast.recipes import Recipe
@@ -108,8 +108,7 @@ def run(arguments: list[str]) -> int:
     given = parse(Train, arguments, "train", default=Train(base))
     if given.extend and resume is None:
         raise ValueError("--extend needs --resume RUN: it lengthens an existing run")
-    if given.overwrite and resume is not None:
-        raise ValueError("--resume continues a run, --overwrite starts it over; give one of them")
+    check_resume_or_overwrite(resume, given.overwrite)
     if given.dry_run:
         from ov3fast.training import dry_run
 

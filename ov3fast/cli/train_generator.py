@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from ov3fast.cli.options import parse
+from ov3fast.cli.options import check_resume_or_overwrite, parse, recipe_to_train
 from ov3fast.recipes.generate import GENERATE_RECIPES, GenerateRecipe
 
 
 def run(name: str, arguments: list[str], resume: str | None) -> int:
     """Train a generator over a model's tokens. resume: the value of --resume ("" for the recipe's run_dir), None without it."""
-    if name not in GENERATE_RECIPES:
-        raise ValueError(f"--recipe: generators' recipes are {', '.join(GENERATE_RECIPES)}; got {name!r}")
-    base = GENERATE_RECIPES[name]
-    if resume:
-        base = dataclasses.replace(base, run_dir=Path(resume))
+    base = recipe_to_train(GENERATE_RECIPES, "generators' recipes", name, resume)
 
     @dataclass
     class Train:
@@ -34,8 +28,7 @@ def run(name: str, arguments: list[str], resume: str | None) -> int:
         """Largest number of pictures in each set that the report compares."""
 
     given = parse(Train, arguments, "train", default=Train(base))
-    if given.overwrite and resume is not None:
-        raise ValueError("--resume continues a run, --overwrite starts it over; give one of them")
+    check_resume_or_overwrite(resume, given.overwrite)
     from ov3fast.generation.training import train_generator
 
     run_dir = train_generator(given.recipe, resume=resume is not None, overwrite=given.overwrite)

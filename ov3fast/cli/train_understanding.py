@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from ov3fast.cli.options import parse
+from ov3fast.cli.options import check_resume_or_overwrite, parse, recipe_to_train
 from ov3fast.recipes.understand import UNDERSTAND_RECIPES, UnderstandRecipe
 
 
 def run(name: str, arguments: list[str], resume: str | None) -> int:
     """Train a language model on a tower's tokens; resume: what --resume was given ("" for the recipe's run), None without."""
-    if name not in UNDERSTAND_RECIPES:
-        raise ValueError(f"--recipe: recipes of understanding are {', '.join(UNDERSTAND_RECIPES)}; got {name!r}")
-    base = UNDERSTAND_RECIPES[name]
-    if resume:
-        base = dataclasses.replace(base, run_dir=Path(resume))
+    base = recipe_to_train(UNDERSTAND_RECIPES, "recipes of understanding", name, resume)
 
     @dataclass
     class Train:
@@ -32,8 +26,7 @@ def run(name: str, arguments: list[str], resume: str | None) -> int:
         """cpu, cuda or cuda:N; default: cpu."""
 
     given = parse(Train, arguments, "train", default=Train(base))
-    if given.overwrite and resume is not None:
-        raise ValueError("--resume goes on with a run, --overwrite begins it again; give one of them")
+    check_resume_or_overwrite(resume, given.overwrite)
     recipe, options = given.recipe, {"resume": resume is not None, "overwrite": given.overwrite}
     from ov3fast.training import EXIT_INTERRUPTED
 

@@ -22,7 +22,6 @@ from ov3fast.evaluation.palette import ERROR_RANGE, error_map, png_data, scale_c
 from ov3fast.evaluation.pictures import Pictures, spread
 from ov3fast.evaluation.reconstruction import Reconstruction
 from ov3fast.evaluation.retrieval import nearest, ranks
-from ov3fast.evaluation.templates import TEMPLATES as TEMPLATES
 from ov3fast.evaluation.templates import template
 from ov3fast.io import atomic_write
 

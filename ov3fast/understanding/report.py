@@ -9,7 +9,7 @@ from typing import Any
 from ov3fast.evaluation.curves import read_log
 from ov3fast.evaluation.palette import png_data, scale_css
 from ov3fast.evaluation.pictures import spread
-from ov3fast.evaluation.report import TEMPLATES
+from ov3fast.evaluation.templates import template
 from ov3fast.io import atomic_write
 from ov3fast.recipes.understand import UnderstandRecipe
 from ov3fast.understanding.demo import CONTROL, HeldOut
@@ -20,14 +20,9 @@ SHOWN = 18
 
 def write_page(path: Path, recipe: UnderstandRecipe, figures: dict[str, Any], sets: Sequence[HeldOut]) -> None:
     """Nothing is loaded from a network, and the same input gives the same bytes."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )  # fmt: skip
     runs = (("tower", recipe.run_dir), (CONTROL, recipe.run_dir / CONTROL))
     ends = {name: [(row["stage"], row["step"], row["loss"]) for row in _last_of_stages(run)] for name, run in runs}
-    page = environment.get_template("understand.html").render(
+    page = template("understand.html").render(
         recipe=recipe,
         headline=_row("all yes/no questions", figures["yes_no"]),
         rows=[(one.title, [_row(row["kind"], row) for row in figures["rows"] if row["set"] == one.title]) for one in sets],

@@ -53,7 +53,7 @@ def run(arguments: list[str]) -> int:
     import torch
 
     from ov3fast.generation.saved import SavedGenerator
-    from ov3fast.generation.training import text_tokens
+    from ov3fast.generation.tokens import text_tokens
     from ov3fast.inference import load_model
     from ov3fast.io import atomic_folder, atomic_write, check_writable, check_writable_folder
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ov3fast.data.captions import texts_under
-from ov3fast.data.shards import ShardDataset
+from ov3fast.data.shards import Sample, ShardDataset
 from ov3fast.data.skips import DataError, SampleError, SkipCounter, printable
 from ov3fast.data.transforms import center_boxes, crop_resize, premultiplied, to_tensor
 from ov3fast.evaluation.reconstruction import to_model_range
@@ -83,19 +83,29 @@ def read_pictures(
     skips = SkipCounter(len(chosen), skip_budget)
     if dataset.uncounted:
         skips.note("truncated_tar", dataset.uncounted)
-    images, samples = [], []
-    for i in track(chosen, "read pictures", disable=not progress, transient=True):
+    numbers = track(chosen, "read pictures", disable=not progress, transient=True)
+    read = list(readable(dataset, numbers, size, skips, interpolation))
+    if not read:
+        raise DataError(f"shards: no picture of {shards} could be read ({skips})")
+    return as_pictures([image for _, image, _ in read], [sample for *_, sample in read], skips)
+
+
+def readable(
+    dataset: ShardDataset, numbers: Iterable[int], size: int, skips: SkipCounter, interpolation: str = "bicubic"
+) -> Iterator[tuple[int, Tensor, Sample]]:
+    """Of these samples the number, the picture uint8 [3, size, size] and the sample; `skips` counts those that can't be read."""
+    for number in numbers:
         try:
-            sample = dataset[i]
+            sample = dataset[number]
         except SampleError as error:
             skips.add(error.skip)
             continue
-        images.append(evaluation_view(sample.image, size, interpolation))
-        samples.append(sample)
-    if not samples:
-        raise DataError(f"shards: no picture of {shards} could be read ({skips})")
+        yield number, evaluation_view(sample.image, size, interpolation), sample
+
+
+def as_pictures(images: Sequence[Tensor], samples: Sequence[Sample], skips: SkipCounter) -> Pictures:
     return Pictures(
-        torch.stack(images),
+        torch.stack(list(images)),
         [printable(sample.key) for sample in samples],
         [{key: texts_under(sample.captions, key)[0] for key in sample.captions} for sample in samples],
         [sample.meta for sample in samples],

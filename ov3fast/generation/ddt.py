@@ -172,7 +172,7 @@ class _Generator(nn.Module):
 
 
 class DDT(_Generator):
-    """(x_t, t [B], condition) -> (velocity,)."""
+    """(x_t, t [B], condition) -> (velocity,). dropped, bool [B]: samples whose condition is that of none."""
 
     rotation: Tensor
     positions: Tensor
@@ -185,9 +185,10 @@ class DDT(_Generator):
         self.register_buffer("positions", layers.sincos_positions(config.height, config.width, trunk), persistent=False)
         self._initialise()
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor, dropped: Tensor | None = None) -> tuple[Tensor, ...]:
         x_BNC = self._checked(x_t)
         time = self.time(t)
+        condition = condition if dropped is None else self.drop(condition, dropped)
         c = F.silu(time[:, None] + self._embedded(condition).mean(1, keepdim=True))
         z = self.embed(x_BNC) + self.positions
         for block in self.trunk:
@@ -197,7 +198,7 @@ class DDT(_Generator):
 
 
 class InContextDDT(_Generator):
-    """(x_t, t [B], condition) -> (velocity, the base head's velocity), both from predictions of x."""
+    """(x_t, t [B], condition) -> (velocity, the base head's velocity), both from predictions of x; dropped as in DDT."""
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__(config)
@@ -209,9 +210,10 @@ class InContextDDT(_Generator):
         self.base = layers.FinalLayer(trunk, config.channels, conditioned=False)
         self._initialise()
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor, dropped: Tensor | None = None) -> tuple[Tensor, ...]:
         x_BNC = self._checked(x_t)
         time = self.time(t)
+        condition = condition if dropped is None else self.drop(condition, dropped)
         context = torch.cat([time[:, None] + self.time_tokens, self._embedded(condition) + self.class_tokens], 1)
         prefix = context.shape[1]
         config = self.config

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 from ov3fast.data.assets import fetch
+from ov3fast.data.store import resolve
 from ov3fast.evaluation.palette import png_data, scale_css
-from ov3fast.evaluation.pictures import spread
+from ov3fast.evaluation.pictures import read_pictures, spread
 from ov3fast.evaluation.templates import template
 from ov3fast.generation import fid, flow, frechet
 from ov3fast.generation.moments import FeatureMoments
 from ov3fast.generation.robustness import as_pictures, robustness
 from ov3fast.generation.saved import Precision, SavedGenerator
-from ov3fast.generation.training import read_data
 from ov3fast.inference.load import load_model
 from ov3fast.io import atomic_write
 from ov3fast.models.openvision3 import OpenVision3
@@ -81,6 +81,12 @@ def tiled(pictures: Tensor, gap: int = 2, columns: int | None = None) -> Tensor:
     return board
 
 
+def _pictures(paths: Sequence[str], recipe: GenerateRecipe, model: OpenVision3) -> tuple[Tensor, list[str]]:
+    """uint8 [N, 3, S, S], and of each its class."""
+    pictures = read_pictures([resolve(path) for path in paths], model.config.vision.image_size)
+    return pictures.images, pictures.column(recipe.class_field)
+
+
 def write_generation_report(
     recipe: GenerateRecipe, *, samples: int = 600, seed: int = 1, weight: float = 2.0, steps: int = 50
 ) -> dict[str, Any]:
@@ -90,8 +96,7 @@ def write_generation_report(
     """
     saved = SavedGenerator.load(recipe.run_dir)
     model = load_model(recipe.model, vae=recipe.vae)
-    images, names, _ = read_data(recipe.data, recipe, model)
-    held, held_names, _ = read_data(recipe.heldout, recipe, model)
+    (images, names), (held, held_names) = (_pictures(paths, recipe, model) for paths in (recipe.data, recipe.heldout))
     held, held_names = _known(held, held_names, saved.classes)
     extractor = fid.build_extractor(fid.protocol_named("squeezenet"), None, fetch)
     real, labels = _looks(images, extractor), torch.tensor([saved.label_of(name) for name in names])

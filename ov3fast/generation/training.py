@@ -1,8 +1,8 @@
 """Training of a generator on a frozen model's tokens.
 
-Every picture is encoded once; the tokens, normalized by their statistics, stay in memory. Step s draws its pictures, noise and times from
-(seed, s) alone, so a run that was stopped goes on to the same bits. Under torchrun each process encodes its part of the pictures and takes
-its rows of every batch, whose draws are the same; the gradients go through DistributedDataParallel. A run folder holds
+Step s draws its pictures, noise and times from (seed, s) alone, so a run that was stopped goes on to the same bits. Under torchrun each
+process takes its rows of every batch, whose draws are the same; the generator is copied (DistributedDataParallel) or sharded (FSDP2). A
+checkpoint is the same whatever wrote it. A run folder holds
 
     recipe.json  log.jsonl  checkpoint/ (weights, average, moments, step)  generator/ (what `ov3fast generate` loads)
 """
@@ -11,97 +11,34 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ov3fast.data.skips import DataError
-from ov3fast.data.store import resolve
-from ov3fast.evaluation.pictures import Pictures, read_pictures
-from ov3fast.evaluation.reconstruction import to_model_range
 from ov3fast.generation import flow
 from ov3fast.generation.ddt import DDT, GeneratorConfig, InContextDDT, build_generator
-from ov3fast.generation.moments import ElementMoments
 from ov3fast.generation.muon import MuonAdamW
 from ov3fast.generation.saved import GENERATOR, SavedGenerator
-from ov3fast.generation.statistics import LatentStatistics, as_latents
+from ov3fast.generation.tokens import Tokens, encode_tokens
 from ov3fast.inference.load import load_model
 from ov3fast.io import atomic_folder, atomic_write, check_writable_folder, naming_full_disk
-from ov3fast.models.openvision3 import OpenVision3
 from ov3fast.recipes.config import OptimizerConfig
 from ov3fast.recipes.generate import GenerateRecipe
 from ov3fast.terminal import is_terminal
 from ov3fast.training import distributed
 from ov3fast.training.distributed import ALONE, Ranks
 from ov3fast.training.optimizer import AdamW, copy
+from ov3fast.training.parallel import whole
 
 RECIPE, LOG, CHECKPOINT = "recipe.json", "log.jsonl", "checkpoint"
-FREE = ("steps", "checkpoint_every", "log_every", "run_dir")
+FREE = ("steps", "checkpoint_every", "log_every", "run_dir", "parallel")
 """What a run may change when it goes on."""
-
-
-class Tokens(NamedTuple):
-    """latents: normalized, float32 [N, C, H, W]. condition: labels int64 [N], or text tokens [N, L, E]. classes: the labels' names."""
-
-    latents: Tensor
-    condition: Tensor
-    classes: list[str]
-    statistics: LatentStatistics
-
-
-def read_data(
-    paths: Sequence[str], recipe: GenerateRecipe, model: OpenVision3, progress: bool = False
-) -> tuple[Tensor, list[str], list[str]]:
-    """Pictures uint8 [N, 3, S, S] of the recipe's data or heldout, and of each its class and its caption. DataError where a sample
-    names no class."""
-    sets: list[Pictures] = [read_pictures(resolve(path), model.config.vision.image_size, progress=progress) for path in paths]
-    names = [name for pictures in sets for name in pictures.column(recipe.class_field)]
-    if recipe.condition == "class" and not all(names):
-        raise DataError(
-            f"generate: {names.count('')} of {len(names)} samples have no {recipe.class_field!r} in their metadata (class_field)"
-        )
-    return torch.cat([pictures.images for pictures in sets]), names, [text for pictures in sets for text in pictures.texts()]
-
-
-@torch.inference_mode()
-def encode_tokens(recipe: GenerateRecipe, model: OpenVision3, progress: bool = False, ranks: Ranks = ALONE) -> Tokens:
-    """The pictures' tokens, and with recipe.flip those of their mirror images behind them; all of them on every rank."""
-    images, names, texts = read_data(recipe.data, recipe, model, progress)
-    if recipe.flip:
-        images, names, texts = torch.cat([images, images.flip(-1)]), names * 2, texts * 2
-    parts, moments = [], ElementMoments()
-    own = images.tensor_split(ranks.world)[ranks.rank]
-    with Progress(disable=not progress, transient=True) as bar:
-        task = bar.add_task("encode", total=len(own))
-        for batch in own.split(64):
-            parts.append(as_latents(model.encode(to_model_range(batch))[1].float().cpu()))
-            moments.add(parts[-1])
-            bar.advance(task, len(batch))
-    parts = [part for of_rank in ranks.gather(parts) for part in of_rank]
-    moments.all_reduce(ranks.control)
-    about = {"images": str(len(images)), "image_size": str(images.shape[-1]), "latents": model.config.latent_convention}
-    statistics = LatentStatistics(
-        moments.mean, moments.var, about | {"preprocess": "white background, shorter side resized, centre crop"}
-    )
-    classes = sorted(set(names)) if recipe.condition == "class" else []
-    if classes:
-        condition = torch.tensor([classes.index(name) for name in names])
-    else:
-        condition = torch.cat([text_tokens(model, texts[i : i + 256]) for i in range(0, len(texts), 256)])
-    return Tokens(statistics.normalize(torch.cat(parts)), condition, classes, statistics)
-
-
-@torch.inference_mode()
-def text_tokens(model: OpenVision3, texts: list[str]) -> Tensor:
-    """Texts -> the text tower's tokens [B, L, E], float32 on the CPU."""
-    return model.text(model.text_ids(texts), return_tokens=True)[1].float().cpu()
 
 
 def generator_config(recipe: GenerateRecipe, tokens: Tokens) -> GeneratorConfig:
@@ -123,7 +60,11 @@ class Trainer:
         with torch.random.fork_rng([]):
             torch.manual_seed(recipe.seed)
             self.generator: DDT | InContextDDT = build_generator(generator_config(recipe, tokens)).to(ranks.device)
-        self.parallel: nn.Module = self.generator if ranks.group is None else DistributedDataParallel(self.generator)
+        self.parallel: nn.Module = self.generator
+        if ranks.group is not None and recipe.parallel == "fsdp":
+            shard(self.generator, ranks)
+        elif ranks.group is not None:
+            self.parallel = DistributedDataParallel(self.generator)
         config = OptimizerConfig(
             betas=recipe.betas, weight_decay=recipe.weight_decay, clip_norm=recipe.clip_norm, ema_decay=recipe.ema_decay
         )
@@ -134,16 +75,14 @@ class Trainer:
         """RuntimeError where the gradient is not finite; nothing was changed then."""
         recipe, draws = self.recipe, flow.generator_of(f"generate/{self.recipe.seed}/{self.done}")
         size, ranks = recipe.batch_size, self.ranks
-        rows = torch.randint(len(self.tokens.latents), (size,), generator=draws)
+        rows = torch.randint(len(self.tokens), (size,), generator=draws)
         noise = torch.randn((size, *self.tokens.latents.shape[1:]), generator=draws)
         t = flow.draw_times(torch.randn(size, generator=draws), self.shift)
         dropped = torch.rand(size, generator=draws) < recipe.dropout
         rows, noise, t, dropped = (of.tensor_split(ranks.world)[ranks.rank] for of in (rows, noise, t, dropped))
-        x, condition = self.tokens.latents[rows], self.tokens.condition[rows]
-        x, condition, noise, t, dropped = (of.to(ranks.device) for of in (x, condition, noise, t, dropped))
-        condition = self.generator.drop(condition, dropped)
+        x, condition, noise, t, dropped = (of.to(ranks.device) for of in (*self.tokens.take(rows), noise, t, dropped))
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            velocities = self.parallel(flow.interpolate(x, noise, t), t, condition)
+            velocities = self.parallel(flow.interpolate(x, noise, t), t, condition, dropped)
         losses = [flow.velocity_loss(v, x, noise, t, clamped=self.generator.config.clamped) for v in velocities]
         self.optimizer.zero_grad()
         torch.stack(losses).sum().backward()
@@ -160,20 +99,28 @@ class Trainer:
         return {"step": self.done, "loss": loss, "grad_norm": norm, "lr": lr}
 
     def saved(self) -> SavedGenerator:
-        """The generator with the average's weights."""
+        """The generator with the average's weights. Every rank takes part."""
         average = build_generator(self.generator.config).to(self.ranks.device)
-        average.load_state_dict(self.generator.state_dict())
-        copy(dict(average.named_parameters()), self.optimizer.ema or {}, "average")
+        average.load_state_dict({name: whole(value) for name, value in self.generator.state_dict().items()})
+        copy(
+            dict(average.named_parameters()),
+            {name: whole(value) for name, value in (self.optimizer.ema or {}).items()},
+            "average",
+        )
         return SavedGenerator(average, self.tokens.statistics, self.recipe.model, self.tokens.classes, self.shift)
 
     def save(self, folder: Path) -> None:
+        """Every rank takes part, the first one writes."""
         from safetensors.torch import save_file
 
         state = {f"weights/{name}": value for name, value in self.generator.state_dict().items()}
         state |= {f"moments/{name}": value for name, value in self.optimizer.moments().items()}
         state |= {f"average/{name}": value for name, value in (self.optimizer.ema or {}).items()}
+        state = {name: whole(value).contiguous() for name, value in state.items()}
+        if not self.ranks.first:
+            return
         with atomic_folder(folder) as temporary:
-            save_file({name: value.contiguous() for name, value in state.items()}, temporary / "state.safetensors")
+            save_file(state, temporary / "state.safetensors")
             (temporary / "step.json").write_text(json.dumps({"step": self.done}))
 
     def load(self, folder: Path) -> None:
@@ -185,8 +132,19 @@ class Trainer:
             {name.removeprefix(kind): value for name, value in state.items() if name.startswith(kind)}
             for kind in ("weights/", "moments/", "average/")
         )
-        nn.Module.load_state_dict(self.generator, weights)
+        copy(self.generator.state_dict(), weights, "generator")
         self.optimizer.load(moments, average, self.done)
+
+
+def shard(generator: DDT | InContextDDT, ranks: Ranks) -> None:
+    """FSDP2 in place: a block's weights are gathered before it runs and freed behind it; the rest is one more group."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    for block in (*generator.trunk, *generator.head):
+        fully_shard(block, mesh=mesh)
+    fully_shard(generator, mesh=mesh, reshard_after_forward=False)
 
 
 def train_generator(recipe: GenerateRecipe, *, resume: bool = False, overwrite: bool = False) -> Path:
@@ -215,16 +173,17 @@ def train_generator(recipe: GenerateRecipe, *, resume: bool = False, overwrite: 
             temporary.write_text(json.dumps(asdict(recipe), indent=1, default=str))
         millions = sum(p.numel() for p in trainer.generator.parameters()) / 1e6
         shape = " x ".join(map(str, tokens.latents.shape[1:]))
-        print(f"{len(tokens.latents)} samples of {shape}, {millions:.1f} M parameters, from step {trainer.done}")
+        print(f"{len(tokens)} samples of {shape}, {millions:.1f} M parameters, from step {trainer.done}")
     with Rows(trainer, run_dir) if ranks.first else nullcontext() as rows:
         while trainer.done < recipe.steps:
             row = trainer.step()
             if rows is not None:
                 rows.add(row)
-            if ranks.first and (trainer.done % recipe.checkpoint_every == 0 or trainer.done == recipe.steps):
+            if trainer.done % recipe.checkpoint_every == 0 or trainer.done == recipe.steps:
                 trainer.save(run_dir / CHECKPOINT)
+    saved = trainer.saved()
     if ranks.first:
-        trainer.saved().save(run_dir / GENERATOR)
+        saved.save(run_dir / GENERATOR)
     ranks.wait()
     return run_dir
 

@@ -50,6 +50,11 @@ class GenerateRecipe:
     """Share of samples trained without their condition, for classifier-free guidance."""
     flip: bool = True
     """Mirrored pictures too."""
+    token_cache: Path | None = None
+    """Folder that keeps the tokens as bfloat16, encoded once and read step by step, for data larger than memory; every process must see it.
+    None: in memory, as float32."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes hold the generator: a copy each, or FSDP2's shards (not with muon, which needs whole matrices)."""
     precision: Literal["fp32", "bf16"] = "bf16"
     seed: int = 0
     checkpoint_every: int = 300
@@ -65,6 +70,8 @@ class GenerateRecipe:
             raise ValueError(f"recipe: dropout must be in [0, 1), got {self.dropout}")
         if self.time_shift is not None and self.time_shift <= 0:
             raise ValueError(f"recipe: time_shift must be positive, got {self.time_shift}")
+        if self.parallel == "fsdp" and self.optimizer == "muon":
+            raise ValueError("recipe: optimizer muon needs whole matrices; choose parallel ddp, or optimizer adamw")
         if not self.data:
             raise ValueError("recipe: data must name at least one set of shards")
 
@@ -87,7 +94,7 @@ GENERATE_RECIPES = {
     ),
     "generate-base": GenerateRecipe(
         name="generate-base", model="runs/base", data=("imagenet-train",), class_field="class", widths=(1152, 2048), depths=(28, 2),
-        heads=(16, 16), heldout=(), batch_size=RAE_BATCH, steps=math.ceil(RAE_EPOCHS * IMAGENET_IMAGES / RAE_BATCH), lr=2e-4, warmup_steps=1250,
+        heads=(16, 16), heldout=(), token_cache=Path("runs/generate-base/tokens"), batch_size=RAE_BATCH, steps=math.ceil(RAE_EPOCHS * IMAGENET_IMAGES / RAE_BATCH), lr=2e-4, warmup_steps=1250,
         ema_decay=0.9995, checkpoint_every=2500, log_every=100, run_dir=Path("runs/generate-base"),
     ),
 }  # fmt: skip

@@ -11,6 +11,7 @@ alone (its CPU kernels have no bfloat16). timm needs the environment of `make te
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import dataclasses
 import importlib.metadata
@@ -30,7 +31,7 @@ import ov3fast
 from benches import timing
 from ov3fast import ops
 from ov3fast.inference import VisionTower
-from ov3fast.inference.kinds import caller, kind_of
+from ov3fast.inference.kinds import caller, kind_of, roots
 from ov3fast.interop._programs import decompositions, parts_of, program
 from ov3fast.io import atomic_write
 from ov3fast.models.config import VisionConfig
@@ -39,6 +40,8 @@ from ov3fast.models.vit import ViTEncoder
 
 RESULTS = Path(__file__).parent / "results" / "optimize.csv"
 PEERS = ("eager", "compile", "openvino", "onnxruntime")
+PAUSE = 0.2
+"""Seconds before a run: onnxruntime's threads spin for some 50 ms after theirs."""
 HEAD = (
     "model",
     "batch",
@@ -148,7 +151,7 @@ def variants(model: Any, dtype: torch.dtype, batch: int, wanted: Container[str])
     kind = kind_of(model)
     side = 256 if kind in ("ov3fast", "autoencoder") else 224
     wide = torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    base = model if dtype == torch.float32 else _converted(model, dtype)
+    base = model if dtype == torch.float32 else converted(model, dtype)
     images = wide if kind in ("ov3fast", "autoencoder") else wide.to(dtype)
     call = caller(base, kind, images)
     made: dict[str, Callable[[], object]] = {}
@@ -209,12 +212,11 @@ def _onnxruntime(model: Any, kind: str, images: torch.Tensor) -> Callable[[], ob
     return lambda: session.run(None, given)
 
 
-def _converted(model: Any, dtype: torch.dtype) -> Any:
-    import copy
-
-    made = copy.deepcopy(model).to(dtype)
-    if isinstance(made, VisionTower):
-        made.encoder.get_vae().vae.to(dtype)
+def converted(model: Any, dtype: torch.dtype) -> Any:
+    """A copy in `dtype`, its autoencoder too."""
+    made = copy.deepcopy(model)
+    for _, tree in roots(made):
+        tree.to(dtype)
     return made
 
 
@@ -238,7 +240,7 @@ def rows(name: str, given: argparse.Namespace) -> Iterable[dict[str, Any]]:
                 continue
             taken = {
                 key: statistics.median(value)
-                for key, value in timing.interleaved(made, given.seconds, least=given.least).items()
+                for key, value in timing.interleaved(made, given.seconds, least=given.least, pause=PAUSE).items()
             }
         peers = {key: taken[key] for key in PEERS if key in taken}
         best = min(peers, key=peers.__getitem__)

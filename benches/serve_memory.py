@@ -2,9 +2,9 @@
 
     python -m benches.serve_memory [--requests 100000]
 
-A tiny model of random weights answers, so that what counts is what a request leaves behind: 16 connections ask again as soon as they are answered, for pooled
-vectors, tokens, captions, reconstructions and similarities of ever new texts, and one request in 20 is one that must be refused. Exits 1 where the process grew by more than
-5 % after the first tenth.
+A tiny model with random weights answers, so that what counts is what a request leaves behind: 16 connections ask again as soon as they are answered, for pooled vectors, tokens,
+captions, reconstructions and similarities of ever new texts, and one request in 20 must be refused. A row is written after each twentieth of the requests, so a run that is stopped leaves
+those it got to. Exits with 1 if the process grew by more than 5 % after the first tenth.
 """
 
 from __future__ import annotations
@@ -99,6 +99,13 @@ def resident(pid: int) -> float:
     return int(found[1]) * 1024 / 1e6
 
 
+def write(rows: list[dict[str, object]]) -> None:
+    with atomic_write(RESULTS) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=100_000)
@@ -136,13 +143,10 @@ def main() -> int:
                     **{key: facts[key] for key in ("cpu", "torch", "commit")},
                 })  # fmt: skip
                 print(*(f"{key} {rows[-1][key]}" for key in FIELDS[:5]), sep=", ", flush=True)
+                write(rows)
         finally:
             server.terminate()
             server.wait()
-    with atomic_write(RESULTS) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
     return int(rows[-1]["grown_percent"] > GROWTH)
 
 

@@ -18,11 +18,12 @@ LONG = 15.0
 
 
 def interleaved(
-    variants: dict[str, Callable[[], object]], budget: float, least: int = 5, most: int = 50
+    variants: dict[str, Callable[[], object]], budget: float, least: int = 5, most: int = 50, pause: float = 0.0
 ) -> dict[str, list[float]]:
     """Seconds of every run of each variant, interleaved, after one warm-up run, for about `budget` seconds.
 
-    Every other round runs in reverse order, so that the state of caches and allocator doesn't always affect the same variant.
+    Every other round runs in reverse order, so that the state of caches and allocator doesn't always affect the same variant. pause: seconds before each
+    run, for variants whose idle threads spin and would take a core from the next one.
     """
     _trials.settle()
     first = {name: _seconds(run) for name, run in variants.items()}
@@ -33,6 +34,7 @@ def interleaved(
     turns = 0
     while turns < least or (time.perf_counter() - began < budget and turns < most):
         for name in reversed(variants) if turns % 2 else variants:
+            time.sleep(pause)
             seconds[name].append(_seconds(variants[name]))
         turns += 1
     return seconds

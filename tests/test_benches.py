@@ -190,3 +190,29 @@ def test_the_compiled_peer_is_the_model(monkeypatch):
         actual = outputs()
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_table_of_int8_holds_the_worst_of_all_images():
+    """Relative to float32 and to bfloat16."""
+    from benches import int8
+
+    photos = torch.tensor([0.0, 0.5])[:, None, None, None].expand(2, 3, 4, 4)
+    shifts = {"float32": 0.0, "bfloat16": 0.02, "int8": 0.2}
+    row = int8.nearness("PSNR", shifts, photos, lambda shift, image: image + shift * (1 + image), int8.psnr, ".2f")
+    assert row == {"what": "PSNR", "count": "2", "bfloat16": "36.48", "int8": "16.48", "int8_to_bfloat16": "17.39"}
+    vectors = torch.eye(3)[None]
+    assert int8.cosine(vectors, vectors) == 1 and int8.cosine(vectors, vectors + torch.eye(3)[0]) < 0.71
+
+
+def test_a_copy_in_another_dtype_has_its_autoencoder_in_it_too():
+    from benches.optimize import converted
+    from ov3fast.inference.load import VisionTower
+    from ov3fast.models.config import VisionConfig
+    from ov3fast.models.vae import FrozenVAE
+    from ov3fast.models.vit import ViTEncoder
+
+    encoder = ViTEncoder(VisionConfig(width=32, depth=1, heads=1, mlp_dim=32, image_size=32, embed_dim=8))
+    tower = VisionTower(encoder, FrozenVAE.from_pretrained("small"))
+    made = converted(tower, torch.bfloat16)
+    assert {made.encoder.cls_token.dtype, made.encoder.get_vae().dtype} == {torch.bfloat16}
+    assert {tower.encoder.cls_token.dtype, tower.encoder.get_vae().dtype} == {torch.float32}

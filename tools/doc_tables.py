@@ -2,8 +2,8 @@
 
     python tools/doc_tables.py        # after a CSV file in benches/results has changed; a test checks that they are up to date
 
-NAME is `environment`, `step`, `certificates`, `optimize`, `pretrain`, `index` (the list of operators), `operators` (every row), `amx` (rows measured on
-that chip), or the name of one operator.
+NAME is `environment`, `step`, `certificates`, `optimize`, `int8`, `serve`, `serve_memory`, `pretrain`, `index` (the list of operators), `operators`
+(every row), `amx` (rows measured on that chip), or the name of one operator.
 """
 
 import ast
@@ -103,6 +103,9 @@ def render(page: str) -> str:
         elif name in ("optimize", "serve", "serve_memory"):
             rows = read(f"{name.replace('_', '-')}.csv")
             made = table(rows[0], [row.values() for row in rows]) if rows else "No row yet."
+        elif name == "int8":
+            head = ("", "images", "float32", "bfloat16", "int8", "int8 to bfloat16")
+            made = table(head, [list(row.values())[: len(head)] for row in read("int8.csv")])
         elif name == "pretrain":
             rows = read("pretrain-zen4.csv")
             head = ("what", "", "value", "unit", "floor", "ratio", "asked", "")

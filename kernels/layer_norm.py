@@ -6,28 +6,17 @@ keeps the weight in registers and writes one partial sum of each parameter's gra
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton.language as tl
 
 from .lib.common import TYPES, cdiv, rounded
-from .lib.config import ANY, TABLE, Config, pick
+from .lib.config import pick
 from .lib.launch import kernel
+from .lib.norm import add_configurations, load_sum, size_class
 from .lib.reduce import merge, strips_of
-from .lib.rows import empty, row_offsets, rows
+from .lib.rows import empty, load_rows, row_arguments, rows
 
-# Size classes: the smallest of these that fits a row; a program holds entire rows.
-WIDTHS = (256, 512, 1024, 2048, 4096, 8192)
-TABLE["layer_norm_forward"] = {
-    (ANY, str(d), ANY): Config({"BLOCK_ROWS": max(1, 4096 // d), "BLOCK_D": d}, warps=max(4, d // 1024), stages=1)
-    for d in WIDTHS
-}
-# 16 elements per thread, of which five copies live in registers.
-TABLE["layer_norm_backward"] = {
-    (ANY, str(d), ANY): Config({"BLOCK_ROWS": max(1, 2048 // d), "BLOCK_D": d}, warps=max(4, d // 512), stages=1)
-    for d in WIDTHS
-}
+add_configurations("layer_norm")
 
 
 @kernel
@@ -39,15 +28,11 @@ def _layer_norm_forward(
     column = tl.arange(0, BLOCK_D)
     inside, valid = column < width, row < rows
     mask = valid[:, None] & inside[None, :]
-    at = row_offsets(row, x_inner, x_outer_stride, x_inner_stride)
     out = row.to(tl.int64)[:, None] * width + column[None, :]
-    value = tl.load(x + at[:, None] + column[None, :], mask=mask, other=0).to(tl.float32)
-    if residual is not None:
-        at = row_offsets(row, residual_inner, residual_outer_stride, residual_inner_stride)
-        value += tl.load(residual + at[:, None] + column[None, :], mask=mask, other=0).to(tl.float32)
-        kept = rounded(value, h.dtype.element_ty)
-        tl.store(h + out, kept, mask=mask)
-        value = kept.to(tl.float32)
+    value = load_sum(
+        x, x_inner, x_outer_stride, x_inner_stride, residual, residual_inner, residual_outer_stride, residual_inner_stride,
+        h, out, row, column, mask,
+    )  # fmt: skip
 
     centre = tl.sum(value, 1) / width
     centred = tl.where(inside[None, :], value - centre[:, None], 0)
@@ -79,10 +64,8 @@ def _layer_norm_backward(
         row = start + tl.arange(0, BLOCK_ROWS)
         valid = row < last
         mask = valid[:, None] & inside[None, :]
-        at = row_offsets(row, grad_y_inner, grad_y_outer_stride, grad_y_inner_stride)
-        upstream = tl.load(grad_y + at[:, None] + column[None, :], mask=mask, other=0).to(tl.float32)
-        at = row_offsets(row, h_inner, h_outer_stride, h_inner_stride)
-        value = tl.load(h + at[:, None] + column[None, :], mask=mask, other=0).to(tl.float32)
+        upstream = load_rows(grad_y, grad_y_inner, grad_y_outer_stride, grad_y_inner_stride, row, column, mask)
+        value = load_rows(h, h_inner, h_outer_stride, h_inner_stride, row, column, mask)
         r = tl.load(rstd + row, mask=valid, other=0)[:, None]
         normal = (value - tl.load(mean + row, mask=valid, other=0)[:, None]) * r
         if weight_partials is not None:
@@ -95,8 +78,7 @@ def _layer_norm_backward(
             shift = tl.sum(scaled, 1) / width
             result = (scaled - (normal * along[:, None] + shift[:, None])) * r
             if grad_h is not None:
-                at = row_offsets(row, grad_h_inner, grad_h_outer_stride, grad_h_inner_stride)
-                result += tl.load(grad_h + at[:, None] + column[None, :], mask=mask, other=0).to(tl.float32)
+                result += load_rows(grad_h, grad_h_inner, grad_h_outer_stride, grad_h_inner_stride, row, column, mask)
             out = row.to(tl.int64)[:, None] * width + column[None, :]
             tl.store(grad_x + out, rounded(result, grad_x.dtype.element_ty), mask=mask)
     at_strip = strip.to(tl.int64) * width + column
@@ -106,14 +88,6 @@ def _layer_norm_backward(
         tl.store(bias_partials + at_strip, tl.sum(bias_sum, 0), mask=inside)
 
 
-NO_ROWS = None, 1, 0, 0
-
-
-@functools.cache
-def _size(width: int) -> str:
-    return str(next(block for block in WIDTHS if block >= width))
-
-
 def forward(x, weight, bias, residual, eps):
     """x, residual [..., D], any strides; weight, bias [D]. Returns y, h (empty without a residual), mean, rstd."""
     y, h = empty(x, x.shape), empty(x, x.shape, residual is not None)
@@ -121,9 +95,9 @@ def forward(x, weight, bias, residual, eps):
     rstd = torch.empty_like(mean)
     if x.numel():
         x_rows, more = rows(x), None if residual is None else rows(residual)
-        config = pick("layer_norm_forward", TYPES[x.dtype], _size(x_rows.width))
+        config = pick("layer_norm_forward", TYPES[x.dtype], size_class(x_rows.width))
         _layer_norm_forward[cdiv(x_rows.count, config.blocks["BLOCK_ROWS"]),](
-            *x_rows.arguments, *(NO_ROWS if more is None else more.arguments),
+            *x_rows.arguments, *row_arguments(more),
             weight.contiguous(), None if bias is None else bias.contiguous(), y, None if more is None else h, mean, rstd,
             x_rows.count, x_rows.width, float(eps), **config.options,
         )  # fmt: skip
@@ -139,9 +113,9 @@ def backward(grad_y, grad_h, h, weight, mean, rstd, need_x, need_weight, need_bi
     h_rows, upstream, more = rows(h), rows(grad_y), None if grad_h is None else rows(grad_h)
     strips, length = strips_of(h_rows.count)
     partials = empty(h, (need_weight + need_bias, strips, h_rows.width), dtype=torch.float32)
-    config = pick("layer_norm_backward", TYPES[h.dtype], _size(h_rows.width))
+    config = pick("layer_norm_backward", TYPES[h.dtype], size_class(h_rows.width))
     _layer_norm_backward[strips,](
-        *upstream.arguments, *(NO_ROWS if more is None else more.arguments), *h_rows.arguments, weight.contiguous(), mean, rstd,
+        *upstream.arguments, *row_arguments(more), *h_rows.arguments, weight.contiguous(), mean, rstd,
         grad_x if need_x else None, partials[0] if need_weight else None, partials[-1] if need_bias else None,
         h_rows.count, h_rows.width, length, **config.options,
     )  # fmt: skip

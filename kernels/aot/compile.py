@@ -1,4 +1,4 @@
-"""Cross-compiles kernels in several processes, and caches the results by content.
+"""Cross-compiles kernels in several processes, and caches the results by content; a change of comments or docstrings compiles nothing anew.
 
 Results are stored in the temporary directory, or in OV3FAST_AOT_CACHE.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..lib.config import Config, pick, sizes
-from . import binary, cases, loops
+from . import binary, cases, loops, syntax
 from .catalog import Entry
 from .chips import CHIPS
 
@@ -169,7 +169,6 @@ def measure_all(todo: Sequence[Job], jobs: int) -> Iterator[tuple[int, dict[str,
 def run(job: Job) -> dict[str, Any]:
     """Measures a job and caches the result; if the kernel does not compile, the error."""
     try:
-        # Before anything is compiled: Triton hashes a kernel once, with its globals at that moment, and `measure` sets one.
         path = _remembered(job)
         found = measure(entries(job.module)[job.number], job.config, job.dtype, job.target)
     except Exception as reason:
@@ -182,12 +181,16 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _remembered(job: Job) -> Path:
-    """Cache file of the job, keyed by the kernel's source with everything it calls, its arguments, the target and the tool versions."""
+    """Cache file of the job, keyed by what the kernel and everything it calls compute, its arguments, the target and the tools."""
     import triton
 
     source = _source(entries(job.module)[job.number], job.config, job.dtype, job.target)
-    tools = triton.__version__, inspect.getsource(binary), inspect.getsource(loops), inspect.getsource(measure)
-    what = source.hash(), list(source.signature), source.name, _options(job.config), job.target, tools
+    tools = triton.__version__, *(syntax.of_source(inspect.getsource(tool)) for tool in (binary, loops, measure))
+    constants = {
+        key: syntax.of_kernel(value) if hasattr(value, "cache_key") else str(value)
+        for key, value in sorted(source.constants.items())
+    }
+    what = syntax.of_kernel(source.fn), source.attrs, source.signature, constants, _options(job.config), job.target, tools
     key = hashlib.sha256(repr(what).encode()).hexdigest()
     folder = os.environ.get("OV3FAST_AOT_CACHE") or Path(tempfile.gettempdir(), f"ov3fast-aot-{os.getuid()}")
     return Path(folder, f"{key}.json")

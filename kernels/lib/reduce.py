@@ -13,7 +13,7 @@ from torch import Tensor
 from .common import TYPES, cdiv, rounded
 from .config import ANY, TABLE, Config, pick
 from .launch import kernel
-from .rows import Rows, empty, row_offsets, rows
+from .rows import Rows, empty, load_rows, rows
 
 TABLE["column_partials"] = {(ANY, ANY, ANY): Config({"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 256}, warps=4, stages=1)}
 TABLE["column_merge"] = {(ANY, ANY, ANY): Config({"BLOCK_PARTS": 128, "BLOCK_COLUMNS": 32}, warps=8, stages=1)}
@@ -46,9 +46,8 @@ def _column_partials(
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     for start in range(first, last, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
-        at = row_offsets(row, x_inner, x_outer_stride, x_inner_stride)
         mask = (row < last)[:, None] & (columns < width)[None, :]
-        total += tl.load(x + at[:, None] + columns[None, :], mask=mask, other=0).to(tl.float32)
+        total += load_rows(x, x_inner, x_outer_stride, x_inner_stride, row, columns, mask)
     at_strip = strip.to(tl.int64) * width + columns
     tl.store(partials + at_strip, rounded(tl.sum(total, 0), partials.dtype.element_ty), mask=columns < width)
 

@@ -86,6 +86,18 @@ def row_offsets(row, inner, outer_stride, inner_stride):
     return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
 
 
+@triton.jit
+def load_rows(x, inner, outer_stride, inner_stride, row, column, mask):
+    """x[row, column] in float32, 0 outside the mask."""
+    at = row_offsets(row, inner, outer_stride, inner_stride)
+    return tl.load(x + at[:, None] + column[None, :], mask=mask, other=0).to(tl.float32)
+
+
+def row_arguments(x: Rows | None) -> tuple[Tensor | None, int, int, int]:
+    """Kernel arguments of rows that may be missing."""
+    return (None, 1, 0, 0) if x is None else x.arguments
+
+
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x.to(dtype), which takes a microsecond even if there is nothing to do."""
     return x if x.dtype == dtype else x.to(dtype)

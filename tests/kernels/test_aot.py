@@ -2,7 +2,7 @@
 
 import ast
 import csv
-import importlib
+import importlib.util
 import pkgutil
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ import pytest
 from kernel_tools import trial
 
 from ov3fast import kernels, ops
-from ov3fast.kernels.aot import compile, table
+from ov3fast.kernels.aot import compile, syntax, table
 from ov3fast.kernels.aot.chips import CHIPS
 from ov3fast.kernels.aot.compile import Job, entries, measure
 from ov3fast.kernels.aot.estimate import TERMS
@@ -100,10 +100,10 @@ def test_every_row_of_the_configurations_is_compiled():
 
 
 def test_the_backend_takes_what_the_widest_rows_of_configuration_hold():
-    from ov3fast.kernels import layer_norm
     from ov3fast.kernels.attention import config as attention
+    from ov3fast.kernels.lib import norm
 
-    assert backend.KERNELS["layer_norm"].widest == layer_norm.WIDTHS[-1]
+    assert {backend.KERNELS[op].widest for op in ("layer_norm", "rms_norm")} == {norm.WIDTHS[-1]}
     assert {backend.KERNELS[op].widest for op in ("flash_attention", "flash_attention_qkvpacked")} == {
         int(attention.WIDTHS[-1])
     }
@@ -205,6 +205,39 @@ def test_results_are_remembered_by_content(tmp_path, monkeypatch):
         Job("trial", 0, COPY, "any", "bf16", "sm_90"), Job("trial", 0, Config({"BLOCK": 512}), "any", "bf16", "sm_80"),
     )}  # fmt: skip
     assert len(places) == 5
+
+
+MODULE = '''
+import triton
+import triton.language as tl
+
+LIMIT = tl.constexpr({limit})
+{before}
+
+@triton.jit
+def inner(x):
+    """{docstring}"""
+    return x * {factor}{comment}
+
+
+@triton.jit
+def outer(x):
+    tl.store(x, inner(tl.load(x)) + LIMIT)
+'''
+
+
+def test_a_result_depends_on_all_that_a_kernel_calls_but_not_on_prose(tmp_path):
+    def syntax_of(**parts):
+        path = tmp_path / f"module_{len(list(tmp_path.iterdir()))}.py"
+        path.write_text(MODULE.format(**{"limit": 1, "before": "", "docstring": "Twice.", "factor": 2, "comment": "", **parts}))
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return syntax.of_kernel(module.outer)
+
+    first = syntax_of()
+    assert first == syntax_of(before="# A line more.\n", docstring="Two times.", comment="  # doubled")
+    assert first != syntax_of(limit=3) and first != syntax_of(factor=3)
 
 
 def test_tables(tmp_path):

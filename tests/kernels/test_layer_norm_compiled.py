@@ -6,7 +6,7 @@ from kernel_tools.launches import in_any_order
 
 from ov3fast import testing
 from ov3fast.kernels import layer_norm
-from ov3fast.kernels.aot.cases.layer_norm import backward_work, forward_work
+from ov3fast.kernels.aot.cases.norm import LAYER_NORM, backward_work, forward_work
 from ov3fast.ops.layer_norm import _backward_eager, _forward_eager
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -39,7 +39,7 @@ def test_forward(dtype, fused, rows, width, target):
     ours, [report] = in_any_order(layer_norm.forward, *arguments, target=target)
     check(ours, _forward_eager, arguments)
     if width % 16 == 0:
-        work = forward_work(2 * rows, width, 2, fused, -(-2 * rows // 4))
+        work = forward_work(LAYER_NORM, 2 * rows, width, 2, fused, -(-2 * rows // 4))
         assert report.bytes_read() + report.bytes_written() == pytest.approx(work.bytes, rel=0.1)
         assert report.share16() > 0.95
 
@@ -56,7 +56,7 @@ def test_backward(dtype, fused, rows, width, target):
     ours, [report, merge] = in_any_order(layer_norm.backward, *arguments, target=target)
     check(ours, _backward_eager, arguments)
     if width % 16 == 0:
-        work = backward_work(2 * rows, width, 2, fused, 2)
+        work = backward_work(LAYER_NORM, 2 * rows, width, 2, fused, 2)
         # All lanes read their row's statistics from one address, which memory serves once; the report counts each lane.
         repeated = sum(report.per_tensor[name]["ld"] - report.footprint[name][0] for name in ("mean", "rstd"))
         moved = report.bytes_read() + report.bytes_written()

@@ -6,7 +6,7 @@ from kernel_tools.launches import in_any_order
 
 from ov3fast import testing
 from ov3fast.kernels import rms_norm
-from ov3fast.kernels.aot.cases.rms_norm import backward_work, forward_work
+from ov3fast.kernels.aot.cases.norm import RMS_NORM, backward_work, forward_work
 from ov3fast.ops.rms_norm import _backward_eager, _forward_eager
 
 DTYPE = torch.bfloat16
@@ -30,7 +30,7 @@ def test_forward(fused, rows, width, target):
     ours, [report] = in_any_order(rms_norm.forward, *arguments, target=target)
     check(ours, _forward_eager, arguments)
     if width % 16 == 0:
-        work = forward_work(2 * rows, width, 2, fused, -(-2 * rows // 4))
+        work = forward_work(RMS_NORM, 2 * rows, width, 2, fused, -(-2 * rows // 4))
         assert report.bytes_read() + report.bytes_written() == pytest.approx(work.bytes, rel=0.1)
         assert report.share16() > 0.95
 
@@ -43,6 +43,6 @@ def test_backward(fused, rows, width, target):
     ours, [report, merge] = in_any_order(rms_norm.backward, *arguments, target=target)
     check(ours, _backward_eager, arguments)
     if width % 16 == 0:
-        work = backward_work(2 * rows, width, 2, fused, 2)
+        work = backward_work(RMS_NORM, 2 * rows, width, 2, fused, 2)
         assert report.bytes_read() + report.bytes_written() == pytest.approx(work.bytes, rel=0.1)
         assert report.share16() > 0.95

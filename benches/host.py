@@ -8,9 +8,9 @@ one that returns at once (tools/gpu/pretend.py). PyTorch's own kernels between o
 "forward + backward" is one call and one torch.autograd.grad, which alone takes some 40 us; "in a chain" is the cost of one more call in a model with a
 single backward pass: the difference between a chain of 12 calls and of one, per call.
 
-"floor" is what PyTorch alone takes for such a call: a trivial torch.autograd.Function that allocates and multiplies (8 x 8 matrices) as often as
-the operator's kernels and products require, and launches nothing. "PyTorch's own" is the same formula with its own operators, whose autograd nodes are
-written in C++.
+"floor" is what PyTorch alone takes for such a call: a trivial torch.autograd.Function that allocates as often as the operator's kernels require,
+makes the products that the operator leaves to PyTorch, and launches nothing. "PyTorch's own" is the same formula with its own operators, whose autograd
+nodes are written in C++.
 
 The time is the thread's CPU time, the minimum over many rounds, so a busy machine has little effect. With --before, another checkout (with built
 kernels) is measured alternately with this one, in a separate process, and both appear in the table.
@@ -37,8 +37,8 @@ FIELDS = ("op", "direction", "before_us", "after_us", "ratio", "cpu", "torch")
 ROUNDS = 2
 CHAIN = 12
 """Number of calls, each on the result of the previous one."""
-NEEDED = {"layer_norm": (4, 0, 4, 0), "linear": (0, 1, 1, 2), "flash_attention": (2, 0, 5, 0), "mlp": (2, 1, 5, 3)}
-"""Allocations and PyTorch products of a forward, then of a backward."""
+NEEDED = {"layer_norm": (4, 0, 4, 0, 0), "linear": (0, 1, 1, 1, 1), "flash_attention": (2, 0, 5, 0, 0), "mlp": (2, 1, 5, 1, 2)}
+"""A forward's allocations and linear layers of PyTorch's; a backward's allocations, products with a weight, and products of two activations."""
 
 
 def least(run: Callable[[], object], rounds: int = 40, inner: int = 25) -> float:
@@ -103,27 +103,32 @@ PYTORCH = {
 }
 
 
-def trivial_function(allocated: int, products: int, allocated_back: int, products_back: int) -> Callable[..., torch.Tensor]:
-    """(*inputs) -> something like the first; saves its inputs."""
-    a = torch.ones(8, 8)
+def trivial_function(
+    allocated: int, layers: int, allocated_back: int, inputs: int, weights: int
+) -> Callable[..., torch.Tensor]:
+    """(*inputs) -> something like the first; saves its inputs. See NEEDED."""
 
-    def make(likes: tuple[torch.Tensor, ...], allocations: int, multiplications: int) -> list[torch.Tensor]:
-        for _ in range(multiplications):
-            torch.mm(a, a)
-        return [torch.empty_like(likes[i % len(likes)]) for i in range(allocations)]
+    def allocate(likes: tuple[torch.Tensor, ...], count: int) -> list[torch.Tensor]:
+        return [torch.empty_like(likes[i % len(likes)]) for i in range(count)]
 
     class Trivial(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *inputs):
-            ctx.save_for_backward(*inputs)
-            made = make(inputs, allocated, products)
-            return made[0] if made else torch.empty_like(inputs[0])
+        def forward(ctx, *tensors):
+            ctx.save_for_backward(*tensors)
+            made = allocate(tensors, allocated)
+            for _ in range(layers):
+                y = F.linear(*tensors[:3])
+            return y if layers else made[0]
 
         @staticmethod
         def backward(ctx, grad):
-            inputs = ctx.saved_tensors
-            made = make(inputs, allocated_back, products_back)
-            return (*made, *inputs[len(made) :])[: len(inputs)]
+            tensors = ctx.saved_tensors
+            made, (x, weight, *_) = allocate(tensors, allocated_back), tensors
+            for _ in range(inputs):
+                torch.matmul(grad, weight)
+            for _ in range(weights):
+                torch.mm(grad.view(-1, 8).t(), x.view(-1, 8))
+            return (*made, *tensors[len(made) :])[: len(tensors)]
 
     return Trivial.apply
 

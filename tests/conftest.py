@@ -1,5 +1,5 @@
 """Makes tests/kernel_tools and tests/tiny_models importable by these names without putting tests/ on sys.path, where its folders would
-shadow packages."""
+shadow packages. They are executed when a test first uses them, so that the operators' tests need neither Pillow nor diffusers."""
 
 import importlib.util
 import os
@@ -15,6 +15,7 @@ import pytest
 def _load(name: str) -> None:
     folder = Path(__file__).parent / name
     spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    spec.loader = importlib.util.LazyLoader(spec.loader)
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
 

@@ -15,7 +15,7 @@ from tools.gpu.jobs import Job, run_all
 from tools.gpu.rows import LARGEST_FILE, Rows, bad
 
 ROOT = Path(__file__).parents[1]
-ABSENT = ("tyro", "diffusers", "webdataset", "wids")
+ABSENT = ("PIL", "tyro", "diffusers", "webdataset", "wids")
 
 
 def run(plan, out, *options, paths=()):
@@ -24,16 +24,38 @@ def run(plan, out, *options, paths=()):
     return subprocess.run(command, capture_output=True, text=True, cwd=out, env=environment)
 
 
+def bare_machine(folder):
+    """A folder for PYTHONPATH on which the packages that a bare machine lacks can't be imported."""
+    absent = folder / "absent"
+    absent.mkdir()
+    for name in ABSENT:
+        (absent / f"{name}.py").write_text(f"raise ImportError('{name} is not installed')")
+    return absent
+
+
+def test_tests_of_operators_are_collected_on_a_bare_machine(tmp_path):
+    """tools/versions.py and `make test-gpu` run them there."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-p",
+        "no:cacheprovider",
+        "tests/ops/test_linear.py",
+        "tests/gpu",
+    ]
+    environment = {**os.environ, "PYTHONPATH": f"{bare_machine(tmp_path)}{os.pathsep}{ROOT}"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0 and "test_linear.py" in done.stdout, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     "plan", [pytest.param(p, marks=pytest.mark.full) if p == "diagnose" else p for p in sorted(plans.PLANS)]
 )
 def test_rehearsal(plan, tmp_path):
     """Run from another folder, with packages that a bare machine lacks made unimportable."""
-    absent = tmp_path / "absent"
-    absent.mkdir()
-    for name in ABSENT:
-        (absent / f"{name}.py").write_text(f"raise ImportError('{name} is not installed')")
-    done = run(plan, tmp_path, "--rehearse", "--only", "layer_norm", paths=[absent])
+    done = run(plan, tmp_path, "--rehearse", "--only", "layer_norm", paths=[bare_machine(tmp_path)])
     assert done.returncode == 0, done.stdout + done.stderr
     rows = Rows(tmp_path / f"{plan}.jsonl").read()
     assert not bad(rows) and done.stdout.endswith(f"{plan} passed\n")

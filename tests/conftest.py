@@ -1,28 +1,31 @@
 """Makes tests/kernel_tools and tests/tiny_models importable by these names without putting tests/ on sys.path, where its folders would
-shadow packages. They are executed when a test first uses them, so that the operators' tests need neither Pillow nor diffusers."""
+shadow packages."""
 
-import importlib.util
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
 
 import pytest
 
 
-def _load(name: str) -> None:
-    folder = Path(__file__).parent / name
-    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
-    spec.loader = importlib.util.LazyLoader(spec.loader)
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
+class _Helpers(MetaPathFinder):
+    """Finds tests/kernel_tools and tests/tiny_models."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if name not in ("kernel_tools", "tiny_models"):
+            return None
+        folder = Path(__file__).parent / name
+        return spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
 
 
-for _name in ("kernel_tools", "tiny_models"):
-    if _name not in sys.modules:
-        _load(_name)
+sys.meta_path.append(_Helpers)
 
 # Shells start background jobs with SIGINT ignored, but tests of Ctrl-C send it to themselves and their subprocesses.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

@@ -114,9 +114,9 @@ UNDERSTAND_RECIPES = {
         template="short",
         stages=(
             UnderstandStage(
-                name="captions", data="demo:captions", trains="both", template="plain", steps=400, batch_size=64, lr=2e-3, max_length=64
+                name="captions", data="demo:captions", trains="both", template="plain", steps=300, batch_size=64, lr=2e-3, max_length=64
             ),
-            UnderstandStage(name="questions", data="demo:questions", trains="both", steps=1400, batch_size=64, lr=1.5e-3, max_length=128),
+            UnderstandStage(name="questions", data="demo:questions", trains="both", steps=900, batch_size=64, lr=1.5e-3, max_length=128),
         ),
         cache_features=True,
     ),

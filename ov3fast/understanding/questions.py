@@ -23,8 +23,8 @@ BACKGROUND = 236
 """Pixels whose every channel is above are taken for the white background."""
 DOMINANT = 0.5
 """Least share of a picture's pixels for its colour to be asked for."""
-ASKED_OF_PICTURE = 12
-"""Training questions for each picture."""
+CONVERSATIONS_OF_PICTURE = 6
+"""Training conversations for each picture."""
 
 
 class Fact(NamedTuple):
@@ -120,26 +120,29 @@ def value(fact: Fact, about: str) -> str:
 
 
 def training_conversations(facts: Sequence[Fact], seed: int = 0) -> dict[str, list[Conversation]]:
-    """captions: one for each picture. questions: ASKED_OF_PICTURE for each, half of them about names, one question a conversation."""
+    """captions: one for each picture. questions: CONVERSATIONS_OF_PICTURE for each, with every question that applies, in any order, but that no
+    open answer gives a yes or no away. Every second one begins with an open question.
+    """
     captions = [Conversation((Turn("what is in the picture?", caption(fact), True),), fact.key) for fact in facts]
     values = {about: [value(fact, about) for fact in facts] for about in ("name", "group", "colour", "style")}
     known = {about: sorted({v for v in found if v}) for about, found in values.items()}
     questions = []
     for place, fact in enumerate(facts):
-        draws = hash_rng.uniform(seed, hash_rng.CAPTION, place, np.arange(2 * ASKED_OF_PICTURE)).reshape(-1, 2)
-        for number, (which, other) in enumerate(draws):
-            about = "name" if number % 2 else ("group", "colour", "style", "group")[int(which * 4)]
-            own = values[about][place]
-            if not own:
-                continue
-            if about == "style" or (about != "name" and number % 4 == 0):
-                turn = Turn(OPEN[about], own, True)
-            elif which * 997 % 1 < 0.5:
-                turn = Turn(YES_NO[about](own), "yes", True)
-            else:
-                wrong = _other(values[about], known[about], own, float(other))
-                turn = Turn(YES_NO[about](wrong), "no", True)
-            questions.append(Conversation((turn,), fact.key))
+        for number in range(CONVERSATIONS_OF_PICTURE):
+            draws = iter(
+                hash_rng.uniform(seed, hash_rng.CAPTION, place, number, np.arange(3 * len(YES_NO) + len(OPEN))).tolist()
+            )
+            own = {about: found[place] for about, found in values.items() if found[place]}
+            open_kinds = sorted(filter(own.get, OPEN), key=lambda _: next(draws))
+            first = open_kinds[: number % 2]
+            asked = [(OPEN[about], own[about]) for about in first]
+            for about in sorted((about for about in YES_NO if about in own and about not in first), key=lambda _: next(draws)):
+                true, other = next(draws) < 0.5, _other(values[about], known[about], own[about], next(draws))
+                asked.append((YES_NO[about](own[about] if true else other), "yes" if true else "no"))
+            asked += [(OPEN[about], own[about]) for about in open_kinds if about not in first]
+            turns = tuple(Turn(text, answer, turn == 0) for turn, (text, answer) in enumerate(asked))
+            if turns:
+                questions.append(Conversation(turns, fact.key))
     return {"captions": captions, "questions": questions}
 
 

@@ -5,6 +5,7 @@ loader.py      Loader: batches by step number;  store.py: SampleStore, all sampl
 shards.py      tar shards with random access;  indexed_tar.py: one tar and its samples;  tar_index.py: the index beside it
 urls.py        files behind URLs, and their cache;  source.py: SampleSource, for samples from elsewhere
 images.py      image bytes -> upright 8-bit images;  jpeg.py: by simplejpeg;  transforms.py: crops, resizing, backgrounds
+crops.py       a batch's crops;  threads.py: the threads that read and decode
 captions.py    which text counts as a caption, and picking one;  recap.py: the Recap-DataComp-1B join
 latent_shards.py   the VAE's moments on disk
 order.py       which sample comes when;  mixing.py: of which source;  hash_rng.py: the randomness behind it

@@ -248,7 +248,7 @@ def _read(loader: Loader, index: int) -> _Read:
         key, content = source.dataset.image_bytes(index - source.offset)
         digest = hashlib.sha256(content).digest()
         variants = range(loader.config.variants or 1)
-        shrinks = [loader.shrink(index, variant) for variant in variants]
+        shrinks = [loader.crops.shrink(index, variant) for variant in variants]
         limit = loader.config.max_image_pixels
         decoded = [decode_reduced(content, shrink, limit) for shrink in shrinks if shrink] or [decode_image(content, limit)]
         pictures = [premultiplied(picture) for picture in decoded]

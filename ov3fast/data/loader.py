@@ -10,11 +10,9 @@ backgrounds and captions are functions of (seed, sample, variant), where the var
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,14 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ov3fast.data import hash_rng, mixing, transforms
+from ov3fast.data import hash_rng, mixing
 from ov3fast.data.captions import pick_caption
 from ov3fast.data.config import DataConfig
+from ov3fast.data.crops import Crops
 from ov3fast.data.jpeg import Reduced
 from ov3fast.data.order import Order
 from ov3fast.data.shards import Sample
 from ov3fast.data.skips import DataError, SampleError, Skip, SkipCounter
 from ov3fast.data.store import SampleStore, Source
+from ov3fast.data.threads import Threads
 
 SUBSTITUTES = 100  # units tried in place of one that can't be used
 
@@ -98,9 +98,9 @@ class Loader:
         self.image_size, self.batch_size, self.rank, self.world, self.train = image_size, batch_size, rank, world, train
         self.weights = mixing.weights([source.config.fraction for source in self.sources])
         if self.config.mixing == "batch":
-            self.units = _units(self.sources, batch_size, world)
+            self.units = mixing.units_per_step(self.sources, batch_size, world)
         else:
-            _check_stream(self.sources, batch_size, world)
+            mixing.check_stream(self.sources, batch_size, world)
             mixing.drawn(0, self.weights)  # a schedule that has to be walked is so once, and not in every worker
         self.start = tuple(cursors) if cursors is not None else (0,) * len(self.sources)
         if len(self.start) != len(self.sources):
@@ -110,8 +110,8 @@ class Loader:
             Order(source.unit_lengths, int(hash_rng.bits(seed, hash_rng.ORDER, k)), window)
             for k, source in enumerate(self.sources)
         ]
-        self._pool: tuple[int, ThreadPoolExecutor] | None = None
-        self._fetcher: tuple[int, ThreadPoolExecutor] | None = None
+        self._threads, self._fetchers = Threads(self.config.threads), Threads(4)
+        self.crops = Crops(self.store, image_size, train, self._threads)
         self._asked_for: dict[tuple[int, int], None] = {}
         self.latents: Latents | None = None
         """Where set, every batch has its moments, and a sample that they lack is skipped."""
@@ -260,19 +260,12 @@ class Loader:
             if self.latents is not None and self.latents.skip(index) is not None:
                 return None
             try:
-                return self.store.sample(index, decode=pixels, shrink=self.shrink(index, epoch) if one_each else None)
+                return self.store.sample(index, decode=pixels, shrink=self.crops.shrink(index, epoch) if one_each else None)
             except SampleError as error:
                 return error
 
         first = dict(zip(indices, epochs.tolist() if one_each else [0] * len(indices), strict=True))
-        return dict(zip(first, self._in_threads(read, list(first.items())), strict=True))
-
-    def _in_threads(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        if self.config.threads == 1 or len(items) < 2:
-            return list(map(function, items))
-        if self._pool is None or self._pool[0] != os.getpid():  # threads don't survive a fork
-            self._pool = os.getpid(), ThreadPoolExecutor(self.config.threads)
-        return list(self._pool[1].map(function, items))
+        return dict(zip(first, self._threads.map(read, list(first.items())), strict=True))
 
     def _read_ahead(self, step: int) -> None:
         """Sets out to bring the tars of a later step into the cache."""
@@ -290,12 +283,10 @@ class Loader:
                         self._asked_for[k, shard] = None
                         if len(self._asked_for) > 4096:
                             del self._asked_for[next(iter(self._asked_for))]
-                        if self._fetcher is None or self._fetcher[0] != os.getpid():
-                            self._fetcher = os.getpid(), ThreadPoolExecutor(4)
-                        self._fetcher[1].submit(source.dataset.fetch, index - source.offset)
+                        self._fetchers.submit(source.dataset.fetch, index - source.offset)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pool": None, "_fetcher": None, "_asked_for": {}}
+        return {**self.__dict__, "_asked_for": {}}
 
     def _usable(
         self, members: list[int], views: int, epoch: int, pixels: bool, images: dict, skips: dict, ready: dict[int, Any]
@@ -307,7 +298,7 @@ class Loader:
                 skips[index] = skip
                 continue
             try:
-                given = ready[index] if index in ready else self.store.sample(index, pixels, self.shrink(index, epoch))
+                given = ready[index] if index in ready else self.store.sample(index, pixels, self.crops.shrink(index, epoch))
                 if isinstance(given, SampleError):
                     raise given
                 images[index], sample = given
@@ -340,64 +331,9 @@ class Loader:
         captions = [(caption or "").strip() or text for caption in described]
         return _Drawn(index, variants, samples, text, captions)
 
-    # ---- pixels ----
-
     def pixels(self, index: Tensor, variant: Tensor) -> Tensor:
-        """Pictures by global number and variant, int64 [M] each -> float32 [M, 3, S, S] in [-1, 1]; what a batch holds."""
+        """Images by global number and variant, int64 [M] each -> float32 [M, 3, S, S] in [-1, 1], as in a batch."""
         return self.crops(np.asarray(index, np.int64), np.asarray(variant, np.int64), {})
-
-    def crops(self, index: np.ndarray, variant: np.ndarray, images: Mapping[int, Any]) -> Tensor:
-        """As `pixels`; images: those that are decoded already, by global number."""
-        config, size = self.config, self.image_size
-
-        def picture(item: tuple[int, int]) -> Any:
-            i, v = item
-            found = images.get(i)
-            # The same sample may be in a batch twice, in two crops.
-            fits = found is not None and getattr(found, "variant", v) == v
-            return found if fits else self.store.image(i, self.shrink(i, v))
-
-        pictures = self._in_threads(picture, list(zip(index.tolist(), variant.tolist(), strict=True)))
-        sizes = np.array([getattr(found, "full_size", found.size) for found in pictures], np.float64).reshape(-1, 2)
-        background = None
-        boxes = self._boxes(index, variant, sizes)
-        if self.train and config.background != "white":
-            channel = np.arange(3)
-            background = 255 * hash_rng.uniform(config.seed, hash_rng.BACKGROUND, index[:, None], variant[:, None], channel)
-            if config.background == "mixed":
-                background[variant % 4 != 3] = 255
-        gap = 1.5 if self.train else None
-        out = np.full((len(index), size, size, 4), 255, np.uint8)
-
-        def crop(number: int) -> None:
-            resized = transforms.crop_resize(pictures[number], boxes[number].tolist(), size, config.interpolation, gap)
-            out[number, ..., : resized.shape[-1]] = resized
-
-        self._in_threads(crop, range(len(index)))
-        if self.train and config.flip:
-            mirrored = hash_rng.uniform(config.seed, hash_rng.FLIP, index, variant) < 0.5
-            out[mirrored] = out[mirrored, :, ::-1]
-        return transforms.to_tensor(out, background)
-
-    def shrink(self, index: int, variant: int) -> Callable[[int, int], int] | None:
-        """(width, height) of a sample's picture -> how much smaller it may be decoded for this variant's crop; None: not at all."""
-        if self.config.decode == "full":
-            return None
-        which = variant if self.config.variants is None else variant % self.config.variants
-
-        def shrink(width: int, height: int) -> int:
-            [box] = self._boxes(np.array([index]), np.array([which]), np.array([[width, height]], np.float64))
-            return transforms.reduction(box.tolist(), self.image_size)
-
-        return shrink
-
-    def _boxes(self, index: np.ndarray, variant: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """float64 [M, 4]: each picture's crop, from its (width, height)."""
-        if not self.train or self.config.crop != "inception":
-            return transforms.center_boxes(sizes)
-        draws = np.arange(transforms.CROP_ATTEMPTS * 4).reshape(1, -1, 4)
-        uniforms = hash_rng.uniform(self.config.seed, hash_rng.CROP, index[:, None, None], variant[:, None, None], draws)
-        return transforms.inception_boxes(sizes, uniforms, (self.config.min_area, 1.0))
 
 
 @dataclass
@@ -409,39 +345,6 @@ class _Drawn:
     samples: tuple[Sample, ...]
     text: str
     captions: list[str]
-
-
-def _check_stream(sources: list[Source], batch_size: int, world: int) -> None:
-    """ValueError for what mixing="stream" doesn't do."""
-    if any(source.config.views > 1 for source in sources):
-        raise ValueError('mixing: "stream" takes sources with one view of a text; "batch" takes several')
-    if len({source.config.paired for source in sources}) > 1:
-        raise ValueError('mixing: "stream" takes sources that all have text or none: a rank may get no sample of one of them')
-    if batch_size % world:
-        raise ValueError(f"batch_size: {batch_size} images can't be shared evenly by {world} ranks")
-
-
-def _units(sources: list[Source], batch_size: int, world: int) -> list[int]:
-    """Units per step of each source: batch_size divided exactly by the fractions (largest remainders first)."""
-    views = {source.config.views for source in sources if source.config.paired}
-    if len(views) > 1:
-        raise ValueError(f"views: the paired sources must have the same number, got {sorted(views)}")
-    total = sum(source.config.fraction for source in sources)
-    ideal = [batch_size * source.config.fraction / total / source.config.views for source in sources]
-    units = [int(share + 1e-9) for share in ideal]
-    for k in sorted(range(len(sources)), key=lambda k: units[k] - ideal[k]):
-        left = batch_size - sum(u * source.config.views for u, source in zip(units, sources, strict=True))
-        if left >= sources[k].config.views:
-            units[k] += 1
-    made = sum(u * source.config.views for u, source in zip(units, sources, strict=True))
-    if made != batch_size or not all(units):
-        raise ValueError(f"batch_size: {batch_size} images can't be divided over the sources' fractions and views; got {units}")
-    for u, source in zip(units, sources, strict=True):
-        if u % world:
-            raise ValueError(
-                f"batch_size: {batch_size} gives {source.config.path} {u} units a step, which {world} ranks can't share evenly"
-            )
-    return units
 
 
 class _Steps(torch.utils.data.Dataset):

@@ -1,4 +1,4 @@
-"""How many samples of each source a stream holds: near its share for every beginning, and a function of its length alone."""
+"""How many samples of each source are drawn: per step for mixing="batch"; for mixing="stream" in the first n samples, for any n."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ov3fast.data.store import Source
 
 LONGEST_PERIOD = 10**6
 """Of the schedules that are walked once and kept: fractions of six decimals that add up to 1 have it. It takes about 2 s and 4 MB."""
@@ -23,6 +27,39 @@ def weights(fractions: Sequence[float]) -> list[int]:
     whole = [int(fraction * scale) for fraction in exact]
     common = math.gcd(*whole)
     return [weight // common for weight in whole]
+
+
+def check_stream(sources: list[Source], batch_size: int, world: int) -> None:
+    """ValueError if mixing="stream" can't serve these sources."""
+    if any(source.config.views > 1 for source in sources):
+        raise ValueError('mixing: "stream" takes sources with one view of a text; "batch" takes several')
+    if len({source.config.paired for source in sources}) > 1:
+        raise ValueError('mixing: "stream" takes sources that all have text or none: a rank may get no sample of one of them')
+    if batch_size % world:
+        raise ValueError(f"batch_size: {batch_size} images can't be shared evenly by {world} ranks")
+
+
+def units_per_step(sources: list[Source], batch_size: int, world: int) -> list[int]:
+    """Units per step of each source: batch_size divided exactly by the fractions (largest remainders first)."""
+    views = {source.config.views for source in sources if source.config.paired}
+    if len(views) > 1:
+        raise ValueError(f"views: the paired sources must have the same number, got {sorted(views)}")
+    total = sum(source.config.fraction for source in sources)
+    ideal = [batch_size * source.config.fraction / total / source.config.views for source in sources]
+    units = [int(share + 1e-9) for share in ideal]
+    for k in sorted(range(len(sources)), key=lambda k: units[k] - ideal[k]):
+        left = batch_size - sum(u * source.config.views for u, source in zip(units, sources, strict=True))
+        if left >= sources[k].config.views:
+            units[k] += 1
+    made = sum(u * source.config.views for u, source in zip(units, sources, strict=True))
+    if made != batch_size or not all(units):
+        raise ValueError(f"batch_size: {batch_size} images can't be divided over the sources' fractions and views; got {units}")
+    for u, source in zip(units, sources, strict=True):
+        if u % world:
+            raise ValueError(
+                f"batch_size: {batch_size} gives {source.config.path} {u} units a step, which {world} ranks can't share evenly"
+            )
+    return units
 
 
 def drawn(count: int, weight: Sequence[int]) -> list[int]:

@@ -1,7 +1,8 @@
 """Builds the kernels with ninja: `python csrc/build.py OUT` writes OUT/ov3_<isa>.so, the CPU kernels for one instruction set each, and, if nvcc
 is installed, OUT/<operator>.fatbin, the CUDA kernels of an operator for all architectures.
 
-setup.py runs it at install time. The sources include neither Python's headers nor PyTorch's, so the libraries work with any version of either.
+setup.py runs it at install time. Only what has changed is compiled, also in a copy of the tree that has the objects in build/ and the files'
+times: ninja is given relative paths. The sources include neither Python's headers nor PyTorch's, so the libraries work with any version of either.
 `--sanitize` builds with AddressSanitizer and UndefinedBehaviorSanitizer (see `make sanitize`).
 """
 
@@ -84,7 +85,7 @@ def build(out: Path, *, sanitize: bool = False, emulated: bool = False, only: tu
         objects = []
         for source in sorted((HERE / "cpu").glob("*.cpp")):
             obj = f"{isa}/{source.stem}.o"
-            lines += [f"build {obj}: compile {_escape(source)}", f"  isa = {isa_flags}"]
+            lines += [f"build {obj}: compile {_relative(source, work)}", f"  isa = {isa_flags}"]
             objects.append(obj)
         libraries.append(out.resolve() / f"ov3_{isa}.so")
         lines.append(f"build {_escape(libraries[-1])}: link {' '.join(objects)}")
@@ -143,7 +144,7 @@ def build_cuda(out: Path) -> list[Path]:
     binaries = []
     for source in sorted((HERE / "cuda").glob("*.cu")):
         binaries.append(out.resolve() / f"{source.stem}.fatbin")
-        lines += [f"build {_escape(binaries[-1])}: compile {_escape(source)}", f"  dependencies = {source.stem}.d"]
+        lines += [f"build {_escape(binaries[-1])}: compile {_relative(source, work)}", f"  dependencies = {source.stem}.d"]
     (work / "build.ninja").write_text("\n".join(lines) + "\n")
     subprocess.run([_ninja(), "-C", str(work), "--quiet"], check=True)
     # Written last, since its presence tells ov3fast.ops.cuda that the binaries are complete.
@@ -165,6 +166,10 @@ def _ninja() -> str:
         if found is None:
             raise NoCompiler("no ninja") from None
         return found
+
+
+def _relative(path: Path, work: Path) -> str:
+    return _escape(Path(os.path.relpath(path, work)))
 
 
 def _escape(path: Path) -> str:

@@ -204,10 +204,11 @@ def test_it_is_found(tree):
 
 
 @pytest.mark.full
-def test_its_cpu_kernel_too(tree):
+def test_its_cpu_kernel_too(tree, reuse_objects):
     add(tree, CPU)
     add(tree, {"ov3fast/ops/halve.py": CALLS})
     (tree / "ov3fast" / "_native").unlink()
+    reuse_objects(tree)
     command = [sys.executable, "csrc/build.py", "ov3fast/_native", "--only", "portable"]
     subprocess.run(command, cwd=tree, check=True, timeout=900)
     lines = run(tree, FOUND).splitlines()

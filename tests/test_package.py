@@ -22,16 +22,21 @@ def run(code: str, cwd, **env: str) -> str:
 WITH_CUDA = {**os.environ, "OV3FAST_CUDA": "1"}
 
 
+def tracked() -> list[str]:
+    """Files of the repository, without links to folders."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+    return [name for name in listed if (ROOT / name).is_file()]
+
+
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> Path:
+def built(tmp_path_factory, reuse_objects) -> Path:
     """A folder with the sdist and the wheel, built from a copy to keep the checkout clean."""
     folder = tmp_path_factory.mktemp("built")
     source = folder / "source"
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
-    for name in filter(None, tracked):
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
+    for name in tracked():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, source / name)
+    reuse_objects(source)
     code = "import setuptools.build_meta as b; b.build_sdist('..'); b.build_wheel('..')"
     subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True, env=WITH_CUDA)
     return folder
@@ -60,11 +65,14 @@ def test_wheel_carries_the_kernels_and_assets(built, tmp_path):
 
 
 @pytest.mark.full
-def test_sdist_builds_the_same_wheel(built, tmp_path):
+def test_sdist_builds_the_same_wheel(built, reuse_objects, tmp_path):
     [sdist], [wheel] = built.glob("*.tar.gz"), built.glob("*.whl")
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     [source] = tmp_path.glob("ov3fast-*")
+    missing = {name for name in tracked() if name.startswith(("csrc/", "kernels/")) and not (source / name).is_file()}
+    assert not missing, "objects from these sources may hide that they are missing"
+    reuse_objects(source)
     code = "import setuptools.build_meta as b; b.build_wheel('..')"
     subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True, env=WITH_CUDA)
     [again] = tmp_path.glob("*.whl")

@@ -13,7 +13,7 @@ from ov3fast.recipes.generate import GENERATE_RECIPES, GenerateRecipe
 
 def run(name: str, arguments: list[str], resume: str | None) -> int:
     """Train a generator over a model's tokens. resume: the value of --resume ("" for the recipe's run_dir), None without it."""
-    base = recipe_to_train(GENERATE_RECIPES, "generators' recipes", name, resume)
+    base = recipe_to_train(GENERATE_RECIPES, "recipes for generators", name, resume)
 
     @dataclass
     class Train:

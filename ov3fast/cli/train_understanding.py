@@ -12,8 +12,8 @@ from ov3fast.recipes.understand import UNDERSTAND_RECIPES, UnderstandRecipe
 
 
 def run(name: str, arguments: list[str], resume: str | None) -> int:
-    """Train a language model on a tower's tokens; resume: what --resume was given ("" for the recipe's run), None without."""
-    base = recipe_to_train(UNDERSTAND_RECIPES, "recipes of understanding", name, resume)
+    """Train a language model on a tower's tokens. resume: the value of --resume ("" for the recipe's run_dir), None without it."""
+    base = recipe_to_train(UNDERSTAND_RECIPES, "recipes for language models", name, resume)
 
     @dataclass
     class Train:
@@ -21,13 +21,13 @@ def run(name: str, arguments: list[str], resume: str | None) -> int:
 
         recipe: Annotated[UnderstandRecipe, tyro.conf.arg(name="")]
         overwrite: bool = False
-        """Begin again in a run_dir that holds a run."""
+        """Start over in a run_dir that already has a run."""
         device: str | None = None
         """cpu, cuda or cuda:N; default: cpu."""
 
     given = parse(Train, arguments, "train", default=Train(base))
     check_resume_or_overwrite(resume, given.overwrite)
-    recipe, options = given.recipe, {"resume": resume is not None, "overwrite": given.overwrite}
+    recipe, options = given.recipe, {"resume": resume is not None, "overwrite": given.overwrite, "device": given.device}
     from ov3fast.training import EXIT_INTERRUPTED
 
     if all(stage.data.startswith("demo:") for stage in recipe.stages):
@@ -41,7 +41,7 @@ def run(name: str, arguments: list[str], resume: str | None) -> int:
     else:
         from ov3fast.understanding.training import train_understanding
 
-        if not train_understanding(recipe, device=given.device, **options):
+        if not train_understanding(recipe, **options):
             return EXIT_INTERRUPTED
-    print(f"{recipe.run_dir / 'model'}: `ov3fast answer {recipe.run_dir} IMAGE --question ...` asks it")
+    print(f"{recipe.run_dir / 'model'}: ask it with `ov3fast answer {recipe.run_dir} IMAGE --question ...`")
     return 0

@@ -9,15 +9,10 @@ checkpoint is the same whatever wrote it. A run folder holds
 
 from __future__ import annotations
 
-import json
-import time
-from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
+from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.progress import Progress
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,18 +22,19 @@ from ov3fast.generation.muon import MuonAdamW
 from ov3fast.generation.saved import GENERATOR, SavedGenerator
 from ov3fast.generation.tokens import Tokens, encode_tokens
 from ov3fast.inference.load import load_model
-from ov3fast.io import atomic_folder, atomic_write, check_writable_folder, naming_full_disk
+from ov3fast.io import naming_full_disk
 from ov3fast.recipes.config import OptimizerConfig
 from ov3fast.recipes.generate import GenerateRecipe
 from ov3fast.terminal import is_terminal
 from ov3fast.training import distributed
 from ov3fast.training.distributed import ALONE, Ranks
+from ov3fast.training.logs import Display, RunLog, StepRows
 from ov3fast.training.optimizer import AdamW, copy
 from ov3fast.training.parallel import whole
+from ov3fast.training.run_folder import CHECKPOINT, check_run_dir, load_checkpoint, save_checkpoint, start_run
 
-RECIPE, LOG, CHECKPOINT = "recipe.json", "log.jsonl", "checkpoint"
-FREE = ("steps", "checkpoint_every", "log_every", "run_dir", "parallel")
-"""What a run may change when it goes on."""
+MAY_CHANGE = ("steps", "checkpoint_every", "log_every", "run_dir", "parallel")
+"""Fields in which the recipe of a resumed run may differ."""
 
 
 def generator_config(recipe: GenerateRecipe, tokens: Tokens) -> GeneratorConfig:
@@ -96,7 +92,7 @@ class Trainer:
                 f"generate: the gradient of step {self.done} is not finite; try a smaller --lr or --precision fp32"
             )
         loss = float(ranks.total(losses[0].detach().double().cpu())) / ranks.world
-        return {"step": self.done, "loss": loss, "grad_norm": norm, "lr": lr}
+        return {"step": self.done, "loss": loss, "grad_norm": norm, "lr": lr, "images": size}
 
     def saved(self) -> SavedGenerator:
         """The generator with the average's weights. Every rank takes part."""
@@ -111,29 +107,17 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Every rank takes part, the first one writes."""
-        from safetensors.torch import save_file
-
-        state = {f"weights/{name}": value for name, value in self.generator.state_dict().items()}
-        state |= {f"moments/{name}": value for name, value in self.optimizer.moments().items()}
-        state |= {f"average/{name}": value for name, value in (self.optimizer.ema or {}).items()}
-        state = {name: whole(value).contiguous() for name, value in state.items()}
-        if not self.ranks.first:
-            return
-        with atomic_folder(folder) as temporary:
-            save_file(state, temporary / "state.safetensors")
-            (temporary / "step.json").write_text(json.dumps({"step": self.done}))
+        optimizer = self.optimizer
+        groups = {"weights": self.generator.state_dict(), "moments": optimizer.moments(), "average": optimizer.ema or {}}
+        groups = {kind: {name: whole(value) for name, value in tensors.items()} for kind, tensors in groups.items()}
+        if self.ranks.first:
+            save_checkpoint(folder, groups, {"step": self.done})
 
     def load(self, folder: Path) -> None:
-        from safetensors.torch import load_file
-
-        state = load_file(folder / "state.safetensors")
-        self.done = json.loads((folder / "step.json").read_text())["step"]
-        weights, moments, average = (
-            {name.removeprefix(kind): value for name, value in state.items() if name.startswith(kind)}
-            for kind in ("weights/", "moments/", "average/")
-        )
-        copy(self.generator.state_dict(), weights, "generator")
-        self.optimizer.load(moments, average, self.done)
+        groups, progress = load_checkpoint(folder)
+        self.done = progress["step"]
+        copy(self.generator.state_dict(), groups["weights"], "generator")
+        self.optimizer.load(groups["moments"], groups.get("average", {}), self.done)
 
 
 def shard(generator: DDT | InContextDDT, ranks: Ranks) -> None:
@@ -150,89 +134,33 @@ def shard(generator: DDT | InContextDDT, ranks: Ranks) -> None:
 def train_generator(recipe: GenerateRecipe, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Runs a recipe to its end, as one process or as torchrun's, and returns the run's folder; see the file's head.
 
-    resume: go on with the run in recipe.run_dir; where there is none, one begins. FileExistsError for a run that is there without resume
-    or overwrite; ValueError where a resumed run's recipe differs in more than its length and how often it saves and logs.
+    resume: continue the run in recipe.run_dir, or start one if there is none. Errors as in `check_run_dir`: the recipe of a resumed run may
+    differ in its length, in how often it saves and logs, and in `parallel`.
     """
-    run_dir = check_writable_folder(recipe.run_dir, "run_dir")
-    there = (run_dir / RECIPE).is_file()
-    if there and resume:
-        _check_same(recipe, json.loads((run_dir / RECIPE).read_text()))
-    elif there and not overwrite:
-        raise FileExistsError(f"generate: {run_dir} holds a run; --resume goes on with it, --overwrite begins again")
+    run_dir = recipe.run_dir
+    resumed = check_run_dir(recipe, resume=resume, overwrite=overwrite, may_change=MAY_CHANGE)
     ranks = distributed.start()
     model = load_model(recipe.model, device=ranks.device, vae=recipe.vae)
     tokens = encode_tokens(recipe, model, ranks.first and is_terminal(), ranks)
     trainer = Trainer(recipe, tokens, ranks)
-    if there and resume and (run_dir / CHECKPOINT).is_dir():
+    if resumed:
         trainer.load(run_dir / CHECKPOINT)
-    if ranks.first:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if not trainer.done:
-            (run_dir / LOG).unlink(missing_ok=True)
-        with naming_full_disk(run_dir), atomic_write(run_dir / RECIPE) as temporary:
-            temporary.write_text(json.dumps(asdict(recipe), indent=1, default=str))
+    with naming_full_disk(run_dir), Display(show=ranks.first) as display:
+        if ranks.first:
+            start_run(recipe, resumed, GENERATOR)
         millions = sum(p.numel() for p in trainer.generator.parameters()) / 1e6
         shape = " x ".join(map(str, tokens.latents.shape[1:]))
-        print(f"{len(tokens)} samples of {shape}, {millions:.1f} M parameters, from step {trainer.done}")
-    with Rows(trainer, run_dir) if ranks.first else nullcontext() as rows:
-        while trainer.done < recipe.steps:
-            row = trainer.step()
-            if rows is not None:
-                rows.add(row)
-            if trainer.done % recipe.checkpoint_every == 0 or trainer.done == recipe.steps:
-                trainer.save(run_dir / CHECKPOINT)
-    saved = trainer.saved()
-    if ranks.first:
-        saved.save(run_dir / GENERATOR)
+        display.note(f"{len(tokens)} samples of {shape}, {millions:.1f} M parameters, from step {trainer.done}")
+        with closing(RunLog(run_dir, trainer.done)) if ranks.first else nullcontext() as log:
+            rows = None if log is None else StepRows(log, display, recipe.log_every)
+            while trainer.done < recipe.steps:
+                row = trainer.step()
+                if rows is not None:
+                    rows.add("train", row, trainer.done, recipe.steps)
+                if trainer.done % recipe.checkpoint_every == 0 or trainer.done == recipe.steps:
+                    trainer.save(run_dir / CHECKPOINT)
+        saved = trainer.saved()
+        if ranks.first:
+            saved.save(run_dir / GENERATOR)
     ranks.wait()
     return run_dir
-
-
-class Rows:
-    """The log, the bar, and without a terminal a line now and then; a full disk names the run's folder."""
-
-    def __init__(self, trainer: Trainer, run_dir: Path) -> None:
-        self.trainer, self.losses, self.start = trainer, [], time.perf_counter()
-        _cut_log(run_dir / LOG, trainer.done)
-        self.stack = ExitStack()
-        self.stack.enter_context(naming_full_disk(run_dir))
-        self.log = self.stack.enter_context((run_dir / LOG).open("a", encoding="utf-8"))
-        self.bar = self.stack.enter_context(Progress(disable=not is_terminal(), transient=True))
-        self.task = self.bar.add_task("train", total=trainer.recipe.steps, completed=trainer.done)
-
-    def __enter__(self) -> Rows:
-        return self
-
-    def __exit__(self, *error: Any) -> bool | None:
-        return self.stack.__exit__(*error)
-
-    def add(self, row: dict[str, float]) -> None:
-        """A step's figures; every log_every steps their mean loss is written."""
-        recipe, step = self.trainer.recipe, self.trainer.done
-        self.losses.append(row["loss"])
-        self.bar.advance(self.task)
-        if step % recipe.log_every and step != recipe.steps:
-            return
-        rate = len(self.losses) * recipe.batch_size / (time.perf_counter() - self.start)
-        row |= {"loss": sum(self.losses) / len(self.losses), "samples_per_second": rate}
-        self.log.write(json.dumps(row) + "\n")
-        self.log.flush()
-        if not is_terminal():
-            print(f"step {step}/{recipe.steps}  loss {row['loss']:.4f}  {rate:.0f} samples/s", flush=True)
-        self.losses, self.start = [], time.perf_counter()
-
-
-def _cut_log(path: Path, step: int) -> None:
-    """Leaves the rows up to `step`: what came after the checkpoint is done again."""
-    if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-        with atomic_write(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in lines))
-
-
-def _check_same(recipe: GenerateRecipe, before: dict[str, object]) -> None:
-    now = json.loads(json.dumps(asdict(recipe), default=str))
-    changed = [name for name in now if name not in FREE and now[name] != before.get(name)]
-    if changed:
-        name = changed[0]
-        raise ValueError(f"generate: --resume keeps the recipe, but {name} is {now[name]!r} and was {before.get(name)!r}")

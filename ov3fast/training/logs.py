@@ -106,6 +106,33 @@ class Window:
         return names, means, rate
 
 
+class StepRows:
+    """A row of the log, and the display, every `every` steps and at the last one.
+
+    A row holds the step's own figures, but the mean loss since the row before, and a rate for each figure in `counted`: images -> images_per_s.
+    """
+
+    def __init__(self, log: RunLog, display: Display, every: int, counted: tuple[str, ...] = ("images",)) -> None:
+        self._log, self._display, self._every, self._counted = log, display, every, counted
+        self._begin()
+
+    def _begin(self) -> None:
+        self._steps, self._sums, self._began = 0, dict.fromkeys(("loss", *self._counted), 0.0), time.perf_counter()
+
+    def add(self, what: str, row: dict[str, Any], done: int, steps: int) -> None:
+        """A step's figures: row has step, loss, lr and what is counted. done of `steps` steps of the part `what` are done."""
+        self._steps += 1
+        self._sums = {name: total + row[name] for name, total in self._sums.items()}
+        if row["step"] % self._every and done != steps:
+            return
+        seconds = time.perf_counter() - self._began
+        rates = {f"{name}_per_s": self._sums[name] / seconds for name in self._counted}
+        row = {**row, "loss": self._sums["loss"] / self._steps, **rates}
+        self._log.write(row)
+        self._display.update(what, done / steps, describe(row, (steps - done) * seconds / self._steps), done == steps)
+        self._begin()
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a log.jsonl, [] where there is none. A last line that a kill cut short is left out."""
     if not path.exists():

@@ -42,17 +42,22 @@ class HeldOut(NamedTuple):
     answers: dict[str, list[str]]
 
 
-def run_demo(recipe: UnderstandRecipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
-    """Trains both, asks both, writes understand.json and understand.html. Returns the figures; None where a signal stopped it before."""
+def run_demo(
+    recipe: UnderstandRecipe, *, resume: bool = False, overwrite: bool = False, device: torch.device | str | None = None
+) -> dict[str, Any] | None:
+    """Trains both, asks both, writes understand.json and understand.html. Returns the figures, or None if a signal stopped the training.
+
+    device: default the CPU.
+    """
     from ov3fast.understanding.report import write_page
 
-    tower = load_tower(recipe.tower, layer=recipe.feature_layer, aspect=recipe.image_aspect, vae=recipe.vae)
+    tower = load_tower(recipe.tower, layer=recipe.feature_layer, aspect=recipe.image_aspect, vae=recipe.vae, device=device)
     sources = demo_sources(recipe, tower)
     control = dataclasses.replace(recipe, sighted=False, run_dir=recipe.run_dir / CONTROL)
     for one in (recipe, control):
-        if not train_understanding(one, resume=resume, overwrite=overwrite, tower=tower, sources=sources):
+        if not train_understanding(one, resume=resume, overwrite=overwrite, device=device, tower=tower, sources=sources):
             return None
-    answerers = {name: Answerer.load(one.run_dir) for name, one in (("tower", recipe), (CONTROL, control))}
+    answerers = {name: Answerer.load(one.run_dir, device=device) for name, one in (("tower", recipe), (CONTROL, control))}
     sets = [ask(path, title, answerers, tower) for path, title in HELD_OUT.items()]
     figures = measure(sets, recipe.seed)
     with atomic_write(recipe.run_dir / "understand.json") as temporary:

@@ -74,9 +74,9 @@ def load_tower(
 ) -> Tower:
     """A tower from a folder or hub id, its kind told from the files.
 
-    ValueError for a layer that it doesn't have; FileNotFoundError as `load_model`.
+    ValueError for a layer that it doesn't have, or a device that can't be used; FileNotFoundError as `load_model`.
     """
-    device = torch.device(device or "cpu")
+    device = pretrained.check_device(device, "tower") or torch.device("cpu")
     kind = kind_of(path)
     if kind is None:
         return _openvision3(path, layer, aspect, vae, device)

@@ -8,9 +8,7 @@ holds
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,11 +18,12 @@ import torch
 from torch import Tensor
 
 from ov3fast.data import hash_rng
-from ov3fast.io import atomic_folder, atomic_write, check_writable_folder, naming_full_disk
+from ov3fast.io import naming_full_disk
 from ov3fast.recipes.config import OptimizerConfig
 from ov3fast.recipes.understand import UnderstandRecipe, UnderstandStage
-from ov3fast.training.logs import Display, RunLog, describe
+from ov3fast.training.logs import Display, RunLog, StepRows
 from ov3fast.training.optimizer import AdamW, copy
+from ov3fast.training.run_folder import CHECKPOINT, check_run_dir, load_checkpoint, save_checkpoint, start_run
 from ov3fast.training.schedule import Schedule
 from ov3fast.training.signals import StopRequest
 from ov3fast.understanding.batches import Batch, collate, rows_of_epoch
@@ -34,9 +33,8 @@ from ov3fast.understanding.model import Understander, build_language_model
 from ov3fast.understanding.saved import MODEL, Answerer, opened
 from ov3fast.understanding.towers import Tower, load_tower
 
-RECIPE, CHECKPOINT = "recipe.json", "checkpoint"
-FREE = ("checkpoint_every", "log_every", "run_dir")
-"""What a run may change when it goes on."""
+MAY_CHANGE = ("checkpoint_every", "log_every", "run_dir")
+"""Fields in which the recipe of a resumed run may differ."""
 ENCODED_AT_ONCE = 64
 
 
@@ -198,29 +196,18 @@ class Trainer:
             self._begin()
 
     def save(self, folder: Path) -> None:
-        from safetensors.torch import save_file
-
-        state = {f"weights/{name}": value for name, value in self.model.named_parameters()}
-        if not self.finished:
-            state |= {f"moments/{name}": value for name, value in self.optimizer.moments().items()}
-        with atomic_folder(folder) as temporary:
-            save_file({name: value.detach().contiguous() for name, value in state.items()}, temporary / "state.safetensors")
-            (temporary / "progress.json").write_text(json.dumps(asdict(self.progress)))
+        moments = {} if self.finished else self.optimizer.moments()
+        save_checkpoint(folder, {"weights": dict(self.model.named_parameters()), "moments": moments}, asdict(self.progress))
 
     def load(self, folder: Path) -> None:
         """Goes to where a run of the same recipe was saved. ValueError names what doesn't fit."""
-        from safetensors.torch import load_file
-
-        state = load_file(folder / "state.safetensors")
-        self.progress = Progress(**json.loads((folder / "progress.json").read_text()))
+        groups, progress = load_checkpoint(folder)
+        self.progress = Progress(**progress)
         if not self.finished:
             self._begin()
-        weights, moments = (
-            {name.removeprefix(kind): value for name, value in state.items() if name.startswith(kind)} for kind in ("weights/", "moments/")
-        )  # fmt: skip
-        copy(dict(self.model.named_parameters()), weights, "understanding")
+        copy(dict(self.model.named_parameters()), groups["weights"], "understanding")
         if not self.finished:
-            self.optimizer.load(moments, None, self.progress.stage_step)
+            self.optimizer.load(groups["moments"], None, self.progress.stage_step)
 
     def answerer(self) -> Answerer:
         recipe = self.recipe
@@ -247,15 +234,11 @@ def train_understanding(
 ) -> bool:
     """Runs a recipe to its end, in recipe.run_dir; False where a signal stopped it before (it was saved).
 
-    resume: goes on with the run that is there, and begins where there is none. tower, sources: in place of those that the recipe names.
-    FileExistsError for a run that is there without resume or overwrite; ValueError where a resumed run's recipe differs.
+    resume: continue the run in recipe.run_dir, or start one if there is none; errors as in `check_run_dir`. tower, sources: in place of
+    those that the recipe names.
     """
-    run_dir = check_writable_folder(recipe.run_dir, "run_dir")
-    there = (run_dir / RECIPE).is_file()
-    if there and resume:
-        _check_same(recipe, json.loads((run_dir / RECIPE).read_text()))
-    elif there and not overwrite:
-        raise FileExistsError(f"understanding: {run_dir} holds a run; --resume goes on with it, --overwrite begins again")
+    run_dir = recipe.run_dir
+    resumed = check_run_dir(recipe, resume=resume, overwrite=overwrite, may_change=MAY_CHANGE)
     tower = tower or load_tower(
         recipe.tower, layer=recipe.feature_layer, aspect=recipe.image_aspect, vae=recipe.vae, device=device
     )  # fmt: skip
@@ -266,14 +249,12 @@ def train_understanding(
         torch.manual_seed(recipe.seed)
         model = Understander(language_model, tower.width).to(device or "cpu")
     trainer = Trainer(recipe, model, tokenizer, tower, sources)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if resume and (run_dir / CHECKPOINT).is_dir():
+    if resumed:
         trainer.load(run_dir / CHECKPOINT)
         if trainer.finished and (run_dir / MODEL).is_dir():
             return True
-    with naming_full_disk(run_dir), atomic_write(run_dir / RECIPE) as temporary:
-        temporary.write_text(json.dumps(asdict(recipe), indent=1, default=str))
     with naming_full_disk(run_dir), StopRequest() as stop:
+        start_run(recipe, resumed, MODEL)
         if not _run(trainer, run_dir, stop):
             return False
         trainer.answerer().save(run_dir / MODEL)
@@ -312,30 +293,13 @@ def _announce(trainer: Trainer, display: Display) -> None:
 def _run_stage(trainer: Trainer, run_dir: Path, log: RunLog, display: Display, stop: StopRequest) -> bool:
     """False where it was stopped."""
     recipe, progress = trainer.recipe, trainer.progress
-    began, done, sums = time.perf_counter(), 0, {"loss": 0.0, "images": 0.0, "answers": 0.0}
+    rows = StepRows(log, display, recipe.log_every, ("images", "answers"))
     while progress.stage_step < trainer.steps:
         if stop.name is not None:
             return False
         row = trainer.step()
-        done += 1
-        sums = {name: value + row[name] for name, value in sums.items()}
-        last = progress.stage_step == trainer.steps
-        if progress.step % recipe.log_every == 0 or last:
-            seconds = time.perf_counter() - began
-            rates = {f"{name}_per_s": sums[name] / seconds for name in ("images", "answers")}
-            written = {"step": progress.step, "stage": trainer.stage.name, **row, "loss": sums["loss"] / done, **rates}
-            log.write(written)
-            eta = (trainer.steps - progress.stage_step) * seconds / done
-            display.update(trainer.stage.name, progress.stage_step / trainer.steps, describe(written, eta), last)
-            began, done, sums = time.perf_counter(), 0, dict.fromkeys(sums, 0.0)
-        if progress.step % recipe.checkpoint_every == 0 and not last:
+        stage, done = trainer.stage.name, progress.stage_step
+        rows.add(stage, {"step": progress.step, "stage": stage, **row}, done, trainer.steps)
+        if progress.step % recipe.checkpoint_every == 0 and done < trainer.steps:
             trainer.save(run_dir / CHECKPOINT)
     return True
-
-
-def _check_same(recipe: UnderstandRecipe, before: dict[str, object]) -> None:
-    now = json.loads(json.dumps(asdict(recipe), default=str))
-    changed = [name for name in now if name not in FREE and now[name] != before.get(name)]
-    if changed:
-        name = changed[0]
-        raise ValueError(f"understanding: --resume keeps the recipe, but {name} is {now[name]!r} and was {before.get(name)!r}")

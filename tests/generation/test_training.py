@@ -20,6 +20,8 @@ from ov3fast.generation import report, training
 from ov3fast.generation import tokens as tokens_module
 from ov3fast.generation.saved import SavedGenerator
 from ov3fast.recipes.generate import GENERATE_RECIPES, GenerateRecipe
+from ov3fast.training.logs import LOG
+from ov3fast.training.run_folder import RECIPE
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
@@ -73,12 +75,12 @@ def test_a_stopped_run_goes_on_to_the_same_bits(recipe, tmp_path, changes):
     trainer.step(), trainer.step()
     half.run_dir.mkdir()
     trainer.save(half.run_dir / training.CHECKPOINT)
-    (half.run_dir / training.RECIPE).write_text(json.dumps(dataclasses.asdict(half), default=str))
-    (half.run_dir / training.LOG).write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)))
+    (half.run_dir / RECIPE).write_text(json.dumps(dataclasses.asdict(half), default=str))
+    (half.run_dir / LOG).write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)))
     training.train_generator(dataclasses.replace(half, steps=4), resume=True)
     one, other = weights(whole.run_dir), weights(half.run_dir)
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
-    assert [json.loads(line)["step"] for line in (half.run_dir / training.LOG).read_text().splitlines()] == [1, 2, 3, 4]
+    assert [json.loads(line)["step"] for line in (half.run_dir / LOG).read_text().splitlines()] == [1, 2, 3, 4]
 
 
 def test_a_sample_does_not_depend_on_its_batch(trained):
@@ -135,9 +137,9 @@ def test_commands(capsys, trained, tmp_path):
 
 
 def test_what_is_refused(capsys, recipe, trained):
-    with pytest.raises(FileExistsError, match="--resume goes on"):
+    with pytest.raises(FileExistsError, match="--resume continues it"):
         training.train_generator(recipe)
-    with pytest.raises(ValueError, match="batch_size is 7 and was 6"):
+    with pytest.raises(ValueError, match="batch_size is 7, but .* was started with 6"):
         training.train_generator(dataclasses.replace(recipe, batch_size=7), resume=True)
     with pytest.raises(DataError, match="class_field"):
         training.train_generator(dataclasses.replace(recipe, class_field="none", run_dir=recipe.run_dir / "other"))
@@ -283,10 +285,10 @@ def test_two_processes_equal_one(recipe, tmp_path, optimizer, parallel):
     for name, value in first.items():
         # Muon's orthogonalisation is in bfloat16: other last bits of a gradient can move a rounding.
         torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-5 if optimizer == "adamw" else 1e-3)
-    logged = (tmp_path / "two" / training.LOG).read_text().splitlines()
+    logged = (tmp_path / "two" / LOG).read_text().splitlines()
     assert [json.loads(line)["step"] for line in logged] == [1, 2, 3, 4]
     assert json.loads(logged[-1])["loss"] == pytest.approx(
-        json.loads((one.run_dir / training.LOG).read_text().splitlines()[-1])["loss"], rel=1e-3
+        json.loads((one.run_dir / LOG).read_text().splitlines()[-1])["loss"], rel=1e-3
     )
     # A checkpoint of shards is one of the whole generator: one process goes on with it.
     trainer = training.Trainer(one, training.encode_tokens(one, training.load_model(one.model)))

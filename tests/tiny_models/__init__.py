@@ -5,6 +5,7 @@ A folder's conftest imports the fixtures that its tests take; `tiny_config` is f
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,22 @@ def noise(seed: int, width: int, height: int) -> Image.Image:
     """Smooth noise, so that resizing keeps something."""
     small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """training_run.py: a full training run."""
+    from tiny_models import training_run
+
+    return training_run
+
+
+@pytest.fixture(scope="session")
+def data(tiny, tmp_path_factory) -> Path:
+    """Shards and a VAE for the training run; read only."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.write_data(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -9,27 +9,16 @@ from types import ModuleType
 
 import pytest
 import torch
-
-
-def load_sibling(name: str) -> ModuleType:
-    """The module of that name in this folder."""
-    spec = importlib.util.spec_from_file_location(f"ov3fast_tests_{name}", Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def tiny() -> ModuleType:
-    """tiny.py."""
-    return load_sibling("tiny")
+from tiny_models import data, tiny
 
 
 @pytest.fixture(scope="session")
 def many_ranks() -> ModuleType:
-    """many_ranks.py."""
-    return load_sibling("many_ranks")
+    """many_ranks.py, which rank_server.py loads by its file too."""
+    spec = importlib.util.spec_from_file_location("ov3fast_tests_many_ranks", Path(__file__).with_name("many_ranks.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class RankServer:
@@ -77,14 +66,6 @@ def server() -> Iterator[RankServer]:
     yield server
     server.process.stdin.close()
     server.process.wait()
-
-
-@pytest.fixture(scope="session")
-def data(tiny, tmp_path_factory) -> Path:
-    """Shards and a VAE; read only."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny.write_data(folder)
-    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from ov3fast.training.timing import Timer
 
 
 def load_tiny():
-    spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
+    spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1] / "tiny_models" / "training_run.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

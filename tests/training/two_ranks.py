@@ -18,7 +18,7 @@ from ov3fast.training.optimizer import AdamW
 
 def main(folder: Path, out: Path) -> None:
     torch.set_num_threads(1)
-    spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
+    spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1] / "tiny_models" / "training_run.py")
     tiny = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tiny)
     rank = int(os.environ["RANK"])

@@ -216,3 +216,12 @@ def test_what_is_refused(capsys):
     code, _, error = run(capsys, "train", "--recipe", "understand-all")
     assert code == 2 and "understand-demo, understand-base" in error
     assert "--tower" in run(capsys, "train", "--recipe", "understand-demo", "--help")[1]
+
+
+def test_the_device_is_looked_at(capsys, monkeypatch, cache, tower_folder, tmp_path):
+    """A device that no machine has is refused before anything is trained, in the demo as in other runs."""
+    monkeypatch.setenv("OV3FAST_CACHE", str(cache))
+    base = ("train", "--recipe", "understand-base", "--tower", tower_folder, "--run-dir", tmp_path / "run")
+    for arguments in (demo_arguments(tower_folder, tmp_path / "run"), base):
+        code, _, error = run(capsys, *arguments, "--device", "cuda:99")
+        assert code == 2 and "device 'cuda:99' can't be used here" in error and not (tmp_path / "run").exists()

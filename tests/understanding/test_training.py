@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ov3fast.recipes.understand import UNDERSTAND_RECIPES, SmallLanguageModel, UnderstandStage
+from ov3fast.training.run_folder import RECIPE
 from ov3fast.understanding import training
 from ov3fast.understanding.batches import collate
 from ov3fast.understanding.conversations import IGNORED, Encoder
@@ -51,7 +52,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(recipe, trained, tmp_path, kind,
             trainer.end_stage()
     half.run_dir.mkdir()
     trainer.save(half.run_dir / training.CHECKPOINT)
-    (half.run_dir / training.RECIPE).write_text(json.dumps(dataclasses.asdict(half), default=str))
+    (half.run_dir / RECIPE).write_text(json.dumps(dataclasses.asdict(half), default=str))
     # Rows past the checkpoint, as a killed run leaves them.
     (half.run_dir / "log.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, stop + 2)))
     assert training.train_understanding(half, resume=True)
@@ -143,9 +144,9 @@ def test_it_learns_to_see(recipe, tmp_path):
 
 
 def test_what_is_refused(recipe, trained, tmp_path):
-    with pytest.raises(FileExistsError, match="--resume goes on"):
+    with pytest.raises(FileExistsError, match="--resume continues it"):
         training.train_understanding(recipe)
-    with pytest.raises(ValueError, match="seed is 7 and was 0"):
+    with pytest.raises(ValueError, match="seed is 7, but .* was started with 0"):
         training.train_understanding(dataclasses.replace(recipe, seed=7), resume=True)
     with pytest.raises(ValueError, match="feature_layer must be in"):
         load_tower(recipe.tower, layer=9)

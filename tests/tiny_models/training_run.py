@@ -1,6 +1,6 @@
 """A full run small enough for a test: data, VAE and recipe. As a script it runs the recipe, for tests that need a process.
 
-python tiny.py FOLDER RUN_DIR [--kill-at STEP] [field=value ...]        e.g. accumulate=2
+python training_run.py FOLDER RUN_DIR [--kill-at STEP] [field=value ...]        e.g. accumulate=2
 """
 
 from __future__ import annotations

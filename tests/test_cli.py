@@ -213,7 +213,7 @@ def test_originals_are_not_overwritten(capsys, model, photo, tmp_path):
     assert "out is the image itself" in one_line(run(capsys, "reconstruct", model, photo, "--out", photo)[2])
     (tmp_path / "link").symlink_to(photo.parent)
     for out in (photo.parent, tmp_path / "link"):
-        assert "is one of the originals; give another folder" in one_line(
+        assert "is one of the originals; name another folder" in one_line(
             run(capsys, "reconstruct", model, photo.parent, "--out", out)[2]
         )
     assert photo.read_bytes() == before

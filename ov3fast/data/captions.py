@@ -1,8 +1,7 @@
 """Captions of a sample: what counts as one, and picking one by probability.
 
-A caption is text that is not blank, or a list of texts, one of which is picked. All else (null, numbers, objects, lists
-without text) is no caption. Text is made well-formed: a surrogate pair that was split is joined to the character that it
-stands for, a surrogate alone becomes U+FFFD.
+A caption is text that is not blank, or a list of texts, one of which is picked. Anything else (null, numbers, objects, lists
+without text) is not a caption. Text is made well-formed: split surrogate pairs are joined, lone surrogates become U+FFFD.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 Choices = Sequence[tuple[str, float]]  # (caption key, probability), such as (("re_caption", 0.8), ("org_caption", 0.2))
 Captions = Mapping[str, "str | tuple[str, ...]"]  # by key: one text, or several of which one is picked
 
-# Text fields of img2dataset's records that describe the image file, not what it shows.
+# Text fields of img2dataset's records that describe the image file rather than what it shows.
 NOT_CAPTIONS = frozenset(
     ("url", "key", "status", "error_message", "exif", "sha256", "sha512", "md5", "license", "uid", "id", "__key__", "__url__")
 )
@@ -30,8 +29,8 @@ def check_choices(choices: Choices, argument: str) -> None:
 def pick_caption(captions: Captions, choices: Choices, u: float) -> str | None:
     """The caption under one of the keys, by probability; u in [0, 1) decides. None if the sample has none of the keys.
 
-    Keys that this sample lacks (or has blank) are left out and the rest renormalised. Of several texts under one key, each is
-    as likely as the others.
+    Keys that this sample lacks (or has blank) are left out and the rest renormalised. Several texts under one key are equally
+    likely.
     """
     present = [(texts, p) for key, p in choices if p > 0 and (texts := texts_under(captions, key))]
     if not present:
@@ -45,13 +44,13 @@ def pick_caption(captions: Captions, choices: Choices, u: float) -> str | None:
 
 
 def texts_under(captions: Captions, key: str) -> tuple[str, ...]:
-    """All texts under a key; () where there is none that is not blank."""
+    """All texts under a key that are not blank."""
     value = captions.get(key, ())
     return tuple(text for text in ((value,) if isinstance(value, str) else value) if not is_blank(text))
 
 
 def read_captions(fields: Mapping[str, Any], captions: dict[str, str | tuple[str, ...]], refused: dict[str, str]) -> None:
-    """Add every caption among the fields to `captions`, and what is no caption, by key, with its kind, to `refused`."""
+    """Add every caption among the fields to `captions`, and to `refused` the kind of every field that is not a caption."""
     for key, value in fields.items():
         texts = [well_formed(text) for text in (value if isinstance(value, list | tuple) else [value]) if isinstance(text, str)]
         texts = [text for text in texts if not is_blank(text)]
@@ -63,9 +62,9 @@ def read_captions(fields: Mapping[str, Any], captions: dict[str, str | tuple[str
 
 
 def read_record(record: Mapping[str, Any], captions: dict[str, str | tuple[str, ...]], refused: dict[str, str]) -> None:
-    """The captions of a sample's JSON object: its fields by their names, and those of the object under "captions".
+    """The captions in a sample's JSON object: its fields by name, and those of the object under "captions".
 
-    A text or list under "captions" is the caption `captions`, and `caption` where there is no such field.
+    A text or list under "captions" is the caption `captions`, and also `caption` unless there is such a field.
     """
     inner = record.get("captions")
     fields = {key: value for key, value in record.items() if key not in NOT_CAPTIONS and key != "meta"}
@@ -80,19 +79,19 @@ def read_record(record: Mapping[str, Any], captions: dict[str, str | tuple[str, 
 
 
 def is_blank(text: str) -> bool:
-    """Whether it shows nothing: spaces, control characters and zero-width ones alone."""
+    """Whether nothing in it is visible: only spaces, control characters and zero-width characters."""
     return not any(character.isprintable() and not character.isspace() for character in text)
 
 
 def well_formed(text: str) -> str:
-    """The text without lone surrogates, which JSON lets through and no encoding writes."""
+    """The text without lone surrogates, which JSON allows and no encoding can represent."""
     if text.isascii():
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def text_of_bytes(data: bytes) -> str:
-    """A text file: UTF-8, or UTF-16 where its byte order mark says so; what is ill-formed becomes U+FFFD."""
+    """A text file: UTF-8, or UTF-16 if its byte order mark says so; ill-formed sequences become U+FFFD."""
     utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     return data.decode("utf-16" if utf16 else "utf-8-sig", "replace")
 

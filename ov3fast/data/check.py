@@ -1,4 +1,4 @@
-"""Checks data without training: what a folder of shards holds, and which samples can't be used."""
+"""Checks data without training: what a folder of shards contains, and which samples can't be used."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Summary:
     """Caption key -> samples that have it."""
     skips: list[Skip]
     smallest: tuple[int, int] | None
-    """Width and height of the picture with the fewest pixels (None: no picture is readable)."""
+    """Width and height of the image with the fewest pixels (None: no image is readable)."""
     largest: tuple[int, int] | None
     left_out: Tally = field(default_factory=Tally)
-    """What belongs to no sample: foreign members, cut or empty archives, ..."""
+    """Files that belong to no sample: foreign members, truncated or empty archives, ..."""
 
     @property
     def samples(self) -> int:
@@ -62,7 +62,7 @@ class Summary:
 
     @property
     def complete(self) -> bool:
-        """Nothing is lost: every sample can be used, and what was left out holds none."""
+        """Whether every sample can be used, and none is among the files left out."""
         return not self.skips and self.left_out.counts.keys() <= HARMLESS
 
     def __str__(self) -> str:
@@ -102,9 +102,9 @@ def summarise(
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     workers: int | None = None,
 ) -> Summary:
-    """Read every sample of the shards and count what is there and what can't be used.
+    """Read every sample of the shards; count what is there and what can't be used.
 
-    caption_keys: a sample without any of these counts as missing_caption; with none given, one without any caption does.
+    caption_keys: a sample with none of these counts as missing_caption; if empty, a sample without any caption does.
     Raises FileNotFoundError and DataError for a wrong folder.
     """
     with warnings.catch_warnings():

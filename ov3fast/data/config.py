@@ -17,7 +17,7 @@ class SourceConfig:
     """Folder of tar shards, a tar, a glob or brace pattern, a wids index (each may be a URL), "demo:<part>" for a part of the demo set,
     or "source:module:function" for a SampleSource of one's own."""
     fraction: float = 1.0
-    """Share of the images; the sources' fractions are normalised, and kept as `data.mixing` says."""
+    """Share of the images. Fractions are normalised over the sources; `data.mixing` says how closely they are kept."""
     group_by: str | None = None
     """Metadata field that names the concept: the source is then drawn by concept, `views` different samples of each."""
     views: int = 1
@@ -25,10 +25,10 @@ class SourceConfig:
     paired: bool = True
     """False: images without text, for the reconstruction branch only."""
     captions: tuple[tuple[str, float], ...] = (("name", 0.5), ("caption", 0.5))
-    """Caption keys and their probabilities for the contrastive text. A text shared by several different samples is one
-    that all of them have, where there is such a one."""
+    """Caption keys and their probabilities for the contrastive text. For several samples of one concept, a text that all of them
+    have is preferred."""
     caption_key: str = "caption"
-    """Caption that the captioner learns; where a sample lacks it, the contrastive text is taken."""
+    """Caption that the captioner learns; samples without it use the contrastive text."""
 
     def __post_init__(self) -> None:
         if self.fraction <= 0:
@@ -45,50 +45,50 @@ class DataConfig:
 
     sources: tuple[SourceConfig, ...] = ()
     seed: int = 0
-    """Names the order, the crops, the backgrounds and the captions."""
+    """Determines the order, crops, backgrounds and captions."""
     crop: Literal["inception", "center"] = "inception"
     """Training crop. Evaluation always resizes and crops the centre."""
     min_area: float = 0.4
-    """Smallest share of the picture that an inception crop takes."""
+    """Smallest fraction of the image's area that an inception crop takes."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """Resampling filter; both antialias."""
     flip: bool = False
     """Flip half of the images horizontally."""
     background: Literal["random", "white", "mixed"] = "random"
-    """Background of transparent images in training: a random plain colour, white as in evaluation, or mixed (three variants of
-    four on white)."""
+    """Background of transparent images in training: a random plain colour, white as in evaluation, or mixed (three of four
+    variants on white)."""
     mixing: Literal["batch", "stream"] = "batch"
-    """"batch": every batch holds the same number of each source, its fraction rounded where it doesn't divide, and ranks must divide
-    it. "stream": the fractions hold to less than one sample over any beginning of the stream (1.7 for five sources or more with over six
-    decimals), whatever batch and ranks; for sources with one view that are all paired or none."""
+    """"batch": every batch has the same number of samples from each source, rounded if its fraction doesn't divide the batch; ranks must
+    divide that number. "stream": any prefix of the stream is within one sample of the fractions (1.7 for five or more sources with over
+    six decimals), whatever the batch size and ranks; for sources with one view, all paired or none."""
     variants: int | None = None
     """Number of different augmentations of a sample, which repeat after that many passes (so that latents can be
-    cached); None: a new one every time."""
+    cached); None: a new one in every pass."""
     latents: str | None = None
-    """Folder that `ov3fast data encode` filled: each stage reads the VAE's moments of its size there in place of the images, and
-    images only for pixel losses. Needs variants; None: images are encoded as they come."""
+    """Folder written by `ov3fast data encode`, from which each stage reads the VAE's moments at its image size; images are read only for
+    pixel losses. Needs variants. None: images are encoded during training."""
     decode: Literal["full", "fast"] = "full"
-    """"fast": JPEGs whose crop has at least twice, four or eight times the wanted pixels a side are decoded at a half, a quarter or an eighth of
-    their size, crops lie on whole pixels, and PyTorch resizes them. For sources with one view; other files are decoded as by "full"."""
+    """"fast": JPEGs whose crop is at least 2, 4 or 8 times too large on each side are decoded at 1/2, 1/4 or 1/8 of
+    their size, cropped at whole pixels and resized by PyTorch. For sources with one view; other files are decoded as with "full"."""
     cache_images: bool = False
     """Decode everything once at the start and keep it in memory."""
     workers: int = 0
-    """Processes that make batches ahead of time; 0: in the training process. The batches do not depend on it."""
+    """Processes that prefetch batches; 0: the training process makes them itself. The batches don't depend on it."""
     threads: int = 1
-    """Threads of each process that read, decode and crop; the batches do not depend on it. Behind URLs 16 and more hide their
+    """Threads per process that read, decode and crop; the batches don't depend on it. For shards behind URLs, 16 or more hide the
     latency."""
     cache_dir: str | None = None
-    """Folder that keeps whole tars behind URLs; None: the bytes of each sample are fetched when it is read."""
+    """Folder to cache whole tars from URLs in; None: each sample's bytes are fetched when it is read."""
     cache_gib: float = 100.0
-    """How much cache_dir may hold; two windows of shards at the least."""
+    """Size limit of cache_dir; at least two windows of shards."""
     read_ahead: int = 0
-    """Steps ahead of which tars are brought into cache_dir."""
+    """How many steps ahead tars are fetched into cache_dir."""
     shard_window: int = 0
-    """Mix the samples of this many shards at a time; 0: of all (see data.order)."""
+    """Shuffle within this many shards at a time; 0: within all of them (see data.order)."""
     skip_budget: float = 0.01
-    """Largest share of the samples that may be skipped as broken, captionless, too large or cut off."""
+    """Largest fraction of the samples that may be skipped as broken, without caption, too large or truncated."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
-    """Pictures with more pixels are skipped without being decoded."""
+    """Images with more pixels are skipped without being decoded."""
 
     def __post_init__(self) -> None:
         if not 0 < self.min_area <= 1:
@@ -114,8 +114,6 @@ class DataConfig:
             if given not in known:
                 raise ValueError(f"{name}: got {given!r}; it takes {' or '.join(map(repr, known))}")
         if self.decode == "fast" and self.cache_images:
-            raise ValueError(
-                'decode: "fast" decodes for one crop, cache_images keeps whole pictures for all; leave one of them out'
-            )
+            raise ValueError('decode: "fast" decodes for one crop, but cache_images keeps full images; use one or the other')
         if self.decode == "fast" and any(source.views > 1 for source in self.sources):
             raise ValueError('decode: "fast" takes sources with one view of a text')

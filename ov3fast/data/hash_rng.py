@@ -1,9 +1,9 @@
 """Counter-based randomness for data: every draw is a pure function of (seed, stream, counters).
 
-Which sample comes when, its crop, its background and its caption are functions of the seed and of the sample's numbers,
+The order of samples, their crops, backgrounds and captions are functions of the seed and of the sample's numbers,
 never of a generator's state, so any step can be computed without the steps before it, whatever the number of workers
 or ranks. The hash is the finaliser of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators",
-2014), chained over the counters. It is numpy only and apart from `ops.random`, which is the model's noise.
+2014), chained over the counters. It uses numpy alone and is separate from `ops.random`, the model's noise.
 """
 
 from __future__ import annotations

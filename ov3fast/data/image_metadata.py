@@ -1,4 +1,4 @@
-"""Metadata of image files: the orientation that it asks for, the number of frames, and a file without it where it is broken."""
+"""Metadata of image files: orientation, number of frames, and stripping it from files where it is broken."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _TRNS_LENGTHS = {0: range(2, 3), 2: range(6, 7), 3: range(1, 257)}  # PNG colour
 
 
 def orientation(image: Image.Image) -> Image.Transpose | None:
-    """How to turn a loaded image upright, by EXIF tag 274 (or XMP); None: it is upright, or its EXIF block is broken."""
+    """How to turn a loaded image upright, from EXIF tag 274 (or XMP); None: it is upright, or its EXIF block is broken."""
     from PIL import Image
 
     if image.format != "TIFF" and not image.info.keys() & _EXIF_KEYS:
-        return None  # Pillow would parse for it
+        return None  # without this check Pillow parses the file for EXIF
     try:
         value = image.getexif().get(274, 1)
-    except Exception:  # SyntaxError, struct.error, OSError and others: what is wrong with it doesn't matter to the pixels
+    except Exception:  # SyntaxError, struct.error, OSError and others: broken EXIF doesn't affect the pixels
         return None
     method = Image.Transpose
     turns = (
@@ -33,9 +33,9 @@ def orientation(image: Image.Image) -> Image.Transpose | None:
 
 
 def frames(data: bytes, limit: int) -> int:
-    """How many frames or pages a file says it has, or limit + 1 where it has more; 1 for what can't be followed.
+    """How many frames or pages a file declares, at most limit + 1; 1 if its structure can't be followed.
 
-    Read from the container's structure: Pillow would walk through all of a GIF's or TIFF's frames, however many.
+    Read from the container's structure: Pillow would go through all of a GIF's or TIFF's frames, however many.
     """
     try:
         if data[:4] == b"GIF8":
@@ -48,7 +48,7 @@ def frames(data: bytes, limit: int) -> int:
         if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
             return _webp_frames(data, limit)
     except (struct.error, IndexError):
-        pass  # cut short: decoding says so
+        pass  # truncated: decoding reports it
     return 1
 
 
@@ -92,9 +92,9 @@ def _webp_frames(data: bytes, limit: int) -> int:
 
 
 def without_metadata(data: bytes) -> bytes:
-    """A PNG or JPEG file with only what its pixels need; anything else, or what can't be followed, as it is.
+    """A PNG or JPEG file reduced to what its pixels need; other files, and those that can't be parsed, are returned unchanged.
 
-    Pillow refuses a whole file for a broken ancillary chunk or application segment.
+    Pillow rejects a whole file for a broken ancillary chunk or application segment.
     """
     try:
         if data.startswith(_PNG):
@@ -107,7 +107,7 @@ def without_metadata(data: bytes) -> bytes:
 
 
 def _bare_png(data: bytes) -> bytes:
-    """Critical chunks, and tRNS where it is whole."""
+    """Critical chunks, and tRNS if it is intact."""
     kept, offset = [_PNG], len(_PNG)
     while offset < len(data):
         length, kind = struct.unpack_from(">I4s", data, offset)
@@ -123,7 +123,7 @@ def _bare_png(data: bytes) -> bytes:
 
 
 def _bare_jpeg(data: bytes) -> bytes:
-    """All but the APPn and COM segments; Adobe's APP14 stays where it is whole, since it names the colour space."""
+    """All but the APPn and COM segments; Adobe's APP14 stays if it is intact, since it names the colour space."""
     kept, offset = [data[:2]], 2
     while data[offset] == 0xFF:
         marker = data[offset + 1]

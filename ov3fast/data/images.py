@@ -1,12 +1,12 @@
 """Image bytes -> one upright 8-bit image, with a named reason for every image that can't be used.
 
-Files (`ov3fast encode`) and shards (training, evaluation) are decoded here alike:
+Files (`ov3fast encode`) and shards (training, evaluation) are decoded alike:
 
-- The EXIF orientation is applied. Metadata that can't be parsed is ignored; the pixels count.
-- Palettes, grey, CMYK and YCbCr become RGB; with an alpha channel or a transparent colour the result is RGBA.
-- 16-bit samples keep their high byte (>> 8). 32-bit floats are read in the range 0 to 1; outside of it, and for 32-bit
-  integers, whose range no file states, the reason is "unsupported_depth".
-- Of an animation or a file of several pages, the first is taken.
+- The EXIF orientation is applied. Metadata that can't be parsed is ignored; only the pixels count.
+- Palette, grey, CMYK and YCbCr images become RGB; with an alpha channel or a transparent colour the result is RGBA.
+- 16-bit samples keep their high byte (>> 8). 32-bit floats must be in the range 0 to 1; others, and 32-bit
+  integers, whose range no file states, are rejected as "unsupported_depth".
+- An animation or a file with several pages is decoded to its first frame.
 - The size is checked before anything is decoded.
 """
 
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from PIL import Image
 
 DECODE_VERSION = 2
-"""Incremented whenever the same bytes decode to other pixels; caches of decoded images include it in their keys."""
+"""Incremented when the same bytes decode to different pixels; caches of decoded images include it in their keys."""
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".jfif", ".jpe", ".avif", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".jp2",
 )  # fmt: skip
 """Suffixes of image files, in lower case; in a sample with several, the first in this order is its image."""
 
-# Pillow's plugins for them. No others are tried, whatever the bytes are: its EPS plugin, for one, runs Ghostscript.
+# Pillow's plugins for them. No others are tried, whatever the bytes are: the EPS plugin, for example, runs Ghostscript.
 _PLUGINS = ("Jpeg", "Png", "WebP", "Avif", "Gif", "Bmp", "Tiff", "Mpo", "Ppm", "Jpeg2K")
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "MPO", "PPM", "JPEG2000")
 _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
@@ -53,9 +53,9 @@ class ImageError(ValueError):
 
 
 def decode_image(data: bytes, max_image_pixels: int = MAX_IMAGE_PIXELS, max_frames: int | None = None) -> Image.Image:
-    """An upright Pillow image of mode RGB, or RGBA where there is transparency; its `info` is empty.
+    """An upright Pillow image of mode RGB, or RGBA if there is transparency; its `info` is empty.
 
-    max_frames: of an animation or a file of several pages, where they are to be counted at all. Raises ImageError, whatever the
+    max_frames: the largest number of frames or pages; None: they aren't counted. Raises ImageError, and nothing else, whatever the
     bytes are.
     """
     if max_frames is not None and (found := frames(data, max_frames)) > max_frames:
@@ -66,7 +66,8 @@ def decode_image(data: bytes, max_image_pixels: int = MAX_IMAGE_PIXELS, max_fram
 def decode_reduced(
     data: bytes, shrink: Callable[[int, int], int], max_image_pixels: int = MAX_IMAGE_PIXELS
 ) -> Image.Image | Reduced:
-    """A JPEG at 1 / shrink(width, height) of its size, 1, 2, 4 or 8: a fraction of the work. What is no JPEG, or has to be turned, as decode_image."""
+    """A JPEG at 1 / shrink(width, height) of its size (1, 2, 4 or 8), which is much less work. Other files, and JPEGs that have to be
+    rotated, as by decode_image."""
     return _decoded(data, max_image_pixels, shrink)
 
 
@@ -84,7 +85,7 @@ def _decoded(data: bytes, max_image_pixels: int, shrink: Callable[[int, int], in
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """A loaded Pillow image of any mode -> what decode_image gives for its file. ImageError for a depth that can't be read."""
+    """A loaded Pillow image of any mode -> the result of decode_image for its file. ImageError for an unsupported depth."""
     method = orientation(image)
     return _turned(_eight_bit(image), method)
 
@@ -101,7 +102,7 @@ def _decode(data: bytes, max_image_pixels: int, shrink: Callable[[int, int], int
 
     try:
         with warnings.catch_warnings():
-            # Pillow's warnings name no file. Only its own: filters set in threads may outlive their block.
+            # Pillow's warnings name no file. Only Pillow's: filters set in threads may outlive their block.
             warnings.filterwarnings("ignore", module=r"PIL\.")
             image = Image.open(io.BytesIO(data), formats=_formats())
             if image.width * image.height > max_image_pixels:
@@ -153,12 +154,12 @@ def _named(error: Exception, data: bytes) -> ImageError:
     if "truncated" in text.lower() and "chunk" not in text:
         return ImageError("truncated_image", f"{type(error).__name__}: {text}")
     if "Decompressed data too large" in text:
-        return ImageError("too_large", f"its metadata unpacks to too much: {text}")
+        return ImageError("too_large", f"its metadata decompresses to too much data: {text}")
     if type(error).__name__ == "UnidentifiedImageError":
         if data[4:8] == b"ftyp" or data[:4] in (b"8BPS", b"%!PS"):
             brand = data[8:12] if data[4:8] == b"ftyp" else data[:4]
-            return ImageError("unsupported_format", f"Pillow reads no image of the kind {brand.decode('latin-1')!r} here")
-        text = "no image that Pillow can identify"  # Pillow names the address of a BytesIO
+            return ImageError("unsupported_format", f"this Pillow can't read images of type {brand.decode('latin-1')!r}")
+        text = "not an image that Pillow can identify"  # Pillow's message has the address of a BytesIO
     return ImageError("broken_image", f"{type(error).__name__}: {text}")
 
 
@@ -177,7 +178,9 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         samples = np.asarray(image)
         if not (samples >= 0).all() or not (samples <= 1).all():
-            raise ImageError("unsupported_depth", f"float samples from {samples.min():g} to {samples.max():g}; 0 to 1 is read")
+            raise ImageError(
+                "unsupported_depth", f"float samples from {samples.min():g} to {samples.max():g}; they must be 0 to 1"
+            )
         scaled = _black_is_zero(image, samples.astype(np.float64), 1.0) * 255
         return Image.fromarray(scaled.round().astype(np.uint8)).convert("RGB")
     if image.mode == "I":
@@ -193,12 +196,12 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _black_is_zero(image: Image.Image, samples: np.ndarray, white: float) -> np.ndarray:
-    """TIFF's WhiteIsZero undone, which Pillow does for up to 8 bits."""
+    """Undoes TIFF's WhiteIsZero, as Pillow does for up to 8 bits."""
     tags = getattr(image, "tag_v2", {})
     return white - samples if tags.get(262) == 0 else samples
 
 
 def _depth_over_8(image: Image.Image) -> int:
-    """How many bits beyond 8 the samples have: TIFF's 12-bit ones come unscaled."""
+    """How many bits beyond 8 the samples have: TIFF's 12-bit samples are not scaled to 16."""
     bits = getattr(image, "tag_v2", {}).get(258, (16,))
     return 4 if tuple(np.atleast_1d(bits)) == (12,) else 8

@@ -1,8 +1,8 @@
-"""One tar shard, its files grouped into samples: random access to sample i, up to where it was cut short.
+"""One tar shard, its files grouped into samples: random access to sample i, also in a truncated tar.
 
-A sample is what has one key: the path up to the first dot of the file name, as in webdataset. Its files need not be
-neighbours, since the whole tar is looked through when it is opened, unless it has been before: see tar_index. A local tar is
-memory-mapped, of one behind a URL the bytes of a sample are fetched when it is read.
+The files of a sample share a key: the path up to the first dot of the file name, as in webdataset. They need not be
+adjacent, since the whole tar is scanned when it is opened, unless it has an index: see tar_index. A local tar is
+memory-mapped; from a tar behind a URL, the bytes of a sample are fetched when it is read.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from ov3fast.data.tar_members import BLOCK, Contents, Member, read_contents
 from ov3fast.data.urls import Url
 
 GAP = 1 << 16
-"""Bytes between two files of a sample that are fetched along with them."""
+"""Unneeded bytes between the files of a sample that may be fetched with them in one request."""
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstandard", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """(key, suffix in lower case) of a member: "a/b.seg.PNG" -> ("a/b", ".seg.png"). None where either would be empty."""
+    """(key, suffix in lower case) of a member: "a/b.seg.PNG" -> ("a/b", ".seg.png"). None if either would be empty."""
     folder, slash, file = name.rpartition("/")
     stem, dot, suffix = file.partition(".")
     return (folder + slash + stem, dot + suffix.lower()) if stem and suffix else None
 
 
 class OpenShard:
-    """A tar; any file can be opened, and what is wrong with it is noted. local: a copy of what lies behind a URL. use_index=False looks
-    through it even where it has an index.
+    """A tar. Opening never fails for bad content; what is wrong with it is recorded. local: a local copy of a tar behind a URL.
+    use_index=False scans it even if it has an index.
 
     samples: (key, {suffix: member}) in the order of their first members.
-    cut: where the tar was cut short, None if it is whole; lost: samples known to be lost to the cut.
+    cut: where the tar was truncated, None if it is complete; lost: samples known to be lost to the truncation.
     left_out: members that belong to no sample, by reason (see tar_members.Contents; name_without_suffix, duplicate_member).
-    problem: the reason's name and details where nothing can be read, else None.
-    captions: what `join_captions` left beside the tar, key -> {name: text}.
+    problem: the reason's name and details if nothing can be read, else None.
+    captions: those that `join_captions` wrote beside the tar, key -> {name: text}.
     """
 
     def __init__(self, path: Path | Url, size: int | None = None, local: Path | None = None, use_index: bool = True):
@@ -78,7 +78,7 @@ class OpenShard:
         return self._data[member.start : member.start + member.size]
 
     def reader(self, files: dict[str, Member]) -> Callable[[Member], bytes]:
-        """`content` for files of one sample that are all wanted: behind a URL they come with one request."""
+        """`content` for a set of one sample's files, which are fetched from a URL with one request."""
         if not isinstance(self._data, _Remote):
             return self.content
         start, end = min(m.start for m in files.values()), max(m.start + m.size for m in files.values())
@@ -97,8 +97,8 @@ class OpenShard:
         head = bytes(self._data[:6])
         kind = next((kind for magic, kind in _COMPRESSED.items() if head.startswith(magic)), None)
         if kind:
-            return f"compressed_tar: it is compressed by {kind}; unpack it, since samples are read at random"
-        return "no_tar: it is no tar file or was cut at its start"
+            return f"compressed_tar: it is compressed with {kind}; decompress it, since samples need random access"
+        return "no_tar: it is not a tar file, or was truncated at its start"
 
     def _group(self, contents: Contents) -> dict[str, dict[str, Member]]:
         samples: dict[str, dict[str, Member]] = {}
@@ -114,7 +114,7 @@ class OpenShard:
         return samples
 
     def _drop_cut_sample(self, samples: dict[str, dict[str, Member]]) -> None:
-        """A sample that the truncation hit counts as lost, not as one without a caption."""
+        """The sample at the truncation counts as lost, not as a sample without a caption."""
         if self.cut is None:
             return
         split = split_name(self.cut)
@@ -142,7 +142,7 @@ class _Remote:
 
 
 class _Pieces:
-    """The same for one who walks through the headers: what is asked for comes out of larger pieces."""
+    """The same for scanning headers: small reads are served from larger pieces."""
 
     PIECE = 1 << 20
 
@@ -171,7 +171,7 @@ def _joined(path: Path | Url) -> dict:
     try:
         joined = json.loads(content.decode("utf-8"))
         if not isinstance(joined, dict) or not all(isinstance(captions, dict) for captions in joined.values()):
-            raise ValueError("it is no object of objects")
+            raise ValueError("it is not an object of objects")
     except ValueError as error:
         raise DataError(f"captions: {file} can't be read ({error}); join the captions again, or delete it") from None
     return joined

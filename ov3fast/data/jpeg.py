@@ -1,8 +1,7 @@
-"""JPEGs through simplejpeg where it is installed: Pillow's pixels in about two thirds of its time, at full size or at a half, a quarter or an
-eighth of it.
+"""Decodes JPEGs with simplejpeg if it is installed: Pillow's pixels in about two thirds of its time, at full size or at 1/2, 1/4 or 1/8 of it.
 
-Both wrap libjpeg-turbo, whose builds may round differently, so it is taken only where it gives Pillow's bits on a probe; and what it
-doesn't read without a complaint is left to Pillow.
+Both wrap libjpeg-turbo, whose builds may round differently, so simplejpeg is used only if it reproduces Pillow's bits on a probe; files
+that it complains about are left to Pillow.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ if TYPE_CHECKING:
     from PIL import Image
 
 REDUCTIONS = (1, 2, 4, 8)
-"""What a JPEG can be decoded smaller by: its 8 x 8 blocks become 4 x 4, 2 x 2 or single pixels, each the mean of those it stands for, about."""
+"""Factors by which a JPEG can be decoded smaller: its 8 x 8 blocks become 4 x 4, 2 x 2 or single pixels, each roughly a mean."""
 
 
 @dataclass
 class Reduced:
-    """A JPEG that was decoded at 1 / reduction of its size, as far as the loader needs a Pillow image of it."""
+    """A JPEG decoded at 1 / reduction of its size, with what the loader uses of a Pillow image."""
 
     pixels: np.ndarray
     """uint8 [H, W, 3]; the sides are rounded up."""
@@ -32,7 +31,7 @@ class Reduced:
     """(width, height) of the file."""
     reduction: int
     variant: int | None = None
-    """Of the sample, whose crop it was decoded for."""
+    """The sample's variant, for whose crop it was decoded."""
     mode = "RGB"
 
     @property
@@ -41,9 +40,9 @@ class Reduced:
 
 
 def pixels(data: bytes, size: tuple[int, int] = (0, 0)) -> np.ndarray | None:
-    """uint8 [H, W, 3] of a JPEG with three channels; None where simplejpeg is missing or has anything against the file.
+    """uint8 [H, W, 3] of a JPEG with three channels; None if simplejpeg is missing or rejects the file.
 
-    size: the smallest (width, height) that is wanted; (0, 0): the file's own.
+    size: the smallest acceptable (width, height); (0, 0): the file's own.
     """
     decode = decoder()
     if decode is None:
@@ -62,7 +61,7 @@ def draft(image: Image.Image, reduction: int) -> None:
 
 @lru_cache
 def decoder() -> Callable[[bytes, tuple[int, int]], np.ndarray] | None:
-    """simplejpeg's decoder, if it is installed and agrees with Pillow here."""
+    """simplejpeg's decoder, if it is installed and agrees with Pillow on this machine."""
     try:
         import simplejpeg
     except ImportError:

@@ -5,8 +5,8 @@
       0000000000.safetensors       samples 0, 1, ...: moments [n, V, 2C, h, w], image [n, 32] (sha256 of the image files)
       0000002048.safetensors       the next ones
 
-Samples are numbered as in the run, source after source. A part is written whole or not at all and parts are dealt to processes, so
-that any number of them may encode, stop and go on. Unusable samples are recorded with the reason, so the loader draws the same
+Samples are numbered as in the run, source after source. Parts are written atomically and dealt to processes, so any number of
+processes may encode, be stopped and resume. Unusable samples are recorded with the reason, so the loader draws the same
 substitutes as with images.
 
 Legend: V variants (crops) of a sample, C latent channels, h x w the latents' size.
@@ -41,11 +41,11 @@ PART_BYTES = 2**28
 """About the size of a part."""
 MAX_OPEN_PARTS = 64
 _RANDOM = ("seed", "min_area")
-"""Facts that count only where a crop is random."""
+"""Facts that matter only if crops are random."""
 
 
 def facts(config: DataConfig, store: SampleStore, image_size: int, **vae: Any) -> dict[str, Any]:
-    """Everything that the moments depend on, by the names of the recipe's fields.
+    """Everything that the moments depend on, named as the recipe's fields.
 
     vae: vae (hash of its weights), vae_dtype, vae_batch, latent_convention, shape [2C, h, w].
     """
@@ -66,9 +66,9 @@ def facts(config: DataConfig, store: SampleStore, image_size: int, **vae: Any) -
 
 
 class LatentShards:
-    """Moments by sample and variant, read from the parts that lie in `folder`/`image_size`.
+    """Moments by sample and variant, read from the parts in `folder`/`image_size`.
 
-    Raises FileNotFoundError where there is no cache of that size; ValueError, with the number that is missing, where it is not whole.
+    Raises FileNotFoundError if there is no cache of that size; ValueError, with the number of missing parts, if it is incomplete.
     """
 
     def __init__(self, folder: str | Path, image_size: int):
@@ -77,7 +77,7 @@ class LatentShards:
         if not (self.folder / CACHE).is_file():
             sizes = sorted(int(path.parent.name) for path in root.glob(f"*/{CACHE}") if path.parent.name.isdecimal())
             has = f"{root} holds {', '.join(map(str, sizes))} px" if sizes else f"there is no cache in {root}"
-            raise FileNotFoundError(f"latents: {has}, and {image_size} px are asked for; see `ov3fast data encode --help`")
+            raise FileNotFoundError(f"latents: {has}, but {image_size} px are needed; see `ov3fast data encode --help`")
         described = json.loads((self.folder / CACHE).read_text(encoding="utf-8"))
         self.facts: dict[str, Any] = described["facts"]
         self.part: int = described["part"]
@@ -86,7 +86,7 @@ class LatentShards:
         missing = [start for start in parts if not _path(self.folder, start).is_file()]
         if missing:
             raise ValueError(
-                f"latents: {len(missing)} of {len(parts)} parts of {self.folder} are missing; give the same `ov3fast data encode` again"
+                f"latents: {len(missing)} of {len(parts)} parts of {self.folder} are missing; run the same `ov3fast data encode` again"
             )
         self._open: OrderedDict[int, _Part] = OrderedDict()
 
@@ -94,10 +94,10 @@ class LatentShards:
         return {**self.__dict__, "_open": OrderedDict()}
 
     def check(self, wanted: dict[str, Any]) -> None:
-        """ValueError that names the first fact in which a run (its `facts`) differs from the cache."""
+        """Raises ValueError naming the first fact in which a run (its `facts`) differs from the cache."""
         if not wanted["variants"] or wanted["variants"] > self.facts["variants"]:
             raise ValueError(
-                f"latents: {self.folder} holds {self.facts['variants']} variants of a sample, data.variants is {wanted['variants']}; "
+                f"latents: {self.folder} holds {self.facts['variants']} variants per sample, but data.variants is {wanted['variants']}; "
                 f"set data.variants to {self.facts['variants']} or less, or encode more"
             )
         for name in dict.fromkeys([*wanted, *self.facts]):
@@ -110,17 +110,17 @@ class LatentShards:
                 raise ValueError(f"latents: {self.folder} was encoded from {what}; encode the run's sources, in their order")
             raise ValueError(
                 f"latents: {self.folder} was encoded with {name} {_short(theirs)}, the run has {_short(own)}; "
-                "encode again with the run's, or change the run"
+                "encode again with the run's value, or change the run"
             )
 
     def skip(self, index: int) -> Skip | None:
-        """Why a sample has no moments; None: it has."""
+        """Why a sample has no moments; None if it has them."""
         return self._at(index).skips.get(index)
 
     def __call__(self, index: np.ndarray, variant: np.ndarray, keys: Sequence[str]) -> Tensor:
         """index, variant int64 [m] and the samples' keys -> [m, 2C, h, w] in the VAE's dtype.
 
-        DataError where a key is not the one that was encoded: the shards have changed since.
+        DataError if a key is not the one that was encoded: the shards have changed since.
         """
         rows = torch.empty(len(index), *self.facts["shape"], dtype=_dtype(self.facts))
         for row, i, v, key in zip(rows, index.tolist(), variant.tolist(), keys, strict=True):
@@ -135,7 +135,7 @@ class LatentShards:
         return rows
 
     def image_hash(self, index: int) -> bytes:
-        """sha256 of the image file that was encoded."""
+        """sha256 of the encoded image file."""
         part = self._at(index)
         return part.file.get_slice("image")[index - part.start : index - part.start + 1].numpy().tobytes()
 
@@ -160,7 +160,7 @@ class _Part:
             self.file = safe_open(str(path), "pt")
         except (SafetensorError, OSError) as error:
             raise DataError(
-                f"latents: {path} can't be read ({error}); delete it and give the same `ov3fast data encode` again"
+                f"latents: {path} can't be read ({error}); delete it and run the same `ov3fast data encode` again"
             ) from None
         samples = json.loads(self.file.metadata()["samples"])
         self.keys: list[str] = samples["keys"]
@@ -184,15 +184,15 @@ def write_latents(
     part: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Encodes the parts that are this process's and not there yet; returns the number of samples encoded now.
+    """Encodes this process's missing parts; returns the number of samples encoded now.
 
-    encode(images [vae_batch, 3, S, S] in [-1, 1]) -> moments [vae_batch, 2C, h, w]: it is called with full batches only, the last one
-    padded, so that an image's bits don't depend on how many there are. vae: as in `facts`. workers: threads that decode and crop
-    ahead. part: samples of a part; None: about PART_BYTES. progress(samples done, of). ValueError where the folder holds a cache of
+    encode(images [vae_batch, 3, S, S] in [-1, 1]) -> moments [vae_batch, 2C, h, w]: called with full batches only, the last one
+    padded, so that an image's bits don't depend on the number of images. vae: as in `facts`. workers: threads that decode and crop
+    ahead. part: samples per part; None: about PART_BYTES. progress(samples done, total). ValueError if the folder holds a cache of
     something else.
     """
     if not config.variants:
-        raise ValueError("variants: give the number of crops of a sample that are kept")
+        raise ValueError("variants: set the number of crops to keep of each sample")
     store = SampleStore(plain(config))
     target = Path(folder).expanduser() / str(image_size)
     sample_bytes = config.variants * int(np.prod(vae["shape"])) * _dtype(vae).itemsize
@@ -222,7 +222,7 @@ def write_latents(
 
 
 def plain(config: DataConfig) -> DataConfig:
-    """The same samples under the same numbers, drawn one by one: what is grouped, paired or mixed doesn't matter to the VAE."""
+    """The same samples under the same numbers, drawn one by one: grouping, pairing and mixing don't matter to the VAE."""
     sources = (dataclasses.replace(source, fraction=1.0, group_by=None, views=1, paired=False) for source in config.sources)
     return dataclasses.replace(config, sources=tuple(sources), cache_images=False)
 
@@ -234,7 +234,7 @@ class _Read:
     index: int
     key: str
     image: bytes
-    """sha256 of the file; zeros where there is none."""
+    """sha256 of the file; zeros if there is none."""
     pixels: Tensor | None
     """[V, 3, S, S]; None for a sample to skip."""
     skip: Skip | None = None
@@ -256,7 +256,7 @@ def _read(loader: Loader, index: int) -> _Read:
         return _Read(index, key, digest, None, Skip(index, key, error.reason, str(error)))
     except SampleError as error:
         return _Read(index, error.skip.key, digest, None, error.skip._replace(index=index))
-    if len(variants) == 1 or len(pictures) == 1:  # it is that of all variants
+    if len(variants) == 1 or len(pictures) == 1:  # decoded in full: one image serves all variants
         return _Read(index, key, digest, loader.crops(np.full(len(variants), index), np.array(variants), {index: pictures[0]}))
     for variant, picture in zip(variants, pictures, strict=True):
         if isinstance(picture, Reduced):
@@ -266,7 +266,7 @@ def _read(loader: Loader, index: int) -> _Read:
 
 
 def _ahead(pool: ThreadPoolExecutor, read: Callable[[int], _Read], indices: Iterable[int], depth: int) -> Iterator[_Read]:
-    """read(i) in order, `depth` of them under way."""
+    """read(i) in order, up to `depth` of them in flight."""
     pending: deque[Future[_Read]] = deque()
     for index in indices:
         pending.append(pool.submit(read, index))
@@ -312,14 +312,14 @@ def _encode_part(
         progress(row + 1)
     if waiting:
         flush()
-    # One entry: safetensors writes several in no fixed order, and the same cache shall be the same bytes.
+    # One entry: safetensors writes several in no fixed order, and equal caches should be equal bytes.
     return {"moments": moments, "image": torch.from_numpy(image)}, {"samples": json.dumps({"keys": keys, "skips": skips})}
 
 
 def in_full_batches(encode: Callable[[Tensor], Tensor], images: Tensor, batch: int | None) -> Tensor:
-    """encode(images) in calls of `batch` images each, the last one padded with zeros; None: in one call of all.
+    """encode(images) in calls of `batch` images each, the last one padded with zeros; None: all in one call.
 
-    With one shape, and so one algorithm, for every call, an image's result is the same bits whatever its neighbours.
+    Every call has the same shape, and so uses the same algorithm: an image's result has the same bits whatever its neighbours.
     """
     if batch is None:
         return encode(images)
@@ -338,14 +338,14 @@ def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
 
 
 def _describe(target: Path, wanted: dict[str, Any], part: int) -> int:
-    """Writes cache.json, or checks the one that is there; returns the samples of a part, which the first process decides."""
+    """Writes cache.json, or checks the existing one; returns the number of samples per part, which the first process decides."""
     if (target / CACHE).is_file():
         described = json.loads((target / CACHE).read_text(encoding="utf-8"))
         for name in dict.fromkeys([*wanted, *described["facts"]]):
             theirs, own = described["facts"].get(name), wanted.get(name)
             if theirs != own:
                 raise ValueError(
-                    f"latents: {target} holds a cache with {name} {_short(theirs)}, this one has {_short(own)}; give another folder"
+                    f"latents: {target} holds a cache with {name} {_short(theirs)}, this one has {_short(own)}; name another folder"
                 )
         return described["part"]
     with atomic_write(target / CACHE) as temporary:

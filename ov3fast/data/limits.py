@@ -1,4 +1,4 @@
 """Limits that several files share."""
 
 MAX_IMAGE_PIXELS = 64 * 1024 * 1024
-"""Images with more pixels are skipped without being decoded, unless a caller sets another limit."""
+"""Images with more pixels are skipped without being decoded; callers may set another limit."""

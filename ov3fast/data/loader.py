@@ -3,9 +3,9 @@
     loader = Loader(config, image_size=64, batch_size=288)
     for batch in loader.batches(start=step): ...
 
-Each source walks its own epochs: unit (sample or concept) number `cursor` comes from `Order`, and a batch takes an exact
-share of every source. A rank takes its slice of the global batch, so ranks and workers may change between runs. Crops,
-backgrounds and captions are functions of (seed, sample, variant), where the variant counts the passes over a sample.
+Each source goes through its own epochs: `Order` gives its unit (sample or concept) number `cursor`, and a batch takes an exact
+share of every source. A rank takes its slice of the global batch, so the numbers of ranks and workers may change between runs. Crops,
+backgrounds and captions are functions of (seed, sample, variant); the variant counts the passes over a sample.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Batch:
 
     step: int
     images: Tensor | None
-    """float32 [M, 3, S, S] in [-1, 1]; None if pixels were not asked for."""
+    """float32 [M, 3, S, S] in [-1, 1]; None if pixels were not requested."""
     index: Tensor
     """int64 [M], global sample numbers."""
     variant: Tensor
-    """int64 [M], which augmentation of the sample."""
+    """int64 [M], the augmentation of the sample."""
     keys: list[str]
     """M sample keys."""
     text: list[str]
@@ -55,7 +55,7 @@ class Batch:
     pairs: Tensor
     """int64 [V, P]: the row of view v of text p."""
     captions: list[str]
-    """M texts for the captioner, "" for images without text."""
+    """M texts for the captioner; "" for images without text."""
     planned: np.ndarray
     """int64: the units of all ranks in order, before substitutes; feed it to `order_hash`."""
     cursors: tuple[int, ...]
@@ -63,11 +63,11 @@ class Batch:
     skips: tuple[Skip, ...] = field(default=())
     """Samples found unusable while this batch was made."""
     moments: Tensor | None = None
-    """[M, 2C, h, w] in the VAE's dtype, where the loader has `latents`."""
+    """[M, 2C, h, w] in the VAE's dtype, if the loader has `latents`."""
 
 
 class Latents(Protocol):
-    """Moments of the VAE by sample and variant: latent_shards.LatentShards."""
+    """The VAE's moments by sample and variant: latent_shards.LatentShards."""
 
     def skip(self, index: int) -> Skip | None: ...
 
@@ -78,8 +78,8 @@ class Loader:
     """Batches of one stage; see the module's docstring.
 
     data: a DataConfig, or a SampleStore to share between stages. batch_size: images over all ranks. cursors: units already drawn
-    from each source (`cursors` of the last batch of the stage before). train=False: centre crops on white.
-    Raises ValueError where the batch can't be divided over sources, views and ranks; DataError for unusable data.
+    from each source (`cursors` of the previous stage's last batch). train=False: centre crops on white.
+    Raises ValueError if the batch can't be divided over sources, views and ranks; DataError for unusable data.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Loader:
             self.units = mixing.units_per_step(self.sources, batch_size, world)
         else:
             mixing.check_stream(self.sources, batch_size, world)
-            mixing.drawn(0, self.weights)  # a schedule that has to be walked is so once, and not in every worker
+            mixing.drawn(0, self.weights)  # caches the schedule before worker processes inherit it
         self.start = tuple(cursors) if cursors is not None else (0,) * len(self.sources)
         if len(self.start) != len(self.sources):
             raise ValueError(f"cursors: got {len(self.start)} of them; there are {len(self.sources)} sources")
@@ -114,7 +114,7 @@ class Loader:
         self.crops = Crops(self.store, image_size, train, self._threads)
         self._asked_for: dict[tuple[int, int], None] = {}
         self.latents: Latents | None = None
-        """Where set, every batch has its moments, and a sample that they lack is skipped."""
+        """If set, every batch has moments, and samples without them are skipped."""
         self.skips = SkipCounter(self.store.n, self.config.skip_budget)
         if self.store.uncounted:
             self.skips.note("truncated_tar", self.store.uncounted)
@@ -127,7 +127,7 @@ class Loader:
         return self.store.n
 
     def usable(self) -> np.ndarray:
-        """int64: the global numbers of all samples that can be used (with `cache_images`)."""
+        """int64: the global numbers of all usable samples (with `cache_images`)."""
         return self.store.usable()
 
     def cursors(self, step: int) -> tuple[int, ...]:
@@ -135,7 +135,7 @@ class Loader:
         return tuple(start + count for start, count in zip(self.start, self._drawn_before(step, 0, 1), strict=True))
 
     def _drawn_before(self, step: int, rank: int, world: int) -> list[int]:
-        """Units that this loader draws from each source before the share of `rank` among `world` in a step."""
+        """Units drawn from each source before `rank`'s share of a step, among `world` ranks."""
         if self.config.mixing == "stream":
             return mixing.drawn(step * self.batch_size + rank * self.batch_size // world, self.weights)
         return [step * units + rank * units // world for units in self.units]
@@ -147,7 +147,7 @@ class Loader:
     # ---- batches ----
 
     def batches(self, start: int = 0, stop: int | None = None, pixels: bool = True) -> Iterator[Batch]:
-        """Batches of steps start, start + 1, ...; made ahead by `config.workers` processes. Counts and limits the skips."""
+        """Batches of steps start, start + 1, ..., prefetched by `config.workers` processes. Counts skips and enforces their budget."""
         steps = range(start, sys.maxsize if stop is None else stop)
         if self.config.workers == 0:
             made = (self.batch(step, pixels) for step in steps)
@@ -162,9 +162,11 @@ class Loader:
             yield batch
 
     def batch(self, step: int, pixels: bool = True) -> Batch:
-        """The batch of a step. pixels=False leaves the images out (with `cache_images` or `latents`, so that skips are known)."""
+        """The batch of a step. pixels=False leaves the images out (with `cache_images` or `latents`, which know the skips)."""
         if not pixels and not self.config.cache_images and self.latents is None:
-            raise ValueError("pixels: False needs data.cache_images or latents, else broken images would be found too late")
+            raise ValueError(
+                "pixels: False needs data.cache_images or latents; otherwise broken images would be found too late"
+            )
         skips: dict[int, Skip] = {}
         images: dict[int, object] = {}  # decoded in this batch, by global number
         index: list[int] = []
@@ -214,7 +216,7 @@ class Loader:
         )
 
     def _draw(self, k: int, positions: np.ndarray, units: np.ndarray, pixels: bool, images: dict, skips: dict) -> list[_Drawn]:
-        """Choose `views` samples of every unit; a unit without a usable sample is replaced by one derived from its position."""
+        """Choose `views` samples of every unit; a unit without a usable sample is replaced by one chosen by its position."""
         source, seed = self.sources[k], self.config.seed
         epochs = positions // source.units
         members = self._members(k, units, epochs)
@@ -249,8 +251,8 @@ class Loader:
         return [part.tolist() for part in np.split(flat, np.cumsum(lengths)[:-1])]
 
     def _read_many(self, indices: list[int], epochs: np.ndarray, pixels: bool) -> dict[int, Any]:
-        """Global number -> (image, sample), or the SampleError; in threads, where the config has some. epochs: of as many units as there
-        are indices, where a unit has one sample."""
+        """Global number -> (image, sample), or the SampleError; {} unless the config asks for threads. epochs: one per unit, and so one
+        per index if a unit is one sample."""
         if self.config.threads == 1 or self.config.cache_images:
             return {}
         one_each = len(epochs) == len(indices)
@@ -268,7 +270,7 @@ class Loader:
         return dict(zip(first, self._threads.map(read, list(first.items())), strict=True))
 
     def _read_ahead(self, step: int) -> None:
-        """Sets out to bring the tars of a later step into the cache."""
+        """Starts fetching a later step's tars into the cache."""
         ahead, sources = self.config.read_ahead, [k for k, source in enumerate(self.sources) if source.fetches]
         if not ahead or not sources:
             return
@@ -291,7 +293,7 @@ class Loader:
     def _usable(
         self, members: list[int], views: int, epoch: int, pixels: bool, images: dict, skips: dict, ready: dict[int, Any]
     ) -> list[tuple[int, Sample]]:
-        """The first `views` of the samples that can be read; the others are noted in `skips`."""
+        """The first `views` samples that can be read; the others are recorded in `skips`."""
         found: list[tuple[int, Sample]] = []
         for index in members:
             if self.latents is not None and (skip := self.latents.skip(index)) is not None:
@@ -316,7 +318,7 @@ class Loader:
         return found
 
     def _drawn(self, source: Source, epoch: int, u: float, found: list[tuple[int, Sample]]) -> _Drawn:
-        """Rows of a unit: its samples, repeated with another variant where there are fewer than `views`; text and captions."""
+        """A unit's rows: its samples, repeated as other variants if there are fewer than `views`; text and captions."""
         views, repeats = source.config.views, -(-source.config.views // len(found))
         variants = [epoch * repeats + view // len(found) for view in range(views)]
         if self.config.variants is not None:
@@ -338,7 +340,7 @@ class Loader:
 
 @dataclass
 class _Drawn:
-    """One unit's rows of a batch, `views` of them."""
+    """One unit's `views` rows of a batch."""
 
     index: tuple[int, ...]
     variant: list[int]
@@ -358,7 +360,7 @@ class _Steps(torch.utils.data.Dataset):
 
 
 def _ignore_signals(worker: int) -> None:
-    """A signal to the whole process group (Ctrl-C, `timeout`, schedulers) is the run's to answer: it saves and ends its workers."""
+    """Leaves signals sent to the whole process group (Ctrl-C, `timeout`, schedulers) to the run, which saves and ends its workers."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from ov3fast.data.store import Source
 
 LONGEST_PERIOD = 10**6
-"""Of the schedules that are walked once and kept: fractions of six decimals that add up to 1 have it. It takes about 2 s and 4 MB."""
+"""Longest schedule that is computed once and kept, in about 2 s and 4 MB; fractions of six decimals that add up to 1 need it."""
 
 _Tree = int | tuple["_Tree", "_Tree"]
 
 
 def weights(fractions: Sequence[float]) -> list[int]:
-    """The fractions, as they are written in decimal, as whole numbers in the same ratio."""
+    """The fractions, as written in decimal, as integers in the same ratio."""
     exact = [Fraction(str(fraction)) for fraction in fractions]
     scale = math.lcm(*(fraction.denominator for fraction in exact))
     whole = [int(fraction * scale) for fraction in exact]
@@ -65,8 +65,8 @@ def units_per_step(sources: list[Source], batch_size: int, world: int) -> list[i
 def drawn(count: int, weight: Sequence[int]) -> list[int]:
     """How many of the first `count` samples of the stream come from each source; they add up to `count`.
 
-    Each grows by 0 or 1 with every further sample and is less than one sample from its share, weight / sum(weight) * count; for five
-    sources or more whose weights add up to over LONGEST_PERIOD, less than 1.7 samples.
+    Each grows by 0 or 1 with every sample and stays within one sample of its share, weight / sum(weight) * count; within 1.7
+    samples for five or more sources whose weights add up to more than LONGEST_PERIOD.
     """
     weight = tuple(weight)
     if len(weight) <= 4 or sum(weight) > LONGEST_PERIOD:
@@ -79,8 +79,8 @@ def drawn(count: int, weight: Sequence[int]) -> list[int]:
 def _schedule(weight: tuple[int, ...]) -> list[array[int]]:
     """The slots of each source, ascending, in one period of sum(weight) slots: Tijdeman, "The chairman assignment problem" (1980).
 
-    No prefix is further than 1 - 1 / (2k - 2) from the share of any of k sources. A source's sample with the number n must be drawn
-    between the first slot where it is not too early for that, and the last where it is not too late; the earliest deadline is served.
+    No prefix deviates by more than 1 - 1 / (2k - 2) from the share of any of k sources. That bound gives a source's n-th sample
+    a release and a deadline; each slot goes to the released sample with the earliest deadline.
     """
     period, parts = sum(weight), 2 * len(weight) - 2
 
@@ -105,11 +105,11 @@ def _schedule(weight: tuple[int, ...]) -> list[array[int]]:
 
 
 def _halved(count: int, weight: tuple[int, ...]) -> list[int]:
-    """The same by rounding alone: at each node of a binary tree of the sources, the samples are shared between its two branches.
+    """The same by rounding alone: each node of a binary tree over the sources splits its samples between its two branches.
 
-    Rounding costs half a sample at each node, and a branch takes its share of the error above it. So a source of weight w is at most
-    (1 + sum of w / a) / 2 from its share, over the weights `a` of the nodes above it but the root. One such node (four sources) makes
-    less than 1. In a Huffman tree these nodes weigh at least w, 2w, 3w, 5w, 8w and so on, which makes less than 1.7.
+    Rounding costs half a sample at each node, and a branch inherits its share of the error above it. So a source of weight w is at most
+    (1 + sum of w / a) / 2 from its share, summed over the weights `a` of the nodes above it except the root. One such node (four sources)
+    gives less than 1. In a Huffman tree these nodes weigh at least w, 2w, 3w, 5w, 8w and so on, which gives less than 1.7.
     """
     counts = [0] * len(weight)
 
@@ -128,7 +128,7 @@ def _halved(count: int, weight: tuple[int, ...]) -> list[int]:
 
 @functools.lru_cache(8)
 def _tree(weight: tuple[int, ...]) -> _Tree:
-    """Huffman's tree, but that its last four branches are paired; a leaf is a source's number."""
+    """A Huffman tree, except that its last four branches are paired; a leaf is a source's number."""
     heap: list[tuple[int, int, _Tree]] = [(own, source, source) for source, own in enumerate(weight)]
     heapq.heapify(heap)
     made = len(weight)  # breaks ties, before trees would be compared

@@ -1,8 +1,8 @@
 """Which sample comes at which position: a permutation per epoch that is computed, never stored or shuffled.
 
 `Order(lengths, seed)` maps a global position t = 0, 1, 2, ... to a sample: epoch t // n, place t % n, and within an epoch
-every sample comes exactly once. Any position costs the same, so a resumed run starts anywhere without a replay, and the
-sequence does not depend on workers, ranks or batch sizes.
+every sample comes exactly once. Every position costs the same, so a run can resume anywhere without a replay, and the
+sequence doesn't depend on workers, ranks or batch sizes.
 
 The permutation is a Feistel network on the smallest power of four that holds n, cycle-walked until the result is below n
 (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
@@ -21,7 +21,7 @@ ROUNDS = 8
 
 
 def permute(index: np.ndarray, n: int, seed: int, *counters: int) -> np.ndarray:
-    """The images of `index` (int64, values in [0, n)) under the pseudo-random permutation of range(n) named by the rest."""
+    """Applies the pseudo-random permutation of range(n) given by seed and counters to `index` (int64, values in [0, n))."""
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
     x = np.asarray(index, np.int64).astype(np.uint64)
@@ -38,9 +38,9 @@ def permute(index: np.ndarray, n: int, seed: int, *counters: int) -> np.ndarray:
 class Order:
     """Positions -> sample numbers, epoch after epoch.
 
-    lengths: the number of samples of each shard (or one number). seed: names the permutations.
-    window: how many shards are mixed at a time: 0 mixes all samples; w > 0 permutes the shards and then the samples of w
-    consecutive shards together, so that few shards are open at once (for sets too large for random access everywhere).
+    lengths: the number of samples in each shard (or one number). seed: determines the permutations.
+    window: how many shards are shuffled together: 0 shuffles all samples; w > 0 permutes the shards and then the samples of w
+    consecutive shards together, so that few shards are open at a time (for sets too large for random access everywhere).
     """
 
     def __init__(self, lengths: int | Iterable[int], seed: int = 0, window: int = 0):
@@ -48,7 +48,7 @@ class Order:
         self.n, self.seed = int(self.lengths.sum()), seed
         self.window = window if 0 < window < len(self.lengths) else 0
         if self.n == 0:
-            raise ValueError("lengths: there is no sample to order; check the shards")
+            raise ValueError("lengths: there are no samples to order; check the shards")
         self._first = np.concatenate([[0], np.cumsum(self.lengths)])  # where each shard's samples start in the set
         self._shards: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 

@@ -1,9 +1,9 @@
-"""Whatever holds an image -> the tensor that the model takes.
+"""Images in any form -> the tensor that the model takes.
 
     preprocess("photo.jpg")                                # [1, 3, 256, 256] in [-1, 1]
     preprocess([pillow_image, "photo.jpg", array_HWC], 224)   # [3, 3, 224, 224]
 
-On white, upright, the shorter side resized (bicubic, antialias), the centre cropped: what `ov3fast encode` and the evaluation do.
+Turned upright, placed on white, the shorter side resized (bicubic, antialiased), centre-cropped: as `ov3fast encode` and evaluation do.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ TAKES = (
     "a Pillow image, a path, a uint8 array [H, W, 3], a uint8 tensor [3, H, W], a float tensor in [-1, 1], or a list of these"
 )
 ROUNDING = 1e-3
-"""How far beyond [-1, 1] a float image may lie: bicubic resizing in bfloat16, say."""
+"""How far outside [-1, 1] a float image may be, for example after bicubic resizing in bfloat16."""
 OVERSHOOT = 16.0
-"""What `as_images` takes for 0..255."""
+"""Values above this mean 0..255 to `as_images`."""
 
 
 def preprocess(
@@ -44,8 +44,8 @@ def preprocess(
     """Images -> float32 [B, 3, image_size, image_size] in [-1, 1].
 
     images: one of, or a list of: a Pillow image; a path; a numpy array uint8 [H, W], [H, W, 1, 3 or 4] or a batch [B, H, W, C]; a
-    torch tensor uint8 [1, 3 or 4, H, W] or a batch of such. A float tensor [3, H, W] or [B, 3, H, W] counts as prepared: it must lie in
-    [-1, 1] and is not resized, so that alone it may have any size. FileNotFoundError, TypeError for what is no image, ValueError
+    torch tensor uint8 [1, 3 or 4, H, W] or a batch of such. A float tensor [3, H, W] or [B, 3, H, W] counts as prepared: it must be in
+    [-1, 1] and is not resized, so on its own it may have any size. FileNotFoundError, TypeError for other types, ValueError
     for a wrong shape or range, data.images.ImageError (a ValueError) for a file that can't be decoded.
     """
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
@@ -60,10 +60,10 @@ def preprocess(
 
 
 def as_images(images: ImageLike | Sequence[ImageLike], image_size: int) -> Tensor:
-    """What a model's `encode` was given -> float images [B, 3, H, W]: a float tensor as it is, all else through `preprocess`.
+    """The argument of a model's `encode` -> float images [B, 3, H, W]: a float tensor unchanged, anything else through `preprocess`.
 
-    ValueError for floats in 0..255. Only a tensor on the CPU is looked at (a GPU's would have to be waited for), and overshoot passes:
-    noise and resampling reach beyond [-1, 1], an 8-bit image far beyond.
+    ValueError for floats in 0..255. Only tensors on the CPU are checked (a GPU tensor would force a synchronization), with tolerance:
+    noise and resampling slightly exceed [-1, 1], an 8-bit image far exceeds it.
     """
     if not isinstance(images, Tensor) or images.dtype == torch.uint8:
         return preprocess(images, image_size)
@@ -83,15 +83,14 @@ def square(image: Image.Image, size: int, interpolation: str = "bicubic") -> Ten
 
 
 def square_pixels(image: Image.Image, size: int, interpolation: str = "bicubic") -> np.ndarray:
-    """What `square` makes a tensor of: uint8 [size, size, 3], or 4 for an image with alpha, whose colours are premultiplied."""
+    """The pixels from which `square` makes a tensor: uint8 [size, size, 3], or 4 for an image with alpha, whose colours are premultiplied."""
     side = min(image.size)
-    left, top = ((length - side) / 2 for length in image.size)  # transforms.center_boxes of one image, at a tenth of its time
+    left, top = ((length - side) / 2 for length in image.size)  # transforms.center_boxes for one image, in a tenth of its time
     return crop_resize(premultiplied(image), (left, top, left + side, top + side), size, interpolation)
 
 
 def read_image(path: str | Path, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """An upright Pillow image, RGB or RGBA. FileNotFoundError, or data.images.ImageError (a ValueError) whose `reason` says what is
-    wrong with it."""
+    """An upright Pillow image, RGB or RGBA. FileNotFoundError, or data.images.ImageError (a ValueError) with a `reason`."""
     return decode_image(Path(path).expanduser().read_bytes(), max_image_pixels)
 
 
@@ -129,7 +128,7 @@ def _batch(image: Any, size: int, interpolation: str) -> Tensor:
         return _prepared(image)
     if isinstance(image, Tensor | np.ndarray) and image.ndim == 4:
         if not len(image):
-            raise ValueError(f"preprocess: got a batch without images, {tuple(image.shape)}")
+            raise ValueError(f"preprocess: got an empty batch, {tuple(image.shape)}")
         return torch.cat([_batch(one, size, interpolation) for one in image])
     return square(to_pillow(image), size, interpolation)[None]
 

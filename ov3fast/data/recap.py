@@ -20,7 +20,7 @@ LEAST_MATCH = 0.01
 
 
 class JoinError(DataError, ValueError):
-    """The two sides don't fit: hardly anything matches, a key is ambiguous, or a column holds what can't be converted."""
+    """The two sides don't fit: hardly anything matches, a key is ambiguous, or a column can't be converted."""
 
 
 class _Counts(NamedTuple):
@@ -32,8 +32,8 @@ class _Counts(NamedTuple):
 class JoinReport(_Counts):
     """What `join_captions` did: samples in the shards, samples that got captions, shards written; and as attributes:
 
-    rows: of the parquet. matched_rows: those whose key a sample has. without_key: samples without a usable key of their own.
-    without_text: samples whose rows hold no caption.
+    rows: in the parquet files. matched_rows: rows whose key a sample has. without_key: samples without a usable key.
+    without_text: samples whose rows have no caption.
     """
 
     rows: int = 0
@@ -57,7 +57,7 @@ class _Keys:
     def __init__(self, by: str) -> None:
         self.by = by
         self.of_text: dict[str, list[Place]] = {}
-        self.integers = False  # some sample's JSON holds an integer, so leading zeros are not told apart
+        self.integers = False  # whether some sample's JSON has an integer: keys then match whatever their leading zeros
         self.fields: Counter[str] = Counter()
         self.without = 0
         self._of_number: dict[str, list[Place]] | None = None
@@ -70,14 +70,14 @@ class _Keys:
         self.of_text.setdefault(str(value), []).append(place)
 
     def of_number(self) -> dict[str, list[Place]]:
-        """By number without leading zeros. JoinError where two texts are one number."""
+        """By number without leading zeros. JoinError if two texts are the same number."""
         if self._of_number is None:
             self._of_number, text_of = {}, {}
             for text, places in self.of_text.items():
                 number = _number(text)
                 if number in self._of_number:
                     raise JoinError(
-                        f"by: the samples' {self.by} {text_of[number]!r} and {text!r} are both {number} to integer keys; "
+                        f"by: the samples' {self.by} {text_of[number]!r} and {text!r} are both {number} as integer keys; "
                         "join by another column, or give the parquet text keys"
                     )
                 self._of_number[number], text_of[number] = places, text
@@ -92,19 +92,19 @@ def join_captions(
     *,
     least_match: float = LEAST_MATCH,
 ) -> JoinReport:
-    """Write each shard's captions from parquet files beside it, where ShardDataset picks them up.
+    """Write each shard's captions from parquet files beside the shard, where ShardDataset finds them.
 
     Recap-DataComp-1B is parquet with the columns key, sha256, url, re_caption, org_caption, ...; its images come from
     img2dataset as tars. `by` is the column that both have: "sha256" is read from the tars' JSON files, "key" is the
-    sample's name. Keys are text, integers or binary (UTF-8, or raw bytes of the samples' hexadecimal); integers match
-    zero-padded text where no two texts are the same number. Captions are text or lists of text. Files may differ in these
-    types and lack a caption column that others have. Of several rows of a key, each column's last text stays.
+    sample's name. Keys are text, integers or binary (UTF-8, or the raw bytes of the samples' hexadecimal keys); integers match
+    zero-padded text unless two texts are the same number. Captions are text or lists of text. Files may differ in these
+    types and may lack a caption column that others have. Of several rows with the same key, the last text of each column is kept.
 
-    Memory grows with the captions of the given shards, so give a large set in several calls, then with least_match=0: it is
-    the share of the samples and of the rows that must match.
+    Memory grows with the captions of the given shards; pass a large set in several calls, with least_match=0: it is
+    the fraction of samples and of rows that must match.
 
-    Raises FileNotFoundError; ValueError for a column that is not there; JoinError (a ValueError) for types that can't be joined
-    and where hardly anything matches. Nothing is written then.
+    Raises FileNotFoundError; ValueError for a missing column; JoinError (a ValueError) for types that can't be joined,
+    or if hardly anything matches. Nothing is written in these cases.
     """
     columns = list(columns)
     files = _files(parquet)
@@ -132,7 +132,7 @@ def join_captions(
     without_text = sum(not texts for captions in found for texts in captions.values())
     for shard, captions in zip(dataset.shards, found, strict=True):
         with atomic_write(sidecar(shard.path)) as temporary:
-            # ASCII, since a key may be no UTF-8.
+            # ASCII, since keys may not be valid UTF-8.
             temporary.write_text(json.dumps({key: texts for key, texts in captions.items() if texts}), encoding="ascii")
     report = JoinReport(len(dataset), matched - without_text, len(found))
     report.rows, report.matched_rows, report.without_key, report.without_text = rows, matched_rows, keys.without, without_text
@@ -214,7 +214,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 class _Part(NamedTuple):
-    """A batch of rows: their number, a key of theirs, and the places and caption fields of those that match."""
+    """A batch of rows: their number, an example key, and the places and caption fields of the matching ones."""
 
     rows: int
     example: object
@@ -261,12 +261,12 @@ def _places(known: dict[str, list[Place]], value: object, by_number: bool) -> li
         return []
     if not isinstance(value, bytes):
         return known.get(_number(str(value)) if by_number else str(value), [])
-    # A text, decoded as the tars' names are, or the raw bytes of a hexadecimal one.
+    # Text, decoded like the tars' names, or the raw bytes of a hexadecimal key.
     return known.get(value.decode("utf-8", "surrogateescape")) or known.get(value.hex(), [])
 
 
 def _number(text: str) -> str:
-    """Digits without leading zeros; anything else as it is."""
+    """Digits without leading zeros; anything else unchanged."""
     return (text.lstrip("0") or "0") if text.isascii() and text.isdecimal() else text
 
 
@@ -287,17 +287,17 @@ def _sample_keys(dataset: ShardDataset, by: str) -> _Keys:
 
 
 def _check_match(keys: _Keys, example: object, least: float, samples: tuple[int, int], rows: tuple[int, int]) -> None:
-    """JoinError where less than `least` of the samples or of the rows match; shows a key of each side."""
+    """JoinError if less than `least` of the samples or of the rows match; shows a key of each side."""
     for side, (matched, total) in (("samples", samples), ("rows of the parquet", rows)):
         if matched >= least * total and (matched or not least):
             continue
         if keys.of_text:
-            own = f"the samples' {keys.by} is like {next(iter(keys.of_text))!r}"
+            own = f"the samples' {keys.by} looks like {next(iter(keys.of_text))!r}"
         else:
             own = f"no sample has a {keys.by} (their JSON has {', '.join(sorted(keys.fields)) or 'nothing'})"
         raise JoinError(
             printable(
                 f"by: {matched} of {total} {side} match by {keys.by!r}: {own}, the parquet's like {example!r}. Join by another "
-                f"column; where so few are right, as with a part of a large set, give least_match=0"
+                f"column; if so few matches are expected, as with a part of a large set, pass least_match=0"
             )
         )

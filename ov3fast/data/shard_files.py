@@ -1,7 +1,7 @@
 """From what a user names (a folder, a tar, a pattern, an index, a list of these) to tar files and their sample counts.
 
-Nothing in a folder is passed over in silence: archives that hold no whole sample, that macOS made, that are compressed, or that
-the folder's index does not list are counted by name.
+Nothing in a folder is ignored silently: archives without a complete sample, archives that macOS made, compressed archives, and those
+missing from the folder's index are counted by reason.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar file and the number of samples that the index (or, without one, a look into the tar) gives it."""
+    """A tar file and its number of samples, from the index or, without one, from scanning the tar."""
 
     path: Path | Url
     samples: int
     truncated: bool = False
-    """It is known to be cut short."""
+    """Known to be truncated."""
     size: int | None = None
-    """Bytes, where the index tells them."""
+    """In bytes, if the index has it."""
 
     def stamp(self) -> tuple[str, int, int, int]:
-        """(path, samples, bytes, time of the last change in ns, 0 behind a URL): what changes with the file."""
+        """(path, samples, bytes, modification time in ns or 0 for a URL), which changes with the file."""
         if isinstance(self.path, Url):
             return str(self.path), self.samples, self.size or 0, 0
         status = self.path.stat()
@@ -47,22 +47,22 @@ class Shard:
 
 @dataclass
 class FoundShards:
-    """Tars in their order, and what was left out on the way."""
+    """Tars in order, and what was left out."""
 
     shards: list[Shard] = field(default_factory=list)
     left_out: Tally = field(default_factory=Tally)
     uncounted: int = 0
-    """Samples known to be lost to cuts that no index counts, so that they have no number in the set."""
+    """Samples known to be lost to truncations that no index counts, so that they have no number in the set."""
     looked_into: set[Path | Url] = field(default_factory=set)
-    """Tars that were opened; for the others the index stands."""
+    """Tars that were scanned; the others are taken from the index."""
 
 
 def find_shards(shards: str | Path | Sequence[str | Path]) -> list[Shard]:
-    """The tars of a folder (by its `index.json` where there is one), a tar, a glob pattern (`*.tar`), a brace pattern
-    (`{00000..00003}.tar`), a wids index file, or a list of these; "~" is the home folder. A folder, a tar, an index or a brace
+    """The tars of a folder (from its `index.json` if there is one), a tar, a glob pattern (`*.tar`), a brace pattern
+    (`{00000..00003}.tar`), a wids index file, or a list of these; "~" is expanded. A folder, a tar, an index or a brace
     pattern may also be a URL that fsspec reads.
 
-    Warns of what is left out. Raises FileNotFoundError when a path is missing and DataError when there is no tar with a sample.
+    Warns of what is left out. Raises FileNotFoundError if a path is missing and DataError if no tar has a sample.
     """
     found = find_tars(shards)
     warn_left_out(shards, found.left_out)
@@ -101,7 +101,7 @@ def _expanded(item: str | Path | Url) -> list[Path | Url]:
         text = str(path)
         if glob.has_magic(text):
             raise DataError(
-                f"shards: patterns with * can't be listed behind a URL, got {text}; give the folder, or {{00000..00003}}"
+                f"shards: patterns with * can't be listed at a URL, got {text}; name the folder, or use {{00000..00003}}"
             )
         if "{" not in text:
             return [path]
@@ -137,7 +137,7 @@ def _find(path: Path | Url, found: FoundShards) -> None:
         tars = tars_in(path, found.left_out)
         if not tars and not found.left_out:
             inside = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
-            raise DataError(f"shards: the folder {path} holds no .tar file (it holds {inside}); give a folder of tar shards")
+            raise DataError(f"shards: the folder {path} holds no .tar file (it holds {inside}); name a folder of tar shards")
         for tar in tars:
             _look_into(tar, found)
     elif is_foreign(path.name):
@@ -168,7 +168,7 @@ def _find_url(url: Url, found: FoundShards) -> None:
 
 
 def _by_its_index(url: Url, found: FoundShards) -> None:
-    """A tar behind a URL, which is not looked through for its samples' number."""
+    """Adds a tar behind a URL from its own index; it is not scanned to count its samples."""
     content = tar_index.read(url)
     counted = None if content is None else tar_index.count(content)
     if counted is None:
@@ -178,7 +178,7 @@ def _by_its_index(url: Url, found: FoundShards) -> None:
 
 
 def tars_to_index(shards: str | Path | Sequence[str | Path]) -> list[tuple[Path | Url | None, list[Path | Url]]]:
-    """(folder, its tars) for each folder that is named, (None, [tar]) for a tar that is named by itself. DataError where there is none."""
+    """(folder, its tars) for each folder, (None, [tar]) for each single tar. DataError if there is no tar at all."""
     named: list[tuple[Path | Url | None, list[Path | Url]]] = []
     for item in [shards] if isinstance(shards, str | Path) else list(shards):
         for path in _expanded(item):
@@ -189,7 +189,7 @@ def tars_to_index(shards: str | Path | Sequence[str | Path]) -> list[tuple[Path 
             elif path.is_dir():
                 named.append((path, [*tars_in(path, Tally())]))
             else:
-                raise DataError(f"shards: {path} is neither a folder nor a tar; give those to index")
+                raise DataError(f"shards: {path} is neither a folder nor a tar; `ov3fast data index` takes those")
     if not any(tars for _, tars in named):
         raise DataError(
             f"shards: there is no .tar file in {', '.join(map(str, [shards] if isinstance(shards, str | Path) else shards))}"
@@ -198,7 +198,7 @@ def tars_to_index(shards: str | Path | Sequence[str | Path]) -> list[tuple[Path 
 
 
 def tars_in(folder: Path, left_out: Tally, listed: Set[str] = frozenset()) -> list[Path]:
-    """All tars of a folder but those whose names are `listed`."""
+    """All tars of a folder except those whose names are in `listed`."""
     tars = []
     for name in sorted(os.listdir(folder)):
         if name in listed:
@@ -219,9 +219,9 @@ def tars_in(folder: Path, left_out: Tally, listed: Set[str] = frozenset()) -> li
 
 
 def _look_into(path: Path, found: FoundShards, listed: int | None = None, cut_before: bool = False) -> None:
-    """Open a tar and add it, with the number of samples that it holds or that its index lists.
+    """Scan a tar and add it, with the number of samples that it holds or that its index lists.
 
-    cut_before: the index was written when the tar was cut already, so it lists only what is left.
+    cut_before: the tar was already truncated when the index was written, so the index lists only what is left.
     """
     shard = OpenShard(path)
     shard.close()
@@ -252,7 +252,7 @@ def _from_index(path: Path, found: FoundShards) -> None:
         try:
             size = sizes[url] if url in sizes else tar.stat().st_size
         except OSError:
-            raise FileNotFoundError(f"shards: {path} lists {url}, which is not there") from None
+            raise FileNotFoundError(f"shards: {path} lists {url}, which does not exist") from None
         if is_foreign(tar.name):
             found.left_out.add("foreign_archive", str(tar))
         elif entry.get("filesize") == size and not entry.get("truncated"):
@@ -279,13 +279,13 @@ def _entries(path: Path | Url, content: bytes) -> list[tuple[str, int, dict[str,
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Name -> bytes of the tars in a folder; a hundred thousand of them in a second."""
+    """Name -> size in bytes of the tars in a folder; a hundred thousand take a second."""
     with os.scandir(folder) as entries:
         return {entry.name: entry.stat().st_size for entry in entries if entry.name.endswith(".tar") and entry.is_file()}
 
 
 def _unlisted(folder: Path, listed: set[str], left_out: Tally) -> None:
-    """Tars of a folder that its index leaves out."""
+    """Records the tars of a folder that its index lacks."""
     elsewhere = {(folder / url).resolve() for url in listed if os.path.dirname(url)}
     for tar in tars_in(folder, left_out, listed):
         if not elsewhere or tar.resolve() not in elsewhere:

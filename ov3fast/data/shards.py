@@ -1,11 +1,11 @@
-"""webdataset tar shards with random access: write them, read sample i, survive what is broken in them.
+"""webdataset tar shards with random access: write them, read sample i, cope with what is broken in them.
 
 Shards are written by webdataset's TarWriter with a wids index (`index.json`), which gives the number of samples of each
 shard without opening it.
 
-A sample is a group of files with one key: an image (`key.jpg`, or another of images.IMAGE_SUFFIXES), `key.txt` (caption
-"txt") and `key.json`, whose text fields are captions by their names (img2dataset's layout), those under "captions" included;
-the other fields are its metadata. Captions from `join_captions` are added when they lie beside the shard.
+A sample is a group of files with the same key: an image (`key.jpg`, or another of images.IMAGE_SUFFIXES), `key.txt` (caption
+"txt") and `key.json`, whose text fields are captions by name (img2dataset's layout), including those under "captions";
+the other fields are its metadata. Captions that `join_captions` wrote beside the shard are added.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = ["INDEX", "Sample", "Shard", "ShardDataset", "find_shards", "index_sha
 
 MAX_OPEN_SHARDS = 128
 START_METHOD = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-"""Of the processes that index: a fork starts at once, a new process imports everything again."""
+"""For indexing processes: a fork starts at once, a new process has to import everything again."""
 
 
 class Sample(NamedTuple):
@@ -55,7 +55,7 @@ class Sample(NamedTuple):
     """By key: one text, or several of which one is picked."""
     meta: dict[str, Any]
     refused: dict[str, str] = {}
-    """Fields that are no caption, with what they hold instead: {"name": "null"}."""
+    """Fields that are not captions, with what they hold instead: {"name": "null"}."""
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def write_shards(
 ) -> int:
     """Write (key, {suffix: bytes}) samples as `<folder>/00000.tar`, ... with a wids index; returns their number.
 
-    `info` goes into the index. The folder appears whole or not at all. A folder of an earlier call is replaced;
+    `info` goes into the index. The folder is written atomically, and replaces that of an earlier call;
     FileExistsError names a file in it that no such call wrote.
     """
     from webdataset import TarWriter
@@ -97,7 +97,7 @@ def write_shards(
 
 
 def _written_before(folder: Path) -> set[str]:
-    """Names that an earlier write_shards left in the folder: its tars, by the index, and what was joined to them."""
+    """Names that an earlier write_shards left in the folder: the tars in its index, and the files that belong to them."""
     try:
         tars = [entry["url"] for entry in json.loads((folder / INDEX).read_text())["shardlist"]]
     except (OSError, ValueError, KeyError, TypeError):
@@ -106,7 +106,7 @@ def _written_before(folder: Path) -> set[str]:
 
 
 def write_index(folder: str | Path) -> Path:
-    """Count the samples of a folder's tars and write them as a wids index, so that later starts need not look.
+    """Count the samples of a folder's tars and write a wids index, so that later starts need not scan them.
 
     Warns of what is left out, as a start without an index does.
     """
@@ -118,14 +118,14 @@ def write_index(folder: str | Path) -> Path:
     shards = [{"url": shard.path.name, "nsamples": shard.samples} for shard in found.shards]
     for entry, shard in zip(shards, found.shards, strict=True):
         if shard.truncated:
-            entry["truncated"] = True  # else the next start would take what is left for all there was
+            entry["truncated"] = True  # otherwise the next start would not know that samples are missing
     return _write_index(folder, shards, folder.name, {})
 
 
 def index_shards(shards: str | Path | Sequence[str | Path], workers: int | None = None, again: bool = False) -> list[Shard]:
-    """Writes an index beside every tar (see tar_index), and index.json into every folder that was named; returns the shards.
+    """Writes an index beside every tar (see tar_index), and index.json into every named folder; returns the shards.
 
-    Tars that have a good index are left alone, unless `again`. A folder may be a URL. workers: processes; default: the CPUs. Warns of
+    Tars that have a valid index are skipped, unless `again`. A folder may be a URL. workers: processes; default: the CPUs. Warns of
     what is left out.
     """
     from ov3fast.data.shard_files import tars_to_index
@@ -151,9 +151,9 @@ def index_shards(shards: str | Path | Sequence[str | Path], workers: int | None 
 
 
 def _index_tar(tar: Path | Url, again: bool) -> tuple[dict[str, Any] | None, Tally]:
-    """Writes a tar's index; returns its entry in index.json, None where it holds no sample, and what is left out."""
+    """Writes a tar's index; returns its entry in index.json (None if it holds no sample) and what is left out."""
     shard = OpenShard(tar, use_index=not again)
-    if isinstance(shard.samples, list):  # it was looked through
+    if isinstance(shard.samples, list):  # it was scanned
         if shard.problem:
             reason, _, detail = shard.problem.partition(": ")
             shard.left_out.add(reason, detail)
@@ -189,11 +189,11 @@ def _save_index(folder: Any, shards: list[dict[str, Any]], name: str, info: Mapp
 
 
 class ShardDataset:
-    """Random access to the samples of tar shards: `dataset[i] -> Sample`; it can be sent to worker processes.
+    """Random access to the samples of tar shards: `dataset[i] -> Sample`; it can be pickled for worker processes.
 
-    What is left out of the set is warned of at once, and stays in `left_out`. Reading raises SampleError with a named reason
-    for a sample that must be skipped; see ov3fast.data.skips. cache: where whole tars behind URLs are kept; None: the bytes of each
-    sample are fetched when it is read.
+    Opening warns of what is left out of the set, and keeps it in `left_out`. Reading raises SampleError with a named reason
+    for a sample that must be skipped; see ov3fast.data.skips. cache: keeps whole tars from URLs; None: each sample's bytes
+    are fetched when it is read.
     """
 
     def __init__(
@@ -206,7 +206,7 @@ class ShardDataset:
         found = find_tars(shards)
         self.shards, self.left_out, self._looked_into = found.shards, found.left_out, found.looked_into
         self.uncounted = found.uncounted
-        """Samples known to be lost to cuts that no index counts: they have no number here."""
+        """Samples known to be lost to truncations that no index counts; they have no number here."""
         self.max_image_pixels = max_image_pixels
         self.lengths = [shard.samples for shard in self.shards]
         self._starts = np.concatenate([[0], np.cumsum(self.lengths)])
@@ -233,8 +233,7 @@ class ShardDataset:
                 yield shard, int(self._starts[shard]) + i
 
     def truncated(self) -> dict[Path, int]:
-        """The shards that were cut short, with the number of samples known to be lost (by the index, or at least one). Opens
-        every shard."""
+        """The truncated shards, with the number of samples known to be lost (from the index, or at least one). Opens every shard."""
         lost = {}
         for number, shard in enumerate(self.shards):
             opened = self._shard(number)
@@ -250,11 +249,11 @@ class ShardDataset:
         return self.read(i)
 
     def keys(self, indices: Sequence[int]) -> list[str]:
-        """Of the samples, without reading them. Raises SampleError for one that the index lists and the tar lacks."""
+        """The samples' keys, without reading the samples. Raises SampleError for one that the index lists and the tar lacks."""
         return [self._find(i)[0] for i in indices]
 
     def fetch(self, i: int) -> None:
-        """Brings the tar that holds sample i into the cache, where there is one."""
+        """Fetches the tar that holds sample i into the cache, if there is one."""
         shard = self.shards[self._number(i)]
         if self.cache is not None and isinstance(shard.path, Url):
             self.cache.fetch(shard.path, self._size(shard))
@@ -273,12 +272,12 @@ class ShardDataset:
                 self._open.move_to_end(number)
                 return self._open[number]
             opening = self._opening.setdefault(number, threading.Lock())
-        with opening:  # a tar that comes from afar doesn't hold up the readers of the others
+        with opening:  # opening a remote tar doesn't block the readers of the others
             shard = self._open.get(number) or self._opened(number)
         with self._lock:
             if number not in self._open:
                 if len(self._open) >= MAX_OPEN_SHARDS:
-                    self._open.popitem(last=False)  # unmapped with its last reader
+                    self._open.popitem(last=False)  # unmapped when its last reader is done
                 self._open[number] = shard
             self._opening.pop(number, None)
             return self._open[number]
@@ -301,7 +300,7 @@ class ShardDataset:
         return shard
 
     def read(self, i: int, decode: bool = True, shrink: Callable[[int, int], int] | None = None) -> Sample:
-        """Sample i; without its image unless `decode`. shrink: as decode_reduced, whose picture it then has."""
+        """Sample i; without its image unless `decode`. shrink: decode the image with decode_reduced."""
         key, members, shard = self._find(i)
         content = shard.reader({k: m for k, m in members.items() if decode or k in (".json", ".txt")})
         captions, meta, refused = self._texts(i, key, members, shard, content)
@@ -318,7 +317,7 @@ class ShardDataset:
         return Sample(key, image, captions, meta, refused)
 
     def image_bytes(self, i: int) -> tuple[str, bytes]:
-        """(key, the image file) of a sample. Raises SampleError where there is none."""
+        """(key, the image file) of a sample. Raises SampleError if it has none."""
         key, members, shard = self._find(i)
         return key, _image_bytes(i, key, members, shard.content)
 
@@ -338,7 +337,7 @@ class ShardDataset:
     def _texts(
         self, i: int, key: str, members: dict[str, Member], shard: OpenShard, content: Callable[[Member], bytes]
     ) -> tuple[dict, dict, dict]:
-        """(captions, metadata, what is no caption)."""
+        """(captions, metadata, fields that are not captions)."""
         captions: dict[str, str | tuple[str, ...]] = {}
         refused: dict[str, str] = {}
         meta: dict[str, Any] = {}

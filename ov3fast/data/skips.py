@@ -1,8 +1,8 @@
-"""Samples that can't be used: counted by name, warned about, and past a budget an error. See docs/skips.md.
+"""Samples that can't be used: counted by reason, warned about, and an error once they exceed a budget. See docs/skips.md.
 
 Reasons for a sample: broken_image, truncated_image, too_large, unsupported_depth, unsupported_format, missing_image,
-missing_caption, broken_json, truncated_tar, unsorted_tar. What belongs to no sample (foreign members, cut archives without an
-index, ...) is kept in a `Tally` and named once, at the start.
+missing_caption, broken_json, truncated_tar, unsorted_tar. Files that belong to no sample (foreign members, truncated archives without an
+index, ...) are counted in a `Tally` and reported once, at the start.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 HARMLESS = frozenset(("foreign_member", "foreign_archive", "name_without_suffix"))
-"""Reasons to leave a file out that lose no sample."""
+"""Reasons for leaving a file out that don't lose a sample."""
 
 
 class DataError(RuntimeError):
-    """The data cannot be used as asked: the message says what is wrong and what to do."""
+    """The data can't be used as requested: the message says what is wrong and what to do."""
 
 
 class Skip(NamedTuple):
@@ -44,7 +44,7 @@ class Tally:
         self.examples.setdefault(reason, example)
 
     def merge(self, other: Tally, place: str | None = None) -> None:
-        """Add another tally; `place`, if given, is put before its examples."""
+        """Add another tally; `place`, if given, is prepended to its examples."""
         for reason, count in other.counts.items():
             example = other.examples[reason]
             self.add(reason, example if place is None else f"{place}: {example}", count)
@@ -56,7 +56,7 @@ class Tally:
 
 
 def printable(text: str) -> str:
-    """The text on one line and without lone surrogates (of names that are not UTF-8), which no stream writes."""
+    """The text on one line and without lone surrogates (from names that are not UTF-8), which can't be written to a stream."""
     text = text.replace("\n", "\\n").replace("\r", "\\r")
     return text.encode("utf-8", "backslashreplace").decode()
 
@@ -104,8 +104,8 @@ class SkipCounter:
             )
 
     def note(self, reason: str, count: int) -> None:
-        """Count samples that are lost but have no number, such as those behind the cut of a tar without an index. They are
-        outside the budget, since the set's size does not count them either."""
+        """Count samples that are lost but have no number, such as those after the truncation of a tar without an index. They are
+        not part of the budget, since the set's size doesn't include them either."""
         self.counts[reason] += count
 
     def __str__(self) -> str:

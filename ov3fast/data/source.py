@@ -24,35 +24,35 @@ PREFIX = "source:"
 class SampleSource(Protocol):
     """Random access to a fixed set of samples, numbered from 0.
 
-    Order, resuming, mixing, crops and captions are the loader's, so that a source has no state of its own. Worker processes and threads
-    call it, so it must be picklable, or survive a fork, and be safe in threads. It may have `lengths`, the samples of each shard, which
-    the order then keeps together (`data.shard_window`).
+    The loader does ordering, resuming, mixing, cropping and captions, so a source has no state of its own. Worker processes and threads
+    call it, so it must be picklable or survive a fork, and be thread-safe. It may have `lengths`, the number of samples in each shard,
+    which the order then keeps together (`data.shard_window`).
     """
 
     def __len__(self) -> int:
         """The number of samples."""
 
     def keys(self, indices: Sequence[int]) -> list[str]:
-        """Their keys: names that stay with the samples."""
+        """Their keys: stable names of the samples."""
 
     def read(self, index: int, decode: bool = True) -> Sample:
         """One sample; image None unless `decode`. Raises SampleError for one that must be skipped."""
 
 
 class GivenSource:
-    """A SampleSource as the store takes it."""
+    """A SampleSource, with the interface that the store expects."""
 
     def __init__(self, source: SampleSource, name: str):
         self.source, self.name, self.uncounted = source, name, 0
         self.lengths = [int(length) for length in getattr(source, "lengths", [len(source)])]
         if not len(source) or sum(self.lengths) != len(source):
-            raise DataError(f"path: {name} has {len(source)} samples, and shards of {sum(self.lengths)}")
+            raise DataError(f"path: {name} has {len(source)} samples, but its lengths add up to {sum(self.lengths)}")
 
     def __len__(self) -> int:
         return len(self.source)
 
     def read(self, i: int, decode: bool = True, shrink: Any = None) -> Sample:
-        """shrink is for files: what a source gives is decoded."""
+        """shrink is for files; a source returns decoded images."""
         return self.source.read(i, decode)
 
     def text(self, i: int) -> Sample:
@@ -65,14 +65,14 @@ class GivenSource:
         return self.source.keys(indices)
 
     def image_bytes(self, i: int) -> tuple[str, bytes]:
-        """(key, the decoded picture's pixels): what stands for the image file."""
+        """(key, the decoded image's pixels), in place of the image file."""
         sample = self.read(i)
         assert sample.image is not None
         return sample.key, sample.image.tobytes()
 
 
 def given_source(path: str) -> GivenSource:
-    """The source that "source:module:name" or "source:module:name:argument" names. DataError where there is none, or it lacks a method."""
+    """The source named by "source:module:name" or "source:module:name:argument". DataError if there is none, or it lacks a method."""
     module, _, rest = path.removeprefix(PREFIX).partition(":")
     name, _, argument = rest.partition(":")
     try:
@@ -84,7 +84,7 @@ def given_source(path: str) -> GivenSource:
     source = make(argument) if argument else make()
     if not isinstance(source, SampleSource):
         raise DataError(
-            f"path: {path!r} gave {type(source).__name__}, which lacks one of __len__, keys and read (data.SampleSource)"
+            f"path: {path!r} returned {type(source).__name__}, which lacks one of __len__, keys and read (data.SampleSource)"
         )
     return GivenSource(source, path)
 

@@ -1,8 +1,8 @@
 """All samples of a run's sources under one numbering: their images, captions and concepts.
 
 A sample's global number (its index) is its source's offset plus its number in the source. With `cache_images` everything is
-decoded once, at the start; what can't be used is known from then on. Without, it is found when it is read. Either
-way the loader draws the same substitutes, so the choice changes no batch.
+decoded once, at the start, and unusable samples are known from then on. Without it, they are found when they are read. Either
+way the loader draws the same substitutes, so the setting changes no batch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Shrink = Callable[[int, int], int]
-LOOKED_AT = 16  # samples read at the start to see whether the configured keys exist
+LOOKED_AT = 16  # samples read at the start to check that the configured keys exist
 
 
 class Source:
@@ -61,14 +61,14 @@ class Source:
         return [(shard.path.name, shard.samples) for shard in self.dataset.shards]
 
     def stamps(self) -> list[tuple[str, int, int, int]]:
-        """Of each shard what changes with its file (see Shard.stamp)."""
+        """Each shard's stamp, which changes with its file (see Shard.stamp)."""
         if isinstance(self.dataset, GivenSource):
             return [(self.dataset.name, len(self.dataset), 0, 0)]
         return [shard.stamp() for shard in self.dataset.shards]
 
     @property
     def fetches(self) -> bool:
-        """Whether tars are brought into a cache."""
+        """Whether tars are fetched into a cache."""
         return isinstance(self.dataset, ShardDataset) and self.dataset.cache is not None
 
     def members(self, unit: int) -> np.ndarray:
@@ -117,11 +117,11 @@ class SampleStore:
         return self.sources[int(np.searchsorted(self._offsets, index, side="right")) - 1]
 
     def image(self, index: int, shrink: Shrink | None = None) -> Image.Image:
-        """The decoded picture, mode RGB or RGBa. shrink: as images.decode_reduced. Raises SampleError for a sample to skip."""
+        """The decoded image, mode RGB or RGBa. shrink: as in images.decode_reduced. Raises SampleError for a sample to skip."""
         return self._images[index] if index in self._images else self._read(index, shrink=shrink)[0]
 
     def sample(self, index: int, decode: bool, shrink: Shrink | None = None) -> tuple[Image.Image | None, Sample]:
-        """The image (None unless asked for or cached) and the text. shrink: as images.decode_reduced. Raises SampleError for a sample to skip."""
+        """The image (None unless requested or cached) and the text. shrink: as in images.decode_reduced. Raises SampleError for a sample to skip."""
         if index in self._bad:
             raise SampleError(self._bad[index])
         if index in self._texts:
@@ -129,18 +129,18 @@ class SampleStore:
         return self._read(index, decode, shrink)
 
     def skipped(self) -> list[Skip]:
-        """What is known to be unusable: all of it with `cache_images`, else what the sources' indexes tell."""
+        """Samples known to be unusable: all such samples with `cache_images`, otherwise those that the indexes name."""
         return [self._bad[index] for index in sorted(self._bad)]
 
     @property
     def uncounted(self) -> int:
-        """Samples known to be lost that have no number, since no index counts what a cut took."""
+        """Samples known to be lost that have no number, since no index counts those lost to a truncated tar."""
         return sum(source.dataset.uncounted for source in self.sources)
 
     def usable(self) -> np.ndarray:
-        """Global numbers of the samples that can be used, int64; needs `cache_images`."""
+        """Global numbers of the usable samples, int64; needs `cache_images`."""
         if not self.config.cache_images:
-            raise ValueError("cache_images: it is off, so which samples are usable is not known before they are read")
+            raise ValueError("cache_images: it is off, so usable samples are not known before they are read")
         return np.array(sorted(self._images), np.int64)
 
     def _read(self, index: int, decode: bool = True, shrink: Shrink | None = None) -> tuple[Image.Image | None, Sample]:
@@ -157,7 +157,7 @@ class SampleStore:
         return premultiplied(sample.image) if decode else None, sample._replace(image=None)
 
     def _load(self) -> None:
-        """Decode everything with a pool of threads (Pillow releases the interpreter's lock)."""
+        """Decode everything with a thread pool (Pillow releases the GIL)."""
 
         def read(index: int) -> None:
             try:
@@ -170,7 +170,7 @@ class SampleStore:
                 pass
 
     def _check_keys(self, source: Source) -> None:
-        """Fail at once when a configured caption key is in none of the first samples."""
+        """Fail at once if none of the configured caption keys is in the first samples."""
         if not source.config.paired:
             return
         found: set[str] = set()
@@ -193,7 +193,7 @@ def _first(dataset: ShardDataset, count: int) -> Iterator[Sample]:
 
 
 def resolve(path: str) -> str | Path:
-    """ "demo:pairs-train" -> that folder of the demo set in the default cache; anything else as it is."""
+    """ "demo:pairs-train" -> that folder of the demo set in the default cache; anything else unchanged."""
     if is_url(path) or not path.startswith("demo:"):
         return path
     folder = default_cache_dir() / "demo" / path.removeprefix("demo:")

@@ -1,10 +1,10 @@
-"""A tar's index, kept beside it as `00000.index`: where every file of every sample lies, so that opening the tar reads none of it.
+"""A tar's index, stored beside it as `00000.index`: the offset of every file of every sample, so that opening the tar reads none of it.
 
     members     starts (in blocks of 512 bytes) and sizes, sample by sample, in the order of the tar
-    samples     how many members each has, and their keys
+    samples     the number of members of each, and their keys
 
-As a safetensors file it is read in a millisecond; it takes about 9 bytes for a file and 4 for a sample, and the keys. It counts for
-a tar of the same size and the same first header.
+As a safetensors file it is read in a millisecond; it takes about 9 bytes per file and 4 per sample, plus the keys. It is valid for
+a tar of the same size with the same first header.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FORMAT = 1
 
 
 class Samples(Sequence):
-    """(key, {suffix: Member}) of each sample, made when it is asked for."""
+    """(key, {suffix: Member}) of each sample, built on access."""
 
     def __init__(self, arrays: dict[str, np.ndarray], suffixes: list[str]) -> None:
         self._starts, self._sizes, self._suffix = arrays["starts"], arrays["sizes"], arrays["suffix"]
@@ -77,7 +77,7 @@ def pack(shard: Any, size: int, head: bytes) -> bytes:
 
 
 def unpack(content: bytes, size: int, head: bytes) -> tuple[Samples, str | None, Tally, int] | None:
-    """(samples, cut, left_out, lost) as OpenShard has them; None where the index is damaged or of another tar."""
+    """(samples, cut, left_out, lost) as in OpenShard; None if the index is damaged or belongs to another tar."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -95,7 +95,7 @@ def unpack(content: bytes, size: int, head: bytes) -> tuple[Samples, str | None,
 
 
 def count(content: bytes) -> tuple[int, int] | None:
-    """(samples, the tar's size) by an index; None where it is damaged."""
+    """(samples, the tar's size) according to an index; None if it is damaged."""
     try:
         length = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + length])
@@ -105,7 +105,7 @@ def count(content: bytes) -> tuple[int, int] | None:
 
 
 def write(path: Any, content: bytes) -> None:
-    """Beside the tar at `path`, a Path or a Url."""
+    """Written beside the tar at `path`, a Path or a Url."""
     target = path.with_suffix(SUFFIX)
     if isinstance(target, Path):
         with atomic_write(target) as temporary:
@@ -115,7 +115,7 @@ def write(path: Any, content: bytes) -> None:
 
 
 def read(path: Any) -> bytes | None:
-    """What lies beside the tar at `path`; None where there is nothing."""
+    """The index file beside the tar at `path`; None if there is none."""
     try:
         return path.with_suffix(SUFFIX).read_bytes()
     except FileNotFoundError:
@@ -123,6 +123,6 @@ def read(path: Any) -> bytes | None:
 
 
 def _narrow(values: list[int]) -> np.ndarray:
-    """In the narrowest unsigned type that holds them."""
+    """As an array of the narrowest unsigned type that holds them."""
     array = np.array(values, np.uint64)
     return array.astype(np.min_scalar_type(int(array.max()) if len(array) else 0))

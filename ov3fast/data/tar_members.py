@@ -1,11 +1,11 @@
-"""What a tar holds: the files in it, where it was cut short, and what is left out.
+"""The contents of a tar: its files, where it was truncated, and what is left out.
 
-Only a wrong size, a broken header (checksum) or the end of the file is a cut. Anything else that this reader does not
-understand is left out and counted by name, and reading goes on. Understood: V7, ustar, GNU long names and base-256 sizes, pax paths
-and sizes, hard and symbolic links to files of the same archive, archives appended to each other. Names that are not UTF-8
+Only a wrong size, a broken header (checksum) or the end of the file counts as truncation. Anything else that this reader doesn't
+support is left out and counted by reason, and reading continues. Supported: V7, ustar, GNU long names and base-256 sizes, pax paths
+and sizes, hard and symbolic links to files of the same archive, concatenated archives. Names that are not UTF-8
 are decoded with surrogateescape.
 
-Python's tarfile ends at a damaged header without a word, and takes about ten times as long for a shard of 10,000 samples.
+Python's tarfile silently stops at a damaged header, and takes about ten times as long for a shard of 10,000 samples.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Contents:
 
     members: list[Member] = field(default_factory=list)
     cut: str | None = None
-    """Where the archive was cut short: the member's name, or "" between members; None: it is whole."""
+    """Where the archive was truncated: the member's name, or "" between members; None: it is complete."""
     left_out: Tally = field(default_factory=Tally)
     """Members that can't be used: foreign_member, special_member (device, sparse file, ...), broken_link,
     broken_pax_header, trailing_data."""
@@ -56,7 +56,7 @@ def read_contents(data: bytes | mmap.mmap) -> Contents:
     """Walk the headers of a tar; its contents are not read."""
     found = Contents()
     files: dict[str, Member] = {}  # by name, for links
-    pending: dict[str, str] = {}  # what extended headers say of the next member
+    pending: dict[str, str] = {}  # fields that extended headers set for the next member
     offset, ended = 0, False
     while True:
         block = data[offset : offset + BLOCK]
@@ -67,7 +67,7 @@ def read_contents(data: bytes | mmap.mmap) -> Contents:
             continue
         header = _parse(block)
         if header is None:
-            if ended:  # after an end of the archive, what is no header is no cut
+            if ended:  # after an end-of-archive marker, anything that is not a header is trailing data, not truncation
                 found.left_out.add("trailing_data", f"{len(data) - offset} bytes")
             else:
                 found.cut = pending.get("path", "")
@@ -106,7 +106,7 @@ def read_contents(data: bytes | mmap.mmap) -> Contents:
 
 
 def is_foreign(name: str) -> bool:
-    """A file that an operating system put there: macOS' `._*`, `.DS_Store`, `__MACOSX/`, Windows' thumbnails."""
+    """Whether an operating system put the file there: macOS' `._*`, `.DS_Store`, `__MACOSX/`, Windows' thumbnails."""
     last = name.rpartition("/")[2]
     return last.startswith("._") or last in _FOREIGN_NAMES or ("__MACOSX" in name and "__MACOSX" in name.split("/")[:-1])
 
@@ -114,10 +114,10 @@ def is_foreign(name: str) -> bool:
 def _member(
     header: _Header, name: str, start: int, size: int, pending: dict[str, str], files: dict[str, Member], left_out: Tally
 ) -> Member | None:
-    """The file that a header stands for; None for a folder, and for what is left out."""
+    """The file that a header describes; None for a folder, and for what is left out."""
     sparse = bool(pending) and any(key.startswith("GNU.sparse") for key in pending)
     if header.kind in _FILES and not sparse:
-        return None if not size and name.endswith("/") else Member(name, start, size)  # V7 marks folders by the slash
+        return None if not size and name.endswith("/") else Member(name, start, size)  # V7 marks folders with a slash
     if header.kind in _LINKS:
         target = pending.get("linkpath", header.link)
         if header.kind == _SYMLINK:
@@ -132,7 +132,7 @@ def _member(
 
 
 def _parse(block: bytes) -> _Header | None:
-    """A header's fields; None unless it is whole, its checksum is right and its size is a number."""
+    """A header's fields; None unless it is complete, its checksum is correct and its size is a number."""
     if len(block) < BLOCK:
         return None
     try:
@@ -149,7 +149,7 @@ def _parse(block: bytes) -> _Header | None:
 
 
 def _adds_up(block: bytes, checksum: int) -> bool:
-    """Whether the header's bytes sum to its checksum, whose own field counts as blanks.
+    """Whether the header's bytes sum to its checksum, with the checksum field itself taken as spaces.
 
     The low half of Adler-32 is 1 + the sum of the bytes, modulo 65521: thirty times as fast as Python's sum.
     """
@@ -158,7 +158,7 @@ def _adds_up(block: bytes, checksum: int) -> bool:
 
 
 def _number(digits: bytes) -> int:
-    """Octal text, or GNU's base 256 for sizes from 8 GiB."""
+    """Octal text, or GNU's base 256 for sizes of 8 GiB and more."""
     if digits[0] & 0x80:
         return int.from_bytes(digits[1:], "big") if digits[0] == 0x80 else -1
     return int(digits.strip(b"\0 ") or b"0", 8)
@@ -169,7 +169,7 @@ def _text(data: bytes) -> str:
 
 
 def _pax_records(data: bytes) -> dict[str, str]:
-    """The records "length key=value\\n" of a pax header, in which a value may hold anything, newlines too."""
+    """The records "length key=value\\n" of a pax header; a value may contain anything, including newlines."""
     records = {}
     while data.strip(b"\0"):
         space = data.index(b" ")
@@ -194,7 +194,7 @@ def _after_zeros(data: bytes | mmap.mmap, offset: int) -> int:
 
 
 def _after_sparse_maps(data: bytes | mmap.mmap, offset: int) -> int:
-    """Where the content of a GNU sparse file starts: its header may go on in further blocks."""
+    """Where the content of a GNU sparse file starts: its header may continue in further blocks."""
     more, offset = data[offset + 482], offset + BLOCK
     while more and offset + BLOCK <= len(data):
         more, offset = data[offset + 504], offset + BLOCK

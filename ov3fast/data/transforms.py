@@ -1,7 +1,7 @@
 """Images to tensors: crop boxes, antialiased resizing, backgrounds, [-1, 1].
 
-A crop is a box (left, upper, right, lower) in float pixels, resampled in one go by Pillow (whose bicubic and bilinear
-filters widen with the scale, so they antialias). Boxes and backgrounds of a whole batch are computed at once, from
+A crop is a box (left, upper, right, lower) in float pixels, resampled in one step by Pillow (whose bicubic and bilinear
+filters widen with the scale, so they antialias). Boxes and backgrounds are computed for a whole batch at once, from
 uniform numbers that the caller draws from hash_rng.
 """
 
@@ -25,10 +25,10 @@ CROP_ATTEMPTS = 10
 def inception_boxes(
     sizes_B2: np.ndarray, uniforms_BA4: np.ndarray, area: tuple[float, float] = (0.4, 1.0), ratio: float = 4 / 3
 ) -> np.ndarray:
-    """Inception crops: float64 [B, 4] boxes inside pictures of `sizes_B2` (width, height).
+    """Inception crops: float64 [B, 4] boxes inside images of `sizes_B2` (width, height).
 
-    Each of the A attempts draws an area share uniform in `area`, an aspect ratio log-uniform in [1/ratio, ratio] and a
-    place; the first that fits counts, else the largest centred box within the ratios. Source: Szegedy et al. 2015; the
+    Each of the A attempts draws an area fraction uniform in `area`, an aspect ratio log-uniform in [1/ratio, ratio] and a
+    position; the first that fits is taken, or else the largest centred box within the ratios. Source: Szegedy et al. 2015; the
     attempts and the fallback follow torchvision's RandomResizedCrop. OpenVision takes at least 40 % of the area.
     """
     size_B12 = np.asarray(sizes_B2, np.float64)[:, None, :]
@@ -54,7 +54,7 @@ def center_boxes(sizes_B2: np.ndarray) -> np.ndarray:
 
 
 def reduction(box: Sequence[float], size: int) -> int:
-    """The largest of 1, 2, 4 and 8 by which a picture may be decoded smaller and the box still has `size` pixels a side."""
+    """The largest of 1, 2, 4 and 8 by which an image may be decoded smaller while the box keeps at least `size` pixels a side."""
     side = min(box[2] - box[0], box[3] - box[1])
     return max((r for r in (2, 4, 8) if side >= r * size), default=1)
 
@@ -62,12 +62,12 @@ def reduction(box: Sequence[float], size: int) -> int:
 def crop_resize(
     image: Image.Image | Reduced, box: Sequence[float], size: int, interpolation: str = "bicubic", gap: float | None = None
 ) -> np.ndarray:
-    """The box of the picture as uint8 [size, size, C], antialiased. Modes RGB and RGBa (premultiplied, so that colours
-    under full transparency don't bleed into the edges). With `gap`, pictures that shrink by more than twice as much are
+    """The box of the image as uint8 [size, size, C], antialiased. Modes RGB and RGBa (premultiplied, so that colours
+    under full transparency don't bleed into the edges). With `gap`, images that shrink by more than twice as much are
     first averaged over whole pixels (Pillow's reducing_gap): much faster, and close to the exact filter.
 
-    A picture that was decoded smaller is resized by PyTorch, several times as fast as by Pillow, from a box of whole pixels; `box` is that of
-    the whole picture."""
+    An image that was decoded smaller is resized by PyTorch, several times as fast as by Pillow, from a box of whole pixels; `box` is in
+    pixels of the full image."""
     from PIL import Image
 
     if isinstance(image, Reduced):
@@ -77,7 +77,7 @@ def crop_resize(
 
 
 def _crop_reduced(picture: Reduced, box: Sequence[float], size: int, interpolation: str) -> np.ndarray:
-    # By the reduction, not the sizes: those are rounded up, and the last column or row reaches beyond the picture.
+    # By the reduction, not the sizes: those are rounded up, so the last column or row may extend beyond the image.
     left, upper, right, lower = (round(side / picture.reduction) for side in box)
     pixels_HWC = np.ascontiguousarray(picture.pixels[upper : max(lower, upper + 1), left : max(right, left + 1)])
     x = torch.from_numpy(pixels_HWC).permute(2, 0, 1)[None]
@@ -86,7 +86,7 @@ def _crop_reduced(picture: Reduced, box: Sequence[float], size: int, interpolati
 
 
 def premultiplied(image: Any) -> Any:
-    """RGB as it is, anything with alpha as RGBa."""
+    """RGB unchanged, anything with alpha as RGBa."""
     return image if image.mode == "RGB" else image.convert("RGBA").convert("RGBa")
 
 

@@ -21,9 +21,9 @@ T = TypeVar("T")
 
 ATTEMPTS = 6
 FIRST_DELAY_S = 0.2
-"""Before the second attempt; each further one waits twice as long."""
+"""Before the second attempt; doubled for each further one."""
 CHUNK = 2**24
-"""Bytes of one request where a whole file is fetched."""
+"""Bytes per request when a whole file is fetched."""
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
@@ -32,9 +32,9 @@ def is_url(item: object) -> bool:
 
 
 class Url:
-    """A file or a folder behind a URL, with as much of pathlib.Path as shards need.
+    """A file or folder behind a URL, with as much of pathlib.Path as shards need.
 
-    Reads are tried again where the store fails for the moment; DataError names the URL and the last failure after ATTEMPTS.
+    Failed reads are retried; after ATTEMPTS, DataError names the URL and the last failure.
     """
 
     def __init__(self, url: str | Url) -> None:
@@ -74,7 +74,7 @@ class Url:
         return self._retried(lambda fs, path: fs.exists(path))
 
     def names(self) -> list[str]:
-        """Of the files in this folder, sorted."""
+        """The names of the files in this folder, sorted."""
         return sorted(
             str(name).rstrip("/").rpartition("/")[2] for name in self._retried(lambda fs, path: fs.ls(path, detail=False))
         )
@@ -93,7 +93,7 @@ class Url:
         def whole(fs: Any, path: str) -> bytes:
             content = fs.cat_file(path, start=start, end=end)
             if len(content) != end - start:
-                raise OSError(f"{len(content)} of {end - start} bytes came")
+                raise OSError(f"got {len(content)} of {end - start} bytes")
             return content
 
         return self._retried(whole)
@@ -107,7 +107,7 @@ class Url:
             try:
                 return act(fs, path)
             except _FINAL:
-                raise FileNotFoundError(f"there is no {self.url}, or it may not be read") from None
+                raise FileNotFoundError(f"{self.url} doesn't exist, or reading it is not permitted") from None
             except Exception as error:  # each store has errors of its own
                 last = error
                 if attempt < ATTEMPTS - 1:
@@ -123,24 +123,24 @@ class Url:
             ) from None
         try:
             return fsspec.core.url_to_fs(self.url)
-        except (ImportError, ValueError) as error:  # a protocol that is unknown, or whose package is missing
+        except (ImportError, ValueError) as error:  # unknown protocol, or its package is missing
             raise DataError(f"{self.url} can't be opened: {error}") from None
 
 
 class LocalCache:
-    """Whole files in a local folder, at most `gib` GiB of them: the ones used longest ago go first.
+    """Whole files in a local folder, at most `gib` GiB of them; the least recently used are removed first.
 
-    Several processes may share the folder. A file that is open stays readable after it has gone.
+    Several processes may share the folder. A file that is open stays readable after it was removed.
     """
 
     def __init__(self, folder: str | Path, gib: float) -> None:
         self.folder, self.limit = Path(folder).expanduser(), int(gib * 2**30)
 
     def fetch(self, url: Url, size: int) -> Path:
-        """The local copy of a file of `size` bytes, fetched unless it is there. DataError where the cache is too small for it."""
+        """The local copy of a file of `size` bytes, fetched if it isn't cached. DataError if the cache is too small for it."""
         if size > self.limit:
             raise DataError(
-                f"cache_gib: {url} has {size / 2**30:.2f} GiB, the cache {self.limit / 2**30:.2f}; raise data.cache_gib"
+                f"cache_gib: {url} has {size / 2**30:.2f} GiB, the cache only {self.limit / 2**30:.2f}; raise data.cache_gib"
             )
         path = self.folder / f"{hashlib.sha256(f'{url} {size}'.encode()).hexdigest()[:20]}-{url.name}"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -171,12 +171,12 @@ class LocalCache:
                 try:
                     status = path.stat()
                 except FileNotFoundError:
-                    continue  # another process has finished with it
+                    continue  # another process removed it
                 kept.append((status.st_mtime_ns, status.st_size, path))
         total = sum(size for _, size, _ in kept)
         for _, bytes_, path in sorted(kept):
             if total + size <= self.limit:
                 break
-            if not path.name.startswith("."):  # what is being written
+            if not path.name.startswith("."):  # those are being written
                 path.unlink(missing_ok=True)
                 total -= bytes_

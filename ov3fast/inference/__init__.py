@@ -1,4 +1,4 @@
-"""Using a trained model on files: images to embeddings, to captions, to their reconstructions."""
+"""Inference with a trained model: embeddings, captions and reconstructions of images, search, and faster copies of models."""
 
 from ov3fast.data.images import IMAGE_SUFFIXES
 from ov3fast.data.preprocess import preprocess, read_image

@@ -1,12 +1,13 @@
-"""The same bits whatever batch an image rides in.
+"""Batch invariance: an image's result has the same bits in any batch.
 
-PyTorch picks a convolution's and a product's algorithm by the whole shape, so an image's last bits depend on its company. Our CPU kernels add in an order
-that depends on a row's width alone, and oneDNN's convolutions in one that depends on the image alone:
+PyTorch picks algorithms for convolutions and matrix products by the whole shape, so an image's last bits depend on the batch around it. Our CPU
+kernels sum in an order that depends only on a row's width, and oneDNN's convolutions in one that depends only on the image:
 
     with batch_invariant(model):
         model.encode(batch)          # row i has the bits of model.encode(batch[i : i + 1])
 
-`InProvenBatches` trusts none of that (another chip, a GPU, another PyTorch): a batch size is used once a batch of it had the bits of its items alone.
+`InProvenBatches` relies on none of that (another chip, a GPU, another PyTorch): a batch size is used only after a batch of that size reproduced the
+bits of its items run alone.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ WIDE = (torch.float32, torch.bfloat16)
 
 @contextlib.contextmanager
 def batch_invariant(model: nn.Module) -> Iterator[None]:
-    """Within the block, a model on the CPU runs on the operators' CPU kernels and oneDNN's convolutions, whatever the choice by speed.
+    """Within the block, a model on the CPU uses the operators' CPU kernels and oneDNN's convolutions, even where others are faster.
 
-    Nothing changes for a model on a GPU or of another dtype, where the CPU kernels aren't built, and where a backend is asked for already
-    (`ops.use`, OV3FAST_IMPL): its bits are then those of that backend.
+    Nothing changes for a model on a GPU or of another dtype, if the CPU kernels aren't built, or if a backend was already requested
+    (`ops.use`, OV3FAST_IMPL): the bits are then that backend's.
     """
     weight = next(model.parameters())
     if weight.device.type != "cpu" or weight.dtype not in WIDE:
@@ -47,7 +48,7 @@ def batch_invariant(model: nn.Module) -> Iterator[None]:
 
 
 class _OneDnnConvolutions(TorchFunctionMode):
-    """torch.conv2d by oneDNN, which PyTorch itself leaves aside for single small images."""
+    """torch.conv2d by oneDNN, which PyTorch itself doesn't use for single small images."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.conv2d and not kwargs and len(args) == 7 and isinstance(args[3], tuple) and isinstance(args[4], tuple):
@@ -58,10 +59,10 @@ class _OneDnnConvolutions(TorchFunctionMode):
 
 
 class InProvenBatches:
-    """run(items) in batches of sizes 1, 2, 4, ... up to `most`, each used only if it gives every item the bits that it has alone.
+    """run(items) in batches of sizes 1, 2, 4, ... up to `most`, each used only if every item gets the bits that it has alone.
 
-    run: items -> a result each: tensors, strings, numbers, or tuples or dataclasses of these. The first batch of a size is run both ways, and the answers
-    are those of the single items; so all answers are, whatever the size.
+    run: items -> one result each: tensors, strings, numbers, or tuples or dataclasses of these. The first batch of a size is also run item by item, and
+    those results are returned; so results never depend on the batch size.
     """
 
     def __init__(self, run: Callable[[list[Any]], Sequence[Any]], most: int) -> None:

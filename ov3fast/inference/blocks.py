@@ -1,4 +1,4 @@
-"""The pre-LN blocks that are known, of five libraries, under one set of names.
+"""The supported pre-LN blocks of five libraries, under one set of names.
 
 y = x + s1 * proj(attention(norm1(x)));   y + s2 * fc2(activation(fc1(norm2(y))))
 """
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_python": "gelu"}
-"""transformers' names of what ops.mlp computes."""
+"""transformers' names for the activations of ops.mlp."""
 
 Pair = tuple[Tensor, Tensor | None]
 """Weight and bias of a linear layer."""
@@ -20,34 +20,34 @@ Pair = tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class Block:
-    """The parameters of a block, shared with it."""
+    """A block's parameters, shared with the block."""
 
     norm1: Any
     """weight, bias and eps, as norm2."""
     norm2: Any
     qkv: tuple[Pair, ...]
-    """The stacked projection, or q, k and v apart."""
+    """The stacked projection, or separate q, k and v."""
     proj: Pair
     fc1: Pair | None
-    """None, as fc2, for an MLP of another make: then `mlp` runs whole."""
+    """None, like fc2, for another kind of MLP; `mlp` is then called as it is."""
     fc2: Pair | None
     heads: int
     activation: str | None
-    """ops.mlp's name; None for another, which `act` is."""
+    """ops.mlp's name; None for another activation, which is then `act`."""
     act: Any
     mlp: Any
     scale1: Tensor | None = None
     scale2: Tensor | None = None
 
     def tensors(self) -> list[Tensor | None]:
-        """All of them, in one order."""
+        """All of them, in a fixed order."""
         pairs = (*self.qkv, self.proj, self.fc1 or (), self.fc2 or ())
         norms = (self.norm1.weight, self.norm1.bias, self.norm2.weight, self.norm2.bias)
         return [*(tensor for pair in pairs for tensor in pair), *norms, self.scale1, self.scale2]
 
 
 def describe(module: nn.Module) -> Block | None:
-    """None for what is no known block, or one with parts that the operators don't have (norms of queries and keys, say)."""
+    """None for anything but a supported block, or for one with parts that the operators lack (such as q/k norms)."""
     for base in type(module).__mro__:
         found = _KNOWN.get((base.__module__.split(".")[0], base.__name__))
         if found is not None:
@@ -145,4 +145,4 @@ _KNOWN: dict[tuple[str, str], Callable[[Any], Block | None]] = {
     ("open_clip", "ResidualAttentionBlock"): _of_open_clip,
     ("ov3fast", "Block"): _of_ov3fast,
 }
-"""(package, class) -> what names its parts."""
+"""(package, class) -> the function that names its parts."""

@@ -1,9 +1,9 @@
-"""Many images -> one embeddings file or a folder of them, in parts: by several processes, and from where a killed run was.
+"""Bulk encoding: many images -> one embeddings file or a folder of them, in parts, by several processes, resumable after a kill.
 
     encode_many("runs/demo", find(["photos/"]), "vectors/", processes=2)
 
-The images are cut into parts of `rows`. Each part is encoded by one process and appears whole under its number, so what is there after a kill is good,
-and the same call does the rest. For a single file, the parts wait in a folder beside it and are joined in the end.
+The images are split into parts of `rows`. Each part is encoded by one process and written atomically under its number, so parts that exist after a
+kill are complete, and the same call does the rest. For a single file, the parts are kept in a folder beside it and joined at the end.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ ROWS, ROWS_WITH_TOKENS = 4096, 512
 """Images of a part."""
 JOB = "job.json"
 Progress = Callable[[int, int], None]
-"""(images done, images in all)."""
+"""(images done, images in total)."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job does, in every process: the model's words, and `encode`'s options."""
+    """A job's settings, the same in every process: how to load the model, and `encode`'s options."""
 
     model: str
     vae: str | None
@@ -70,7 +70,7 @@ class Plan:
 
 
 class Done(NamedTuple):
-    """What a job wrote: images and skipped count all of it, `resumed` the images that an earlier run had done."""
+    """What a job wrote: images and skipped count everything, `resumed` the images that an earlier run had already done."""
 
     path: Path
     images: int
@@ -98,12 +98,12 @@ def encode_many(
     parts: str = ".safetensors",
     progress: Progress = lambda done, total: None,
 ) -> Done:
-    """Encodes `sources` (see sources.find) with the model of a folder or hub id. loaded: that model, where it is in memory already.
+    """Encodes `sources` (see sources.find) with the model of a folder or hub id. loaded: that model, if it is already in memory.
 
-    out: a file with one of embeddings.SUFFIXES, or else a folder, in which every part is a file of the suffix `parts` and index.json lists
-    them. dtype: the model's; store: of what is written. processes: each has a model of its own and its share of the threads. rows: images
-    of a part. A run with the same arguments, model and images goes on where a former one ended. ValueError for wrong arguments,
-    FileExistsError where the folder holds something else, DataError where no image could be read, RuntimeError where a process ended.
+    out: a file with one of embeddings.SUFFIXES, or else a folder, in which every part is a file with the suffix `parts` and index.json lists
+    them. dtype: the model's; store: that of the output. processes: each has its own model and a share of the threads. rows: images
+    per part. A run with the same arguments, model and images resumes an earlier one. ValueError for wrong arguments,
+    FileExistsError if the folder holds something else, DataError if no image could be read, RuntimeError if a process died.
     """
     began = time.monotonic()
     out = Path(out).expanduser()
@@ -114,7 +114,7 @@ def encode_many(
     options = Options(image_size=image_size, batch_size=batch_size, workers=workers, tokens=tokens)
     plan = Plan(str(model), vae, device, dtype, options, store, rows, ".safetensors" if single else parts)
     folder = out.with_name(f".{out.name}.parts") if single else out
-    with naming_full_disk(out, "the parts that are done stay"):
+    with naming_full_disk(out, "finished parts are kept"):
         _open(folder, plan, sources, single)
         ranges = [(start, min(start + rows, len(sources))) for start in range(0, len(sources), rows)]
         missing = [i for i in range(len(ranges)) if not _part(folder, i, plan).is_file()]
@@ -146,7 +146,7 @@ def _check(sources: Sources, out: Path, single: bool, processes: int, rows: int 
     else:
         check_writable_folder(out)
     if not len(sources):
-        raise DataError("encode: there is no image")
+        raise DataError("encode: there are no images")
 
 
 # ---- the folder of parts ---------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def _part(folder: Path, number: int, plan: Plan) -> Path:
 
 
 def _open(folder: Path, plan: Plan, sources: Sources, single: bool) -> None:
-    """Makes the folder, or goes on in one of the same job. A single file's leftovers of another job are thrown away."""
+    """Creates the folder, or reuses that of the same job. For a single file, leftovers of another job are deleted."""
     words = {**_described(plan), "weights": _weights(plan), "images": len(sources), "sources": sources.fingerprint()}
     path = folder / JOB
     if folder.is_dir() and any(folder.iterdir()):
@@ -169,7 +169,7 @@ def _open(folder: Path, plan: Plan, sources: Sources, single: bool) -> None:
             return
         if not single:
             changed = "other files" if former is None else f"another job (its {', '.join(_changed(former, words))})"
-            raise FileExistsError(f"encode: {folder} holds {changed}; give another folder, or delete it")
+            raise FileExistsError(f"encode: {folder} holds {changed}; name another folder, or delete it")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
@@ -177,10 +177,10 @@ def _open(folder: Path, plan: Plan, sources: Sources, single: bool) -> None:
 
 
 def _described(plan: Plan) -> dict[str, Any]:
-    """The plan's words that change what is written."""
+    """The plan's settings that affect the output."""
     words = asdict(plan)
     options = words.pop("options")
-    for name in ("batch_size", "workers", "progress"):  # they change no bit
+    for name in ("batch_size", "workers", "progress"):  # these don't change the output
         del options[name]
     return {**words, **options}
 
@@ -190,7 +190,7 @@ def _changed(former: Any, words: dict[str, Any]) -> list[str]:
 
 
 def _weights(plan: Plan) -> list[Any]:
-    """Name, size and time of the model's files, where it is a folder."""
+    """Name, size and modification time of the model's files, if it is a folder."""
     folder = Path(plan.model).expanduser()
     if not folder.is_dir():
         return []
@@ -199,7 +199,7 @@ def _weights(plan: Plan) -> list[Any]:
 
 
 def _finish(folder: Path, plan: Plan, count: int, out: Path | None) -> tuple[int, dict[str, str]]:
-    """Joins the parts into `out`, or lists them in the folder's index; how many images there are, and those that were skipped."""
+    """Joins the parts into `out`, or lists them in the folder's index; returns the number of images, and the skipped ones."""
     files = [_part(folder, i, plan) for i in range(count)]
     heads = [read_head(file) for file in files]
     images = sum(len(head.names) for head in heads)
@@ -237,7 +237,7 @@ def _counts(skipped: dict[str, str]) -> str:
 
 
 class _Counter:
-    """Images that are done, told to `progress`."""
+    """Counts the finished images, and reports them to `progress`."""
 
     def __init__(self, done: int, total: int, progress: Progress) -> None:
         self.done, self.total, self.progress = done, total, progress
@@ -257,8 +257,8 @@ def _encode_part(
     done: Callable[[int], None],
 ) -> None:
     job = Job(model, sources.items(*span), plan.options, Memory(), Memory() if plan.options.tokens else None, on_batch=done)
-    with warnings.catch_warnings(), contextlib.suppress(DataError):  # a part may well have no image that can be read
-        warnings.simplefilter("ignore", SkipWarning)  # they are in the part, and in the summary
+    with warnings.catch_warnings(), contextlib.suppress(DataError):  # a part may have no readable image
+        warnings.simplefilter("ignore", SkipWarning)  # they are listed in the part, and in the summary
         job.run()
     done(len(job.skipped))
     if not job.names:
@@ -303,7 +303,7 @@ def _in_processes(
 
 
 def _watch(started: list[Any], told: Any, counter: _Counter) -> None:
-    """Until all have ended. Raises what one of them met, or RuntimeError where one was killed."""
+    """Waits until all have ended. Raises a process's error, or RuntimeError if one was killed."""
     while True:
         alive = any(process.is_alive() for process in started)
         while not told.empty():
@@ -314,7 +314,7 @@ def _watch(started: list[Any], told: Any, counter: _Counter) -> None:
                 raise found
         if broken := next((process for process in started if process.exitcode not in (None, 0)), None):
             raise RuntimeError(
-                f"encode: process {broken.pid} ended with code {broken.exitcode}; the parts that are done stay, and the same command goes on"
+                f"encode: process {broken.pid} ended with code {broken.exitcode}; finished parts are kept, and the same command resumes"
             )
         if not alive:
             return
@@ -324,21 +324,21 @@ def _watch(started: list[Any], told: Any, counter: _Counter) -> None:
 def _work(
     plan: Plan, sources: Sources, folder: Path, ranges: list[tuple[int, int]], waiting: Any, told: Any, threads: int
 ) -> None:
-    """One process: takes parts until there are none."""
+    """One process: encodes parts until none are left."""
     torch.set_num_threads(threads)
     _end_with_parent()
     try:
         model = plan.load()
         while (number := waiting.get()) is not None:
             _encode_part(model, plan, sources, ranges[number], _part(folder, number, plan), told.put)
-    except Exception as error:  # pickled as it is where that works
+    except Exception as error:  # unchanged if it can be pickled
         with contextlib.suppress(Exception):
             told.put(error if type(error).__module__ == "builtins" else RuntimeError(f"{type(error).__name__}: {error}"))
         sys.exit(1)
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed can't end its children: they look for it."""
+    """A killed parent can't end its children, so they watch it."""
     parent = os.getppid()
 
     def look() -> None:
@@ -351,7 +351,7 @@ def _end_with_parent() -> None:
 
 @contextlib.contextmanager
 def shown(show: bool) -> Iterator[Progress]:
-    """A progress bar with the rate, or where `show` is false none."""
+    """A progress bar with the rate, unless `show` is false."""
     if not show:
         yield lambda done, total: None
         return

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Captioned(NamedTuple):
-    """An image's name and its caption; caption is None for one that can't be read, and `reason` says why."""
+    """An image's name and caption; caption is None if it can't be read, and `reason` says why."""
 
     name: str
     caption: str | None
@@ -35,8 +35,8 @@ def caption(
 ) -> Iterator[Captioned]:
     """Captions images, in order, batch by batch; images and image_size as for `encode`.
 
-    beams: 1 is greedy. ValueError for wrong options or a released vision tower, which has no captioner; errors of paths as in `encode`;
-    both before the first image.
+    beams: 1 is greedy. ValueError for wrong options or a released vision tower, which has no captioner; errors for paths as in `encode`.
+    Both are raised before the first image.
     """
     if isinstance(model, VisionTower):
         raise ValueError("caption: a released vision tower has no caption decoder; give an OpenVision3")

@@ -1,4 +1,4 @@
-"""Measured choices: the fastest of a module's variants whose error is within the budget, remembered by machine and module."""
+"""Measured choices: a module's fastest variant whose error is within the budget, cached by machine and module."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from ov3fast.models.vit import ViTEncoder
 from ov3fast.testing import error_and_budget
 
 SECONDS, ROUNDS = 0.2, 7
-"""What a measurement takes: rounds of one call of each variant, until both are reached."""
+"""Length of a measurement: rounds of one call per variant, until both are reached."""
 GAIN = 0.98
-"""A variant must take at most this share of eager's time to be preferred to it."""
+"""A variant must take at most this fraction of eager's time to be preferred."""
 
 
 def measure(unit: nn.Module, inputs: tuple[Any, Any], what: str) -> tuple[str, str]:
@@ -45,7 +45,7 @@ def measure(unit: nn.Module, inputs: tuple[Any, Any], what: str) -> tuple[str, s
         notes.append(f"ours: {str(failure).splitlines()[0]}")
     try:
         variants["compile"] = compiled(unit, args, kwargs)
-    except Exception as failure:  # a compiler fails in many ways, and one is enough to leave it out
+    except Exception as failure:  # compilers fail in many ways; after any failure the variant is left out
         notes.append(f"compile: {(str(failure) or type(failure).__name__).splitlines()[0]}")
     taken = dict(zip(variants, times([lambda v=v: v(*args, **kwargs) for v in variants.values()]), strict=True))  # type: ignore[misc]
     best = min(taken, key=taken.__getitem__)
@@ -56,9 +56,9 @@ def measure(unit: nn.Module, inputs: tuple[Any, Any], what: str) -> tuple[str, s
 
 
 def measure_int8(conv: nn.Module, x: Tensor, behind_norm: bool) -> tuple[str, str]:
-    """("int8" or "ours", what was measured) of a calibrated convolution against the same one packed: few channels don't pay for the rounding.
+    """("int8" or "ours", what was measured) for a calibrated convolution against the packed one: with few channels the rounding costs more than it saves.
 
-    behind_norm: a norm rounds for it.
+    behind_norm: a norm does the rounding.
     """
     wide = twin(conv)
     fusions.fuse_convolution(wide)
@@ -83,9 +83,9 @@ def compiled(unit: nn.Module, args: Any, kwargs: Any) -> nn.Module:
 
 
 def times(calls: list[Callable[[], Any]]) -> list[float]:
-    """Medians in seconds, the variants taking turns."""
+    """Medians in seconds, with the variants interleaved."""
     taken: list[list[float]] = [[] for _ in calls]
-    for call in calls:  # once without the clock
+    for call in calls:  # warm-up
         call()
     end = time.perf_counter() + SECONDS * len(calls)
     while len(taken[0]) < ROUNDS or time.perf_counter() < end:
@@ -120,7 +120,7 @@ def inputs_of(base: nn.Module, units: dict[str, str], run: Callable[[], Any]) ->
 
 
 def _tensor(output: Any) -> Tensor:
-    """A block of ours gives the stream and the branch that is still to be added."""
+    """Our blocks return the residual stream and the branch that is still to be added."""
     if isinstance(output, Tensor):
         return output
     pair = len(output) == 2 and all(isinstance(part, Tensor) for part in output) and output[0].shape == output[1].shape
@@ -138,7 +138,7 @@ def twin(module: Any) -> Any:
 
 
 class Memory:
-    """Choices of this machine, in a file: key -> (choice, what was measured)."""
+    """This machine's choices, in a file: key -> (choice, what was measured)."""
 
     def __init__(self) -> None:
         self.path = Path(os.environ.get("OV3FAST_CACHE") or "~/.cache/ov3fast").expanduser() / "optimize.json"
@@ -161,7 +161,7 @@ class Memory:
         try:
             with atomic_write(self.path) as temporary:
                 temporary.write_text(json.dumps(self.values, indent=1), encoding="utf-8")
-        except OSError:  # a measurement that can't be kept is made again
+        except OSError:  # a measurement that can't be stored is repeated next time
             pass
 
 

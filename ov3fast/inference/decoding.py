@@ -23,7 +23,7 @@ from ov3fast.terminal import is_terminal
 Picture: TypeAlias = np.ndarray | Tensor
 """A square image: uint8 [S, S, 3 or 4], RGB or RGBa, or float32 [3, S, S] in [-1, 1]."""
 AT_ONCE = 8
-"""Images that a thread decodes before it looks for more work: handing one over costs as much as resizing a small one."""
+"""Images per task of a thread: handing one over costs as much as resizing a small one."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def as_batch(pictures: Sequence[Picture]) -> Tensor:
 
 
 def decoded(sources: Mapping[str, Any], size: int, options: Options) -> Iterator[tuple[str, Picture | ImageError]]:
-    """(name, picture or what is wrong with it) in order; two batches are in work at a time."""
+    """(name, image or what is wrong with it) in order; two batches are in flight at a time."""
     items: Iterable[tuple[str, Any]] = sources.items()
     if options.progress and is_terminal():
         from rich.progress import track
@@ -73,7 +73,7 @@ def decoded(sources: Mapping[str, Any], size: int, options: Options) -> Iterator
 
 
 def readable_batches(images: Mapping[str, Any], size: int, options: Options, skipped: list[str]) -> Iterator[Tensor]:
-    """Batches float32 [B, 3, size, size] of the images that can be read, in order; the names of the others go into `skipped`."""
+    """Batches float32 [B, 3, size, size] of the readable images, in order; the others are recorded in `skipped`."""
     batch: list[Picture] = []
     for name, picture in decoded(images, size, options):
         if isinstance(picture, ImageError):
@@ -104,5 +104,5 @@ def _read(source: Any, size: int, options: Options) -> Picture | ImageError:
         return error
     except OSError as error:
         return ImageError("unreadable_file", str(error))
-    except Exception as error:  # one file never ends the work on the others
+    except Exception as error:  # one bad file must not stop the others
         return ImageError("broken_image", f"{type(error).__name__}: {error}")

@@ -16,17 +16,17 @@ from ov3fast.io import atomic_write, check_writable
 
 SUFFIXES = (".safetensors", ".npz", ".npy", ".parquet")
 INDEX = "index.json"
-"""In a folder that holds embeddings in parts: their files in order."""
+"""Lists the files in order, in a folder that holds embeddings in parts."""
 GROUP = 4096
-"""Rows of a row group of a .parquet file."""
+"""Rows per row group of a .parquet file."""
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """pooled [N, E] and tokens [N, n, D] (None if they were not kept), float32 or as they were stored, of the images `names` [N].
+    """pooled [N, E] and tokens [N, n, D] (None if they were not kept), float32 or the stored dtype, of the images `names` [N].
 
-    skipped: name -> reason of the images that could not be read. about: how they were made: "latents" (the convention), "image_size",
-    "preprocess". Names of files that are not UTF-8 hold surrogate escapes, as Python's own file names do (os.fsencode gives the bytes).
+    skipped: name -> reason, for the images that could not be read. about: how they were made: "latents" (the convention), "image_size",
+    "preprocess". File names that are not UTF-8 have surrogate escapes, as in Python (os.fsencode gives the bytes).
     """
 
     pooled: Tensor
@@ -37,7 +37,7 @@ class Embeddings:
 
 
 class MappedFile:
-    """Rows [n, ...] of one dtype written to a file, and seen as one tensor that the system pages in as it is read."""
+    """Rows [n, ...] of one dtype appended to a file, and read back as one memory-mapped tensor."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -62,9 +62,9 @@ class MappedFile:
 
 
 def check_output(path: str | Path, what: str = "out") -> Path:
-    """`path` with ~ expanded, where write_embeddings could write it: to be asked before the work. what: its name in errors.
+    """`path` with ~ expanded, if write_embeddings could write it; call it before the work. what: the argument's name in errors.
 
-    ValueError for another suffix, FileExistsError where a .npy would need a .json that is there and not its own, OSError where
+    ValueError for another suffix, FileExistsError if a .npy would overwrite a .json that is not its own, OSError if
     nothing can be written.
     """
     path = Path(path).expanduser()
@@ -75,15 +75,15 @@ def check_output(path: str | Path, what: str = "out") -> Path:
         sidecar = check_writable(path.with_suffix(".json"), what)
         if sidecar.exists() and not _is_ours(sidecar):
             raise FileExistsError(
-                f"{what}: {path} writes its names to {sidecar}, which holds something else; give another name"
+                f"{what}: {path} writes its names to {sidecar}, which holds something else; choose another name"
             )
     return path
 
 
 def write_embeddings(path: str | Path, embeddings: Embeddings) -> Path:
-    """Writes the file whole or not at all, in the format of its suffix; folders are made. Returns the path, with ~ expanded.
+    """Writes the file atomically, in the format of its suffix, and creates folders. Returns the path, with ~ expanded.
 
-    All formats hold the same JSON words, in ASCII: names, skipped and what `about` says; .parquet's names are a column, and escape what is no UTF-8. Errors as in `check_output`.
+    All formats hold the same metadata as ASCII JSON: names, skipped and `about`; .parquet has its names in a column, escaped if not UTF-8. Errors as in `check_output`.
     """
     path = check_output(path)
     words = {"names": json.dumps(embeddings.names), "skipped": json.dumps(embeddings.skipped), **embeddings.about}
@@ -109,7 +109,7 @@ def write_embeddings(path: str | Path, embeddings: Embeddings) -> Path:
 
 
 def read_embeddings(path: str | Path) -> Embeddings:
-    """What write_embeddings wrote, or the parts of a folder of `encode` joined. FileNotFoundError or ValueError names the file."""
+    """Reads a file of write_embeddings, or joins the parts in a folder of `encode`. FileNotFoundError or ValueError names the file."""
     path = Path(path).expanduser()
     if path.is_dir():
         return _joined(path)
@@ -120,7 +120,7 @@ def read_embeddings(path: str | Path) -> Embeddings:
 
 
 class Head(NamedTuple):
-    """What a file holds besides the values."""
+    """A file's metadata."""
 
     names: list[str]
     skipped: dict[str, str]
@@ -128,7 +128,7 @@ class Head(NamedTuple):
 
 
 def read_head(path: Path) -> Head:
-    """The words of a file that write_embeddings wrote, without its values. Errors as in `read_embeddings`."""
+    """The metadata of a file that write_embeddings wrote, without its values. Errors as in `read_embeddings`."""
     words, _ = _opened(path)
     about = {key: value for key, value in words.items() if key not in ("names", "skipped")}
     return Head(json.loads(words["names"]), json.loads(words["skipped"]), about)
@@ -137,7 +137,7 @@ def read_head(path: Path) -> Head:
 def _joined(folder: Path) -> Embeddings:
     index = folder / INDEX
     if not index.is_file():
-        raise FileNotFoundError(f"read_embeddings: {folder} has no {INDEX}; is `ov3fast encode` still at work on it?")
+        raise FileNotFoundError(f"read_embeddings: {folder} has no {INDEX}; is `ov3fast encode` still writing it?")
     parts = [read_embeddings(folder / part["file"]) for part in json.loads(index.read_text(encoding="utf-8"))["parts"]]
     tokens = [part.tokens for part in parts if part.tokens is not None]
     names = [name for part in parts for name in part.names]
@@ -148,7 +148,7 @@ def _joined(folder: Path) -> Embeddings:
 
 
 def _opened(path: Path) -> tuple[dict[str, str], Callable[[], dict[str, Tensor]]]:
-    """A file's words, and what reads its values."""
+    """A file's metadata, and a function that reads its values."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"read_embeddings: {path} must end in {', '.join(SUFFIXES)}")
     for needed in [path, path.with_suffix(".json")] if path.suffix == ".npy" else [path]:
@@ -173,7 +173,7 @@ def _opened(path: Path) -> tuple[dict[str, str], Callable[[], dict[str, Tensor]]
         held, read = ["pooled"], lambda: {"pooled": torch.from_numpy(np.load(path))}
     if "pooled" not in held or "names" not in words:
         raise ValueError(
-            f"read_embeddings: {path} holds no embeddings of write_embeddings (it holds {', '.join(held) or 'nothing'})"
+            f"read_embeddings: {path} was not written by write_embeddings (it holds {', '.join(held) or 'nothing'})"
         )
     return words, read
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Written(NamedTuple):
-    """What encode_to_file wrote: the file, the names of the images in it, and name -> reason of those that could not be read."""
+    """The result of encode_to_file: the file, the names of its images, and name -> reason for those that could not be read."""
 
     path: Path
     names: list[str]
@@ -53,11 +53,11 @@ def encode(
 ) -> Embeddings:
     """Encodes images, batch by batch, while `workers` threads decode ahead.
 
-    model: from load_model, in eval mode. images: files and folders, and what `ov3fast.preprocess` takes otherwise (Pillow images,
-    arrays, tensors), which are named by their place in the list. image_size: pixels, default the model's; images are resized to it
-    and centre-cropped. tokens: False keeps the pooled features alone. batch_invariant: on a CPU an image's values have the same bits
-    whatever batch_size is (see inference.batches); False lets operators be chosen by speed alone. Images that can't be read are warned
-    of, and named in `skipped`. FileNotFoundError or ValueError for wrong paths or a wrong size, DataError if no image is left.
+    model: from load_model, in eval mode. images: files and folders, or anything else that `ov3fast.preprocess` takes (Pillow images,
+    arrays, tensors), named by their position in the list. image_size: pixels, default the model's; images are resized to it
+    and centre-cropped. tokens: False keeps only the pooled features. batch_invariant: on a CPU an image's values have the same bits
+    for any batch_size (see inference.batches); False chooses operators by speed alone. Images that can't be read cause a warning and
+    are listed in `skipped`. FileNotFoundError or ValueError for wrong paths or a wrong size, DataError if no image is left.
     """
     options = Options(image_size, batch_size, workers, interpolation, tokens, max_image_pixels, progress, batch_invariant)
     job = Job(model, images, options, Memory(), Memory() if tokens else None)
@@ -68,10 +68,10 @@ def encode(
 def encode_to_file(
     model: OpenVision3 | VisionTower, images: ImageLike | Sequence[ImageLike], out: str | Path, **options: Any
 ) -> Written:
-    """Encodes images into an embeddings file, in memory that does not grow with their number; options as for `encode`.
+    """Encodes images into an embeddings file, in memory that doesn't grow with their number; options as for `encode`.
 
-    out: .safetensors, .npz or .npy, checked before the work. A job that ends early (Ctrl-C, an error) leaves the images that were done
-    in `<name>.partial<suffix>` beside it, says so in a warning, and leaves `out` as it was.
+    out: .safetensors, .npz or .npy, checked before the work. A job that ends early (Ctrl-C, an error) leaves its finished images
+    in `<name>.partial<suffix>` beside it, warns of that, and leaves `out` unchanged.
     """
     out = check_output(out)
     chosen = Options(**{"tokens": out.suffix != ".npy", **options})
@@ -86,7 +86,7 @@ def encode_to_file(
         try:
             job.run()
             write_embeddings(out, job.embeddings())
-        except BaseException:  # Ctrl-C too: hours of work are not thrown away
+        except BaseException:  # also on Ctrl-C: hours of work must not be lost
             _keep_partial(job, out)
             raise
     return Written(out, job.names, job.skipped)
@@ -96,7 +96,7 @@ def _keep_partial(job: Job, out: Path) -> None:
     if not job.names:
         return
     partial = out.with_name(f"{out.stem}.partial{out.suffix}")
-    with contextlib.suppress(OSError):  # the disk may be what ended the job
+    with contextlib.suppress(OSError):  # a full disk may have ended the job
         write_embeddings(partial, job.embeddings())
         warnings.warn(f"stopped after {len(job.names)} of {len(job.sources)} images; they are in {partial}", stacklevel=3)
 
@@ -121,7 +121,7 @@ class Memory:
 
 @dataclass
 class Job:
-    """One run over images: what was encoded so far is in `names`, `pooled` and `tokens`."""
+    """One run over images; `names`, `pooled` and `tokens` hold what was encoded so far."""
 
     model: OpenVision3 | VisionTower
     images: Any
@@ -131,7 +131,7 @@ class Job:
     names: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     on_batch: Callable[[int], None] = lambda count: None
-    """Told of each batch's size once it is encoded."""
+    """Called with the size of each encoded batch."""
 
     def __post_init__(self) -> None:
         self.size = image_side(self.model, self.options, "encode")
@@ -179,7 +179,7 @@ class Job:
 
 
 def about(model: OpenVision3 | VisionTower, size: int, interpolation: str = "bicubic") -> dict[str, str]:
-    """How embeddings were made: `Embeddings.about`."""
+    """How the embeddings were made: `Embeddings.about`."""
     return {
         "latents": model.encoder.latent_convention,
         "image_size": str(size),
@@ -188,7 +188,7 @@ def about(model: OpenVision3 | VisionTower, size: int, interpolation: str = "bic
 
 
 def image_side(model: OpenVision3 | VisionTower, options: Options, what: str) -> int:
-    """The side in pixels that images are brought to. ValueError for options that can't be."""
+    """The side in pixels that images are resized to. ValueError for invalid options."""
     vision = model.encoder.config
     size, stride = options.image_size, VAE_STRIDE * vision.patch_size
     size = vision.image_size if size is None else size
@@ -201,7 +201,7 @@ def image_side(model: OpenVision3 | VisionTower, options: Options, what: str) ->
 
 
 def find_sources(images: ImageLike | Sequence[ImageLike]) -> dict[str, Any]:
-    """Name -> what preprocess takes: files found in paths and folders, or images in memory named 0, 1, ..."""
+    """Name -> an argument for preprocess: files found in paths and folders, or images in memory named 0, 1, ..."""
     given: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
     if all(isinstance(image, str | Path) for image in given):
         files = find_images(given)

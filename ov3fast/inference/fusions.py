@@ -1,7 +1,7 @@
-"""What `optimize` puts in the places of others' modules: the same parameters under the same names, with another forward.
+"""The replacements that `optimize` makes in other libraries' modules: the same parameters under the same names, with another forward.
 
-A module keeps its class as a base, so that `isinstance` and everything but `forward` stay; where a call asks for what the operators don't
-do (a mask, dropout in training, a cache), the base's forward answers it.
+A module's class becomes a base of its new class, so `isinstance` and everything but `forward` still work; calls that need what the operators
+lack (a mask, dropout in training, a cache) go to the base's forward.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from ov3fast.models.group_norm_silu import GroupNormSiLU, fuse_group_norm_silu
 from ov3fast.models.transformer import Block as OwnBlock
 
 HARMLESS = ("output_hidden_states", "return_dict", "use_cache")
-"""Words that transformers hands down to a block, which has nothing to do with them."""
+"""Keyword arguments that transformers passes down to a block that ignores them."""
 STATE = "_ov3fast"
-"""Where a fused module keeps what was made of its weights, past nn.Module's bookkeeping."""
+"""Attribute in which a fused module keeps what it derived from its weights, outside nn.Module's bookkeeping."""
 
 
 def units(model: nn.Module) -> dict[str, str]:
-    """Path within the model -> what would be fused there; no unit lies in another."""
+    """Path within the model -> what would be fused there; units are never nested."""
     found: dict[str, str] = {}
     for path, module in model.named_modules():
         if any(path.startswith(f"{outer}.") for outer in found):
@@ -45,7 +45,7 @@ def units(model: nn.Module) -> dict[str, str]:
 
 
 def _is_layer_norm(module: nn.Module) -> bool:
-    # By name too: timm's LayerNorm2d is an nn.LayerNorm, and norms another axis.
+    # Checked by name too: timm's LayerNorm2d is an nn.LayerNorm that normalises another axis.
     if not isinstance(module, nn.LayerNorm) or type(module).__name__ != "LayerNorm":
         return False
     return len(module.normalized_shape) == 1 and module.weight is not None
@@ -95,7 +95,7 @@ def _layer_norm_forward(base: Any) -> Callable[..., Any]:
 
 
 class _BlockState:
-    """stacked, products: kept from call to call. ranges: calibration's, where the block is to run in int8."""
+    """stacked, products: cached between calls. ranges: from calibration, if the block is to run in int8."""
 
     def __init__(self, ranges: Ranges | None = None) -> None:
         self.stacked, self.products = Kept(), Kept()
@@ -108,12 +108,12 @@ class _BlockState:
 
 
 def calibrate(module: Any) -> None:
-    """The fused block or convolution notes what it is given, until `calibrated`."""
+    """Makes the fused block or convolution record its inputs' ranges, until `calibrated`."""
     module.__dict__[STATE] = _ConvolutionState(Range()) if isinstance(module, nn.Conv2d) else _BlockState(Ranges())
 
 
 def calibrated(module: Any) -> bool:
-    """From now on it runs in int8, where it was given something: True."""
+    """Switches it to int8 and returns True, unless it saw no input."""
     state = module.__dict__[STATE]
     state.observing = False
     seen: bool = state.ranges.seen if isinstance(module, nn.Conv2d) else state.ranges.qkv.seen
@@ -123,7 +123,7 @@ def calibrated(module: Any) -> bool:
 
 
 def leave_wide(module: Any) -> None:
-    """A calibrated module goes on in the wide dtype."""
+    """Returns a calibrated module to the wide dtype."""
     module.__dict__[STATE].ranges = None
 
 
@@ -148,7 +148,7 @@ def _products(module: Any, block: Block, x: Tensor) -> Products:
 
 def _refuse_gradient(x: Tensor) -> None:
     if torch.is_grad_enabled() and x.requires_grad:
-        raise ValueError("an int8 model has no gradients: its input must not require one")
+        raise ValueError("an int8 model has no gradients: its input must not require grad")
 
 
 def _block_forward(base: Any) -> Callable[..., Any]:
@@ -213,11 +213,11 @@ def _convolution_forward(base: Any) -> Callable[..., Any]:
     return forward
 
 
-# Norms that write what an int8 convolution takes
+# Norms that write an int8 convolution's input
 
 
 def norms_before(model: nn.Module) -> dict[str, str]:
-    """Path of a convolution -> that of the GroupNormSiLU whose result goes there and nowhere else."""
+    """Path of a convolution -> path of the GroupNormSiLU whose result goes there and nowhere else."""
     found = {}
     for path, module in model.named_modules():
         for norm, conv in (("norm1", "conv1"), ("norm2", "conv2")):
@@ -227,13 +227,13 @@ def norms_before(model: nn.Module) -> dict[str, str]:
 
 
 def quantize_norm(norm: Any, conv: Any) -> None:
-    """The norm in front of a convolution in int8 gives it uint8; in place."""
+    """Makes the norm before an int8 convolution write uint8; in place."""
     _take_forward(norm, _quantized_norm_forward)
     norm.__dict__[STATE] = conv.__dict__[STATE].ranges.scale_and_zero()
 
 
 def quantized_input(conv: Any, x: Tensor) -> Tensor:
-    """x as a norm in front of the calibrated convolution would give it."""
+    """x as a norm before the calibrated convolution would write it."""
     return quantize_activation(x.contiguous(memory_format=torch.channels_last), *conv.__dict__[STATE].ranges.scale_and_zero())
 
 

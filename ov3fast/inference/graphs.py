@@ -1,9 +1,9 @@
-"""A model whose encode, encode_latents and reconstruct replay CUDA graphs: at small batches Python takes longer to launch a tower's kernels than
-the GPU to run them.
+"""A model whose encode, encode_latents and reconstruct replay CUDA graphs: at small batches, launching a tower's kernels from Python takes longer
+than running them on the GPU.
 
     fast = capture(model.eval(), sizes=[(1, 256), (32, 256)])
     pooled, tokens = fast.encode(images)        # recorded at the first call of a size, replayed afterwards
-    fast.original is model                      # which is as it was
+    fast.original is model                      # unchanged
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ from ov3fast.models.config import VAE_STRIDE
 
 METHODS = ("encode", "encode_latents", "reconstruct")
 MOST = 8
-"""Graphs that are kept where no sizes are named, over all methods: the least recently used goes first."""
+"""Graphs kept if no sizes are given, over all methods; the least recently used is dropped first."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def capture(model: Model, sizes: Iterable[tuple[int, int]] | None = None, *, most: int = MOST) -> Model:
-    """`model` with graphs behind its METHODS; all else, weights included, is shared with it, and it is `.original` of what comes back.
+    """Returns `model` with its METHODS run as CUDA graphs. Everything else, including the weights, is shared with `model`, which is the result's
+    `.original`.
 
     model: an OpenVision3, a VisionTower or a ViTEncoder in eval mode on a GPU. sizes: (batch, side of the images in pixels) for which graphs are
-    recorded, each at the first call; None records any size, and keeps `most` graphs. A call of another size, or one in which an input wants a gradient,
-    runs the original's method: `eager_calls` counts those by reason, and each reason is warned of once. Results carry no gradient and are the caller's to
-    keep. Calls from several threads or streams take turns.
+    recorded, each at its first call; None records any size and keeps `most` graphs. Calls of other sizes, or with inputs that require grad,
+    run the original's method: `eager_calls` counts them by reason, with one warning per reason. Results have no gradient, and later calls don't
+    overwrite them. Calls from several threads or streams are serialized.
 
-    The weights may change in place (an optimizer's step, load_state_dict). After `.to(...)` or `set_vae` graphs are recorded anew.
+    The weights may change in place (an optimizer's step, load_state_dict). After `.to(...)` or `set_vae`, graphs are recorded again.
     ValueError for a model on a CPU or in training mode, or a wrong size.
     """
     model = getattr(model, "original", model)
@@ -58,7 +59,7 @@ def capture(model: Model, sizes: Iterable[tuple[int, int]] | None = None, *, mos
     methods = {name: _method(name) for name in METHODS if hasattr(model, name)}
     captured = copy.copy(model)
     captured.__class__ = type(f"Captured{type(model).__name__}", (type(model),), {**methods, "_apply": _apply})
-    # Past nn.Module's bookkeeping: the original is no submodule.
+    # Bypasses nn.Module's bookkeeping: the original must not become a submodule.
     captured.__dict__.update(original=model, eager_calls=Counter(), _graphs=_Graphs(model, sizes, most))
     return captured
 
@@ -77,22 +78,22 @@ class _Graphs:
         self.last: torch.cuda.Event | None = None
 
     def refusal(self, name: str, inputs: list[Tensor]) -> str | None:
-        """Why these inputs are left to the original, or None."""
+        """Why these inputs go to the original, or None."""
         if torch.is_grad_enabled() and any(value.requires_grad for value in inputs):
-            return "an input wants a gradient"
+            return "an input requires grad"
         batch, channels, height, width = inputs[0].shape if inputs[0].ndim == 4 else (0, 0, 0, 0)
         scale = VAE_STRIDE if name == "encode_latents" else 1
         if self.sizes is not None and (height != width or (batch, height * scale) not in self.sizes):
-            return f"{list(inputs[0].shape)} is not of the sizes that are captured"
+            return f"{list(inputs[0].shape)} is not one of the captured sizes"
         return None
 
     def run(self, name: tuple[Any, ...], function: Callable[..., Any], inputs: list[Tensor]) -> Any:
-        """`function(*inputs)` by a graph, known or new; `name` is all that it depends on besides."""
+        """`function(*inputs)` by a graph, recorded if necessary; `name` is everything else that the function depends on."""
         device = _device(self.model)
         weight, vae = next(self.model.parameters()), getattr(_encoder(self.model), "vae", None)
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
         key = name, _graphs.signature(inputs), weight.data_ptr(), weight.dtype, id(vae), autocast
-        # Buffers that are inference tensors could not be written outside of inference mode.
+        # Inference tensors as buffers could not be written outside inference mode.
         with self.lock, torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
             if self.last is not None:
                 torch.cuda.current_stream().wait_event(self.last)
@@ -128,7 +129,7 @@ def _method(name: str) -> Callable[..., Any]:
             return self._graphs.run((name, *tensors, *sorted(others.items())), function, inputs)
         self.eager_calls[reason] += 1
         if self.eager_calls[reason] == 1:
-            warnings.warn(f"{name}: without a graph, since {reason}", stacklevel=2)
+            warnings.warn(f"{name}: run without a graph, since {reason}", stacklevel=2)
         return function(*inputs)
 
     method.__name__ = name
@@ -136,7 +137,7 @@ def _method(name: str) -> Callable[..., Any]:
 
 
 def _apply(self: Any, *args: Any, **options: Any) -> Any:
-    """`.to(...)` and its kin: on what the original shares, whose addresses change."""
+    """`.to(...)` and the like: they move the shared tensors, so the graphs become invalid."""
     self._graphs.forget()
     super(type(self), self)._apply(*args, **options)
     return self

@@ -1,4 +1,4 @@
-"""A tower's residual stream after each block, for whoever reads another layer than the last."""
+"""A tower's residual stream after each block, for users of other layers than the last."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def hidden_states(model: OpenVision3 | VisionTower | ViTEncoder, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """(pooled, states): the patch tokens [B, N, D] before the first block and after each, without CLS; the last are those of `encode`."""
+    """(pooled, states): the patch tokens [B, N, D] before the first block and after each block, without CLS; the last equal those of `encode`."""
     encoder = model if isinstance(model, ViTEncoder) else model.encoder
     blocks = list(encoder.transformer.blocks)
     states: list[Tensor] = []

@@ -1,15 +1,15 @@
-"""int8 inference on CPUs: linear layers and convolutions by oneDNN's quantised products, everything around them wide.
+"""int8 inference on CPUs: linear layers and convolutions as oneDNN's quantised products, everything else in the wide dtype.
 
     q = clamp(round(x / s) + z, 0, 255)          s, z: one pair per tensor, from the calibration images
     w_q = round(w_ok / t_o)                      t_o = max_k|w_ok| / 127: one per output channel
     y_o = s t_o (sum_k (q_k - z) w_q,ok) + b_o   summed in int32, rounded once to the wide dtype
 
 The first and last products of a tower or autoencoder, norms, attention's scores and softmax, and the residual stream stay in the wide dtype.
-Before a product that a layer norm feeds, the channels' ranges are evened out: the norm's weight and bias are divided by, and the product's
-columns multiplied with, r_k = sqrt(max|x_k| / max_o|w_ok|), which changes nothing in exact arithmetic (Xiao et al. 2022, arXiv 2211.10438,
-eq. 4 with alpha = 1/2). The parameters stay as they were, and so does the state dict; the packed weights beside them are made once.
+Channel ranges are equalised before products that follow a layer norm (SmoothQuant): the norm's weight and bias are divided by, and the product's
+columns multiplied by, r_k = sqrt(max|x_k| / max_o|w_ok|), which changes nothing in exact arithmetic (Xiao et al. 2022, arXiv 2211.10438,
+eq. 4 with alpha = 1/2). Parameters and state dict are unchanged; the packed weights are made once, beside them.
 
-A norm in front of a product writes q itself (csrc/cpu), without a rounding to the wide dtype in between; anything else is quantised in one pass.
+A norm before a product writes q itself (csrc/cpu), without rounding to the wide dtype in between; anything else is quantised in one pass.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from ov3fast.ops import cpu
 
 LEVELS = 255
 SMALLEST = 1e-8
-"""A range or a scale is at least this: a layer that saw nothing but zeros."""
+"""Lower bound of ranges and scales, for layers that saw only zeros."""
 
 
 def unavailable_reason() -> str | None:
-    """Why this machine can't, or None."""
+    """Why this machine can't run int8, or None."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return "this build of PyTorch has no quantised oneDNN operators"
     if not torch.cpu._is_vnni_supported():
@@ -38,7 +38,7 @@ def unavailable_reason() -> str | None:
 
 
 class Range:
-    """What an input was seen to hold, per channel: of the last axis, or of axis 1 of images."""
+    """An input's observed range per channel: of the last axis, or of axis 1 for images."""
 
     def __init__(self) -> None:
         self.low: Tensor | None = None
@@ -60,7 +60,7 @@ class Range:
         return torch.maximum(self.low.abs(), self.high.abs())
 
     def scale_and_zero(self, divided_by: Tensor | float = 1.0) -> tuple[float, int]:
-        """Of uint8 for the range, which is made to hold 0."""
+        """uint8 scale and zero point for the range, extended to contain 0."""
         assert self.low is not None and self.high is not None
         low, high = min(float((self.low / divided_by).min()), 0.0), max(float((self.high / divided_by).max()), 0.0)
         scale = max((high - low) / LEVELS, SMALLEST)
@@ -79,12 +79,12 @@ _DECLARED = {
 
 @functools.cache
 def kernel(name: str) -> cpu.Kernel:
-    """Declared when it is first called, since nothing but int8 needs it; RuntimeError where the libraries were built from other sources."""
+    """Declared at its first call, since only int8 needs it; RuntimeError if the libraries were built from other sources."""
     library, declared = cpu._library(cpu.isa()), cpu.Kernel(name, _DECLARED[name])
     try:
         declared.check(library)
     except RuntimeError:
-        del cpu.KERNELS[name]  # the other kernels go on without it
+        del cpu.KERNELS[name]  # the other kernels still work
         raise
     return declared
 
@@ -98,12 +98,12 @@ def _built() -> bool:
 
 
 def has_kernels(x: Tensor) -> bool:
-    """Whether this file's CPU kernels were built and take x; PyTorch's operators do the same in more passes."""
+    """Whether this file's CPU kernels were built and support x; PyTorch's operators do the same in more passes."""
     return cpu.unavailable_reason() is None and x.dtype in (torch.float32, torch.bfloat16) and x.is_cpu and _built()
 
 
 def quantize_activation(x: Tensor, scale: float, zero: int) -> Tensor:
-    """uint8 of x's shape and memory format, rounded to nearest even and saturated; what is uint8 already stays as it is."""
+    """uint8 in x's shape and memory format, rounded to nearest even and saturated; uint8 input is returned unchanged."""
     if x.dtype == torch.uint8:
         return x
     if has_kernels(x):
@@ -117,7 +117,7 @@ def quantize_activation(x: Tensor, scale: float, zero: int) -> Tensor:
 
 
 def _quint8(x: Tensor, scale: float, zero: int) -> Tensor:
-    # One pass; the same in plain arithmetic takes five. PyTorch warns, once, that its quantised tensors are to go.
+    # One pass; plain arithmetic takes five. PyTorch warns once that quantised tensors are deprecated.
     global _warned
     if _warned:
         return torch.quantize_per_tensor(x, scale, zero, torch.quint8)
@@ -138,7 +138,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def evened(largest: Tensor, weight: Tensor) -> Tensor:
-    """r_k for inputs of which `largest` is max|x_k|, and the weight [O, K] that takes them."""
+    """r_k for inputs with max|x_k| = `largest` that go into the weight [O, K]."""
     columns = weight.detach().float().abs().amax(0)
     return (largest.clamp_min(SMALLEST) / columns.clamp_min(SMALLEST)).sqrt().clamp(1e-2, 1e2)
 
@@ -157,7 +157,7 @@ class QuantizedLinear:
         return self.product(quantize_activation(x, *self.input))
 
     def product(self, q: Tensor, out: tuple[float, int] | None = None, activation: tuple[str, str] = ("none", "")) -> Tensor:
-        """Of an input that is quantised already. out: scale and zero of a uint8 result; None: one in the wide dtype."""
+        """The product for an already quantised input. out: scale and zero point for a uint8 result; None: a result in the wide dtype."""
         (scale, zero), dtype = out or (1.0, 0), self.dtype if out is None else torch.uint8
         name, algorithm = activation
         y: Tensor = torch.ops.onednn.qlinear_pointwise(
@@ -167,7 +167,7 @@ class QuantizedLinear:
 
 
 class QuantizedNorm:
-    """(layer_norm(x + residual) as uint8, x + residual); the latter is x where there is no residual."""
+    """(layer_norm(x + residual) as uint8, x + residual); the latter is x if there is no residual."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, eps: float, scale_and_zero: tuple[float, int]) -> None:
         self.weight, self.eps, self.output = weight.detach().float().contiguous(), eps, scale_and_zero
@@ -191,7 +191,7 @@ class QuantizedNorm:
 def group_norm_silu_quantized(
     x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, scale_and_zero: tuple[float, int]
 ) -> Tensor:
-    """silu(group_norm(x)) as uint8, for x [B, C, H, W] that is channels_last and `has_kernels` takes."""
+    """silu(group_norm(x)) as uint8, for channels_last x [B, C, H, W] that `has_kernels` supports."""
     batch, channels, height, width = x.shape
     q = torch.empty_like(x, dtype=torch.uint8)
     kernel("group_norm_silu_quantized")(

@@ -1,4 +1,4 @@
-"""The models that `optimize` knows, and how each is called on images."""
+"""The models that `optimize` supports, and how each is called on images."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Kind = Literal["ov3fast", "autoencoder", "transformers", "timm", "open_clip"]
 TRANSFORMERS = (
     "clip", "clip_vision_model", "siglip", "siglip_vision_model", "siglip2", "siglip2_vision_model", "dinov2", "dinov2_with_registers",
 )  # fmt: skip
-"""model_type of the transformers models that are known."""
+"""model_type of the supported transformers models."""
 
 SIDE = 256
-"""Of the images that an autoencoder is measured on, unless some are given."""
+"""Side of the images that an autoencoder is measured on by default."""
 PHOTOS = 8
-"""How many calibrate int8, unless some are given."""
+"""Number of photos for int8 calibration by default."""
 
 
 def kind_of(model: Any) -> Kind:
-    """ValueError for a model that isn't known, by its name."""
+    """ValueError naming the model if it isn't supported."""
     if isinstance(model, OpenVision3 | VisionTower | ViTEncoder):
         return "ov3fast"
     names = {cls.__name__ for cls in type(model).__mro__}
@@ -48,26 +48,26 @@ def kind_of(model: Any) -> Kind:
                 return library
     called = type(model).__name__ + (f" (model_type {model_type!r})" if model_type else "")
     raise ValueError(
-        f"optimize: doesn't know {called}; it takes models of ov3fast, diffusers' AutoencoderKL, timm's and open_clip's ViTs, and "
+        f"optimize: {called} is not supported; it takes models of ov3fast, diffusers' AutoencoderKL, timm's and open_clip's ViTs, and "
         f"transformers models of type {', '.join(TRANSFORMERS)}"
     )
 
 
 def vae_of(model: Any) -> Any:
-    """The autoencoder that a model of ov3fast carries beside its modules, or None."""
+    """The autoencoder that a model of ov3fast holds outside its modules, or None."""
     encoder = model.encoder if isinstance(model, OpenVision3 | VisionTower) else model
     found = encoder.vae if isinstance(encoder, ViTEncoder) else None
     return None if found is None else found.vae
 
 
 def roots(model: Any) -> list[tuple[str, Any]]:
-    """(prefix of its paths, module tree): the model, and the autoencoder that it carries."""
+    """(path prefix, module tree) of the model, and of the autoencoder that it holds."""
     vae = vae_of(model)
     return [("", model)] + ([] if vae is None else [("vae.", vae)])
 
 
 def default_images(model: Any, kind: Kind, photos: bool) -> Any:
-    """What a model is called on where nothing is given: a random image of its size, or a package's photos."""
+    """A model's default input: a random image of its size, or a package's photos."""
     like = next(model.parameters())
     if getattr(getattr(model, "config", None), "model_type", "").startswith("siglip2"):
         return _siglip2(model, like)
@@ -80,7 +80,7 @@ def default_images(model: Any, kind: Kind, photos: bool) -> Any:
 
 
 def caller(model: Any, kind: Kind, calibration: Any = None, photos: bool = False) -> Callable[[Any], list[Tensor]]:
-    """A model -> its results on the calibration input. ValueError where that has a wrong kind."""
+    """Returns a function model -> its results on the calibration input. ValueError if that input has the wrong type."""
     given = calibration
     if given is None:
         calibration = default_images(model, kind, photos)
@@ -109,7 +109,7 @@ def caller(model: Any, kind: Kind, calibration: Any = None, photos: bool = False
 
 
 def _latents(model: Any, images: Tensor, optional: bool) -> Tensor | None:
-    """Latents in the images' place where the model's VAE can't be had and is not asked for; None where it is there."""
+    """Random latents in place of the images if the model's VAE is unavailable and `optional`; None if it is available."""
     encoder = model if isinstance(model, ViTEncoder) else model.encoder
     try:
         encoder.get_vae()
@@ -170,7 +170,7 @@ def _side(model: Any, kind: Kind) -> int:
 
 
 def _siglip2(model: Any, like: Tensor) -> dict[str, Tensor]:
-    """Its processor's patches: a square of as many as it has positions."""
+    """Input as its processor makes it: a square of as many patches as it has positions."""
     config = getattr(model.config, "vision_config", model.config)
     side = int(config.num_patches**0.5)
     generator = torch.Generator().manual_seed(0)

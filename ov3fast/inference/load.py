@@ -1,4 +1,4 @@
-"""A model from a folder or hub id: the whole OpenVision3, or a released vision tower with a VAE before it."""
+"""Loads a model from a folder or hub id: a full OpenVision3, or a released vision tower with a VAE in front of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ov3fast.models.vit import ViTEncoder
 
 
 class VisionTower(nn.Module):
-    """A released tower and the VAE that makes its latents; what encode needs of an OpenVision3. It can't decode."""
+    """A released tower and the VAE that makes its latents, with the encoding interface of OpenVision3. It can't decode."""
 
     def __init__(self, encoder: ViTEncoder, vae: FrozenVAE) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class VisionTower(nn.Module):
         return self.encoder.cls_token.device
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, H, W] in [-1, 1], or what `ov3fast.preprocess` takes -> (pooled [B, E], tokens [B, N, D])."""
+        """Images [B, 3, H, W] in [-1, 1], or anything that `ov3fast.preprocess` takes -> (pooled [B, E], tokens [B, N, D])."""
         return cast("tuple[Tensor, Tensor]", self.encoder.encode(images))
 
     def encode_latents(self, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,9 +52,9 @@ def load_model(
 ) -> OpenVision3 | VisionTower:
     """A model in eval mode from a folder or hub id.
 
-    A folder with open_clip_config.json holds a released vision tower, any other must be one that OpenVision3.save_pretrained wrote; a
-    training run's folder stands for the model in it. vae: a FrozenVAE, a folder, a hub id or "small"; None: the model's own, for a
-    tower FLUX.1's. The rest as in OpenVision3.from_pretrained. FileNotFoundError or ValueError, in one line, says what is missing.
+    A folder with open_clip_config.json is a released vision tower; any other must have been written by OpenVision3.save_pretrained; a
+    training run's folder means the model in it. vae: a FrozenVAE, a folder, a hub id or "small"; None: the model's own, or FLUX.1's for a
+    tower. The other arguments as in OpenVision3.from_pretrained. FileNotFoundError or ValueError, in one line, says what is missing.
     """
     what = f"load_model({str(path)!r})"
     weights = pretrained.weight_patterns({*WEIGHT_FILES, *vision_tower.WEIGHT_FILES}, variant)
@@ -64,7 +64,7 @@ def load_model(
     folder = pretrained.resolve(path, what, files, hub)
     folder = pretrained.model_folder(folder, what)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{what}: it is a file; give the folder of a model, a training run or a hub id (owner/name)")
+        raise FileNotFoundError(f"{what}: it is a file; name a model folder, a training run or a hub id (owner/name)")
     if (folder / vision_tower.CONFIG_FILE).is_file():
         encoder = vision_tower.load_vision_encoder(folder, device=device, dtype=dtype, image_size=image_size, variant=variant)
         if not isinstance(vae, FrozenVAE):

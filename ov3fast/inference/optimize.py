@@ -1,9 +1,9 @@
-"""Somebody's model, faster: the operators in the places of its modules, where they are measured to be faster.
+"""Speeds up existing models: the operators replace their modules wherever they are measured to be faster.
 
-fast = ov3fast.optimize(AutoencoderKL.from_pretrained(...))       # or a CLIP, SigLIP, DINOv2, timm or open_clip tower, or an own model
+fast = ov3fast.optimize(AutoencoderKL.from_pretrained(...))       # or a CLIP, SigLIP, DINOv2, timm or open_clip tower, or an OpenVision3
 small = ov3fast.optimize(model, dtype=torch.int8)                 # on CPUs: products in int8, calibrated on photos
-print(fast.report)                                                # what was replaced by what, and why not
-fast.original                                                     # the model that was given, as it was
+print(fast.report)                                                # what was replaced by what, or why not
+fast.original                                                     # the given model, unchanged
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from ov3fast.inference.kinds import Kind, caller, kind_of, roots, vae_of
 
 MODES = ("auto", "ours", "compile", "graph")
 WIDE_CONVOLUTIONS = ("conv_in", "conv_out", "quant_conv", "post_quant_conv")
-"""The first and last convolutions of an autoencoder's halves, which int8 leaves out."""
+"""The first and last convolutions of encoder and decoder, which int8 excludes."""
 
 
 @dataclass
 class Report:
-    """What `optimize` did. choices: path -> "ours", "compile", "eager" or "int8"; reasons: path -> why, in words and milliseconds; accuracy: of int8,
-    what is compared -> how near it came on the calibration images."""
+    """What `optimize` did. choices: path -> "ours", "compile", "eager" or "int8"; reasons: path -> why, with milliseconds; accuracy: for int8,
+    metric -> its value on the calibration images."""
 
     model: str
     mode: str
@@ -56,14 +56,14 @@ def optimize(model: Any, dtype: torch.dtype | None = None, mode: str = "auto", c
     """The same model with the operators where they are faster: same class, methods and state_dict keys, parameters shared with `model`.
 
     model: in eval mode; a model of ov3fast, a diffusers AutoencoderKL, a transformers CLIP, SigLIP or DINOv2 tower, a timm or open_clip ViT.
-    dtype: another one for the weights, which are then copied; torch.int8, on CPUs with VNNI: weights per channel, activations per tensor by
-    what `calibration` shows, the rest in bfloat16 where the chip has it. mode: "auto" measures each kind of module on the input, ours against
-    eager and torch.compile, and keeps the fastest whose error is within the budget (`ov3fast.testing`), and all eager if the whole is not
-    faster; choices are kept by machine and module. "ours" and "compile" put that everywhere unmeasured; "graph" captures CUDA graphs of an own
-    model. calibration: the model's input, a tensor of images, or a tuple or dict of arguments; default: one random image of the config's
-    size, for int8 a package's photos.
+    dtype: casts a copy of the weights; torch.int8, on CPUs with VNNI: weights per channel, activations per tensor with ranges from
+    `calibration`, everything else in bfloat16 if the chip supports it. mode: "auto" measures each kind of module on the input, ours against
+    eager and torch.compile, and keeps the fastest whose error is within the budget (`ov3fast.testing`), or eager throughout if the whole model
+    isn't faster; choices are cached by machine and module. "ours" and "compile" use that everywhere without measuring; "graph" captures CUDA
+    graphs of a model of ov3fast. calibration: the model's input: a tensor of images, or a tuple or dict of arguments; default: one random
+    image of the config's size, for int8 a package's photos.
 
-    The result has `.report`, and `.original`, which is `model`, unchanged. ValueError for a model that isn't known, by its name.
+    The result has `.report`, and `.original`, which is `model`, unchanged. ValueError naming the model if it isn't supported.
     """
     if mode not in MODES:
         raise ValueError(f"optimize: mode must be one of {', '.join(MODES)}; got {mode!r}")
@@ -96,10 +96,10 @@ def _check_dtype(dtype: torch.dtype | None, mode: str, model: Any) -> None:
     if dtype is None or (dtype.is_floating_point and dtype.itemsize > 1):
         return
     if dtype is not torch.int8:
-        kind = "float8 products have no measured path here" if dtype.is_floating_point else "these are no inference dtype here"
+        kind = "float8 products are not supported" if dtype.is_floating_point else "not a dtype for inference"
         raise ValueError(f"optimize: dtype must be a floating dtype of 16 bits or more, or torch.int8; got {dtype}: {kind}")
     if mode not in ("auto", "ours"):
-        raise ValueError(f"optimize: dtype torch.int8 goes with mode 'auto' or 'ours', got {mode!r}")
+        raise ValueError(f"optimize: dtype torch.int8 takes mode 'auto' or 'ours', got {mode!r}")
     device = next(model.parameters()).device
     reason = int8.unavailable_reason() if device.type == "cpu" else f"the model is on {device}"
     if reason is not None:
@@ -111,7 +111,7 @@ def _replace(base: nn.Module, made: nn.Module, kind: Kind, mode: str, calibratio
         (prefix, own, theirs, fusions.units(own)) for (prefix, own), (_, theirs) in zip(roots(base), roots(made), strict=True)
     ]
     if not any(units for *_, units in trees) and kind != "autoencoder":
-        raise ValueError(f"optimize: {report.model} has no module that the operators replace")
+        raise ValueError(f"optimize: {report.model} has no modules that the operators can replace")
     if mode != "auto":
         for prefix, own, theirs, units in trees:
             for path, what in units.items():
@@ -139,7 +139,7 @@ def _undo(base: Any, made: Any, trees: list[Any], report: Report) -> None:
             _put(own, theirs, path, "eager")
             name = prefix + path
             measured = report.reasons[name]
-            report.choices[name], report.reasons[name] = "eager", f"the whole was not faster ({report.whole}); {measured}"
+            report.choices[name], report.reasons[name] = "eager", f"the whole model was not faster ({report.whole}); {measured}"
         for path, module in own.named_modules():
             if isinstance(module, nn.Conv2d):
                 theirs.get_submodule(path).__class__ = type(module)
@@ -156,7 +156,7 @@ def _choose(
     memory: choosing.Memory,
     report: Report,
 ) -> None:
-    """The fastest of each kind of unit, measured once for all units that have the same shapes."""
+    """The fastest choice for each kind of unit, measured once per set of shapes."""
     inputs, known = choosing.inputs_of(base, units, run), dict[str, tuple[str, str]]()
     for path, what in units.items():
         name = prefix + path
@@ -194,7 +194,7 @@ def _pack(made: Any, kind: Kind) -> None:
 
 
 def _try_convolutions(made: Any, kind: Kind, call: Callable[[Any], Any], report: Report) -> None:
-    """Convolutions with their weights in channels_last, own copies, or packed, where that is faster."""
+    """Convolutions with copies of their weights in channels_last, or packed, if that is faster."""
     if _autoencoder(made, kind) is None:
         return
     other, packed = choosing.twin(made), choosing.twin(made)
@@ -256,7 +256,7 @@ def _quantized(model: Any, kind: Kind, calibration: Any, report: Report) -> Any:
 
 
 def _shapes(convolutions: list[tuple[str, Any]], run: Callable[[], Any]) -> dict[str, Tensor]:
-    """Path -> an input of the kind that the convolution is given in `run`, one image."""
+    """Path -> an example of the convolution's input in `run`, for one image."""
     seen: dict[str, Tensor] = {}
 
     def note(path: str) -> Callable[..., None]:
@@ -277,7 +277,7 @@ def _shapes(convolutions: list[tuple[str, Any]], run: Callable[[], Any]) -> dict
 def _keep_faster(
     convolutions: list[tuple[str, Any]], inputs: dict[str, Tensor], quantized: Container[str], report: Report
 ) -> None:
-    """Convolutions stay in int8 where that is measured to be the faster. quantized: paths of those that a norm gives uint8."""
+    """Convolutions stay in int8 if that is measured to be faster. quantized: paths of those whose norm writes uint8."""
     memory = choosing.Memory()
     for path, conv in convolutions:
         if report.choices[path] != "int8":
@@ -291,7 +291,7 @@ def _keep_faster(
 
 
 def _frozen(model: Any, dtype: torch.dtype) -> Any:
-    """A copy in `dtype`, its autoencoder too, without gradients."""
+    """A copy in `dtype`, including its autoencoder, without gradients."""
     made = copy.deepcopy(model).to(dtype)
     for _, tree in roots(made):
         tree.to(dtype).requires_grad_(False)
@@ -299,7 +299,7 @@ def _frozen(model: Any, dtype: torch.dtype) -> Any:
 
 
 def _nearness(expected: list[Tensor], got: list[Tensor]) -> dict[str, float]:
-    """Least cosine of vectors, PSNR of images in [-1, 1]."""
+    """Smallest cosine similarity of vectors, PSNR of images in [-1, 1]."""
     found = {}
     for number, (truth, value) in enumerate(zip(expected, got, strict=True)):
         truth, value = truth.float(), value.float()

@@ -1,6 +1,6 @@
-"""Products of frozen layers on CPUs with their weights laid out once: oneDNN's linear layers and convolutions, with GELU behind where there is one.
+"""Frozen layers on CPUs with weights packed once: oneDNN's linear layers and convolutions, fused with a following GELU.
 
-Called as they come, oneDNN's products lay out the weights anew in each call. Here that is done when a layer first runs, and again once a weight has changed.
+By default oneDNN reorders the weights in every call. Here that happens when a layer first runs, and again after a weight has changed.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 GELU = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
-"""ops.mlp's activations -> oneDNN's words for them."""
+"""ops.mlp's activations -> oneDNN's names for them."""
 NOTHING = ("none", "")
 
 Made = TypeVar("Made")
 
 
 def packs(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
-    """Whether products of x with weights among `tensors` can be packed: on a CPU, in one dtype that oneDNN has there, without a gradient."""
+    """Whether products of x with the weights in `tensors` can be packed: on a CPU, in a single dtype that oneDNN supports there, without gradients."""
     if x.device.type != "cpu" or not torch.backends.mkldnn.is_available() or torch.compiler.is_compiling():
         return False
     if x.dtype != torch.float32 and not (x.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())):
@@ -30,7 +30,7 @@ def packs(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
 
 
 class Kept:
-    """What was made of a module's weights, until one of them changes. A copy of the module makes its own."""
+    """A value derived from a module's weights, cached until one of them changes. A copy of the module makes its own."""
 
     def __init__(self) -> None:
         self.state: Any = None

@@ -1,4 +1,4 @@
-"""Real photos where nobody gives any: for calibration and for the certificates of exports."""
+"""Default photos for int8 calibration and for the certificates of exports."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ PHOTOS = (
     "astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png",
     "motorcycle_left.png", "retina.jpg", "rocket.jpg",
 )  # fmt: skip
-"""The colour photos that scikit-image's wheel carries."""
+"""The colour photos in scikit-image's wheel."""
 
 
 def package_photos(what: str) -> list[Path]:
-    """scikit-image's photos. ValueError where it isn't installed; `what` is the argument that would give others."""
+    """scikit-image's photos. ValueError if it isn't installed; `what` is the argument for other images."""
     found = importlib.util.find_spec("skimage")
     folder = Path(found.origin or "").parent / "data" if found else None
     photos = [folder / name for name in PHOTOS if (folder / name).is_file()] if folder else []
     if not photos:
         raise ValueError(
-            f"{what}: give images; without any, scikit-image's photos are taken, and it is not installed "
+            f"{what}: pass images; the default is scikit-image's photos, and scikit-image is not installed "
             "(pip install 'ov3fast[export]')"
         )
     return photos
@@ -35,7 +35,7 @@ def package_photos(what: str) -> list[Path]:
 def photo_batch(
     images: Sequence[str | Path] | str | Path | None, size: int, count: int, what: str = "images"
 ) -> tuple[Tensor, list[str]]:
-    """(float32 [count, 3, size, size] in [-1, 1], the files' names) of files or folders, or of `package_photos`; fewer are repeated."""
+    """(float32 [count, 3, size, size] in [-1, 1], the files' names) from files or folders, or from `package_photos`; too few are repeated."""
     if images is None:
         paths = package_photos(what)
     else:

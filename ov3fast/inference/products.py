@@ -1,4 +1,4 @@
-"""A block's layers in one of four ways: by the operators (with gradients), packed, observed for calibration, or in int8."""
+"""A block's layers in four implementations: by the operators (with gradients), packed, observed for calibration, and in int8."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Products:
 
 @dataclass
 class Ranges:
-    """What calibration saw before each product."""
+    """Calibrated input ranges of each product."""
 
     qkv: Range = field(default_factory=Range)
     proj: Range = field(default_factory=Range)
@@ -40,7 +40,7 @@ class Ranges:
 
 
 def run(block: Block, products: Products, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x [B, N, D], and the branch that is still to be added to it -> the same behind the block."""
+    """x [B, N, D], and the branch that is still to be added to it -> the same after the block."""
     batch, length, _ = x.shape
     normed, x = products.norm1(x, None) if branch is None else products.norm1(branch, x)
     qkv = products.qkv(normed).view(batch, length, 3, block.heads, -1)
@@ -62,7 +62,7 @@ def plain(block: Block, packed_qkv: Callable[[], tuple[Tensor, Tensor | None]]) 
 
 
 def packed(block: Block, rows: int) -> Products:
-    """By oneDNN with weights laid out for about `rows` rows; a branch's scale is in its last weights."""
+    """By oneDNN with weights packed for about `rows` rows; a branch's scale is folded into its last weights."""
     proj = PackedLinear(*_scaled_pair(block.proj, block.scale1), rows)
     mlp: Layer
     if block.fc1 is None or block.fc2 is None:
@@ -76,7 +76,7 @@ def packed(block: Block, rows: int) -> Products:
 
 
 def observed(block: Block, ranges: Ranges) -> Products:
-    """By the operators, noting what they are given."""
+    """By the operators, recording the ranges of their inputs."""
     weight, bias = stacked(block)
 
     def seen(range_: Range, x: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def observed(block: Block, ranges: Ranges) -> Products:
 
 
 def quantized(block: Block, ranges: Ranges, dtype: torch.dtype) -> Products:
-    """In int8, from what calibration saw; results in `dtype`."""
+    """In int8, with the calibrated ranges; results in `dtype`."""
     norm1, qkv = _evened(block.norm1, stacked(block), ranges.qkv, dtype)
     proj = QuantizedLinear(*_scaled_pair(block.proj, block.scale1), ranges.proj.scale_and_zero(), dtype)
     if block.fc1 is None or block.fc2 is None:
@@ -122,7 +122,7 @@ def stacked(block: Block) -> tuple[Tensor, Tensor | None]:
     weights, biases = zip(*block.qkv, strict=True)
     if all(bias is None for bias in biases):
         return torch.cat(weights), None
-    # Some towers have no bias for keys alone.
+    # In some towers only the keys have no bias.
     some = next(bias for bias in biases if bias is not None)
     return torch.cat(weights), torch.cat([torch.zeros_like(some) if bias is None else bias for bias in biases])
 

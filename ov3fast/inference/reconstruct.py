@@ -1,4 +1,4 @@
-"""Image in, image out, a folder in, a folder out: VAE encoder -> ViT encoder -> tokens -> ViT decoder -> VAE decoder, without noise."""
+"""Reconstruction of an image or a folder of images: VAE encoder -> ViT encoder -> tokens -> ViT decoder -> VAE decoder, without noise."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ov3fast.data.preprocess import ImageLike
 
 ERROR_GAIN = 4
-"""How much brighter than the error itself the error map is."""
+"""Gain of the error map."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Reconstructed:
         return _pillow(self.reconstruction)
 
     def side_by_side(self) -> Image.Image:
-        """Original, reconstruction, and ERROR_GAIN times their difference, from left to right."""
+        """Original, reconstruction and their difference times ERROR_GAIN, from left to right."""
         error = (self.reconstruction.int() - self.original.int()).abs() * ERROR_GAIN
         return _pillow(torch.cat([self.original, self.reconstruction, error.clamp(max=255).to(torch.uint8)], dim=2))
 
@@ -57,8 +57,8 @@ def reconstruct_image(
 ) -> Reconstructed:
     """Reconstructs one image: a Pillow image, a path, a uint8 array [H, W, 3] or tensor [3, H, W] (laid on white).
 
-    size: the shorter side is resized to it and the centre cropped to a square; default the model's image_size. keep_size: no
-    resizing, only the centre cropped to sides that are multiples of the VAE's stride times the patch. ValueError for a wrong size.
+    size: the shorter side is resized to it and the centre cropped to a square; default the model's image_size. keep_size: don't
+    resize, only centre-crop to sides that are multiples of the VAE's stride times the patch size. ValueError for a wrong size.
     """
     stride = _check(model, size, keep_size)
     vision = model.config.vision
@@ -69,7 +69,7 @@ def reconstruct_image(
 
 
 def reconstruct_batch(model: OpenVision3, pictures: Tensor) -> list[Reconstructed]:
-    """Prepared pictures, float32 [B, 3, H, W] in [-1, 1] -> what `reconstruct_image` gives for each."""
+    """Preprocessed images, float32 [B, 3, H, W] in [-1, 1] -> the result of `reconstruct_image` for each."""
     patch = model.config.vision.patch_size
     moments = model.encode_to_moments(pictures)
     latents = model.get_vae().from_moments(moments)
@@ -89,9 +89,9 @@ def reconstruct_file(
     keep_size: bool = False,
     side_by_side: bool = False,
 ) -> Reconstructed:
-    """Reconstructs an image file into the PNG file `out`, written whole or not at all; folders are made.
+    """Reconstructs an image file into the PNG file `out`, written atomically; folders are created.
 
-    side_by_side: original, reconstruction and error map in one picture. FileNotFoundError for a missing image, ValueError for an
+    side_by_side: original, reconstruction and error map in one image. FileNotFoundError for a missing image, ValueError for an
     unreadable one or an `out` that doesn't end in .png.
     """
     out = check_out(out)
@@ -99,7 +99,7 @@ def reconstruct_file(
     if not image.is_file():
         raise FileNotFoundError(f"reconstruct: there is no image file {image}")
     if out.resolve() == image.resolve():
-        raise ValueError(f"reconstruct: out is the image itself, {image}; give another file")
+        raise ValueError(f"reconstruct: out is the image itself, {image}; name another file")
     try:
         picture = read_image(image)
     except ValueError as error:
@@ -111,7 +111,7 @@ def reconstruct_file(
 
 
 class FileResult(NamedTuple):
-    """One image of a folder: its name, the PNG that was written and what is in it; out and found are None for a skipped one."""
+    """One image of a folder: its name, the PNG file written and its contents; out and found are None if it was skipped."""
 
     name: str
     out: Path | None
@@ -128,9 +128,9 @@ def reconstruct_files(
     keep_size: bool = False,
     side_by_side: bool = False,
 ) -> Iterator[FileResult]:
-    """Reconstructs a folder's images, those in its folders too, into PNG files of the same names in the folder `out`, one by one.
+    """Reconstructs the images in a folder and its subfolders into PNG files of the same names in the folder `out`, one by one.
 
-    Each is written as soon as it is made. Images that can't be read are warned of and skipped. Errors as in `find_images` and
+    Each is written as soon as it is done. Images that can't be read are skipped with a warning. Errors as in `find_images` and
     `reconstruct_file`, before the first image.
     """
     _check(model, size, keep_size)
@@ -139,7 +139,7 @@ def reconstruct_files(
     names = _png_names(files)
     originals = {file.resolve() for file in files.values()}
     if clash := next((name for name in names.values() if (out / name).resolve() in originals), None):
-        raise ValueError(f"reconstruct: {out / clash} is one of the originals; give another folder")
+        raise ValueError(f"reconstruct: {out / clash} is one of the originals; name another folder")
     return _reconstruct_each(
         model, {name: (file, out / names[name]) for name, file in files.items()}, size, keep_size, side_by_side
     )
@@ -159,14 +159,14 @@ def _reconstruct_each(
 
 
 def _png_names(names: Iterable[str]) -> dict[str, str]:
-    """a/b.jpg -> a/b.png; a/b.jpg.png where two pictures would share that."""
+    """a/b.jpg -> a/b.png; a/b.jpg.png if two images would share that name."""
     uses = Counter(PurePosixPath(name).with_suffix(".png") for name in names)
     plain = {name: PurePosixPath(name).with_suffix(".png") for name in names}
     return {name: str(path) if uses[path] == 1 else f"{name}.png" for name, path in plain.items()}
 
 
 def check_out(out: str | Path, what: str = "out") -> Path:
-    """The PNG file to write, with ~ expanded. ValueError for another suffix, OSError where it can't be written; `what` names it."""
+    """The PNG file to write, with ~ expanded. ValueError for another suffix, OSError if it can't be written; `what` is the argument's name."""
     out = Path(out).expanduser()
     if out.suffix.lower() != ".png":
         raise ValueError(f"reconstruct: {what} must end in .png, got {out}")
@@ -174,12 +174,12 @@ def check_out(out: str | Path, what: str = "out") -> Path:
 
 
 def _check(model: OpenVision3, size: int | None, keep_size: bool) -> int:
-    """The stride that sides must be multiples of."""
+    """The stride: sides must be multiples of it."""
     if isinstance(model, VisionTower):
-        raise ValueError("reconstruct: a released vision tower has no decoder; give an OpenVision3")
+        raise ValueError("reconstruct: a released vision tower has no decoder; it takes an OpenVision3")
     stride = VAE_STRIDE * model.config.vision.patch_size
     if keep_size and size is not None:
-        raise ValueError(f"reconstruct: give size or keep_size, not both; got size {size}")
+        raise ValueError(f"reconstruct: set either size or keep_size, not both; got size {size}")
     if size is not None and (size < stride or size % stride):
         raise ValueError(f"reconstruct: size must be a positive multiple of {stride} pixels, got {size}")
     return stride
@@ -190,7 +190,7 @@ def _to_uint8(picture: Tensor) -> Tensor:
 
 
 def _psnr(picture: Tensor, original: Tensor) -> float:
-    """Data range 255 on 8-bit pictures; infinite for equal ones."""
+    """For 8-bit images, with data range 255; infinite if they are equal."""
     error = (picture.double() - original.double()).square().mean().item()
     return 10 * math.log10(255**2 / error) if error else math.inf
 

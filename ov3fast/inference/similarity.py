@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def cosines(images: Tensor, texts: Tensor) -> Tensor:
-    """images [N, E], texts [T, E] -> float32 [N, T] in [-1, 1]; a pair's value has the same bits whatever N and T are."""
+    """images [N, E], texts [T, E] -> float32 [N, T] in [-1, 1]; a pair's value has the same bits for any N and T."""
     a, b = (F / F.norm(dim=-1, keepdim=True).clamp_min(1e-12) for F in (images.double().cpu(), texts.double().cpu()))
     cosine: Tensor = (a[:, None] * b[None]).sum(-1)
     return cosine.float()
@@ -26,15 +26,15 @@ def cosines(images: Tensor, texts: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def encode_texts(model: OpenVision3, texts: Sequence[str]) -> Tensor:
-    """[T, E], not normalised. ValueError for a released vision tower, which has no text side."""
+    """[T, E], not normalised. ValueError for a released vision tower, which has no text encoder."""
     if isinstance(model, VisionTower):
-        raise ValueError("texts: a released vision tower has no text side; give an OpenVision3")
+        raise ValueError("texts: a released vision tower has no text encoder; it takes an OpenVision3")
     with batch_invariant(model):
         return model.encode_text(list(texts)).float().cpu()
 
 
 def similarity(model: OpenVision3, images: ImageLike | Sequence[ImageLike], texts: Sequence[str]) -> Tensor:
-    """float32 [N, T]: how near each image is to each text. images as for `encode`; ValueError for no texts or a released tower."""
+    """float32 [N, T]: cosine similarity of each image and each text. images as for `encode`; ValueError for no texts or a released tower."""
     if isinstance(texts, str) or not texts:
         raise ValueError(f"similarity: texts must be a list of at least one string, got {texts!r}")
     features = encode_texts(model, texts)

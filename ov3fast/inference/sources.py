@@ -1,4 +1,4 @@
-"""What bulk encoding reads: image files, or samples of tar shards, by number, in any process."""
+"""The inputs of bulk encoding: image files, or samples of tar shards, by number, in any process."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Shards:
         return len(self.dataset)
 
     def items(self, start: int, stop: int) -> dict[str, Callable[[], Image.Image]]:
-        """Name -> what reads the image."""
+        """Name -> a function that reads the image."""
         return {self._name(i): _Reader(self.dataset, i) for i in range(start, stop)}
 
     def fingerprint(self) -> str:
@@ -101,17 +101,17 @@ Sources = ImageFiles | Shards
 def find(given: Sequence[str | Path], lines: Sequence[str] = ()) -> Sources:
     """Image files, folders of images, patterns of image files (`photos/**/*.jpg`), or tar shards: tars, folders of tars, patterns of tars.
 
-    lines: paths that "-" in `given` stands for. FileNotFoundError or ValueError names what isn't there or can't be.
+    lines: paths in place of "-" in `given`. FileNotFoundError or ValueError names what is missing or invalid.
     """
     paths = [path for one in given for path in (_listed(lines) if str(one) == "-" else _expanded(one))]
     if not paths:
         raise ValueError(
-            "images: got no path; give image files, folders, patterns, tar shards, or - for paths on standard input"
+            "images: got no paths; it takes image files, folders, patterns, tar shards, or - for paths on standard input"
         )
     tars = [path for path in paths if _holds_shards(path)]
     if tars and len(tars) < len(paths):
         other = next(path for path in paths if path not in tars)
-        raise ValueError(f"images: takes tar shards or images, not both; got {tars[0]} and {other}")
+        raise ValueError(f"images: it takes tar shards or images, not both; got {tars[0]} and {other}")
     if tars:
         return Shards(tars)
     found = find_images(paths)
@@ -120,7 +120,7 @@ def find(given: Sequence[str | Path], lines: Sequence[str] = ()) -> Sources:
 
 
 def _expanded(one: str | Path) -> list[str | Path]:
-    """A pattern's files in order; anything else as it is."""
+    """A pattern's files in order; anything else unchanged."""
     path = Path(one).expanduser()
     text = str(path)
     if path.exists() or is_url(one) or not glob.has_magic(text) or re.search(r"\{.*\}", text):
@@ -130,7 +130,7 @@ def _expanded(one: str | Path) -> list[str | Path]:
         raise FileNotFoundError(f"images: no file matches {text}")
     files = [Path(name) for name in found if Path(name).suffix.lower() in (*IMAGE_SUFFIXES, ".tar")]
     if not files and not any(Path(name).is_dir() for name in found):
-        raise ValueError(f"images: {text} matches {len(found)} files, none an image or a tar by its suffix")
+        raise ValueError(f"images: {text} matches {len(found)} files, none of which is an image or a tar by its suffix")
     return list(files) or [Path(name) for name in found]
 
 

@@ -89,7 +89,7 @@ class CLIP(nn.Module):
 
     def _whole(self, what: str) -> OpenVision3:
         if not isinstance(self.model, OpenVision3):
-            raise ValueError(f"CLIP.{what}: a released vision tower has no text side; give an OpenVision3")
+            raise ValueError(f"CLIP.{what}: a released vision tower has no text encoder; it takes an OpenVision3")
         return self.model
 
 
@@ -130,7 +130,7 @@ def get_tokenizer(model_name: OpenVision3 | CLIP | str | Path) -> TextTokenizer:
     if isinstance(model, str | Path):
         model = OpenVision3.from_pretrained(str(model).removeprefix("local-dir:"))
     if not isinstance(model, OpenVision3):
-        raise ValueError("get_tokenizer: a released vision tower has no text side; give an OpenVision3")
+        raise ValueError("get_tokenizer: a released vision tower has no text encoder; it takes an OpenVision3")
     return TextTokenizer(model)
 
 

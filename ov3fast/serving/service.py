@@ -108,7 +108,9 @@ class Service:
             raise Refusal(503, "not_ready", "the model is warming up", retry_after=2)
         if job and job not in self.jobs.names:
             raise Refusal(
-                501, "not_supported", "this model is a released vision tower: it encodes, and has no decoder and no text side"
+                501,
+                "not_supported",
+                "this model is a released vision tower: it encodes, and has neither a decoder nor a text encoder",
             )
 
     async def refuse(self, request: Request, refusal: Refusal) -> Response:

@@ -79,5 +79,5 @@ def test_order_hash_tells_sequences_apart_and_continues():
 
 
 def test_no_sample_is_an_error():
-    with pytest.raises(ValueError, match="lengths: there is no sample"):
+    with pytest.raises(ValueError, match="lengths: there are no samples"):
         Order([0, 0])

@@ -69,7 +69,7 @@ def test_integers_of_the_json_match_zero_padded_rows(shards, parquet):
 
 def test_an_ambiguous_number_is_refused(shards, parquet):
     folder = shards(["01", "001", "2"])
-    with pytest.raises(JoinError, match="'01' and '001' are both 1 to integer keys"):
+    with pytest.raises(JoinError, match="'01' and '001' are both 1 as integer keys"):
         join(folder, parquet([1, 2], ["A", "B"]))
     assert not list(folder.glob("*.captions.json"))
     join(folder, parquet(["01", "2"], ["A", "B"]))
@@ -112,11 +112,11 @@ def test_captions_are_text_or_lists_of_text(shards, parquet):
 def test_sides_that_do_not_fit_are_an_error_that_shows_both_keys(shards, parquet):
     folder = shards(["aa", "bb"])
     with pytest.raises(
-        DataError, match="0 of 2 samples match by 'key': the samples' key is like 'aa', the parquet's like 'http://x/1'"
+        DataError, match="0 of 2 samples match by 'key': the samples' key looks like 'aa', the parquet's like 'http://x/1'"
     ):
         join(folder, parquet(["http://x/1", "http://x/2"], ["A", "B"]))
     many = [f"k{i}" for i in range(300)]
-    with pytest.raises(JoinError, match=r"1 of 301 rows of the parquet match by 'key': .* give least_match=0"):
+    with pytest.raises(JoinError, match=r"1 of 301 rows of the parquet match by 'key': .* pass least_match=0"):
         join(folder, parquet(["aa", *many], ["A"] * 301))
     with pytest.raises(
         JoinError, match="no sample has a uid .their JSON has caption, number, sha256., the parquet's like 'aa'"

@@ -100,7 +100,7 @@ def test_how_much_smaller():
 
 
 def test_what_does_not_go_together(config):
-    with pytest.raises(ValueError, match='decode: "fast" decodes for one crop, cache_images keeps whole pictures'):
+    with pytest.raises(ValueError, match='decode: "fast" decodes for one crop, but cache_images keeps full images'):
         config(cache_images=True)
     with pytest.raises(ValueError, match="decode: got 'half'; it takes 'full' or 'fast'"):
         config(decode="half")

@@ -173,11 +173,11 @@ def test_broken_json_and_missing_image_are_named(make_shards, files):
         (lambda path: path.mkdir(), r"holds no \.tar file \(it holds nothing\)"),
         (lambda path: (path.mkdir(), (path / "a.jpg").touch()), r"holds no \.tar file \(it holds a\.jpg\)"),
         (lambda path: (path.mkdir(), (path / "a.tar").touch()), "holds no whole sample"),
-        (lambda path: path.write_bytes(b"no tar at all" * 100), "it is no tar file or was cut at its start"),
+        (lambda path: path.write_bytes(b"no tar at all" * 100), "it is not a tar file, or was truncated at its start"),
         (lambda path: (path.mkdir(), (path / "index.json").write_text('{"shardlist": []}')), "lists no shard"),
         (
             lambda path: (path.mkdir(), (path / "index.json").write_text('{"shardlist": [{"url": "x.tar", "nsamples": 1}]}')),
-            r"lists x\.tar, which is not there",
+            r"lists x\.tar, which does not exist",
         ),
     ],
 )

@@ -104,7 +104,7 @@ def test_each_form_of_a_url(remote):
         DataError, match="00002.tar has no index beside it; make one with `ov3fast data index counting://shards`"
     ):
         ShardDataset(url)
-    with pytest.raises(DataError, match="patterns with \\* can't be listed behind a URL"):
+    with pytest.raises(DataError, match="patterns with \\* can't be listed at a URL"):
         ShardDataset(f"{url}/*.tar")
     with pytest.raises(DataError, match="nosuch://x/index.json can't be opened: Protocol not known"):
         ShardDataset("nosuch://x")
@@ -164,7 +164,7 @@ def test_several_readers_fetch_a_tar_once(remote, tmp_path):
 def test_tars_are_read_ahead(remote, tmp_path):
     loader = Loader(config(remote[1], cache_dir=str(tmp_path), read_ahead=3, shard_window=1), image_size=8, batch_size=10)
     loader.batch(0)
-    loader._fetcher[1].shutdown()
+    loader._fetchers._pool[1].shutdown()
     names = {path.name.partition("-")[2] for path in tmp_path.glob("*.tar")}
     wanted = {f"{int(loader.orders[0][[10 * step]][0]) // 10:05d}.tar" for step in (0, 3)}
     assert (

@@ -144,7 +144,7 @@ def test_what_is_found(photos, shards, tmp_path):
     with pytest.raises(ValueError, match="got no path"):
         find(["-"], [])
     (tmp_path / "a.txt").write_text("")
-    with pytest.raises(ValueError, match="matches 1 files, none an image"):
+    with pytest.raises(ValueError, match="matches 1 files, none of which is an image"):
         find([tmp_path / "*.txt"])
     (tmp_path / "odd[1].png").write_bytes((photos / "01.png").read_bytes())
     assert find([tmp_path / "odd[1].png"]).names == ("odd[1].png",), "a file that is there is no pattern"
@@ -188,7 +188,7 @@ def test_parts_of_another_job_are_not_taken(run, photos, tmp_path, expected):
     job = _as_before(tmp_path / "folder", photos)
     for folder, words in (
         (tmp_path / "folder", r"another job \(its sources\)"),
-        (tmp_path / "mine", "holds other files; give another"),
+        (tmp_path / "mine", "holds other files; name another"),
     ):
         with pytest.raises(FileExistsError, match=words):
             bulk._open(folder, *job)

@@ -184,9 +184,9 @@ def test_a_released_tower_with_a_vae(model, vae, vae_folder, folder, tmp_path):
 def test_errors_of_paths(model, folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="images: there is no file or folder .*nowhere"):
         encode(model, folder / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"images: the folder .* holds no image \(.jpg, "):
+    with pytest.raises(FileNotFoundError, match=r"images: the folder .* holds no images \(.jpg, "):
         encode(model, tmp_path)
-    with pytest.raises(ValueError, match="images: .*notes.txt is no image by its suffix; it takes .jpg"):
+    with pytest.raises(ValueError, match="images: .*notes.txt is not an image by its suffix; it takes .jpg"):
         encode(model, folder / "notes.txt")
     with pytest.raises(ValueError, match="images: got no path"):
         encode(model, [])
@@ -207,7 +207,7 @@ def test_errors_of_options(model, folder, found, tmp_path):
     with pytest.raises(FileNotFoundError, match="read_embeddings: there is no file .*e.npz"):
         read_embeddings(tmp_path / "e.npz")
     np.savez(tmp_path / "other.npz", a=np.zeros(2))
-    with pytest.raises(ValueError, match=r"other.npz holds no embeddings of write_embeddings \(it holds a\)"):
+    with pytest.raises(ValueError, match=r"other.npz was not written by write_embeddings \(it holds a\)"):
         read_embeddings(tmp_path / "other.npz")
 
 
@@ -218,6 +218,6 @@ def test_errors_of_models(vae, folder, tmp_path):
         FileNotFoundError, match=r"no model there: neither config.json nor open_clip_config.json .*it holds more, notes.txt"
     ):
         load_model(folder)
-    with pytest.raises(FileNotFoundError, match="it is a file; give the folder"):
+    with pytest.raises(FileNotFoundError, match="it is a file; name a model folder"):
         load_model(folder / "notes.txt")
     assert isinstance(vae, FrozenVAE)

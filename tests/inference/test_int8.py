@@ -271,10 +271,13 @@ def test_a_tower_of_transformers(photos):
 
 
 def test_refusals(tower, photos, monkeypatch):
-    for dtype, words in ((torch.float8_e4m3fn, "float8 products have no measured path"), (torch.int32, "no inference dtype")):
+    for dtype, words in (
+        (torch.float8_e4m3fn, "float8 products are not supported"),
+        (torch.int32, "not a dtype for inference"),
+    ):
         with pytest.raises(ValueError, match=f"optimize: dtype must be .*; got {dtype}: .*{words}"):
             ov3fast.optimize(tower, dtype=dtype)
-    with pytest.raises(ValueError, match="dtype torch.int8 goes with mode 'auto' or 'ours', got 'compile'"):
+    with pytest.raises(ValueError, match="dtype torch.int8 takes mode 'auto' or 'ours', got 'compile'"):
         ov3fast.optimize(tower, dtype=torch.int8, mode="compile")
     with pytest.raises(ValueError, match="calibration of a model of ov3fast is a tensor of images, got dict"):
         ov3fast.optimize(tower, dtype=torch.int8, calibration={})
@@ -285,7 +288,7 @@ def test_refusals(tower, photos, monkeypatch):
 
 def test_photos_that_are_missing_are_asked_for(tower, monkeypatch):
     monkeypatch.setattr("ov3fast.inference.photos.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="optimize: calibration: give images; without any, scikit-image's photos"):
+    with pytest.raises(ValueError, match="optimize: calibration: pass images; the default is scikit-image's photos"):
         ov3fast.optimize(tower, dtype=torch.int8)
 
 

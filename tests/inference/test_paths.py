@@ -136,7 +136,7 @@ def test_what_a_folder_holds_besides_is_counted_or_foreign(photos, model):
     (photos / ".DS_Store").write_bytes(b"macOS")
     found = find_images(photos)
     assert len(found) == 5 and dict(found.left_out) == {".txt": 1, ".heic": 1}
-    with pytest.warns(UserWarning, match=r"left out 2 files that are no images by their suffix \(1 .heic, 1 .txt\)"):
+    with pytest.warns(UserWarning, match=r"left out 2 files that are not images by their suffix \(1 .heic, 1 .txt\)"):
         encode(model, photos)
 
 

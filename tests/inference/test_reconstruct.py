@@ -56,9 +56,9 @@ def test_errors(model, folder, tmp_path):
         reconstruct_file(model, folder / "p3b.jpg", out)
     with pytest.raises(ValueError, match="size must be a positive multiple of 16 pixels, got 40"):
         reconstruct_image(model, image, size=40)
-    with pytest.raises(ValueError, match="give size or keep_size, not both"):
+    with pytest.raises(ValueError, match="set either size or keep_size, not both"):
         reconstruct_image(model, image, size=32, keep_size=True)
-    with pytest.raises(ValueError, match="at least 16 pixels to be kept, got 10 x 40"):
+    with pytest.raises(ValueError, match="at least 16 pixels to keep its size, got 10 x 40"):
         reconstruct_image(model, image.resize((10, 40)), keep_size=True)
     with pytest.raises(ValueError, match="a released vision tower has no decoder"):
         reconstruct_image(VisionTower(model.encoder, model.get_vae()), image)

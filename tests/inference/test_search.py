@@ -43,14 +43,14 @@ def test_the_command(model, vae_folder, folder, index, tmp_path, capsys):
 
 
 def test_refusals(model, index):
-    with pytest.raises(ValueError, match="text or image, one of them"):
+    with pytest.raises(ValueError, match="set either text or image"):
         search(model, index)
     with pytest.raises(ValueError, match="top must be at least 1"):
         search(model, index, text="a", top=0)
-    with pytest.raises(ValueError, match="no text side"):
+    with pytest.raises(ValueError, match="no text encoder"):
         search(VisionTower(model.encoder, model.get_vae()), index, text="a")
     other = type(index)(index.pooled[:, :3], None, index.names, {}, index.about)
-    with pytest.raises(ValueError, match="vectors of 3 values, the model makes 24"):
+    with pytest.raises(ValueError, match="vectors of width 3, but the model's have 24"):
         search(model, other, text="a")
-    with pytest.raises(ValueError, match="the index is of latents 'flux', the model of 'openvision3'"):
+    with pytest.raises(ValueError, match="the index was made with latents 'flux', but the model takes 'openvision3'"):
         search(model, type(index)(index.pooled, None, index.names, {}, {"latents": "flux"}), text="a")

@@ -50,7 +50,7 @@ class TestTimm:
         within_budget(model, fast, dtype, self.x, lambda m, x: m.forward_features(x))
 
     def test_norms_of_queries_are_not_known(self, dtype):
-        with pytest.raises(ValueError, match="optimize: doesn't know VisionTransformer; it takes .*timm's"):
+        with pytest.raises(ValueError, match="optimize: VisionTransformer is not supported; it takes .*timm's"):
             ov3fast.optimize(self.vit(qk_norm=True), dtype=dtype)
 
     def test_int8(self, dtype):

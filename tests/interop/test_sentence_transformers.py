@@ -85,5 +85,5 @@ def test_errors(encoder, model, pictures):
         encoder.encode([3])
     tower = SentenceEncoder(VisionTower(model.encoder, model.get_vae()))
     assert np.array_equal(tower.encode(pictures), encoder.encode(pictures)) and tower.max_seq_length is None
-    with pytest.raises(ValueError, match="a released vision tower has no text side"):
+    with pytest.raises(ValueError, match="a released vision tower has no text encoder"):
         tower.encode(TEXTS)

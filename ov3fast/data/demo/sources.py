@@ -1,8 +1,8 @@
 """The pictures inside each package file, one generator per source.
 
 Photos are yielded as (name, image), captioned pictures as (name, caption, image), emoji as (text, image) where `text` is
-the emoji itself without U+FE0F. Images are Pillow images opened lazily: decoding happens where they are used, so a pool
-of threads can share the work. Everything comes in archive order.
+the emoji itself without U+FE0F. Images are Pillow images opened lazily: they are decoded where they are used, so a pool
+of threads can share the work. Everything is in archive order.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def tuxpaint_stamps(path: str | Path) -> Iterator[tuple[str, str, Image.Image]]:
 
 
 def bare(text: str) -> str:
-    """The emoji without U+FE0F (variation selector 16), which sources write or leave out as they like."""
+    """The emoji without U+FE0F (variation selector 16), which sources use inconsistently."""
     return text.replace("\ufe0f", "")
 
 
@@ -135,7 +135,7 @@ def emoji_short_names(path: str | Path) -> dict[str, str]:
 
 
 def noto(path: str | Path, texts: list[str]) -> Iterator[tuple[str, Image.Image]]:
-    """Noto colour emoji drawn with Pillow: RGBA, 136 x 128 px. Glyphs that are blank or fall apart are left out.
+    """Noto colour emoji drawn with Pillow: RGBA, 136 x 128 px. Glyphs that are blank or fall apart into several are left out.
 
     Needs Pillow with Raqm for the emoji made of several code points; without it those are left out as well.
     """

@@ -1,13 +1,13 @@
 """A model behind HTTP: `ov3fast serve`.
 
     server.py     uvicorn: address, time limits, drain
-    app.py        endpoints, and what they answer
-    service.py    a request's way: admit, receive, decode, queue, answer or refuse
-    intake.py     bodies to images and texts, within limits
+    app.py        endpoints and their responses
+    service.py    a request's path: admit, receive, decode, queue, answer or refuse
+    intake.py     request bodies to images and texts, within limits
     answers.py    results to JSON, .npy, .safetensors, PNG
-    batching.py   one thread for the model; what waits rides together
-    jobs.py       what runs in it, in batches that change no bit
-    options.py    limits; metrics.py what is counted; errors.py refusals
+    batching.py   one thread for the model, with dynamic batching
+    jobs.py       the model's calls, with the same bits in any batch
+    options.py    limits; metrics.py: Prometheus metrics; errors.py: refusals
 
 Needs the extra `serve`.
 """

@@ -26,7 +26,7 @@ class Answer(NamedTuple):
 
 
 def negotiate(accept: str, offered: Sequence[str]) -> str:
-    """The best of `offered` (the first is the default) for an Accept header. Refusal 406 where none will do."""
+    """The best of `offered` (the first is the default) for an Accept header. Refusal 406 if none is acceptable."""
     wanted: list[tuple[float, int, str]] = []
     for place, part in enumerate(accept.split(",")):
         kind, _, rest = part.strip().lower().partition(";")
@@ -43,7 +43,7 @@ def negotiate(accept: str, offered: Sequence[str]) -> str:
         for one in offered:
             if kind == one or (kind.endswith("/*") and one.startswith(kind[:-1])):
                 return one
-    raise Refusal(406, "not_acceptable", f"the answer comes as {', '.join(offered)}; Accept was {accept[:200]!r}")
+    raise Refusal(406, "not_acceptable", f"the response can be {', '.join(offered)}; Accept was {accept[:200]!r}")
 
 
 def values(tensor: Tensor, encoding: str) -> Any:
@@ -84,5 +84,5 @@ def base64_of(data: bytes) -> str:
 
 
 def finite(value: float) -> float | None:
-    """JSON has no infinity: the PSNR of equal pictures is null."""
+    """JSON has no infinity: the PSNR of equal images is null."""
     return value if math.isfinite(value) else None

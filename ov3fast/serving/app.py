@@ -29,14 +29,14 @@ from ov3fast.serving.intake import Sent
 from ov3fast.serving.options import Options
 from ov3fast.serving.service import Service
 
-Size = Annotated[int | None, Query(description="Side in pixels that images are resized and cropped to; default: the model's.")]
+Size = Annotated[int | None, Query(description="Side in pixels to which images are resized and cropped; default: the model's.")]
 Encoding = Annotated[
-    Literal["list", "base64"], Query(description="How JSON holds arrays: numbers, or little-endian bytes in base64.")
+    Literal["list", "base64"], Query(description="How arrays are encoded in JSON: numbers, or little-endian bytes in base64.")
 ]
 
 
 def create_app(model: OpenVision3 | VisionTower, options: Options | None = None, *, name: str = "") -> FastAPI:
-    """An ASGI application over a model in eval mode; its lifespan warms the model up and ends its threads. name: of the model, for /ready."""
+    """An ASGI application for a model in eval mode; its lifespan warms the model up and stops its threads. name: the model's, for /ready."""
     service = Service(model, options or Options())
 
     @contextlib.asynccontextmanager
@@ -68,7 +68,7 @@ def create_app(model: OpenVision3 | VisionTower, options: Options | None = None,
     async def encode(
         request: Request, size: Size = None, output: Literal["pooled", "tokens", "both"] = "pooled", encoding: Encoding = "list"
     ) -> Response:
-        """Pooled vectors [E] and tokens [N, D] of images. As .safetensors, the answer is a file that `ov3fast search` takes."""
+        """Pooled vectors [E] and tokens [N, D] of images. As .safetensors, the response is a file that `ov3fast search` reads."""
 
         async def work(sent: Sent) -> Answer:
             side, kind = service.image_size(size), answers.negotiate(_accept(request), (JSON, NPY, SAFETENSORS))
@@ -105,7 +105,7 @@ def create_app(model: OpenVision3 | VisionTower, options: Options | None = None,
             side, kind = service.image_size(size), answers.negotiate(_accept(request), (JSON, PNG, NPY, SAFETENSORS))
             if kind == PNG and len(sent.images) > 1:
                 raise Refusal(
-                    406, "not_acceptable", f"a PNG file holds one image, the request has {len(sent.images)}; take JSON"
+                    406, "not_acceptable", f"a PNG file holds one image, but the request has {len(sent.images)}; use JSON"
                 )
             rows = await service.run(request, "reconstruct", side, sent, side)
             return await asyncio.to_thread(make, sent, rows, side, kind)
@@ -143,8 +143,8 @@ def create_app(model: OpenVision3 | VisionTower, options: Options | None = None,
 
     @app.post("/similarity", responses=_answers(JSON, NPY, SAFETENSORS), openapi_extra=_BODY)
     async def similarity(request: Request, size: Size = None, top: int = 5, encoding: Encoding = "list") -> Response:
-        """The cosine of each image and each text [images, texts], and the `top` nearest texts of each image. Texts come in the fields
-        `text` or in JSON's `texts`; without any they are those that the server was started with."""
+        """The cosine similarity of each image and each text [images, texts], and the `top` nearest texts of each image. Texts are in the fields
+        `text` or in JSON's `texts`; the default is the texts that the server was started with."""
 
         async def work(sent: Sent) -> Answer:
             side, kind = service.image_size(size), answers.negotiate(_accept(request), (JSON, NPY, SAFETENSORS))
@@ -173,14 +173,14 @@ def create_app(model: OpenVision3 | VisionTower, options: Options | None = None,
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        """Whether the process lives. 500 where the model could not be warmed up."""
+        """Liveness. 500 if the model could not be warmed up."""
         if service.failure:
             return JSONResponse({"status": "failed", "reason": service.failure}, 500)  # type: ignore[return-value]
         return {"status": "ok", "version": ov3fast.__version__}
 
     @app.get("/ready")
     async def ready() -> Response:
-        """Whether requests are taken: 503 while the model warms up and while the server drains."""
+        """Readiness: 503 while the model warms up and while the server drains."""
         state = "draining" if service.draining else "ready" if service.ready else "starting"
         found = {
             "status": state, "model": name, "image_size": service.jobs.default_size, "jobs": service.jobs.names,
@@ -239,10 +239,10 @@ _BODY = {
 _REFUSALS = {
     400: "Not a request: no image, broken multipart, JSON or base64",
     401: "A wrong key",
-    406: "No such answer by Accept",
-    408: "The body came too slowly",
-    413: "Over a limit of bytes, pixels, frames or counts",
-    415: "No format that is read",
+    406: "No acceptable media type",
+    408: "The body arrived too slowly",
+    413: "Over a limit of bytes, pixels, frames or items",
+    415: "Unsupported format",
     422: "An image that can't be read, or a wrong parameter",
     429: "Your share of the queue is full: see Retry-After",
     503: "The queue is full, or the model is not ready: see Retry-After",
@@ -261,5 +261,5 @@ def _accept(request: Request) -> str:
 
 
 def _unique(names: list[str]) -> list[str]:
-    """Names for an index: those that are missing or there twice become numbers."""
+    """Names for an index: missing and duplicate ones become numbers."""
     return [name if name and names.count(name) == 1 else f"{number}" for number, name in enumerate(names)]

@@ -1,11 +1,11 @@
-"""One thread runs the model; what waits for it rides together where it can.
+"""Dynamic batching: one thread runs the model, on batches of the items that wait for it.
 
     batcher = Batcher({"encode": run}, max_batch=32, max_wait=0.005)
     future = batcher.submit("encode", 256, [picture], client="127.0.0.1")
     future.result()       # what run(256, [picture]) gave for it
 
-Items ride together that have one job and one bucket (an image size, a number of beams). A batch leaves when it is full, or when its oldest item has waited
-for max_wait; the bucket whose head has waited longest comes first, so none starves.
+Items of the same job and bucket (an image size, a number of beams) form a batch. A batch runs when it is full, or when its oldest item has waited
+for max_wait; the bucket whose first item has waited longest goes first, so none starves.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 Run = Callable[[Any, list[Any]], Sequence[Any]]
-"""(bucket, items) -> a result for each item."""
+"""(bucket, items) -> one result per item."""
 
 
 class Full(Exception):
-    """The queue has no place. retry_after: seconds; client: whether it is this client's share that is used up."""
+    """The queue is full. retry_after: seconds; client: whether only this client's share is used up."""
 
     def __init__(self, retry_after: float, client: bool) -> None:
         super().__init__("the queue is full")
@@ -30,7 +30,7 @@ class Full(Exception):
 
 
 class Closed(Exception):
-    """The batcher takes nothing any more."""
+    """The batcher no longer accepts items."""
 
 
 class _Waiting(NamedTuple):
@@ -41,7 +41,7 @@ class _Waiting(NamedTuple):
 
 
 class Batcher:
-    """jobs: name -> what runs a batch of it, in the batcher's own thread. done: told of each batch (job, size, seconds)."""
+    """jobs: name -> function that runs a batch, in the batcher's own thread. done: called after each batch (job, size, seconds)."""
 
     def __init__(
         self,
@@ -69,8 +69,8 @@ class Batcher:
         return self._count
 
     def submit(self, job: str, bucket: Hashable, items: Sequence[Any], client: str = "") -> list[Future]:
-        """A future for each item; all of them are taken or none. Full or Closed where they can't be. One that is cancelled before its
-        batch leaves costs the model nothing."""
+        """A future for each item; either all are accepted or none. Raises Full or Closed. A future cancelled before its batch runs
+        costs no computation."""
         now = time.monotonic()
         futures: list[Future] = [Future() for _ in items]
         with self._changed:
@@ -83,12 +83,12 @@ class Batcher:
         return futures
 
     def check_room(self, count: int, client: str = "") -> None:
-        """Raises what `submit` of so many items would, before work is put into preparing them."""
+        """Raises what `submit` would raise for so many items, before they are prepared."""
         with self._changed:
             self._check_room(count, client)
 
     def close(self) -> None:
-        """Runs what waits, then ends. Nothing more is taken."""
+        """Runs the waiting items, then stops. No more are accepted."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -97,7 +97,7 @@ class Batcher:
     def _check_room(self, count: int, client: str) -> None:
         if self._closing:
             raise Closed
-        # A request larger than the whole share may still come alone.
+        # A request larger than the whole share is still accepted by itself.
         mine = self._clients[client]
         full, share = self._count + count > self.max_queue, bool(mine) and mine + count > self.client_queue
         if share or (full and self._count):
@@ -113,7 +113,7 @@ class Batcher:
             self._run(*key, batch)
 
     def _next(self) -> tuple[str, Hashable] | None:
-        """The bucket whose batch is to leave; waits for it. None: closed, and nothing is left."""
+        """Waits for the bucket whose batch runs next. None: closed, and nothing is left."""
         while True:
             heads = [(queue[0].since, key) for key, queue in self._queues.items()]
             if heads:
@@ -153,14 +153,14 @@ class Batcher:
             results = self.jobs[job](bucket, [one.item for one in batch])
             for one, result in zip(batch, results, strict=True):
                 one.future.set_result(result)
-        except BaseException as error:  # the thread outlives whatever a batch meets
+        except BaseException as error:  # the thread must survive any error in a batch
             self._after_failure(job, bucket, batch, error)
         seconds = time.monotonic() - began
         self._item_seconds += 0.2 * (seconds / len(batch) - self._item_seconds)
         self.done(job, len(batch), seconds)
 
     def _after_failure(self, job: str, bucket: Hashable, batch: list[_Waiting], error: BaseException) -> None:
-        """An item that can't be run must not take its companions down: each gets its own try."""
+        """A bad item must not fail its whole batch: each item is retried alone."""
         for one in batch:
             if one.future.done():
                 continue

@@ -1,4 +1,4 @@
-"""Refusals: what a client gets in place of an answer."""
+"""Refusals: error responses to clients."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 from ov3fast.data.images import ImageError
 
 STATUS = {"too_large": 413, "too_many_frames": 413, "unsupported_format": 415}
-"""Reason of an ImageError -> status; any other is 422."""
+"""Reason of an ImageError -> status; all others are 422."""
 
 
 class Refusal(Exception):
-    """status and headers of the answer; code is one word that programs compare, the message one line for a person."""
+    """The response's status and headers; code is a word for programs to compare, the message one line for people."""
 
     def __init__(self, status: int, code: str, message: str, *, retry_after: float | None = None, **details: Any) -> None:
         super().__init__(message)
@@ -25,6 +25,6 @@ class Refusal(Exception):
 
 
 def of_image(error: ImageError, number: int, name: str) -> Refusal:
-    """number, name: which of the request's images it was."""
+    """number, name: identify the request's image."""
     called = f"image {number}" + (f" ({name})" if name else "")
     return Refusal(STATUS.get(error.reason, 422), error.reason, f"{called}: {error}", image=number)

@@ -1,4 +1,4 @@
-"""A request's body -> images' bytes and texts, within the limits: multipart, JSON with base64, or one image as it is."""
+"""A request's body -> image files and texts, within the limits: multipart, JSON with base64, or a single image file."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ TAKES = (
     'multipart/form-data with fields "image", application/json with base64, or one image as image/* or application/octet-stream'
 )
 DISCARD = 4 * MIB
-"""Bytes of a refused body that are read and dropped, so that a client which sends before it listens sees the refusal."""
+"""Bytes of a refused body that are read and discarded, so that clients that send everything before reading see the refusal."""
 
 
 @dataclass
 class Sent:
-    """What a request brought: (name, bytes) of each image, and texts."""
+    """A request's contents: (name, bytes) of each image, and texts."""
 
     images: list[tuple[str, bytes]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
@@ -37,19 +37,19 @@ class Sent:
 
 
 class Budget:
-    """Bytes of requests in memory, of all that are being served."""
+    """Bytes in memory of all requests being served."""
 
     def __init__(self, most: int) -> None:
         self.most, self.used = most, 0
 
     def take(self, count: int) -> None:
         if self.used + count > self.most:
-            raise Refusal(503, "overloaded", "the server holds as many bytes of requests as it may; try again", retry_after=1)
+            raise Refusal(503, "overloaded", "the server has reached its limit of request bytes in memory; try again", retry_after=1)
         self.used += count
 
 
 class Body:
-    """A request's body, chunk by chunk; `close` gives its bytes back to the budget."""
+    """A request's body, chunk by chunk; `close` returns its bytes to the budget."""
 
     def __init__(self, request: Request, limits: Limits, budget: Budget) -> None:
         self.request, self.limits, self.budget, self.size = request, limits, budget, 0
@@ -79,7 +79,7 @@ def _too_long(size: int, most: int) -> Refusal:
 
 
 async def receive(body: Body, options: Options) -> Sent:
-    """Refusal for what is no request, too large or too slow; ClientDisconnect where the client left."""
+    """Refusal for a malformed, too large or too slow request; ClientDisconnect if the client left."""
     seconds = options.limits.receive_seconds
     try:
         sent = await asyncio.wait_for(_parse(body), seconds)
@@ -92,7 +92,7 @@ async def receive(body: Body, options: Options) -> Sent:
 
 
 async def discard(request: Request) -> None:
-    """Reads the rest of a body that is refused, up to a bound."""
+    """Reads the rest of a refused body, up to a limit."""
 
     async def rest() -> None:
         left = DISCARD
@@ -101,7 +101,7 @@ async def discard(request: Request) -> None:
             if left < 0:
                 return
 
-    with contextlib.suppress(asyncio.TimeoutError, ClientDisconnect, RuntimeError):  # RuntimeError: it was read already
+    with contextlib.suppress(asyncio.TimeoutError, ClientDisconnect, RuntimeError):  # RuntimeError: it was already read
         await asyncio.wait_for(rest(), 1)
 
 
@@ -125,13 +125,13 @@ async def _multipart(body: Body) -> Sent:
         body.request.headers, body.stream(), max_files=limits.max_images + 1, max_fields=limits.max_texts + limits.max_images + 2,
         max_part_size=max(4 * limits.max_text_length, 1 << 16),
     )  # fmt: skip
-    parser.spool_max_size = limits.max_request_bytes  # in memory, where the budget counts it
+    parser.spool_max_size = limits.max_request_bytes  # in memory, where the budget counts them
     try:
         form = await parser.parse()
     except MultiPartException as error:
-        raise Refusal(400, "bad_multipart", f"the body is no multipart form: {error.message}") from None
+        raise Refusal(400, "bad_multipart", f"the body is not a multipart form: {error.message}") from None
     except (KeyError, UnicodeDecodeError, ValueError) as error:
-        raise Refusal(400, "bad_multipart", f"the body is no multipart form: {type(error).__name__} {error}") from None
+        raise Refusal(400, "bad_multipart", f"the body is not a multipart form: {type(error).__name__} {error}") from None
     try:
         for name, value in form.multi_items():
             if name == "image" and not isinstance(value, str):
@@ -155,7 +155,7 @@ def _json(data: bytes, limits: Limits) -> Sent:
     try:
         found = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise Refusal(400, "bad_json", f"the body is no JSON: {error}") from None
+        raise Refusal(400, "bad_json", f"the body is not JSON: {error}") from None
     fields = {"image", "images", "text", "texts", "url", "urls"}
     if not isinstance(found, dict) or not found.keys() <= fields:
         got = sorted(map(str, found.keys() - fields))[:3] if isinstance(found, dict) else type(found).__name__
@@ -190,7 +190,7 @@ def _base64(text: str, number: int) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise Refusal(400, "bad_base64", f"image {number} is no base64: {error}", image=number) from None
+        raise Refusal(400, "bad_base64", f"image {number} is not base64: {error}", image=number) from None
 
 
 def _check(sent: Sent, limits: Limits) -> None:
@@ -219,7 +219,7 @@ def _check(sent: Sent, limits: Limits) -> None:
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Another place than the one that was allowed is never asked."""
+    """Never contacts a host other than the allowed ones."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
@@ -227,7 +227,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 async def _fetch_all(sent: Sent, options: Options) -> None:
     if not options.url_hosts:
-        raise Refusal(400, "urls_off", "this server fetches no images by URL; send the image itself")
+        raise Refusal(400, "urls_off", "this server doesn't fetch images by URL; send the image itself")
     if len(sent.images) + len(sent.urls) > options.limits.max_images:
         raise Refusal(413, "too_many_images", f"more than {options.limits.max_images} images in one request")
     for url in sent.urls:
@@ -242,7 +242,7 @@ def _fetch(url: str, options: Options) -> bytes:
         host = scheme = None
     if scheme not in ("http", "https") or host not in options.url_hosts:
         raise Refusal(
-            400, "url_refused", f"images are fetched by http and https from {', '.join(options.url_hosts)}; got {url[:200]!r}"
+            400, "url_refused", f"images are fetched only over http and https from {', '.join(options.url_hosts)}; got {url[:200]!r}"
         )
     opener = urllib.request.OpenerDirector()
     for handler in (
@@ -254,4 +254,4 @@ def _fetch(url: str, options: Options) -> bytes:
         with opener.open(url, timeout=options.limits.receive_seconds) as answer:
             return answer.read(options.limits.max_image_bytes + 1)
     except (OSError, ValueError) as error:
-        raise Refusal(422, "url_failed", f"{url[:200]!r} gave no image: {error}") from None
+        raise Refusal(422, "url_failed", f"{url[:200]!r} could not be fetched: {error}") from None

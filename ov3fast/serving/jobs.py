@@ -1,4 +1,4 @@
-"""What the model's thread runs: encode, reconstruct, caption, and texts, in batches that change no bit."""
+"""The jobs of the model's thread: encode, reconstruct, caption and texts, with the same bits in any batch."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Encoded(NamedTuple):
 
 
 class Jobs:
-    """The model's calls by name; each takes (bucket, items) and gives a result per item, the bits that the item has alone.
+    """The model's calls by name; each takes (bucket, items) and returns one result per item, with the bits that the item has alone.
 
     encode: (size, pictures) -> Encoded. reconstruct: (size, pictures) -> Reconstructed. caption: ((size, beams), pictures) -> str.
-    text: (None, texts) -> feature [E]. A picture is what `prepare` gives. A released tower has encode alone.
+    text: (None, texts) -> feature [E]. A picture is a result of `prepare`. A released tower has only encode.
     """
 
     def __init__(self, model: OpenVision3 | VisionTower, max_batch: int) -> None:
@@ -58,8 +58,8 @@ class Jobs:
             return self._batches[key](items)
 
     def warm_up(self, seconds: float = 10.0) -> None:
-        """Runs each job once at the model's own size, so that the first request finds everything loaded, and proves batches of 2, 4, 8 ... for
-        `seconds`. What there was no time for is not used: a model that slow gains nothing from larger ones."""
+        """Runs each job once at the model's own size, so that everything is loaded before the first request, and verifies batches of 2, 4, 8, ... for
+        `seconds`. Larger batches are not used: a model that slow gains nothing from them."""
         size = self.default_size
         noise = torch.Generator().manual_seed(0)
         pictures = list(torch.rand(self.max_batch, 3, size, size, generator=noise) * 2 - 1)
@@ -75,7 +75,7 @@ class Jobs:
             batches.most = proven
 
     def proven_sizes(self) -> list[int]:
-        """The batch sizes that `encode` may use at the model's own size, as far as they were tried."""
+        """The batch sizes that `encode` may use at the model's own size, among those tried."""
         tried = self._batches.get(("encode", self.default_size))
         return [] if tried is None else sorted(size for size, held in tried.proven.items() if held)
 

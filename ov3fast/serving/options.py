@@ -1,4 +1,4 @@
-"""What a server takes and refuses."""
+"""A server's options and limits."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of one request, of one client, and of all together; what is over them is refused with the limit's name and value."""
+    """Limits per request, per client and for all together; requests over a limit are refused with its name and value."""
 
     max_image_bytes: int = 20 * MIB
     max_request_bytes: int = 64 * MIB
     max_pixels: int = 32 * MIB
-    """Of one image, checked before it is decoded."""
+    """Of one image, checked before decoding."""
     max_frames: int = 64
-    """Of an animation or a file of several pages, counted before it is decoded; the first one is used."""
+    """Of an animation or a file of several pages, counted before decoding; the first frame is used."""
     max_images: int = 64
     """In one request."""
     max_texts: int = 256
@@ -29,13 +29,13 @@ class Limits:
     """Pixels of `size`."""
     max_beams: int = 8
     receive_seconds: float = 30.0
-    """For a request's head, and for its body."""
+    """Timeout for a request's head, and for its body."""
     max_queue: int = 512
-    """Images and texts that wait for the model; beyond it the answer is 503 with Retry-After."""
+    """Images and texts waiting for the model; beyond that, requests get 503 with Retry-After."""
     max_client_share: float = 0.5
-    """The part of the queue that one client may fill; beyond it the answer is 429 with Retry-After."""
+    """Fraction of the queue that one client may fill; beyond that, its requests get 429 with Retry-After."""
     max_received_bytes: int = 512 * MIB
-    """Of all requests that are in memory at once; beyond it the answer is 503."""
+    """Of all requests in memory at the same time; beyond that, requests get 503."""
     max_connections: int = 512
 
     def __post_init__(self) -> None:
@@ -50,17 +50,17 @@ class Limits:
 
 @dataclass(frozen=True)
 class Options:
-    """How a server batches, and whom it lets in."""
+    """A server's batching, threads and access."""
 
     max_batch: int = 32
     max_wait_ms: float = 5.0
-    """How long an image may wait for others to ride with while the model is idle."""
+    """How long an image may wait for its batch to fill while the model is idle."""
     decoders: int = 2
     """Threads that decode images."""
     url_hosts: tuple[str, ...] = ()
-    """Hosts that images may be fetched from; none: an image by URL is refused."""
+    """Hosts from which images may be fetched; by default, images by URL are refused."""
     texts: tuple[str, ...] = ()
-    """What /similarity compares with where a request brings no texts."""
+    """Default texts of /similarity."""
     api_key: str | None = None
     limits: Limits = Limits()
 
@@ -73,8 +73,8 @@ class Options:
 
 
 def key_of_environment() -> str | None:
-    """OV3FAST_API_KEY; ValueError where it is set and empty, which would let everyone in by mistake."""
+    """OV3FAST_API_KEY; ValueError if it is set but empty, which would disable the check by mistake."""
     key = os.environ.get(API_KEY)
     if key is not None and not key.strip():
-        raise ValueError(f"serve: {API_KEY} is set and empty; unset it, or give a key")
+        raise ValueError(f"serve: {API_KEY} is set but empty; unset it, or set a key")
     return key

@@ -1,4 +1,4 @@
-"""uvicorn around the application: one process, time limits on what uvicorn leaves open, and a drain on SIGTERM."""
+"""Runs the application in uvicorn: one process, with timeouts that uvicorn lacks, draining on SIGTERM."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def serve(
     drain_seconds: float = 30.0,
     listening: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serves until SIGTERM or Ctrl-C; requests that are in work then are answered first, for at most drain_seconds.
+    """Serves until SIGTERM or Ctrl-C, then finishes requests in flight, for at most drain_seconds.
 
-    port: 0 takes a free one. listening: told of the address, once connections are taken. OSError where the address can't be had.
+    port: 0 picks a free one. listening: called with the address once connections are accepted. OSError if the address can't be bound.
     """
     if host not in LOOPBACK and options.api_key is None:
-        warnings.warn(f"whoever reaches {host}:{port} can use the model: {API_KEY} is not set", stacklevel=2)
+        warnings.warn(f"anyone who can reach {host}:{port} can use the model: {API_KEY} is not set", stacklevel=2)
     with _bound(host, port) as listener:
         port = listener.getsockname()[1]
         server = _Server(create_app(model, options, name=name), options, drain_seconds)
         server.on_start = lambda: listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-        before = signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises the signal again once it has drained
+        before = signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises the signal again after draining
         try:
             server.run([listener])
         finally:
@@ -69,7 +69,7 @@ class _Server(uvicorn.Server):
                 http=Protocol,
                 ws="none",
                 lifespan="on",
-                log_level="error",  # a warning a broken request would let anyone fill the log
+                log_level="error",  # one warning per malformed request would let anyone fill the log
                 access_log=False,
                 server_header=False,
                 limit_concurrency=limits.max_connections,
@@ -91,7 +91,7 @@ class _Server(uvicorn.Server):
 
 
 class _TimedProtocol(H11Protocol):
-    """uvicorn waits for a request's head for ever; this one closes the connection after head_seconds."""
+    """uvicorn waits indefinitely for a request's head; this class closes the connection after head_seconds."""
 
     head_seconds = 30.0
     _waiting: asyncio.TimerHandle | None = None

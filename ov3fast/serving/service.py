@@ -1,4 +1,4 @@
-"""What the endpoints share: a request's images through the decoders and the model's thread, and its refusals."""
+"""Shared by the endpoints: requests through the decoders and the model's thread, and refusals."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from ov3fast.serving.metrics import Metrics
 from ov3fast.serving.options import Options
 
 CLIENT_LEFT = 499
-"""Status in the metrics of a request whose client left; nobody gets it."""
+"""Status in the metrics for a request whose client left; it is never sent."""
 KEPT_TEXTS = 4096
 
 
 class Service:
-    """One model behind a queue. `start` warms it up in the background; requests are refused with 503 until then."""
+    """One model behind a queue. `start` warms it up in the background; until that is done, requests are refused with 503."""
 
     def __init__(self, model: OpenVision3 | VisionTower, options: Options) -> None:
         self.options, self.limits = options, options.limits
@@ -42,9 +42,9 @@ class Service:
         self.batcher: Batcher | None = None
         self.ready, self.draining, self.failure = False, False, ""
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
-        self.metrics.watch("queue_length", "Images and texts that wait.", lambda: self.batcher.waiting if self.batcher else 0)
+        self.metrics.watch("queue_length", "Waiting images and texts.", lambda: self.batcher.waiting if self.batcher else 0)
         self.metrics.watch("received_bytes", "Of request bodies in memory.", lambda: self.budget.used)
-        self.metrics.watch("ready", "Whether requests are taken.", lambda: float(self.ready and not self.draining))
+        self.metrics.watch("ready", "Whether requests are accepted.", lambda: float(self.ready and not self.draining))
 
     async def start(self) -> None:
         try:
@@ -63,7 +63,7 @@ class Service:
         self.ready = True
 
     async def stop(self) -> None:
-        """Runs what waits, then ends the threads."""
+        """Runs the waiting items, then stops the threads."""
         self.draining = True
         if self.batcher is not None:
             await asyncio.to_thread(self.batcher.close)
@@ -72,7 +72,7 @@ class Service:
     # A request
 
     async def respond(self, request: Request, work: Callable[[Sent], Awaitable[Answer]], job: str) -> Response:
-        """Receives the body, and answers with what `work` makes of it, or with a refusal."""
+        """Receives the body and responds with the result of `work`, or with a refusal."""
         body = Body(request, self.limits, self.budget)
         began = time.monotonic()
         response: Response
@@ -84,7 +84,7 @@ class Service:
             response = await self.refuse(request, refusal)
         except Full as full:
             code, whose = (429, "your share of the queue") if full.client else (503, "the queue")
-            message = f"{whose} is full; try again after the seconds that Retry-After names"
+            message = f"{whose} is full; try again after the seconds in Retry-After"
             response = await self.refuse(request, Refusal(code, "overloaded", message, retry_after=full.retry_after))
         except Closed:
             response = await self.refuse(request, Refusal(503, "draining", "the server is shutting down", retry_after=5))
@@ -98,12 +98,12 @@ class Service:
         return response
 
     def admit(self, request: Request, job: str = "") -> None:
-        """Refusal for a wrong key, while the model is not ready, and for what it can't do."""
+        """Refusal for a wrong key, while the model is not ready, and for unsupported calls."""
         if (key := self.options.api_key) is not None:
             scheme, _, given = request.headers.get("authorization", "").partition(" ")
             given = given.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
             if not hmac.compare_digest(given.encode(), key.encode()):
-                raise Refusal(401, "unauthorized", "give the server's key as `Authorization: Bearer KEY` or `X-API-Key: KEY`")
+                raise Refusal(401, "unauthorized", "send the server's key as `Authorization: Bearer KEY` or `X-API-Key: KEY`")
         if job and not self.ready:
             raise Refusal(503, "not_ready", "the model is warming up", retry_after=2)
         if job and job not in self.jobs.names:
@@ -130,7 +130,7 @@ class Service:
         return size
 
     async def run(self, request: Request, job: str, bucket: Hashable, sent: Sent, size: int) -> list[Any]:
-        """A result for each image of the request."""
+        """One result per image of the request."""
         if not sent.images:
             raise Refusal(400, "no_image", 'the request has no image; send a file in the field "image", or base64')
         assert self.batcher is not None
@@ -141,7 +141,7 @@ class Service:
         return await self._wait(request, self.batcher.submit(job, bucket, pictures, client))
 
     async def texts(self, request: Request, texts: Sequence[str]) -> list[Tensor]:
-        """The feature [E] of each text; those of a while ago are remembered."""
+        """The feature [E] of each text, with a cache of recent ones."""
         assert self.batcher is not None
         known = {text: self._texts[text] for text in texts if text in self._texts}
         new = [text for text in dict.fromkeys(texts) if text not in known]
@@ -149,7 +149,7 @@ class Service:
             found = await self._wait(request, self.batcher.submit("text", None, new, self.client(request)))
             known |= zip(new, found, strict=True)
         for text, feature in known.items():
-            self._texts[text] = feature.clone()  # a row of its own, not a view that keeps its batch
+            self._texts[text] = feature.clone()  # a copy: a view would keep the whole batch alive
             self._texts.move_to_end(text)
         while len(self._texts) > KEPT_TEXTS:
             self._texts.popitem(last=False)
@@ -171,12 +171,12 @@ class Service:
         return found  # type: ignore[return-value]
 
     async def _wait(self, request: Request, futures: Sequence[Future]) -> list[Any]:
-        """The futures' results, or ClientDisconnect as soon as the client leaves: what still waits of its items is then dropped."""
+        """The futures' results, or ClientDisconnect as soon as the client leaves; its waiting items are then dropped."""
         leaving = asyncio.ensure_future(_gone(request))
         results = asyncio.gather(*map(asyncio.wrap_future, futures))
         results.add_done_callback(
             lambda done: done.cancelled() or done.exception()
-        )  # else asyncio complains that nobody looked
+        )  # otherwise asyncio complains about an exception that was never retrieved
         try:
             both: set[asyncio.Future[Any]] = {leaving, results}
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)

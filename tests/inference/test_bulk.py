@@ -249,7 +249,7 @@ def test_a_worker_that_is_killed_ends_the_run_by_name(model_folder, vae_folder, 
             killed.append(worker.pid)
             worker.kill()
 
-    with pytest.raises(RuntimeError, match="ended with code -9; the parts that are done stay"):
+    with pytest.raises(RuntimeError, match="ended with code -9; finished parts are kept"):
         bulk.encode_many(
             model_folder, find([photos]), tmp_path / "e.npz", vae=str(vae_folder), rows=2, processes=2, progress=kill
         )

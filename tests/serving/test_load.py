@@ -219,4 +219,4 @@ def test_errors_of_the_command(model, vae_folder, tmp_path, monkeypatch, capsys)
             assert cli.main([*start, *options]) == 2
             assert words in capsys.readouterr().err
     monkeypatch.setenv("OV3FAST_API_KEY", " ")
-    assert cli.main([*start, "--port", "0"]) == 2 and "OV3FAST_API_KEY is set and empty" in capsys.readouterr().err
+    assert cli.main([*start, "--port", "0"]) == 2 and "OV3FAST_API_KEY is set but empty" in capsys.readouterr().err

@@ -114,7 +114,7 @@ def encoded(tiny, data, tmp_path_factory):
             r"sources of \[48, 16\] samples, the run's have \[16, 48\]",
         ),
         (of_model(latent_convention="flux"), "latent_convention 'openvision3', the run has 'flux'"),
-        (size(64), "holds 32 px, and 64 px are asked for"),
+        (size(64), "holds 32 px, but 64 px are needed"),
     ],
 )
 def test_what_differs_is_refused_by_name(encoded, change, words):
@@ -224,7 +224,7 @@ def test_incomplete_and_damaged_caches_are_named(online, tmp_path):
     path.write_bytes(content[:50])
     with pytest.raises(DataError, match="0000000010.safetensors can't be read"):
         LatentShards(tmp_path, 32).skip(12)
-    with pytest.raises(ValueError, match="holds a cache with vae_batch 3, this one has 4; give another folder"):
+    with pytest.raises(ValueError, match="holds a cache with vae_batch 3, this one has 4; name another folder"):
         write_latents(online.data, tmp_path, 32, average, {**VAE, "vae_batch": 4})
 
 

@@ -1,9 +1,9 @@
 """Evaluation on held-out data: reconstruction, retrieval, zero-shot and linear probe, and the report that shows them.
 
 metrics.py         PSNR, SSIM, LPIPS-style, each with its protocol
-reconstruction.py  the model beside its VAE alone;  retrieval.py: R@k both ways, zero-shot;  probe.py: linear probe
+reconstruction.py  the model compared with its VAE alone;  retrieval.py: R@k in both directions, zero-shot;  probe.py: linear probe
 pictures.py        held-out pictures in memory, and their embeddings
-evaluate.py        all of it as tables;  headline.py: the metrics with targets, tables on the terminal
+evaluate.py        everything, as tables;  headline.py: the metrics with targets, tables on the terminal
 report.py          report.html, of assets/report (Jinja), curves.py (the training log), charts.py (matplotlib), palette.py (pictures)
 """
 

@@ -12,10 +12,10 @@ from html import escape
 import numpy as np
 
 WIDTH, HEIGHT = 3.4, 2.1
-"""Inches of 100 units; the page scales them."""
+"""In inches of 100 units; the page scales them."""
 MAX_POINTS = 300
 
-# Colours that stand for the style sheet's variables: matplotlib writes them, and they are exchanged in its text.
+# Placeholder colours for the style sheet's variables: matplotlib writes them, and they are replaced in its output.
 _SERIES = tuple(f"#00000{number}" for number in range(1, 7))
 _INK, _SOFT, _RULE = "#0000a1", "#0000a2", "#0000a3"
 _VARIABLES = {colour: f"var(--c{number})" for number, colour in enumerate(_SERIES)}
@@ -62,9 +62,9 @@ def line_chart(
 ) -> str:
     """A self-contained <svg> (no links, no scripts), deterministic; "" if no point is finite.
 
-    Non-finite points are left out; log_y needs positive values, else the axis stays linear. x_range: the axis' ends, so that several
-    charts compare; None: the series' own. smoothing: 0 draws the points alone; else the share of a series' length over which its
-    values are averaged, drawn above them. prefix: of the ids, where a page has several charts of one title.
+    Non-finite points are left out; log_y needs positive values, otherwise the axis stays linear. x_range: the axis limits, so that several
+    charts are comparable; None: the data's own. smoothing: 0 draws only the points; otherwise the fraction of a series' length over which
+    its values are averaged, drawn on top. prefix: for the ids, if a page has several charts with the same title.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -93,7 +93,7 @@ def line_chart(
             axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.set_xlabel(x_label, loc="right", labelpad=1)
         for colour, line in zip(_SERIES, series, strict=False):
-            marker = "o" if len(line.x) == 1 else None  # one point makes no line
+            marker = "o" if len(line.x) == 1 else None  # a single point is not a line
             options = {"color": colour, "clip_on": False, "marker": marker, "markersize": 2}
             smooth = smoothing > 0 and len(line.x) > 4
             x, y = thin(line.x), thin(line.y)

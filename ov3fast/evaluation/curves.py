@@ -1,7 +1,7 @@
 """The training log as charts and as rows of rates.
 
-A log row is a JSON object with "step", maybe "stage", and numbers: losses, learning rate, gradient norms, images per second. What a
-log lacks is left out.
+A log row is a JSON object with "step", optionally "stage", and numbers: losses, learning rate, gradient norms, images per second. Missing
+values are left out.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SMOOTHING = 0.05
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL log, [] where there is none; a last line that was cut short is left out."""
+    """The rows of a JSONL log, [] if there is none; a truncated last line is left out."""
     if not path.is_file():
         return []
     rows = []

@@ -34,7 +34,7 @@ from ov3fast.terminal import is_terminal
 
 @dataclass(frozen=True)
 class Sources:
-    """What is evaluated on: sets of captioned pictures by name, photos, and the folder of Fashion-MNIST; a part may be missing."""
+    """The evaluation data: sets of captioned pictures by name, photos, and the folder of Fashion-MNIST; any may be missing."""
 
     name: str
     pairs: dict[str, Path] = field(default_factory=dict)
@@ -83,9 +83,9 @@ def evaluate(
     """Evaluates an OpenVision3 on the demo set's held-out parts, or on shards (a folder, a glob pattern, tar files).
 
     lpips: an LPIPS module; None leaves that metric out. image_size: pixels, default the model's. pictures: how many captioned pictures
-    are reconstructed, captions: how many are captioned, evenly spaced. caption_key: the caption that texts are taken from, default
-    name, caption or txt. limit: pictures read per set. skip_budget: the largest share of them that may be unreadable. The probe runs where there is a folder of Fashion-MNIST.
-    FileNotFoundError or DataError where there is nothing to evaluate on; ValueError for a wrong size.
+    are reconstructed; captions: how many are captioned, evenly spaced. caption_key: the caption to use as text, default
+    name, caption or txt. limit: pictures read per set. skip_budget: the largest fraction that may be unreadable. The probe runs if there is a folder of Fashion-MNIST.
+    FileNotFoundError or DataError if there is no data to evaluate on; ValueError for a wrong size.
     """
     progress = progress and is_terminal()
     sources = sources_of(data, fashion_mnist)
@@ -123,7 +123,7 @@ def sources_of(data: DemoSet | str | Path | Sequence[str | Path], fashion_mnist:
 
 
 class _Run:
-    """One evaluation in progress: the tables and pictures so far, and the time that each part took."""
+    """An evaluation in progress: tables and pictures so far, and the time of each part."""
 
     def __init__(self, model: Any, lpips: nn.Module | None, size: int, batch_size: int, progress: bool, by_style: bool) -> None:
         self.model, self.size, self.batch_size, self.progress, self.by_style = model, size, batch_size, progress, by_style
@@ -151,7 +151,7 @@ class _Run:
 
     def retrieval(self, sets: dict[str, Pictures], caption_key: str | None) -> None:
         texts = {name: pictures.texts(caption_key) for name, pictures in sets.items()}
-        # A picture without a text has no right answer.
+        # A picture without a text has no correct answer.
         kept = {name: [i for i, text in enumerate(of) if text] for name, of in texts.items()}
         sets = {name: sets[name].rows(rows) for name, rows in kept.items() if rows}
         names = {name: [texts[name][i] for i in kept[name]] for name in sets}
@@ -170,7 +170,7 @@ class _Run:
     def _rank(
         self, name: str, pictures: Pictures, features: Tensor, class_features: Tensor, classes: list[str], labels: Tensor
     ) -> None:
-        """Retrieval against all of the set's texts. The demo's styles, with one picture per concept each, are ranked apart and
+        """Retrieval against all of the set's texts. The demo's styles, with one picture per concept each, are ranked separately and
         averaged."""
         own = labels.unique()
         texts, text_features = [classes[i] for i in own.tolist()], class_features[own]
@@ -253,12 +253,12 @@ class _Run:
             "images_per_s": {p: round(self.counts[p] / s, 1) for p, s in self.seconds.items() if self.counts[p] and s > 0},
         }
         tables["metrics"] = [metric.to_dict() for metric in headline(tables)]
-        tables["figures"] = tables["metrics"]  # the older name, for what reads evaluation.json
+        tables["figures"] = tables["metrics"]  # the former name, for readers of evaluation.json
         return Evaluation(tables, self.reconstructions, self.rankings, self.captioned)
 
 
 def _mean_of(tables: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean of the leaves over tables of one layout; counts and words are the first table's."""
+    """Mean of the leaves over tables of the same layout; counts and strings are taken from the first."""
     first = tables[0]
     mean: dict[str, Any] = {}
     for key, value in first.items():

@@ -1,4 +1,4 @@
-"""The headline: the few metrics that say whether a run went well, with their targets and what chance gives; and the tables on the
+"""The headline: the few metrics that tell whether a run went well, with targets and chance levels; and the tables on the
 terminal."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"
 
 @dataclass(frozen=True)
 class HeadlineMetric:
-    """One number: shares are in [0, 1] with unit "%", PSNR has unit "dB". target and chance are None where there is none."""
+    """One number: fractions are in [0, 1] with unit "%", PSNR has unit "dB". target and chance are None if there is none."""
 
     id: str
     group: str
@@ -37,7 +37,7 @@ class HeadlineMetric:
     target: float | None = None
     chance: float | None = None
     baseline: str = ""
-    """What it is to be compared with, such as the VAE alone."""
+    """The value to compare it with, such as that of the VAE alone."""
 
     @property
     def passed(self) -> bool | None:
@@ -49,7 +49,7 @@ class HeadlineMetric:
 
 
 def headline(tables: dict[str, Any]) -> list[HeadlineMetric]:
-    """The headline metrics of an evaluation's tables; targets only for the demo set."""
+    """The headline metrics of an evaluation's tables; with targets only for the demo set."""
     targets = DEMO_TARGETS if tables["data"]["name"] == "demo" else {}
     metrics = []
     for name, table in tables["retrieval"].items():

@@ -3,10 +3,10 @@
     PSNR_b = 10 log10(1 / mean_chw (x - y)^2)
     SSIM   = (2 mx my + C1)(2 cxy + C2) / ((mx^2 + my^2 + C1)(vx + vy + C2)),   C1 = (0.01 R)^2, C2 = (0.03 R)^2
 
-Images are [B, C, H, W] in [0, 1]; every metric gives one float64 value per image, and a set's value is the mean of those
-(never the PSNR of a pooled error). SSIM means are over the windows that lie wholly inside the image, then over channels.
+Images are [B, C, H, W] in [0, 1]; every metric gives one float64 value per image, and a set's value is their mean
+(never the PSNR of a pooled error). SSIM is averaged over the windows that lie entirely inside the image, then over channels.
 Source: Wang et al. 2004 for SSIM with the Gaussian window 11 / 1.5; the uniform 7 x 7 window with sample covariance is the default
-of skimage.metrics.structural_similarity. Both equal scikit-image to 1e-6.
+of skimage.metrics.structural_similarity. Both agree with scikit-image to 1e-6.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def to_unit(images: Tensor) -> Tensor:
 
 
 def round_to_8_bit(images: Tensor) -> Tensor:
-    """[0, 1] -> the nearest multiples of 1 / 255, as a saved picture has; truncation would cost up to 0.9 dB at 48 dB."""
+    """[0, 1] -> the nearest multiples of 1 / 255, as in a saved image; truncation would cost up to 0.9 dB at 48 dB."""
     return (images.clamp(0, 1) * 255).round() / 255
 
 
@@ -69,8 +69,8 @@ def ssim(
 ) -> Tensor:
     """Structural similarity per image, [B] float64.
 
-    window "gaussian": 11 x 11, sigma 1.5, population covariance; "uniform": 7 x 7, sample covariance. data_range 1 is right for
-    [0, 1]; 2 is what LlamaGen's evaluation passes for such images, and it flatters. ValueError for images under the window's size.
+    window "gaussian": 11 x 11, sigma 1.5, population covariance; "uniform": 7 x 7, sample covariance. data_range 1 is correct for
+    [0, 1]; LlamaGen's evaluation passes 2 for such images, which inflates the result. ValueError for images smaller than the window.
     """
     if window not in WINDOWS:
         raise ValueError(f"ssim: window must be one of {', '.join(WINDOWS)}; got {window!r}")
@@ -117,7 +117,7 @@ def lpips_metric(distance: nn.Module, label: str | None = None) -> Metric:
 
 
 def standard_metrics(lpips: nn.Module | None = None) -> tuple[Metric, ...]:
-    """PSNR, SSIM in both protocols and, where there is a network for it, the LPIPS-style distance."""
+    """PSNR, SSIM in both protocols and, if a network is given, the LPIPS-style distance."""
     metrics = (psnr_metric(), ssim_metric("gaussian"), ssim_metric("uniform"))
     return metrics if lpips is None else (*metrics, lpips_metric(lpips))
 
@@ -129,9 +129,9 @@ def _rounding(rounding: bool) -> str:
 def _prepare(name: str, images: Tensor, reference: Tensor, rounding: bool) -> tuple[Tensor, Tensor]:
     if images.ndim != 4 or images.shape != reference.shape:
         raise ValueError(
-            f"{name}: images and reference must be [B, C, H, W] of one shape, got {tuple(images.shape)} and {tuple(reference.shape)}"
+            f"{name}: images and reference must be [B, C, H, W] of the same shape, got {tuple(images.shape)} and {tuple(reference.shape)}"
         )
-    # float64: E[x^2] - E[x]^2 in float32 loses what C2 = 0.0009 leaves of a flat region.
+    # float64: in float32, E[x^2] - E[x]^2 of a flat region cancels to noise that is not small next to C2 = 0.0009.
     x, y = images.double(), reference.double()
     return (round_to_8_bit(x), round_to_8_bit(y)) if rounding else (x, y)
 

@@ -1,4 +1,4 @@
-"""Pictures for a page: uint8 tensors -> PNG data, and error maps in colour."""
+"""Images for a page: uint8 tensors -> PNG data, and error maps in colour."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 ERROR_RANGE = 0.25
-"""Error, as a share of the full range, that gets the brightest colour; the same on every map, so that maps compare."""
+"""Error, as a fraction of the full range, with the brightest colour; the same on every map, so that maps are comparable."""
 
 # Black over purple and orange to pale yellow, of steadily rising lightness.
 _STOPS = (
@@ -40,7 +40,7 @@ def scale_css() -> str:
 
 
 def png_data(image: Tensor) -> str:
-    """uint8 [3, H, W] -> a data: address with a PNG; the same pixels give the same text."""
+    """uint8 [3, H, W] -> a data: URL with a PNG; the same pixels give the same text."""
     from PIL import Image
 
     buffer = io.BytesIO()

@@ -22,7 +22,7 @@ CAPTION_KEYS = ("caption", "txt", "name")
 
 @dataclass(frozen=True)
 class Pictures:
-    """images uint8 [N, 3, S, S]; of each its key, captions and metadata. skipped: reason -> count of samples that could not be read."""
+    """images uint8 [N, 3, S, S], with each one's key, captions and metadata. skipped: reason -> number of samples that could not be read."""
 
     images: Tensor
     keys: list[str]
@@ -34,11 +34,11 @@ class Pictures:
         return len(self.keys)
 
     def texts(self, key: str | None = None) -> list[str]:
-        """The text of each picture for retrieval, "" where there is none: that under `key`, else the first of name, caption, txt, any."""
+        """The text of each picture for retrieval, "" if there is none: the one under `key`, or else the first of name, caption, txt, any."""
         return self._first(key, NAME_KEYS)
 
     def own_captions(self, key: str | None = None) -> list[str]:
-        """The caption of each picture, to stand beside a generated one: that under `key`, else the first of caption, txt, name, any."""
+        """The caption of each picture, for comparison with a generated one: the one under `key`, or else the first of caption, txt, name, any."""
         return self._first(key, CAPTION_KEYS)
 
     def _first(self, key: str | None, keys: Sequence[str]) -> list[str]:
@@ -46,7 +46,7 @@ class Pictures:
             return [captions.get(key, "") for captions in self.captions]
         found = []
         for captions, meta in zip(self.captions, self.meta, strict=True):
-            # A field of the record that is not under "captions" (a license, say) is a caption only where its name says so.
+            # A field that is not under "captions" (such as a license) is a caption only if its name says so.
             others = (k for k in captions if k not in meta or "caption" in k or "text" in k)
             found.append(next((captions[k] for k in (*keys, *others) if captions.get(k)), ""))
         return found
@@ -73,8 +73,8 @@ def read_pictures(
 ) -> Pictures:
     """Pictures of tar shards on white, their shorter side resized to `size` and the centre cropped.
 
-    limit: at most this many, evenly spaced over the set. Samples that can't be read are skipped, counted and warned of; past
-    skip_budget (a share) a DataError is raised, as where there is nothing to read.
+    limit: at most this many, evenly spaced over the set. Samples that can't be read are skipped, counted and warned of; DataError if they
+    exceed skip_budget (a fraction), or if there is nothing to read.
     """
     from rich.progress import track
 
@@ -120,7 +120,7 @@ def evaluation_view(image: Any, size: int, interpolation: str = "bicubic") -> Te
 
 
 def spread(count: int, limit: int | None) -> list[int]:
-    """`limit` numbers evenly spaced over 0..count-1, all of them where limit is None or not less than count."""
+    """`limit` numbers evenly spaced over 0..count-1; all of them if limit is None or at least count."""
     if limit is None or limit >= count:
         return list(range(count))
     return [(2 * i + 1) * count // (2 * limit) for i in range(limit)]

@@ -3,7 +3,7 @@
     min_W  mean_n CE(W x_n + b, y_n) + l2 / 2 |W|^2      x standardised with the training set's mean and deviation
 
 Full-batch L-BFGS in float64 from zero, so the same features give the same accuracy. The strength l2 is chosen on a stratified fifth of the
-training set (where several are given), and the fit repeated on all of it; the test set is looked at once.
+training set (if several are given), and the fit repeated on all of it; the test set is used only once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 L2_STRENGTHS = (1e-1, 1e-2, 1e-3)
-"""Strongest first: each fit starts from the one before, which makes the weaker ones quick."""
+"""Strongest first: each fit starts from the previous solution, which makes the weaker ones fast."""
 FASHION_MNIST_FILES = {
     "train_images": "train-images-idx3-ubyte.gz",
     "train_labels": "train-labels-idx1-ubyte.gz",
@@ -47,7 +47,7 @@ def read_idx(path: str | Path) -> np.ndarray:
     shape = struct.unpack_from(f">{data[3]}I", data, 4)
     values = np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * data[3])
     if values.size != int(np.prod(shape)):
-        raise ValueError(f"read_idx: {path} holds {values.size} values where its header says {' x '.join(map(str, shape))}")
+        raise ValueError(f"read_idx: {path} holds {values.size} values, but its header says {' x '.join(map(str, shape))}")
     return values.reshape(shape)
 
 
@@ -73,13 +73,13 @@ def check_folder(folder: str | Path) -> Path:
 
 
 def stratified(labels: Tensor, count: int) -> Tensor:
-    """Sorted indices of `count` rows, as even over the classes as can be, the first of each class. ValueError if too few rows."""
+    """Sorted indices of `count` rows, spread over the classes as evenly as possible, the first of each class. ValueError if there are too few rows."""
     classes = labels.unique().tolist()
     shares = [count // len(classes) + (i < count % len(classes)) for i in range(len(classes))]
     chosen = [(labels == value).nonzero()[:share, 0] for value, share in zip(classes, shares, strict=True)]
     index = torch.cat(chosen).sort().values
     if len(index) != count:
-        raise ValueError(f"stratified: count {count} over {len(classes)} classes asks for more rows of a class than there are")
+        raise ValueError(f"stratified: count {count} over {len(classes)} classes needs more rows of a class than there are")
     return index
 
 
@@ -115,7 +115,7 @@ def linear_probe(
         for l2 in strengths:
             model = _fit(train[~held], train_labels[~held], classes, l2, model)
             validation[l2] = _accuracy(model, train[held], train_labels[held])
-        # max() keeps the first of equals, so the strongest wins a tie.
+        # max() keeps the first of equal values, so the strongest wins ties.
         best = max(validation, key=validation.__getitem__)
     model = _fit(train, train_labels, classes, best)
     return {
@@ -142,7 +142,7 @@ class _Linear(NamedTuple):
 def _fit(features: Tensor, labels: Tensor, classes: int, l2: float, start: _Linear | None = None) -> _Linear:
     features = features.double()
     mean, deviation = features.mean(0), features.std(0, unbiased=False)
-    # A constant feature says nothing; leave it at zero and do not divide by its rounding error.
+    # A constant feature carries no information: leave it at zero instead of dividing by its rounding error.
     deviation = torch.where(deviation > 1e-6 * deviation.max().clamp(min=1e-12), deviation, torch.inf)
     x = (features - mean) / deviation
     with torch.inference_mode(False), torch.enable_grad():

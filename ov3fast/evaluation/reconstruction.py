@@ -1,4 +1,4 @@
-"""Reconstruction beside the VAE alone: how much of the loss is the encoder's and the decoder's, and how much was never theirs.
+"""Reconstruction compared with the VAE alone, which separates the error of encoder and decoder from that of the VAE.
 
 model   x -> VAE encoder -> latents -> ViT encoder -> tokens -> ViT decoder -> latents^ -> VAE decoder -> x^     (no noise)
 vae     x -> VAE encoder -> latents -> VAE decoder -> x^
@@ -49,7 +49,7 @@ class Reconstruction:
 
 @torch.inference_mode()
 def reconstruct(model: Any, images: Tensor, metrics: Sequence[Metric] | None = None, batch_size: int = 64) -> Reconstruction:
-    """Reconstructs uint8 pictures [N, 3, H, W] with the model and with its VAE alone, and measures both per image.
+    """Reconstructs uint8 images [N, 3, H, W] with the model and with its VAE alone, and measures both per image.
 
     model: an OpenVision3 with a VAE, in eval mode. H and W: multiples of the VAE's stride times the patch. metrics: default PSNR and SSIM.
     """

@@ -1,9 +1,9 @@
-"""report.html: one self-contained page of an evaluation and of the run behind it.
+"""report.html: one self-contained page about an evaluation and its training run.
 
     write_report("runs/demo/report.html", result, run_dir="runs/demo")
 
 Nothing is loaded from a network: style, charts and pictures are in the file. The same input gives the same bytes: no clock, no
-random ids. The page's layout is assets/report/report.html; what is here gathers its contents.
+random ids. The page's layout is assets/report/report.html; this file collects its contents.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def write_report(
 ) -> Path:
     """Writes the page atomically and returns its path.
 
-    run_dir: a training run, whose log.jsonl gives the curves and summary.json where the time went. config: what to show as the configuration, such as
+    run_dir: a training run, whose log.jsonl gives the curves and summary.json the time per part. config: the configuration to show, such as
     the recipe's or the model's to_dict().
     """
     path = Path(path).expanduser()
@@ -105,11 +105,11 @@ def metric_rows(metrics: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def reconstruction(name: str, pictures: Pictures, found: Reconstruction) -> dict[str, Any]:
-    """Originals beside both reconstructions and their error maps: from the best PSNR over the median to the worst."""
+    """Originals with both reconstructions and their error maps, from the best PSNR over the median to the worst."""
     psnr = found.values["model"]["psnr"]
     order = psnr.argsort(descending=True, stable=True).tolist()
     last = len(order) - 1
-    # An odd number of places, so that the middle one is the median, and the second worst.
+    # An odd number of places, so that the middle one is the median.
     places = sorted({round(i * last / (RECONSTRUCTIONS - 2)) for i in range(RECONSTRUCTIONS - 1)} | {max(0, last - 1)})
     words = {round(last / 2): "median", last: "worst", 0: "best"}
     rows = []
@@ -134,9 +134,9 @@ def reconstruction(name: str, pictures: Pictures, found: Reconstruction) -> dict
 
 
 def retrieval(name: str, ranking: Ranking, found: dict[str, Any]) -> dict[str, Any]:
-    """Queries in both directions with their five nearest answers; half of them hits, half misses, as far as there are any.
+    """Queries in both directions with their five nearest answers; half of them hits, half misses, if there are enough.
 
-    found: the set's retrieval table; where it has several styles, each gets a row.
+    found: the set's retrieval table; if it has several styles, each gets a row.
     """
     texts_of_pictures = nearest(ranking.scores, 5)
     pictures_of_texts = nearest(ranking.scores.T, 5)
@@ -175,7 +175,7 @@ def retrieval(name: str, ranking: Ranking, found: dict[str, Any]) -> dict[str, A
     pictures = f"{len(ranking.pictures)} pictures" + (f" ({styles})" if styles else "")
     return {
         "name": SET_LABELS.get(name, name).lower(),
-        "note": f"{pictures} and {len(ranking.texts)} texts. Queries are chosen evenly, found ones and missed ones.",
+        "note": f"{pictures} and {len(ranking.texts)} texts. Queries are evenly spaced among hits and among misses.",
         "columns": ["style", *(f"{DIRECTIONS[direction]}, {k}" for direction, k in recalls), "median ranks"],
         "styles": by_style if len(by_style) > 1 else [],
         "by_text": by_text,
@@ -184,7 +184,7 @@ def retrieval(name: str, ranking: Ranking, found: dict[str, Any]) -> dict[str, A
 
 
 def captions(result: Evaluation) -> list[dict[str, Any]]:
-    """Pictures with the caption that the model wrote and their own."""
+    """Pictures with the model's caption and their own."""
     if result.captioned is None:
         return []
     rows = zip(result.captioned.images, result.tables["captions"], strict=True)
@@ -209,7 +209,7 @@ def protocols(tables: dict[str, Any]) -> list[list[str]]:
         rows.append(
             [
                 "LPIPS-style",
-                "a perceptual distance in LPIPS' form with other backbone weights: not comparable with published LPIPS",
+                "a perceptual distance of LPIPS' form with other backbone weights: not comparable with published LPIPS",
             ]
         )
     for name, skipped in tables["data"]["skipped"].items():

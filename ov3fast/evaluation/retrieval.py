@@ -1,8 +1,8 @@
 """Image-text retrieval and zero-shot classification from embeddings.
 
-R@k = share of the queries with a right answer (an item of the query's concept) among the k best by cosine similarity. Ties are broken
-pessimistically: a wrong item that scores as high as the best right one counts as ranked before it, so a collapsed model, which
-scores everything alike, gets 0 and not 100 %.
+R@k = fraction of the queries with a correct answer (an item of the query's concept) among the k best by cosine similarity. Ties are broken
+pessimistically: a wrong item that scores as high as the best correct one ranks before it, so a collapsed model, which
+gives everything the same score, gets 0 and not 100 %.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def similarity(queries: Tensor, gallery: Tensor) -> Tensor:
         if not torch.isfinite(value).all():
             raise ValueError(f"similarity: {name} holds non-finite embeddings")
     if queries.shape[1] != gallery.shape[1]:
-        raise ValueError(f"similarity: queries and gallery must be of one width, got {queries.shape[1]} and {gallery.shape[1]}")
+        raise ValueError(
+            f"similarity: queries and gallery must have the same width, got {queries.shape[1]} and {gallery.shape[1]}"
+        )
     return F.normalize(queries.double(), dim=1) @ F.normalize(gallery.double(), dim=1).T
 
 
@@ -39,7 +41,9 @@ def ranks(scores: Tensor, query_concepts: Tensor, gallery_concepts: Tensor) -> T
     right = query_concepts[:, None] == gallery_concepts[None, :]
     if not bool(right.any(dim=1).all()):
         missing = int((~right.any(dim=1)).nonzero()[0])
-        raise ValueError(f"ranks: query {missing} (concept {int(query_concepts[missing])}) has no right answer in the gallery")
+        raise ValueError(
+            f"ranks: query {missing} (concept {int(query_concepts[missing])}) has no correct answer in the gallery"
+        )
     best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
     return ((scores >= best) & ~right).sum(dim=1)
 
@@ -68,9 +72,9 @@ def retrieval(
     text_concepts: Tensor,
     ks: Sequence[int] = RECALLS,
 ) -> dict[str, Any]:
-    """R@k both ways: images [N, E] with concepts [N] int64, texts [M, E] with concepts [M] int64.
+    """R@k in both directions: images [N, E] with concepts [N] int64, texts [M, E] with concepts [M] int64.
 
-    A text whose concept has no picture here is still a distractor for the images, but is no query.
+    A text whose concept has no image is still a distractor for the images, but not a query.
     """
     scores = similarity(images, texts)
     asked = torch.isin(text_concepts, image_concepts)
@@ -88,7 +92,7 @@ def retrieval(
 
 
 def zero_shot(images: Tensor, classes: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> dict[str, Any]:
-    """Top-k accuracy of images [N, E] among class embeddings [K, E] (those of the names), labels [N] int64 in 0..K-1."""
+    """Top-k accuracy of images [N, E] among class embeddings [K, E] (of the names), labels [N] int64 in 0..K-1."""
     if labels.shape != (len(images),) or int(labels.min()) < 0 or int(labels.max()) >= len(classes):
         raise ValueError(f"zero_shot: labels must be [{len(images)}] in 0..{len(classes) - 1}, got {tuple(labels.shape)}")
     places = ranks(similarity(images, classes), labels, torch.arange(len(classes)))
@@ -108,5 +112,5 @@ def concept_ids(*columns: Sequence[str]) -> tuple[Tensor, ...]:
 
 
 def nearest(scores: Tensor, k: int) -> Tensor:
-    """Indices [Q, min(k, G)] of the best items, the earlier one first among equals."""
+    """Indices [Q, min(k, G)] of the best items; among equals the earlier one comes first."""
     return scores.argsort(dim=1, descending=True, stable=True)[:, :k]

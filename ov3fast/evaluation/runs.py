@@ -1,4 +1,4 @@
-"""Runs from what lies in their folders: one while it trains, as a page that loads itself again, or several side by side.
+"""Runs, read from their folders: one during training, as a page that refreshes itself, or several side by side.
 
 write_page("watch.html", [read_run("runs/demo")], refresh_s=30)
 write_page("compare.html", [read_run("runs/a"), read_run("runs/b")])
@@ -21,7 +21,7 @@ from ov3fast.io import atomic_write
 from ov3fast.recipes.config import leaves
 
 MOST = 6
-"""Runs in one page: as many as a chart has colours."""
+"""Most runs on a page: as many as a chart has colours."""
 AXES = ("step", "images", "seconds")
 FIGURES = (
     ("step", "steps", ",.0f"), ("images", "images", ",.0f"), ("seconds", "seconds", ",.0f"), ("images_per_s", "images/s", ",.1f"),
@@ -29,33 +29,33 @@ FIGURES = (
     ("pixel", "pixel L1", ".4f"), ("lpips", "LPIPS-style", ".4f"), ("peak_memory_gib", "peak memory, GiB", ".2f"),
     ("peak_gpu_memory_gib", "peak GPU memory, GiB", ".2f"), ("order_hash", "order of samples", ""),
 )  # fmt: skip
-"""(key, label, format) of what summary.json, or the log's last row, tells of a run."""
+"""(key, label, format) of the values taken from summary.json or the log's last row."""
 
 
 @dataclass
 class Run:
-    """What a run's folder holds."""
+    """The contents of a run's folder."""
 
     name: str
     folder: Path
     rows: list[dict[str, Any]]
     summary: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
-    """Of evaluation.json: the headline's rows."""
+    """The headline's rows, from evaluation.json."""
     recipe: dict[str, Any] = field(default_factory=dict)
 
     def figure(self, key: str) -> Any:
-        """From the summary, else from the log's last row that has it."""
+        """From the summary, or else from the last row of the log that has it."""
         if key in self.summary:
             return self.summary[key]
         return next((row[key] for row in reversed(self.rows) if row.get(key) is not None), None)
 
 
 def read_run(folder: str | Path, name: str | None = None) -> Run:
-    """Reads a run. FileNotFoundError where the folder holds none."""
+    """Reads a run. FileNotFoundError if the folder holds none."""
     folder = Path(folder).expanduser()
     if not (folder / "recipe.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no run (there is no {folder / 'recipe.json'}); give a run's folder")
+        raise FileNotFoundError(f"{folder} holds no run (there is no {folder / 'recipe.json'}); name a run's folder")
     evaluation = _json(folder / "evaluation.json")
     return Run(
         name or folder.name, folder, read_log(folder / LOG_FILE), _json(folder / SUMMARY_FILE), evaluation.get("metrics", []),
@@ -64,7 +64,7 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """Several, each with the shortest end of its path that tells it from the others. ValueError for more than MOST."""
+    """Several runs, each named by the shortest end of its path that is unique. ValueError for more than MOST."""
     if not 1 <= len(folders) <= MOST:
         raise ValueError(f"compare takes up to {MOST} runs, got {len(folders)}")
     paths = [Path(folder).expanduser() for folder in folders]
@@ -75,7 +75,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
 
 
 def table(runs: Sequence[Run]) -> list[list[str]]:
-    """Rows of (label, one cell for each run); a row of one cell is a heading. What no run has is left out."""
+    """Rows of (label, one cell per run); a row of one cell is a heading. Values that no run has are left out."""
     rows = []
     for key, label, form in FIGURES:
         values = [run.figure(key) for run in runs]
@@ -125,7 +125,7 @@ def write_page(
 ) -> Path:
     """Writes the page atomically and returns its path: figures and metrics, the fields that differ, and the curves.
 
-    refresh_s: a browser loads it again after so many seconds. status: a line below the title.
+    refresh_s: a browser reloads it after this many seconds. status: a line below the title.
     """
     import markupsafe
 
@@ -153,5 +153,5 @@ def _series(run: Run, axis: str, key: str, name: str) -> Series:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The object in a file, {} where there is none."""
+    """The object in a file, {} if there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

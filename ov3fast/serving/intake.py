@@ -44,7 +44,9 @@ class Budget:
 
     def take(self, count: int) -> None:
         if self.used + count > self.most:
-            raise Refusal(503, "overloaded", "the server has reached its limit of request bytes in memory; try again", retry_after=1)
+            raise Refusal(
+                503, "overloaded", "the server has reached its limit of request bytes in memory; try again", retry_after=1
+            )
         self.used += count
 
 
@@ -242,7 +244,9 @@ def _fetch(url: str, options: Options) -> bytes:
         host = scheme = None
     if scheme not in ("http", "https") or host not in options.url_hosts:
         raise Refusal(
-            400, "url_refused", f"images are fetched only over http and https from {', '.join(options.url_hosts)}; got {url[:200]!r}"
+            400,
+            "url_refused",
+            f"images are fetched only over http and https from {', '.join(options.url_hosts)}; got {url[:200]!r}",
         )
     opener = urllib.request.OpenerDirector()
     for handler in (

@@ -22,7 +22,9 @@ class Metrics:
         self.requests = Counter("requests", "Requests answered.", ["path", "status"], **own)
         self.refused = Counter("refused", "Requests refused, by the error's code.", ["code"], **own)
         self.disconnected = Counter("disconnected", "Clients that left before their response.", **own)
-        self.seconds = Histogram("request_seconds", "Time from a request's head to its response.", ["path"], buckets=SECONDS, **own)
+        self.seconds = Histogram(
+            "request_seconds", "Time from a request's head to its response.", ["path"], buckets=SECONDS, **own
+        )
         self.items = Counter("items", "Images and texts run through the model.", ["job"], **own)
         self.batch = Histogram("batch_size", "Images or texts per batch.", ["job"], buckets=SIZES, **own)
         self.model_seconds = Counter("model_seconds", "Time in the model.", ["job"], **own)

@@ -110,7 +110,7 @@ def test_the_lpips_metric_names_its_network():
 def test_errors():
     x = torch.rand(1, 3, 16, 16)
     with pytest.raises(
-        ValueError, match=r"psnr: images and reference must be \[B, C, H, W\] of one shape, got \(1, 3, 16, 16\)"
+        ValueError, match=r"psnr: images and reference must be \[B, C, H, W\] of the same shape, got \(1, 3, 16, 16\)"
     ):
         metrics.psnr(x, x[..., :8])
     with pytest.raises(ValueError, match="ssim: images must be at least 11 x 11 for the gaussian window"):

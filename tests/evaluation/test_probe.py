@@ -85,11 +85,11 @@ def test_grey_to_rgb():
 def test_errors(tmp_path, fashion_folder):
     with pytest.raises(FileNotFoundError, match="has no train-images-idx3-ubyte.gz; `ov3fast data demo` fetches the set"):
         probe.fashion_mnist(tmp_path)
-    with pytest.raises(ValueError, match="count 3000 over 10 classes asks for more rows of a class than there are"):
+    with pytest.raises(ValueError, match="count 3000 over 10 classes needs more rows of a class than there are"):
         probe.fashion_mnist(fashion_folder, 3000, 10)
     broken = tmp_path / "broken.gz"
     broken.write_bytes(gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x09abc"))
-    with pytest.raises(ValueError, match="holds 3 values where its header says 9"):
+    with pytest.raises(ValueError, match="holds 3 values, but its header says 9"):
         probe.read_idx(broken)
     broken.write_bytes(gzip.compress(b"<html>"))
     with pytest.raises(ValueError, match="is not an idx file"):

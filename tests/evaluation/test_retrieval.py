@@ -92,7 +92,7 @@ def test_nearest_keeps_the_earlier_of_equals():
 
 def test_errors():
     ids = torch.arange(2)
-    with pytest.raises(ValueError, match=r"query 1 \(concept 7\) has no right answer in the gallery"):
+    with pytest.raises(ValueError, match=r"query 1 \(concept 7\) has no correct answer in the gallery"):
         ranks(torch.zeros(2, 2), torch.tensor([0, 7]), ids)
     with pytest.raises(ValueError, match="gallery holds non-finite embeddings"):
         similarity(torch.ones(1, 2), torch.tensor([[1.0, torch.nan]]))

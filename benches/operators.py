@@ -195,12 +195,13 @@ def main(options: BenchOptions) -> None:
         raise RuntimeError("there is no GPU; --device cpu measures the CPU kernels")
     torch.manual_seed(0)
     file = RESULTS / (f"operators-cpu-{_chip.current().name}.csv" if options.device == "cpu" else "operators-cuda.csv")
-    everything = not options.only and not options.dtype
+    everything = not (options.only or options.dtype or options.shape)
     if options.out is None and (everything or options.update):
         options.out = file
     rows = read(file) if options.update and file.exists() else []
     with torch.device(options.device):
-        measure_all(options, cases.table(options.only, options.dtype), rows)
+        table = (case for case in cases.table(options.only, options.dtype) if options.shape in case.shape)
+        measure_all(options, table, rows)
         if options.out == file and options.device == "cpu" and _chip.current().name != _chip.UNKNOWN:
             rule.main()
             changed = {_call(row) for row in rule.stale(rows, _choice.rule()[0])}

@@ -19,6 +19,8 @@ class BenchOptions:
     """Only rows whose operator contains this; the table is then printed rather than written, unless out or update is given."""
     dtype: str = ""
     """Only fp32 or bf16."""
+    shape: str = ""
+    """Only rows whose size contains this, such as "[144,"."""
     device: Literal["cpu", "cuda"] = "cpu"
     compile: bool = True
     """Also measure torch.compile, which needs a C++ compiler and takes a few minutes."""

@@ -74,7 +74,10 @@ def flag(op: str, name: str, value: Any) -> bool:
 
 def autocast(*values: Tensor | None) -> tuple[Any, ...]:
     """Under torch.autocast, casts float32 and half tensors to the autocast dtype, as PyTorch does for its matrix products."""
-    device = next((value.device.type for value in values if isinstance(value, Tensor)), "meta")
+    first = values[0]
+    if not isinstance(first, Tensor):
+        first = next((value for value in values if isinstance(value, Tensor)), None)
+    device = "meta" if first is None else first.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return values
     dtype = torch.get_autocast_dtype(device)

@@ -122,9 +122,6 @@ def over_ranks(
         kind: str, group: str, exchange: str, need_image: bool, need_text: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         wide = _check.accumulate_dtype(image.dtype)
-        resolved = _row_shards.resolve(group) if group else None
-        rank, counts = (0, [len(text)]) if resolved is None else (resolved.rank(), sizes.tolist())
-        shards = _row_shards.RowShards(resolved, rank, tuple(counts))
         wide_scale, wide_bias = scale.to(wide), None if bias is None else bias.to(wide)
         if not group and image.ndim == 2 and exchange != "ring":
             weight = grad_loss.to(wide) * (1 / max(len(text), 1))
@@ -138,6 +135,9 @@ def over_ranks(
                 grad_scale.to(scale.dtype),
                 grad_bias.to(scale.dtype if bias is None else bias.dtype),
             )
+        resolved = _row_shards.resolve(group) if group else None
+        rank, counts = (0, [len(text)]) if resolved is None else (resolved.rank(), sizes.tolist())
+        shards = _row_shards.RowShards(resolved, rank, tuple(counts))
         weights = grad_loss.to(wide) * (shards.world / max(shards.total, 1))
         views: list[_View] = []
         for view, weight, rows, columns in zip(*(split_views(image, x) for x in (image, weights, r, c)), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -58,9 +59,7 @@ def inference(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int)
     """The forward where no backward follows: lse is left out, and what fits in one tile is PyTorch's own."""
     if not _is_one_tile(hidden, weight):
         return forward(hidden, weight, labels, ignore_index)
-    count_labels(labels, len(weight), ignore_index)
-    logits = F.linear(hidden, weight).to(_check.accumulate_dtype(hidden.dtype))
-    return (F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none"),)
+    return (_own_loss(hidden, weight, labels, ignore_index, "none"),)
 
 
 forward.inference = inference  # type: ignore[attr-defined]
@@ -123,11 +122,20 @@ def differentiable_total(hidden: Tensor, weight: Tensor, *_: Any) -> Callable[..
 def _total_by_autograd(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, mean: bool, *needs: bool
 ) -> tuple[Tensor]:
-    rows = count_labels(labels, len(weight), ignore_index)
-    logits = F.linear(hidden, weight).to(_check.accumulate_dtype(hidden.dtype))
+    loss = _own_loss(hidden, weight, labels, ignore_index, "mean" if mean else "sum")
     # PyTorch's mean over no rows is nan.
-    reduction = "mean" if mean and (len(labels) if rows is None else len(rows)) else "sum"
-    return (F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction),)
+    if mean and math.isnan(loss.item()) and not (labels != ignore_index).any():
+        loss = _own_loss(hidden, weight, labels, ignore_index, "sum")
+    return (loss,)
+
+
+def _own_loss(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    logits = F.linear(hidden, weight).to(_check.accumulate_dtype(hidden.dtype))
+    try:
+        return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
+    except IndexError:  # a label out of range: say it as the other backends do
+        check_labels(labels, len(weight), ignore_index)
+        raise
 
 
 def total(
@@ -137,6 +145,8 @@ def total(
         return _total_of_tile(hidden, weight, labels, ignore_index, mean, need_hidden, need_weight)
     nll, lse = forward(hidden, weight, labels, ignore_index)
     factor = mean_factor(int((labels != ignore_index).sum())) if mean else 1.0
+    if not (need_hidden or need_weight):
+        return nll.sum() * factor, hidden.new_empty(0), weight.new_empty(0)
     grads = backward(torch.full_like(nll, factor), hidden, weight, labels, lse, ignore_index, need_hidden, need_weight)
     return nll.sum() * factor, *grads
 

@@ -19,8 +19,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _any_requires_grad as any_requires_grad
+from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
+from torch._C import _get_tracing_state as get_tracing_state
+from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
+from torch._C import _len_torch_dispatch_stack as len_torch_dispatch_stack
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from . import _check, _dispatch
 
@@ -68,7 +74,7 @@ class Operator:
     def __call__(self, impl: str | None, *args: Any) -> Any:
         request = _dispatch.request(self.name, impl)
         plain = _is_plain_call(args)
-        if self.narrowed and (not plain or torch._C._is_any_autocast_enabled()):
+        if self.narrowed and (not plain or is_any_autocast_enabled()):
             args = self._narrow(args)
         if not plain:
             self.check(*args)
@@ -84,10 +90,10 @@ class Operator:
 
     def _call_plain(self, request: str, args: tuple[Any, ...]) -> Any:
         selected = self.select(request, args)
-        if self.apply is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            if selected.contract is None:  # else PyTorch's own nodes do
-                return self.apply(*args, request, selected)
-        return _without_autocast(selected.inference, args)
+        # Where there is a contract, PyTorch's own nodes do.
+        if self.apply is not None and selected.contract is None and torch.is_grad_enabled() and any_requires_grad(*args):
+            return self.apply(*args, request, selected)
+        return _without_autocast(selected.inference, args) if is_any_autocast_enabled() else selected.inference(*args)
 
     def _call_watched(self, impl: str | None, request: str, args: tuple[Any, ...]) -> Any:
         if not torch.compiler.is_compiling():
@@ -339,11 +345,11 @@ def _is_transformed(args: tuple[Any, ...]) -> bool:
 def _is_plain_call(args: tuple[Any, ...]) -> bool:
     """Whether only the backend has to see this call: no compiler, transform, dual tensor, dispatch mode or subclass."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
+        is_compiling()
+        or len_torch_dispatch_stack()
+        or are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
+        or get_tracing_state() is not None
         or not _PLAIN.issuperset(map(type, args))
         or getattr(args[0], "is_meta", True)  # not a tensor: the check will raise
     )
@@ -353,12 +359,12 @@ def _is_plain_backward(grads: tuple[Any, ...]) -> bool:
     """`_is_plain_call` of a node's backward, whose saved tensors are plain since its forward's arguments were. A graph of it is none."""
     return not (
         torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
+        or is_compiling()
+        or len_torch_dispatch_stack()
+        or are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._is_any_autocast_enabled()
+        or get_tracing_state() is not None
+        or is_any_autocast_enabled()
         or not _PLAIN.issuperset(map(type, grads))
     )
 

@@ -88,10 +88,24 @@ def contrastive_loss(
     Returns a scalar: float32 (float64 for float64), under torch.autocast too; 0 for N = 0. All tensors get gradients; memory is linear in N.
     Raises TypeError or ValueError that name the argument. Source: arXiv 2103.00020, figure 3; arXiv 2303.15343, equation 2.
     """
+    group_name = _row_shards.name_of("contrastive_loss", group)
+    losses: Tensor = _contrastive_loss(
+        impl, image, text, _as_scalar(logit_scale), _as_scalar(logit_bias), kind, group_name, exchange
+    )[0]
+    return losses if image.ndim == 2 else losses.mean()
+
+
+def _as_scalar(value: Any) -> Any:
+    """A tensor of one element without its dimensions."""
+    return value.reshape(()) if isinstance(value, Tensor) and value.ndim and value.numel() == 1 else value
+
+
+def _check_arguments(
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor | None, kind: str, group: str, exchange: str
+) -> None:
     op = "contrastive_loss"
     _check.tensor(op, "image", image)
     _check.tensor(op, "text", text)
-    image, text = _check.autocast(image, text)
     if image.ndim not in (2, 3) or (image.ndim == 3 and len(image) == 0):
         raise ValueError(f"{op}: image must be [N, D], or [V, N, D] with V >= 1 views, got shape {tuple(image.shape)}")
     _check.parameter(op, "text", text, tuple(image.shape[-2:]), image, "like image")
@@ -101,22 +115,13 @@ def contrastive_loss(
         raise ValueError(f"{op}: kind must be one of {', '.join(KINDS)}; got {kind!r}")
     if kind == "softmax" and logit_bias is not None:
         raise ValueError(f"{op}: logit_bias is for kind='sigmoid': a softmax does not change with it")
-    logit_scale = _scalar(op, "logit_scale", logit_scale, image)
-    if logit_bias is not None:
-        logit_bias = _scalar(op, "logit_bias", logit_bias, image)
-    losses: Tensor = _contrastive_loss(
-        impl, image, text, logit_scale, logit_bias, kind, _row_shards.name_of(op, group), exchange
-    )[0]
-    return losses if image.ndim == 2 else losses.mean()
-
-
-def _scalar(op: str, name: str, value: Any, like: Tensor) -> Tensor:
-    _check.tensor(op, name, value)
-    if value.numel() != 1:
-        raise ValueError(f"{op}: {name} must be a scalar tensor, got shape {tuple(value.shape)}")
-    _check.same_device(op, name, value, like)
-    scalar: Tensor = value.reshape(())
-    return scalar
+    for name, value in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
+        if value is None and name == "logit_bias":
+            continue
+        _check.tensor(op, name, value)
+        if value.ndim:
+            raise ValueError(f"{op}: {name} must be a scalar tensor, got shape {tuple(value.shape)}")
+        _check.same_device(op, name, value, image)
 
 
 # A backend computes a rectangle: this rank's rows i against columns j, where j = i + offset, if present, is the matching text. The
@@ -266,6 +271,8 @@ _contrastive_loss = _operator.define(
     "(Tensor image, Tensor text, Tensor logit_scale, Tensor? logit_bias, str kind, str group, str exchange)"
     " -> (Tensor loss, Tensor row_lse, Tensor column_lse, Tensor sizes)",
     fake=_fake,
+    check=_check_arguments,
+    autocast=("image", "text"),
     specification=_specification,
     save=_save,
     gradients={"image": 0, "text": 1, "logit_scale": 2, "logit_bias": 3},

@@ -43,24 +43,32 @@ def latent_projection(
     weight [C*p*p, D] and bias [C*p*p], of tokens' dtype, rows in the order (c, dy, dx). All of them get gradients and are cast under
     autocast. Raises TypeError or ValueError that name the argument.
     """
+    if len(grid) != 2:
+        raise ValueError(f"latent_projection: grid must be (h, w), got {tuple(grid)}")
+    x: Tensor = _latent_projection(impl, tokens, weight, bias, patch_size, *grid)
+    return x
+
+
+def _check_arguments(tokens: Tensor, weight: Tensor, bias: Tensor | None, patch_size: int, grid_h: int, grid_w: int) -> None:
     op = "latent_projection"
     _check.tensor(op, "tokens", tokens, ndim=3)
     _check.tensor(op, "weight", weight, ndim=2)
-    tokens, weight, bias = _check.autocast(tokens, weight, bias)
     if patch_size < 1:
         raise ValueError(f"{op}: patch_size must be at least 1, got {patch_size}")
-    if len(grid) != 2 or grid[0] * grid[1] != tokens.shape[1]:
-        raise ValueError(f"{op}: grid must be (h, w) with h * w = {tokens.shape[1]} tokens, got {tuple(grid)}")
+    if grid_h * grid_w != tokens.shape[1]:
+        raise ValueError(f"{op}: grid must be (h, w) with h * w = {tokens.shape[1]} tokens, got {(grid_h, grid_w)}")
     if weight.shape[0] % patch_size**2:
         raise ValueError(f"{op}: weight must have a multiple of {patch_size}^2 rows, C*p*p, got {weight.shape[0]}")
     _check.parameter(op, "weight", weight, (weight.shape[0], tokens.shape[-1]), tokens, "[C*p*p, D]")
     _check.parameter(op, "bias", bias, (weight.shape[0],), tokens, "[C*p*p]")
-    x: Tensor = _latent_projection(impl, tokens, weight, bias, patch_size, grid[0], grid[1])
-    return x
 
 
 def _forward_eager(tokens: Tensor, weight: Tensor, bias: Tensor | None, patch_size: int, grid_h: int, grid_w: int) -> Tensor:
     return reference(tokens.contiguous(), weight, bias, patch_size=patch_size, grid=(grid_h, grid_w))
+
+
+def _differentiable(tokens: Tensor, weight: Tensor, bias: Tensor | None, patch_size: int, grid_h: int, grid_w: int) -> Tensor:
+    return reference(tokens, weight, bias, patch_size=patch_size, grid=(grid_h, grid_w))
 
 
 def _backward_eager(
@@ -99,11 +107,13 @@ def _save(inputs: Sequence[Any], output: Any) -> _operator.Saved:
     return _operator.Saved((tokens, weight), (patch_size,))
 
 
-_dispatch.register("latent_projection", "eager", _forward_eager, _backward_eager)
+_dispatch.register("latent_projection", "eager", _forward_eager, _backward_eager, differentiable=lambda *_: _differentiable)
 _latent_projection = _operator.define(
     "latent_projection",
     "(Tensor tokens, Tensor weight, Tensor? bias, int patch_size, SymInt grid_h, SymInt grid_w) -> Tensor",
     fake=_fake,
+    check=_check_arguments,
+    autocast=("tokens", "weight", "bias"),
     specification=_specification,
     save=_save,
     gradients={"tokens": 0, "weight": 1, "bias": 2},

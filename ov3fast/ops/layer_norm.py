@@ -80,6 +80,15 @@ def _differentiable(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
     return F.layer_norm(h, h.shape[-1:], weight, bias, eps), h
 
 
+def _inference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float) -> tuple[Any, ...]:
+    """The forward where no backward follows: without the statistics."""
+    plain = _differentiable if x.dtype in (torch.float32, torch.float64) else _forward_eager
+    return plain(x, weight, bias, residual, eps)
+
+
+_forward_eager.inference = _inference  # type: ignore[attr-defined]
+
+
 def _backward_eager(
     grad_y: Tensor, grad_h: Tensor | None, h: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, need_x: bool,
     need_weight: bool, need_bias: bool,

@@ -59,6 +59,9 @@ def _differentiable(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return reference(x, weight, bias) if x.is_contiguous() else _forward_eager(x, weight, bias)
 
 
+_forward_eager.inference = _differentiable  # type: ignore[attr-defined]
+
+
 def _backward_eager(
     grad_y: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, ...]:

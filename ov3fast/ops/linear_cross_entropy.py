@@ -54,27 +54,34 @@ def linear_cross_entropy(
     Returns float32 (float64 for float64). Casts hidden and weight under torch.autocast. Raises TypeError or ValueError that
     name the argument; on GPUs a label out of range stops the device as PyTorch's does.
     """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"linear_cross_entropy: reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+    tensors = isinstance(hidden, Tensor) and isinstance(weight, Tensor) and isinstance(labels, Tensor)
+    if not tensors or hidden.ndim != 2 or labels.ndim != 1:  # else the operator checks them, once per kind of call
+        _check_arguments(*_check.autocast(hidden, weight), labels)
+    hidden, weight = _check.autocast(hidden, weight)
+    shape, hidden_TD, labels_T = labels.shape, hidden.flatten(0, -2), labels.flatten()
+    graph = torch.is_grad_enabled()
+    need_hidden, need_weight = graph and hidden.requires_grad, graph and weight.requires_grad
+    # In float16 gradients for an upstream gradient of 1, which no loss scale has raised yet, would underflow.
+    at_once = hidden.dtype in (torch.float32, torch.bfloat16) and (need_hidden or need_weight or hidden.is_cpu)
+    if reduction != "none" and at_once:
+        loss: Tensor = _total(impl, hidden_TD, weight, labels_T, ignore_index, reduction == "mean", need_hidden, need_weight)[0]
+        return loss
+    nll = _linear_cross_entropy(impl, hidden_TD, weight, labels_T, ignore_index)[0]
+    return _reduce(nll.view(shape), labels, ignore_index, reduction)
+
+
+def _check_arguments(hidden: Tensor, weight: Tensor, labels: Tensor, *_: Any) -> None:
     op = "linear_cross_entropy"
     _check.tensor(op, "hidden", hidden)
     _check.tensor(op, "weight", weight, ndim=2)
     if hidden.ndim < 2:
         raise ValueError(f"{op}: hidden must have shape [...,D] with at least 2 dimensions, got {tuple(hidden.shape)}")
-    hidden, weight = _check.autocast(hidden, weight)
     _check.parameter(op, "weight", weight, (weight.shape[0], hidden.shape[-1]), hidden, "[V,D]")
     _check.tensor(op, "labels", labels, dtypes=(torch.int64,))
     _check.shape(op, "labels", labels, tuple(hidden.shape[:-1]), "like hidden without its last axis")
     _check.same_device(op, "labels", labels, hidden)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
-    hidden_TD, labels_T = hidden.flatten(0, -2), labels.flatten()
-    need_hidden, need_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
-    # In float16 gradients for an upstream gradient of 1, which no loss scale has raised yet, would underflow.
-    at_once = hidden.dtype in (torch.float32, torch.bfloat16)
-    if reduction != "none" and at_once and (need_hidden or need_weight):
-        loss: Tensor = _total(impl, hidden_TD, weight, labels_T, ignore_index, reduction == "mean", need_hidden, need_weight)[0]
-        return loss
-    nll = _linear_cross_entropy(impl, hidden_TD, weight, labels_T, ignore_index)[0]
-    return _reduce(nll.view(labels.shape), labels, ignore_index, reduction)
 
 
 def _reduce(nll: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> Tensor:
@@ -120,6 +127,7 @@ _linear_cross_entropy = _operator.define(
     "linear_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor labels, int ignore_index) -> (Tensor nll, Tensor lse)",
     fake=_fake,
+    check=_check_arguments,
     specification=_specification,
     save=_save,
     gradients={"hidden": 0, "weight": 1},
@@ -165,6 +173,7 @@ _total = _operator.define(
     "(Tensor hidden, Tensor weight, Tensor labels, int ignore_index, bool mean, bool need_hidden, bool need_weight)"
     " -> (Tensor loss, Tensor grad_hidden, Tensor grad_weight)",
     fake=_fake_total,
+    check=_check_arguments,
     specification=_specification_total,
     save=_save_total,
     gradients={"hidden": 0, "weight": 1},
@@ -273,13 +282,30 @@ def _total_cpu(
     return (nll.sum(dtype=torch.float64) * factor).float(), grad_hidden, grad_weight
 
 
-for _op, _functions in (("linear_cross_entropy", (_forward_cpu, _backward_cpu)), ("linear_cross_entropy_total", (_total_cpu,))):
-    cpu.register(
-        _op, *_functions, operands=("hidden", "weight"),
-        **_choice.by_evidence(
-            _op, "rows, width, classes", lambda hidden, weight: (hidden, None, (_choice.rows(hidden), *weight.shape[::-1])), products="eager"
-        ),
-    )  # fmt: skip
+_evidence = {
+    op: _choice.by_evidence(
+        op, "rows, width, classes", lambda hidden, weight: (hidden, None, (_choice.rows(hidden), *weight.shape[::-1])), products="eager"
+    )
+    for op in ("linear_cross_entropy", "linear_cross_entropy_total")
+}  # fmt: skip
+
+
+def _faster_total(hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool) -> tuple[str, ...]:
+    """Without gradients it is the forward of linear_cross_entropy."""
+    op = "linear_cross_entropy_total" if need_hidden or need_weight else "linear_cross_entropy"
+    return _evidence[op]["slower_than"](hidden, weight)
+
+
+cpu.register(
+    "linear_cross_entropy", _forward_cpu, _backward_cpu, operands=("hidden", "weight"), **_evidence["linear_cross_entropy"]
+)
+cpu.register(
+    "linear_cross_entropy_total",
+    _total_cpu,
+    operands=("hidden", "weight", "need_hidden", "need_weight"),
+    unsupported_reason=lambda hidden, weight, *_: cpu.unsupported_reason(hidden, weight),
+    slower_than=_faster_total,
+)
 
 
 # ---- how it is called

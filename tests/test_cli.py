@@ -358,9 +358,17 @@ def one_line(err: str) -> str:
     ("arguments", "words"),
     [
         (("nonsense",), "no command 'nonsense'; the commands are train, watch, compare"),
+        (("trian", "--recipe", "demo"), "no command 'trian'; perhaps train; the commands are"),
+        (("encode",), ", --out PATH (see ov3fast encode --help)"),
+        (
+            ("encode", "MODEL", "PHOTO", "--out", "x.npz", "--dtype", "fp8"),
+            "--dtype must be one of float32, bfloat16, auto; got 'fp8'",
+        ),
+        (("encode", "MODEL", "PHOTO", "--out", "x.npz", "--batch-size", "x"), "--batch-size takes a number; got 'x'"),
+        (("bench", "--only"), "--only takes a value"),
         (
             ("train", "--recipe", "huge"),
-            "--recipe must be one of demo, base, large, custom, or a .json or .yaml file; got 'huge'",
+            "--recipe must be one of demo, base, large, custom, generate-demo, generate-base, understand-demo, understand-base, or a .json",
         ),
         (("train", "--recipe"), "--recipe takes a value"),
         (("train", "--recipe", "demo", "--stages.0.image-size", "65"), "image_size"),
@@ -370,8 +378,11 @@ def one_line(err: str) -> str:
         (("encode", "MODEL", "PHOTO", "--out", "x.npz", "--image-size", "0"), "image_size must be at least 1, got 0"),
         (("encode", "MODEL", "PHOTO", "--out", "x.npz", "--device", "cuda"), "device 'cuda' can't be used here"),
         (("encode", "MODEL", "PHOTO", "--out", "x.npz", "--device", "gpu"), "device 'gpu' can't be used here"),
-        (("encode", "MODEL", "PHOTO", "--out", "x.npz", "--image-size", "abc"), "Error parsing --image-size: no type matching"),
-        (("encode", "MODEL", "PHOTO"), "Missing from ov3fast encode: --out PATH"),
+        (
+            ("encode", "MODEL", "PHOTO", "--out", "x.npz", "--image-size", "abc"),
+            "--image-size takes a whole number or None; got 'abc'",
+        ),
+        (("encode", "MODEL", "PHOTO"), "missing --out PATH (see ov3fast encode --help)"),
         (("encode", "MODEL", "PHOTO", "--out", "x.npz", "--nonsense", "3"), "Unrecognized options: --nonsense, 3"),
         (("encode", "MODEL", "PHOTO", "--out", "x.npz", "--device", "meta"), "device 'meta' can't be used here"),
         (("encode", "MODEL", "", "--out", "x.npz"), "the argument after MODEL is empty; is a shell variable unset?"),

@@ -19,6 +19,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from typing import NamedTuple
 
@@ -65,7 +66,9 @@ COMMANDS = {
     "serve": Command("serve", "Serve a model over HTTP, with a page to try it; needs the extra `serve`."),
     "generate": Command("generate", "Generate pictures of a class or a text with a generator over the tokens.", prints=True),
     "answer": Command(
-        "answer", "Answer questions about an image, or a benchmark's, with a run of understand-demo or its kin.", prints=True
+        "answer",
+        "Answer questions about an image, or those of a benchmark, with a model trained by understand-demo or -base.",
+        prints=True,
     ),
     "statistics": Command("statistics", "Compute the per-element mean and variance of image tokens, for a generator."),
     "fid": Command(
@@ -125,7 +128,8 @@ def _run(arguments: list[str]) -> int:
         print(__version__)
         return 0
     if name not in COMMANDS:
-        raise ValueError(f"no command {name!r}; the commands are {', '.join(COMMANDS)}")
+        meant = "".join(f"; perhaps {close}" for close in get_close_matches(name, COMMANDS, 1))
+        raise ValueError(f"no command {name!r}{meant}; the commands are {', '.join(COMMANDS)}")
     for before, argument in zip([name, *rest], rest, strict=False):
         if not argument or re.fullmatch(r"--[\w.-]+=", argument):
             raise ValueError(f"{name}: the argument after {before} is empty; is a shell variable unset?")

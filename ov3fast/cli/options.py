@@ -78,7 +78,25 @@ def _one_line(box: str) -> str:
     text = " ".join(line for line in lines if not re.fullmatch(r"[-─╭╮╰╯+ ]*|[╭+][-─].*", line))
     text = re.split(r" Got errors:| Argument helptext:| For full helptext", text)[0]
     flags = re.findall(r"--[\w.-]+", text.partition("Perhaps you meant:")[2])
-    return text.partition(" Perhaps you meant:")[0] + (f"; perhaps {' or '.join(dict.fromkeys(flags))}" if flags else "")
+    text = _reworded(text.partition(" Perhaps you meant:")[0])
+    return text + (f"; perhaps {' or '.join(dict.fromkeys(flags))}" if flags else "")
+
+
+def _reworded(text: str) -> str:
+    """tyro's messages as "ARGUMENT takes ...; got ...", where they have another form."""
+    if text.startswith("Missing from "):
+        return f"missing {', '.join(re.findall(r'(?:^[^:]*: |[(]required[)] )(.*?) [A-Z][a-z]', text))}"
+    if found := re.fullmatch(r"invalid choice (.*?) for argument '(\S+)'\. Expected one of \((.*?),?\)\.", text):
+        return f"{found[2]} must be one of {found[3].replace(chr(39), '')}; got {found[1]}"
+    if found := re.fullmatch(
+        r"Error parsing (\S+): (?:no type matching (\S+) could be instantiated from \[(.*)\]\.?|.*: ('.*'))", text
+    ):
+        kinds = re.findall(r"None|INT|FLOAT", found[2] or "") or ["number"]
+        words = {"None": "None", "INT": "a whole number", "FLOAT": "a number", "number": "a number"}
+        return f"{found[1]} takes {' or '.join(words[kind] for kind in reversed(kinds))}; got {found[3] or found[4]}"
+    if found := re.fullmatch(r"Missing value for argument '(\S+)'\. Expected (.*)\.", text):
+        return f"{found[1]} takes {found[2].replace('1 values', 'a value')}"
+    return text
 
 
 def expand_home(argument: str) -> str:

@@ -147,7 +147,8 @@ def _recipe(name: str, data: str, resume: str) -> "Recipe":
     if name == "custom":
         raise ValueError("--recipe custom needs --data PATH: a folder of tars, a tar or a glob pattern")
     if name and name not in NAMES:
-        raise ValueError(f"--recipe must be one of {', '.join(NAMES)}, or a .json or .yaml file; got {name!r}")
+        others = "generate-demo, generate-base, understand-demo, understand-base"
+        raise ValueError(f"--recipe must be one of {', '.join(NAMES)}, {others}, or a .json or .yaml file; got {name!r}")
     return get_recipe(name or "demo")
 
 

@@ -30,8 +30,11 @@ def run(name: str, arguments: list[str], resume: str | None) -> int:
     given = parse(Train, arguments, "train", default=Train(base))
     check_resume_or_overwrite(resume, given.overwrite)
     from ov3fast.generation.training import train_generator
+    from ov3fast.training import EXIT_INTERRUPTED
 
     run_dir = train_generator(given.recipe, resume=resume is not None, overwrite=given.overwrite)
+    if run_dir is None:
+        return EXIT_INTERRUPTED
     print(f"{run_dir / 'generator'}: `ov3fast generate {run_dir}` lists its classes")
     if given.report and given.recipe.condition == "class" and given.recipe.heldout:
         from ov3fast.generation.report import print_figures, write_generation_report

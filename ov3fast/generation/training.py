@@ -32,6 +32,7 @@ from ov3fast.training.logs import Display, RunLog, StepRows
 from ov3fast.training.optimizer import AdamW, copy
 from ov3fast.training.parallel import whole
 from ov3fast.training.run_folder import CHECKPOINT, check_run_dir, load_checkpoint, save_checkpoint, start_run
+from ov3fast.training.signals import StopRequest
 
 MAY_CHANGE = ("steps", "checkpoint_every", "log_every", "run_dir", "parallel")
 """Fields in which the recipe of a resumed run may differ."""
@@ -131,8 +132,9 @@ def shard(generator: DDT | InContextDDT, ranks: Ranks) -> None:
     fully_shard(generator, mesh=mesh, reshard_after_forward=False)
 
 
-def train_generator(recipe: GenerateRecipe, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Runs a recipe to its end, as one process or as torchrun's, and returns the run's folder; see the file's head.
+def train_generator(recipe: GenerateRecipe, *, resume: bool = False, overwrite: bool = False) -> Path | None:
+    """Runs a recipe to its end, as one process or as torchrun's, and returns the run's folder; None where a signal stopped it before
+    (it was saved). See the file's head.
 
     resume: continue the run in recipe.run_dir, or start one if there is none. Errors as in `check_run_dir`: the recipe of a resumed run may
     differ in its length, in how often it saves and logs, and in `parallel`.
@@ -145,7 +147,7 @@ def train_generator(recipe: GenerateRecipe, *, resume: bool = False, overwrite: 
     trainer = Trainer(recipe, tokens, ranks)
     if resumed:
         trainer.load(run_dir / CHECKPOINT)
-    with naming_full_disk(run_dir), Display(show=ranks.first) as display:
+    with naming_full_disk(run_dir), StopRequest() as stop, Display(show=ranks.first) as display:
         if ranks.first:
             start_run(recipe, resumed, GENERATOR)
         millions = sum(p.numel() for p in trainer.generator.parameters()) / 1e6
@@ -157,8 +159,13 @@ def train_generator(recipe: GenerateRecipe, *, resume: bool = False, overwrite: 
                 row = trainer.step()
                 if rows is not None:
                     rows.add("train", row, trainer.done, recipe.steps)
-                if trainer.done % recipe.checkpoint_every == 0 or trainer.done == recipe.steps:
+                [asked] = ranks.largest(stop.name is not None)
+                if asked or trainer.done % recipe.checkpoint_every == 0 or trainer.done == recipe.steps:
                     trainer.save(run_dir / CHECKPOINT)
+                if asked and trainer.done < recipe.steps:
+                    display.note(f"{stop.name or 'another process'}: saved at step {trainer.done}; --resume goes on")
+                    ranks.wait()  # torchrun ends the others once one has gone
+                    return None
         saved = trainer.saved()
         if ranks.first:
             saved.save(run_dir / GENERATOR)

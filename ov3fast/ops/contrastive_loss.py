@@ -115,9 +115,8 @@ def _check_arguments(
         raise ValueError(f"{op}: kind must be one of {', '.join(KINDS)}; got {kind!r}")
     if kind == "softmax" and logit_bias is not None:
         raise ValueError(f"{op}: logit_bias is for kind='sigmoid': a softmax does not change with it")
-    for name, value in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
-        if value is None and name == "logit_bias":
-            continue
+    scalars = {"logit_scale": logit_scale} if logit_bias is None else {"logit_scale": logit_scale, "logit_bias": logit_bias}
+    for name, value in scalars.items():
         _check.tensor(op, name, value)
         if value.ndim:
             raise ValueError(f"{op}: {name} must be a scalar tensor, got shape {tuple(value.shape)}")

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,27 @@ def test_a_stopped_run_goes_on_to_the_same_bits(recipe, tmp_path, changes):
     one, other = weights(whole.run_dir), weights(half.run_dir)
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
     assert [json.loads(line)["step"] for line in (half.run_dir / LOG).read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_signal_saves(monkeypatch, recipe, tmp_path):
+    """SIGTERM during step 3 of 4: it is saved, no generator is written, and --resume ends with the bits of a run that was left alone."""
+    whole = dataclasses.replace(recipe, run_dir=tmp_path / "whole", checkpoint_every=100)
+    training.train_generator(whole)
+    step = training.Trainer.step
+
+    def interrupted(trainer):
+        if trainer.done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer)
+
+    half = dataclasses.replace(whole, run_dir=tmp_path / "half")
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "step", interrupted)
+        assert training.train_generator(half) is None
+    assert not (half.run_dir / "generator").exists()
+    assert training.train_generator(half, resume=True) == half.run_dir
+    one, other = weights(whole.run_dir), weights(half.run_dir)
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_sample_does_not_depend_on_its_batch(trained):

@@ -52,7 +52,7 @@ class Cell:
     half_width: float | None = None
 
     @property
-    def clear(self) -> bool:
+    def excludes_zero(self) -> bool:
         """Whether the interval leaves out zero."""
         return self.difference is not None and self.half_width is not None and abs(self.difference) > self.half_width
 
@@ -121,7 +121,7 @@ def _text(found: Cell, unit: str) -> dict[str, Any]:
     if found.difference is not None and found.half_width is not None:
         difference = f"{scale * found.difference:+{form}} ± {scale * found.half_width:{form}}"
     spread = f"{scale * found.spread:{form}}"
-    return {"value": format_value(found.mean, unit), "spread": spread, "difference": difference, "clear": found.clear}
+    return {"value": format_value(found.mean, unit), "spread": spread, "difference": difference, "bold": found.excludes_zero}
 
 
 def _end(rows: list[dict[str, Any]], key: str) -> float | None:

@@ -80,7 +80,7 @@ def ablate(
         results.append(_result(variant, seed, (like or of_run).run_dir, out))
     facts = {
         "recipe": {**base.to_dict(), "run_dir": "", "checkpoint_dir": None},
-        "variants": [{"name": v.name, "group": v.group, "what": v.what} for v in variants],
+        "variants": [{"name": v.name, "group": v.group, "what": v.what + _own_setting(base, v)} for v in variants],
         "seeds": seeds,
         "runs": results,
     }
@@ -115,6 +115,11 @@ def run_recipe(base: Recipe, variant: Variant, seed: int, out: Path) -> Recipe:
     data = dataclasses.replace(base.data, seed=base.data.seed + seed)
     seeded = dataclasses.replace(base, seed=base.seed + seed, data=data, run_dir=out / variant.name / f"seed-{seed}")
     return variant.apply(seeded)
+
+
+def _own_setting(base: Recipe, variant: Variant) -> str:
+    same = variant.name != FULL and variant.apply(base) == base
+    return f" (the recipe's own setting: the runs are those of {FULL})" if same else ""
 
 
 def _without_folder(recipe: Recipe) -> Recipe:

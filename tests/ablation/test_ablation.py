@@ -42,7 +42,11 @@ def test_a_set_of_runs_resumes_and_reports(tiny, data, tmp_path, monkeypatch):
     text = page.read_text()
     assert all(f"<code>{name}</code>" in text for name in ("full", *names)) and text.count("<svg") >= 7
     assert len(set(ids := [part.split('"')[0] for part in text.split(' id="')[1:]])) == len(ids)
+    logs = {(run["variant"], run["seed"]): report.read_log(tmp_path / "set" / run["run"] / "log.jsonl") for run in facts["runs"]}
+    cells = [cell for _, of_variant in report.table(facts, logs)[0] for cell in of_variant]
+    assert text.count('class="bold"') == sum(cell["bold"] for cell in cells) < sum(bool(cell["difference"]) for cell in cells)
     # tau 0.8 is the recipe's own: one run serves both.
+    assert "own setting" in facts["variants"][-1]["what"]
     assert not (tmp_path / "set" / "tau-0.8").exists()
     # The losses of a detached branch were measured, and its gradient at the tokens is zero.
     rows = [json.loads(line) for line in (tmp_path / "set/no-rec/seed-0/log.jsonl").read_text().splitlines()]
@@ -77,7 +81,7 @@ def test_differences_are_taken_seed_by_seed():
     assert found.difference == pytest.approx(0.5)
     # 4.303 is Student's quantile for two degrees of freedom.
     assert found.half_width == pytest.approx(4.303 * statistics.stdev([0.5, 0.4, 0.6]) / 3**0.5)
-    assert found.clear and not report.cell([2.0, 1.5, 3.0], full).clear
+    assert found.excludes_zero and not report.cell([2.0, 1.5, 3.0], full).excludes_zero
 
 
 @pytest.mark.parametrize("branch", ["rec", "und"])

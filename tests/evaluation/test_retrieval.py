@@ -96,7 +96,7 @@ def test_errors():
         ranks(torch.zeros(2, 2), torch.tensor([0, 7]), ids)
     with pytest.raises(ValueError, match="gallery holds non-finite embeddings"):
         similarity(torch.ones(1, 2), torch.tensor([[1.0, torch.nan]]))
-    with pytest.raises(ValueError, match="of one width, got 3 and 2"):
+    with pytest.raises(ValueError, match="must have the same width, got 3 and 2"):
         similarity(torch.ones(1, 3), torch.ones(1, 2))
     with pytest.raises(ValueError, match=r"queries must be \[N, E\] with N of at least 1, got \(0, 3\)"):
         similarity(torch.ones(0, 3), torch.ones(1, 3))

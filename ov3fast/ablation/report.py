@@ -1,8 +1,8 @@
 """ablation.html: curves with bands, the table of differences, and the branches' gradients.
 
-A line is the mean over the seeds, its band their range. A difference is taken seed by seed, variant minus full; its interval is
-Student's at 95 % (n - 1 degrees of freedom), and bold where it leaves out zero. With three seeds that asks for much: a difference that is
-not bold is not shown to be none.
+A line is the mean over seeds, its band their range. Differences are paired by seed, variant minus full; the interval is
+Student's t at 95 % (n - 1 degrees of freedom), shown in bold if it excludes zero. With three seeds that is a high bar: a
+difference that is not bold is not evidence of no difference.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ CURVES = (
     ("rec_grad_norm", "Gradient of L_rec at the tokens", True), ("und_grad_norm", "Gradient of L_und at the tokens", True),
     ("grad_cosine", "Cosine of the two gradients", False),
 )  # fmt: skip
-"""(key in the log, title, logarithmic)."""
+"""(log key, title, logarithmic)."""
 METRICS = (
     ("style/image_to_text/R@1", "image to text, R@1", "%"), ("style/image_to_text/R@10", "image to text, R@10", "%"),
     ("unseen/image_to_text/R@10", "unseen concepts, R@10", "%"), ("data/image_to_text/R@1", "image to text, R@1", "%"),
     ("probe/accuracy", "linear probe", "%"), ("pictures/psnr", "pictures, PSNR", "dB"), ("pictures/lpips_style", "pictures, LPIPS-style", ""),
     ("photos/psnr", "photos, PSNR", "dB"), ("photos/lpips_style", "photos, LPIPS-style", ""),
 )  # fmt: skip
-"""(id of a headline metric, label, unit)."""
+"""(headline metric id, label, unit)."""
 TAIL = 0.1
-"""Share of a run's last rows whose mean stands for the loss at its end."""
+"""Fraction of a run's rows, at its end, whose mean is reported as the final loss."""
 STUDENT_95 = (0.0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Two-sided 95 % quantile of Student's t by degrees of freedom; the normal's beyond the table."""
+"""Two-sided 95 % quantile of Student's t by degrees of freedom; the normal quantile is used beyond the table."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A metric of a variant: mean and standard deviation over seeds; mean difference to the full recipe and half its 95 % interval."""
+    """A variant's metric: mean and standard deviation over seeds; mean difference from full and its 95 % half-width."""
 
     mean: float
     spread: float
@@ -53,12 +53,12 @@ class Cell:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval leaves out zero."""
+        """Whether the interval excludes zero."""
         return self.difference is not None and self.half_width is not None and abs(self.difference) > self.half_width
 
 
 def cell(values: Sequence[float], full: Sequence[float] | None = None) -> Cell:
-    """values, full: one per seed, in the same order; full None for the full recipe itself."""
+    """values, full: one per seed, in the same order; full is None for the full recipe itself."""
     spread = statistics.stdev(values)
     if full is None:
         return Cell(statistics.fmean(values), spread)
@@ -71,7 +71,7 @@ def cell(values: Sequence[float], full: Sequence[float] | None = None) -> Cell:
 
 
 def write_ablation_report(out: str | Path, facts: dict[str, Any]) -> Path:
-    """Writes OUT/ablation.html from what `ablate` returned and the runs' logs; returns its path."""
+    """Writes OUT/ablation.html from the result of `ablate` and the runs' logs; returns its path."""
     import markupsafe
 
     out = Path(out).expanduser()
@@ -96,7 +96,7 @@ def write_ablation_report(out: str | Path, facts: dict[str, Any]) -> Path:
 def table(
     facts: dict[str, Any], logs: dict[tuple[str, int], list[dict[str, Any]]]
 ) -> tuple[list[tuple[str, list[dict[str, Any]]]], list[str]]:
-    """([(variant, a cell of text for each column)], columns): metrics that all runs have, and the losses at the end."""
+    """([(variant, one text cell per column)], columns): metrics available in all runs, and the final losses."""
     seeds = range(facts["seeds"])
     by_run = {(run["variant"], run["seed"]): run["metrics"] for run in facts["runs"]}
     measured = [m for m in METRICS if all(number(metrics.get(m[0])) is not None for metrics in by_run.values())]
@@ -130,7 +130,7 @@ def _end(rows: list[dict[str, Any]], key: str) -> float | None:
 
 
 def _charts(group: str, names: Sequence[str], logs: dict[tuple[str, int], list[dict[str, Any]]], seeds: int) -> list[str]:
-    """A chart for each curve, of the full recipe and the group's variants."""
+    """One chart per curve, with the full recipe and the group's variants."""
     charts = []
     for key, title, logarithmic in CURVES:
         lines = [_band(name, [logs[name, seed] for seed in range(seeds)], key) for name in names]

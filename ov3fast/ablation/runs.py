@@ -1,11 +1,11 @@
-"""Trains and evaluates every variant with every seed, one run after the other; what is finished is not done again.
+"""Trains and evaluates every variant with every seed, one run at a time; finished runs are not repeated.
 
     OUT/ablation.json                        variants, seeds, and each run's metrics
     OUT/ablation.html                        the comparison
-    OUT/VARIANT/seed-N/                      a training run's folder, with evaluation.json in it
+    OUT/VARIANT/seed-N/                      a training run's folder, plus evaluation.json
 
-A seed is the weights' start, the noise and the order of the samples. Runs of one seed see the same samples, so that differences are
-taken seed by seed.
+A seed sets the weight initialization, the noise and the sample order. Runs with the same seed see the same samples, so
+differences are paired by seed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RESULT, EVALUATION = "ablation.json", "evaluation.json"
 
 
 class Interrupted(Exception):
-    """A run was told to stop and has saved; the same call goes on from there."""
+    """A run was asked to stop and has saved its state; the same call resumes it."""
 
     code = EXIT_INTERRUPTED
 
@@ -49,11 +49,12 @@ def ablate(
     lpips: nn.Module | None = None,
     note: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Runs the set and returns what ablation.json holds.
+    """Runs the set and returns the contents of ablation.json.
 
-    recipe: the full one; of its stages the first is trained, `steps` long (None: as long as it is). data: what `evaluate` measures on.
-    seeds: how many, at least 2, since uncertainty is taken over them. lpips: for the evaluation. note: told what begins.
-    Raises Interrupted where a run was told to stop; ValueError for unknown names and for an `out` that holds another set.
+    recipe: the full one; only its first stage is trained, for `steps` steps (None: its own length). data: what `evaluate`
+    measures on. seeds: how many, at least 2, since uncertainty is estimated over them. lpips: for the evaluation. note: called
+    with progress messages.
+    Raises Interrupted if a run was asked to stop; ValueError for unknown names or if `out` holds a different set.
     """
     if seeds < 2:
         raise ValueError(f"ablate: seeds must be at least 2, since differences are held against their spread, got {seeds}")
@@ -67,7 +68,7 @@ def ablate(
     for number, (variant, seed, of_run) in enumerate(runs):
         like = next(
             (r for _, s, r in runs[:number] if s == seed and _without_folder(r) == _without_folder(of_run)), None
-        )  # a variant that is the full recipe's own setting is not trained twice
+        )  # a variant equal to the full recipe's own setting is not trained twice
         finished = (of_run.run_dir / EVALUATION).is_file()
         if not finished and like is None:
             note(
@@ -90,7 +91,7 @@ def ablate(
 
 
 def shortened(recipe: Recipe, steps: int | None) -> Recipe:
-    """The recipe's first stage alone, `steps` long."""
+    """The recipe with its first stage only, `steps` long."""
     stage = recipe.stages[0]
     if steps is not None:
         if steps < 1:
@@ -111,7 +112,7 @@ def shortened(recipe: Recipe, steps: int | None) -> Recipe:
 
 
 def run_recipe(base: Recipe, variant: Variant, seed: int, out: Path) -> Recipe:
-    """One run's recipe."""
+    """The recipe of one run."""
     data = dataclasses.replace(base.data, seed=base.data.seed + seed)
     seeded = dataclasses.replace(base, seed=base.seed + seed, data=data, run_dir=out / variant.name / f"seed-{seed}")
     return variant.apply(seeded)
@@ -127,7 +128,7 @@ def _without_folder(recipe: Recipe) -> Recipe:
 
 
 def _check_same_set(out: Path, base: Recipe) -> None:
-    """ValueError where a run of `out` was made from another recipe."""
+    """ValueError if a run in `out` was made from a different recipe."""
     saved = out / FULL / "seed-0" / "recipe.json"
     if saved.is_file():
         former = json.loads(saved.read_text(encoding="utf-8"))
@@ -136,14 +137,15 @@ def _check_same_set(out: Path, base: Recipe) -> None:
 
 
 def _borrow_latents(recipe: Recipe, others: Sequence[Recipe]) -> None:
-    """Links the latents that an earlier run of this seed keeps; a run that needs others sees that by their key and makes its own."""
+    """Hard-links latents cached by earlier runs of this seed; a run that needs different ones detects that by their key and
+    computes its own."""
     own = recipe.run_dir / "latents"
     for other in others:
         for file in (other.run_dir / "latents").glob("*.safetensors"):
             same = other.data == recipe.data and other.model.vae == recipe.model.vae and other.vae_dtype == recipe.vae_dtype
             if same and other.model.posterior == recipe.model.posterior and not (own / file.name).exists():
                 own.mkdir(parents=True, exist_ok=True)
-                with suppress(OSError):  # a file system without links
+                with suppress(OSError):  # file system without hard links
                     os.link(file, own / file.name)
 
 

@@ -1,4 +1,4 @@
-"""What an ablation changes in a recipe: a few fields by their dotted names."""
+"""Ablation variants: changes to a few recipe fields, addressed by dotted name."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ FULL = "full"
 
 @dataclass(frozen=True)
 class Variant:
-    """name: of the run. group: the variants that one chart compares with the full recipe."""
+    """name: of the run. group: variants that share a chart with the full recipe."""
 
     name: str
     group: str
     what: str
-    """In words, for the report."""
+    """Description for the report."""
     changes: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    """Dotted name of a recipe's field -> value."""
+    """Dotted name of a recipe field -> value."""
     sizes: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
-    """Dotted name of a recipe's integer field -> factor on the recipe's own value."""
+    """Dotted name of an integer recipe field -> factor applied to the recipe's own value."""
 
     def apply(self, recipe: Recipe) -> Recipe:
-        """The recipe with the changes. ValueError names a field that it doesn't have."""
+        """The recipe with the changes applied. ValueError names a field it doesn't have."""
         values = copy.deepcopy(recipe.to_dict())
         for name, value in self.changes.items():
             parent, key = _parent(values, name)
@@ -69,14 +69,14 @@ VARIANTS: dict[str, Variant] = {
         Variant("encoder-deep", "Encoder size", "twice the encoder's blocks", sizes={"model.vision.depth": 2.0}),
     )
 }
-"""Sections 5.1 (losses), 5.2 (pixels) and 5.3 (sizes) of the paper, and options that it doesn't ablate."""
+"""Sections 5.1 (losses), 5.2 (pixels) and 5.3 (sizes) of the paper, and options it doesn't ablate."""
 
 PAPER = (FULL, "no-rec", "no-und", "pixels", "tau-0", "tau-0.4", "tau-0.8")
-"""The default set: what the paper ablates, at one size, and the noise that it doesn't."""
+"""The default set: the paper's ablations, at one size, plus the token noise, which the paper doesn't ablate."""
 
 
 def variants_named(names: Sequence[str]) -> list[Variant]:
-    """The variants, the full recipe first. ValueError for an unknown name."""
+    """The named variants, full recipe first. ValueError for an unknown name."""
     for name in names:
         if name not in VARIANTS:
             raise ValueError(f"ablate: no variant {name!r}; it takes {', '.join(VARIANTS)}")

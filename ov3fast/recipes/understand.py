@@ -1,4 +1,4 @@
-"""Recipes of language models that look through a frozen tower: understand-demo, and understand-base as LLaVA-1.5 trains."""
+"""Recipes for language models on a frozen tower: understand-demo, and understand-base, which follows LLaVA-1.5's training."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ Trains = Literal["projector", "language_model", "both", "lora"]
 
 @dataclass(frozen=True)
 class UnderstandStage:
-    """A part of the run, over one file of conversations; the optimizer and the schedule (warm-up, then cosine to 0) start anew with it."""
+    """One stage of a run, on one file of conversations; optimizer and schedule (warm-up, then cosine to 0) restart in each."""
 
     name: str = "align"
     data: str = ""
-    """Conversations in LLaVA's JSON format; "demo:captions" or "demo:questions" for what the demo makes."""
+    """Conversations in LLaVA's JSON format; "demo:captions" or "demo:questions" for those the demo generates."""
     images: str = ""
-    """Folder of the images that the conversations name."""
+    """Folder with the images that the conversations name."""
     trains: Trains = "projector"
-    """projector; both: with the whole language model; lora: with low-rank updates of its linear layers, merged when the stage ends;
-    language_model: it alone, on text alone."""
+    """projector; both: projector and full language model; lora: projector and low-rank updates of the language model's linear
+    layers, merged when the stage ends; language_model: the language model alone, on text only."""
     template: str = ""
-    """How a conversation becomes text; "": the recipe's."""
+    """Prompt template; "": the recipe's."""
     epochs: float | None = None
     steps: int | None = None
-    """In place of epochs."""
+    """Instead of epochs."""
     batch_size: int = 128
-    """Rows of a step; packed ones hold several conversations each."""
+    """Rows per step; a packed row holds several conversations."""
     micro_batch: int | None = None
-    """Rows that are in memory at a time; the gradient is that of the whole batch."""
+    """Rows per forward pass (gradient accumulation); the gradient is that of the whole batch."""
     lr: float = 1e-3
     warmup: float = 0.03
-    """Share of the steps."""
+    """Fraction of the steps."""
     weight_decay: float = 0.0
     max_length: int = 2048
-    """Tokens of a row; longer conversations are cut at their end."""
+    """Tokens per row; longer conversations are truncated at the end."""
     packed: bool = False
-    """Conversations that fit share a row, without seeing each other; False: one a row, padded."""
+    """Pack several conversations into a row, without attention between them; False: one per row, padded."""
 
     def __post_init__(self) -> None:
         what = f"stage {self.name!r}"
@@ -53,7 +53,7 @@ class UnderstandStage:
 
 @dataclass(frozen=True)
 class SmallLanguageModel:
-    """A Qwen2 of this size with random weights, and words from the run's own texts."""
+    """A randomly initialized Qwen2 of this size, with a vocabulary built from the run's own texts."""
 
     width: int = 192
     depth: int = 4
@@ -71,17 +71,17 @@ class UnderstandRecipe:
 
     name: str = "understand-demo"
     tower: str = "runs/demo"
-    """OpenVision 3 (model folder, training run, released tower or hub id), or a CLIP or SigLIP that transformers reads."""
+    """OpenVision 3 (model folder, training run, released tower or hub id), or a CLIP or SigLIP model for transformers."""
     vae: str | None = None
-    """VAE in place of the tower's."""
+    """VAE to use instead of the tower's."""
     feature_layer: int = -2
-    """Which hidden states are the features, as transformers counts them: -1 are the last block's, -2 those before, as in LLaVA."""
+    """Hidden states used as features, indexed as in transformers: -1 for the last block, -2 for the one before, as in LLaVA."""
     image_aspect: Literal["pad", "crop"] = "pad"
-    """pad: to a square, on grey; crop: the shorter side fits, the centre stays."""
+    """pad: to a square, with grey; crop: resize the shorter side, then centre-crop."""
     language_model: str = ""
-    """A causal language model of transformers with its tokenizer, by folder or hub id; "": `small`, from scratch."""
+    """Causal language model for transformers, with its tokenizer, as a folder or hub id; "": `small`, from scratch."""
     trust_remote_code: bool = False
-    """For models that bring their own code, such as OpenELM."""
+    """For models that ship their own code, such as OpenELM."""
     small: SmallLanguageModel = field(default_factory=SmallLanguageModel)
     template: str = "vicuna"
     """vicuna, chatml, short or plain."""
@@ -89,9 +89,9 @@ class UnderstandRecipe:
     lora_rank: int = 128
     lora_alpha: float = 256.0
     sighted: bool = True
-    """False trains the control: the same language model, texts and steps without image tokens."""
+    """False trains the control: the same language model, texts and steps, without image tokens."""
     cache_features: bool = False
-    """Every image goes through the tower once, and its features stay in memory."""
+    """Run every image through the tower once and keep its features in memory."""
     precision: Literal["fp32", "bf16"] = "bf16"
     clip_norm: float = 1.0
     seed: int = 0

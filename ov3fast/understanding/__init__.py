@@ -1,10 +1,10 @@
-"""Understanding as LLaVA measures it: a language model that reads a frozen tower's tokens.
+"""Visual understanding in the LLaVA setup: a language model reads the tokens of a frozen vision tower.
 
-towers.py         OpenVision 3, CLIP and SigLIP behind one call
-conversations.py  LLaVA's JSON formats, templates, and which tokens carry loss
-batches.py        rows of conversations: padded, or packed
-model.py          projector and language model; lora.py: low-rank updates of the latter
-training.py       stages with exact resume; saved.py: what a run leaves, and its answers
+towers.py         OpenVision 3, CLIP and SigLIP behind a common interface
+conversations.py  LLaVA's JSON formats, prompt templates and the loss mask
+batches.py        batches of conversations, padded or packed
+model.py          projector and language model; lora.py: LoRA for the language model
+training.py       multi-stage training with exact resume; saved.py: saved models and inference
 benchmarks/       POPE, GQA, SEED-Bench, MME and ScienceQA from local folders
-demo.py           the demo: questions on pictures that were held out (questions.py), against a control that doesn't see them
+demo.py           the demo: questions about held-out pictures (questions.py), compared with a control that sees no images
 """

@@ -1,4 +1,4 @@
-"""Rows of conversations. A row holds one, padded, or several, packed: then each has positions of its own and sees nothing of the others."""
+"""Batches of conversations: one per row, padded, or several, packed, with separate positions and no attention between them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ov3fast.data.order import permute
 from ov3fast.understanding.conversations import IGNORED, Example
 
 OPEN_ROWS = 64
-"""Rows that packing looks for a place in."""
+"""Open rows that packing searches for space."""
 
 
 class Batch(NamedTuple):
-    """ids, labels and positions int64 [B, L]; mask bool: [B, L], or where rows are packed [B, 1, L, L]; images in the order of their ids."""
+    """ids, labels, positions: int64 [B, L]; mask: bool [B, L], or [B, 1, L, L] if packed; images: in the order of their ids."""
 
     ids: Tensor
     labels: Tensor
@@ -27,12 +27,12 @@ class Batch(NamedTuple):
 
     @property
     def answers(self) -> int:
-        """Positions with loss."""
+        """Number of positions that contribute to the loss."""
         return int((self.labels != IGNORED).sum())
 
 
 def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
-    """Numbers of the examples in each row: every one in the first of the open rows that has room (first fit, in the given order)."""
+    """Example indices of each row: each example goes into the first open row with room (first fit, in the given order)."""
     rows: list[list[int]] = []
     open_rows: list[tuple[int, list[int]]] = []
     for number, length in enumerate(lengths):
@@ -52,7 +52,7 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 def rows_of_epoch(
     lengths: Sequence[int], epoch: int, *, seed: int, stage: int, packed: bool, max_length: int
 ) -> list[list[int]]:
-    """The rows of an epoch in their order, as numbers of examples: a function of the arguments alone."""
+    """The rows of an epoch, in order, as example indices; depends only on the arguments."""
     order = permute(np.arange(len(lengths)), len(lengths), seed, stage, epoch).tolist()
     if not packed:
         return [[number] for number in order]
@@ -60,7 +60,7 @@ def rows_of_epoch(
 
 
 def collate(rows: Sequence[Sequence[Example]], pad_id: int = 0) -> Batch:
-    """Examples -> a batch as long as its longest row."""
+    """Examples -> a batch padded to its longest row."""
     count, length = len(rows), max(sum(len(one.ids) for one in row) for row in rows)
     ids = torch.full((count, length), pad_id)
     labels = torch.full((count, length), IGNORED)

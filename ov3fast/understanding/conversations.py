@@ -1,9 +1,10 @@
-"""LLaVA's JSON formats, and a conversation as ids of which the answers' alone carry loss.
+"""LLaVA's JSON formats, and tokenization of conversations with loss on the answers only.
 
-    [{"id": "0", "image": "a/b.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]}]
+    [{"id": "0", "image": "a/b.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
+                                                       {"from": "gpt", "value": "A cat."}]}]
 
-A conversation is tokenized piece by piece (question, what stands before the answer, answer with its end), so that the mask follows from
-which piece an id came from, and the prompt of an answer is exactly what training had before it.
+A conversation is tokenized in pieces (question, text before the answer, answer with its end), so the mask follows from which
+piece an id came from, and the prompt at inference is exactly the prefix seen in training.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 IMAGE, IGNORED = -200, -100
-"""The id that stands for one image token (none of the vocabulary's), and the label of a position without loss."""
+"""Placeholder id of an image token (outside any vocabulary), and the label of positions without loss."""
 PLACE = "<image>"
 QUESTIONERS, ANSWERERS = ("human", "user"), ("gpt", "assistant")
 
 
 class Turn(NamedTuple):
-    """sees: the image stands before this question. answer: None where it is to be given."""
+    """sees: the image precedes this question. answer: None if it is to be generated."""
 
     question: str
     answer: str | None
@@ -34,10 +35,10 @@ class Conversation(NamedTuple):
 
 
 def read_conversations(path: str | Path) -> list[Conversation]:
-    """A file in LLaVA's format: a JSON list, or .jsonl of the same records.
+    """Reads a file in LLaVA's format: a JSON list, or .jsonl with the same records.
 
-    As LLaVA does, an opening line of the assistant is left out and <image> comes to the front of its question. ValueError names the record
-    that doesn't fit.
+    As in LLaVA, a leading assistant message is dropped and <image> is moved to the front of its question. ValueError names the
+    invalid record.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -81,7 +82,7 @@ def _conversation(record: Any, what: str) -> Conversation:
 
 
 def write_conversations(path: str | Path, conversations: Sequence[Conversation]) -> None:
-    """The inverse of `read_conversations`, atomically."""
+    """Inverse of `read_conversations`; writes atomically."""
     from ov3fast.io import atomic_write
 
     records = []
@@ -96,8 +97,8 @@ def write_conversations(path: str | Path, conversations: Sequence[Conversation])
 
 
 class Template(NamedTuple):
-    """Text around a conversation: system, then of each turn `before` question `between` answer `after`. {eos} and {sep} are the tokenizer's
-    special tokens. asks: False leaves the questions out. after_image: between the image and the question."""
+    """Text around a conversation: `system`, then for each turn `before`, question, `between`, answer, `after`. {eos} and {sep}
+    are the tokenizer's special tokens. asks: False omits the questions. after_image: text between image and question."""
 
     before: str = ""
     between: str = ""
@@ -123,11 +124,11 @@ TEMPLATES = {
         after="<|im_end|>\n",
     ),
 }
-"""plain: an image and its caption, LLaVA's first stage. vicuna: LLaVA-1.5's. chatml: that of Qwen2 and SmolLM2. short: for small models."""
+"""plain: image and caption, LLaVA's first stage. vicuna: LLaVA-1.5's. chatml: Qwen2's, SmolLM2's. short: for small models."""
 
 
 class Example(NamedTuple):
-    """ids and labels of equal length; label t is id t or IGNORED."""
+    """ids and labels have equal length; label t is either id t or IGNORED."""
 
     ids: list[int]
     labels: list[int]
@@ -135,7 +136,7 @@ class Example(NamedTuple):
 
 
 class Encoder:
-    """Conversations -> Examples for a tokenizer of transformers. image_tokens: ids of IMAGE for an image, 0 for a model that sees none."""
+    """Conversations -> Examples with a transformers tokenizer. image_tokens: IMAGE ids per image; 0 for a blind model."""
 
     def __init__(self, tokenizer: Any, template: str, image_tokens: int) -> None:
         if template not in TEMPLATES:
@@ -150,12 +151,12 @@ class Encoder:
         self._begin = begins if begins == [tokenizer.bos_token_id] else []
         self._tokenized = lru_cache(1 << 18)(lambda text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]))
         self.end = self._text(self.template.after)
-        """Ids of the end of an answer; the first ends generation."""
+        """Token ids that end an answer; generation stops at the first."""
         if not self.end:
             raise ValueError(f"template {template!r}: its end has no token in this vocabulary")
 
     def __call__(self, conversation: Conversation, max_length: int | None = None) -> Example | None:
-        """None where, cut to max_length, no answer or not all of the image is left."""
+        """None if truncation to max_length leaves no answer or cuts into the image."""
         template = self.template
         ids, labels = [*self._begin, *self._text(template.system)], []
         whole_image = 0
@@ -182,7 +183,7 @@ class Encoder:
         )
 
     def prompt(self, question: str, image: str | None) -> Example:
-        """What stands before the answer."""
+        """The prompt: everything that precedes the answer."""
         found = self(Conversation((Turn(question, None, image is not None),), image))
         assert found is not None
         return found

@@ -1,6 +1,7 @@
-"""The demo: a small language model learns to speak of the demo set's pictures through a frozen tower, and is asked about others.
+"""The demo: a small language model is trained on the demo set's pictures through a frozen tower and asked about held-out ones.
 
-Beside it the control is trained: the same texts, steps and size, without image tokens. What it gets right follows from the questions alone.
+A control is trained alongside: same texts, steps and size, but no image tokens. Its accuracy is what the questions alone
+reveal.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ MAX_NEW_TOKENS = 8
 
 
 class HeldOut(NamedTuple):
-    """A set of held-out pictures: what they are, what is asked of them, and the two models' answers."""
+    """A set of held-out pictures: its facts, its questions, and the two models' answers."""
 
     title: str
     images: Tensor
@@ -45,9 +46,9 @@ class HeldOut(NamedTuple):
 def run_demo(
     recipe: UnderstandRecipe, *, resume: bool = False, overwrite: bool = False, device: torch.device | str | None = None
 ) -> dict[str, Any] | None:
-    """Trains both, asks both, writes understand.json and understand.html. Returns the figures, or None if a signal stopped the training.
+    """Trains and evaluates both models, writes understand.json and .html; returns the results, or None if a signal stopped it.
 
-    device: default the CPU.
+    device: defaults to the CPU.
     """
     from ov3fast.understanding.report import write_page
 
@@ -67,7 +68,7 @@ def run_demo(
 
 
 def demo_sources(recipe: UnderstandRecipe, tower: Tower) -> list[Source]:
-    """The stages' sources; the demo's own are written to run_dir/data in LLaVA's format and read from there."""
+    """The stages' sources. The demo's conversations are written to run_dir/data in LLaVA's format and read back from there."""
     views: dict[str, Tensor] = {}
     facts: list[Fact] = []
     for path in TRAINED_ON:
@@ -87,7 +88,7 @@ def demo_sources(recipe: UnderstandRecipe, tower: Tower) -> list[Source]:
 
 
 def ask(path: str, title: str, answerers: dict[str, Answerer], tower: Tower, batch_size: int = 128) -> HeldOut:
-    """Asks everything there is to ask about a held-out set."""
+    """Asks every question about a held-out set."""
     pictures, facts = _read(path, tower)
     questions = held_out_questions(facts)
     features = torch.cat([tower.features(part) for part in pictures.images.split(64)])
@@ -107,9 +108,9 @@ def _read(path: str, tower: Tower) -> tuple[Pictures, list[Fact]]:
 
 
 def measure(sets: Sequence[HeldOut], seed: int = 0) -> dict[str, Any]:
-    """Accuracies with 95 % intervals: bootstrap over concepts, whose pictures and questions are drawn together.
+    """Accuracies with 95 % intervals, bootstrapped over concepts: a concept's pictures and questions are resampled together.
 
-    rows: one for each set and kind; yes_no: all yes/no questions, the headline.
+    rows: one per set and kind; yes_no: all yes/no questions, the headline result.
     """
     rows, right, concepts = [], {"tower": [], CONTROL: []}, []
     for one in sets:
@@ -134,7 +135,7 @@ def measure(sets: Sequence[HeldOut], seed: int = 0) -> dict[str, Any]:
 
 
 def compare(correct: dict[str, np.ndarray], owner: np.ndarray, seed: int = 0) -> dict[str, Any]:
-    """The two models' accuracies, each as [value, low, high], and their difference. correct: 0 or 1 of each question; owner: its concept."""
+    """Both accuracies and their difference, each as [value, low, high]. correct: 0 or 1 per question; owner: its concept."""
     names, place = np.unique(owner, return_inverse=True)
     sums = {name: np.bincount(place, values, len(names)) for name, values in correct.items()}
     counts = np.bincount(place, minlength=len(names)).astype(float)
@@ -150,7 +151,7 @@ def compare(correct: dict[str, np.ndarray], owner: np.ndarray, seed: int = 0) ->
 
 
 def lines(figures: dict[str, Any]) -> list[str]:
-    """The figures as a table of text."""
+    """The results as a plain-text table."""
     shown = [("all yes/no questions", figures["yes_no"])]
     shown += [(f"{row['kind']} ({row['set']})", row) for row in figures["rows"]]
     head = f"{'':<66}{'asked':>6}{'chance':>8}{'control':>9}{'tower':>8}  95 % interval"

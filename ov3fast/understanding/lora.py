@@ -1,4 +1,4 @@
-"""Low-rank updates of linear layers (Hu et al., "LoRA", 2021): y = W x + (alpha / rank) B A x, with A and B trained and W frozen."""
+"""Low-rank updates of linear layers (Hu et al., "LoRA", 2021): y = W x + (alpha / rank) B A x; A, B trained, W frozen."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 class LowRankLinear(nn.Module):
-    """A frozen linear layer beside its update, which begins at 0."""
+    """A frozen linear layer plus a low-rank update, which starts at 0."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
         super().__init__()
@@ -25,13 +25,13 @@ class LowRankLinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The layer with the update in its weight."""
+        """The layer with the update merged into its weight."""
         self.base.weight += (self.up @ self.down * self.scale).to(self.base.weight.dtype)
         return self.base
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float, skip: tuple[str, ...] = ("lm_head",)) -> list[str]:
-    """Puts an update beside every linear layer of `model` but those of the names in `skip`; returns the layers' names."""
+    """Adds a low-rank update to every linear layer of `model` except those named in `skip`; returns the layers' names."""
     found = [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.split(".")[-1] not in skip
     ]
@@ -42,7 +42,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, skip: tuple[str, ...] = 
 
 
 def merge_lora(model: nn.Module) -> None:
-    """The inverse: every update goes into its weight, and the layers are plain again."""
+    """Inverse of `add_lora`: merges every update into its weight and restores plain linear layers."""
     for name in [name for name, module in model.named_modules() if isinstance(module, LowRankLinear)]:
         parent, child = _parent(model, name)
         setattr(parent, child, getattr(parent, child).merged())

@@ -1,4 +1,4 @@
-"""A language model that reads image tokens: LLaVA's projector (mlp2x_gelu) in front of a causal language model of transformers."""
+"""A language model with image input: LLaVA's projector (mlp2x_gelu) in front of a causal language model from transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ov3fast.understanding.conversations import IGNORED, IMAGE
 
 
 class Understander(nn.Module):
-    """projector: features [.., D] -> the language model's width. It, and the language model, are what is trained."""
+    """projector: features [.., D] -> the language model's width. Only the projector and the language model are trained."""
 
     def __init__(self, language_model: Any, feature_width: int) -> None:
         super().__init__()
@@ -31,9 +31,9 @@ class Understander(nn.Module):
         return self.projector[0].weight.device
 
     def embed(self, ids: Tensor, features: Tensor | None) -> Tensor:
-        """ids [B, L] with IMAGE where an image's token stands, features [images, N, D] in their order -> [B, L, E].
+        """ids [B, L] with IMAGE at image token positions, features [images, N, D] in the same order -> [B, L, E].
 
-        ValueError where there are not as many features as places for them.
+        ValueError if the number of features differs from the number of image token positions.
         """
         x = self.language_model.get_input_embeddings()(ids.clamp(min=0))
         here = ids == IMAGE
@@ -45,7 +45,7 @@ class Understander(nn.Module):
         return x.masked_scatter(here[..., None], self.projector(features).to(x.dtype))
 
     def loss(self, batch: Batch, features: Tensor | None) -> Tensor:
-        """Sum of the answers' cross-entropies; logits are made for these positions alone."""
+        """Cross-entropy summed over the answer tokens; logits are computed only at those positions."""
         states = self.language_model.base_model(
             inputs_embeds=self.embed(batch.ids, features), attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
         ).last_hidden_state  # fmt: skip
@@ -54,7 +54,7 @@ class Understander(nn.Module):
         return ops.linear_cross_entropy(states[:, :-1][counts], self.head(), labels[counts], reduction="sum")
 
     def head(self) -> Tensor:
-        """The weight [V, E] that makes logits; the embedding's where the language model has no other."""
+        """The output weight [V, E]; the input embedding's if the language model has no separate one."""
         head = self.language_model.get_output_embeddings() or self.language_model.get_input_embeddings()
         if getattr(head, "bias", None) is not None:
             raise ValueError("understanding: a language model whose head has a bias is not supported")
@@ -64,7 +64,7 @@ class Understander(nn.Module):
     def generate(
         self, prompts: Sequence[Sequence[int]], features: Tensor | None, end: int, max_new_tokens: int
     ) -> list[list[int]]:
-        """The likeliest continuation of each prompt, token by token, up to `end`, which is left out."""
+        """Greedy continuation of each prompt up to `end`, exclusive."""
         length = max(map(len, prompts))
         ids = torch.zeros(len(prompts), length, dtype=torch.int64, device=self.device)
         mask = torch.zeros_like(ids)
@@ -79,7 +79,7 @@ class Understander(nn.Module):
 
 
 def build_language_model(recipe: UnderstandRecipe, texts: Iterable[str]) -> tuple[Any, Any]:
-    """(model, tokenizer) in float32: the named one, or a small one whose words are those of `texts`."""
+    """(model, tokenizer) in float32: the one the recipe names, or a small one whose vocabulary covers `texts`."""
     import transformers
 
     if recipe.language_model:
@@ -92,10 +92,10 @@ def build_language_model(recipe: UnderstandRecipe, texts: Iterable[str]) -> tupl
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a folder or hub id.
+    """The tokenizer from a folder or hub id.
 
-    Where its files say that tokenizer.json is all of it, that is what is read: AutoTokenizer would take the class that belongs to the language
-    model's type, and with it another splitting of words.
+    If its config says that tokenizer.json is self-contained, that file is loaded directly: AutoTokenizer would pick the class
+    registered for the language model's type, which splits words differently.
     """
     import transformers
 
@@ -107,7 +107,7 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
 
 
 def small_tokenizer(texts: Iterable[str]) -> Any:
-    """A transformers tokenizer of the WordPiece pieces that `texts` use."""
+    """A transformers tokenizer with only the WordPiece tokens that occur in `texts`."""
     import transformers
     from tokenizers import AddedToken
 
@@ -121,7 +121,7 @@ def small_tokenizer(texts: Iterable[str]) -> Any:
 
 
 def small_language_model(size: SmallLanguageModel, tokenizer: Any, seed: int) -> Any:
-    """A Qwen2 of that size with random weights."""
+    """A randomly initialized Qwen2 of the given size."""
     import transformers
 
     config = transformers.Qwen2Config(

@@ -1,7 +1,7 @@
-"""Captions and questions about the demo's pictures, made from what is known of each: its name, group and style, and its colours.
+"""Captions and questions about the demo's pictures, generated from each one's name, group, style and dominant colour.
 
-Half of the yes/no questions have the answer yes. Among those that are held out, each text is asked as often with the answer yes as with no, so that
-whoever sees no picture is right in exactly half of them.
+Half of the yes/no questions have the answer yes. In the held-out set each question text occurs equally often with either
+answer, so answering without the picture gets exactly half of them right.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from ov3fast.understanding.conversations import Conversation, Turn
 STYLES = {"fluent": "3d render", "noto": "shaded drawing", "twitter": "flat drawing", "photo": "photo", "stamp": "cut-out"}
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "gray")
 BACKGROUND = 236
-"""Pixels whose every channel is above are taken for the white background."""
+"""Pixels with all channels at or above this count as white background."""
 DOMINANT = 0.5
-"""Least share of a picture's pixels for its colour to be asked for."""
+"""Minimum share of a picture's non-background pixels for its colour to be asked about."""
 CONVERSATIONS_OF_PICTURE = 6
-"""Training conversations for each picture."""
+"""Training conversations per picture."""
 
 
 class Fact(NamedTuple):
-    """What is true of one picture. group, colour: "" where it has none to speak of. concept: pictures of one belong together."""
+    """Facts about one picture. group, colour: "" if it has no clear one. concept: shared by pictures of the same thing."""
 
     key: str
     concept: str
@@ -39,7 +39,7 @@ class Fact(NamedTuple):
 
 
 class Question(NamedTuple):
-    """kind: one of KINDS. picture: its place among the facts."""
+    """kind: one of KINDS. picture: index into the facts."""
 
     kind: str
     picture: int
@@ -48,7 +48,7 @@ class Question(NamedTuple):
 
 
 def facts_of(pictures: Pictures, prefix: str) -> list[Fact]:
-    """Facts of every picture; its key is prefix/key."""
+    """Facts of every picture, with prefix/key as key."""
     columns = zip(
         pictures.keys, pictures.column("concept"), pictures.texts("name"), pictures.column("group"), pictures.column("style"),
         colours_of(pictures.images), strict=True,
@@ -60,7 +60,7 @@ def facts_of(pictures: Pictures, prefix: str) -> list[Fact]:
 
 
 def colours_of(images: Tensor) -> list[str]:
-    """The colour that most of each picture's own pixels have, "" where none has DOMINANT of them; uint8 [N, 3, S, S]."""
+    """Dominant colour of each picture's non-background pixels, "" if none reaches DOMINANT; images: uint8 [N, 3, S, S]."""
     found = []
     for image in images:
         own = image.flatten(1)[:, (image.flatten(1) < BACKGROUND).any(0)].float() / 255
@@ -72,7 +72,7 @@ def colours_of(images: Tensor) -> list[str]:
 
 
 def _colour(rgb: Tensor) -> Tensor:
-    """[3, P] in 0..1 -> place in COLOURS + 1, 0 for what has no name here."""
+    """RGB [3, P] in 0..1 -> index into COLOURS + 1; 0 for colours not listed there."""
     value, least = rgb.amax(0), rgb.amin(0)
     chroma = value - least
     saturation = chroma / value.clamp(min=1e-6)
@@ -95,7 +95,7 @@ def _colour(rgb: Tensor) -> Tensor:
 
 
 def caption(fact: Fact) -> str:
-    """One sentence of all that is known."""
+    """All facts in one sentence."""
     of = f" of {article(fact.name)}" if fact.name else ""
     parts = [f"{article(STYLES.get(fact.style, fact.style))}{of}", fact.group, f"mostly {fact.colour}" if fact.colour else ""]
     return ", ".join(part for part in parts if part)
@@ -115,14 +115,13 @@ KINDS = (*(f"{name}, yes or no" for name in YES_NO), *(f"which {name}" for name 
 
 
 def value(fact: Fact, about: str) -> str:
-    """The answer to an open question about it."""
+    """The answer to the open question about this attribute."""
     return STYLES.get(fact.style, "") if about == "style" else getattr(fact, about)
 
 
 def training_conversations(facts: Sequence[Fact], seed: int = 0) -> dict[str, list[Conversation]]:
-    """captions: one for each picture. questions: CONVERSATIONS_OF_PICTURE for each, with every question that applies, in any order, but that no
-    open answer gives a yes or no away. Every second one begins with an open question.
-    """
+    """captions: one per picture. questions: CONVERSATIONS_OF_PICTURE per picture, each with all applicable questions in random
+    order, such that no open answer gives away a yes/no answer. Every second conversation starts with an open question."""
     captions = [Conversation((Turn("what is in the picture?", caption(fact), True),), fact.key) for fact in facts]
     values = {about: [value(fact, about) for fact in facts] for about in ("name", "group", "colour", "style")}
     known = {about: sorted({v for v in found if v}) for about, found in values.items()}
@@ -147,7 +146,7 @@ def training_conversations(facts: Sequence[Fact], seed: int = 0) -> dict[str, li
 
 
 def _other(values: Sequence[str], known: Sequence[str], own: str, draw: float) -> str:
-    """Another value, as frequent as it is among the pictures; of names, any."""
+    """A different value, drawn by its frequency among the pictures, or uniformly if that draw is empty or `own`."""
     found = values[int(draw * len(values))]
     if found and found != own:
         return found
@@ -156,7 +155,7 @@ def _other(values: Sequence[str], known: Sequence[str], own: str, draw: float) -
 
 
 def held_out_questions(facts: Sequence[Fact], seed: int = 0) -> list[Question]:
-    """Of each picture every kind that applies: of yes/no questions one with either answer."""
+    """For each picture, every applicable kind; yes/no questions come in pairs, one per answer."""
     found = []
     for about in YES_NO:
         values = [value(fact, about) for fact in facts]
@@ -172,7 +171,7 @@ def held_out_questions(facts: Sequence[Fact], seed: int = 0) -> list[Question]:
 
 
 def swapped(values: Sequence[str], seed: int = 0) -> list[str]:
-    """For each value another's, so that each is given away as often as it is taken. "" stays "", and so do what no other is left for."""
+    """A different value for each, every value used as often as it is replaced; "" for "" or if no other value is left."""
     places = [place for place, v in enumerate(values) if v]
     order = [places[i] for i in hash_rng.permutation(len(places), seed, hash_rng.SPLIT)]
     given = dict(zip(places, order, strict=True))
@@ -182,6 +181,6 @@ def swapped(values: Sequence[str], seed: int = 0) -> list[str]:
                 if values[given[b]] != values[a] and values[given[a]] != values[b]:
                     given[a], given[b] = given[b], given[a]
                     break
-    # A value that only itself is left for drops out on either side, so the rest stays balanced.
+    # A value left with only itself is dropped on both sides, so the rest stays balanced.
     bad = {place for place in places if values[given[place]] == values[place]}
     return [values[given[place]] if v and place not in bad else "" for place, v in enumerate(values)]

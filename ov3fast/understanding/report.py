@@ -1,4 +1,4 @@
-"""understand.html: the demo's figures against chance and control, and held-out pictures with questions and answers."""
+"""understand.html: the demo's results against chance and the control, and held-out pictures with questions and answers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ov3fast.recipes.understand import UnderstandRecipe
 from ov3fast.understanding.demo import CONTROL, HeldOut
 
 SHOWN = 18
-"""Pictures of each set, evenly spaced over it: not chosen by their answers."""
+"""Pictures shown per set: evenly spaced, not selected by their answers."""
 
 
 def write_page(path: Path, recipe: UnderstandRecipe, figures: dict[str, Any], sets: Sequence[HeldOut]) -> None:
-    """Nothing is loaded from a network, and the same input gives the same bytes."""
+    """The page loads nothing from the network, and the same input gives the same bytes."""
     runs = (("tower", recipe.run_dir), (CONTROL, recipe.run_dir / CONTROL))
     ends = {name: [(row["stage"], row["step"], row["loss"]) for row in _last_of_stages(run)] for name, run in runs}
     page = template("understand.html").render(
@@ -53,7 +53,7 @@ def _row(name: str, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cards(one: HeldOut) -> list[dict[str, Any]]:
-    """A picture with every question that was asked of it."""
+    """Sample pictures, each with all the questions asked about it."""
     cards = []
     for place in spread(len(one.facts), SHOWN):
         asked = [

@@ -1,4 +1,4 @@
-"""What a run leaves, and its answers: config.json, projector.safetensors and language_model/ (a folder of transformers, with its tokenizer)."""
+"""A run's output, and inference with it: config.json, projector.safetensors, language_model/ (transformers, with tokenizer)."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from ov3fast.understanding.towers import Tower, load_tower
 
 CONFIG, WEIGHTS, LANGUAGE_MODEL = "config.json", "projector.safetensors", "language_model"
 MODEL = "model"
-"""Folder within a run."""
+"""Subfolder of a run."""
 
 
 @dataclass
 class Answerer:
-    """about: tower, vae, feature_layer, image_aspect, template, image_tokens (0: it sees no image) and feature_width."""
+    """about: tower, vae, feature_layer, image_aspect, template, image_tokens (0: it sees no images) and feature_width."""
 
     model: Understander
     tokenizer: Any
@@ -40,7 +40,7 @@ class Answerer:
 
     @cached_property
     def tower(self) -> Tower:
-        """Loaded when the first image comes."""
+        """Loaded lazily, on the first image."""
         if self.tower_given is not None:
             return self.tower_given
         about = self.about
@@ -67,7 +67,7 @@ class Answerer:
         device: torch.device | str | None = None,
         trust_remote_code: bool = False,
     ) -> Answerer:
-        """From its folder or the run around it. tower: where the tower is now, if it has moved. FileNotFoundError or ValueError."""
+        """From the model folder or its run. tower: its current location, if it has moved. FileNotFoundError or ValueError."""
         import transformers
         from safetensors.torch import load_file
 
@@ -100,7 +100,7 @@ class Answerer:
         max_new_tokens: int = 32,
         batch_size: int = 32,
     ) -> list[str]:
-        """The answer to each question on the image beside it; None: a question without one."""
+        """The answer to each question about the image at the same index; None: a question without an image."""
         if len(images) != len(questions):
             raise ValueError(f"understanding: as many images as questions are needed, got {len(images)} and {len(questions)}")
         answers = []
@@ -114,7 +114,7 @@ class Answerer:
     def answer_features(
         self, features: Tensor | None, sees: Sequence[bool], questions: Sequence[str], max_new_tokens: int
     ) -> list[str]:
-        """The same with the images' features [images, N, D], one for each question that sees."""
+        """Same as `answer`, from image features [images, N, D], one entry for each question with an image."""
         prompts = [self.encoder.prompt(text, "" if seen else None).ids for text, seen in zip(questions, sees, strict=True)]
         features = None if features is None else features.to(self.model.device)
         rows = self.model.generate(prompts, features, self.encoder.end[0], max_new_tokens)
@@ -122,7 +122,7 @@ class Answerer:
 
 
 def opened(image: Image.Image | str | Path) -> Image.Image:
-    """ValueError names a file that is no image."""
+    """ValueError names a file that is not an image."""
     if isinstance(image, Image.Image):
         return image
     try:

@@ -1,4 +1,4 @@
-"""Frozen vision towers behind one call, so that a control runs in the same harness: OpenVision 3, and CLIP and SigLIP by transformers."""
+"""Frozen vision towers behind one interface, so baselines share the harness: OpenVision 3; CLIP and SigLIP by transformers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HALF = ([0.5] * 3, [0.5] * 3)
 
 @dataclass(frozen=True)
 class Tower:
-    """forward: pixels, normalized by mean and std [B, 3, S, S] -> features [B, tokens, width]."""
+    """forward: pixels [B, 3, S, S], normalized by mean and std -> features [B, tokens, width]."""
 
     name: str
     image_size: int
@@ -38,7 +38,7 @@ class Tower:
     aspect: str
 
     def view(self, image: Image.Image) -> Tensor:
-        """uint8 [3, S, S], a square of the image: padded or cropped."""
+        """uint8 [3, S, S]: the image, padded or cropped to a square."""
         if self.aspect == "pad":
             image = padded(image)
         return evaluation_view(image, self.image_size)
@@ -52,7 +52,7 @@ class Tower:
 
 
 def padded(image: Image.Image) -> Image.Image:
-    """The image in the middle of a grey square, as LLaVA-1.5 pads; one with transparency lies on white before."""
+    """The image centred on a grey square, as in LLaVA-1.5; transparency is composited onto white first."""
     if image.width == image.height:
         return image
     if "A" in image.getbands() or "transparency" in image.info:
@@ -72,9 +72,9 @@ def load_tower(
     vae: str | Path | None = None,
     device: torch.device | str | None = None,
 ) -> Tower:
-    """A tower from a folder or hub id, its kind told from the files.
+    """A tower from a folder or hub id; its type is inferred from the files.
 
-    ValueError for a layer that it doesn't have, or a device that can't be used; FileNotFoundError as `load_model`.
+    ValueError for a nonexistent layer or an unusable device; FileNotFoundError as in `load_model`.
     """
     device = pretrained.check_device(device, "tower") or torch.device("cpu")
     kind = kind_of(path)
@@ -86,7 +86,7 @@ def load_tower(
 
 
 def kind_of(path: str | Path) -> str | None:
-    """transformers' model_type of a tower that is not ours; None for OpenVision 3."""
+    """transformers' model_type for third-party towers; None for OpenVision 3."""
     what = f"tower {str(path)!r}"
     folder = pretrained.resolve(path, what, ["config.json", "open_clip_config.json", "preprocessor_config.json"])
     config = Path(folder) / "config.json"

@@ -1,9 +1,9 @@
-"""Training in stages, as LLaVA: the tower frozen, the projector first, then the language model with it.
+"""Multi-stage training as in LLaVA: the tower stays frozen; first the projector is trained, then the language model with it.
 
-Which rows a step takes follows from (seed, stage, epoch) alone, so a run that was stopped goes on to the same bits. One process; a run folder
+The rows of a step depend only on (seed, stage, epoch), so an interrupted run resumes bit-exactly. Single process. A run folder
 holds
 
-    recipe.json  log.jsonl  checkpoint/ (weights, moments, where it is)  model/ (what `ov3fast answer` loads)
+    recipe.json  log.jsonl  checkpoint/ (weights, moments, progress)  model/ (what `ov3fast answer` loads)
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from ov3fast.understanding.saved import MODEL, Answerer, opened
 from ov3fast.understanding.towers import Tower, load_tower
 
 MAY_CHANGE = ("checkpoint_every", "log_every", "run_dir")
-"""Fields in which the recipe of a resumed run may differ."""
+"""Recipe fields that may change when a run is resumed."""
 ENCODED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
 class Source:
-    """A stage's conversations, and how an image that they name is read: to uint8 [3, S, S], as the tower looks at it."""
+    """A stage's conversations, and a function that loads an image they name as uint8 [3, S, S], preprocessed for the tower."""
 
     conversations: list[Conversation]
     view: Callable[[str], Tensor]
 
 
 def source_of(stage: UnderstandStage, tower: Tower) -> Source:
-    """The stage's file and folder. FileNotFoundError or ValueError where they don't fit."""
+    """The source for a stage's file and image folder. FileNotFoundError or ValueError if they are missing or invalid."""
     folder = Path(stage.images).expanduser()
     if stage.images and not folder.is_dir():
         raise FileNotFoundError(f"stage {stage.name!r}: no folder of images {folder}")
@@ -55,7 +55,7 @@ def source_of(stage: UnderstandStage, tower: Tower) -> Source:
 
 
 class Features:
-    """The tower's features of images by name; with `cached` every image goes through the tower once."""
+    """Tower features by image name; with `cached`, every image goes through the tower only once."""
 
     def __init__(self, tower: Tower, view: Callable[[str], Tensor], cached: bool) -> None:
         self.tower, self.view = tower, view
@@ -71,7 +71,7 @@ class Features:
             display.update("encode", (start + len(part)) / len(missing), f"{start + len(part)} of {len(missing)} images")
 
     def __call__(self, names: Sequence[str]) -> Tensor | None:
-        """[len(names), N, D]; None where there are no names."""
+        """[len(names), N, D]; None if there are no names."""
         if not names:
             return None
         return self._of(names) if self._kept is None else torch.stack([self._kept[name] for name in names])
@@ -82,7 +82,7 @@ class Features:
 
 @dataclass
 class Progress:
-    """Where a run is. step: steps done, over all stages; place: rows of the epoch that are done."""
+    """Progress of a run. step: steps completed over all stages; place: rows of the current epoch already used."""
 
     step: int = 0
     stage: int = 0
@@ -92,7 +92,7 @@ class Progress:
 
 
 class Trainer:
-    """A model, and the stage that it is in: `step()` does one update, a function of what was saved and of the step's number."""
+    """A model and its current stage: `step()` performs one update, determined by the saved state and the step number."""
 
     def __init__(
         self, recipe: UnderstandRecipe, model: Understander, tokenizer: Any, tower: Tower, sources: list[Source]
@@ -111,7 +111,7 @@ class Trainer:
         return self.recipe.stages[self.progress.stage]
 
     def _begin(self) -> None:
-        """Prepares the current stage."""
+        """Sets up the current stage."""
         recipe, stage, source = self.recipe, self.stage, self.sources[self.progress.stage]
         image_tokens = self.tower.tokens if recipe.sighted and stage.trains != "language_model" else 0
         encoder = Encoder(self.tokenizer, stage.template or recipe.template, image_tokens)
@@ -134,7 +134,7 @@ class Trainer:
                 torch.manual_seed(recipe.seed + 1)
                 add_lora(self.model.language_model, recipe.lora_rank, recipe.lora_alpha)
         elif stage.trains != "projector" or not recipe.sighted:
-            # The control has no projector; so that it takes the same steps, its language model is trained there.
+            # The control has no projector: its language model is trained here instead, so that it takes the same steps.
             self.model.language_model.requires_grad_(True)
         config = OptimizerConfig(betas=(0.9, 0.999), weight_decay=stage.weight_decay, clip_norm=recipe.clip_norm)
         self.optimizer = AdamW(self.model, config)
@@ -148,7 +148,7 @@ class Trainer:
         return self._rows_of[1]
 
     def step(self) -> dict[str, float]:
-        """RuntimeError where the gradient is not finite; nothing was changed then."""
+        """RuntimeError if the gradient is not finite; nothing has been updated then."""
         stage, progress, device = self.stage, self.progress, self.model.device
         rows = self._rows(progress.epoch)[progress.place : progress.place + stage.batch_size]
         answers = sum(label != IGNORED for row in rows for number in row for label in self.examples[number].labels)
@@ -188,7 +188,7 @@ class Trainer:
             return self.model.loss(moved, None if features is None else features.to(device))
 
     def end_stage(self) -> None:
-        """Goes on to the next stage, if there is one."""
+        """Moves on to the next stage, if any."""
         merge_lora(self.model.language_model)
         progress = self.progress
         progress.stage, progress.stage_step, progress.epoch, progress.place = progress.stage + 1, 0, 0, 0
@@ -200,7 +200,7 @@ class Trainer:
         save_checkpoint(folder, {"weights": dict(self.model.named_parameters()), "moments": moments}, asdict(self.progress))
 
     def load(self, folder: Path) -> None:
-        """Goes to where a run of the same recipe was saved. ValueError names what doesn't fit."""
+        """Restores a saved run of the same recipe. ValueError names what doesn't match."""
         groups, progress = load_checkpoint(folder)
         self.progress = Progress(**progress)
         if not self.finished:
@@ -232,10 +232,10 @@ def train_understanding(
     tower: Tower | None = None,
     sources: list[Source] | None = None,
 ) -> bool:
-    """Runs a recipe to its end, in recipe.run_dir; False where a signal stopped it before (it was saved).
+    """Runs a recipe to completion in recipe.run_dir; False if a signal stopped it early (its state is saved).
 
-    resume: continue the run in recipe.run_dir, or start one if there is none; errors as in `check_run_dir`. tower, sources: in place of
-    those that the recipe names.
+    resume: continue the run in recipe.run_dir, or start one if there is none; errors as in `check_run_dir`. tower, sources:
+    used instead of those the recipe names.
     """
     run_dir = recipe.run_dir
     resumed = check_run_dir(recipe, resume=resume, overwrite=overwrite, may_change=MAY_CHANGE)
@@ -291,7 +291,7 @@ def _announce(trainer: Trainer, display: Display) -> None:
 
 
 def _run_stage(trainer: Trainer, run_dir: Path, log: RunLog, display: Display, stop: StopRequest) -> bool:
-    """False where it was stopped."""
+    """False if it was stopped."""
     recipe, progress = trainer.recipe, trainer.progress
     rows = StepRows(log, display, recipe.log_every, ("images", "answers"))
     while progress.stage_step < trainer.steps:

@@ -1,3 +1,3 @@
-"""The tiny training run, and its data."""
+"""The tiny training run and its data."""
 
 from tiny_models import data, tiny

@@ -1,4 +1,4 @@
-"""A set of tiny runs from end to end, and the statistics of its table."""
+"""A set of tiny runs end to end, and the statistics in its table."""
 
 import dataclasses
 import json
@@ -42,16 +42,18 @@ def test_a_set_of_runs_resumes_and_reports(tiny, data, tmp_path, monkeypatch):
     text = page.read_text()
     assert all(f"<code>{name}</code>" in text for name in ("full", *names)) and text.count("<svg") >= 7
     assert len(set(ids := [part.split('"')[0] for part in text.split(' id="')[1:]])) == len(ids)
-    logs = {(run["variant"], run["seed"]): report.read_log(tmp_path / "set" / run["run"] / "log.jsonl") for run in facts["runs"]}
+    logs = {
+        (run["variant"], run["seed"]): report.read_log(tmp_path / "set" / run["run"] / "log.jsonl") for run in facts["runs"]
+    }
     cells = [cell for _, of_variant in report.table(facts, logs)[0] for cell in of_variant]
     assert text.count('class="bold"') == sum(cell["bold"] for cell in cells) < sum(bool(cell["difference"]) for cell in cells)
-    # tau 0.8 is the recipe's own: one run serves both.
+    # tau 0.8 is the recipe's own setting: one run serves both variants.
     assert "own setting" in facts["variants"][-1]["what"]
     assert not (tmp_path / "set" / "tau-0.8").exists()
-    # The losses of a detached branch were measured, and its gradient at the tokens is zero.
+    # A detached branch's losses are still measured, and its gradient at the tokens is zero.
     rows = [json.loads(line) for line in (tmp_path / "set/no-rec/seed-0/log.jsonl").read_text().splitlines()]
     assert all(row["pixel"] > 0 for row in rows) and all(row["rec_grad_norm"] == 0 for row in rows if "rec_grad_norm" in row)
-    # Finished runs are left alone; a set of another recipe is refused.
+    # Finished runs are not retrained; a set from another recipe is rejected.
     monkeypatch.setattr(runs, "train", lambda *_, **__: pytest.fail("a finished run was trained again"))
     assert ablate(recipe, names, **arguments) == facts
     with pytest.raises(ValueError, match="holds another set"):
@@ -79,7 +81,7 @@ def test_differences_are_taken_seed_by_seed():
     full, other = [1.0, 2.0, 3.0], [1.5, 2.4, 3.6]
     found = report.cell(other, full)
     assert found.difference == pytest.approx(0.5)
-    # 4.303 is Student's quantile for two degrees of freedom.
+    # 4.303 is the quantile of Student's t for two degrees of freedom.
     assert found.half_width == pytest.approx(4.303 * statistics.stdev([0.5, 0.4, 0.6]) / 3**0.5)
     assert found.excludes_zero and not report.cell([2.0, 1.5, 3.0], full).excludes_zero
 
@@ -124,7 +126,7 @@ def test_pixels_come_back_and_a_patch_of_two_is_one_of_sixteen():
     latents = vae.encode(images)
     assert latents.shape == (2, 192, 6, 4) and torch.equal(vae.decode(latents), images)
     encoder = ViTEncoder(VisionConfig(width=16, depth=0, heads=2, mlp_dim=8, in_channels=192, image_size=32, embed_dim=8))
-    # A token sees its own 16 x 16 pixels, each of them, and no other.
+    # A token depends on every one of its own 16 x 16 pixels, and on no others.
     other = images[:1].clone()
     other[:, :, :16, 16:32] += 1
     same = encoder(vae.encode(images[:1]))[1][0] == encoder(vae.encode(other))[1][0]

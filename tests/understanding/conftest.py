@@ -1,4 +1,4 @@
-"""An untrained tower of four tokens, pictures, and conversations about them."""
+"""An untrained tower with four tokens, pictures, and conversations about them."""
 
 import json
 
@@ -33,7 +33,7 @@ def tower_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
-    """A folder of images, two.json of conversations about them."""
+    """A folder of images, with conversations about them in two.json."""
     folder = tmp_path_factory.mktemp("pictures")
     records = []
     for i in range(12):
@@ -63,7 +63,7 @@ def recipe(tower_folder, pictures, tmp_path_factory) -> UnderstandRecipe:
 
 @pytest.fixture(scope="session")
 def trained(recipe):
-    """The run of the recipe."""
+    """A finished run of the recipe."""
     pytest.importorskip("transformers")
     from ov3fast.understanding.training import train_understanding
 

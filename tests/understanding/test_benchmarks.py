@@ -1,4 +1,4 @@
-"""Each benchmark on files in its published layout, with replies whose scores follow by hand."""
+"""Each benchmark on files in its published layout, with replies whose scores can be computed by hand."""
 
 import json
 
@@ -36,7 +36,7 @@ def test_pope(folder):
     items = pope.read(folder)
     assert [item.group for item in items] == ["popular"] * 2 + ["random"] * 4
     assert items[0].prompt == "Is there a thing 0 in the image?" + SHORT
-    # popular: one right, one false alarm; random: 1 hit, 1 miss, 1 false alarm, 1 rejection.
+    # popular: 1 TP, 1 FP; random: 1 TP, 1 FN, 1 FP, 1 TN.
     found = pope.score(items, ["Yes", "Yes, there is.", "Yes.", "No, there is not.", "No", "maybe"])
     assert found["popular/accuracy"] == 0.5 and found["popular/yes"] == 1.0 and found["popular/f1"] == pytest.approx(2 / 3)
     assert found["random/precision"] == found["random/recall"] == found["random/f1"] == 0.5
@@ -96,7 +96,7 @@ def test_mme(folder, split):
     items = mme.read(folder)
     assert items[0].prompt == "Is there a dog?" + SHORT and len(items) == 6
     found = mme.score(items, ["Yes", "No", "yes, it is", "Yes", "n", "no"])
-    # existence: both right of image 0, one of image 1; code: the first wrong.
+    # existence: both right for image 0, one for image 1; code_reasoning: the first is wrong.
     assert (found["existence/acc"], found["existence/acc_plus"], found["existence"]) == (75, 50, 125)
     assert (found["code_reasoning"], found["perception"], found["cognition"]) == (50, 125, 50)
     with pytest.raises(ValueError, match="two questions for every image; was the benchmark cut"):

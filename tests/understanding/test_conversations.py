@@ -1,4 +1,4 @@
-"""LLaVA's formats and templates: which ids carry loss, what is refused, and rows that hold several conversations."""
+"""LLaVA's formats and templates: the loss mask, rejected inputs, and packed rows."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_the_answers_alone_carry_loss(tokenizer, template):
     assert found.ids.count(IMAGE) == 3 and found.image == "a.jpg"
     whole = decoded(tokenizer, [id for id in found.ids if id != IMAGE])
     assert ("whatisit?" in whole) == TEMPLATES[template].asks
-    # What is asked is what training had before the first answer.
+    # The prompt is exactly the training prefix before the first answer.
     prompt = encoder.prompt("what is it?", "a.jpg").ids
     first = next(place for place, label in enumerate(found.labels) if label != IGNORED)
     assert found.ids[: len(prompt)] == prompt and first == len(prompt)
@@ -59,8 +59,8 @@ def test_vicunas_text_is_llavas(tokenizer):
 def test_what_is_cut_off(tokenizer):
     encoder = Encoder(tokenizer, "short", image_tokens=3)
     whole = encoder(TALK)
-    assert encoder(TALK, 2) is None  # not even the image
-    assert encoder(TALK, 4) is None  # no answer
+    assert encoder(TALK, 2) is None  # cuts into the image
+    assert encoder(TALK, 4) is None  # leaves no answer
     cut = encoder(TALK, len(whole.ids) - 1)
     assert cut.ids == whole.ids[:-1] and cut.labels == whole.labels[:-1]
     blind = Encoder(tokenizer, "plain", image_tokens=0)(TALK)
@@ -79,7 +79,7 @@ def test_files_come_back(tmp_path):
 
 
 def test_llavas_liberties(tmp_path):
-    """An opening line of the assistant goes; <image> behind the question comes before it."""
+    """A leading assistant message is dropped; <image> after the question is moved in front of it."""
     lines = [("gpt", "hi"), ("human", "what is it?\n<image>"), ("gpt", "a cat")]
     record = {"image": "a.jpg", "conversations": [{"from": who, "value": text} for who, text in lines]}
     (tmp_path / "x.json").write_text(json.dumps([record]))

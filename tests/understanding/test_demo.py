@@ -1,4 +1,4 @@
-"""The demo: questions that only pictures answer, figures with intervals, the page, and the commands."""
+"""The demo: questions that only the pictures can answer, results with intervals, the page, and the commands."""
 
 import dataclasses
 import io
@@ -55,10 +55,10 @@ def test_the_colours_of_pictures():
     images = torch.full((len(COLOURS) + 2, 3, 16, 16), 255, dtype=torch.uint8)
     for place, name in enumerate(COLOURS):
         images[place, :, 4:12, 4:12] = torch.tensor(RGB[name], dtype=torch.uint8)[:, None, None]
-    images[-1, :, :4], images[-1, :, 8:12] = 90, 250  # of several, none has half
+    images[-1, :, :4], images[-1, :, 8:12] = 90, 250  # several colours, none covers half
     images[-1, 0, :2] = 255
     assert colours_of(images)[: len(COLOURS)] == list(COLOURS)
-    assert colours_of(images)[-2] == ""  # nothing but background
+    assert colours_of(images)[-2] == ""  # background only
 
 
 def test_held_out_questions_tell_nothing_by_themselves():
@@ -97,7 +97,7 @@ def test_training_conversations_are_true_and_balanced():
     for one in made["questions"]:
         fact = by_key[one.image]
         assert [turn.sees for turn in one.turns] == [True] + [False] * (len(one.turns) - 1)
-        told = ""  # by an open answer
+        told = ""  # revealed by an open answer
         for turn in one.turns:
             if turn.answer in ("yes", "no"):
                 assert not told or told not in turn.question
@@ -114,7 +114,7 @@ def test_training_conversations_are_true_and_balanced():
 
 
 def test_intervals():
-    """Concepts are drawn, not questions: copies of a question make no interval narrower."""
+    """Concepts are resampled, not questions: duplicating questions doesn't narrow the interval."""
     generator = np.random.default_rng(0)
     right = (generator.random(200) < 0.7).astype(float)
     owner = np.arange(200).astype(str)
@@ -129,7 +129,7 @@ def test_intervals():
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A demo set of two dozen pictures: things by name and group, in two colours."""
+    """A demo set of two dozen pictures: objects with name and group, in two colours."""
     root = tmp_path_factory.mktemp("cache")
     for name, count in (("pairs-train", 24), ("photos-train", 4), ("pairs-style", 12), ("pairs-unseen", 12)):
         samples = []
@@ -193,7 +193,7 @@ def test_the_demos_commands(capsys, monkeypatch, cache, tower_folder, tmp_path):
 
 @pytest.mark.full
 def test_the_demo_learns_to_see(monkeypatch, cache, tower_folder, tmp_path):
-    """At reduced time: groups of pictures that were held out, and yes or no, far above the control."""
+    """Shortened: on held-out pictures, group and yes/no accuracy are far above the control's."""
     monkeypatch.setenv("OV3FAST_CACHE", str(cache))
     recipe = UNDERSTAND_RECIPES["understand-demo"]
     stages = tuple(
@@ -219,7 +219,7 @@ def test_what_is_refused(capsys):
 
 
 def test_the_device_is_looked_at(capsys, monkeypatch, cache, tower_folder, tmp_path):
-    """A device that no machine has is refused before anything is trained, in the demo as in other runs."""
+    """A nonexistent device is rejected before any training starts, in the demo as in other runs."""
     monkeypatch.setenv("OV3FAST_CACHE", str(cache))
     base = ("train", "--recipe", "understand-base", "--tower", tower_folder, "--run-dir", tmp_path / "run")
     for arguments in (demo_arguments(tower_folder, tmp_path / "run"), base):

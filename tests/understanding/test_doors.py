@@ -1,4 +1,4 @@
-"""A trained run through other libraries: transformers' LlavaForConditionalGeneration, and lmms-eval's model."""
+"""A trained run in other libraries: transformers' LlavaForConditionalGeneration and lmms-eval's model class."""
 
 import dataclasses
 import sys
@@ -24,7 +24,7 @@ def image(pictures):
 
 
 def test_llava_has_the_same_logits_and_answers(capsys, trained, image, tmp_path):
-    """Ours is computed from the run's own parts, transformers' from the exported folder: prompt, features, projector, language model."""
+    """Ours from the run's own parts (prompt, features, projector, language model), transformers' from the exported folder."""
     import ov3fast.interop.transformers  # noqa: F401
 
     with pytest.warns(UserWarning, match="pads images to squares"):
@@ -61,7 +61,7 @@ def test_what_export_refuses(capsys, trained, tmp_path):
 
 
 def test_lmms_evals_model(monkeypatch, trained, image):
-    """Against a stand-in of what lmms-eval calls: its base class, its manifest, and requests as its tasks make them."""
+    """Against a stub of what lmms-eval calls: base class, manifest, and requests as its tasks issue them."""
 
     class lmms:
         def __init__(self):

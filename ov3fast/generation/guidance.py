@@ -1,9 +1,10 @@
-"""Guidance: a denoiser pushed away from a worse one.
+"""Guidance: push a denoiser's velocity away from that of a worse one.
 
-    v = v_worse + w (v_better - v_worse)      inside an interval of t, v_better outside; w = 1 is no guidance
+    v = v_worse + w (v_better - v_worse)      for t within an interval, else v_better; w = 1 means no guidance
 
-classifier-free (Ho and Salimans 2022): worse = the same network without its condition; AutoGuidance (Karras et al. 2024): a smaller or
-less trained network with it; internal (RAEv2): a head on the same network's earlier block, in the same pass.
+The worse one is, for classifier-free guidance (Ho and Salimans 2022), the same network without the condition; for AutoGuidance
+(Karras et al. 2024), a smaller or less trained network with it; for internal guidance (RAEv2), a head on an earlier block, in
+the same pass.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ def extrapolate(better: Tensor, worse: Tensor, weight: float, t: Tensor, interva
 def classifier_free(
     conditional: Denoiser, unconditional: Denoiser, weight: float, interval: tuple[float, float] = (0.0, 1.0)
 ) -> Denoiser:
-    """Two passes a step: with and without the condition."""
+    """Two passes per step, with and without the condition. ValueError for a bad interval."""
     return _guided(lambda x, t: (conditional(x, t), unconditional(x, t)), weight, interval)
 
 
 def autoguidance(good: Denoiser, bad: Denoiser, weight: float, interval: tuple[float, float] = (0.0, 1.0)) -> Denoiser:
-    """Two passes a step: a good network and a bad one, with the same condition."""
+    """Two passes per step: a good and a bad network, with the same condition. ValueError for a bad interval."""
     return _guided(lambda x, t: (good(x, t), bad(x, t)), weight, interval)
 
 
 def internal(
     heads: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], weight: float = 1.78, interval: tuple[float, float] = (0.1, 1.0)
 ) -> Denoiser:
-    """One pass a step: `heads` gives the full head's velocity and the base head's. RAEv2's weight and interval."""
+    """One pass per step; `heads` gives the full and base heads' velocities. RAEv2's defaults. ValueError for a bad interval."""
     return _guided(heads, weight, interval)
 
 

@@ -1,7 +1,7 @@
-"""The Inception network of FID (the 2015 TensorFlow graph), with the key names of its usual PyTorch file, pt_inception-2015-12-05.
+"""FID's Inception network (the 2015 TensorFlow graph), with the keys of its usual PyTorch checkpoint, pt_inception-2015-12-05.
 
-What differs from the ImageNet model of the same name: average pools don't count padding, the last block pools by the maximum, and there
-are 1008 logits. The weights are the user's file; none comes with this package.
+Unlike the ImageNet model of the same name, average pooling excludes padding, the last block uses max pooling, and there are
+1008 logits. Users supply the weights; none ship with this package.
 
 Legend: B batch; shapes in comments are channels x side.
 """
@@ -35,7 +35,7 @@ def _average(x: Tensor) -> Tensor:
 
 
 class BlockA(nn.Module):
-    """35 x 35: 1x1, 5x5 and double 3x3 branches, and a pool."""
+    """35 x 35: 1x1, 5x5, double 3x3 and pooling branches."""
 
     def __init__(self, channels: int, pool: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class BlockB(nn.Module):
 
 
 class BlockC(nn.Module):
-    """17 x 17: 1x7 and 7x1 convolutions, once and twice."""
+    """17 x 17: one branch with a 1x7 and 7x1 pair, one with two pairs."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-    """8 x 8: split 1x3 and 3x1 convolutions; the pool is an average, or in the last block a maximum."""
+    """8 x 8: parallel 1x3 and 3x1 convolutions; average pooling, or max pooling in the last block."""
 
     def __init__(self, channels: int, largest: bool) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class BlockE(nn.Module):
 
 
 class Inception(nn.Module):
-    """Images [B, 3, 299, 299] in [-1, 1] -> (features [B, 2048], logits [B, 1008] without the last bias, as FID's graph has them)."""
+    """Images [B, 3, 299, 299] in [-1, 1] -> (features [B, 2048], logits [B, 1008] without final bias, as in FID's graph)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class Inception(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> Inception:
-        """From the user's .pth or .safetensors. FileNotFoundError; ValueError naming the first key that is missing or misshapen."""
+        """From a .pth or .safetensors file. FileNotFoundError; ValueError naming the first key that is missing or misshapen."""
         path = Path(path).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"Inception: no weights file {path}")
@@ -177,7 +177,7 @@ class Inception(nn.Module):
 
 
 def resize_tf1(images: Tensor, side: int = SIDE) -> Tensor:
-    """Bilinear as TensorFlow 1 did it: output pixel i lies at i * (size / side), without half a pixel and without antialiasing.
+    """TensorFlow 1's bilinear resize: output pixel i samples at i * (size / side), with no half-pixel offset or antialiasing.
 
     images [B, C, H, W] -> [B, C, side, side].
     """

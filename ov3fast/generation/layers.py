@@ -1,4 +1,4 @@
-"""Parts of the generators: RMS norm, SwiGLU, attention with 2-D rotary positions, embeddings of time and condition.
+"""Layers of the generators: RMS norm, SwiGLU, attention with 2-D RoPE, adaLN blocks, time and position embeddings.
 
 Legend: B batch, N tokens, D width, H heads, P = D / H, F frequencies.
 """
@@ -18,7 +18,7 @@ FREQUENCIES = 256
 
 
 class RMSNorm(nn.Module):
-    """RMS norm over the last axis through ops.rms_norm."""
+    """RMS norm over the last axis, using ops.rms_norm."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -26,14 +26,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """norm(x), or (norm(x + residual), x + residual)."""
-        if residual is not None and residual.dtype != x.dtype:  # autocast: a float32 stream beside bfloat16 branches
+        if residual is not None and residual.dtype != x.dtype:  # autocast: float32 residual stream, bfloat16 branches
             x = x + residual
             return ops.rms_norm(x, self.weight, EPS), x
         return ops.rms_norm(x, self.weight, EPS, residual=residual)
 
 
 class SwiGLU(nn.Module):
-    """w3(silu(a) * b), (a, b) = w12(x); hidden = 2/3 of mlp_ratio times the width, so that it costs what a plain MLP does."""
+    """w3(silu(a) * b), (a, b) = w12(x); hidden width 2/3 mlp_ratio width, so the cost matches that of a plain MLP."""
 
     def __init__(self, width: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
@@ -46,8 +46,8 @@ class SwiGLU(nn.Module):
 
 
 def rotary_angles(height: int, width: int, head_dim: int, prefix: int = 0) -> Tensor:
-    """Angles [prefix + height * width, P / 2] of a grid in row-major order: the first half turns with the row, the second with the
-    column; those of `prefix` tokens before it are zero. ValueError unless P is a multiple of 4."""
+    """RoPE angles [prefix + height * width, P / 2] of a row-major grid: the first half encodes the row, the second the column.
+    Those of the `prefix` tokens before the grid are zero. ValueError unless P (head_dim) is a multiple of 4."""
     if head_dim % 4:
         raise ValueError(f"rotary positions in two dimensions need a head of a multiple of 4 channels, got {head_dim}")
     frequencies = THETA ** (-torch.arange(0, head_dim // 2, 2) / (head_dim // 2))
@@ -57,12 +57,12 @@ def rotary_angles(height: int, width: int, head_dim: int, prefix: int = 0) -> Te
 
 
 def rotation(angles: Tensor) -> Tensor:
-    """[2, N, P / 2]: the cosines and sines of angles [N, P / 2], as ops.rope takes them."""
+    """Angles [N, P / 2] -> cosines and sines [2, N, P / 2], as ops.rope takes them."""
     return torch.stack([angles.cos(), angles.sin()])
 
 
 class RotaryAttention(nn.Module):
-    """Self-attention with biases, rotary positions, and RMS norm on q and k where asked."""
+    """Self-attention with biases, RoPE and, with qk_norm, RMS norm on q and k."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class RotaryAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm block; with `conditioned`, adaLN-zero by a condition [B, 1 or N, D]:
+    """A pre-norm block; if `conditioned`, with adaLN-zero from a condition [B, 1 or N, D]:
 
     x = x + gate1 attention(norm1(x) (1 + scale1) + shift1);   x = x + gate2 swiglu(norm2(x) (1 + scale2) + shift2)
     """
@@ -102,7 +102,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """norm -> adaLN by a condition [B, 1 or N, D] -> channels; zero at the start. Without a condition, no adaLN."""
+    """norm -> adaLN from a condition [B, 1 or N, D] (if conditioned) -> channels; zero at initialisation."""
 
     def __init__(self, width: int, channels: int, *, conditioned: bool) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class FinalLayer(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """t [B] -> [B, D]: frozen Gaussian Fourier features of F frequencies, then an MLP of two layers."""
+    """t [B] -> [B, D]: fixed Gaussian Fourier features with F frequencies, then a two-layer MLP."""
 
     frequencies: Tensor
 
@@ -135,7 +135,7 @@ class TimeEmbedding(nn.Module):
 
 
 def sincos_positions(height: int, width: int, channels: int) -> Tensor:
-    """Fixed positions [N, D] of a grid: D / 4 sines and cosines each of the row and of the column."""
+    """Fixed position embeddings [N, D] of a grid: D / 4 sines and D / 4 cosines each for row and column."""
     frequencies = THETA ** (-torch.arange(channels // 4) / (channels // 4))
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     parts = [wave(place.reshape(-1, 1) * frequencies) for place in (rows, columns) for wave in (torch.sin, torch.cos)]

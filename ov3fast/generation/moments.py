@@ -1,9 +1,9 @@
-"""Means, variances and covariances that can be merged: float64, by the rule of Chan, Golub and LeVeque (1983).
+"""Mergeable means, variances and covariances, in float64 (Chan, Golub and LeVeque 1983).
 
     n = a + b;  d = mean_b - mean_a;  mean = mean_a + d b / n;  S = S_a + S_b + d d^T a b / n
 
-Batch size, order and the number of ranks change the result by rounding alone (about 1e-15 of its size), so a figure made from moments
-does not depend on how the images were split.
+Batch size, order and number of ranks affect the result only by rounding (relative error about 1e-15), so metrics computed from
+moments don't depend on how the images were split.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class _Moments:
-    """count, mean [...] and the centred sum that a subclass keeps, all float64 on the CPU."""
+    """count, mean [...] and the subclass's centred sum, both float64 on the CPU."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -28,12 +28,12 @@ class _Moments:
 
     @staticmethod
     def _product(centred: Tensor) -> Tensor:
-        """[N, ...] -> the sum over N of what the subclass accumulates."""
+        """[N, ...] -> the subclass's statistic, summed over N."""
         raise NotImplementedError
 
     @classmethod
     def of(cls, batch: Tensor) -> Self:
-        """batch [N, ...] of any float dtype; ValueError where it holds a value that is not finite."""
+        """Moments of a batch [N, ...] of any float dtype. ValueError if it has non-finite values."""
         moments = cls()
         if len(batch):
             values = batch.detach().double().cpu()
@@ -44,11 +44,11 @@ class _Moments:
         return moments
 
     def add(self, batch: Tensor) -> Self:
-        """Takes a batch [N, ...] in; ValueError for another shape than before."""
+        """Add a batch [N, ...]. ValueError if its sample shape differs from earlier ones, or for non-finite values."""
         return self.merge(self.of(batch))
 
     def merge(self, other: Self) -> Self:
-        """Takes another's samples in."""
+        """Add the samples of another. ValueError if the sample shapes differ."""
         if not other.count:
             return self
         if not self.count:
@@ -65,7 +65,7 @@ class _Moments:
         return self
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
-        """Every rank's samples on every rank; the same bits on each, as all merge in the order of ranks."""
+        """Merge the samples of all ranks; bit-identical on every rank, as each merges in rank order."""
         if not dist.is_initialized():
             return self
         parts: list[tuple[int, Tensor, Tensor] | None] = [None] * dist.get_world_size(group)
@@ -80,7 +80,7 @@ class _Moments:
 
 
 class ElementMoments(_Moments):
-    """Mean and population variance of each element: what the statistics of latents are."""
+    """Mean and population variance of each element, for the latent statistics."""
 
     @staticmethod
     def _product(centred: Tensor) -> Tensor:
@@ -88,14 +88,14 @@ class ElementMoments(_Moments):
 
     @property
     def var(self) -> Tensor:
-        """Population variance (divided by N), of the samples' shape. ValueError without a sample."""
+        """Population variance (divided by N), in the samples' shape. ValueError if there are no samples."""
         if not self.count:
             raise ValueError("ElementMoments: no sample yet")
         return self.sum / self.count
 
 
 class FeatureMoments(_Moments):
-    """Mean [D] and sample covariance [D, D] of feature vectors: what a Fréchet distance is made of."""
+    """Mean [D] and sample covariance [D, D] of feature vectors, for the Fréchet distance."""
 
     @staticmethod
     def _product(centred: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class FeatureMoments(_Moments):
 
     @property
     def covariance(self) -> Tensor:
-        """Divided by N - 1, as in every FID. ValueError below two samples."""
+        """Sample covariance (divided by N - 1), as in every FID. ValueError for fewer than two samples."""
         if self.count < 2:
             raise ValueError(f"FeatureMoments: a covariance needs at least 2 samples, got {self.count}")
         return self.sum / (self.count - 1)

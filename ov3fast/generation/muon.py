@@ -1,8 +1,8 @@
-"""Muon for the matrices of a generator's blocks, AdamW for the rest (Jordan et al. 2024; RAEv2 trains so).
+"""Muon for the matrices of a generator's blocks, AdamW for the rest (Jordan et al. 2024), as in RAEv2.
 
     M <- 0.95 M + 0.05 G;   U = orthogonalised(0.05 G + 0.95 M);   W <- W (1 - lr decay) - lr 0.2 sqrt(max(rows, columns)) U
 
-Its update has about the root mean square of AdamW's (Liu et al. 2025, arXiv 2502.16982), so one learning rate serves both.
+The RMS of its update is about that of AdamW's (Liu et al. 2025, arXiv 2502.16982), so both share one learning rate.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MOMENTUM = 0.95
 
 
 def block_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of linear layers inside trunk and head, by name: not embeddings, nor what ends the network."""
+    """Weights of the linear layers in trunk and head, by name; excludes embeddings and final layers."""
     return {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -28,10 +28,10 @@ def block_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class MuonAdamW:
-    """Both optimizers behind the interface of training.optimizer.AdamW that a generator's trainer uses.
+    """Both optimizers behind the part of training.optimizer.AdamW's interface that the generator trainer uses.
 
-    clip_norm bounds the gradient of AdamW's parameters; Muon's update doesn't depend on its gradient's size. Where a gradient is not finite
-    a step changes nothing, and grad_norm says so.
+    clip_norm applies only to AdamW's parameters, since Muon's update doesn't depend on the gradient's scale. If a gradient is
+    not finite, step() changes nothing and grad_norm is not finite.
     """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
@@ -45,11 +45,11 @@ class MuonAdamW:
             self.muon.state[p]["momentum_buffer"] = torch.zeros_like(p)
         self.averages = {name: p.detach().clone() for name, p in self.matrices.items()} if config.ema_decay is not None else {}
         self.grad_norm = torch.zeros(())
-        """Norm of all gradients of the last step, before clipping."""
+        """Global gradient norm of the last step, before clipping."""
 
     @property
     def ema(self) -> dict[str, Tensor] | None:
-        """The weights' average by name; None where none is kept."""
+        """EMA of the weights, by name; None without EMA."""
         return None if self.adamw.ema is None else self.adamw.ema | self.averages
 
     def set_lr(self, lr: float) -> None:
@@ -79,11 +79,11 @@ class MuonAdamW:
             torch._foreach_lerp_(list(self.averages.values()), matrices, 1 - decay)
 
     def moments(self) -> dict[str, Tensor]:
-        """What a checkpoint holds beside weights and average."""
+        """Optimizer state to checkpoint, besides the weights and their EMA."""
         return self.adamw.moments() | self._momenta()
 
     def load(self, moments: Mapping[str, Tensor], ema: Mapping[str, Tensor] | None, steps: int) -> None:
-        """The inverse of `moments`. ValueError names what is missing."""
+        """Restore the state from `moments` and the EMA. ValueError naming what is missing."""
         own, average = self._momenta(), ema or {}
         self.adamw.load(
             {name: value for name, value in moments.items() if name not in own},

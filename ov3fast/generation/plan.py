@@ -1,8 +1,8 @@
-"""What training a generator takes: FLOPs from its own linear layers, time from an assumed share of a GPU's peak.
+"""Compute budget for training a generator: FLOPs counted from its layers, time from an assumed MFU (share of a GPU's peak).
 
-    FLOPs of a training sample = 3 x (2 x rows x inputs x outputs of every linear layer + 4 N^2 D of every attention)
+    FLOPs per training sample = 3 x (2 x rows x inputs x outputs of every linear layer + 4 N^2 D of every attention)
 
-Encoding the pictures once comes on top, and so does the sampling of what is measured (`sampling_gpu_hours`).
+Encoding the images once is extra, as is sampling for evaluation (`sampling_gpu_hours`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ov3fast.recipes.generate import GenerateRecipe
 from ov3fast.training.cluster import Chip
 
 SAMPLES, SAMPLING_STEPS = 50_000, 50
-"""What a published FID takes."""
+"""Samples and steps behind a published FID."""
 
 
 @dataclass(frozen=True)
 class GeneratorPlan:
-    """parameters; forward_flops: of one sample's pass; samples: drawn in the whole training; gpu_hours at the assumed MFU; days on `gpus`;
-    sampling_gpu_hours: of SAMPLES pictures at SAMPLING_STEPS steps without a second pass for guidance; cost None without a price."""
+    """forward_flops: per sample; samples: seen in the whole training; gpu_hours: at the assumed MFU; days: on `gpus` GPUs;
+    sampling_gpu_hours: SAMPLES images at SAMPLING_STEPS steps, with no second pass for guidance; cost: None without a price."""
 
     recipe: str
     chip: str
@@ -45,7 +45,7 @@ class GeneratorPlan:
 
 
 def forward_flops(generator: DDT | InContextDDT) -> float:
-    """Of the matrix products in one sample's pass. The generator stays on its device; give one on "meta" to compute nothing."""
+    """Matrix-product FLOPs of one sample's forward pass, run on the generator's device ("meta" computes nothing)."""
     flops = 0.0
 
     def linear(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
@@ -77,7 +77,7 @@ def plan_generator(
     latents: tuple[int, int, int] = (768, 16, 16),
     classes: int = 1000,
 ) -> GeneratorPlan:
-    """For a class-conditional recipe on latents [C, H, W]. ValueError for no GPU or an MFU outside (0, 1]."""
+    """Plan for a class-conditional recipe on latents [C, H, W]. ValueError for fewer than one GPU or an MFU outside (0, 1]."""
     if gpus < 1 or not 0 < mfu <= 1:
         raise ValueError(f"plan: gpus must be at least 1 and mfu in (0, 1], got {gpus} and {mfu}")
     config = GeneratorConfig(

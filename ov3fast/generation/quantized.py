@@ -1,7 +1,7 @@
-"""Sampling in int8 on CPUs: the products of a generator's blocks by oneDNN, everything around them in bfloat16.
+"""int8 sampling on CPUs: oneDNN computes the matrix products of a generator's blocks, the rest runs in bfloat16.
 
-Ranges come from a short run over all times with noise, classes and steps of fixed seeds, so that a sample stays a function of its own seed
-and condition. Embeddings, what ends the network, and the one row per picture that modulates a trunk stay wide.
+Ranges are calibrated in a short sampling run over all times with fixed noise, classes and steps, so a sample still depends only
+on its own seed and condition. Embeddings, the final layer and the trunk's modulation (one row per image) are not quantized.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Int8Linear(nn.Module):
 
 
 def products(generator: nn.Module) -> dict[str, nn.Linear]:
-    """Names and modules of what becomes int8."""
+    """The linear layers to quantize, by name."""
     return {
         name: module
         for name, module in generator.named_modules()
@@ -37,7 +37,7 @@ def products(generator: nn.Module) -> dict[str, nn.Linear]:
 
 
 def quantized(generator: nn.Module, run: Callable[[], object]) -> nn.Module:
-    """A copy with int8 products, its ranges those that `run`, which calls the generator, has shown. RuntimeError where the chip can't."""
+    """A copy with int8 products, ranges observed while `run` calls the generator. RuntimeError if int8 is unavailable."""
     reason = unavailable_reason()
     if reason is not None:
         raise RuntimeError(f"generate: precision 'int8' is not to be had: {reason}")

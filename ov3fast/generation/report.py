@@ -1,15 +1,15 @@
-"""What a generator makes, measured and shown: generate.json and generate.html in its run.
+"""Metrics and samples of a generator: generate.json and generate.html in its run folder.
 
-Four sets of equally many pictures are measured alike, so that the generator's figures stand between a control and chance:
+The same metrics are computed for four sets of equal size, which puts the generator between a control and chance:
 
-    generated        samples, with classes as frequent as in training
-    held out         real pictures that were not trained on
-    reconstructed    training pictures through encoder and decoders: what no generator over these tokens surpasses, and copies throughout
-    noise            noise in place of tokens, with their mean and variance
+    generated        samples, with the class frequencies of the training set
+    held out         real images not trained on
+    reconstructed    training images through encoder and decoders: upper bound for generators over these tokens, all copies
+    noise            noise with the tokens' mean and variance in place of tokens
 
-Frechet distances are FID-style (protocol "squeezenet"). A picture counts as a copy where it is nearer to a training picture (or its
-mirror image) than all but COPY_SHARE of the held-out pictures are, in features or in pixels: the share of such among the reconstructions
-says how well copies are caught, that among the held-out ones what is by chance.
+Frechet distances are FID-style (protocol "squeezenet"). An image counts as a copy if it is closer to a training image (or its
+mirror image) than all but COPY_SHARE of the held-out images are, in features or in pixels. The rate of copies among
+reconstructions shows how many copies are detected; among held-out images it is the false-positive rate.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from ov3fast.models.openvision3 import OpenVision3
 from ov3fast.recipes.generate import GenerateRecipe
 
 SHOWN = 8
-"""Samples per class on the page."""
+"""Samples shown per class."""
 COPY_SHARE = 0.05
 BATCH = 64
 PIXELS = 32
-"""Side to which pictures are brought for distances between pixels."""
+"""Side that images are resized to for pixel distances."""
 COLUMNS = {
     "fid_style": "FID-style",
     "precision": "precision",
@@ -54,14 +54,14 @@ COLUMNS = {
 
 
 class Looks(NamedTuple):
-    """Pictures as they are compared: features [N, D], and pixels [N, P] in [0, 1]."""
+    """What images are compared by: features [N, D], and pixels [N, P] in [0, 1]."""
 
     features: Tensor
     pixels: Tensor
 
 
 class Nearest(NamedTuple):
-    """Of each picture the nearest training picture's place and distance, in features and in pixels."""
+    """Index of and distance to each image's nearest training image, in features and in pixels; all [N]."""
 
     by_features: Tensor
     feature_distance: Tensor
@@ -70,7 +70,7 @@ class Nearest(NamedTuple):
 
 
 def tiled(pictures: Tensor, gap: int = 2, columns: int | None = None) -> Tensor:
-    """uint8 [N, 3, H, W] -> one picture, about square where columns is None, white between."""
+    """Tile images uint8 [N, 3, H, W] into one with white gaps, roughly square if columns is None."""
     columns = columns or math.ceil(len(pictures) ** 0.5)
     rows = math.ceil(len(pictures) / columns)
     height, width = (side + gap for side in pictures.shape[2:])
@@ -82,7 +82,7 @@ def tiled(pictures: Tensor, gap: int = 2, columns: int | None = None) -> Tensor:
 
 
 def _pictures(paths: Sequence[str], recipe: GenerateRecipe, model: OpenVision3) -> tuple[Tensor, list[str]]:
-    """uint8 [N, 3, S, S], and of each its class."""
+    """Images uint8 [N, 3, S, S] and their classes."""
     pictures = read_pictures([resolve(path) for path in paths], model.config.vision.image_size)
     return pictures.images, pictures.column(recipe.class_field)
 
@@ -90,9 +90,9 @@ def _pictures(paths: Sequence[str], recipe: GenerateRecipe, model: OpenVision3) 
 def write_generation_report(
     recipe: GenerateRecipe, *, samples: int = 600, seed: int = 1, weight: float = 2.0, steps: int = 50
 ) -> dict[str, Any]:
-    """Samples a class-conditional run's generator and writes both files. Returns the figures; `print_figures` shows them.
+    """Sample a class-conditional run's generator and write both files. Returns the metrics, which `print_figures` prints.
 
-    samples: at most so many pictures per set, and no more than are held out.
+    samples: maximum images per set, also limited by the number of held-out images.
     """
     saved = SavedGenerator.load(recipe.run_dir)
     model = load_model(recipe.model, vae=recipe.vae)
@@ -153,7 +153,7 @@ def write_generation_report(
 
 
 def print_figures(figures: dict[str, Any]) -> None:
-    """The report's two tables on the terminal."""
+    """Print the report's two tables."""
     for head, rows in tables(figures):
         widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
         for line in (head, *rows):
@@ -162,7 +162,7 @@ def print_figures(figures: dict[str, Any]) -> None:
 
 
 def tables(figures: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
-    """(head, rows) of the sets' figures, and of the decoders under noise."""
+    """(head, rows) of two tables: metrics of the sets, and robustness of the decoders to noise."""
     rows = [[name, *(_cell(key, values[key]) for key in COLUMNS)] for name, values in figures["sets"].items()]
     chance = {"class_of_nearest": figures["class_by_chance"]}
     rows.append(["chance", *(_cell(key, chance[key]) if key in chance else "" for key in COLUMNS)])
@@ -177,13 +177,13 @@ def _cell(key: str, value: float) -> str:
 
 
 def _known(images: Tensor, names: list[str], classes: list[str]) -> tuple[Tensor, list[str]]:
-    """The pictures whose class the generator knows."""
+    """Images, and their class names, of classes the generator was trained on."""
     rows = [i for i, name in enumerate(names) if name in classes]
     return images[rows], [names[i] for i in rows]
 
 
 def _missing(wanted: Tensor, classes: int) -> Tensor:
-    """Labels of further samples, so that each class has SHOWN to show."""
+    """Labels of the extra samples needed for SHOWN per class."""
     counts = wanted.bincount(minlength=classes)
     return torch.arange(classes).repeat_interleave((SHOWN - counts).clamp(min=0))
 

@@ -1,7 +1,7 @@
-"""How a tokenizer's decoders bear noise on their tokens: a generator's tokens are never quite right.
+"""Robustness of the decoders to noise on the tokens, since generated tokens are never exact.
 
-For sigma in SIGMAS: z + sigma eps -> ViT decoder -> VAE decoder; PSNR against the pictures themselves, Frechet distance against a
-reference. Two decoders of equal quality at sigma = 0 can differ widely at 0.4, and the better one there generates better.
+For sigma in SIGMAS: z + sigma eps -> ViT decoder -> VAE decoder; PSNR against the original images, Frechet distance against a
+reference. Two decoders equally good at sigma = 0 can differ widely at 0.4, and the better one at 0.4 generates better.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SIGMAS = (0.0, 0.2, 0.4, 0.8)
 
 
 class Robustness(NamedTuple):
-    """Of one sigma: mean PSNR in dB, FID-style, and the decoded pictures uint8 [N, 3, H, W]."""
+    """Results for one sigma: mean PSNR in dB, FID-style distance, decoded images uint8 [N, 3, H, W]."""
 
     sigma: float
     psnr: float
@@ -40,7 +40,7 @@ def robustness(
     seed: int = 0,
     batch_size: int = 64,
 ) -> list[Robustness]:
-    """images: uint8 [N, 3, H, W]; features: of such pictures, [N, D]; reference: moments of real pictures' features."""
+    """images: uint8 [N, 3, H, W]; features: maps such images to [N, D]; reference: feature moments of real images."""
     tokens = torch.cat([model.encode(to_model_range(batch))[1] for batch in images.split(batch_size)])
     rows = []
     for sigma in SIGMAS:
@@ -57,5 +57,5 @@ def robustness(
 
 
 def as_pictures(images: Tensor) -> Tensor:
-    """Images [B, 3, H, W] about [-1, 1] -> uint8 on the CPU, floor(255 x) of [0, 1], as RAE writes images."""
+    """Images [B, 3, H, W] clamped to [-1, 1] -> uint8 on the CPU: floor(255 x) for x scaled to [0, 1], as in RAE."""
     return ((images.float().clamp(-1, 1) + 1) / 2 * 255).floor().to(torch.uint8).cpu()

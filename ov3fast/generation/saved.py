@@ -1,6 +1,6 @@
-"""A trained generator in a folder: config.json, generator.safetensors (the weights' average), statistics.safetensors.
+"""A trained generator in a folder: config.json, generator.safetensors (EMA weights), statistics.safetensors.
 
-config.json names the tokenizer it was trained with, and its classes.
+config.json also names the tokenizer it was trained with, and its classes.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from ov3fast.models.openvision3 import OpenVision3
 
 CONFIG, WEIGHTS, STATISTICS = "config.json", "generator.safetensors", "statistics.safetensors"
 GENERATOR = "generator"
-"""Folder within a run."""
+"""Subfolder of a run folder."""
 CALIBRATED, CALIBRATION_STEPS = 4, 10
-"""Samples and steps that int8's ranges are taken from."""
+"""Samples and steps of the int8 calibration."""
 Precision = Literal["fp32", "bf16", "int8"]
 
 
 @dataclass
 class SavedGenerator:
-    """generator with its average's weights; statistics of the latents; model: the tokenizer's folder or hub id; classes: names, in the
-    order of labels ([] for a generator conditioned on text); shift: of the times, as in training."""
+    """generator: with EMA weights; statistics: of the latents; model: the tokenizer's folder or hub id; classes: names in label
+    order, [] for a text-conditional generator; shift: the time shift used in training."""
 
     generator: DDT | InContextDDT
     statistics: LatentStatistics
@@ -60,7 +60,7 @@ class SavedGenerator:
 
     @classmethod
     def load(cls, folder: str | Path) -> SavedGenerator:
-        """From its folder, or the run around it. FileNotFoundError, or ValueError for a file that doesn't fit."""
+        """From its folder or its run folder. FileNotFoundError if it holds no generator; ValueError for incompatible files."""
         from safetensors.torch import load_file
 
         folder = Path(folder).expanduser()
@@ -81,7 +81,7 @@ class SavedGenerator:
         return cls(generator.requires_grad_(False).eval(), statistics, config["model"], config["classes"], shift)
 
     def label_of(self, name: str) -> int:
-        """ValueError for a class that it does not know."""
+        """Label of a class name. ValueError for an unknown class."""
         if name not in self.classes:
             raise ValueError(
                 f"generate: class must be one of {', '.join(self.classes) or 'none: this one takes texts'}; got {name!r}"
@@ -102,11 +102,12 @@ class SavedGenerator:
         precision: Precision = "fp32",
         worse: SavedGenerator | None = None,
     ) -> Tensor:
-        """Latents [B, C, H, W], not normalized, one per row of condition; row i is a function of (seed, indices[i]) and its condition.
+        """Denormalized latents [B, C, H, W] for B conditions; row i depends only on (seed, indices[i]) and its condition.
 
-        weight: of guidance, 1 for none; AutoGuidance with `worse`, a smaller or less trained generator of the same latents and classes;
-        else internal where the generator has a base head, else classifier-free. precision: of the
-        network's products; the state between steps is float32 in any of them.
+        weight: guidance weight, 1 for none. Guidance is AutoGuidance given `worse`, a smaller or less trained generator with
+        the same latents and classes (else ValueError); otherwise internal if the generator has a base head, else
+        classifier-free. interval: of t, in which guidance applies. precision: of the network's matrix products; the sampler's
+        state is always float32. RuntimeError if int8 is unavailable here.
         """
         generator, shape = self.generator if precision != "int8" else self._in_int8(), self.statistics.mean.shape
         denoiser = generator.denoiser(condition)
@@ -125,7 +126,7 @@ class SavedGenerator:
             return self.statistics.denormalize(flow.sample(denoiser, noise, times, method))
 
     def _in_int8(self) -> DDT | InContextDDT:
-        """The generator with int8 products, made once."""
+        """The generator with int8 products, quantized on first use."""
         if self._quantized is None:
             generator, config, shape = self.generator, self.generator.config, self.statistics.mean.shape
             if config.classes:
@@ -139,5 +140,5 @@ class SavedGenerator:
 
     @torch.inference_mode()
     def pictures(self, model: OpenVision3, latents: Tensor) -> Tensor:
-        """Latents, as `sample` gives them -> uint8 [B, 3, H, W] by the tokenizer's two decoders."""
+        """Decode latents from `sample` with the tokenizer's two decoders -> uint8 [B, 3, H, W]."""
         return as_pictures(model.decode_latents(model.decode(as_tokens(latents).to(model.device))))

@@ -1,9 +1,9 @@
-"""Statistics of tokens as latents: per element, exact, stored with where they come from.
+"""Exact per-element statistics of tokens as latents, stored with their provenance.
 
-    z <- (z - mean) / sqrt(var + 1e-5)      mean, var [C, H, W] over the images; var is the population's (RAE, calculate_stat.py)
+    z <- (z - mean) / sqrt(var + 1e-5)      mean, var [C, H, W] over the images; population variance (RAE, calculate_stat.py)
 
-`ov3fast statistics MODEL IMAGES --out FILE` writes them. They hold for one model, one image size and one way of cropping: what reads
-them compares `about`.
+`ov3fast statistics MODEL IMAGES --out FILE` writes them. They are valid for one model, image size and preprocessing; readers
+compare `about`.
 """
 
 from __future__ import annotations
@@ -29,39 +29,39 @@ if TYPE_CHECKING:
     from ov3fast.data.preprocess import ImageLike
 
 EPS = 1e-5
-"""Added to the variance before its root, as RAE does."""
+"""Added to the variance before the square root, as in RAE."""
 DIFFUSERS_EPS = 1e-5
 """diffusers' AutoencoderRAE divides by latents_std + 1e-5 instead."""
 
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """mean, var: float64 [C, H, W]. about: "images" (their number), "image_size", "latents" (the VAE's convention), "preprocess"."""
+    """mean, var: float64 [C, H, W]. about: "images" (count), "image_size", "latents" (the VAE's convention), "preprocess"."""
 
     mean: Tensor
     var: Tensor
     about: dict[str, str]
 
     def normalize(self, z: Tensor) -> Tensor:
-        """Latents [B, C, H, W] -> about zero mean and unit variance, in z's dtype. ValueError for another shape."""
+        """Latents [B, C, H, W] -> approximately zero mean and unit variance, in z's dtype. ValueError for a wrong shape."""
         self._check(z)
         return ((z - self.mean.to(z)) / (self.var + EPS).sqrt().to(z)).to(z.dtype)
 
     def denormalize(self, z: Tensor) -> Tensor:
-        """The inverse."""
+        """The inverse of normalize."""
         self._check(z)
         return (z * (self.var + EPS).sqrt().to(z) + self.mean.to(z)).to(z.dtype)
 
     def to_rae(self) -> dict[str, Tensor]:
-        """{"mean", "var"} float32 [C, H, W], what RAE's normalization_stat_path holds (torch.save it)."""
+        """{"mean", "var"} float32 [C, H, W]: the contents of RAE's normalization_stat_path file (write it with torch.save)."""
         return {"mean": self.mean.float(), "var": self.var.float()}
 
     def to_diffusers(self) -> dict[str, Tensor]:
-        """{"latents_mean", "latents_std"} float32 for AutoencoderRAE, whose division by latents_std + 1e-5 then equals ours."""
+        """{"latents_mean", "latents_std"} float32 for AutoencoderRAE, where dividing by latents_std + 1e-5 matches ours."""
         return {"latents_mean": self.mean.float(), "latents_std": ((self.var + EPS).sqrt() - DIFFUSERS_EPS).float()}
 
     def save(self, path: str | Path) -> Path:
-        """Writes a .safetensors file; its metadata is `about`."""
+        """Write a .safetensors file with `about` as metadata."""
         from safetensors.torch import save_file
 
         path = Path(path)
@@ -71,7 +71,7 @@ class LatentStatistics:
 
     @classmethod
     def load(cls, path: str | Path) -> LatentStatistics:
-        """What `save` wrote. FileNotFoundError, or ValueError for another kind of file."""
+        """Load what `save` wrote. FileNotFoundError; ValueError for any other kind of file."""
         from safetensors import SafetensorError, safe_open
 
         path = Path(path)
@@ -91,7 +91,7 @@ class LatentStatistics:
 
 
 def as_latents(tokens: Tensor) -> Tensor:
-    """Tokens [B, N, C] of a square grid -> [B, C, H, W]. ValueError where N is no square."""
+    """Tokens [B, N, C] of a square grid -> [B, C, H, W]. ValueError if N is not a square."""
     side = round(tokens.shape[1] ** 0.5)
     if side * side != tokens.shape[1]:
         raise ValueError(f"as_latents: the number of tokens must be a square, got {tokens.shape[1]}")
@@ -111,10 +111,10 @@ def token_statistics(
     out: str | Path | None = None,
     **options: object,
 ) -> LatentStatistics:
-    """Statistics of a model's tokens of images, file after file; images and options as for `ov3fast.encode`.
+    """Statistics of a model's tokens over images, written to `out` if given; images and options as for `ov3fast.encode`.
 
-    Only distributed ranks share their sums: give each its part of the images. Images that can't be read are left out and counted in
-    about["skipped"]. DataError if none is left; `out` is written where given.
+    Under torch.distributed, pass each rank its part of the images; the result covers all ranks. Unreadable images are skipped
+    and counted in about["skipped"]. DataError if no image could be read.
     """
     if out is not None:
         check_writable(out)

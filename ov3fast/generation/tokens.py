@@ -1,11 +1,11 @@
-"""The tokens a generator is trained on: every picture of the recipe's shards, and with `flip` its mirror image, encoded once.
+"""A generator's training tokens: every image in the recipe's shards and, with `flip`, its mirror image, encoded once.
 
-Processes encode a part each. The tokens are kept in memory as float32, or, with `token_cache`, as bfloat16 in a folder that later runs
-with the same model and data read again:
+Each process encodes a part. Tokens are kept in memory as float32 or, with `token_cache`, as bfloat16 in a folder, which later
+runs with the same model and data reuse:
 
-    tokens.bf16          [rows, C, H, W] as encoded, not normalized: row r is sample r of the shards, row samples + r its mirror image
+    tokens.bf16          [rows, C, H, W] as encoded, not normalized: row r is sample r of the shards, row samples + r its mirror
     texts.bf16           [samples, L, E], the text tower's tokens, for condition "text"
-    tokens.safetensors   written last: the samples that could be read, their labels, the statistics; as metadata the key, shapes, classes
+    tokens.safetensors   written last: readable samples, their labels, statistics; as metadata: key, shapes, classes
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ PREPROCESS = "white background, shorter side resized, centre crop"
 
 @dataclass(frozen=True)
 class Tokens:
-    """latents: as encoded, [R, C, H, W]. condition: labels int64 [P], or text tokens [P, L, E]. rows: int64 [N, 2], for each sample its
-    row in latents and in condition. classes: the labels' names, [] for texts."""
+    """latents: [R, C, H, W] as encoded. condition: labels int64 [P] or text tokens [P, L, E]. rows: int64 [N, 2], each sample's
+    row in latents and in condition. classes: names of the labels, [] for texts."""
 
     latents: Tensor
     condition: Tensor
@@ -56,15 +56,15 @@ class Tokens:
         return len(self.rows)
 
     def take(self, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalized latents float32 [B, C, H, W], and the condition: labels, or text tokens float32."""
+        """Normalized latents float32 [B, C, H, W], and their conditions: labels int64 [B], or text tokens float32 [B, L, E]."""
         latents, condition = self.rows[samples].unbind(1)
         chosen = self.condition[condition]
         return self.statistics.normalize(self.latents[latents].float()), chosen if self.classes else chosen.float()
 
 
 def encode_tokens(recipe: GenerateRecipe, model: OpenVision3, progress: bool = False, ranks: Ranks = ALONE) -> Tokens:
-    """The tokens of recipe.data, all of them on every rank. DataError where a sample names no class; ValueError where token_cache holds
-    the tokens of something else."""
+    """All tokens of recipe.data, on every rank. DataError if a sample has no class; ValueError if token_cache holds tokens of
+    another model or other data."""
     shards = ShardDataset([resolve(path) for path in recipe.data])
     cache = None if recipe.token_cache is None else TokenCache(recipe, model, shards)
     if cache is not None and cache.is_complete():
@@ -103,13 +103,13 @@ def encode_tokens(recipe: GenerateRecipe, model: OpenVision3, progress: bool = F
 
 @torch.inference_mode()
 def text_tokens(model: OpenVision3, texts: list[str]) -> Tensor:
-    """Texts -> the text tower's tokens [B, L, E], float32 on the CPU."""
+    """Texts -> text tower tokens [B, L, E], float32 on the CPU."""
     return model.text(model.text_ids(texts), return_tokens=True)[1].float().cpu()
 
 
 @dataclass
 class _Part:
-    """What a rank encoded: of each readable sample its number and class; the tensors where they stay in memory."""
+    """What a rank encoded: index and class of each readable sample; the tensors too if they stay in memory."""
 
     numbers: list[int]
     names: list[str]
@@ -151,7 +151,7 @@ def _encode_part(
 
 
 def _chunks(shards: ShardDataset, numbers: range, size: int) -> Iterator[tuple[list[int], Pictures]]:
-    """Pictures of these samples, CHUNK at a time, with their numbers; those that can't be read are skipped and warned of."""
+    """Indices and images of these samples, CHUNK at a time; unreadable ones are skipped with a warning."""
     skips = SkipCounter(len(numbers), SKIP_BUDGET)
     read = readable(shards, numbers, size, skips)
     while chunk := list(islice(read, CHUNK)):
@@ -162,7 +162,7 @@ def _chunks(shards: ShardDataset, numbers: range, size: int) -> Iterator[tuple[l
 
 
 class TokenCache:
-    """recipe.token_cache, as the file's head says. ValueError where it holds the tokens of other weights or data."""
+    """recipe.token_cache; the module docstring gives its layout. ValueError if it holds tokens of other weights or data."""
 
     def __init__(self, recipe: GenerateRecipe, model: OpenVision3, shards: ShardDataset) -> None:
         assert recipe.token_cache is not None
@@ -188,7 +188,7 @@ class TokenCache:
         return True
 
     def write(self, numbers: list[int], latents: list[Tensor], texts: Tensor | None) -> None:
-        """A chunk's latents, with flip the mirror images' second, and its texts' tokens."""
+        """Write a chunk's latents (with flip, those of the mirror images second) and text tokens."""
         if self._open is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._open = self._mapped(latents[0].shape[1:], () if texts is None else texts.shape[1:])
@@ -208,7 +208,7 @@ class TokenCache:
         shape: tuple[int, ...],
         texts: tuple[int, ...],
     ) -> None:
-        """Writes the index, after which the folder is complete."""
+        """Write the index, which marks the folder as complete."""
         from safetensors.torch import save_file
 
         about = {"key": self.key, "shape": shape, "texts": texts, "classes": classes, "statistics": statistics.about}
@@ -238,5 +238,5 @@ class TokenCache:
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """A bfloat16 tensor in a file, which is made where it is missing; pages are read and written as they are used."""
+    """A memory-mapped bfloat16 file, created if missing; pages are read and written on access."""
     return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.bfloat16).view(shape)

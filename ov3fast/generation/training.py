@@ -1,10 +1,10 @@
-"""Training of a generator on a frozen model's tokens.
+"""Training a generator on a frozen model's tokens.
 
-Step s draws its pictures, noise and times from (seed, s) alone, so a run that was stopped goes on to the same bits. Under torchrun each
-process takes its rows of every batch, whose draws are the same; the generator is copied (DistributedDataParallel) or sharded (FSDP2). A
-checkpoint is the same whatever wrote it. A run folder holds
+The images, noise and times of step s depend only on (seed, s), so a resumed run is bit-identical to an uninterrupted one. Under
+torchrun all processes draw the same batch and each takes its own rows; the generator is replicated (DistributedDataParallel) or
+sharded (FSDP2). The checkpoint format doesn't depend on which. A run folder holds
 
-    recipe.json  log.jsonl  checkpoint/ (weights, average, moments, step)  generator/ (what `ov3fast generate` loads)
+    recipe.json  log.jsonl  checkpoint/ (weights, EMA, moments, step)  generator/ (what `ov3fast generate` loads)
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ov3fast.training.run_folder import CHECKPOINT, check_run_dir, load_checkpoi
 from ov3fast.training.signals import StopRequest
 
 MAY_CHANGE = ("steps", "checkpoint_every", "log_every", "run_dir", "parallel")
-"""Fields in which the recipe of a resumed run may differ."""
+"""Recipe fields that may change when a run is resumed."""
 
 
 def generator_config(recipe: GenerateRecipe, tokens: Tokens) -> GeneratorConfig:
@@ -48,7 +48,8 @@ def generator_config(recipe: GenerateRecipe, tokens: Tokens) -> GeneratorConfig:
 
 
 class Trainer:
-    """A generator, its optimizer and the tokens: `step()` does one update, a function of what was saved and of the step's number."""
+    """A generator, its optimizer and the tokens. step() depends only on checkpointed state and step number. ValueError if the
+    batch can't be split evenly over the processes."""
 
     def __init__(self, recipe: GenerateRecipe, tokens: Tokens, ranks: Ranks = ALONE) -> None:
         if recipe.batch_size % ranks.world:
@@ -69,7 +70,7 @@ class Trainer:
         self.shift = flow.time_shift(tokens.latents.shape[1:]) if recipe.time_shift is None else recipe.time_shift
 
     def step(self) -> dict[str, float]:
-        """RuntimeError where the gradient is not finite; nothing was changed then."""
+        """One update; returns its log row. RuntimeError if the gradient is not finite, which leaves the weights unchanged."""
         recipe, draws = self.recipe, flow.generator_of(f"generate/{self.recipe.seed}/{self.done}")
         size, ranks = recipe.batch_size, self.ranks
         rows = torch.randint(len(self.tokens), (size,), generator=draws)
@@ -96,7 +97,7 @@ class Trainer:
         return {"step": self.done, "loss": loss, "grad_norm": norm, "lr": lr, "images": size}
 
     def saved(self) -> SavedGenerator:
-        """The generator with the average's weights. Every rank takes part."""
+        """The generator with EMA weights. Collective: call on every rank."""
         average = build_generator(self.generator.config).to(self.ranks.device)
         average.load_state_dict({name: whole(value) for name, value in self.generator.state_dict().items()})
         copy(
@@ -107,7 +108,7 @@ class Trainer:
         return SavedGenerator(average, self.tokens.statistics, self.recipe.model, self.tokens.classes, self.shift)
 
     def save(self, folder: Path) -> None:
-        """Every rank takes part, the first one writes."""
+        """Write a checkpoint. Collective: call on every rank; the first one writes."""
         optimizer = self.optimizer
         groups = {"weights": self.generator.state_dict(), "moments": optimizer.moments(), "average": optimizer.ema or {}}
         groups = {kind: {name: whole(value) for name, value in tensors.items()} for kind, tensors in groups.items()}
@@ -122,7 +123,7 @@ class Trainer:
 
 
 def shard(generator: DDT | InContextDDT, ranks: Ranks) -> None:
-    """FSDP2 in place: a block's weights are gathered before it runs and freed behind it; the rest is one more group."""
+    """Apply FSDP2 in place: each block's weights are gathered before it runs and freed after it; the rest forms one group."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -133,11 +134,11 @@ def shard(generator: DDT | InContextDDT, ranks: Ranks) -> None:
 
 
 def train_generator(recipe: GenerateRecipe, *, resume: bool = False, overwrite: bool = False) -> Path | None:
-    """Runs a recipe to its end, as one process or as torchrun's, and returns the run's folder; None where a signal stopped it before
-    (it was saved). See the file's head.
+    """Train a recipe, alone or under torchrun. Returns the run folder, or None if a signal stopped the run, which was saved.
 
-    resume: continue the run in recipe.run_dir, or start one if there is none. Errors as in `check_run_dir`: the recipe of a resumed run may
-    differ in its length, in how often it saves and logs, and in `parallel`.
+    resume: continue the run in recipe.run_dir, or start one if there is none. Errors as in `check_run_dir`; the recipe of a
+    resumed run may differ only in its length, checkpoint and log intervals, run_dir and `parallel`. RuntimeError if a gradient
+    is not finite.
     """
     run_dir = recipe.run_dir
     resumed = check_run_dir(recipe, resume=resume, overwrite=overwrite, may_change=MAY_CHANGE)
@@ -164,7 +165,7 @@ def train_generator(recipe: GenerateRecipe, *, resume: bool = False, overwrite: 
                     trainer.save(run_dir / CHECKPOINT)
                 if asked and trainer.done < recipe.steps:
                     display.note(f"{stop.name or 'another process'}: saved at step {trainer.done}; --resume goes on")
-                    ranks.wait()  # torchrun ends the others once one has gone
+                    ranks.wait()  # torchrun terminates the other processes once one exits
                     return None
         saved = trainer.saved()
         if ranks.first:

@@ -1,4 +1,4 @@
-"""Recipes of generators over a model's tokens: generate-demo, and generate-base as RAE trains its DiT^DH."""
+"""Recipes for generators over a model's tokens: generate-demo, and generate-base, which follows RAE's training of DiT^DH."""
 
 from __future__ import annotations
 
@@ -10,51 +10,51 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class GenerateRecipe:
-    """What `ov3fast train --recipe generate-...` trains; every field is a flag."""
+    """Recipe of `ov3fast train --recipe generate-...`; every field is a flag. ValueError for invalid values."""
 
     name: str = "generate-demo"
     model: str = "runs/demo"
-    """The tokenizer: a trained OpenVision 3 (model folder, training run or hub id) with its decoder."""
+    """Tokenizer: a trained OpenVision 3 model with its decoder (model folder, training run or hub id)."""
     vae: str | None = None
-    """VAE in place of the model's."""
+    """VAE to use instead of the model's."""
     data: tuple[str, ...] = ("demo:pairs-train", "demo:photos-train")
-    """Shards: folders, tars, patterns, or demo:SET."""
+    """Training shards: folders, tars, patterns, or demo:SET."""
     condition: Literal["class", "text"] = "class"
-    """class: a label per value of class_field; text: the tokens that the model's text tower gives for the caption."""
+    """class: one label per value of class_field; text: the caption's tokens from the model's text tower."""
     heldout: tuple[str, ...] = ("demo:pairs-unseen", "demo:photos-heldout")
-    """Shards of real pictures that are not trained on: the report's control. Empty: no report."""
+    """Shards of real images not used for training, the report's control. Empty: no report."""
     class_field: str = "group"
-    """Field of the samples' metadata that names the class."""
+    """Metadata field with the class name."""
     widths: tuple[int, int] = (384, 768)
-    """Trunk and head."""
+    """Widths of trunk and head."""
     depths: tuple[int, int] = (12, 2)
     heads: tuple[int, int] = (6, 12)
     in_context: bool = False
-    """RAEv2's generator (predicts x, internal guidance) in place of RAE's."""
+    """Use RAEv2's generator (predicts x, internal guidance) instead of RAE's."""
     predicts: Literal["velocity", "x"] = "velocity"
-    """What RAE's generator predicts; the loss is the velocity's in either case."""
+    """What RAE's generator predicts; the loss is on the velocity either way."""
     time_shift: float | None = None
-    """Shift of the times, in training and sampling, above 1 towards noise; None: sqrt(channels * height * width / 4096)."""
+    """Time shift in training and sampling; above 1, towards noise. None: sqrt(channels * height * width / 4096)."""
     batch_size: int = 128
     steps: int = 10_000
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for the blocks' matrices (its update scaled to AdamW's size, so the same lr serves), AdamW for the rest."""
+    """muon: Muon for the blocks' matrices (updates scaled to match AdamW's, so the same lr works), AdamW for the rest."""
     lr: float = 2e-4
-    """Constant after the warm-up for half of the steps, then linear to a tenth."""
+    """Constant after warm-up until half of the steps, then decayed linearly to a tenth."""
     warmup_steps: int = 50
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     ema_decay: float = 0.999
     dropout: float = 0.1
-    """Share of samples trained without their condition, for classifier-free guidance."""
+    """Fraction of samples trained without their condition, for classifier-free guidance."""
     flip: bool = True
-    """Mirrored pictures too."""
+    """Also train on mirrored images."""
     token_cache: Path | None = None
-    """Folder that keeps the tokens as bfloat16, encoded once and read step by step, for data larger than memory; every process must see it.
-    None: in memory, as float32."""
+    """Folder for the tokens in bfloat16, encoded once and read as needed, for data larger than memory; all processes must have
+    access to it. None: keep the tokens in memory, in float32."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """How several processes hold the generator: a copy each, or FSDP2's shards (not with muon, which needs whole matrices)."""
+    """Multiple processes: ddp replicates the generator, fsdp shards it (FSDP2; not with muon, which needs whole matrices)."""
     precision: Literal["fp32", "bf16"] = "bf16"
     seed: int = 0
     checkpoint_every: int = 300
@@ -76,7 +76,7 @@ class GenerateRecipe:
             raise ValueError("recipe: data must name at least one set of shards")
 
     def lr_at(self, step: int) -> float:
-        """The rate of step 0, 1, ..."""
+        """Learning rate of step 0, 1, ..."""
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
         late = max(0.0, 2 * step / self.steps - 1)
@@ -86,8 +86,8 @@ class GenerateRecipe:
 IMAGENET_IMAGES, RAE_BATCH, RAE_EPOCHS = 1_281_167, 1024, 80
 
 GENERATE_RECIPES = {
-    # Ten minutes are few for a generator: a small one that sees each picture forty times makes better ones than a larger one that sees it
-    # ten times. The decoders bear noise, so the times lie towards it, where what is in a picture is decided.
+    # Ten minutes is short for a generator: a small one that sees each image forty times makes better samples than a larger one
+    # that sees it ten times. The decoders tolerate noise, so times are shifted towards it, where an image's content is decided.
     "generate-demo": GenerateRecipe(
         widths=(192, 192), depths=(4, 2), heads=(3, 3), predicts="x", time_shift=3.0, optimizer="muon", lr=2e-3, warmup_steps=40,
         batch_size=256, steps=1100,

@@ -1,4 +1,4 @@
-"""An untrained model."""
+"""Fixture: an untrained model."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from ov3fast.models.openvision3 import OpenVision3
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """An untrained model with the shipped VAE, in a folder."""
+    """Folder of an untrained model with the shipped VAE."""
     tokenizer = tiny_tokenizer(["a red apple"])
     config = tiny_config(
         tokenizer, vae="small",

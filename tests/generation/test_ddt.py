@@ -1,4 +1,4 @@
-"""The generators: published parameter counts, shapes, conditioning, positions, and learning."""
+"""Generators: published parameter counts, shapes, conditioning, positions, FLOPs, int8 and learning."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ KINDS = [(False, "class"), (False, "text"), (True, "class"), (True, "text")]
 
 
 def filled(generator):
-    """Random values also where training begins at zero."""
+    """Add noise to all parameters, including zero-initialised ones."""
     with torch.no_grad():
         for parameter in generator.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -39,7 +39,7 @@ def count(config: GeneratorConfig) -> float:
 
 
 def test_parameters_of_the_published_ones():
-    """RAE, table 7: DiT^DH-XL has 839 M parameters for tokens of 768 channels. By hand: a block has 4 + 8 + 6 times its squared width."""
+    """RAE, table 7: DiT^DH-XL has 839 M parameters for 768-channel tokens. By hand: a block has (4 + 8 + 6) width^2."""
     assert count(generator_config("XL")) == pytest.approx(839, abs=1)
     by_hand = (28 * 18 * 1152**2 + 2 * 18 * 2048**2) / 1e6
     assert by_hand < count(generator_config("XL")) < 1.03 * by_hand
@@ -49,7 +49,7 @@ def test_parameters_of_the_published_ones():
 @pytest.mark.parametrize(("in_context", "condition"), KINDS)
 def test_shapes_and_gradients(in_context, condition):
     generator, labels = small(in_context, condition)
-    with torch.no_grad():  # zero-initialised layers would hide the rest
+    with torch.no_grad():  # zero-initialised layers would block the other gradients
         for parameter in generator.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     outputs = generator(torch.randn(2, 6, 4, 4), torch.tensor([0.3, 0.9]), generator.drop(labels, torch.tensor([True, False])))
@@ -77,7 +77,7 @@ def test_a_velocity_network_starts_at_zero():
 
 
 def test_a_prediction_of_x_becomes_the_velocity_that_ends_there():
-    """One Euler step from t to 0 arrives at what the last layer gave; the velocity is clamped below SMALLEST_T."""
+    """One Euler step from t to 0 ends at the final layer's output; below SMALLEST_T, t is clamped."""
     torch.manual_seed(0)
     config = GeneratorConfig(6, 4, 4, (32, 48), (2, 1), (2, 2), classes=5, predicts_x=True)
     of_x = filled(build_generator(config))
@@ -101,7 +101,7 @@ def test_autocast_warns_of_nothing(in_context):
 
 
 def test_flops_and_what_they_take():
-    """By hand, for one token and no attention to speak of: the trunk's condition is one row, the head's one per token."""
+    """By hand, for four tokens: the trunk is conditioned by one row, the head by one per token."""
     config = GeneratorConfig(6, 2, 2, (32, 48), (3, 2), (2, 2), classes=5)
     hidden, wide, n = int(8 / 3 * 32), int(8 / 3 * 48), 4
     trunk = n * (4 * 32**2 + 3 * 32 * hidden) + 6 * 32**2
@@ -134,7 +134,7 @@ def test_int8_samples_are_near_and_do_not_depend_on_their_batch():
 
 
 def test_rotation_depends_on_the_distance_alone():
-    """<R(a) q, R(b) k> depends only on b - a, along rows and columns."""
+    """<R(a) q, R(b) k> depends only on b - a, in rows and columns."""
     angles = layers.rotary_angles(5, 5, 16).double()
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
     turned_q, turned_k, _ = ops.rope(torch.stack([q, k, k], 2).expand(1, 25, 3, 1, 16), *layers.rotation(angles))[
@@ -148,7 +148,7 @@ def test_rotation_depends_on_the_distance_alone():
 
 
 def test_the_block_is_its_formula():
-    """In plain PyTorch, with torch's own RMS norm and complex numbers for the rotation."""
+    """Against plain PyTorch, with torch's own RMS norm and the rotation in complex numbers."""
     torch.manual_seed(0)
     block = layers.Block(32, 2, conditioned=False, qk_norm=True).double()
     for parameter in block.parameters():
@@ -174,7 +174,7 @@ def test_the_block_is_its_formula():
 @pytest.mark.full
 @pytest.mark.parametrize("in_context", [False, True])
 def test_it_learns_two_classes(in_context):
-    """Two constant pictures: after a few steps, samples are closer to their class's picture than to the other's."""
+    """Two constant images: after a short training, samples are closer to their own class's image than to the other."""
     generator, _ = small(in_context, "class")
     data = torch.stack([torch.full((6, 4, 4), 1.0), torch.full((6, 4, 4), -1.0)])
     optimizer = torch.optim.AdamW(generator.parameters(), 3e-3)

@@ -1,4 +1,4 @@
-"""Token statistics and FID-style metrics: library, command line and errors."""
+"""Token statistics and FID metrics: library, command line and errors."""
 
 import json
 
@@ -17,7 +17,7 @@ from ov3fast.inference import load_model
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Nine small pictures and one broken file."""
+    """Nine small images and one corrupt file."""
     folder = tmp_path_factory.mktemp("pictures")
     for number in range(9):
         coarse = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
@@ -35,7 +35,7 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
 def test_statistics_do_not_depend_on_the_batch(folder, pictures, tmp_path):
     model = load_model(folder)
     one, many = (token_statistics(model, pictures, batch_size=batch) for batch in (1, 4))
-    # Tokens may differ by float32 rounding for another batch size.
+    # Tokens may differ by float32 rounding between batch sizes.
     torch.testing.assert_close((one.mean, one.var), (many.mean, many.var), rtol=1e-4, atol=1e-6)
     assert one.about["images"] == "9" and one.about["skipped"] == "1" and one.mean.shape == (24, 2, 2)
     read = LatentStatistics.load(one.save(tmp_path / "statistics.safetensors"))
@@ -46,7 +46,7 @@ def test_statistics_do_not_depend_on_the_batch(folder, pictures, tmp_path):
 
 
 def test_conventions_of_others(folder, pictures):
-    """RAE divides by sqrt(var + 1e-5), diffusers by std + 1e-5; both give the same numbers."""
+    """RAE divides by sqrt(var + 1e-5), diffusers by std + 1e-5; both match `normalize`."""
     found = token_statistics(load_model(folder), pictures)
     z = torch.randn(2, 24, 2, 2)
     rae, diffusers = found.to_rae(), found.to_diffusers()
@@ -69,7 +69,7 @@ def test_the_statistics_command(capsys, folder, pictures, tmp_path):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Random weights in the layout of FID's file."""
+    """Random weights in the layout of FID's checkpoint."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "pt_inception-2015-12-05.pth"
     state = inception.Inception().state_dict()
@@ -92,7 +92,7 @@ def test_inception(weights, tmp_path):
 
 
 def test_resize_of_tensorflow_1():
-    """Upscaling a row [0, 1] twofold: pixels at 0, 0.5, 1 and past the last one, which repeats."""
+    """Upscaling a row [0, 1] by two samples at 0, 0.5, 1 and past the last pixel, which repeats."""
     row = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2).expand(1, 1, 2, 2)
     assert inception.resize_tf1(row, 4)[0, 0, 0].tolist() == [0, 0.5, 1, 1]
 
@@ -121,7 +121,7 @@ def test_protocols(weights, pictures, tmp_path):
 
 
 def test_the_fid_command(capsys, monkeypatch, pictures, tmp_path):
-    """With features that need no download: channel means."""
+    """With features that need no download: channel means and standard deviations."""
     features = lambda images: (torch.cat([images.float().mean((2, 3)), images.float().std((2, 3))], 1), None)  # noqa: E731
     monkeypatch.setattr(fid, "build_extractor", lambda *_: features)
     reference = tmp_path / "reference.npz"

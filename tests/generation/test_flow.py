@@ -9,7 +9,7 @@ from ov3fast.generation import flow, guidance
 
 
 def gaussian(mean: float, std: float):
-    """The exact velocity for data ~ N(mean, std^2): x_t is Gaussian too, and v = E[eps - x | x_t]."""
+    """Exact velocity for data ~ N(mean, std^2): x_t is Gaussian too, and v = E[eps - x | x_t]."""
 
     def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         t = t.view(-1, 1, 1, 1).double()
@@ -20,7 +20,7 @@ def gaussian(mean: float, std: float):
 
 
 def end(mean: float, std: float, noise: torch.Tensor) -> torch.Tensor:
-    """The end of the exact flow, which preserves the quantile of the noise."""
+    """Endpoint of the exact flow, which preserves the noise's quantiles."""
     return mean + std * noise
 
 

@@ -1,4 +1,4 @@
-"""Statistics and distances: independent of batch, order and ranks; equal to closed forms."""
+"""Moments and distances: independent of batch size, order and ranks; equal to closed forms."""
 
 import numpy as np
 import pytest
@@ -74,7 +74,7 @@ def test_frechet_equals_the_matrix_square_root(values):
 
 
 def test_frechet_of_what_commutes():
-    """For diagonal covariances it is |m1 - m2|^2 + sum (sigma1 - sigma2)^2; equal sets have distance 0."""
+    """Diagonal covariances give |m1 - m2|^2 + sum (sigma1 - sigma2)^2, equal sets 0."""
     mean, sigma = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 1.0, 2.0])
     found = frechet.frechet_distance(mean, sigma.square().diag(), mean + 1, (2 * sigma).square().diag())
     assert found == pytest.approx(3 + float(sigma.square().sum()))
@@ -88,7 +88,7 @@ def test_fewer_samples_than_dimensions():
 
 
 def test_inception_score_by_hand():
-    """K equally frequent classes, each predicted with certainty: K. All predictions alike: 1."""
+    """K equally frequent classes, all predicted with certainty, score K; identical predictions score 1."""
     logits = torch.eye(4).repeat(25, 1) * 1e3
     assert frechet.inception_score(logits, splits=5)[0] == pytest.approx(4)
     assert frechet.inception_score(torch.zeros(20, 4), splits=2) == (pytest.approx(1), pytest.approx(0))

@@ -1,4 +1,4 @@
-"""Training a generator: exact resume, several processes, errors, the commands that sample it, and the report."""
+"""Generator training: exact resume, multiple processes, errors, sampling commands, and the report."""
 
 import dataclasses
 import io
@@ -42,7 +42,7 @@ def png(color: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def recipe(folder, tmp_path_factory) -> GenerateRecipe:
-    """Two classes, a dozen pictures, four steps."""
+    """Two classes, twelve images, four steps."""
     shards = tmp_path_factory.mktemp("shards")
     for name, offset in (("set", 40), ("heldout", 45)):
         samples = []
@@ -70,7 +70,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(recipe, tmp_path, changes):
     whole = dataclasses.replace(recipe, run_dir=tmp_path / "whole", **changes)
     training.train_generator(whole)
     half = dataclasses.replace(whole, run_dir=tmp_path / "half", steps=2)
-    # The schedule depends on the total number of steps, so the first half is a full run that is stopped.
+    # The schedule depends on the total number of steps, so the first half comes from a full run that is stopped.
     tokens = training.encode_tokens(whole, training.load_model(whole.model))
     trainer = training.Trainer(whole, tokens)
     trainer.step(), trainer.step()
@@ -85,7 +85,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(recipe, tmp_path, changes):
 
 
 def test_a_signal_saves(monkeypatch, recipe, tmp_path):
-    """SIGTERM during step 3 of 4: it is saved, no generator is written, and --resume ends with the bits of a run that was left alone."""
+    """SIGTERM during step 3 of 4: the run saves, without a generator; resumed, it is bit-identical to an uninterrupted one."""
     whole = dataclasses.replace(recipe, run_dir=tmp_path / "whole", checkpoint_every=100)
     training.train_generator(whole)
     step = training.Trainer.step
@@ -114,7 +114,7 @@ def test_a_sample_does_not_depend_on_its_batch(trained):
 
 
 def test_autoguidance_extrapolates_from_the_worse_generator(trained):
-    """One step from noise: v_worse + w (v - v_worse), so the latents lie on the line through the two unguided ones."""
+    """One step from noise with v_worse + w (v - v_worse): the latents lie on the line through the two unguided ones."""
     saved, worse = SavedGenerator.load(trained), SavedGenerator.load(trained)
     with torch.no_grad():
         for parameter in worse.generator.parameters():
@@ -136,12 +136,12 @@ def test_commands(capsys, trained, tmp_path):
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["00000.png", "00001.png", "00002.png"]
     assert run(capsys, *arguments, "--out", tmp_path / "grid.png")[0] == 0
     with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.size == (66, 66)  # 2 x 2 pictures of 32 pixels
+        assert grid.size == (66, 66)  # 2 x 2 images of 32 pixels, gap 2
     every = ("generate", trained, "--class", "all", "--count", "3", "--steps", "2")
     assert "6 pictures" in run(capsys, *every, "--out", tmp_path / "all")[1]
     assert sorted(path.name for path in (tmp_path / "all").iterdir())[2:4] == ["dark-00002.png", "light-00000.png"]
     with Image.open(tmp_path / "all" / "light-00001.png") as own, Image.open(tmp_path / "pictures" / "00001.png") as alone:
-        assert np.abs(np.asarray(own, int) - np.asarray(alone, int)).max() <= 1  # another batch, the same sample
+        assert np.abs(np.asarray(own, int) - np.asarray(alone, int)).max() <= 1  # the same sample in another batch
     assert run(capsys, *every, "--out", tmp_path / "rows.png")[0] == 0
     with Image.open(tmp_path / "rows.png") as rows:
         assert rows.size == (3 * 34 - 2, 2 * 34 - 2)
@@ -176,7 +176,7 @@ def test_what_is_refused(capsys, recipe, trained):
 
 @pytest.fixture
 def plain_features(monkeypatch):
-    """Features that need no download: mean colours of 16 fields."""
+    """Features that need no download: mean colours of a 4 x 4 grid."""
     monkeypatch.setattr(report, "fetch", lambda name: None)
     features = lambda images: (torch.nn.functional.adaptive_avg_pool2d(images.float(), 4).flatten(1), None)  # noqa: E731
     monkeypatch.setattr(report.fid, "build_extractor", lambda *_: features)
@@ -198,7 +198,7 @@ def test_report(plain_features, capsys, recipe, trained):
 
 
 def test_copies_are_found(plain_features, recipe):
-    """Training pictures in place of samples: all copies; their own class is the nearest."""
+    """Training images in place of samples: all count as copies, and the nearest image is of their own class."""
     pictures = torch.arange(0, 240, 20, dtype=torch.uint8)[:, None, None, None].expand(12, 3, 32, 32)
     real = report._looks(pictures, report.fid.build_extractor())
     near = report._nearest(real, real)
@@ -226,7 +226,7 @@ def test_robustness(folder):
 def test_muon_updates_the_blocks_matrices_by_orthogonal_ones(recipe):
     tokens = training.encode_tokens(recipe, training.load_model(recipe.model))
     trainer = training.Trainer(dataclasses.replace(recipe, optimizer="muon", warmup_steps=0), tokens)
-    with torch.no_grad():  # gates at zero would leave most gradients zero
+    with torch.no_grad():  # zero-initialised gates would leave most gradients zero
         for parameter in trainer.generator.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     before = {name: p.detach().clone() for name, p in trainer.generator.named_parameters()}
@@ -248,12 +248,12 @@ def test_muon_updates_the_blocks_matrices_by_orthogonal_ones(recipe):
 
 @pytest.mark.parametrize("condition", ["class", "text"])
 def test_tokens_in_a_folder(monkeypatch, recipe, tmp_path, condition):
-    """The same samples, conditions and statistics as in memory, latents rounded to bfloat16; encoded once, and refused for other data."""
+    """Same samples, conditions and statistics as in memory, rounded to bfloat16; encoded only once; rejected for other data."""
     cached = dataclasses.replace(recipe, condition=condition, token_cache=tmp_path / "tokens")
     model = training.load_model(recipe.model)
     memory = training.encode_tokens(dataclasses.replace(cached, token_cache=None), model)
     first = training.encode_tokens(cached, model)
-    monkeypatch.setattr(tokens_module, "_encode_part", None)  # from here on nothing is encoded
+    monkeypatch.setattr(tokens_module, "_encode_part", None)  # from here on, encoding fails
     again = training.encode_tokens(cached, model)
     every = torch.arange(24)
     for tokens in (first, again):
@@ -305,14 +305,14 @@ def test_two_processes_equal_one(recipe, tmp_path, optimizer, parallel):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     first, second = weights(one.run_dir), weights(tmp_path / "two")
     for name, value in first.items():
-        # Muon's orthogonalisation is in bfloat16: other last bits of a gradient can move a rounding.
+        # Muon orthogonalises in bfloat16, where a last-bit difference in a gradient can change the rounding.
         torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-5 if optimizer == "adamw" else 1e-3)
     logged = (tmp_path / "two" / LOG).read_text().splitlines()
     assert [json.loads(line)["step"] for line in logged] == [1, 2, 3, 4]
     assert json.loads(logged[-1])["loss"] == pytest.approx(
         json.loads((one.run_dir / LOG).read_text().splitlines()[-1])["loss"], rel=1e-3
     )
-    # A checkpoint of shards is one of the whole generator: one process goes on with it.
+    # A sharded run's checkpoint holds the whole generator, so a single process can resume from it.
     trainer = training.Trainer(one, training.encode_tokens(one, training.load_model(one.model)))
     trainer.load(tmp_path / "two" / training.CHECKPOINT)
     assert trainer.done == 4 and all(
@@ -322,7 +322,7 @@ def test_two_processes_equal_one(recipe, tmp_path, optimizer, parallel):
 
 @pytest.mark.full
 def test_the_commands_of_make_demo_generate(plain_features, capsys, recipe, tmp_path):
-    """At reduced time, on two classes: training from the start and again on a finished run, the report, grids; samples are of their class."""
+    """Shortened, with two classes: training from scratch and on a finished run, report, grid; samples match their class."""
     run_dir = tmp_path / "run"
     fields = ["--data", *recipe.data, "--heldout", *recipe.heldout, "--steps", "400", "--batch-size", "16", "--samples", "12"]
     sizes = ["--widths", "32", "48", "--depths", "2", "1", "--heads", "2", "2"]

@@ -147,8 +147,11 @@ def _recipe(name: str, data: str, resume: str) -> "Recipe":
     if name == "custom":
         raise ValueError("--recipe custom needs --data PATH: a folder of tars, a tar or a glob pattern")
     if name and name not in NAMES:
-        others = "generate-demo, generate-base, understand-demo, understand-base"
-        raise ValueError(f"--recipe must be one of {', '.join(NAMES)}, {others}, or a .json or .yaml file; got {name!r}")
+        from ov3fast.recipes.generate import GENERATE_RECIPES
+        from ov3fast.recipes.understand import UNDERSTAND_RECIPES
+
+        names = ", ".join((*NAMES, *GENERATE_RECIPES, *UNDERSTAND_RECIPES))
+        raise ValueError(f"--recipe must be one of {names}, or a .json or .yaml file; got {name!r}")
     return get_recipe(name or "demo")
 
 

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -69,15 +69,10 @@ def encode_tokens(recipe: GenerateRecipe, model: OpenVision3, progress: bool = F
     cache = None if recipe.token_cache is None else TokenCache(recipe, model, shards)
     if cache is not None and cache.is_complete():
         return cache.load()
-    part = _encode_part(recipe, model, shards, cache, progress, ranks)
-    moments = part.moments
+    part, moments = _encode_part(recipe, model, shards, cache, progress, ranks)
     moments.all_reduce(ranks.control)
-    parts = ranks.gather(part.without_moments())
+    parts = ranks.gather(part)
     names = [name for one in parts for name in one.names]
-    if recipe.condition == "class" and not all(names):
-        raise DataError(
-            f"generate: {names.count('')} of {len(names)} samples have no {recipe.class_field!r} in their metadata (class_field)"
-        )
     about = {
         "images": str(moments.count),
         "image_size": str(model.config.vision.image_size),
@@ -85,7 +80,8 @@ def encode_tokens(recipe: GenerateRecipe, model: OpenVision3, progress: bool = F
     }
     statistics = LatentStatistics(moments.mean, moments.var, about | {"preprocess": PREPROCESS})
     classes = sorted(set(names)) if recipe.condition == "class" else []
-    labels = torch.tensor([classes.index(name) for name in names]) if classes else torch.zeros(len(names), dtype=torch.int64)
+    label_of = {name: label for label, name in enumerate(classes)}
+    labels = torch.tensor([label_of[name] for name in names] if classes else [0] * len(names))
     if cache is not None:
         if ranks.first:
             samples = torch.tensor([number for one in parts for number in one.numbers])
@@ -117,28 +113,28 @@ class _Part:
     mirrored: list[Tensor]
     texts: list[Tensor]
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
-    moments: Any
-
-    def without_moments(self) -> _Part:
-        return _Part(self.numbers, self.names, self.latents, self.mirrored, self.texts, self.shapes, None)
 
 
 @torch.inference_mode()
 def _encode_part(
     recipe: GenerateRecipe, model: OpenVision3, shards: ShardDataset, cache: TokenCache | None, progress: bool, ranks: Ranks
-) -> _Part:
-    part = _Part([], [], [], [], [], ((), ()), ElementMoments())
+) -> tuple[_Part, ElementMoments]:
+    part, moments = _Part([], [], [], [], [], ((), ())), ElementMoments()
     own = range(len(shards) * ranks.rank // ranks.world, len(shards) * (ranks.rank + 1) // ranks.world)
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("encode", total=len(own))
         for numbers, pictures in _chunks(shards, own, model.config.vision.image_size):
+            names = pictures.column(recipe.class_field)
+            if recipe.condition == "class" and not all(names):
+                key = pictures.keys[names.index("")]
+                raise DataError(f"generate: sample {key} has no {recipe.class_field!r} in its metadata (class_field)")
             views = (pictures.images, pictures.images.flip(-1)) if recipe.flip else (pictures.images,)
             latents = [as_latents(model.encode(to_model_range(view))[1].float().cpu()) for view in views]
             for view in latents:
-                part.moments.add(view)
+                moments.add(view)
             texts = text_tokens(model, pictures.texts()) if recipe.condition == "text" else None
             part.numbers += numbers
-            part.names += pictures.column(recipe.class_field)
+            part.names += names
             part.shapes = tuple(latents[0].shape[1:]), () if texts is None else tuple(texts.shape[1:])
             if cache is not None:
                 cache.write(numbers, latents, texts)
@@ -147,7 +143,7 @@ def _encode_part(
                 part.mirrored += latents[1:]
                 part.texts += [] if texts is None else [texts]
             bar.advance(task, len(numbers))
-    return part
+    return part, moments
 
 
 def _chunks(shards: ShardDataset, numbers: range, size: int) -> Iterator[tuple[list[int], Pictures]]:
@@ -171,7 +167,8 @@ class TokenCache:
         facts = {
             "shards": [shard.stamp() for shard in shards.shards],
             "model": weights_hash(model),
-            "recipe": {name: value for name, value in asdict(recipe).items() if name in ("flip", "condition", "class_field")},
+            "vae": weights_hash(model.get_vae()),  # not among the model's own weights
+            "recipe": {"flip": recipe.flip, "condition": recipe.condition, "class_field": recipe.class_field},
             "image_size": model.config.vision.image_size,
             "preprocess": PREPROCESS,
         }

@@ -267,6 +267,10 @@ def test_tokens_in_a_folder(monkeypatch, recipe, tmp_path, condition):
         assert torch.equal(conditions, expected_conditions if condition == "class" else expected_conditions.bfloat16().float())
     with pytest.raises(ValueError, match="token_cache .* holds tokens of another model or other data"):
         training.encode_tokens(dataclasses.replace(cached, data=recipe.heldout), model)
+    with torch.inference_mode():  # in which it was loaded
+        next(model.get_vae().parameters()).add_(1)
+    with pytest.raises(ValueError, match="holds tokens of another model"):
+        training.encode_tokens(cached, model)
 
 
 @pytest.mark.full

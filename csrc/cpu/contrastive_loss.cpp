@@ -7,6 +7,7 @@
 // G is stored in the features' dtype. If features are alike, G y largely cancels, but the bfloat16 rounding errors e_ij of G, weighted by |y_j|,
 // would not. So the sums sum_j e_ij |y_j| are kept in float and added back along the mean of the unit rows; the remaining error is weighted
 // only by the difference between y_j / |y_j| and that mean.
+#include <numeric>
 #include <type_traits>
 
 #include "export.h"
@@ -20,7 +21,7 @@ constexpr double SMALLEST_NORM = 1e-12;
 constexpr int64_t SEGMENT = 128;                                                 // panels accumulated in one chain
 constexpr int64_t SHORT = 4;                                                     // rows accumulated in one chain of a column's sum
 constexpr int64_t MAX_STRIPS = 64;                                               // strips of rows, each with its own column maxima and sums
-constexpr int64_t TILE = 4 * NR;                                                 // columns per task of the backward
+constexpr int64_t TILE = 4 * NR;                                                 // most columns per task of the backward
 constexpr int64_t BLOCK_WORDS = 1 << 17;                                         // words of A that fit in the L2 cache
 template <class T>
 constexpr int64_t CHUNK = sizeof(T) == 2 ? 384 : 144;                           // rows of gradients at a time
@@ -80,13 +81,17 @@ void take_norms(const T* x, int64_t stride, int64_t R, int64_t D, Norms& out, in
     });
 }
 
+template <class By>
+inline void divide(float* x, int64_t n, const By& by) {
+    for_vectors(n, [&](int64_t i, int lanes) { store(x + i, load(x + i, lanes) / by(i, lanes), lanes); });
+}
+
 // Packs one panel of rows, as unit rows if words are floats.
 template <class T>
 void pack_units(const Matrix<T>& source, int64_t i0, int count, int64_t K, int width, const float* norm, word_t<T>* dst) {
     pack_panel<T>(source, i0, count, 0, K, width, dst);
     if constexpr (PACKS_UNITS<T>)
-        for (int64_t w = 0; w < words_of<T>(K); w++)
-            for (int i = 0; i < count; i++) dst[w * width + i] /= norm[i];
+        for (int64_t w = 0; w < K; w++) divide(dst + w * width, count, [&](int64_t i, int lanes) { return load(norm + i, lanes); });
 }
 // As a panel of A.
 template <class T>
@@ -106,8 +111,7 @@ template <class T>
 void pack_unit_columns(const Matrix<T>& source, int64_t i0, int count, int64_t K, int width, const float* norm, word_t<T>* dst) {
     pack_panel<T>(source, i0, count, 0, K, width, dst);
     if constexpr (PACKS_UNITS<T>)
-        for (int64_t k = 0; k < K; k++)
-            for (int i = 0; i < width; i++) dst[k * width + i] /= norm[k];
+        for (int64_t k = 0; k < K; k++) divide(dst + k * width, width, [&](int64_t, int) { return splat(norm[k]); });
 }
 
 // --- forward -----------------------------------------------------------------------------------------------------------------------
@@ -281,6 +285,50 @@ void contrastive_loss_forward(
 }
 OV3_EXPORT(contrastive_loss_forward)
 
+namespace {
+
+// x [R, D] with a row stride -> out, dense and of another dtype.
+template <class T, class Out>
+void convert(const T* x, int64_t stride, Out* out, int64_t R, int64_t D, int threads) {
+    parallel(ceil_div(R, 16), threads, [&](int64_t task, int) {
+        for (int64_t r = task * 16; r < std::min(R, (task + 1) * 16); r++)
+            for_vectors(D, [&](int64_t d, int lanes) { store(out + r * D + d, load(x + r * stride + d, lanes), lanes); });
+    });
+}
+
+}  // namespace
+
+// All N pairs, with the loss: rows, columns [2, N] (max, log-sum), empty for sigmoid. wide: computes with float features.
+template <class T>
+void contrastive_loss_alone_forward(
+    const T* x, int64_t x_stride, const T* y, int64_t y_stride, const float* scale, const float* bias, bool sigmoid, bool wide, float* rows,
+    float* columns, float* loss, int64_t N, int64_t D, int threads
+) {
+    if constexpr (!std::is_same<T, float>::value)
+        if (wide) {
+            Buffer<float> wide_x(N * D), wide_y(N * D);
+            convert(x, x_stride, wide_x.data(), N, D, threads);
+            convert(y, y_stride, wide_y.data(), N, D, threads);
+            return contrastive_loss_alone_forward<float>(
+                wide_x, D, wide_y, D, scale, bias, sigmoid, wide, rows, columns, loss, N, D, threads
+            );
+        }
+    Buffer<float> own(N), losses(N);
+    contrastive_loss_forward(
+        x, x_stride, y, y_stride, scale, bias, sigmoid, 0, sigmoid ? losses.data() : rows, columns, own.data(), N, N, D, threads
+    );
+    double total = 0.0;
+    for (int64_t i = 0; i < N; i++) {
+        if (!sigmoid) {
+            columns[N + i] = std::log(columns[N + i]);
+            losses[i] = ((rows[i] - own[i] + rows[N + i]) + (columns[i] - own[i]) + columns[N + i]) / 2;
+        }
+        total += losses[i];
+    }
+    *loss = float(total / double(N));
+}
+OV3_EXPORT(contrastive_loss_alone_forward)
+
 // --- backward ----------------------------------------------------------------------------------------------------------------------
 
 namespace {
@@ -403,7 +451,11 @@ struct Backward {
     int64_t n, N, D;
     int threads;
 
-    const int64_t words_d = words_of<T>(D), words_n = words_of<T>(N), words_r = words_of<T>(R), tiles = ceil_div(N, TILE);
+    const int64_t words_d = words_of<T>(D), words_n = words_of<T>(N), words_r = words_of<T>(R);
+    // With few columns, smaller tasks, to balance the threads. Whole panels of B, and whole words where they are packed as panels of A.
+    static constexpr int64_t LEAST = std::lcm<int64_t>(NR, Word<T>::ks * Word<T>::whole);
+    static_assert(TILE % LEAST == 0);
+    const int64_t tile_columns = std::clamp(round_up(ceil_div(N, 4), LEAST), LEAST, TILE), tiles = ceil_div(N, tile_columns);
     const int64_t block = std::min(R, std::max<int64_t>(MR, A_BLOCK_WORDS / std::max<int64_t>(1, words_d) / MR * MR));
     Packed<T> by_width{D, N};                                                  // y for the logits
     Packed<T> by_pair{grad_x ? N : 0, D};                                      // y for the gradient of x
@@ -419,7 +471,7 @@ struct Backward {
     // Per thread:
     Buffer<float> products{threads * block * NR};
     Buffer<T> tile_of_g{threads * R * TILE};
-    Buffer<word_t<T>> tile_columns{grad_y ? threads * TILE * words_r : 0};
+    Buffer<word_t<T>> packed_tile{grad_y ? threads * TILE * words_r : 0};
 
     void run(const Columns& columns, double* grad_scale, double* grad_bias) {
         pack_units<T>({y, y_stride, 1}, by_width, y_norms.norm, threads);
@@ -474,7 +526,7 @@ struct Backward {
         T* g = tile_of_g + thread * R * TILE;
         float* c = products + thread * block * NR;
         float* errors = row_error + tile * R;
-        const int64_t j0 = tile * TILE, here = std::min(TILE, N - j0), panel = j0 / NR;
+        const int64_t j0 = tile * tile_columns, here = std::min(tile_columns, N - j0), panel = j0 / NR;
         std::fill(errors, errors + count, 0.0f);
         for (int64_t i = 0; i < count; i += block)
             for (int64_t p = panel; p < panel + ceil_div(here, NR); p++) {
@@ -499,7 +551,7 @@ struct Backward {
             const auto row = [&](int64_t i) -> const T* { return g + i * TILE; };
             pack_rows<T>(row, 0, count, 0, here, words_n, gradients + j0 / Word<T>::ks * MR);
         }
-        if (grad_y) add_to_columns(i0, count, j0, here, g, tile_columns + thread * TILE * words_r);
+        if (grad_y) add_to_columns(i0, count, j0, here, g, packed_tile + thread * TILE * words_r);
     }
 
     void add_to_columns(int64_t i0, int64_t count, int64_t j0, int64_t here, const T* g, word_t<T>* packed) {
@@ -587,3 +639,36 @@ void contrastive_loss_project(const float* grad, const T* x, int64_t x_stride, T
     });
 }
 OV3_EXPORT(contrastive_loss_project)
+
+// The gradients of contrastive_loss_alone_forward: r, c [2, N] as there -> grad_x, grad_y [N, D], each of which may be null; grad_scale,
+// grad_bias scalars.
+template <class T>
+void contrastive_loss_alone_backward(
+    const float* grad_loss, const T* x, int64_t x_stride, const T* y, int64_t y_stride, const float* scale, const float* bias, bool sigmoid,
+    bool wide, const float* r, const float* c, T* grad_x, T* grad_y, float* grad_scale, float* grad_bias, int64_t N, int64_t D, int threads
+) {
+    if constexpr (!std::is_same<T, float>::value)
+        if (wide) {
+            Buffer<float> wide_x(N * D), wide_y(N * D), wide_grad_x(grad_x ? N * D : 0), wide_grad_y(grad_y ? N * D : 0);
+            convert(x, x_stride, wide_x.data(), N, D, threads);
+            convert(y, y_stride, wide_y.data(), N, D, threads);
+            contrastive_loss_alone_backward<float>(
+                grad_loss, wide_x, D, wide_y, D, scale, bias, sigmoid, wide, r, c, grad_x ? wide_grad_x.data() : nullptr,
+                grad_y ? wide_grad_y.data() : nullptr, grad_scale, grad_bias, N, D, threads
+            );
+            if (grad_x) convert(wide_grad_x.data(), D, grad_x, N, D, threads);
+            if (grad_y) convert(wide_grad_y.data(), D, grad_y, N, D, threads);
+            return;
+        }
+    const float weight = *grad_loss * float(1.0 / double(N));
+    Buffer<float> weights(N), for_fixed_norms(grad_y ? N * D : 0);
+    std::fill(weights.data(), weights + N, weight);
+    double by_scale, by_bias;
+    contrastive_loss_backward(
+        x, x_stride, y, y_stride, scale, bias, sigmoid, 0, r, c, c + N, &weight, weights.data(), grad_x,
+        grad_y ? for_fixed_norms.data() : nullptr, &by_scale, &by_bias, N, N, D, threads
+    );
+    *grad_scale = float(by_scale), *grad_bias = float(by_bias);
+    if (grad_y) contrastive_loss_project(for_fixed_norms.data(), y, y_stride, grad_y, N, D, threads);
+}
+OV3_EXPORT(contrastive_loss_alone_backward)

@@ -15,6 +15,7 @@ namespace {
 template <class T>
 constexpr int64_t CHUNK = sizeof(T) == 2 ? 528 : 384;  // tokens at a time, for which V * CHUNK elements are kept
 constexpr int64_t TILE = 192;                          // most classes per task
+constexpr int64_t L2_WORDS = 1 << 18;
 
 template <class T>
 struct Head {
@@ -34,14 +35,15 @@ struct Head {
     int threads;
 
     // With few classes, smaller tasks, to balance the threads.
-    const int64_t tile_classes = std::clamp<int64_t>(round_up(ceil_div(V, 16), NR), NR, TILE);
+    const int64_t tile_classes = std::clamp<int64_t>(round_up(ceil_div(V, 32), ROWS), ROWS, TILE);
     const int64_t words_d = words_of<T>(D), words_r = words_of<T>(R), tiles = ceil_div(V, tile_classes), wide = round_up(R, NR);
     const int64_t panels_d = ceil_div(D, NR), room = std::min(R, round_up(std::max<int64_t>(count, 1), NR));
     Buffer<T> rows{room * D};                                             // chunk of h
     Buffer<word_t<T>> by_width{words_d * wide};                           // chunk of h for the logits
     Buffer<word_t<T>> by_token{grad_w ? words_r * round_up(D, VL) : 0};   // chunk of h for the gradient of w
     Buffer<T> kept{gradients ? V * room : 0};                             // [V][room]
-    Buffer<uint8_t> lower{NARROW && grad_w ? V * D : 0};                  // lower bits of grad_w
+    const bool in_parts = NARROW && count > R;                            // grad_w is summed over chunks
+    Buffer<uint8_t> lower{grad_w && in_parts ? V * D : 0};                // lower bits of grad_w
     Buffer<float> grad_rows{grad_h ? room * D : 0};
     Buffer<float> tile_m{tiles * wide}, tile_l{tiles * wide};              // per tile: maximum, and sum of exponentials relative to it
     Buffer<float> own{wide}, upstream{wide}, top{wide}, log_sum{wide};
@@ -50,27 +52,34 @@ struct Head {
     Buffer<word_t<T>> a_tokens{grad_w ? threads * TILE * words_r : 0};
     Buffer<float> products{threads * TILE * NR};
     static constexpr int64_t PIECE = CHAIN<word_t<T>> < 256 ? CHAIN<word_t<T>> : 256;
-    Buffer<word_t<T>> a_classes{grad_h ? round_up(room, MR) * PIECE : 0};
-    Buffer<word_t<T>> b_classes{grad_h ? PIECE * round_up(D, VL) : 0};
+    // Words of classes at a time in the gradient of h: all of them where they fit in the L2 cache.
+    const int64_t all_classes = words_of<T>(V), rows_of_piece = round_up(room, MR) + round_up(D, VL);
+    const int64_t piece = all_classes * rows_of_piece <= L2_WORDS ? std::max(all_classes, PIECE) : PIECE;
+    Buffer<word_t<T>> a_classes{grad_h ? round_up(room, MR) * piece : 0};
+    Buffer<word_t<T>> b_classes{grad_h ? piece * round_up(D, VL) : 0};
 
     int width(int64_t panel) const { return int(std::min<int64_t>(NR, round_up(D - panel * NR, VL))); }
     int columns_of(int64_t panel) const { return int(std::min<int64_t>(NR, D - panel * NR)); }
 
     void take_chunk(int64_t t0, int64_t here) {
-        const int64_t panels = ceil_div(here, NR);
-        parallel(ceil_div(here, 16), threads, [&](int64_t task, int) {
-            for (int64_t t = task * 16; t < std::min(here, (task + 1) * 16); t++) {
-                const T* row = h + tokens[t0 + t] * h_stride;
-                std::copy(row, row + D, rows + t * D);
-            }
-        });
+        const int64_t panels = ceil_div(here, NR), first = tokens[t0];
+        const bool in_place = tokens[t0 + here - 1] - first == here - 1;
+        const T* chunk = in_place ? h + first * h_stride : rows;
+        const int64_t stride = in_place ? h_stride : D;
+        if (!in_place)
+            parallel(ceil_div(here, 16), threads, [&](int64_t task, int) {
+                for (int64_t t = task * 16; t < std::min(here, (task + 1) * 16); t++) {
+                    const T* row = h + tokens[t0 + t] * h_stride;
+                    std::copy(row, row + D, rows + t * D);
+                }
+            });
         parallel(panels + (grad_w ? panels_d : 0), threads, [&](int64_t p, int) {
             if (p < panels) {
                 const int64_t n = std::min<int64_t>(NR, here - p * NR);
-                pack_panel<T>({rows, D, 1}, p * NR, int(n), 0, D, int(round_up(n, VL)), by_width + p * NR * words_d);
+                pack_panel<T>({chunk, stride, 1}, p * NR, int(n), 0, D, int(round_up(n, VL)), by_width + p * NR * words_d);
             } else {
                 p -= panels;
-                pack_panel<T>({rows, 1, D}, p * NR, columns_of(p), 0, here, width(p), by_token + p * NR * words_r);
+                pack_panel<T>({chunk, 1, stride}, p * NR, columns_of(p), 0, here, width(p), by_token + p * NR * words_r);
             }
         });
     }
@@ -119,14 +128,23 @@ struct Head {
     }
 
     void log_sums(int64_t t0, int64_t here, float* nll, float* lse, int64_t lse_stride) {
-        for (int64_t t = 0; t < here; t++) {
-            Lse all;
-            for (int64_t tile = 0; tile < tiles; tile++) all.add(tile_m[tile * wide + t], tile_l[tile * wide + t]);
-            const int64_t at = tokens[t0 + t];
-            top[t] = all.m_i, log_sum[t] = float(std::log(all.l_i));
-            nll[at] = (top[t] - own[t]) + log_sum[t];
-            if (lse) lse[at] = top[t], lse[lse_stride + at] = log_sum[t];
-        }
+        parallel(ceil_div(here, NR), threads, [&](int64_t task, int) {
+            for (int64_t t = task * NR; t < std::min(here, (task + 1) * NR); t += VL) {
+                vf highest = splat(LOWEST);
+                for (int64_t tile = 0; tile < tiles; tile++) highest = max(highest, load(tile_m + tile * wide + t));
+                vd sums = {};
+                for (int64_t tile = 0; tile < tiles; tile++) {
+                    const vf scale = exp_below(load(tile_m + tile * wide + t) - highest);
+                    sums += __builtin_convertvector(load(tile_l + tile * wide + t), vd) * __builtin_convertvector(scale, vd);
+                }
+                for (int64_t i = t; i < std::min(here, t + VL); i++) {
+                    const int64_t at = tokens[t0 + i];
+                    top[i] = highest[i - t], log_sum[i] = float(std::log(sums[i - t]));
+                    nll[at] = (top[i] - own[i]) + log_sum[i];
+                    if (lse) lse[at] = top[i], lse[lse_stride + at] = log_sum[i];
+                }
+            }
+        });
     }
 
     // kept: exponentials -> gradients, for an upstream gradient common to all tokens.
@@ -177,7 +195,7 @@ struct Head {
                 else block_into<T>(words, from, words, b, width(p), n, columns_of(p), grad_w + at, D, t0 > 0);
             }
         if constexpr (NARROW)
-            if (t0 + here == count)
+            if (in_parts && t0 + here == count)
                 for_vectors(classes * D, [&](int64_t i, int lanes) {
                     store(grad_w + v0 * D + i, join(grad_w + v0 * D + i, lower + v0 * D + i, lanes), lanes);
                 });
@@ -218,18 +236,19 @@ struct Head {
             for_vectors(columns, [&](int64_t j, int lanes) {
                 const int64_t at = i * D + j;
                 const vf x = load(c + i * NR + j, lanes);
+                if (!in_parts) return store(up + at, x, lanes);
                 part(accumulate ? join(up + at, low + at, lanes) + x : x, up + at, low + at, lanes);
             });
     }
 
     // grad_rows = G^T w in blocks of classes, whose words all threads share.
     void multiply_rows(int64_t here) {
-        constexpr int64_t CLASSES = PIECE * Word<T>::ks;
+        const int64_t most = piece * Word<T>::ks;
         constexpr int64_t STRIP = 64;  // tokens packed at a time: one or two cache lines of their row
         const int64_t groups = ceil_div(here, ROWS), halves = threads > 1 ? 2 : 1, parts = std::min<int64_t>(panels_d,
             2 * threads - (threads == 1)), strips = ceil_div(here, STRIP);
-        for (int64_t v = 0; v < V; v += CLASSES) {
-            const int64_t classes = std::min(CLASSES, V - v), words = words_of<T>(classes);
+        for (int64_t v = 0; v < V; v += most) {
+            const int64_t classes = std::min(most, V - v), words = words_of<T>(classes);
             parallel(strips + panels_d, threads, [&](int64_t task, int) {
                 if (task < strips) {
                     const int64_t t = task * STRIP;
@@ -323,13 +342,32 @@ void linear_cross_entropy_backward(
 }
 OV3_EXPORT(linear_cross_entropy_backward)
 
-// Forward and backward in one: nll [T], and the gradients of factor * sum(nll); count > 0.
+// Forward and backward in one: labels [T] that are in [0, V) or ignore_index -> the loss, the sum over those that count or their mean,
+// and its gradients grad_h [T, D] and grad_w [V, D], each of which may be null. valid: whether all labels are such; if not, nothing is written.
 template <class T>
 void linear_cross_entropy_total(
-    const T* h, int64_t h_stride, const T* w, int64_t w_stride, const int64_t* labels, const int64_t* tokens, double factor, float* nll,
-    T* grad_h, T* grad_w, int64_t count, int64_t V, int64_t D, int threads
+    const T* h, int64_t h_stride, const T* w, int64_t w_stride, const int64_t* labels, int64_t ignore_index, bool mean, float* loss,
+    T* grad_h, T* grad_w, int64_t* valid, int64_t rows, int64_t V, int64_t D, int threads
 ) {
-    Head<T> head{h, h_stride, w, w_stride, labels, tokens, count, V, D, grad_h || grad_w, grad_h, grad_w, threads};
-    head.forward(nll, nullptr, 0, float(factor));
+    Buffer<int64_t> tokens(rows);
+    int64_t count = 0;
+    *valid = true;
+    for (int64_t t = 0; t < rows; t++) {
+        if (labels[t] == ignore_index) continue;
+        if (labels[t] < 0 || labels[t] >= V) *valid = false;
+        tokens[count++] = t;
+    }
+    if (!*valid) return;
+    if (grad_h && count < rows) std::fill(grad_h, grad_h + rows * D, T());
+    if (grad_w && count == 0) std::fill(grad_w, grad_w + V * D, T());
+    const double factor = mean ? 1.0 / double(std::max<int64_t>(count, 1)) : 1.0;
+    Buffer<float> nll(rows);
+    if (count > 0) {
+        Head<T> head{h, h_stride, w, w_stride, labels, tokens, count, V, D, grad_h || grad_w, grad_h, grad_w, threads};
+        head.forward(nll, nullptr, 0, float(factor));
+    }
+    double total = 0.0;
+    for (int64_t i = 0; i < count; i++) total += nll[tokens[i]];
+    *loss = float(total * factor);
 }
 OV3_EXPORT(linear_cross_entropy_total)

@@ -78,7 +78,10 @@ struct Lse {
 
     void add(float other, double sum) {
         const float m_new = m_i < other ? other : m_i;
-        l_i = l_i * std::exp(double(m_i) - m_new) + sum * std::exp(double(other) - m_new);
+        // exp(0) = 1, which one of the two mostly is.
+        if (m_i != m_new) l_i *= std::exp(double(m_i) - m_new);
+        if (other != m_new) sum *= std::exp(double(other) - m_new);
+        l_i += sum;
         m_i = m_new;
     }
     void add(vf other, vf sums) {

@@ -151,6 +151,18 @@ def total(
     return nll.sum() * factor, *grads
 
 
+def inference_total(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, mean: bool, *needs: bool
+) -> tuple[Tensor, ...]:
+    """The total where no backward follows."""
+    if not _is_one_tile(hidden, weight):
+        return total(hidden, weight, labels, ignore_index, mean, False, False)
+    return _total_by_autograd(hidden, weight, labels, ignore_index, mean)
+
+
+total.inference = inference_total  # type: ignore[attr-defined]
+
+
 def _total_of_tile(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, mean: bool, need_hidden: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,6 +25,7 @@ Source: CLIP, arXiv 2103.00020, figure 3; SigLIP, arXiv 2303.15343, equation 2; 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -313,6 +314,16 @@ _BACKWARD = cpu.Kernel(
     "float* c_max, float* c_log, float* row_weight, float* column_weight, T* grad_x, float* grad_y, double* grad_scale, "
     "double* grad_bias, int64_t n, int64_t N, int64_t D",
 )
+_FORWARD_ALONE = cpu.Kernel(
+    "contrastive_loss_alone_forward",
+    "T* x, int64_t x_stride, T* y, int64_t y_stride, float* scale, float* bias, int64_t sigmoid, int64_t wide, float* rows, "
+    "float* columns, float* loss, int64_t N, int64_t D",
+)
+_BACKWARD_ALONE = cpu.Kernel(
+    "contrastive_loss_alone_backward",
+    "float* grad_loss, T* x, int64_t x_stride, T* y, int64_t y_stride, float* scale, float* bias, int64_t sigmoid, "
+    "int64_t wide, float* r, float* c, T* grad_x, T* grad_y, float* grad_scale, float* grad_bias, int64_t N, int64_t D",
+)
 _PROJECT = cpu.Kernel(
     "contrastive_loss_project",
     "float* grad, T* x, int64_t x_stride, T* out, int64_t R, int64_t D",
@@ -370,9 +381,74 @@ def _project_cpu(grad: Tensor, x: Tensor) -> Tensor:
     return out
 
 
+_forward_over_ranks, _backward_over_ranks = over_ranks(_forward_rows_cpu, _backward_rows_cpu, _project_cpu)
+
+
+# All pairs here: one kernel for each direction, since small calls are bound by host time.
+
+
+def _forward_alone(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: str) -> tuple[Tensor, ...]:
+    image, text, softmax = cpu.rows(image), cpu.rows(text), kind == "softmax"
+    loss = cpu.empty(image, (), dtype=torch.float32)
+    rows, columns = (cpu.empty(loss, (2, len(text) if softmax else 0)) for _ in range(2))
+    _FORWARD_ALONE(
+        image.dtype, image, image.stride(0), text, text.stride(0), cpu.wide(scale), cpu.wide(bias), not softmax, len(text) <= FEW,
+        rows, columns, loss, *text.shape,
+    )  # fmt: skip
+    return loss, rows, columns
+
+
+def _backward_alone(
+    grad_loss: Tensor, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, r: Tensor, c: Tensor, kind: str,
+    need_image: bool, need_text: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    image, text = cpu.rows(image), cpu.rows(text)
+    grads = cpu.empty_like(image, need_image), cpu.empty_like(text, need_text)
+    grad_scale, grad_bias = (cpu.empty(image, (), dtype=torch.float32) for _ in range(2))
+    _BACKWARD_ALONE(
+        image.dtype, cpu.wide(grad_loss), image, image.stride(0), text, text.stride(0), cpu.wide(scale), cpu.wide(bias),
+        kind != "softmax", len(text) <= FEW, cpu.wide(r), cpu.wide(c), *map(cpu.pointer, grads, (need_image, need_text)),
+        grad_scale, grad_bias, *text.shape,
+    )  # fmt: skip
+    return *grads, grad_scale.to(scale.dtype), grad_bias.to(scale.dtype if bias is None else bias.dtype)
+
+
+def _forward_cpu(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: str, group: str, exchange: str
+) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...]
+    if group:
+        found = _forward_over_ranks(image, text, scale, bias, kind, group, exchange)
+        return found
+    views = [_forward_alone(view, text, scale, bias, kind) for view in split_views(image, image)]
+    found = tuple(join_views(image, parts) for parts in zip(*views, strict=True))
+    return *found, cpu.empty(image, (0,), dtype=torch.int64)
+
+
+def _backward_cpu(
+    grad_loss: Tensor, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, r: Tensor, c: Tensor, sizes: Tensor,
+    kind: str, group: str, exchange: str, need_image: bool, need_text: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    if group:
+        found: tuple[Tensor, ...] = _backward_over_ranks(
+            grad_loss, image, text, scale, bias, r, c, sizes, kind, group, exchange, need_image, need_text
+        )
+        return found
+    by_view = zip(*(split_views(image, x) for x in (grad_loss, image, r, c)), strict=True)
+    views = [
+        _backward_alone(g, view, text, scale, bias, r_v, c_v, kind, need_image, need_text) for g, view, r_v, c_v in by_view
+    ]
+    grad_images, *others = zip(*views, strict=True)
+    return (
+        join_views(image, grad_images) if need_image else grad_images[0],
+        *(functools.reduce(torch.add, grads) for grads in others),
+    )
+
+
 cpu.register(
     "contrastive_loss",
-    *over_ranks(_forward_rows_cpu, _backward_rows_cpu, _project_cpu),
+    _forward_cpu,
+    _backward_cpu,
     operands=("image", "text"),
     **_choice.by_evidence("contrastive_loss", "pairs, width", lambda image, text: (image, None, tuple(text.shape))),
 )

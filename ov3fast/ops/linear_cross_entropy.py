@@ -23,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._contracts import check_labels
 from . import _check, _choice, _dispatch, _flops, _operator, cpu
 from . import _cross_entropy_eager as eager
 from ._calls import Call, Draw
-from ._labels import count_labels, mean_factor
+from ._labels import count_labels
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -223,8 +224,8 @@ _BACKWARD = cpu.Kernel(
 )
 _TOTAL = cpu.Kernel(
     "linear_cross_entropy_total",
-    "T* h, int64_t h_stride, T* w, int64_t w_stride, int64_t* labels, int64_t* tokens, double factor, float* nll, T* grad_h, "
-    "T* grad_w, int64_t count, int64_t V, int64_t D",
+    "T* h, int64_t h_stride, T* w, int64_t w_stride, int64_t* labels, int64_t ignore_index, int64_t mean, float* loss, T* grad_h, "
+    "T* grad_w, int64_t* valid, int64_t rows, int64_t V, int64_t D",
 )
 
 
@@ -270,16 +271,16 @@ def _backward_cpu(
 def _total_cpu(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, mean: bool, need_hidden: bool, need_weight: bool
 ) -> tuple[Tensor, ...]:
-    operands, tokens = _operands(hidden, weight, labels, ignore_index)
-    factor = mean_factor(len(tokens)) if mean else 1.0
-    nll = (torch.empty if len(tokens) == len(labels) else torch.zeros)(labels.shape, dtype=torch.float32)
-    grad_hidden, grad_weight = _gradients(hidden, weight, tokens, need_hidden, need_weight)
-    if len(tokens):
-        _TOTAL(
-            hidden.dtype, *operands, tokens, factor, nll,
-            cpu.pointer(grad_hidden, need_hidden), cpu.pointer(grad_weight, need_weight), len(tokens), *weight.shape,
-        )  # fmt: skip
-    return (nll.sum(dtype=torch.float64) * factor).float(), grad_hidden, grad_weight
+    hidden, weight = cpu.rows(hidden), cpu.rows(weight)
+    loss, valid = cpu.empty(hidden, (), dtype=torch.float32), torch.empty((), dtype=torch.int64)
+    grads = cpu.empty(hidden, hidden.shape, need_hidden), cpu.empty(weight, weight.shape, need_weight)
+    _TOTAL(
+        hidden.dtype, hidden, hidden.stride(0), weight, weight.stride(0), labels.contiguous(), ignore_index, mean, loss,
+        *map(cpu.pointer, grads, (need_hidden, need_weight)), valid, len(labels), *weight.shape,
+    )  # fmt: skip
+    if not valid:
+        check_labels(labels, len(weight), ignore_index)
+    return loss, *grads
 
 
 _evidence = {

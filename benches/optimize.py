@@ -4,7 +4,7 @@
     python -m benches.optimize --resume              # only the rows that the file lacks
     python -m benches.optimize --only clip,siglip --warm     # only compiles, to warm the caches for a later run
 
-Variants are interleaved in one process. int8's ratio is to the fastest of all others in bfloat16. OpenVINO runs in the row's dtype, onnxruntime in float32
+Variants are interleaved in one process; ratio_quartiles are of the ratios round by round, in which the machine's drift cancels. int8's ratio is to the fastest of all others in bfloat16. OpenVINO runs in the row's dtype, onnxruntime in float32
 alone (its CPU kernels have no bfloat16). timm needs the environment of `make test-doors`.
 """
 
@@ -50,6 +50,8 @@ HEAD = (
     *(f"{peer}_ms" for peer in PEERS),
     "best_peer",
     "ratio",
+    "ratio_quartiles",
+    "rounds",
     "chip",
     "threads",
     "versions",
@@ -238,17 +240,11 @@ def rows(name: str, given: argparse.Namespace) -> Iterable[dict[str, Any]]:
             made = variants(model, getattr(torch, word), batch, wanted(given))
             if given.warm:
                 continue
-            taken = {
-                key: statistics.median(value)
-                for key, value in timing.interleaved(made, given.seconds, least=given.least, pause=PAUSE).items()
-            }
+            taken = timing.interleaved(made, given.seconds, least=given.least, pause=PAUSE)
         peers = {key: taken[key] for key in PEERS if key in taken}
-        best = min(peers, key=peers.__getitem__)
-        yield _row(label, batch, word, taken["ours"], peers, best, peers[best] / taken["ours"])
+        yield _row(label, batch, word, taken["ours"], peers)
         if "int8" in taken:
-            others = {**peers, "ours": taken["ours"]}
-            best = min(others, key=others.__getitem__)
-            yield _row(label, batch, "int8", taken["int8"], {}, f"{best}, bfloat16", others[best] / taken["int8"])
+            yield _row(label, batch, "int8", taken["int8"], {**peers, "ours": taken["ours"]})
 
 
 def wanted(given: argparse.Namespace) -> set[str]:
@@ -257,16 +253,24 @@ def wanted(given: argparse.Namespace) -> set[str]:
     return {peer for peer in asked if peer in ("eager", "compile") or importlib.util.find_spec(peer) is not None}
 
 
-def _row(label: str, batch: int, dtype: str, ours: float, peers: dict[str, float], best: str, ratio: float) -> dict[str, Any]:
-    def ms(value: float | None) -> str:
-        return "" if value is None else f"{value * 1e3:.1f}"
-
+def _row(label: str, batch: int, dtype: str, ours: list[float], others: dict[str, list[float]]) -> dict[str, Any]:
+    """ours, others: seconds, round by round. The peers of int8 ran in bfloat16 and have a row of their own."""
+    median = {name: statistics.median(seconds) for name, seconds in others.items()}
+    best = min(median, key=median.__getitem__)
+    ratios = timing.quartiles([theirs / mine for theirs, mine in zip(others[best], ours, strict=True)])
+    peers = {} if dtype == "int8" else median
     names = [name for name in ("openvino", "onnxruntime") if name in peers]
     versions = [f"torch {torch.__version__}", *(f"{name} {importlib.metadata.version(name)}" for name in names)]
+
+    def ms(seconds: float | None) -> str:
+        return "" if seconds is None else f"{seconds * 1e3:.1f}"
+
     return {
-        "model": label, "batch": batch, "dtype": dtype, "ours_ms": ms(ours), **{f"{peer}_ms": ms(peers.get(peer)) for peer in PEERS},
-        "best_peer": best, "ratio": f"{ratio:.2f}", "chip": timing.machine()["cpu"], "threads": torch.get_num_threads(),
-        "versions": ", ".join(versions),
+        "model": label, "batch": batch, "dtype": dtype, "ours_ms": ms(statistics.median(ours)),
+        **{f"{peer}_ms": ms(peers.get(peer)) for peer in PEERS},
+        "best_peer": f"{best}, bfloat16" if dtype == "int8" else best, "ratio": f"{median[best] / statistics.median(ours):.2f}",
+        "ratio_quartiles": f"{ratios[0]:.2f} to {ratios[2]:.2f}", "rounds": len(ours), "chip": timing.machine()["cpu"],
+        "threads": torch.get_num_threads(), "versions": ", ".join(versions),
     }  # fmt: skip
 
 
@@ -306,7 +310,7 @@ def main() -> None:
         try:
             for row in rows(name, given):
                 write([row])
-                print(*(f"{row[key]}" for key in HEAD[:10]), sep=", ", flush=True)
+                print(*(f"{row[key]}" for key in HEAD[:12]), sep=", ", flush=True)
         except ImportError as missing:
             print(f"{name}: skipped, {missing}")
         print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -47,24 +48,33 @@ def pictures(folder: Path, count: int, side: int) -> list[Path]:
 
 
 def rates(model, files: list[Path], seconds: float) -> tuple[float, float]:
-    """Images/s of the model alone, in batches of 32, and of encode over the files; the best of two rounds each."""
+    """Images/s of the model alone, in batches of 32, and of encode over the files: medians of short rounds of both in turn, so that the machine's drift
+    reaches both alike."""
     size = model.encoder.config.image_size
     batch = torch.rand(32, 3, size, size) * 2 - 1
-    own = through = 0.0
-    with torch.inference_mode():
-        for _ in range(2):
-            began, done = time.perf_counter(), 0
-            while time.perf_counter() - began < seconds / 4:
-                with batch_invariant(model):
-                    model.encode(batch)
-                done += len(batch)
-            own = max(own, done / (time.perf_counter() - began))
-            # As many files as fill the remaining time, in full batches.
-            count = max(32, min(len(files), int(own * seconds / 4) // 32 * 32))
-            began = time.perf_counter()
-            encode(model, files[:count], tokens=False)
-            through = max(through, count / (time.perf_counter() - began))
-    return own, through
+
+    def alone(count: int) -> None:
+        with torch.inference_mode(), batch_invariant(model):
+            for _ in range(count // len(batch)):
+                model.encode(batch)
+
+    def through(count: int) -> None:
+        encode(model, files[:count], tokens=False)
+
+    alone(64)
+    began = time.perf_counter()
+    alone(64)
+    # As many files as take two seconds, in full batches.
+    count = max(1, min(len(files), int(2 * 64 / (time.perf_counter() - began))) // 32) * 32
+    took: dict[Callable[[int], None], list[float]] = {alone: [], through: []}
+    began, number = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds or number < 4:
+        for run in (alone, through) if number % 2 else (through, alone):
+            start = time.perf_counter()
+            run(count)
+            took[run].append(time.perf_counter() - start)
+        number += 1
+    return count / statistics.median(took[alone]), count / statistics.median(took[through])
 
 
 def request(files: list[Path], port: int) -> bytes:
@@ -141,7 +151,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--images", type=int, default=4, help="images per request")
     parser.add_argument("--files", type=int, default=1024)
-    parser.add_argument("--seconds", type=float, default=15, help="length of each of the three measurements")
+    parser.add_argument(
+        "--seconds", type=float, default=15, help="length of each of the three measurements: rates, saturation, load"
+    )
     options = parser.parse_args()
     threads = torch.get_num_threads()
     model = load_model(options.model)

@@ -28,10 +28,21 @@ PINNED = (
     "scikit-image",
     "tyro",
     "rich",
+    "webdataset",
+    "wids",
+    "pyarrow",
+    "fastapi",
+    "uvicorn",
+    "python-multipart",
+    "prometheus_client",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
     "pytest",
     "hypothesis",
 )
-"""Pinned as in constraints.txt."""
+"""Pinned as in constraints.txt: what the tests of interop and the examples of its pages import."""
 TESTS = ("tests/interop", "tests/inference/test_optimize.py")
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_python": "gelu"}
-"""transformers' names for the activations of ops.mlp."""
+ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_python": "gelu", "quick_gelu": "quick_gelu"}
+"""transformers' names for the activations of ops.mlp, and for x sigmoid(1.702 x)."""
 
 Pair = tuple[Tensor, Tensor | None]
 """Weight and bias of a linear layer."""
@@ -33,7 +33,7 @@ class Block:
     fc2: Pair | None
     heads: int
     activation: str | None
-    """ops.mlp's name; None for another activation, which is then `act`."""
+    """ops.mlp's name, or "quick_gelu"; None for another activation, which is then `act`."""
     act: Any
     mlp: Any
     scale1: Tensor | None = None
@@ -130,6 +130,8 @@ def _of_ov3fast(block: Any) -> Block | None:
 
 
 def _gelu(act: Any) -> str | None:
+    if type(act).__name__ == "QuickGELU":
+        return "quick_gelu"
     if type(act) is nn.GELU or type(act).__name__ == "GELU":
         return "gelu_tanh" if getattr(act, "approximate", "none") == "tanh" else "gelu"
     return "gelu_tanh" if type(act).__name__ == "GELUTanh" else None

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 GELU = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 """ops.mlp's activations -> oneDNN's names for them."""
+SWISH = ("swish", "")
+"""x sigmoid(x)."""
+QUICK = 1.702
+"""s of the quick GELU x sigmoid(s x)."""
 NOTHING = ("none", "")
 
 Made = TypeVar("Made")

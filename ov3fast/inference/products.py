@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ov3fast import ops
-from ov3fast.inference.blocks import Block
+from ov3fast.inference.blocks import Block, Pair
 from ov3fast.inference.int8 import QuantizedLinear, QuantizedNorm, Range, evened, quantize_activation
-from ov3fast.inference.packed import GELU, PackedLinear
+from ov3fast.inference.packed import GELU, QUICK, SWISH, PackedLinear
 from ov3fast.models.transformer import EPS
 
 Norm = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -62,17 +62,17 @@ def plain(block: Block, packed_qkv: Callable[[], tuple[Tensor, Tensor | None]]) 
 
 
 def packed(block: Block, rows: int) -> Products:
-    """By oneDNN with weights packed for about `rows` rows; a branch's scale is folded into its last weights."""
+    """By oneDNN with weights packed for about `rows` rows; a branch's scale is folded into its last weights, a quick GELU's into both of the MLP's."""
     proj = PackedLinear(*_scaled_pair(block.proj, block.scale1), rows)
     mlp: Layer
     if block.fc1 is None or block.fc2 is None:
         mlp = lambda x: _scaled(block.mlp(x), block.scale2)  # noqa: E731
     else:
-        fc1 = PackedLinear(*block.fc1, rows, GELU[block.activation] if block.activation else ("none", ""))
-        fc2 = PackedLinear(*_scaled_pair(block.fc2, block.scale2), rows)
-        act = (lambda x: x) if block.activation else block.act
+        pair1, pair2, activation = _hidden(block, block.fc1, block.fc2)
+        fc1, fc2 = PackedLinear(*pair1, rows, activation or ("none", "")), PackedLinear(*pair2, rows)
+        act = (lambda x: x) if activation else block.act
         mlp = lambda x: fc2(act(fc1(x)))  # noqa: E731
-    return Products(_norm(block.norm1), PackedLinear(*stacked(block), rows), proj, _norm(block.norm2), mlp)
+    return Products(_wide_norm(block.norm1), PackedLinear(*stacked(block), rows), proj, _wide_norm(block.norm2), mlp)
 
 
 def observed(block: Block, ranges: Ranges) -> Products:
@@ -104,13 +104,14 @@ def quantized(block: Block, ranges: Ranges, dtype: torch.dtype) -> Products:
     proj = QuantizedLinear(*_scaled_pair(block.proj, block.scale1), ranges.proj.scale_and_zero(), dtype)
     if block.fc1 is None or block.fc2 is None:
         return Products(norm1, qkv, proj, _norm(block.norm2), lambda x: _scaled(block.mlp(x), block.scale2))
-    norm2, fc1 = _evened(block.norm2, block.fc1, ranges.fc1, dtype)
-    fc2 = QuantizedLinear(*_scaled_pair(block.fc2, block.scale2), ranges.fc2.scale_and_zero(), dtype)
+    pair1, pair2, activation = _hidden(block, block.fc1, block.fc2)
+    norm2, fc1 = _evened(block.norm2, pair1, ranges.fc1, dtype)
+    fc2 = QuantizedLinear(*pair2, ranges.fc2.scale_and_zero(1 / QUICK if activation == SWISH else 1.0), dtype)
 
     def mlp(x: Tensor) -> Tensor:
-        if block.activation is None:
+        if activation is None:
             return fc2(block.act(fc1(x)))
-        return fc2.product(fc1.product(quantize_activation(x, *fc1.input), fc2.input, GELU[block.activation]))
+        return fc2.product(fc1.product(quantize_activation(x, *fc1.input), fc2.input, activation))
 
     return Products(norm1, qkv, proj, norm2, mlp)
 
@@ -151,17 +152,40 @@ def _norm(module: Any) -> Norm:
     return norm
 
 
+def _wide_norm(module: Any) -> Norm:
+    """With parameters in float32, as the CPU kernel wants them: in another dtype they'd be converted in every call."""
+    weight, bias, eps = _parameters(module)
+    weight, bias = weight.detach().float(), None if bias is None else bias.detach().float()
+
+    def norm(x: Tensor, residual: Tensor | None) -> Any:
+        if residual is None:
+            return ops.layer_norm(x, weight, bias, eps), x
+        return ops.layer_norm(x, weight, bias, eps, residual=residual)
+
+    return norm
+
+
+def _hidden(block: Block, fc1: Pair, fc2: Pair) -> tuple[Pair, Pair, tuple[str, str] | None]:
+    """The MLP's two layers, and oneDNN's activation after the first, or None if it lacks the block's."""
+    fc2 = _scaled_pair(fc2, block.scale2)
+    if block.activation != "quick_gelu":
+        return fc1, fc2, GELU[block.activation] if block.activation else None
+    (weight1, bias1), (weight2, bias2) = fc1, fc2
+    # h sigmoid(s h) = swish(s h) / s
+    return (weight1 * QUICK, None if bias1 is None else bias1 * QUICK), (weight2 / QUICK, bias2), SWISH
+
+
 def _mlp(block: Block, x: Tensor) -> Tensor:
     if block.fc1 is None or block.fc2 is None:
         y: Tensor = block.mlp(x)
         return y
-    if block.activation is None:
+    if block.activation not in GELU:
         return ops.linear(block.act(ops.linear(x, *block.fc1)), *block.fc2)
     return ops.mlp(x, *block.fc1, *block.fc2, activation=block.activation)
 
 
 def _activated(block: Block, x: Tensor) -> Tensor:
-    if block.activation is None:
+    if block.activation not in GELU:
         y: Tensor = block.act(x)
         return y
     return torch.nn.functional.gelu(x, approximate=GELU[block.activation][1])

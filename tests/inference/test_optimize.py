@@ -110,6 +110,17 @@ def test_undone_and_shared(name):
     torch.testing.assert_close(after.last_hidden_state, expected.last_hidden_state, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_quick_gelu_is_part_of_the_product(dtype):
+    fast = ov3fast.optimize(made(TOWERS["clip_quick_gelu"]), dtype=dtype, mode="ours")
+    activations = [part.activation_fn for part in fast.modules() if type(part).__name__ == "CLIPMLP"]
+    assert len(activations) == 2
+    for activation in activations:
+        activation.register_forward_pre_hook(lambda *_: pytest.fail("called on its own"))
+    with torch.no_grad():
+        fast(pixel_values=images(dtype))
+
+
 def test_gradients_pass():
     model = made(clip)
     fast = ov3fast.optimize(model, mode="ours")

@@ -179,7 +179,8 @@ def test_two_thousand_requests(load, model, vae_folder, tmp_path):
 
 @pytest.mark.full
 def test_sigterm_answers_what_is_in_work(load, model, vae_folder, tmp_path, photos):
-    with command(model, vae_folder, tmp_path, "--max-batch", "2", "--max-queue", "2000") as (client, process):
+    options = ("--max-batch", "2", "--max-queue", "2000", "--drain-seconds", "300")  # a busy machine takes longer than the default
+    with command(model, vae_folder, tmp_path, *options) as (client, process):
         many = [load.images[i % len(load.images)] for i in range(60)]
         answers = []
         threads = [threading.Thread(target=lambda: answers.append(client.form("/encode", many))) for _ in range(6)]
@@ -191,7 +192,7 @@ def test_sigterm_answers_what_is_in_work(load, model, vae_folder, tmp_path, phot
         time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         for thread in threads:
-            thread.join(60)
+            thread.join(300)
         assert process.wait(60) == 0 and process.stderr.read() == ""
         assert [answer.status for answer in answers] == [200] * 6
         expected = np.stack([load.pooled[32][i % len(load.images)] for i in range(60)])

@@ -48,7 +48,7 @@ def prepare(folder: Path, torch: str, triton: str, numpy: str) -> Path:
 def try_out(python: Path) -> bool:
     """Whether everything passed. A failure does not stop the rest."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    pytest = [python, "-m", "pytest", "-q", "--disable-warnings", "-p", "no:cacheprovider"]
+    pytest = [python, "-m", "pytest", "--disable-warnings", "-p", "no:cacheprovider"]
     commands = [
         ({}, [python, "-c", IMPORTS]),
         ({}, [*pytest, *NAMES]),

@@ -8,7 +8,7 @@ JOBS ?= 2
 
 CSRC := csrc/build.py $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
-.PHONY: demo demo-generate demo-understand docs test test-all test-gpu test-versions test-old-cpu test-doors gpu aot lint bench certificates step-table sanitize clean
+.PHONY: demo demo-generate demo-understand docs test test-all test-gpu test-versions test-old-cpu test-aarch64 test-doors gpu aot lint bench certificates step-table sanitize clean
 
 demo: .venv/demo
 	$(BIN)/ov3fast data demo
@@ -69,6 +69,10 @@ test-old-cpu: .venv/dev
 	OV3FAST_NATIVE=$(WHEEL)/installed/ov3fast/_native $(OLD_CPU) $(BIN)/python -m pytest -p no:cacheprovider tests/ops/test_linear.py tests/ops/test_layer_norm.py \
 	--implementations portable -k "not compile and not hypothesis"
 
+# Another architecture, cross-compiled and emulated: Debian's g++-aarch64-linux-gnu, qemu-user-static and debootstrap, as root the first time.
+test-aarch64: .venv/dev
+	$(BIN)/python tools/aarch64.py
+
 # Tests of ov3fast.interop against timm and open_clip, in a separate environment since they need torchvision; downloads gigabytes the first time.
 test-doors:
 	$(PYTHON) tools/doors.py
@@ -107,10 +111,10 @@ step-table: demo
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on two threads; any finding aborts the run.
 SANITIZED := build/sanitized
 sanitize: .venv/dev
-	$(BIN)/python csrc/build.py --sanitize $(SANITIZED)
+	$(BIN)/python csrc/build.py $(SANITIZED) --sanitize --only portable avx512_bf16 amx_emulated
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OV3FAST_NATIVE=$(SANITIZED) OMP_NUM_THREADS=2 \
-	$(BIN)/python -m pytest -n $(JOBS) -p no:cacheprovider tests/ops --implementations portable,avx512_bf16 \
+	$(BIN)/python -m pytest -n $(JOBS) -p no:cacheprovider tests/ops --implementations portable,avx512_bf16,amx_emulated \
 	-m "not backend_independent and not large"
 
 # A torch built for GPUs depends on its own Triton; for a CPU build, constraints-cpu.txt pins one.

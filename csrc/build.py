@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -54,9 +55,21 @@ class NoCompiler(RuntimeError):
 
 def isas(compiler: str, emulated: bool = False) -> dict[str, str]:
     """Instruction set -> compiler flags, for the compiler's target machine."""
-    if not _output(compiler, "-dumpmachine").lower().startswith(("x86_64", "amd64")):
+    if target(compiler) not in ("x86_64", "amd64"):
         return {"portable": ""}
     return X86_FLAGS | ({EMULATED: EMULATED_FLAGS} if emulated else {})
+
+
+def target(compiler: str) -> str:
+    """The machine that the compiler compiles for, such as x86_64 or aarch64."""
+    return _output(compiler, "-dumpmachine").lower().split("-")[0]
+
+
+def work_folder(compiler: str, sanitize: bool = False) -> Path:
+    """The folder of the objects. A cross-compiler has another one, so that no build takes objects for another machine."""
+    machine = target(compiler)
+    name = "native" if machine == platform.machine().lower() else f"native-{machine}"
+    return HERE.parent / "build" / (f"{name}-sanitize" if sanitize else name)
 
 
 def build(out: Path, *, sanitize: bool = False, emulated: bool = False, only: tuple[str, ...] = ()) -> list[Path]:
@@ -65,7 +78,7 @@ def build(out: Path, *, sanitize: bool = False, emulated: bool = False, only: tu
     if compiler is None:
         raise NoCompiler("no C++ compiler (c++, g++ or clang++; set CXX to use another)")
     out.mkdir(parents=True, exist_ok=True)
-    work = HERE.parent / "build" / ("native-sanitize" if sanitize else "native")
+    work = work_folder(compiler, sanitize)
     work.mkdir(parents=True, exist_ok=True)
     flags = f"{FLAGS} {SANITIZE}" if sanitize else FLAGS
     lines = [

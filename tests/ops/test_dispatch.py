@@ -433,3 +433,10 @@ def test_calls_within_a_call(op):
     assert events(lambda: function(*values, impl="cpu")) <= forward
     pytorch = events(lambda: torch.autograd.grad(Plain.apply(leaves[0]), leaves[:1], upstream))
     assert events(lambda: torch.autograd.grad(function(*leaves, impl="cpu"), leaves, upstream)) - pytorch <= both
+
+
+@pytest.mark.backend_independent
+def test_without_kernels_the_instruction_set_is_refused_in_words(monkeypatch):
+    monkeypatch.setattr(ops.cpu, "available_isas", lambda: ())
+    with pytest.raises(RuntimeError, match="the CPU kernels were not built"):
+        ops.cpu.isa()

@@ -56,8 +56,10 @@ def available_isas() -> tuple[str, ...]:
 
 
 def isa() -> str:
-    """The instruction set in use. ValueError where OV3FAST_CPU_ISA names one that does not run here."""
+    """The instruction set in use. ValueError where OV3FAST_CPU_ISA names one that does not run here, RuntimeError without the kernels."""
     found = available_isas()
+    if not found:
+        raise RuntimeError(unavailable_reason())
     if _forced is None:
         return found[-1]
     if _forced not in found:

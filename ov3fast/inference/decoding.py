@@ -1,7 +1,8 @@
-"""Image sources -> decoded squares in order, read by threads, and batches of them."""
+"""Image sources -> decoded squares in order, read between batches or by threads, and batches of them."""
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,8 @@ Picture: TypeAlias = np.ndarray | Tensor
 """A square image: uint8 [S, S, 3 or 4], RGB or RGBa, or float32 [3, S, S] in [-1, 1]."""
 AT_ONCE = 8
 """Images per task of a thread: handing one over costs as much as resizing a small one."""
+QUICK = 0.1
+"""The largest share of a batch's time that its decoding may take between batches."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,30 @@ def as_batch(pictures: Sequence[Picture]) -> Tensor:
 
 
 def decoded(sources: Mapping[str, Any], size: int, options: Options) -> Iterator[tuple[str, Picture | ImageError]]:
-    """(name, image or what is wrong with it) in order; two batches are in flight at a time."""
+    """(name, image or what is wrong with it) in order.
+
+    As long as decoding a batch takes less than QUICK of the time until the next one is wanted, it is done in between: beside a model that uses all
+    cores, decoding threads would cost more, as its threads wait for each other. From then on threads decode, two batches in flight at a time.
+    """
     items: Iterable[tuple[str, Any]] = sources.items()
     if options.progress and is_terminal():
         from rich.progress import track
 
         items = track(items, "encode", len(sources), transient=True)
+    left = iter(items)
+    while part := list(islice(left, options.batch_size)):
+        began = time.perf_counter()
+        names, given = map(list, zip(*part, strict=True))
+        found = _read_all(given, size, options)
+        done = time.perf_counter()
+        yield from zip(names, found, strict=True)
+        if done - began >= QUICK * (time.perf_counter() - done):
+            yield from _ahead(left, size, options)
+
+
+def _ahead(left: Iterator[tuple[str, Any]], size: int, options: Options) -> Iterator[tuple[str, Picture | ImageError]]:
     waiting: deque[tuple[list[str], Future[list[Picture | ImageError]]]] = deque()
-    left, images = iter(items), 0
+    images = 0
     pool = ThreadPoolExecutor(options.workers)
     try:
         while part := list(islice(left, min(AT_ONCE, -(-options.batch_size // options.workers)))):

@@ -51,7 +51,7 @@ def encode(
     progress: bool = False,
     batch_invariant: bool = True,
 ) -> Embeddings:
-    """Encodes images, batch by batch, while `workers` threads decode ahead.
+    """Encodes images, batch by batch; `workers` threads decode ahead, unless that is quick beside the model and done between batches.
 
     model: from load_model, in eval mode. images: files and folders, or anything else that `ov3fast.preprocess` takes (Pillow images,
     arrays, tensors), named by their position in the list. image_size: pixels, default the model's; images are resized to it

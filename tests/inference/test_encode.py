@@ -1,4 +1,6 @@
 import json
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from PIL import Image
 from ov3fast.data.preprocess import square
 from ov3fast.data.skips import DataError, SkipWarning
 from ov3fast.inference import Embeddings, encode, find_images, load_model, read_embeddings, read_image, write_embeddings
+from ov3fast.inference.decoding import Options, decoded
 from ov3fast.inference.images import cropped
 from ov3fast.models import vision_tower
 from ov3fast.models.vae import FrozenVAE
@@ -221,3 +224,26 @@ def test_errors_of_models(vae, folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="it is a file; name a model folder"):
         load_model(folder / "notes.txt")
     assert isinstance(vae, FrozenVAE)
+
+
+@pytest.mark.parametrize(("read", "model", "beside"), [(0.01, 0.5, False), (0.01, 0.2, True)])
+def test_decoding_is_done_between_batches_while_it_is_quick(read, model, beside, monkeypatch):
+    """read, model: seconds per image and per batch."""
+    threads, clock = [], SimpleNamespace(now=0.0)
+    monkeypatch.setattr("ov3fast.inference.decoding.time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def reader(number):
+        def image():
+            threads.append(threading.current_thread())
+            clock.now += read
+            return Image.new("RGB", (8, 8), (number, 0, 0))
+
+        return image
+
+    found = []
+    for name, picture in decoded({str(number): reader(number) for number in range(10)}, 8, Options(batch_size=4)):
+        found.append((name, int(picture[0, 0, 0])))
+        clock.now += model if len(found) % 4 == 0 else 0
+    assert found == [(str(number), number) for number in range(10)]
+    here = [thread is threading.current_thread() for thread in threads]
+    assert here == [True] * 4 + [not beside] * 6

@@ -36,6 +36,8 @@ FIELDS = (
 )  # fmt: skip
 CONNECTIONS = 16
 LOAD = 0.7
+IDLE = 2.0
+"""Seconds after which a connection without a request isn't used again."""
 
 
 def pictures(folder: Path, count: int, side: int) -> list[Path]:
@@ -128,10 +130,12 @@ async def under_load(port: int, messages: list[bytes], rate: float, seconds: flo
     took: list[float] = []
 
     async def one(message: bytes, due: float) -> None:
-        connection = free.pop() if free else await Connection().open(port)
+        while free and time.perf_counter() - free[0][1] > IDLE:  # the server may close them
+            free.pop(0)
+        connection = free.pop()[0] if free else await Connection().open(port)
         assert await connection.ask(message) == 200
         took.append(time.perf_counter() - due)
-        free.append(connection)
+        free.append((connection, time.perf_counter()))
 
     due = time.perf_counter()
     end, number = due + seconds, 0

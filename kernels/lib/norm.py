@@ -29,6 +29,11 @@ def add_configurations(op: str) -> None:
             )
             for d in WIDTHS
         }
+    # Of float32 a thread of 16 warps would hold 16 elements, and ptxas would spill; an AMD GPU's 16 warps have 1024 threads already.
+    TABLE[f"{op}_backward"] |= {
+        ("fp32", "8192", arch): Config({"BLOCK_ROWS": 1, "BLOCK_D": 8192}, warps=32, stages=1)
+        for arch in ("sm_80", "sm_90", "sm_100")
+    }
 
 
 @triton.jit

@@ -19,7 +19,7 @@ LONG = 15.0
 
 
 def interleaved(
-    variants: dict[str, Callable[[], object]], budget: float, least: int = 5, most: int = 400, pause: float = 0.0
+    variants: dict[str, Callable[[], object]], budget: float, least: int = 5, most: int = 4000, pause: float = 0.0
 ) -> dict[str, list[float]]:
     """Seconds of every run of each variant, interleaved, after one warm-up run, for about `budget` seconds.
 

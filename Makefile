@@ -111,10 +111,10 @@ step-table: demo
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on two threads; any finding aborts the run.
 SANITIZED := build/sanitized
 sanitize: .venv/dev
-	$(BIN)/python csrc/build.py $(SANITIZED) --sanitize --only portable avx512_bf16 amx_emulated
+	$(BIN)/python csrc/build.py $(SANITIZED) --sanitize --only portable avx2 avx512 avx512_bf16 amx_emulated
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OV3FAST_NATIVE=$(SANITIZED) OMP_NUM_THREADS=2 \
-	$(BIN)/python -m pytest -n $(JOBS) -p no:cacheprovider tests/ops --implementations portable,avx512_bf16,amx_emulated \
+	$(BIN)/python -m pytest -n $(JOBS) -p no:cacheprovider tests/ops --implementations portable,avx2,avx512,avx512_bf16,amx_emulated \
 	-m "not backend_independent and not large"
 
 # A torch built for GPUs depends on its own Triton; for a CPU build, constraints-cpu.txt pins one.

@@ -63,7 +63,7 @@ def contrastive(dtype: str, n: int, d: int, target: float | None, peers: bool = 
 
     def peer(image, text, scale):
         logits = scale * (F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T)
-        labels = torch.arange(len(image))
+        labels = torch.arange(len(image), device=image.device)
         return (F.cross_entropy(logits.float(), labels) + F.cross_entropy(logits.T.float(), labels)) / 2
 
     variants = {OURS: both(ops.contrastive_loss, *leaves)}
@@ -91,7 +91,7 @@ def sigmoid_loss(dtype: str, n: int, d: int) -> Iterator[Case]:
 
     def peer(image, text, scale, bias):
         logits = scale * (F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T) + bias
-        signs = 2 * torch.eye(len(image), dtype=logits.dtype) - 1
+        signs = 2 * torch.eye(len(image), dtype=logits.dtype, device=image.device) - 1
         return -F.logsigmoid(signs * logits).sum() / len(image)
 
     functions = (

@@ -61,6 +61,7 @@ NAMES = {
     ),
     "a step's memory on fake tensors (ov3fast/training/footprint.py)": ("torch._subclasses.fake_tensor.FakeTensorMode",),
     "fences that Triton before 3.9 leaves out (kernels/lib/fences.py)": ("triton.knobs.runtime.add_stages_inspection_hook", "triton.knobs.runtime.scope"),
+    "host time without the mode of a default device (tools/gpu/measure.py)": ("torch._C.DisableTorchFunction",),
     "what a launcher asks PyTorch for (kernels/lib/plan.py)": ("torch._C._AutoDispatchBelowAutograd",),
     "launches without Triton's cost per call (kernels/lib/launch.py)": (
         "triton.knobs.runtime.launch_enter_hook", "triton.knobs.runtime.launch_exit_hook",
@@ -101,7 +102,9 @@ def used() -> dict[str, set[str]]:
 def files() -> Iterator[Path]:
     for source in SOURCES:
         path = ROOT / source
-        yield from [path] if path.is_file() else (p for p in path.rglob("*.py") if "ov3fast/kernels/" not in str(p))
+        yield from (
+            [path] if path.is_file() else (p for p in path.rglob("*.py") if "ov3fast/kernels/" not in str(p.relative_to(ROOT)))
+        )
 
 
 def names_in(tree: ast.AST) -> Iterator[str]:

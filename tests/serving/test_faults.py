@@ -302,5 +302,5 @@ def test_more_bytes_at_once_than_may_be_held(small):
         for _ in range(3):
             stack.enter_context(raw(small, head(190_000), bytes(150_000)))
         connection = stack.enter_context(raw(small, head(190_000), bytes(150_000)))
-        answer = connection.recv(1 << 16)
+        answer = read_all(connection)
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] in ("overloaded", "too_slow")

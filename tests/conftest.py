@@ -9,8 +9,9 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import spec_from_file_location
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -55,6 +56,15 @@ def reuse_objects() -> Callable[[Path], None]:
                 shutil.copytree(Path(__file__).parents[1] / "build" / name, copy / "build" / name)
 
     return copy_objects
+
+
+@pytest.fixture
+def build() -> ModuleType:
+    """csrc/build.py, which is no package's: a module of its own for each test, to patch."""
+    spec = spec_from_file_location("ov3fast_csrc_build", Path(__file__).parents[1] / "csrc" / "build.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

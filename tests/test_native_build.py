@@ -1,20 +1,8 @@
 """csrc/build.py, with a compiler that only says what it compiles for."""
 
-import importlib.util
 import platform
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def build():
-    spec = importlib.util.spec_from_file_location("ov3fast_csrc_build", ROOT / "csrc" / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

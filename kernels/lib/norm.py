@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .common import rounded
-from .config import ANY, TABLE, Config
+from .config import ANY, ARCHITECTURES, TABLE, Config
 from .rows import load_rows
 
 WIDTHS = (256, 512, 1024, 2048, 4096, 8192)
@@ -32,7 +32,8 @@ def add_configurations(op: str) -> None:
     # Of float32 a thread of 16 warps would hold 16 elements, and ptxas would spill; an AMD GPU's 16 warps have 1024 threads already.
     TABLE[f"{op}_backward"] |= {
         ("fp32", "8192", arch): Config({"BLOCK_ROWS": 1, "BLOCK_D": 8192}, warps=32, stages=1)
-        for arch in ("sm_80", "sm_90", "sm_100")
+        for arch in ARCHITECTURES
+        if arch.startswith("sm_")
     }
 
 

@@ -142,21 +142,16 @@ def _parameters(module: Any) -> tuple[Tensor, Tensor | None, float]:
 
 
 def _norm(module: Any) -> Norm:
-    parameters = _parameters(module)
-
-    def norm(x: Tensor, residual: Tensor | None) -> Any:
-        if residual is None:
-            return ops.layer_norm(x, *parameters), x
-        return ops.layer_norm(x, *parameters, residual=residual)
-
-    return norm
+    return _layer_norm(*_parameters(module))
 
 
 def _wide_norm(module: Any) -> Norm:
     """With parameters in float32, as the CPU kernel wants them: in another dtype they'd be converted in every call."""
     weight, bias, eps = _parameters(module)
-    weight, bias = weight.detach().float(), None if bias is None else bias.detach().float()
+    return _layer_norm(weight.detach().float(), None if bias is None else bias.detach().float(), eps)
 
+
+def _layer_norm(weight: Tensor, bias: Tensor | None, eps: float) -> Norm:
     def norm(x: Tensor, residual: Tensor | None) -> Any:
         if residual is None:
             return ops.layer_norm(x, weight, bias, eps), x

@@ -142,25 +142,15 @@ def total(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, mean: bool, need_hidden: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     if _is_one_tile(hidden, weight):
-        return _total_of_tile(hidden, weight, labels, ignore_index, mean, need_hidden, need_weight)
+        if need_hidden or need_weight:
+            return _total_of_tile(hidden, weight, labels, ignore_index, mean, need_hidden, need_weight)
+        return *_total_by_autograd(hidden, weight, labels, ignore_index, mean), hidden.new_empty(0), weight.new_empty(0)
     nll, lse = forward(hidden, weight, labels, ignore_index)
     factor = mean_factor(int((labels != ignore_index).sum())) if mean else 1.0
     if not (need_hidden or need_weight):
         return nll.sum() * factor, hidden.new_empty(0), weight.new_empty(0)
     grads = backward(torch.full_like(nll, factor), hidden, weight, labels, lse, ignore_index, need_hidden, need_weight)
     return nll.sum() * factor, *grads
-
-
-def inference_total(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, mean: bool, *needs: bool
-) -> tuple[Tensor, ...]:
-    """The total where no backward follows."""
-    if not _is_one_tile(hidden, weight):
-        return total(hidden, weight, labels, ignore_index, mean, False, False)
-    return _total_by_autograd(hidden, weight, labels, ignore_index, mean)
-
-
-total.inference = inference_total  # type: ignore[attr-defined]
 
 
 def _total_of_tile(

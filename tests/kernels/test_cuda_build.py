@@ -1,7 +1,6 @@
 """How the CUDA kernels are built, described and passed to the driver."""
 
 import ctypes
-import importlib.util
 import json
 import os
 import shutil
@@ -13,16 +12,7 @@ import torch
 
 from ov3fast.ops import cuda
 
-ROOT = Path(__file__).parents[2]
 needs_nvcc = pytest.mark.skipif(not (shutil.which("nvcc") or os.environ.get("NVCC")), reason="there is no nvcc")
-
-
-@pytest.fixture
-def build():
-    spec = importlib.util.spec_from_file_location("ov3fast_csrc_build", ROOT / "csrc" / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @needs_nvcc

@@ -179,14 +179,8 @@ def test_two_thousand_requests(load, model, vae_folder, tmp_path):
 
 @pytest.mark.full
 def test_sigterm_answers_what_is_in_work(load, model, vae_folder, tmp_path, photos):
-    options = (
-        "--max-batch",
-        "2",
-        "--max-queue",
-        "2000",
-        "--drain-seconds",
-        "300",
-    )  # a busy machine takes longer than the default
+    # A busy machine takes longer to drain than the default.
+    options = ("--max-batch", "2", "--max-queue", "2000", "--drain-seconds", "300")
     with command(model, vae_folder, tmp_path, *options) as (client, process):
         many = [load.images[i % len(load.images)] for i in range(60)]
         answers = []

@@ -42,7 +42,7 @@ def measured(call: Callable[[], object], compiles: bool) -> dict[str, Any]:
     call()
     synchronize()
     host = []
-    # Without the default device, which is a mode and costs each call into torch from Python some microseconds.
+    # Without the default device, which is a mode and costs each call into torch from Python some microseconds. torch.compile would compile anew without it.
     with nullcontext() if compiles else torch._C.DisableTorchFunction():
         for _ in range(TURNS):
             began = time.perf_counter()

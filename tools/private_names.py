@@ -19,7 +19,7 @@ PUBLIC = ("triton.language", "triton.testing")
 
 NAMES = {
     "an operator's call without PyTorch's dispatcher (ov3fast/ops/_operator.py)": (
-        "torch._C._any_requires_grad", "torch._C._are_functorch_transforms_active", "torch._C._autograd._top_saved_tensors_default_hooks", "torch._C._functorch.TransformType.Grad",
+        "torch._C._any_requires_grad", "torch._C._are_functorch_transforms_active", "torch._C._autograd._top_saved_tensors_default_hooks", "torch._C._dynamo.guards.TensorGuards", "torch._C._functorch.TransformType.Grad",
         "torch._C._functorch.get_interpreter_stack",
         "torch._C._functorch.is_functorch_wrapped_tensor", "torch._C._get_tracing_state", "torch._C._is_any_autocast_enabled",
         "torch._C._len_torch_dispatch_stack", "torch._functorch.utils.unwrap_dead_wrappers", "torch.autograd.forward_ad._current_level",

@@ -194,20 +194,22 @@ class Selector:
         self.op, self.backward = op, backward
         self._position = {name: i for i, (_, name) in enumerate(parameters)}
         self._inputs = [self._position[name] for name in inputs if name in self._position]
-        self._remembers = not any("[]" in kind for kind, _ in parameters)
-        self._check, self._alignment_matters = check, alignment_matters
+        self.remembers = not any("[]" in kind for kind, _ in parameters)
+        self._check, self.alignment_matters = check, alignment_matters
         self._choices: dict[tuple[Any, ...], Selected] = {}
+        self.kinds: dict[tuple[Any, ...], list[Any]] = {}
+        """What _operator.py knows of eager calls."""
         _selectors.append(self)
 
     def __call__(self, request: Request, args: Sequence[Any]) -> Selected:
         """What to run. RuntimeError, with the reason, where nothing can."""
-        if not self._remembers:
+        if not self.remembers:
             return self._selected(self.select_backend(request, args), request, args)
         key: list[Any] = [request]
         for arg in args:
             if isinstance(arg, Tensor):
                 key += arg.dtype, arg.device, arg.shape, arg.stride()
-                if self._alignment_matters:
+                if self.alignment_matters:
                     key.append(arg.data_ptr() % 16)
             elif type(arg) is not float:
                 key.append(arg)
@@ -215,12 +217,13 @@ class Selector:
         if found is None:
             self._check(*args)
             if len(self._choices) >= 4096:
-                self._choices.clear()
+                self.forget()
             found = self._choices[choice] = self._selected(self.select_backend(request, args), request, args)
         return found
 
     def forget(self) -> None:
         self._choices.clear()
+        self.kinds.clear()
 
     def select_backend(self, request: Request, args: Sequence[Any]) -> str:
         """The name of the backend for this call, worked out anew."""
@@ -253,7 +256,7 @@ class Selector:
         if whole is not None and self._goes_back_on(name, request, args):
             return Selected(whole, contract=function)
         inference = getattr(function, "inference", None)
-        if self._remembers and backend.of_one_kind is not None:
+        if self.remembers and backend.of_one_kind is not None:
             return Selected(backend.of_one_kind(function), inference and backend.of_one_kind(inference))
         return Selected(function, inference)
 

@@ -24,9 +24,10 @@ from torch._C import _are_functorch_transforms_active as are_functorch_transform
 from torch._C import _get_tracing_state as get_tracing_state
 from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
 from torch._C import _len_torch_dispatch_stack as len_torch_dispatch_stack
+from torch._C._dynamo.guards import TensorGuards
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from . import _check, _dispatch
 
@@ -34,6 +35,10 @@ LIBRARY = torch.library.Library("ov3fast", "DEF")
 
 # What an argument of an eager call can be. Subclasses of Tensor (fake tensors, DTensor) need the dispatcher, and so do lists.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), int, float, bool, str})
+
+
+KINDS = 8
+"""How many kinds of calls with the same first size are told apart without working anything out."""
 
 
 class Saved(NamedTuple):
@@ -45,6 +50,21 @@ class Saved(NamedTuple):
     """Trailing outputs that have no gradient."""
     without_formula: tuple[Tensor, ...] = ()
     """Saved outputs without a derivative formula: a double backward that reaches them raises."""
+
+
+class _Kind(NamedTuple):
+    """Eager calls on plain tensors that agree in all that decides what runs them."""
+
+    tensors: Callable[[tuple[Any, ...]], tuple[Tensor, ...]]
+    """A call's arguments -> its tensors."""
+    are_alike: Callable[..., bool]
+    """Whether those have this kind's dtypes, devices, sizes, strides, need of gradients, and modes around them: one call of C++."""
+    options: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None
+    """A call's arguments -> what else counts."""
+    known_options: tuple[Any, ...] | None
+    function: Callable[..., Any]
+    trailing: tuple[Any, ...]
+    """What `function` takes after the arguments."""
 
 
 class Operator:
@@ -72,6 +92,14 @@ class Operator:
         self.transformed: type[torch.autograd.Function] | None = None
 
     def __call__(self, impl: str | None, *args: Any) -> Any:
+        if not is_dynamo_compiling() and forward_ad._current_level < 0:
+            for kind in self.select.kinds.get(_key(impl, args), ()):
+                alike = kind.are_alike(*kind.tensors(args))
+                if alike and (kind.options is None or kind.options(args) == kind.known_options):
+                    return kind.function(*args, *kind.trailing)
+        return self._call_new(impl, args)
+
+    def _call_new(self, impl: str | None, args: tuple[Any, ...]) -> Any:
         request = _dispatch.request(self.name, impl)
         plain = _is_plain_call(args)
         if self.narrowed and (not plain or is_any_autocast_enabled()):
@@ -80,20 +108,38 @@ class Operator:
             self.check(*args)
             return self._call_watched(impl, request, args)
         try:
-            return self._call_plain(request, args)
+            return self._call_plain(impl, request, args)
         except RuntimeError:
             # A tensor that outlived its torch.func transform is a wrapper without storage.
             unwrapped = unwrap_dead_wrappers(args)
             if all(new is old for new, old in zip(unwrapped, args, strict=True)):
                 raise
-        return self._call_plain(request, unwrapped)
+        return self._call_plain(impl, request, unwrapped)
 
-    def _call_plain(self, request: str, args: tuple[Any, ...]) -> Any:
+    def _call_plain(self, impl: str | None, request: str, args: tuple[Any, ...]) -> Any:
         selected = self.select(request, args)
+        function, trailing = selected.inference, ()
         # Where there is a contract, PyTorch's own nodes do.
         if self.apply is not None and selected.contract is None and torch.is_grad_enabled() and any_requires_grad(*args):
-            return self.apply(*args, request, selected)
-        return _without_autocast(selected.inference, args) if is_any_autocast_enabled() else selected.inference(*args)
+            function, trailing = self.apply, (request, selected)
+        elif is_any_autocast_enabled():
+            return _without_autocast(function, args)
+        self._remember(impl, args, function, trailing)
+        return function(*args, *trailing)
+
+    def _remember(self, impl: str | None, args: tuple[Any, ...], function: Callable[..., Any], trailing: tuple[Any, ...]) -> None:
+        kinds = self.select.kinds.setdefault(_key(impl, args), [])
+        if len(kinds) >= KINDS or not self.select.remembers or is_any_autocast_enabled():
+            return
+        tensors = _getter([i for i, arg in enumerate(args) if isinstance(arg, Tensor)])
+        if len(set(map(id, tensors(args)))) < len(tensors(args)):
+            return  # the guards take one tensor that is passed twice for another kind
+        are_alike = TensorGuards(*tensors(args), dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        others = [i for i, arg in enumerate(args) if isinstance(arg, (int, str))]
+        options = _getter(others) if others else None
+        if self.select.alignment_matters:
+            options = functools.partial(_with_alignment, _getter(others), tensors)
+        kinds.append(_Kind(tensors, are_alike, options, options and options(args), function, trailing))
 
     def _call_watched(self, impl: str | None, request: str, args: tuple[Any, ...]) -> Any:
         if not torch.compiler.is_compiling():
@@ -340,6 +386,19 @@ def _is_transformed(args: tuple[Any, ...]) -> bool:
     return forward_ad._current_level >= 0 and any(
         isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args
     )
+
+
+def _key(impl: str | None, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Where the kinds of calls like this one are kept."""
+    return impl, _dispatch.override(), getattr(args[0], "shape", None), *map(type, args)
+
+
+def _getter(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    return itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1) if places else slice(0))
+
+
+def _with_alignment(options: Callable[..., tuple[Any, ...]], tensors: Callable[..., tuple[Tensor, ...]], args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return *options(args), *(tensor.data_ptr() % 16 for tensor in tensors(args))
 
 
 def _is_plain_call(args: tuple[Any, ...]) -> bool:

@@ -7,6 +7,9 @@ import pytest
 import torch
 from kernel_tools.host_time import Plain, events
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ov3fast import ops
 from ov3fast.ops import _dispatch, _operator
@@ -351,6 +354,98 @@ def test_memory_is_bounded(x):
     assert 0 < len(TOY.select._choices) < 4096
 
 
+def test_a_known_kind_asks_for_nothing_but_its_function(x, monkeypatch):
+    register("eager", 2)
+    ran(x)
+    monkeypatch.setattr(TOY, "_call_new", None)
+    assert ran(x.clone(), scale=3.0) == 2
+    with pytest.raises(TypeError, match="not callable"):
+        ran(x, n=5)
+
+
+def test_known_kinds_are_bounded(x):
+    register("eager", 2)
+    for n in range(3 * _operator.KINDS):
+        assert ran(x, n=n) == 2
+    assert [len(kinds) for kinds in TOY.select.kinds.values()] == [_operator.KINDS]
+
+
+class Seen(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+    names: list[str] = []
+
+
+def test_whatever_must_see_a_call_of_a_known_kind_sees_it(x):
+    """The backend multiplies by 2, the specification, which transforms run, by 1."""
+    register("eager", 2)
+    ran(x), ran(x.clone().requires_grad_())
+    assert all(len(kinds) > 1 for kinds in [sum(TOY.select.kinds.values(), [])])
+
+    with Seen() as mode:
+        assert ran(x) == 2
+    assert "ov3fast.toy.default" in mode.names
+    assert torch.equal(torch.func.vmap(lambda row: TOY(None, row, 0, 1.0))(x), x)
+    with forward_ad.dual_level():
+        out = TOY(None, forward_ad.make_dual(x, 3 * x), 0, 1.0)
+        assert torch.equal(forward_ad.unpack_dual(out).tangent, 3 * x)
+    assert torch.equal(torch.func.grad(lambda x: TOY(None, x, 0, 1.0).sum())(x), 2 * x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert TOY(None, x, 0, 1.0).dtype == torch.bfloat16
+    with FakeTensorMode() as fake:
+        assert TOY(None, fake.from_tensor(x), 0, 1.0).shape == x.shape
+    assert TOY(None, x.to("meta"), 0, 1.0).is_meta
+    graphs = []
+    compiled = torch.compile(lambda x: TOY(None, x, 0, 1.0), backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
+    assert torch.equal(compiled(x), 2 * x) and "ov3fast.toy" in graphs[0].code
+    traced = torch.jit.trace(lambda x: TOY(None, x, 0, 1.0), (x,))
+    assert "ov3fast::toy" in str(traced.graph)
+
+
+def test_known_kinds_tell_gradients_apart(x):
+    register("eager", 2)
+    leaf = x.clone().requires_grad_()
+    for _ in range(2):
+        assert TOY(None, x, 0, 1.0).grad_fn is None
+        assert TOY(None, leaf, 0, 1.0).grad_fn is not None
+        with torch.no_grad():
+            assert TOY(None, leaf, 0, 1.0).grad_fn is None
+        with torch.inference_mode():
+            assert TOY(None, leaf, 0, 1.0).is_inference()
+        (grad,) = torch.autograd.grad(TOY(None, leaf, 0, 1.0).sum(), leaf)
+        assert torch.equal(grad, 2 * x)
+
+
+def test_known_kinds_are_of_plain_values(x):
+    register("eager", 2)
+    assert ran(x, n=1) == 2
+    assert ran(torch.nn.Parameter(x), n=1) == 2
+    with pytest.raises(RuntimeError, match="Boolean value of Tensor"):
+        TOY(None, x, torch.ones(3), 1.0)
+
+
+def test_a_tensor_that_is_passed_twice():
+    x, weight, bias = torch.randn(4, 8), torch.randn(8), torch.randn(8)
+    for _ in range(3):
+        apart = ops.layer_norm(x, weight, bias, impl="eager")
+        twice = ops.layer_norm(x, weight, weight, impl="eager")
+        assert torch.equal(twice, torch.nn.functional.layer_norm(x, (8,), weight, weight, 1e-6))
+        assert torch.equal(apart, torch.nn.functional.layer_norm(x, (8,), weight, bias, 1e-6))
+
+
+def test_alignment_tells_known_kinds_apart():
+    room, weight, bias = torch.randn(100), torch.ones(6), torch.zeros(6)
+    for offset in (0, 1, 0, 2):
+        x = room[offset : offset + 24].view(1, 6, 2, 2)
+        found = ops.group_norm_silu(x, 2, weight, bias, impl="eager")
+        torch.testing.assert_close(found, ops.group_norm_silu(x.clone(), 2, weight, bias, impl="eager"))
+    selector = next(s for s in _dispatch._selectors if s.op == "group_norm_silu" and not s.backward)
+    (kinds,) = (kinds for (_, _, shape, *_), kinds in selector.kinds.items() if shape == x.shape)
+    assert len(kinds) == 3
+
+
 def test_chosen_asks_anew(x):
     answer = [None]
     register("cpu", 2, unavailable_reason=lambda: answer[0])
@@ -415,10 +510,10 @@ def test_parse_schema():
 
 X, WEIGHT, BIAS = torch.ones(2, 3, 8), torch.ones(8, 8), torch.ones(8)
 CALLS = {
-    "layer_norm": (ops.layer_norm, (X, BIAS, BIAS), 61, 135),
+    "layer_norm": (ops.layer_norm, (X, BIAS + 1, BIAS), 61, 135),
     "linear": (ops.linear, (X, WEIGHT, BIAS), 50, 115),
     "flash_attention": (ops.flash_attention, tuple(torch.ones(1, 2, 1, 8) for _ in range(3)), 64, 140),
-    "mlp": (ops.mlp, (X, WEIGHT, BIAS, WEIGHT, BIAS), 67, 168),
+    "mlp": (ops.mlp, (X, WEIGHT, BIAS, WEIGHT + 1, BIAS + 1), 67, 168),
 }
 """operator -> function, arguments, most calls in a forward, and in forward plus backward minus PyTorch's own."""
 

@@ -62,7 +62,7 @@ NAMES = {
     "a step's memory on fake tensors (ov3fast/training/footprint.py)": ("torch._subclasses.fake_tensor.FakeTensorMode",),
     "fences that Triton before 3.9 leaves out (kernels/lib/fences.py)": ("triton.knobs.runtime.add_stages_inspection_hook", "triton.knobs.runtime.scope"),
     "host time without the mode of a default device (tools/gpu/measure.py)": ("torch._C.DisableTorchFunction",),
-    "what a launcher asks PyTorch for (kernels/lib/plan.py)": ("torch._C._AutoDispatchBelowAutograd",),
+    "what a launcher asks PyTorch for (ov3fast/_plans.py)": ("torch._C._AutoDispatchBelowAutograd",),
     "launches without Triton's cost per call (kernels/lib/launch.py)": (
         "triton.knobs.runtime.launch_enter_hook", "triton.knobs.runtime.launch_exit_hook",
     ),

@@ -18,8 +18,11 @@ namespace ov3 {
 
 struct Export {
     const char* signature;  // types of the arguments, e.g. "float* int64_t double int64_t"
-    void* function;         // takes them and returns 0, or 1 if memory could not be allocated
+    void* function;         // takes them and returns 0, 1 if memory could not be allocated, or 2 where the kernel threw Refused
 };
+
+// What a kernel throws that can't take the values it was given, before it has written any.
+struct Refused {};
 
 template <class T>
 inline const char* type_name();
@@ -54,6 +57,8 @@ struct Exported<KERNEL> {
             return 0;
         } catch (const std::bad_alloc&) {
             return 1;
+        } catch (const Refused&) {
+            return 2;
         }
     }
 

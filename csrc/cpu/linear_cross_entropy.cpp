@@ -343,21 +343,19 @@ void linear_cross_entropy_backward(
 OV3_EXPORT(linear_cross_entropy_backward)
 
 // Forward and backward in one: labels [T] that are in [0, V) or ignore_index -> the loss, the sum over those that count or their mean,
-// and its gradients grad_h [T, D] and grad_w [V, D], each of which may be null. valid: whether all labels are such; if not, nothing is written.
+// and its gradients grad_h [T, D] and grad_w [V, D], each of which may be null. Refused where a label is another.
 template <class T>
 void linear_cross_entropy_total(
     const T* h, int64_t h_stride, const T* w, int64_t w_stride, const int64_t* labels, int64_t ignore_index, bool mean, float* loss,
-    T* grad_h, T* grad_w, int64_t* valid, int64_t rows, int64_t V, int64_t D, int threads
+    T* grad_h, T* grad_w, int64_t rows, int64_t V, int64_t D, int threads
 ) {
     Buffer<int64_t> tokens(rows);
     int64_t count = 0;
-    *valid = true;
     for (int64_t t = 0; t < rows; t++) {
         if (labels[t] == ignore_index) continue;
-        if (labels[t] < 0 || labels[t] >= V) *valid = false;
+        if (labels[t] < 0 || labels[t] >= V) throw Refused();
         tokens[count++] = t;
     }
-    if (!*valid) return;
     if (grad_h && count < rows) std::fill(grad_h, grad_h + rows * D, T());
     if (grad_w && count == 0) std::fill(grad_w, grad_w + V * D, T());
     const double factor = mean ? 1.0 / double(std::max<int64_t>(count, 1)) : 1.0;

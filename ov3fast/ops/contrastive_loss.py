@@ -450,6 +450,7 @@ cpu.register(
     _forward_cpu,
     _backward_cpu,
     operands=("image", "text"),
+    plan=False,  # ranks exchange rows within it
     **_choice.by_evidence("contrastive_loss", "pairs, width", lambda image, text: (image, None, tuple(text.shape))),
 )
 

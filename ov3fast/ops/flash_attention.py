@@ -113,7 +113,7 @@ def _warn_of_swapped_axes(q: Tensor) -> None:
         warnings.warn(
             f"flash_attention takes [B,N,H,D]; q of shape {tuple(q.shape)} has more heads than tokens and strides {q.stride()}, as"
             " [B,H,N,D] has after a transpose. If it is that, pass q.transpose(1, 2), and k and v alike.",
-            stacklevel=7,  # the caller of flash_attention in a plain eager call
+            stacklevel=8,  # the caller of flash_attention in a plain eager call
         )
 
 

@@ -10,6 +10,7 @@ Source: Ba et al. 2016 (arXiv 1607.06450); eps 1e-6 as in the official repositor
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -173,17 +174,21 @@ _BACKWARD = cpu.Kernel(
 )
 
 
-def _forward_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+def _forward_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float, statistics: bool = True
+) -> tuple[Tensor, ...]:
     x_RD, x_stride, *sizes = cpu.matrix(x)
     residual_RD, residual_stride, *_ = cpu.NO_ROWS if residual is None else cpu.matrix(residual)
     y, h = cpu.empty_like(x), cpu.empty_like(x, residual is not None)
-    mean = cpu.empty(x, x.shape[:-1], dtype=torch.float32)
-    rstd = torch.empty_like(mean)
+    mean, rstd = (cpu.empty(x, x.shape[:-1], dtype=torch.float32) if statistics else None for _ in range(2))
     _FORWARD(
         x.dtype, x_RD, x_stride, residual_RD, residual_stride,
         cpu.wide(weight), cpu.wide(bias), float(eps), y, cpu.pointer(h, residual is not None), mean, rstd, *sizes,
     )  # fmt: skip
-    return y, h, mean, rstd
+    return (y, h, mean, rstd) if statistics else (y, h)
+
+
+_forward_cpu.inference = functools.partial(_forward_cpu, statistics=False)  # type: ignore[attr-defined]
 
 
 def _backward_cpu(

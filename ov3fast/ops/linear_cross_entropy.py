@@ -61,7 +61,8 @@ def linear_cross_entropy(
     if not tensors or hidden.ndim != 2 or labels.ndim != 1:  # else the operator checks them, once per kind of call
         _check_arguments(*_check.autocast(hidden, weight), labels)
     hidden, weight = _check.autocast(hidden, weight)
-    shape, hidden_TD, labels_T = labels.shape, hidden.flatten(0, -2), labels.flatten()
+    flat = hidden.ndim == 2
+    shape, hidden_TD, labels_T = labels.shape, hidden if flat else hidden.flatten(0, -2), labels if flat else labels.flatten()
     graph = torch.is_grad_enabled()
     need_hidden, need_weight = graph and hidden.requires_grad, graph and weight.requires_grad
     # In float16 gradients for an upstream gradient of 1, which no loss scale has raised yet, would underflow.
@@ -225,7 +226,7 @@ _BACKWARD = cpu.Kernel(
 _TOTAL = cpu.Kernel(
     "linear_cross_entropy_total",
     "T* h, int64_t h_stride, T* w, int64_t w_stride, int64_t* labels, int64_t ignore_index, int64_t mean, float* loss, T* grad_h, "
-    "T* grad_w, int64_t* valid, int64_t rows, int64_t V, int64_t D",
+    "T* grad_w, int64_t rows, int64_t V, int64_t D",
 )
 
 
@@ -272,14 +273,16 @@ def _total_cpu(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, mean: bool, need_hidden: bool, need_weight: bool
 ) -> tuple[Tensor, ...]:
     hidden, weight = cpu.rows(hidden), cpu.rows(weight)
-    loss, valid = cpu.empty(hidden, (), dtype=torch.float32), torch.empty((), dtype=torch.int64)
+    loss = cpu.empty(hidden, (), dtype=torch.float32)
     grads = cpu.empty(hidden, hidden.shape, need_hidden), cpu.empty(weight, weight.shape, need_weight)
-    _TOTAL(
-        hidden.dtype, hidden, hidden.stride(0), weight, weight.stride(0), labels.contiguous(), ignore_index, mean, loss,
-        *map(cpu.pointer, grads, (need_hidden, need_weight)), valid, len(labels), *weight.shape,
-    )  # fmt: skip
-    if not valid:
+    try:
+        _TOTAL(
+            hidden.dtype, hidden, hidden.stride(0), weight, weight.stride(0), labels.contiguous(), ignore_index, mean, loss,
+            *map(cpu.pointer, grads, (need_hidden, need_weight)), len(labels), *weight.shape,
+        )  # fmt: skip
+    except cpu.Refused:
         check_labels(labels, len(weight), ignore_index)
+        raise
     return loss, *grads
 
 

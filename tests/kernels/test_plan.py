@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ov3fast import ops, testing
+from ov3fast import _plans, ops, testing
 from ov3fast.kernels.lib import config as configs
 from ov3fast.kernels.lib import launch as launches
 from ov3fast.kernels.lib import plan as plans
@@ -48,7 +48,7 @@ class Kept(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self.made += plans._tensors(result)
+        self.made += _plans.tensors_in(result)
         return result
 
 
@@ -76,12 +76,12 @@ def noted(driver, function, args):
     with Kept() as kept:
         result = function(*args)
     memory = {}
-    for tensor in (*plans._tensors(args), *kept.made):
+    for tensor in (*_plans.tensors_in(args), *kept.made):
         storage = tensor.untyped_storage()
         if storage.nbytes():
             memory.setdefault(storage.data_ptr(), storage.nbytes())
     launched = [(function, sizes, described(record, memory.items())) for function, sizes, record in driver.launches]
-    return launched, [(t.shape, t.stride(), t.dtype) for t in plans._tensors(result)]
+    return launched, [(t.shape, t.stride(), t.dtype) for t in _plans.tensors_in(result)]
 
 
 def draw(*shape, scale=1.0):
@@ -251,7 +251,7 @@ ELSEWHERE = torch.zeros(3)
 
 
 def test_a_loop_of_many_steps_is_no_plan(driver):
-    launcher = Launcher(lambda x: [x + i for i in range(plans.MOST_STEPS)])
+    launcher = Launcher(lambda x: [x + i for i in range(_plans.MOST_STEPS)])
     planned = plans.planned(launcher)
     for _ in range(5):
         planned(*pair(), 0.5)

@@ -67,6 +67,11 @@ def isa() -> str:
     return _forced
 
 
+def forced_isa() -> str | None:
+    """The instruction set that `use_isa` or OV3FAST_CPU_ISA names."""
+    return _forced
+
+
 @contextmanager
 def use_isa(name: str) -> Iterator[None]:
     """Within the block, kernels of that instruction set are used."""
@@ -106,17 +111,37 @@ def register(
     *,
     operands: tuple[str, ...],
     unsupported_reason: Callable[..., str | None] = unsupported_reason,
+    plan: bool = True,
     **choice: Any,
 ) -> None:
-    """Registers the backend "cpu" of `op`. choice: what `_choice.by_evidence` returns, which hands calls to faster backends."""
+    """Registers the backend "cpu" of `op`. plan: whether its functions may be replaced by plans of what they do; see plan.py.
+    choice: what `_choice.by_evidence` returns, which hands calls to faster backends."""
     _dispatch.register(
         op, "cpu", forward, backward, operands=operands, unavailable_reason=unavailable_reason, unsupported_reason=unsupported_reason,
-        **choice,
+        of_one_kind=_planned if plan else None, **choice,
     )  # fmt: skip
+
+
+def _planned(function: Callable[..., Any]) -> Callable[..., Any]:
+    from .plan import Planned
+
+    return Planned(function)
 
 
 _PLAIN = frozenset({int, float, bool, type(None)})
 """What ctypes converts by itself."""
+
+
+listener: Callable[[Callable[..., int], tuple[Any, ...]], None] | None = None
+"""Is told of every call of a kernel: the function and its arguments. See plan.py."""
+
+
+class Refused(ValueError):
+    """A kernel doesn't take these values, and has written none. The operator says why."""
+
+
+REFUSED = 2
+"""What such a kernel returns."""
 
 
 class Kernel:
@@ -142,9 +167,12 @@ class Kernel:
         if function is None:
             address = self._export(_library(isa()), *key[:2]).function
             function = self._functions[key] = ctypes.CFUNCTYPE(ctypes.c_int, *self._argtypes)(address)
+        if listener is not None:
+            listener(function, arguments)
         values = [value if type(value) in _PLAIN else value.data_ptr() for value in arguments]
-        if function(*values, torch.get_num_threads()):
-            raise MemoryError(f"{self.name}: no memory for its work space")
+        failed = function(*values, torch.get_num_threads())
+        if failed:
+            raise Refused(self.name) if failed == REFUSED else MemoryError(f"{self.name}: no memory for its work space")
 
     def check(self, library: ctypes.CDLL) -> None:
         """RuntimeError unless the library exports this kernel with these types."""

@@ -18,7 +18,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch._C import _any_requires_grad as any_requires_grad
 from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
 from torch._C import _get_tracing_state as get_tracing_state
@@ -58,7 +58,7 @@ class _Kind(NamedTuple):
     tensors: Callable[[tuple[Any, ...]], tuple[Tensor, ...]]
     """A call's arguments -> its tensors."""
     are_alike: Callable[..., bool]
-    """Whether those have this kind's dtypes, devices, sizes, strides, need of gradients, and modes around them: one call of C++."""
+    """Whether those have this kind's dtypes, devices, sizes, strides, `requires_grad`, and modes around them: one call of C++."""
     options: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None
     """A call's arguments -> what else counts."""
     known_options: tuple[Any, ...] | None
@@ -120,7 +120,7 @@ class Operator:
         selected = self.select(request, args)
         function, trailing = selected.inference, ()
         # Where there is a contract, PyTorch's own nodes do.
-        if self.apply is not None and selected.contract is None and torch.is_grad_enabled() and any_requires_grad(*args):
+        if self.apply is not None and selected.contract is None and is_grad_enabled() and any_requires_grad(*args):
             function, trailing = self.apply, (request, selected)
         elif is_any_autocast_enabled():
             return _without_autocast(function, args)
@@ -293,7 +293,7 @@ class Operator:
         return (self.run_backward if _is_plain_call(args) else self.registered_backward)(*args)
 
     def _call_backward(self, args: tuple[Any, ...], word: str) -> Any:
-        with_graph = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        with_graph = is_grad_enabled() and torch._C._any_requires_grad(*args)
         if not with_graph and _is_plain_call(args):
             known = None if self.shortcut is None else self.shortcut(*args)
             return _without_autocast(self.select_backward(word, args).function, args) if known is None else known
@@ -319,7 +319,7 @@ class Operator:
         if pairs:
             found = torch.autograd.grad(
                 [o for o, _ in pairs], [args[i] for i in wanted], [g for _, g in pairs],
-                create_graph=torch.is_grad_enabled(), allow_unused=True,
+                create_graph=is_grad_enabled(), allow_unused=True,
             )  # fmt: skip
             for i, grad in zip(wanted, found, strict=True):
                 grads[i] = grad
@@ -390,7 +390,7 @@ def _is_transformed(args: tuple[Any, ...]) -> bool:
 
 def _key(impl: str | None, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Where the kinds of calls like this one are kept."""
-    return impl, _dispatch.override(), getattr(args[0], "shape", None), *map(type, args)
+    return impl, _dispatch.override(), is_grad_enabled(), getattr(args[0], "shape", None), *map(type, args)
 
 
 def _getter(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
@@ -417,7 +417,7 @@ def _is_plain_call(args: tuple[Any, ...]) -> bool:
 def _is_plain_backward(grads: tuple[Any, ...]) -> bool:
     """`_is_plain_call` of a node's backward, whose saved tensors are plain since its forward's arguments were. A graph of it is none."""
     return not (
-        torch.is_grad_enabled()
+        is_grad_enabled()
         or is_compiling()
         or len_torch_dispatch_stack()
         or are_functorch_transforms_active()

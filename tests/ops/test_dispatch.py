@@ -404,9 +404,12 @@ def test_whatever_must_see_a_call_of_a_known_kind_sees_it(x):
     assert "ov3fast::toy" in str(traced.graph)
 
 
-def test_known_kinds_tell_gradients_apart(x):
+@pytest.mark.parametrize("first", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_known_kinds_tell_gradients_apart(x, first):
     register("eager", 2)
     leaf = x.clone().requires_grad_()
+    with first():
+        TOY(None, leaf, 0, 1.0)
     for _ in range(2):
         assert TOY(None, x, 0, 1.0).grad_fn is None
         assert TOY(None, leaf, 0, 1.0).grad_fn is not None
@@ -442,7 +445,7 @@ def test_alignment_tells_known_kinds_apart():
         found = ops.group_norm_silu(x, 2, weight, bias, impl="eager")
         torch.testing.assert_close(found, ops.group_norm_silu(x.clone(), 2, weight, bias, impl="eager"))
     selector = next(s for s in _dispatch._selectors if s.op == "group_norm_silu" and not s.backward)
-    (kinds,) = (kinds for (_, _, shape, *_), kinds in selector.kinds.items() if shape == x.shape)
+    (kinds,) = (kinds for (_, _, _, shape, *_), kinds in selector.kinds.items() if shape == x.shape)
     assert len(kinds) == 3
 
 

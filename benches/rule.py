@@ -5,7 +5,8 @@
 For each measured operator, dtype and size, a forward call uses the backend that was fastest, and a backward call the one that, after
 that forward, makes both together fastest: backends share their saved tensors, so they can be mixed. The time of a mixture is the sum of its parts
 until it has been measured itself.
-Our kernels are kept unless another backend is more than 3 % faster, so that a tie doesn't change what a run computes. torch.compile and
+Our kernels are kept unless another backend is more than 3 % faster, so that a tie doesn't change what a run computes; a forward that ties goes
+to the backend that is faster with the backward after it. torch.compile and
 F.linear_cross_entropy are baselines, not backends. If an older file has only our kernels and such baselines, and a baseline wins, PyTorch's own
 products are chosen.
 """
@@ -55,7 +56,7 @@ def decide(rows: Evidence) -> list[Choice]:
         forward = times.get("forward") or times.get("both")
         if forward is None:
             continue
-        choices.append(first := _pick(op, "forward", dtype, size, forward))
+        choices.append(first := _pick(op, "forward", dtype, size, forward, times.get("both", {}) if "forward" in times else {}))
         if op == "linear_cross_entropy_total":  # its forward computes the gradients
             continue
         if "backward" in times:
@@ -89,11 +90,14 @@ def _times(op: str, row: dict[str, str]) -> Milliseconds:
     return times
 
 
-def _pick(op: str, direction: str, dtype: str, size: tuple[int, ...], times: Milliseconds) -> Choice:
+def _pick(
+    op: str, direction: str, dtype: str, size: tuple[int, ...], times: Milliseconds, both: Milliseconds | None = None
+) -> Choice:
     unknown = [name for name, value in times.items() if math.isnan(value)]
     if unknown:
         return Choice(op, direction, dtype, size, unknown[0], math.nan, "")
-    return pick(op, direction, dtype, size, times)
+    known = {name: value for name, value in (both or {}).items() if not math.isnan(value)}
+    return pick(op, direction, dtype, size, times, known)
 
 
 def stale(rows: Evidence, table: _choice.Table) -> Evidence:

@@ -139,6 +139,8 @@ def test_how_the_rule_decides():
     assert decide(row("forward", "cpu 1.1; eager 1.0")) == {"forward": "eager"}
     both = row("forward", "cpu 1; eager 2"), row("both", "cpu 5; eager 5")
     assert decide(*both) == {"forward": "cpu", "backward": "eager"}, "4 against 3"
+    tie = row("forward", "cpu 1; eager 1"), row("both", "cpu 5; eager 4")
+    assert decide(*tie) == {"forward": "eager", "backward": "eager"}, "a forward that ties goes to what is faster with the backward"
     lost = row("both", "cpu 5; eager 5", chosen="cpu + eager", ms="5.5")
     assert decide(both[0], lost) == {"forward": "cpu", "backward": "cpu"}, "the two together were measured, and slower"
     won = row("both", "cpu 5; eager 5", chosen="cpu + eager", ms="4.1")

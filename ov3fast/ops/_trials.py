@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -84,9 +85,9 @@ def measure(trial: Trial, budget: float) -> list[Choice]:
     names = [n for n in BACKENDS if _dispatch.table()[op].get(n) == "ready" and (op, n) not in OUT_OF_BOUNDS]
     total = op == "linear_cross_entropy_total"
     forward_times = medians(both if total else forward, names, budget)
-    choices = [pick(op, "forward", trial.dtype, trial.size, forward_times)]
-    if not total:  # its forward computes the gradients
-        both_times = medians(both, names, budget)
+    both_times = {} if total else medians(both, names, budget)  # its forward computes the gradients
+    choices = [pick(op, "forward", trial.dtype, trial.size, forward_times, both_times)]
+    if not total:
         first = forward_times[choices[0].backend]
         after_it = {name: both_times[name] - forward_times[name] + first for name in names}
         choices.append(pick(op, "backward", trial.dtype, trial.size, after_it))
@@ -128,10 +129,14 @@ def medians(run: Callable[[], object], names: list[str], budget: float) -> dict[
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def pick(op: str, direction: str, dtype: str, size: tuple[int, ...], times: dict[str, float]) -> Choice:
-    """The first backend, ours before others, that takes at most the fastest one's time over WITHIN."""
+def pick(
+    op: str, direction: str, dtype: str, size: tuple[int, ...], times: dict[str, float], both: Mapping[str, float] = MappingProxyType({})
+) -> Choice:
+    """The first backend, ours before others, that takes at most the fastest one's time over WITHIN. A forward for which several do goes to the
+    one that is picked of `both`, the times with the backward after it, if that is among them: PyTorch's own autograd then needs no help."""
     limit = max(min(times.values()), 0.0) / WITHIN  # differences of short times can come out below 0
-    backend = next(name for name in _dispatch.PREFERENCE if times.get(name, math.inf) <= limit)
+    order = [pick(op, direction, dtype, size, dict(both)).backend, *_dispatch.PREFERENCE] if both else _dispatch.PREFERENCE
+    backend = next(name for name in order if times.get(name, math.inf) <= limit)
     others = {name: value for name, value in times.items() if name != backend}
     over = min(others, key=lambda name: others[name], default="")
     ratio = others[over] / max(times[backend], 1e-9) if over else math.nan

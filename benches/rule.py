@@ -2,11 +2,10 @@
 
     python -m benches.rule        # after such a file has changed; `make bench` does it too, and a test checks it
 
-For each measured operator, dtype and size, a forward call uses the backend that was fastest, and a backward call the one that, after
-that forward, makes both together fastest: backends share their saved tensors, so they can be mixed. The time of a mixture is the sum of its parts
-until it has been measured itself.
-Our kernels are kept unless another backend is more than 3 % faster, so that a tie doesn't change what a run computes; a forward that ties goes
-to the backend that is faster with the backward after it. torch.compile and
+For each measured operator, dtype and size, a forward call alone uses the backend that was fastest, one whose backward follows the backend that was
+fastest with both, and a backward call the one that, after that forward, makes both together fastest: backends share their saved tensors, so they can be
+mixed, where that is a tenth faster. The time of a mixture is the sum of its parts until it has been measured itself.
+Our kernels are kept unless another backend is more than 3 % faster, so that a tie doesn't change what a run computes. torch.compile and
 F.linear_cross_entropy are baselines, not backends. If an older file has only our kernels and such baselines, and a baseline wins, PyTorch's own
 products are chosen.
 """
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from ov3fast.ops import _choice
 from ov3fast.ops._choice import OURS, Choice
-from ov3fast.ops._trials import WITHIN, pick
+from ov3fast.ops._trials import WITHIN, pick, pick_backward
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -56,13 +55,15 @@ def decide(rows: Evidence) -> list[Choice]:
         forward = times.get("forward") or times.get("both")
         if forward is None:
             continue
-        choices.append(first := _pick(op, "forward", dtype, size, forward, times.get("both", {}) if "forward" in times else {}))
+        choices.append(first := _pick(op, "forward", dtype, size, forward))
         if op == "linear_cross_entropy_total":  # its forward computes the gradients
             continue
         if "backward" in times:
             choices.append(_pick(op, "backward", dtype, size, times["backward"]))
         elif "both" in times:
-            choices.append(_pick(op, "backward", dtype, size, pairs(by_direction["both"], times, first.backend)))
+            if "forward" in times:
+                choices.append(first := _pick(op, "training", dtype, size, times["both"]))
+            choices.append(_pick(op, "backward", dtype, size, pairs(by_direction["both"], times, first.backend), first.backend))
     return choices
 
 
@@ -90,14 +91,11 @@ def _times(op: str, row: dict[str, str]) -> Milliseconds:
     return times
 
 
-def _pick(
-    op: str, direction: str, dtype: str, size: tuple[int, ...], times: Milliseconds, both: Milliseconds | None = None
-) -> Choice:
+def _pick(op: str, direction: str, dtype: str, size: tuple[int, ...], times: Milliseconds, first: str = "") -> Choice:
     unknown = [name for name, value in times.items() if math.isnan(value)]
     if unknown:
         return Choice(op, direction, dtype, size, unknown[0], math.nan, "")
-    known = {name: value for name, value in (both or {}).items() if not math.isnan(value)}
-    return pick(op, direction, dtype, size, times, known)
+    return pick_backward(op, dtype, size, times, first) if first else pick(op, direction, dtype, size, times)
 
 
 def stale(rows: Evidence, table: _choice.Table) -> Evidence:
@@ -112,10 +110,12 @@ def taken(row: dict[str, str], table: _choice.Table) -> str:
         op = "linear_cross_entropy_total"
     if op not in _choice.SIZES:
         return OURS
-    forward, backward = (_choice.by_table(table, op, direction, row["dtype"], size) for direction in _choice.DIRECTIONS)
+    forward, training, backward = (
+        _choice.by_table(table, op, direction, row["dtype"], size) for direction in _choice.DIRECTIONS
+    )
     if row["direction"] == "forward" or op == "linear_cross_entropy_total":
         return forward
-    return backward if row["direction"] == "backward" or forward == backward else f"{forward} + {backward}"
+    return backward if row["direction"] == "backward" or training == backward else f"{training} + {backward}"
 
 
 def table() -> str:

@@ -71,7 +71,8 @@ def test_no_choice_is_one_that_the_evidence_shows_slower(name):
 
 
 def slower(rows, table):
-    """The measured calls for which the table chooses a backend more than 3 % slower than the fastest callable one."""
+    """The measured calls for which the table chooses a backend more than 3 % slower than the fastest callable one, or a pair of backends for forward and
+    backward that is a tenth slower than another backward after the same forward."""
     found = []
     for row in rows:
         times = rule.milliseconds(row["backends"])
@@ -87,8 +88,12 @@ def slower(rows, table):
             mixed = {name: times[name] - forward[name] + forward[first] for name in times if alone and name != first}
             if row["chosen"].startswith(f"{first} + "):
                 mixed[row["chosen"].partition(" + ")[2]] = float(row["ms"])
-            times = {**mixed, first: times[first]}
-        milliseconds = times.get(second or first, math.inf)
+            pairs = {**mixed, first: times[first]}
+            milliseconds = pairs.get(second or first, math.inf)
+            if _trials.MIXED_WITHIN * milliseconds > min(pairs.values()) * 1.0001:
+                found.append((op, row["direction"], row["shape"], row["dtype"], first, second))
+        else:
+            milliseconds = times.get(second or first, math.inf)
         if _trials.WITHIN * milliseconds > min(times.values()) * 1.0001:
             found.append((op, row["direction"], row["shape"], row["dtype"], first, second))
     return found
@@ -138,13 +143,17 @@ def test_how_the_rule_decides():
     assert decide(row("forward", "cpu 1.02; eager 1.0")) == {"forward": "cpu"}, "a tie is ours"
     assert decide(row("forward", "cpu 1.1; eager 1.0")) == {"forward": "eager"}
     both = row("forward", "cpu 1; eager 2"), row("both", "cpu 5; eager 5")
-    assert decide(*both) == {"forward": "cpu", "backward": "eager"}, "4 against 3"
-    tie = row("forward", "cpu 1; eager 1"), row("both", "cpu 5; eager 4")
-    assert decide(*tie) == {"forward": "eager", "backward": "eager"}, "a forward that ties goes to what is faster with the backward"
+    assert decide(*both) == {"forward": "cpu", "training": "cpu", "backward": "eager"}, "4 against 3"
+    close = row("forward", "cpu 1; eager 1.3"), row("both", "cpu 5; eager 5")
+    assert decide(*close) == {"forward": "cpu", "training": "cpu", "backward": "cpu"}, "4 against 3.7"
+    apart = row("forward", "cpu 1; eager 2"), row("both", "cpu 5; eager 4")
+    assert decide(*apart) == {"forward": "cpu", "training": "eager", "backward": "eager"}, "where there is a backward it counts"
     lost = row("both", "cpu 5; eager 5", chosen="cpu + eager", ms="5.5")
-    assert decide(both[0], lost) == {"forward": "cpu", "backward": "cpu"}, "the two together were measured, and slower"
+    assert decide(both[0], lost) == {"forward": "cpu", "training": "cpu", "backward": "cpu"}, (
+        "the two together were measured, and slower"
+    )
     won = row("both", "cpu 5; eager 5", chosen="cpu + eager", ms="4.1")
-    assert decide(both[0], won) == {"forward": "cpu", "backward": "eager"}
+    assert decide(both[0], won) == {"forward": "cpu", "training": "cpu", "backward": "eager"}
     only_ours = row("forward", "cpu 5", peers="F.linear 1")
     assert decide(only_ours) == {"forward": "eager"}, "PyTorch's own products, though nobody timed the backend"
     memory = row("both", "cpu 5", peers="eager 1", operator="contrastive_loss", size="64 8")
@@ -223,7 +232,8 @@ def test_a_trials_size_is_what_its_call_is_looked_up_by(trial, chip, monkeypatch
     function, leaves = _trials.prepare(trial)
     with pytest.raises(InterruptedError):
         function(*leaves)
-    assert asked == [(trial.operator, "forward", trial.dtype, trial.size)]
+    direction = "forward" if trial.operator == "linear_cross_entropy_total" else "training"  # its forward computes the gradients
+    assert asked == [(trial.operator, direction, trial.dtype, trial.size)]
 
 
 # ---- what was measured on this machine
@@ -313,7 +323,7 @@ def test_a_measurement_of_one_call(chip):
     chip("zen4")
     linear = next(call for call in _calls.every() if call.op == "linear")
     found = _trials.measure(_trials.Trial(linear, "mixed", (8, 16, 24)), budget=0.01)
-    assert [(c.direction, c.dtype) for c in found] == [("forward", "mixed"), ("backward", "mixed")]
+    assert [(c.direction, c.dtype) for c in found] == [(direction, "mixed") for direction in _choice.DIRECTIONS]
     assert {c.backend for c in found} | {c.over for c in found} <= {"cpu", "eager", "onednn"} and all(
         c.ratio > 0 for c in found
     )

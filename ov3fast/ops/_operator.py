@@ -86,7 +86,10 @@ class Operator:
         self.inputs = [argument for _, argument in _dispatch.parse_schema(schema)]
         self.narrowed = [self.inputs.index(argument) for argument in autocast]
         tensors = [argument for kind, argument in _dispatch.parse_schema(schema) if kind in ("Tensor", "Tensor?")]
-        self.select = _dispatch.Selector(name, schema, backward=False, inputs=tensors, check=self.check, **selection)
+        selector = functools.partial(
+            _dispatch.Selector, name, schema, backward=False, inputs=tensors, check=self.check, **selection
+        )
+        self.select, self.select_training = selector(), selector(training=True)
         self.registered = _register(name, schema, self.run, fake)
         self.apply: Callable[..., Any] | None = None
         self.transformed: type[torch.autograd.Function] | None = None
@@ -117,17 +120,23 @@ class Operator:
         return self._call_plain(impl, request, unwrapped)
 
     def _call_plain(self, impl: str | None, request: str, args: tuple[Any, ...]) -> Any:
-        selected = self.select(request, args)
-        function, trailing = selected.inference, ()
+        training = self.apply is not None and is_grad_enabled() and any_requires_grad(*args)
+        selected = (self.select_training if training else self.select)(request, args)
+        function: Callable[..., Any] = selected.inference
+        trailing: tuple[Any, ...] = ()
         # Where there is a contract, PyTorch's own nodes do.
-        if self.apply is not None and selected.contract is None and is_grad_enabled() and any_requires_grad(*args):
+        if self.apply is not None and training and selected.contract is None:
             function, trailing = self.apply, (request, selected)
         elif is_any_autocast_enabled():
             return _without_autocast(function, args)
         self._remember(impl, args, function, trailing)
         return function(*args, *trailing)
 
-    def _remember(self, impl: str | None, args: tuple[Any, ...], function: Callable[..., Any], trailing: tuple[Any, ...]) -> None:
+    def _remember(
+        self, impl: str | None, args: tuple[Any, ...], function: Callable[..., Any], trailing: tuple[Any, ...]
+    ) -> None:
+        if len(self.select.kinds) >= 4096:
+            self.select.kinds.clear()
         kinds = self.select.kinds.setdefault(_key(impl, args), [])
         if len(kinds) >= KINDS or not self.select.remembers or is_any_autocast_enabled():
             return
@@ -397,7 +406,9 @@ def _getter(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
     return itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1) if places else slice(0))
 
 
-def _with_alignment(options: Callable[..., tuple[Any, ...]], tensors: Callable[..., tuple[Tensor, ...]], args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _with_alignment(
+    options: Callable[..., tuple[Any, ...]], tensors: Callable[..., tuple[Tensor, ...]], args: tuple[Any, ...]
+) -> tuple[Any, ...]:
     return *options(args), *(tensor.data_ptr() % 16 for tensor in tensors(args))
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +24,10 @@ OUT_OF_BOUNDS = {("flash_attention", "eager"): "it keeps N x N numbers"}
 
 WITHIN = 0.97
 """Our kernels keep a call unless another backend takes less than this share of their time, so that a tie changes no bits."""
+
+MIXED_WITHIN = 0.9
+"""A backward stays with its forward's backend unless with another they take less than this share of the time: the sum of parts that were timed
+apart, which leaves out what two backends don't share, such as weights that were converted."""
 
 FAR = 4.0
 """A backend this many times slower than the fastest is timed once."""
@@ -69,7 +72,7 @@ def prepare(trial: Trial) -> tuple[Callable[..., Any], list[Tensor]]:
 
 
 def measure(trial: Trial, budget: float) -> list[Choice]:
-    """The choices for its forward and its backward call, from medians of turns for about `budget` seconds each."""
+    """The choices for its forward, alone and with the backward after it, and for its backward call, from medians of turns for about `budget` seconds each."""
     settle()
     op = trial.operator
     function, leaves = prepare(trial)
@@ -85,13 +88,14 @@ def measure(trial: Trial, budget: float) -> list[Choice]:
     names = [n for n in BACKENDS if _dispatch.table()[op].get(n) == "ready" and (op, n) not in OUT_OF_BOUNDS]
     total = op == "linear_cross_entropy_total"
     forward_times = medians(both if total else forward, names, budget)
-    both_times = {} if total else medians(both, names, budget)  # its forward computes the gradients
-    choices = [pick(op, "forward", trial.dtype, trial.size, forward_times, both_times)]
-    if not total:
-        first = forward_times[choices[0].backend]
-        after_it = {name: both_times[name] - forward_times[name] + first for name in names}
-        choices.append(pick(op, "backward", trial.dtype, trial.size, after_it))
-    return choices
+    forward_choice = pick(op, "forward", trial.dtype, trial.size, forward_times)
+    if total:  # its forward computes the gradients
+        return [forward_choice]
+    both_times = medians(both, names, budget)
+    training = pick(op, "training", trial.dtype, trial.size, both_times)
+    first = forward_times[training.backend]
+    after_it = {name: both_times[name] - forward_times[name] + first for name in names}
+    return [forward_choice, training, pick_backward(op, trial.dtype, trial.size, after_it, training.backend)]
 
 
 def _outputs(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -129,14 +133,22 @@ def medians(run: Callable[[], object], names: list[str], budget: float) -> dict[
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def pick(
-    op: str, direction: str, dtype: str, size: tuple[int, ...], times: dict[str, float], both: Mapping[str, float] = MappingProxyType({})
-) -> Choice:
-    """The first backend, ours before others, that takes at most the fastest one's time over WITHIN. A forward for which several do goes to the
-    one that is picked of `both`, the times with the backward after it, if that is among them: PyTorch's own autograd then needs no help."""
+def pick(op: str, direction: str, dtype: str, size: tuple[int, ...], times: dict[str, float]) -> Choice:
+    """The first backend, ours before others, that takes at most the fastest one's time over WITHIN."""
     limit = max(min(times.values()), 0.0) / WITHIN  # differences of short times can come out below 0
-    order = [pick(op, direction, dtype, size, dict(both)).backend, *_dispatch.PREFERENCE] if both else _dispatch.PREFERENCE
-    backend = next(name for name in order if times.get(name, math.inf) <= limit)
+    return _choose(
+        op, direction, dtype, size, times, next(name for name in _dispatch.PREFERENCE if times.get(name, math.inf) <= limit)
+    )
+
+
+def pick_backward(op: str, dtype: str, size: tuple[int, ...], times: dict[str, float], first: str) -> Choice:
+    """After a forward on `first`, of the times of both: `first` again unless a mixture is much faster."""
+    if MIXED_WITHIN * times.get(first, math.inf) <= min(times.values()):
+        return _choose(op, "backward", dtype, size, times, first)
+    return pick(op, "backward", dtype, size, times)
+
+
+def _choose(op: str, direction: str, dtype: str, size: tuple[int, ...], times: dict[str, float], backend: str) -> Choice:
     others = {name: value for name, value in times.items() if name != backend}
     over = min(others, key=lambda name: others[name], default="")
     ratio = others[over] / max(times[backend], 1e-9) if over else math.nan

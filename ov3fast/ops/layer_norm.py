@@ -176,7 +176,7 @@ _BACKWARD = cpu.Kernel(
 
 def _forward_cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float, statistics: bool = True
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     x_RD, x_stride, *sizes = cpu.matrix(x)
     residual_RD, residual_stride, *_ = cpu.NO_ROWS if residual is None else cpu.matrix(residual)
     y, h = cpu.empty_like(x), cpu.empty_like(x, residual is not None)

@@ -5,7 +5,7 @@
 For each measured operator, dtype and size, a forward call alone uses the backend that was fastest, one whose backward follows the backend that was
 fastest with both, and a backward call the one that, after that forward, makes both together fastest: backends share their saved tensors, so they can be
 mixed, where that is a tenth faster. The time of a mixture is the sum of its parts until it has been measured itself.
-Our kernels are kept unless another backend is more than 3 % faster, so that a tie doesn't change what a run computes. torch.compile and
+Our kernels are kept unless another backend is more than 1.5 % faster, so that a tie doesn't change what a run computes. torch.compile and
 F.linear_cross_entropy are baselines, not backends. If an older file has only our kernels and such baselines, and a baseline wins, PyTorch's own
 products are chosen.
 """

@@ -232,7 +232,9 @@ def test_a_trials_size_is_what_its_call_is_looked_up_by(trial, chip, monkeypatch
     function, leaves = _trials.prepare(trial)
     with pytest.raises(InterruptedError):
         function(*leaves)
-    direction = "forward" if trial.operator == "linear_cross_entropy_total" else "training"  # its forward computes the gradients
+    direction = (
+        "forward" if trial.operator == "linear_cross_entropy_total" else "training"
+    )  # its forward computes the gradients
     assert asked == [(trial.operator, direction, trial.dtype, trial.size)]
 
 

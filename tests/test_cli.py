@@ -359,6 +359,7 @@ def one_line(err: str) -> str:
     [
         (("nonsense",), "no command 'nonsense'; the commands are train, watch, compare"),
         (("trian", "--recipe", "demo"), "no command 'trian'; perhaps train; the commands are"),
+        (("enc", "m", "a.jpg"), "no command 'enc'; perhaps encode; the commands are"),
         (("encode",), ", --out PATH (see ov3fast encode --help)"),
         (
             ("encode", "MODEL", "PHOTO", "--out", "x.npz", "--dtype", "fp8"),
@@ -387,7 +388,10 @@ def one_line(err: str) -> str:
         (("encode", "MODEL", "PHOTO", "--out", "x.npz", "--device", "meta"), "device 'meta' can't be used here"),
         (("encode", "MODEL", "", "--out", "x.npz"), "the argument after MODEL is empty; is a shell variable unset?"),
         (("encode", "MODEL", "PHOTO", "--out="), "encode: the argument after PHOTO is empty"),
-        (("encode", "MODEL", "PHOTO", "--out", "x.txt"), "--out must end in .safetensors, .npz, .npy, .parquet; got x.txt"),
+        (
+            ("encode", "MODEL", "PHOTO", "--out", "x.txt"),
+            "--out must end in .safetensors, .npz, .npy, .parquet, or have no ending, for a folder of parts; got x.txt",
+        ),
         (("reconstruct", "MODEL", "PHOTO", "--out", "x.jpg"), "--out must end in .png, got x.jpg"),
         (("train", "--recipe", "demo", "--stages.0.stepz", "3"), "perhaps --stages.0.steps or --stages.1.steps"),
         (("train", "--recipe", "demo", "--data.skip-budget", "-1", "--dry-run"), "skip_budget: got -1.0; it takes a share"),

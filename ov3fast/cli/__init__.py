@@ -81,7 +81,9 @@ COMMANDS = {
     ),
     "doctor": Command("doctor", "Show what this machine can run: packages, tools, and every operator's backends.", prints=True),
     "bench": Command("bench", "Benchmark the operators on this machine; needs a checkout of the repository."),
-    "tune": Command("tune", "Measure block sizes of the Triton kernels on this GPU and keep the best; needs a checkout."),
+    "tune": Command(
+        "tune", "Measure what is fastest here, block sizes on a GPU (needs a checkout) or backends on a CPU, and keep it."
+    ),
 }
 
 
@@ -128,7 +130,8 @@ def _run(arguments: list[str]) -> int:
         print(__version__)
         return 0
     if name not in COMMANDS:
-        meant = "".join(f"; perhaps {close}" for close in get_close_matches(name, COMMANDS, 1))
+        begun = [command for command in COMMANDS if command.startswith(name)]
+        meant = "".join(f"; perhaps {close}" for close in (begun or get_close_matches(name, COMMANDS))[:1])
         raise ValueError(f"no command {name!r}{meant}; the commands are {', '.join(COMMANDS)}")
     for before, argument in zip([name, *rest], rest, strict=False):
         if not argument or re.fullmatch(r"--[\w.-]+=", argument):

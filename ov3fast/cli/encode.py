@@ -22,7 +22,7 @@ class Encode(ImagesOptions):
     paths from standard input, one per line. MODEL may also be the folder of a released vision tower (open_clip_config.json)."""
 
     out: Path
-    """File to write: .safetensors, .npz or .parquet (pooled and tokens), or .npy (pooled only); anything else is a folder of parts."""
+    """File to write: .safetensors, .npz or .parquet (pooled and tokens), or .npy (pooled only); without an ending, a folder of parts."""
     tokens: bool = True
     """Write the tokens as well as the pooled vectors."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
@@ -48,7 +48,7 @@ def run(arguments: list[str]) -> int:
 
     folder = given.out.is_dir() or not given.out.suffix
     if not folder:
-        check_output(given.out, "--out")
+        check_output(given.out, "--out", "have no ending, for a folder of parts")
     lines = [os.fsdecode(line) for line in sys.stdin.buffer.read().splitlines()] if Path("-") in given.images else []
     began = time.monotonic()
     one = {"vae": given.vae, "device": given.device, "dtype": given.dtype}

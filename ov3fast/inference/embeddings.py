@@ -61,15 +61,16 @@ class MappedFile:
         return torch.from_numpy(np.memmap(self.path, self.dtype, "r+", shape=(count, *self.shape)))
 
 
-def check_output(path: str | Path, what: str = "out") -> Path:
-    """`path` with ~ expanded, if write_embeddings could write it; call it before the work. what: the argument's name in errors.
+def check_output(path: str | Path, what: str = "out", otherwise: str = "") -> Path:
+    """`path` with ~ expanded, if write_embeddings could write it; call it before the work. what: the argument's name in errors. otherwise: what
+    else it may do instead of ending as a file.
 
     ValueError for another suffix, FileExistsError if a .npy would overwrite a .json that is not its own, OSError if
     nothing can be written.
     """
     path = Path(path).expanduser()
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"{what} must end in {', '.join(SUFFIXES)}; got {path}")
+        raise ValueError(f"{what} must end in {', '.join(SUFFIXES)}{otherwise and f', or {otherwise}'}; got {path}")
     check_writable(path, what)
     if path.suffix == ".npy":
         sidecar = check_writable(path.with_suffix(".json"), what)

@@ -34,8 +34,8 @@ from . import _check, _dispatch
 LIBRARY = torch.library.Library("ov3fast", "DEF")
 
 # What an argument of an eager call can be. Subclasses of Tensor (fake tensors, DTensor) need the dispatcher, and so do lists.
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), int, float, bool, str})
-
+_TENSORS = frozenset({Tensor, torch.nn.Parameter})
+_PLAIN = _TENSORS | {type(None), int, float, bool, str}
 
 KINDS = 8
 """How many kinds of calls with the same first size are told apart without working anything out."""
@@ -399,7 +399,8 @@ def _is_transformed(args: tuple[Any, ...]) -> bool:
 
 def _key(impl: str | None, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Where the kinds of calls like this one are kept."""
-    return impl, _dispatch.override(), is_grad_enabled(), getattr(args[0], "shape", None), *map(type, args)
+    shape = args[0].shape if type(args[0]) in _TENSORS else None  # a fake tensor's may have symbols, which have no hash
+    return impl, _dispatch.override(), is_grad_enabled(), shape, *map(type, args)
 
 
 def _getter(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:

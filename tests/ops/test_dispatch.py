@@ -378,6 +378,11 @@ class Seen(TorchDispatchMode):
     names: list[str] = []
 
 
+class Toy(torch.nn.Module):
+    def forward(self, x):
+        return TOY(None, x, 0, 1.0)
+
+
 def test_whatever_must_see_a_call_of_a_known_kind_sees_it(x):
     """The backend multiplies by 2, the specification, which transforms run, by 1."""
     register("eager", 2)
@@ -397,6 +402,8 @@ def test_whatever_must_see_a_call_of_a_known_kind_sees_it(x):
     with FakeTensorMode() as fake:
         assert TOY(None, fake.from_tensor(x), 0, 1.0).shape == x.shape
     assert TOY(None, x.to("meta"), 0, 1.0).is_meta
+    exported = torch.export.export(Toy(), (x,), dynamic_shapes=({0: torch.export.Dim("rows")},), strict=False)
+    assert "ov3fast.toy" in exported.graph_module.code
     graphs = []
     compiled = torch.compile(
         lambda x: TOY(None, x, 0, 1.0), backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True

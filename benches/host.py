@@ -55,7 +55,7 @@ def least(run: Callable[[], object], rounds: int = 40, inner: int = 25) -> float
 
 
 def measure(backend: str) -> dict[str, float]:
-    """ "op direction" -> microseconds, for the imported ov3fast."""
+    """ "op: direction" -> microseconds, for the imported ov3fast."""
     from ov3fast import ops
     from tools.gpu import pretend
 
@@ -69,26 +69,34 @@ def measure(backend: str) -> dict[str, float]:
         "mlp": (ops.mlp, (x, weight, bias, weight + 1, bias + 1)),
     }
     found = {}
-    with pretend.host() if backend == "triton" else nullcontext(), ops.use(backend):
+    with pretend.host() if backend == "triton" else nullcontext():
+        if backend == "triton":
+            found |= whole("linear as chosen", *calls["linear"])  # which is PyTorch's own
         for name, (function, values) in calls.items():
-            leaves = [value.clone().requires_grad_() for value in values]
-            upstream = torch.ones_like(function(*values))
-            found[f"{name} forward"] = least(lambda f=function, v=values: f(*v))
-            found[f"{name} forward + backward"] = least(
-                lambda f=function, v=leaves, g=upstream: torch.autograd.grad(f(*v), v, g)
-            )
-            found[f"{name} forward + backward, in a chain"] = in_a_chain(function, values, upstream)
+            with ops.use(backend):
+                found |= whole(name, function, values)
+            leaves, upstream = [value.clone().requires_grad_() for value in values], torch.ones_like(PYTORCH[name](*values))
             trivial = trivial_function(*NEEDED[name])
-            found[f"{name} floor of forward + backward"] = least(
+            found[f"{name}: floor of forward + backward"] = least(
                 lambda f=trivial, v=leaves, g=upstream: torch.autograd.grad(f(*v), v, g)
             )
-            found[f"{name} floor, in a chain"] = in_a_chain(trivial, values, upstream)
+            found[f"{name}: floor, in a chain"] = in_a_chain(trivial, values, upstream)
             own = PYTORCH[name]
-            found[f"{name} PyTorch's own, forward + backward"] = least(
+            found[f"{name}: PyTorch's own, forward + backward"] = least(
                 lambda f=own, v=leaves, g=upstream: torch.autograd.grad(f(*v), v, g)
             )
-            found[f"{name} PyTorch's own, in a chain"] = in_a_chain(own, values, upstream)
+            found[f"{name}: PyTorch's own, in a chain"] = in_a_chain(own, values, upstream)
     return found
+
+
+def whole(name: str, function: Callable[..., torch.Tensor], values: tuple[torch.Tensor, ...]) -> dict[str, float]:
+    leaves = [value.clone().requires_grad_() for value in values]
+    upstream = torch.ones_like(function(*values))
+    return {
+        f"{name}: forward": least(lambda: function(*values)),
+        f"{name}: forward + backward": least(lambda: torch.autograd.grad(function(*leaves), leaves, upstream)),
+        f"{name}: forward + backward, in a chain": in_a_chain(function, values, upstream),
+    }
 
 
 def _attention(q, k, v):
@@ -176,7 +184,7 @@ def main() -> None:
 
     facts, rows = machine(), []
     for key, after in best["after"].items():
-        op, direction = key.split(" ", 1)
+        op, direction = key.split(": ", 1)
         before = best.get("before", {}).get(key)
         rows.append(
             {

@@ -33,8 +33,8 @@ from . import _check, _dispatch
 
 LIBRARY = torch.library.Library("ov3fast", "DEF")
 
-# What an argument of an eager call can be. Subclasses of Tensor (fake tensors, DTensor) need the dispatcher, and so do lists.
 _TENSORS = frozenset({Tensor, torch.nn.Parameter})
+# What an argument of an eager call can be. Subclasses of Tensor (fake tensors, DTensor) need the dispatcher, and so do lists.
 _PLAIN = _TENSORS | {type(None), int, float, bool, str}
 
 KINDS = 8
@@ -129,7 +129,8 @@ class Operator:
             function, trailing = self.apply, (request, selected)
         elif is_any_autocast_enabled():
             return _without_autocast(function, args)
-        self._remember(impl, args, function, trailing)
+        if self.select.remembers and not is_any_autocast_enabled():  # the guards don't know autocast's dtype
+            self._remember(impl, args, function, trailing)
         return function(*args, *trailing)
 
     def _remember(
@@ -138,7 +139,7 @@ class Operator:
         if len(self.select.kinds) >= 4096:
             self.select.kinds.clear()
         kinds = self.select.kinds.setdefault(_key(impl, args), [])
-        if len(kinds) >= KINDS or not self.select.remembers or is_any_autocast_enabled():
+        if len(kinds) >= KINDS:
             return
         tensors = _getter([i for i, arg in enumerate(args) if isinstance(arg, Tensor)])
         if len(set(map(id, tensors(args)))) < len(tensors(args)):

@@ -123,6 +123,11 @@ def _without_b1(backward: Callable[..., Any]) -> Callable[..., Any]:
     return lambda grad_y, x, h, w1, b1, *rest: backward(grad_y, x, h, w1, *rest)
 
 
+def _to_pytorch(x: Tensor, weight: Tensor) -> tuple[str, ...]:
+    """linear's products are PyTorch's on either backend, and its own autograd nodes take less host time. Weights of another dtype are ours to round."""
+    return ("eager",) if x.dtype == weight.dtype else ()
+
+
 for _op, _kernels in KERNELS.items():
     _forward = launch(_kernels.module, _kernels.forward)
     _backward = None if _kernels.backward is None else launch(_kernels.module, _kernels.backward)
@@ -134,6 +139,8 @@ for _op, _kernels in KERNELS.items():
         _forward, _backward = over_ranks(
             *(launch(_kernels.module, name) for name in ("forward_rows", "backward_rows", "project"))
         )
+    elif _op == "linear":
+        _options["slower_than"] = _to_pytorch
     elif _op.startswith("flash_attention"):
         _options["slower_than"] = functools.partial(_attention_peers.faster_than_triton, "forward")
         _options["slower_than_backward"] = functools.partial(_attention_peers.faster_than_triton, "backward")

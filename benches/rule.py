@@ -2,9 +2,9 @@
 
     python -m benches.rule        # after such a file has changed; `make bench` does it too, and a test checks it
 
-For each measured operator, dtype and size, a forward call alone uses the backend that was fastest, one whose backward follows the backend that was
-fastest with both, and a backward call the one that, after that forward, makes both together fastest: backends share their saved tensors, so they can be
-mixed, where that is a tenth faster. The time of a mixture is the sum of its parts until it has been measured itself.
+For each measured operator, dtype and size, a forward call uses the backend that was never far from the fastest, alone and with its backward after it, and a
+backward call the same or the one that, after that forward, makes both together fastest by a tenth: backends share their saved tensors, so they can be
+mixed. The time of a mixture is the sum of its parts until it has been measured itself.
 Our kernels are kept unless another backend is more than 1.5 % faster, so that a tie doesn't change what a run computes. torch.compile and
 F.linear_cross_entropy are baselines, not backends. If an older file has only our kernels and such baselines, and a baseline wins, PyTorch's own
 products are chosen.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ov3fast.ops import _choice
 from ov3fast.ops._choice import OURS, Choice
-from ov3fast.ops._trials import WITHIN, pick, pick_backward
+from ov3fast.ops._trials import WITHIN, pick, pick_backward, pick_forward
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -55,14 +55,12 @@ def decide(rows: Evidence) -> list[Choice]:
         forward = times.get("forward") or times.get("both")
         if forward is None:
             continue
-        choices.append(first := _pick(op, "forward", dtype, size, forward))
+        choices.append(first := _forward(op, dtype, size, forward, times.get("both", {}) if "forward" in times else {}))
         if op == "linear_cross_entropy_total":  # its forward computes the gradients
             continue
         if "backward" in times:
             choices.append(_pick(op, "backward", dtype, size, times["backward"]))
         elif "both" in times:
-            if "forward" in times:
-                choices.append(first := _pick(op, "training", dtype, size, times["both"]))
             choices.append(_pick(op, "backward", dtype, size, pairs(by_direction["both"], times, first.backend), first.backend))
     return choices
 
@@ -91,6 +89,12 @@ def _times(op: str, row: dict[str, str]) -> Milliseconds:
     return times
 
 
+def _forward(op: str, dtype: str, size: tuple[int, ...], forward: Milliseconds, both: Milliseconds) -> Choice:
+    if any(map(math.isnan, (*forward.values(), *both.values()))) or not forward.keys() & both.keys():
+        return _pick(op, "forward", dtype, size, forward)
+    return pick_forward(op, dtype, size, forward, both)
+
+
 def _pick(op: str, direction: str, dtype: str, size: tuple[int, ...], times: Milliseconds, first: str = "") -> Choice:
     unknown = [name for name, value in times.items() if math.isnan(value)]
     if unknown:
@@ -110,12 +114,10 @@ def taken(row: dict[str, str], table: _choice.Table) -> str:
         op = "linear_cross_entropy_total"
     if op not in _choice.SIZES:
         return OURS
-    forward, training, backward = (
-        _choice.by_table(table, op, direction, row["dtype"], size) for direction in _choice.DIRECTIONS
-    )
+    forward, backward = (_choice.by_table(table, op, direction, row["dtype"], size) for direction in _choice.DIRECTIONS)
     if row["direction"] == "forward" or op == "linear_cross_entropy_total":
         return forward
-    return backward if row["direction"] == "backward" or training == backward else f"{training} + {backward}"
+    return backward if row["direction"] == "backward" or forward == backward else f"{forward} + {backward}"
 
 
 def table() -> str:

@@ -71,32 +71,34 @@ def test_no_choice_is_one_that_the_evidence_shows_slower(name):
 
 
 def slower(rows, table):
-    """The measured calls for which the table chooses a backend more than 1.5 % slower than the fastest callable one, or a pair of backends for forward and
-    backward that is a tenth slower than another backward after the same forward."""
+    """The measured calls for which the table chooses a backend more than 1.5 % further from the fastest callable one than another, or for a backward one that
+    with the forward before it takes a tenth more time than another."""
     found = []
     for row in rows:
-        times = rule.milliseconds(row["backends"])
-        peers = rule.milliseconds(row["peers"])
-        times |= {name: peers[name] for name in ("sdpa", "eager") if set(times) == {"cpu"} and name in peers}
-        op = row["operator"].split()[0]
+        times, op = timed(row), row["operator"].split()[0]
         if not row["size"] or len(times) < 2:
             continue
         first, _, second = rule.taken(row, table).partition(" + ")
-        if row["direction"] == "both" and op != "linear_cross_entropy":  # of the backward calls after this forward
-            alone = [r for r in rows if (r["direction"], *call(r)) == ("forward", *call(row))]
-            forward = {k: v for r in alone for k, v in rule.milliseconds(f"{r['peers']}; {r['backends']}").items()}
-            mixed = {name: times[name] - forward[name] + forward[first] for name in times if alone and name != first}
+        pair = {r["direction"]: timed(r) for r in rows if call(r) == call(row)}
+        within = _trials.WITHIN
+        if op != "linear_cross_entropy" and row["direction"] == "both":  # of the backward calls after this forward
+            within, forward = _trials.MIXED_WITHIN, pair.get("forward", {})
+            mixed = {name: times[name] - forward[name] + forward[first] for name in times if forward and name != first}
             if row["chosen"].startswith(f"{first} + "):
                 mixed[row["chosen"].partition(" + ")[2]] = float(row["ms"])
-            pairs = {**mixed, first: times[first]}
-            milliseconds = pairs.get(second or first, math.inf)
-            if _trials.MIXED_WITHIN * milliseconds > min(pairs.values()) * 1.0001:
-                found.append((op, row["direction"], row["shape"], row["dtype"], first, second))
-        else:
-            milliseconds = times.get(second or first, math.inf)
-        if _trials.WITHIN * milliseconds > min(times.values()) * 1.0001:
+            times = {**mixed, first: times[first]}
+        elif op != "linear_cross_entropy" and row["direction"] == "forward" and "both" in pair:  # alone and with its backward
+            shares = [{name: value / min(of.values()) for name, value in of.items()} for of in (times, pair["both"])]
+            times = {name: max(share[name] for share in shares) for name in times if name in shares[1]}
+        if within * times.get(second or first, math.inf) > min(times.values()) * 1.0001:
             found.append((op, row["direction"], row["shape"], row["dtype"], first, second))
     return found
+
+
+def timed(row):
+    """Of a row, the backends that could be called; of older ones, those among the peers."""
+    times, peers = rule.milliseconds(row["backends"]), rule.milliseconds(row["peers"])
+    return times | {name: peers[name] for name in ("sdpa", "eager") if set(times) == {"cpu"} and name in peers}
 
 
 def measured(choice, rows):
@@ -143,17 +145,21 @@ def test_how_the_rule_decides():
     assert decide(row("forward", "cpu 1.01; eager 1.0")) == {"forward": "cpu"}, "a tie is ours"
     assert decide(row("forward", "cpu 1.1; eager 1.0")) == {"forward": "eager"}
     both = row("forward", "cpu 1; eager 2"), row("both", "cpu 5; eager 5")
-    assert decide(*both) == {"forward": "cpu", "training": "cpu", "backward": "eager"}, "4 against 3"
+    assert decide(*both) == {"forward": "cpu", "backward": "eager"}, "4 against 3"
     close = row("forward", "cpu 1; eager 1.3"), row("both", "cpu 5; eager 5")
-    assert decide(*close) == {"forward": "cpu", "training": "cpu", "backward": "cpu"}, "4 against 3.7"
+    assert decide(*close) == {"forward": "cpu", "backward": "cpu"}, "4 against 3.7"
     apart = row("forward", "cpu 1; eager 2"), row("both", "cpu 5; eager 4")
-    assert decide(*apart) == {"forward": "cpu", "training": "eager", "backward": "eager"}, "where there is a backward it counts"
-    lost = row("both", "cpu 5; eager 5", chosen="cpu + eager", ms="5.5")
-    assert decide(both[0], lost) == {"forward": "cpu", "training": "cpu", "backward": "cpu"}, (
-        "the two together were measured, and slower"
+    assert decide(*apart) == {"forward": "cpu", "backward": "eager"}, (
+        "twice the time alone is further than 5 against 4; 4 against 3"
     )
+    tie = row("forward", "cpu 1; eager 1"), row("both", "cpu 5; eager 4")
+    assert decide(*tie) == {"forward": "eager", "backward": "eager"}, (
+        "a forward that ties goes to what is faster with the backward"
+    )
+    lost = row("both", "cpu 5; eager 5", chosen="cpu + eager", ms="5.5")
+    assert decide(both[0], lost) == {"forward": "cpu", "backward": "cpu"}, "the two together were measured, and slower"
     won = row("both", "cpu 5; eager 5", chosen="cpu + eager", ms="4.1")
-    assert decide(both[0], won) == {"forward": "cpu", "training": "cpu", "backward": "eager"}
+    assert decide(both[0], won) == {"forward": "cpu", "backward": "eager"}
     only_ours = row("forward", "cpu 5", peers="F.linear 1")
     assert decide(only_ours) == {"forward": "eager"}, "PyTorch's own products, though nobody timed the backend"
     memory = row("both", "cpu 5", peers="eager 1", operator="contrastive_loss", size="64 8")
@@ -232,10 +238,7 @@ def test_a_trials_size_is_what_its_call_is_looked_up_by(trial, chip, monkeypatch
     function, leaves = _trials.prepare(trial)
     with pytest.raises(InterruptedError):
         function(*leaves)
-    direction = (
-        "forward" if trial.operator == "linear_cross_entropy_total" else "training"
-    )  # its forward computes the gradients
-    assert asked == [(trial.operator, direction, trial.dtype, trial.size)]
+    assert asked == [(trial.operator, "forward", trial.dtype, trial.size)]
 
 
 # ---- what was measured on this machine

@@ -28,8 +28,7 @@ from ..io import atomic_write
 from . import _chip
 
 OURS = "cpu"
-DIRECTIONS = ("forward", "training", "backward")
-"""A forward alone, one whose backward follows, and that backward."""
+DIRECTIONS = ("forward", "backward")
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 MIXED = "mixed"
 """bfloat16 with float32 parameters, as in training under autocast."""
@@ -83,7 +82,6 @@ Table = dict[tuple[str, str, str], list[Choice]]
 
 class Given(TypedDict):
     slower_than: Callable[..., tuple[str, ...]]
-    slower_than_training: Callable[..., tuple[str, ...]]
     slower_than_backward: Callable[..., tuple[str, ...]]
 
 
@@ -100,8 +98,8 @@ def by_evidence(op: str, dimensions: str, size: Measure, *, products: str | None
         DIMENSIONS[op] = dimensions
     if products is not None:
         PRODUCTS[op] = products
-    forward, training, backward = (functools.partial(_faster, op, direction) for direction in DIRECTIONS)
-    return {"slower_than": forward, "slower_than_training": training, "slower_than_backward": backward}
+    forward, backward = (functools.partial(_faster, op, direction) for direction in DIRECTIONS)
+    return {"slower_than": forward, "slower_than_backward": backward}
 
 
 def _faster(op: str, direction: str, *operands: Any) -> tuple[str, ...]:
@@ -128,7 +126,7 @@ def by_table(table: Table, op: str, direction: str, dtype: str, size: tuple[int,
 
 
 def nearest(table: Table, op: str, direction: str, dtype: str, size: tuple[int, ...]) -> Choice | None:
-    """The row for a call. Where none was measured: mixed takes bfloat16's, and a direction the forward's."""
+    """The row for a call. Where none was measured: mixed takes bfloat16's, and a backward its forward's."""
     for way in dict.fromkeys((direction, "forward")):
         for kind in dict.fromkeys((dtype, "bf16" if dtype == MIXED else dtype)):
             if rows := table.get((op, way, kind)):

@@ -43,8 +43,6 @@ class Backend:
     floats: the answer is remembered."""
     slower_than: Callable[..., Sequence[str]]
     """Backends that are faster on these operands, the best first: the first that can run the call takes it over, unless this one is named."""
-    slower_than_training: Callable[..., Sequence[str]]
-    """The same for forward calls whose backward follows."""
     slower_than_backward: Callable[..., Sequence[str]]
     """The same for backward calls."""
     differentiable: Callable[..., Callable[..., Any] | None]
@@ -99,7 +97,6 @@ def register(
     unavailable_reason: Callable[[], str | None] = _no_reason,
     unsupported_reason: Callable[..., str | None] = _no_reason,
     slower_than: Callable[..., Sequence[str]] = _no_backends,
-    slower_than_training: Callable[..., Sequence[str]] | None = None,
     slower_than_backward: Callable[..., Sequence[str]] | None = None,
     differentiable: Callable[..., Callable[..., Any] | None] = _no_reason,
     of_one_kind: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
@@ -122,7 +119,6 @@ def register(
         unavailable_reason,
         unsupported_reason,
         slower_than,
-        slower_than_training or slower_than,
         slower_than_backward or slower_than,
         differentiable,
         of_one_kind,
@@ -177,7 +173,7 @@ def decode(word: str) -> Request:
 
 
 class Selector:
-    """Chooses the backend for the forward calls of one operator, for those whose backward follows, or for the backward calls; remembers its choices.
+    """Chooses the backend for the forward or for the backward calls of one operator, and remembers its choices.
 
     A choice depends on the request and on what `Backend.unsupported_reason` may look at, which is the key under which it is kept. An empty
     call goes to `eager` where that can take it, so no kernel needs code for one.
@@ -189,14 +185,13 @@ class Selector:
         schema: str,
         *,
         backward: bool,
-        training: bool = False,
         inputs: Sequence[str],
         check: Callable[..., None] = _no_reason,
         alignment_matters: bool = False,
     ):
         """`inputs` are the names of the tensors that make a call empty when one of them is. `check` raises for arguments that are wrong."""
         parameters = parse_schema(schema)
-        self.op, self.backward, self.training = op, backward, training
+        self.op, self.backward = op, backward
         self._position = {name: i for i, (_, name) in enumerate(parameters)}
         self._inputs = [self._position[name] for name in inputs if name in self._position]
         self.remembers = not any("[]" in kind for kind, _ in parameters)
@@ -248,8 +243,8 @@ class Selector:
         for name in _order:
             if name in backends and self._obstacle(backends[name], args) is None:
                 backend = backends[name]
-                forward = backend.slower_than_training if self.training else backend.slower_than
-                faster = (backend.slower_than_backward if self.backward else forward)(*self._operands(backend, args))
+                slower_than = backend.slower_than_backward if self.backward else backend.slower_than
+                faster = slower_than(*self._operands(backend, args))
                 return next((n for n in faster if n in backends and self._obstacle(backends[n], args) is None), name)
         raise RuntimeError(f"{self.op}: no backend takes this call; see `ov3fast doctor`")
 
@@ -292,8 +287,8 @@ def forget_choices() -> None:
 
 
 def chosen(op: str, word: str, *args: Any) -> str:
-    """Name of the backend that would run this forward call without gradients (for reports and tests), worked out anew."""
-    selector = next(s for s in _selectors if s.op == op and not s.backward and not s.training)
+    """Name of the backend that would run this forward call (for reports and tests), worked out anew."""
+    selector = next(s for s in _selectors if s.op == op and not s.backward)
     return selector.select_backend(decode(word), args)
 
 

@@ -86,10 +86,7 @@ class Operator:
         self.inputs = [argument for _, argument in _dispatch.parse_schema(schema)]
         self.narrowed = [self.inputs.index(argument) for argument in autocast]
         tensors = [argument for kind, argument in _dispatch.parse_schema(schema) if kind in ("Tensor", "Tensor?")]
-        selector = functools.partial(
-            _dispatch.Selector, name, schema, backward=False, inputs=tensors, check=self.check, **selection
-        )
-        self.select, self.select_training = selector(), selector(training=True)
+        self.select = _dispatch.Selector(name, schema, backward=False, inputs=tensors, check=self.check, **selection)
         self.registered = _register(name, schema, self.run, fake)
         self.apply: Callable[..., Any] | None = None
         self.transformed: type[torch.autograd.Function] | None = None
@@ -120,12 +117,11 @@ class Operator:
         return self._call_plain(impl, request, unwrapped)
 
     def _call_plain(self, impl: str | None, request: str, args: tuple[Any, ...]) -> Any:
-        training = self.apply is not None and is_grad_enabled() and any_requires_grad(*args)
-        selected = (self.select_training if training else self.select)(request, args)
+        selected = self.select(request, args)
         function: Callable[..., Any] = selected.inference
         trailing: tuple[Any, ...] = ()
         # Where there is a contract, PyTorch's own nodes do.
-        if self.apply is not None and training and selected.contract is None:
+        if self.apply is not None and selected.contract is None and is_grad_enabled() and any_requires_grad(*args):
             function, trailing = self.apply, (request, selected)
         elif is_any_autocast_enabled():
             return _without_autocast(function, args)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +72,7 @@ def prepare(trial: Trial) -> tuple[Callable[..., Any], list[Tensor]]:
 
 
 def measure(trial: Trial, budget: float) -> list[Choice]:
-    """The choices for its forward, alone and with the backward after it, and for its backward call, from medians of turns for about `budget` seconds each."""
+    """The choices for its forward and its backward call, from medians of turns for about `budget` seconds each."""
     settle()
     op = trial.operator
     function, leaves = prepare(trial)
@@ -88,14 +88,13 @@ def measure(trial: Trial, budget: float) -> list[Choice]:
     names = [n for n in BACKENDS if _dispatch.table()[op].get(n) == "ready" and (op, n) not in OUT_OF_BOUNDS]
     total = op == "linear_cross_entropy_total"
     forward_times = medians(both if total else forward, names, budget)
-    forward_choice = pick(op, "forward", trial.dtype, trial.size, forward_times)
     if total:  # its forward computes the gradients
-        return [forward_choice]
+        return [pick(op, "forward", trial.dtype, trial.size, forward_times)]
     both_times = medians(both, names, budget)
-    training = pick(op, "training", trial.dtype, trial.size, both_times)
-    first = forward_times[training.backend]
+    choice = pick_forward(op, trial.dtype, trial.size, forward_times, both_times)
+    first = forward_times[choice.backend]
     after_it = {name: both_times[name] - forward_times[name] + first for name in names}
-    return [forward_choice, training, pick_backward(op, trial.dtype, trial.size, after_it, training.backend)]
+    return [choice, pick_backward(op, trial.dtype, trial.size, after_it, choice.backend)]
 
 
 def _outputs(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -133,22 +132,30 @@ def medians(run: Callable[[], object], names: list[str], budget: float) -> dict[
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def pick(op: str, direction: str, dtype: str, size: tuple[int, ...], times: dict[str, float]) -> Choice:
+def pick(op: str, direction: str, dtype: str, size: tuple[int, ...], times: Mapping[str, float]) -> Choice:
     """The first backend, ours before others, that takes at most the fastest one's time over WITHIN."""
-    limit = max(min(times.values()), 0.0) / WITHIN  # differences of short times can come out below 0
-    return _choose(
-        op, direction, dtype, size, times, next(name for name in _dispatch.PREFERENCE if times.get(name, math.inf) <= limit)
-    )
+    return _choose(op, direction, dtype, size, times, _first(times))
 
 
-def pick_backward(op: str, dtype: str, size: tuple[int, ...], times: dict[str, float], first: str) -> Choice:
+def pick_forward(op: str, dtype: str, size: tuple[int, ...], forward: Mapping[str, float], both: Mapping[str, float]) -> Choice:
+    """The backend that is never far from the fastest, alone and with its backward after it: a forward gives the same bits whether or not a backward follows."""
+    best = min(forward.values()), min(both.values())
+    further = {name: max(forward[name] / best[0], both[name] / best[1]) for name in forward if name in both}
+    return _choose(op, "forward", dtype, size, forward, _first(further))
+
+
+def pick_backward(op: str, dtype: str, size: tuple[int, ...], times: Mapping[str, float], first: str) -> Choice:
     """After a forward on `first`, of the times of both: `first` again unless a mixture is much faster."""
-    if MIXED_WITHIN * times.get(first, math.inf) <= min(times.values()):
-        return _choose(op, "backward", dtype, size, times, first)
-    return pick(op, "backward", dtype, size, times)
+    keeps = MIXED_WITHIN * times.get(first, math.inf) <= min(times.values())
+    return _choose(op, "backward", dtype, size, times, first if keeps else _first(times))
 
 
-def _choose(op: str, direction: str, dtype: str, size: tuple[int, ...], times: dict[str, float], backend: str) -> Choice:
+def _first(times: Mapping[str, float]) -> str:
+    limit = max(min(times.values()), 0.0) / WITHIN  # differences of short times can come out below 0
+    return next(name for name in _dispatch.PREFERENCE if times.get(name, math.inf) <= limit)
+
+
+def _choose(op: str, direction: str, dtype: str, size: tuple[int, ...], times: Mapping[str, float], backend: str) -> Choice:
     others = {name: value for name, value in times.items() if name != backend}
     over = min(others, key=lambda name: others[name], default="")
     ratio = others[over] / max(times[backend], 1e-9) if over else math.nan

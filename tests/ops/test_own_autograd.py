@@ -26,7 +26,7 @@ def choose(monkeypatch):
         pytest.skip("the CPU kernels were not built")
 
     def by(forward, backward):
-        taken = dict(zip(_choice.DIRECTIONS, (forward, forward, backward), strict=True))
+        taken = dict(zip(_choice.DIRECTIONS, (forward, backward), strict=True))
         monkeypatch.setattr(_choice, "backend_for", lambda op, direction, *_: taken[direction])
         _dispatch.forget_choices()
 

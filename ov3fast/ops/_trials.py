@@ -22,6 +22,9 @@ BACKENDS = tuple(
 OUT_OF_BOUNDS = {("flash_attention", "eager"): "it keeps N x N numbers"}
 """Backends that an automatic choice never takes."""
 
+PYTORCH = ("sdpa", "eager")
+"""Those that are what one would call without ov3fast."""
+
 WITHIN = 0.985
 """Our kernels keep a call unless another backend takes less than this share of their time, so that a tie changes no bits."""
 
@@ -138,10 +141,13 @@ def pick(op: str, direction: str, dtype: str, size: tuple[int, ...], times: Mapp
 
 
 def pick_forward(op: str, dtype: str, size: tuple[int, ...], forward: Mapping[str, float], both: Mapping[str, float]) -> Choice:
-    """The backend that is never far from the fastest, alone and with its backward after it: a forward gives the same bits whether or not a backward follows."""
+    """The backend that is never far from the fastest, alone and with its backward after it, of those that are slower than PyTorch in neither: a forward gives
+    the same bits whether or not a backward follows."""
     best = min(forward.values()), min(both.values())
     further = {name: max(forward[name] / best[0], both[name] / best[1]) for name in forward if name in both}
-    return _choose(op, "forward", dtype, size, forward, _first(further))
+    bounds = [min((of[name] for name in PYTORCH if name in of), default=math.inf) / WITHIN for of in (forward, both)]
+    quick = {name: value for name, value in further.items() if forward[name] <= bounds[0] and both[name] <= bounds[1]}
+    return _choose(op, "forward", dtype, size, forward, _first(quick or further))
 
 
 def pick_backward(op: str, dtype: str, size: tuple[int, ...], times: Mapping[str, float], first: str) -> Choice:

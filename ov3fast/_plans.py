@@ -41,6 +41,9 @@ _noting = threading.Lock()
 class Planned:
     """`launcher`, with a plan for calls whose tensors agree in dtype, device, shape and strides and whose non-float arguments are equal."""
 
+    launches: Any
+    """The module whose `listener` is told of every launch."""
+
     BEFORE = 1
     """Calls that pass before one is recorded: the first compiles and fills caches."""
 
@@ -62,7 +65,7 @@ class Planned:
             return self.launcher(*args)
         try:
             notes = Notes(args)
-            with self.listening(notes):
+            with self._listening(notes):
                 result = notes.run(self.launcher)
         finally:
             _noting.release()
@@ -76,9 +79,12 @@ class Planned:
         return any(isinstance(arg, Tensor) for arg in args)
 
     @contextmanager
-    def listening(self, notes: Notes) -> Iterator[None]:
-        """Within the block, launches are told to `notes.launched`."""
-        raise NotImplementedError
+    def _listening(self, notes: Notes) -> Iterator[None]:
+        self.launches.listener, before = notes.launched, self.launches.listener
+        try:
+            yield
+        finally:
+            self.launches.listener = before
 
     def writer(self, notes: Notes, result: Any) -> Writer:
         raise NotImplementedError

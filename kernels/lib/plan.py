@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,19 +28,13 @@ def planned(launcher: Callable[..., Any]) -> Callable[..., Any]:
 class Planned(_plans.Planned):
     """`launcher`, with a plan that also depends on the current device, the kernels' configurations and addresses being aligned."""
 
+    launches = launches
+
     def can_be_noted(self, args: Sequence[Any]) -> bool:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         here = all(tensor.get_device() < 0 or tensor.get_device() == torch.cuda.current_device() for tensor in tensors)
         aligned = all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors)
         return bool(tensors) and here and aligned and configs.generation >= 0 and launches.OURS and not launches.is_watched()
-
-    @contextmanager
-    def listening(self, notes: _plans.Notes) -> Iterator[None]:
-        launches.listener, before = notes.launched, launches.listener
-        try:
-            yield
-        finally:
-            launches.listener = before
 
     def writer(self, notes: _plans.Notes, result: Any) -> _plans.Writer:
         self.generation = configs.generation

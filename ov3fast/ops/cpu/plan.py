@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,16 +14,10 @@ from ov3fast.ops import cpu
 class Planned(_plans.Planned):
     """`launcher`, with a plan that also depends on the instruction set and the number of threads."""
 
+    launches = cpu
+
     # A plan costs a millisecond to make: calls of a kind that comes up only now and then, such as each length of a growing text, do without.
     BEFORE = 32
-
-    @contextmanager
-    def listening(self, notes: _plans.Notes) -> Iterator[None]:
-        cpu.listener, before = notes.launched, cpu.listener
-        try:
-            yield
-        finally:
-            cpu.listener = before
 
     def writer(self, notes: _plans.Notes, result: Any) -> _plans.Writer:
         return _Writer(notes, result, self.otherwise)

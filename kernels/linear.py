@@ -51,6 +51,11 @@ def forward(x, weight, bias):
     return _product(x_rows, weight, bias, columns, True).view(shape)
 
 
+def tiled(x, weight, bias):
+    """`forward` by our own product at any size."""
+    return _product(rows(x), weight, bias, weight.shape[0], True).view(*x.shape[:-1], weight.shape[0])
+
+
 def input_gradient(grad_y: Rows, weight: Tensor) -> Tensor:
     """dy W, [R, K]."""
     if gemm.cublas_is_better(grad_y, weight):

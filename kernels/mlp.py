@@ -2,7 +2,9 @@
 
 Forward: one epilogue rounds h = x W1^T + b1, writes it if there will be a backward, and writes a = gelu(h). Activating h in the second product's prologue
 would save writing a, 2 bytes per element, but evaluate it once per tile of D columns. Backward: dh = (dy W2) gelu'(h), a = gelu(h) and partial sums of db1
-come from one epilogue. The products without an activation are linear.py's.
+come from one epilogue. The products without an activation are linear.py's: cuBLAS's, but for small training steps, which end before a host has started
+five kernels of cuBLAS and the sums for the biases. Those take two launches in each direction: the second is linear.py's tiled product, or one that
+computes dx, dW1, dW2, db1 and db2.
 """
 
 from __future__ import annotations
@@ -13,18 +15,28 @@ import triton.language as tl
 
 from . import linear
 from .lib import gemm
-from .lib.common import cdiv, rounded
-from .lib.config import TABLE
+from .lib.common import TYPES, cdiv, dot, rounded
+from .lib.config import ANY, TABLE, Config, pick
 from .lib.gelu import gelu, gelu_and_slope
 from .lib.gemm import halves, multiply, product_rows, square, tile_position
 from .lib.launch import kernel
 from .lib.reduce import column_sums, merge
-from .lib.rows import empty, row_offsets, rows
+from .lib.rows import Rows, empty, load_rows, row_offsets, rows
 
 # Size classes: those of gemm.size_class.
 TABLE["mlp_forward"] = product_rows(square(32, HALVES=0), square(64, HALVES=0), square(64, HALVES=0), HALVES=0)
 # The epilogue holds h, both results and the tile, which spills for a 128 x 128 tile unless it is processed in halves.
 TABLE["mlp_backward"] = product_rows(square(32, HALVES=1), square(64, HALVES=1), square(64, HALVES=1), HALVES=0)
+TABLE["mlp_gradients"] = {
+    (ANY, ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, warps=4, stages=3),
+    (ANY, ANY, "sm_100"): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=3),
+    ("fp32", ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, warps=4, stages=3),
+}
+
+LONGEST = 2048
+"""The most rows or features that one program of a small call sums over: beyond, cuBLAS would split the sum."""
+MOST_FLOPS = {torch.float32: 5e8, torch.bfloat16: 4e9, torch.float16: 4e9}
+"""Of a small call's forward and backward: some 25 us of an A100's time with tiles of 64 x 64, half of what a host takes to start them."""
 
 
 @triton.jit
@@ -106,6 +118,73 @@ def _mlp_backward(
         _backward_epilogue(total, m, row, column, h, h_at, grad_h, a, b1_partials, rows, hidden, EXACT)
 
 
+@triton.jit
+def _weight_tile(
+    grad, grad_inner, grad_outer_stride, grad_inner_stride, x, x_inner, x_outer_stride, x_inner_stride, grad_weight, grad_bias,
+    tile, rows, features, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of grad^T x [features, width]; those of the first column also sum grad over the rows."""
+    across = tl.cdiv(width, BLOCK_N)
+    feature, column = tile // across * BLOCK_M + tl.arange(0, BLOCK_M), tile % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    if grad_weight is not None:
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, rows, BLOCK_K):
+            row = start + tl.arange(0, BLOCK_K)
+            grad_at = row_offsets(row, grad_inner, grad_outer_stride, grad_inner_stride)
+            x_at = row_offsets(row, x_inner, x_outer_stride, x_inner_stride)
+            g = tl.load(
+                grad + grad_at[None, :] + feature[:, None], mask=(row < rows)[None, :] & (feature < features)[:, None], other=0
+            )
+            v = tl.load(x + x_at[:, None] + column[None, :], mask=(row < rows)[:, None] & (column < width)[None, :], other=0)
+            total = dot(g, v, total)
+        at = feature.to(tl.int64)[:, None] * width + column[None, :]
+        mask = (feature < features)[:, None] & (column < width)[None, :]
+        tl.store(grad_weight + at, rounded(total, grad_weight.dtype.element_ty), mask=mask)
+    if grad_bias is not None and tile % across == 0:
+        sums = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
+        for start in range(0, rows, BLOCK_K):
+            row = start + tl.arange(0, BLOCK_K)
+            inside = (row < rows)[:, None] & (feature < features)[None, :]
+            sums += load_rows(grad, grad_inner, grad_outer_stride, grad_inner_stride, row, feature, inside)
+        tl.store(grad_bias + feature, rounded(tl.sum(sums, 0), grad_bias.dtype.element_ty), mask=feature < features)
+
+
+@kernel
+def _mlp_gradients(
+    grad_h, a, grad_y, grad_y_inner, grad_y_outer_stride, grad_y_inner_stride, x, x_inner, x_outer_stride, x_inner_stride, w1, w1_stride,
+    grad_x, grad_w1, grad_b1, grad_w2, grad_b2, rows, width, hidden, features,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile of dx, dW1 or dW2 per program, those with the longest sums first; None for what is not needed."""
+    tile, across = tl.program_id(0), tl.cdiv(width, BLOCK_N)
+    of_x = tl.cdiv(rows, BLOCK_M) * across if grad_x is not None else 0
+    of_w1 = tl.cdiv(hidden, BLOCK_M) * across if grad_w1 is not None or grad_b1 is not None else 0
+    if grad_x is not None and tile < of_x:
+        row, column = tile // across * BLOCK_M + tl.arange(0, BLOCK_M), tile % across * BLOCK_N + tl.arange(0, BLOCK_N)
+        grad_at = row_offsets(tl.minimum(row, rows - 1), 1, hidden, 0)
+        total = multiply(grad_h, grad_at, w1, w1_stride, column, width, hidden, False, BLOCK_M, BLOCK_N, BLOCK_K)
+        at = row.to(tl.int64)[:, None] * width + column[None, :]
+        tl.store(grad_x + at, rounded(total, grad_x.dtype.element_ty), mask=(row < rows)[:, None] & (column < width)[None, :])
+    elif (grad_w1 is not None or grad_b1 is not None) and tile < of_x + of_w1:
+        _weight_tile(
+            grad_h, 1, hidden, 0, x, x_inner, x_outer_stride, x_inner_stride, grad_w1, grad_b1,
+            tile - of_x, rows, hidden, width, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    elif grad_w2 is not None or grad_b2 is not None:
+        _weight_tile(
+            grad_y, grad_y_inner, grad_y_outer_stride, grad_y_inner_stride, a, 1, hidden, 0, grad_w2, grad_b2,
+            tile - of_x - of_w1, rows, features, hidden, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+
+
+def is_small(x: Rows, hidden: int, features: int) -> bool:
+    """Whether starting the products of a forward and backward takes longer than the products."""
+    sizes = x.count, x.width, hidden, features
+    return (
+        0 < min(sizes) and max(sizes) <= LONGEST and 6 * x.count * hidden * (x.width + features) <= MOST_FLOPS[x.tensor.dtype]
+    )
+
+
 def forward(x, w1, b1, w2, b2, activation):
     """x [..., K], w1 [H, K], w2 [D, H] -> y [..., D], h [..., H]."""
     h = empty(x, (*x.shape[:-1], w1.shape[0]))
@@ -127,24 +206,25 @@ def _forward(x, w1, b1, w2, b2, activation, h):
             *x_rows.arguments, operand, operand.stride(0), None if b1 is None else b1.contiguous(), h, a,
             x_rows.count, hidden, x_rows.width, EXACT=activation == "gelu", **config.options,
         )  # fmt: skip
-    return linear.forward(a, w2, b2)
+    return (linear.tiled if is_small(x_rows, hidden, w2.shape[0]) else linear.forward)(a, w2, b2)
 
 
 def backward(grad_y, x, h, w1, w2, activation, need_x, need_w1, need_b1, need_w2, need_b2):
     """Gradients of x, w1, b1, w2, b2 (the latter four in w1's dtype); empty tensors for those not needed."""
     upstream, h_rows, hidden, need_h = rows(grad_y), rows(h), w1.shape[0], need_x or need_w1 or need_b1
     grad_h, a = empty(h, (h_rows.count, hidden), need_h), empty(h, (h_rows.count, hidden), need_w2)
+    if is_small(x_rows := rows(x), hidden, upstream.width):
+        return _small_backward(
+            upstream, x_rows, h_rows, w1, w2, activation, grad_h, a, need_x, need_w1, need_b1, need_w2, need_b2
+        )
     grad_b1 = empty(w1, hidden, need_b1)
     if h.numel() and (need_h or need_w2):
-        operand = gemm.operand(w2, upstream)
-        config, grid = gemm.configure("mlp_backward", h.dtype, h_rows.count, hidden)
+        config, _ = gemm.configure("mlp_backward", h.dtype, h_rows.count, hidden)
         parts = cdiv(h_rows.count, config.blocks["BLOCK_M"])
         partials = empty(h, (1, parts, hidden), need_b1, torch.float32)
-        _mlp_backward[grid](
-            *upstream.arguments, operand, operand.stride(0), *h_rows.arguments, grad_h if need_h else None,
-            a if need_w2 else None, partials if need_b1 else None, h_rows.count, hidden, upstream.width,
-            EXACT=activation == "gelu", **config.options,
-        )  # fmt: skip
+        _through_activation(
+            upstream, w2, h_rows, activation, grad_h if need_h else None, a if need_w2 else None, partials if need_b1 else None
+        )
         if need_b1:
             merge(partials, grad_b1)
     elif need_b1:
@@ -152,8 +232,44 @@ def backward(grad_y, x, h, w1, w2, activation, need_x, need_w1, need_b1, need_w2
     dh = rows(grad_h) if need_h else None
     return (
         linear.input_gradient(dh, w1).view(x.shape) if need_x else empty(x, 0),
-        linear.weight_gradient(dh, rows(x), w1.dtype) if need_w1 else empty(w1, 0),
+        linear.weight_gradient(dh, x_rows, w1.dtype) if need_w1 else empty(w1, 0),
         grad_b1,
         linear.weight_gradient(upstream, rows(a), w1.dtype) if need_w2 else empty(w1, 0),
         column_sums(upstream, w1.dtype) if need_b2 else empty(w1, 0),
     )
+
+
+def _small_backward(
+    upstream, x, h, w1, w2, activation, grad_h, a, need_x, need_w1, need_b1, need_w2, need_b2
+):  # fmt: skip
+    """`backward` in two launches. grad_h and a: uninitialised, empty if not needed."""
+    hidden, need_h = w1.shape[0], need_x or need_w1 or need_b1
+    if need_h or need_w2:
+        _through_activation(upstream, w2, h, activation, grad_h if need_h else None, a if need_w2 else None, None)
+    grads = (
+        empty(x.tensor, x.tensor.shape, need_x), empty(w1, w1.shape, need_w1), empty(w1, hidden, need_b1),
+        empty(w1, w2.shape, need_w2), empty(w1, upstream.width, need_b2),
+    )  # fmt: skip
+    operand, config = gemm.operand(w1, h), pick("mlp_gradients", TYPES[h.tensor.dtype])
+    block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
+    across = cdiv(x.width, block_n)
+    tiles = (
+        need_x * cdiv(x.count, block_m) * across + (need_w1 or need_b1) * cdiv(hidden, block_m) * across
+        + (need_w2 or need_b2) * cdiv(upstream.width, block_m) * cdiv(hidden, block_n)
+    )  # fmt: skip
+    _mlp_gradients[(tiles,)](
+        grad_h, a, *upstream.arguments, *x.arguments, operand, operand.stride(0),
+        *(grad if need else None for grad, need in zip(grads, (need_x, need_w1, need_b1, need_w2, need_b2), strict=True)),
+        x.count, x.width, hidden, upstream.width, **config.options,
+    )  # fmt: skip
+    return grads
+
+
+def _through_activation(upstream, w2, h, activation, grad_h, a, b1_partials):
+    """Writes grad_h = (dy W2) gelu'(h), a = gelu(h), and the sums of grad_h over each row of tiles; None for those not needed."""
+    operand = gemm.operand(w2, upstream)
+    config, grid = gemm.configure("mlp_backward", h.tensor.dtype, h.count, h.width)
+    _mlp_backward[grid](
+        *upstream.arguments, operand, operand.stride(0), *h.arguments, grad_h, a, b1_partials, h.count, h.width, upstream.width,
+        EXACT=activation == "gelu", **config.options,
+    )  # fmt: skip

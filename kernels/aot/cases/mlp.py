@@ -1,10 +1,10 @@
-"""mlp: the products fused with the activation."""
+"""mlp: the products fused with the activation, and the gradients of a small call."""
 
 from __future__ import annotations
 
 from ...lib.common import cdiv
 from ...lib.config import Config
-from ...mlp import _mlp_backward, _mlp_forward
+from ...mlp import _mlp_backward, _mlp_forward, _mlp_gradients
 from ..catalog import SIZES, Entry, Work, product_bytes, row_alignment, row_constants, row_types
 
 
@@ -24,6 +24,53 @@ def work(
         distinct=count * width * size + hidden * width * parameter_size + bias + kept,
         trips=(cdiv(width, config.blocks["BLOCK_K"]),),
     )
+
+
+def gradients_work(count: int, width: int, hidden: int, size: int, parameter_size: int, config: Config) -> Work:
+    """One launch of _mlp_gradients with biases and as many outputs as inputs: both operands per tile, and each bias's operand once more."""
+    m, n, k = (config.blocks[f"BLOCK_{axis}"] for axis in "MNK")
+    products = [(count, width, hidden), (hidden, width, count), (width, hidden, count)]
+    tiles = [cdiv(rows, m) * cdiv(columns, n) for rows, columns, _ in products]
+    weight_sizes = parameter_size, size, size
+    operands = sum(product_bytes(*product, size, other, m, n) for product, other in zip(products, weight_sizes, strict=True))
+    biases = count * (hidden + width) * size
+    written = count * width * size + (2 * hidden * width + hidden + width) * parameter_size
+    of_biases = cdiv(hidden, m) + cdiv(width, m)
+    return Work(
+        sum(2 * rows * columns * depth for rows, columns, depth in products),
+        operands + biases + written,
+        programs=sum(tiles),
+        distinct=2 * count * (hidden + width) * size + hidden * width * parameter_size + written,
+        # Only a bias's programs sum: the average over all.
+        trips=(cdiv(count, k) * of_biases / sum(tiles),),
+    )
+
+
+def gradients() -> list[Entry]:
+    count, width, hidden = 512, 384, 1536
+    sizes = ("rows", "width", "hidden", "features")
+
+    def types(t: str, parameters: str) -> dict[str, str]:
+        operands = {"grad_h": f"*{t}", "a": f"*{t}"} | row_types("grad_y", t) | row_types("x", t)
+        weight = {"w1": f"*{parameters}", "w1_stride": "i32"}
+        outputs = {"grad_x": f"*{t}"} | {f"grad_{name}": f"*{parameters}" for name in ("w1", "b1", "w2", "b2")}
+        return operands | weight | outputs | dict.fromkeys(sizes, "i32")
+
+    return [
+        Entry(
+            _mlp_gradients,
+            "mlp",
+            lambda t, mixed=mixed: types(t, "fp32" if mixed else t),
+            f"{count} x {width} -> {hidden}",
+            lambda t, config, mixed=mixed: gradients_work(count, width, hidden, SIZES[t], 4 if mixed else SIZES[t], config),
+            row_constants("grad_y", "x"),
+            variant="float32 parameters" if mixed else "",
+            dtypes=("bf16", "fp16") if mixed else ("fp32", "bf16", "fp16"),
+            aligned=(*row_alignment("grad_y", "x"), "w1_stride", *sizes),
+            matrix=True,
+        )
+        for mixed in (False, True)
+    ]
 
 
 def entries() -> list[Entry]:
@@ -46,7 +93,7 @@ def entries() -> list[Entry]:
         (_mlp_forward, "mlp_forward", forward_types, ("x",), ("w1_stride", "width")),
         (_mlp_backward, "mlp_backward", backward_types, ("grad_y", "h"), ("w2_stride", "features")),
     )
-    return [
+    return gradients() + [
         Entry(
             kernel,
             "mlp",

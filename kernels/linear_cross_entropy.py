@@ -19,7 +19,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .._contracts import check_labels
+from .._contracts import LABELS_OUT_OF_RANGE, check_labels
 from .lib.common import TYPES
 from .lib.config import ANY, TABLE, Config, pick
 from .lib.launch import kernel
@@ -32,7 +32,24 @@ TABLE["cross_entropy_rows"] = {
 }
 
 
+TABLE["cross_entropy_labels"] = {(ANY, ANY, ANY): Config({"BLOCK": 4096}, warps=8, stages=1)}
+
 CHUNK_BYTES = 2**27
+
+
+@kernel
+def cross_entropy_labels(labels, factor, fine, tokens, classes, ignore_index, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: what the sum over rows is multiplied by, 1 or with MEAN 1 / the number of labels that count; whether all are classes or ignored."""
+    i = tl.arange(0, BLOCK)
+    counted, wrong = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, tokens, BLOCK):
+        label = tl.load(labels + start + i, mask=start + i < tokens, other=ignore_index)
+        counts = label != ignore_index
+        counted += counts.to(tl.int32)
+        wrong += (counts & ((label < 0) | (label >= classes))).to(tl.int32)
+    rows = tl.maximum(tl.sum(counted, 0), 1).to(tl.float32)
+    tl.store(factor, tl.div_rn(1.0, rows) if MEAN else 1.0)
+    tl.store(fine, (tl.sum(wrong, 0) == 0).to(tl.int8))
 
 
 @kernel
@@ -95,7 +112,7 @@ def cross_entropy_rows(
 
 def forward(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """hidden [T,D], weight [V,D], labels [T] -> nll [T], lse [2,T]."""
-    check_labels(labels, len(weight), ignore_index)
+    _examine(labels, len(weight), ignore_index, False)
     nll = hidden.new_empty(len(hidden), dtype=torch.float32)
     lse = hidden.new_empty((2, len(hidden)), dtype=torch.float32)
     for chunk, z in _logits(hidden, weight):
@@ -126,11 +143,8 @@ def total(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, mean: bool, need_hidden: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum or mean over rows, and its gradients with respect to hidden and weight if needed, for an upstream gradient of 1."""
-    check_labels(labels, len(weight), ignore_index)
+    factor = _examine(labels, len(weight), ignore_index, mean)
     nll = hidden.new_empty(len(hidden), dtype=torch.float32)
-    factor = nll.new_ones(())
-    if mean:
-        factor = 1.0 / (labels != ignore_index).sum().clamp(min=1).float()
 
     def gradients(chunk, z):
         upstream = factor.expand(len(z))
@@ -139,6 +153,24 @@ def total(
     grads = _products(hidden, weight, labels, ignore_index, need_hidden, need_weight, gradients)
     # The order of PyTorch's full sum depends only on the shape.
     return nll.sum() * factor, *grads
+
+
+def _examine(labels: Tensor, classes: int, ignore_index: int, mean: bool) -> Tensor:
+    """What the sum over rows is multiplied by; raises as check_labels."""
+    factor, fine = labels.new_empty((), dtype=torch.float32), labels.new_empty((), dtype=torch.int8)
+    config = pick("cross_entropy_labels", "int64")
+    cross_entropy_labels[(1,)](
+        labels.contiguous(), factor, fine, len(labels), classes, ignore_index, MEAN=mean, **config.options
+    )
+    _assert_fine(fine, labels, classes, ignore_index)
+    return factor
+
+
+def _assert_fine(fine: Tensor, labels: Tensor, classes: int, ignore_index: int) -> None:
+    if labels.is_cpu:  # the host may look, and name the label
+        check_labels(labels, classes, ignore_index)
+    else:
+        torch._assert_async(fine, LABELS_OUT_OF_RANGE)
 
 
 def _logits(hidden: Tensor, weight: Tensor):

@@ -15,28 +15,19 @@ import triton.language as tl
 
 from . import linear
 from .lib import gemm
-from .lib.common import TYPES, cdiv, dot, rounded
-from .lib.config import ANY, TABLE, Config, pick
+from .lib.common import TYPES, cdiv, rounded
+from .lib.config import TABLE, pick
 from .lib.gelu import gelu, gelu_and_slope
-from .lib.gemm import halves, multiply, product_rows, square, tile_position
+from .lib.gemm import gradient_rows, halves, input_tile, multiply, product_rows, square, tile_position, weight_tile
 from .lib.launch import kernel
 from .lib.reduce import column_sums, merge
-from .lib.rows import Rows, empty, load_rows, row_offsets, rows
+from .lib.rows import Rows, empty, row_offsets, rows
 
 # Size classes: those of gemm.size_class.
 TABLE["mlp_forward"] = product_rows(square(32, HALVES=0), square(64, HALVES=0), square(64, HALVES=0), HALVES=0)
 # The epilogue holds h, both results and the tile, which spills for a 128 x 128 tile unless it is processed in halves.
 TABLE["mlp_backward"] = product_rows(square(32, HALVES=1), square(64, HALVES=1), square(64, HALVES=1), HALVES=0)
-TABLE["mlp_gradients"] = {
-    (ANY, ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, warps=4, stages=3),
-    (ANY, ANY, "sm_100"): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=3),
-    ("fp32", ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, warps=4, stages=3),
-}
-
-LONGEST = 2048
-"""The most rows or features that one program of a small call sums over: beyond, cuBLAS would split the sum."""
-MOST_FLOPS = {torch.float32: 5e8, torch.bfloat16: 4e9, torch.float16: 4e9}
-"""Of a small call's forward and backward: some 25 us of an A100's time with tiles of 64 x 64, half of what a host takes to start them."""
+TABLE["mlp_gradients"] = gradient_rows()
 
 
 @triton.jit
@@ -118,37 +109,6 @@ def _mlp_backward(
         _backward_epilogue(total, m, row, column, h, h_at, grad_h, a, b1_partials, rows, hidden, EXACT)
 
 
-@triton.jit
-def _weight_tile(
-    grad, grad_inner, grad_outer_stride, grad_inner_stride, x, x_inner, x_outer_stride, x_inner_stride, grad_weight, grad_bias,
-    tile, rows, features, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One tile of grad^T x [features, width]; those of the first column also sum grad over the rows."""
-    across = tl.cdiv(width, BLOCK_N)
-    feature, column = tile // across * BLOCK_M + tl.arange(0, BLOCK_M), tile % across * BLOCK_N + tl.arange(0, BLOCK_N)
-    if grad_weight is not None:
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in range(0, rows, BLOCK_K):
-            row = start + tl.arange(0, BLOCK_K)
-            grad_at = row_offsets(row, grad_inner, grad_outer_stride, grad_inner_stride)
-            x_at = row_offsets(row, x_inner, x_outer_stride, x_inner_stride)
-            g = tl.load(
-                grad + grad_at[None, :] + feature[:, None], mask=(row < rows)[None, :] & (feature < features)[:, None], other=0
-            )
-            v = tl.load(x + x_at[:, None] + column[None, :], mask=(row < rows)[:, None] & (column < width)[None, :], other=0)
-            total = dot(g, v, total)
-        at = feature.to(tl.int64)[:, None] * width + column[None, :]
-        mask = (feature < features)[:, None] & (column < width)[None, :]
-        tl.store(grad_weight + at, rounded(total, grad_weight.dtype.element_ty), mask=mask)
-    if grad_bias is not None and tile % across == 0:
-        sums = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
-        for start in range(0, rows, BLOCK_K):
-            row = start + tl.arange(0, BLOCK_K)
-            inside = (row < rows)[:, None] & (feature < features)[None, :]
-            sums += load_rows(grad, grad_inner, grad_outer_stride, grad_inner_stride, row, feature, inside)
-        tl.store(grad_bias + feature, rounded(tl.sum(sums, 0), grad_bias.dtype.element_ty), mask=feature < features)
-
-
 @kernel
 def _mlp_gradients(
     grad_h, a, grad_y, grad_y_inner, grad_y_outer_stride, grad_y_inner_stride, x, x_inner, x_outer_stride, x_inner_stride, w1, w1_stride,
@@ -160,29 +120,22 @@ def _mlp_gradients(
     of_x = tl.cdiv(rows, BLOCK_M) * across if grad_x is not None else 0
     of_w1 = tl.cdiv(hidden, BLOCK_M) * across if grad_w1 is not None or grad_b1 is not None else 0
     if grad_x is not None and tile < of_x:
-        row, column = tile // across * BLOCK_M + tl.arange(0, BLOCK_M), tile % across * BLOCK_N + tl.arange(0, BLOCK_N)
-        grad_at = row_offsets(tl.minimum(row, rows - 1), 1, hidden, 0)
-        total = multiply(grad_h, grad_at, w1, w1_stride, column, width, hidden, False, BLOCK_M, BLOCK_N, BLOCK_K)
-        at = row.to(tl.int64)[:, None] * width + column[None, :]
-        tl.store(grad_x + at, rounded(total, grad_x.dtype.element_ty), mask=(row < rows)[:, None] & (column < width)[None, :])
+        input_tile(grad_h, 1, hidden, 0, w1, w1_stride, grad_x, tile, rows, hidden, width, BLOCK_M, BLOCK_N, BLOCK_K)
     elif (grad_w1 is not None or grad_b1 is not None) and tile < of_x + of_w1:
-        _weight_tile(
+        weight_tile(
             grad_h, 1, hidden, 0, x, x_inner, x_outer_stride, x_inner_stride, grad_w1, grad_b1,
             tile - of_x, rows, hidden, width, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     elif grad_w2 is not None or grad_b2 is not None:
-        _weight_tile(
+        weight_tile(
             grad_y, grad_y_inner, grad_y_outer_stride, grad_y_inner_stride, a, 1, hidden, 0, grad_w2, grad_b2,
             tile - of_x - of_w1, rows, features, hidden, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
 def is_small(x: Rows, hidden: int, features: int) -> bool:
-    """Whether starting the products of a forward and backward takes longer than the products."""
-    sizes = x.count, x.width, hidden, features
-    return (
-        0 < min(sizes) and max(sizes) <= LONGEST and 6 * x.count * hidden * (x.width + features) <= MOST_FLOPS[x.tensor.dtype]
-    )
+    """Whether the products without an activation are ours."""
+    return gemm.is_small(x.tensor.dtype, 6 * x.count * hidden * (x.width + features), x.count, x.width, hidden, features)
 
 
 def forward(x, w1, b1, w2, b2, activation):
@@ -206,7 +159,7 @@ def _forward(x, w1, b1, w2, b2, activation, h):
             *x_rows.arguments, operand, operand.stride(0), None if b1 is None else b1.contiguous(), h, a,
             x_rows.count, hidden, x_rows.width, EXACT=activation == "gelu", **config.options,
         )  # fmt: skip
-    return (linear.tiled if is_small(x_rows, hidden, w2.shape[0]) else linear.forward)(a, w2, b2)
+    return (linear.tiled if is_small(x_rows, hidden, w2.shape[0]) else linear.large)(a, w2, b2)
 
 
 def backward(grad_y, x, h, w1, w2, activation, need_x, need_w1, need_b1, need_w2, need_b2):

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import linear
 from .lib import philox
 from .lib.common import TYPES, cdiv, rounded
 from .lib.config import ANY, TABLE, Config, pick
@@ -105,27 +106,41 @@ def _draw(z_BNK, sigma, rng, need_x, grad_z):
 def forward(z, sigma, weight, bias, rng):
     """y [B, ..., D]."""
     x, _ = _draw(_instances(z), sigma, rng, True, None)
-    return torch.nn.functional.linear(x, weight, bias).view(*z.shape[:-1], len(weight))
+    product = linear.tiled if linear.is_small(as_rows(x), len(weight)) else torch.nn.functional.linear
+    return product(x, weight, bias).view(*z.shape[:-1], len(weight))
 
 
 def backward(grad_y, z, sigma, weight, rng, need_z, need_sigma, need_weight, need_bias):
     """Gradients of z, sigma, weight and bias; empty tensors for those not needed."""
     z_BNK, grad_BND = _instances(z), _instances(grad_y)
-    batch, tokens, width = z_BNK.shape
-    rows = batch * tokens
-    grad_rows = grad_BND.reshape(rows, len(weight))
-    grad_z = grad_sigma = grad_weight = grad_bias = none = grad_y.new_empty(0)
-    if need_z or need_sigma:
-        grad_z = (grad_rows @ weight).view(z.shape)
+    grad, none = as_rows(grad_BND), grad_y.new_empty(0)
+    grad_z = grad_sigma = grad_weight = grad_bias = x = none
+    small = linear.is_small(as_rows(z_BNK), len(weight))
+    # sigma's gradient is of the noise times z's, and x is drawn along with it.
+    if need_sigma or (need_z and not small):
+        grad_z = (
+            linear.small_gradients(grad, as_rows(z_BNK), weight, True, False, False)[0]
+            if small
+            else torch.mm(grad.matrix, weight)
+        )
     if need_sigma or need_weight:
         x, partials = _draw(z_BNK, sigma, rng, need_weight, grad_z if need_sigma else None)
-        if need_weight:
-            grad_weight = grad_rows.t() @ x
         if need_sigma:
-            grad_sigma = torch.empty(batch, dtype=sigma.dtype, device=z.device)
-            noise_projection_grad_sigma[(batch,)](
-                partials, grad_sigma, tokens, rows, len(partials), **pick("noise_projection_grad_sigma", "fp32").options
-            )
-    if need_bias:
-        grad_bias = column_sums(as_rows(grad_BND), z.dtype)
-    return grad_z if need_z else none, grad_sigma, grad_weight, grad_bias
+            grad_sigma = _grad_sigma(partials, sigma, z_BNK.shape[1])
+    if small:
+        rest = need_z and not need_sigma, need_weight, need_bias
+        found, grad_weight, grad_bias = linear.small_gradients(grad, as_rows(x if need_weight else z_BNK), weight, *rest)
+        grad_z = grad_z if need_sigma else found
+    else:
+        grad_weight = torch.mm(grad.matrix.t(), x) if need_weight else none
+        grad_bias = column_sums(grad, z.dtype) if need_bias else none
+    return grad_z.view(z.shape) if need_z else none, grad_sigma, grad_weight, grad_bias
+
+
+def _grad_sigma(partials, sigma, tokens):
+    """[B] from the sums of grad_z eps per tile and row."""
+    tiles, rows = partials.shape
+    grad_sigma = torch.empty_like(sigma, memory_format=torch.contiguous_format)
+    config = pick("noise_projection_grad_sigma", "fp32")
+    noise_projection_grad_sigma[(len(sigma),)](partials, grad_sigma, tokens, rows, tiles, **config.options)
+    return grad_sigma

@@ -21,6 +21,7 @@ from .lib.config import ANY, TABLE, Config, pick
 from .lib.launch import kernel
 from .lib.patches import patch_offsets, shares_of
 from .lib.reduce import merge, splits_of, sum_batches, sum_splits
+from .lib.rows import as_dtype
 
 PROGRAMS = 256
 """Target number of programs in the forward; kept low since programs that share the features of a tile of patches each generate its noise."""
@@ -309,9 +310,7 @@ def _vector_gradients(grad_y, patches, need_bias, need_pos, need_cls):
     grad_bias = grad_y.new_empty(width if need_bias else 0)
     if need_bias:
         merge(sums[None, cls:], grad_bias)
+    grad_pos = as_dtype(sums if need_pos else sums[:1], grad_y.dtype) if need_pos or need_cls else grad_y.new_empty(0)
     # An operator's outputs may not share memory.
-    return (
-        grad_bias,
-        sums.to(grad_y.dtype) if need_pos else grad_y.new_empty(0),
-        sums[0].to(grad_y.dtype, copy=True) if need_cls else grad_y.new_empty(0),
-    )
+    grad_cls = grad_pos[0].clone() if need_cls else grad_y.new_empty(0)
+    return grad_bias, grad_pos if need_pos else grad_y.new_empty(0), grad_cls

@@ -14,11 +14,14 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+LABELS_OUT_OF_RANGE = "linear_cross_entropy: labels out of range"
+
+
 def check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
     """Raises ValueError for a label outside [0, classes) other than ignore_index; on a GPU queues an assertion, so that the host need not wait."""
     good = ((labels >= 0) & (labels < classes)) | (labels == ignore_index)
     if labels.device.type != "cpu":
-        torch._assert_async(good.all(), "linear_cross_entropy: labels out of range")
+        torch._assert_async(good.all(), LABELS_OUT_OF_RANGE)
     elif not good.all():
         worst = labels[~good][0].item()
         raise ValueError(

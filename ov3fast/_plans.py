@@ -28,10 +28,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ALLOCATIONS = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
-MOST_STEPS = 64
+MOST_STEPS = 160
 """Most steps of a plan; longer calls are bound by the device, not the host."""
-BINDINGS = {
-    "addmm": torch.addmm, "clone": torch.clone, "linear": torch.nn.functional.linear, "matmul": torch.matmul, "mm": torch.mm, "zero_": torch.zero_,
+BINDINGS: dict[str, Callable[..., Any]] = {
+    "linear": torch.nn.functional.linear,
+    **{
+        name: getattr(torch, name, None) or getattr(Tensor, name)
+        for name in (
+            "abs", "add", "add_", "addmm", "all", "amax", "clamp", "clamp_min", "clone", "copy_", "div", "eq", "exp", "exp2", "frexp", "gt", "log_", "lt",
+            "masked_fill", "matmul", "maximum", "mean", "mm", "mul", "ne", "neg", "new_full", "new_ones", "new_zeros", "ones_like", "reciprocal", "round",
+            "stack", "sub", "sum", "to", "where", "zero_", "zeros_like",
+        )
+    },
 }  # fmt: skip
 """Operations with a Python binding that takes the same arguments and costs less than the operation object."""
 
@@ -239,8 +247,10 @@ class Writer:
         if len(self.notes.steps) > MOST_STEPS:
             raise NotPlannable(f"{len(self.notes.steps)} steps")
         self._shape_results()
+        used = self._used()
         for kind, what in self.notes.steps:
-            getattr(self, f"_{kind}")(what)
+            if kind != "allocate" or what in used:
+                getattr(self, f"_{kind}")(what)
         launched = any(kind == "launch" for kind, _ in self.notes.steps)
         self.lines.append(f"return {self.value(self.result)}")
         body = [*self._guards(launched), *self._freed()]
@@ -249,6 +259,14 @@ class Writer:
         plan: Callable[..., Any] = self.names["plan"]
         plan.source = source  # type: ignore[attr-defined]
         return plan
+
+    def _used(self) -> set[Known]:
+        """The memory that some step or the result names."""
+        named = [
+            self.result,
+            *(what[1:3] if kind == "operate" else what[-1] for kind, what in self.notes.steps if kind != "allocate"),
+        ]
+        return {self.known[id(tensor)].root for tensor in tensors_in(named) if id(tensor) in self.known}
 
     def _shape_results(self) -> None:
         """Memory that only launches use and that is returned as a single full view is allocated in the view's shape."""

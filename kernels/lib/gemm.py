@@ -1,6 +1,6 @@
 """The tiled matrix product: tile order, the loop over K, configurations, and when cuBLAS (hipBLASLt) is better.
 
-The kernels of linear.py and mlp.py add their epilogues to it.
+The kernels of linear.py and mlp.py add their epilogues to it. Small calls' gradients are tiles of one launch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .common import TYPES, cdiv, dot, rounded
 from .config import ANY, ARCHITECTURES, Config, Key, pick
-from .rows import Rows
+from .rows import Rows, load_rows, row_offsets
 
 
 @triton.jit
@@ -58,6 +58,51 @@ def multiply(
             w = rounded(w, x.dtype)
         total = dot(x, w, total)
     return total
+
+
+@triton.jit
+def input_tile(
+    grad, grad_inner, grad_outer_stride, grad_inner_stride, weight, weight_stride, grad_x, tile, rows, features, width,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of grad weight [rows, width]; weight [features, width]."""
+    across = tl.cdiv(width, BLOCK_N)
+    row, column = tile // across * BLOCK_M + tl.arange(0, BLOCK_M), tile % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    grad_at = row_offsets(tl.minimum(row, rows - 1), grad_inner, grad_outer_stride, grad_inner_stride)
+    total = multiply(grad, grad_at, weight, weight_stride, column, width, features, False, BLOCK_M, BLOCK_N, BLOCK_K)
+    at = row.to(tl.int64)[:, None] * width + column[None, :]
+    tl.store(grad_x + at, rounded(total, grad_x.dtype.element_ty), mask=(row < rows)[:, None] & (column < width)[None, :])
+
+
+@triton.jit
+def weight_tile(
+    grad, grad_inner, grad_outer_stride, grad_inner_stride, x, x_inner, x_outer_stride, x_inner_stride, grad_weight, grad_bias,
+    tile, rows, features, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of grad^T x [features, width]; those of the first column also sum grad over the rows."""
+    across = tl.cdiv(width, BLOCK_N)
+    feature, column = tile // across * BLOCK_M + tl.arange(0, BLOCK_M), tile % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    if grad_weight is not None:
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, rows, BLOCK_K):
+            row = start + tl.arange(0, BLOCK_K)
+            grad_at = row_offsets(row, grad_inner, grad_outer_stride, grad_inner_stride)
+            x_at = row_offsets(row, x_inner, x_outer_stride, x_inner_stride)
+            g = tl.load(
+                grad + grad_at[None, :] + feature[:, None], mask=(row < rows)[None, :] & (feature < features)[:, None], other=0
+            )
+            v = tl.load(x + x_at[:, None] + column[None, :], mask=(row < rows)[:, None] & (column < width)[None, :], other=0)
+            total = dot(g, v, total)
+        at = feature.to(tl.int64)[:, None] * width + column[None, :]
+        mask = (feature < features)[:, None] & (column < width)[None, :]
+        tl.store(grad_weight + at, rounded(total, grad_weight.dtype.element_ty), mask=mask)
+    if grad_bias is not None and tile % across == 0:
+        sums = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
+        for start in range(0, rows, BLOCK_K):
+            row = start + tl.arange(0, BLOCK_K)
+            inside = (row < rows)[:, None] & (feature < features)[None, :]
+            sums += load_rows(grad, grad_inner, grad_outer_stride, grad_inner_stride, row, feature, inside)
+        tl.store(grad_bias + feature, rounded(tl.sum(sums, 0), grad_bias.dtype.element_ty), mask=feature < features)
 
 
 @triton.jit
@@ -117,3 +162,27 @@ def operand(weight: Tensor, x: Rows) -> Tensor:
     if weight.dtype != x.tensor.dtype and x.count > FEW_ROWS:
         return weight.to(x.tensor.dtype, memory_format=torch.contiguous_format)
     return weight if weight.stride(-1) == 1 else weight.contiguous()
+
+
+LONGEST = 2048
+"""The most rows or features that one program of a small call sums over: beyond, cuBLAS would split the sum."""
+MOST_FLOPS = {torch.float32: 5e8, torch.bfloat16: 4e9, torch.float16: 4e9}
+"""Of a small call's forward and backward: some 25 us of an A100's time with tiles of 64 x 64, half of what a host takes to start them."""
+
+
+def is_small(dtype: torch.dtype, flops: float, *sizes: int) -> bool:
+    """Whether starting a call's products, forward and backward, takes a host longer than a GPU takes for them, so that ours come in fewer launches.
+
+    flops: those of the products; sizes: of all their axes.
+    """
+    return 0 < min(sizes) and max(sizes) <= LONGEST and flops <= MOST_FLOPS[dtype]
+
+
+def gradient_rows() -> dict[Key, Config]:
+    """Configurations of kernels whose programs each compute a tile by `input_tile` or `weight_tile`."""
+    blocks = {"BLOCK_M": 64, "BLOCK_N": 64}
+    return {
+        (ANY, ANY, ANY): Config({**blocks, "BLOCK_K": 64}, warps=4, stages=3),
+        (ANY, ANY, "sm_100"): Config({**blocks, "BLOCK_K": 64}, warps=8, stages=3),
+        ("fp32", ANY, ANY): Config({**blocks, "BLOCK_K": 32}, warps=4, stages=3),
+    }

@@ -20,21 +20,34 @@ ALIGNMENT = 16
 """In bytes. Triton specialises on addresses that are multiples of this, which allocators guarantee."""
 
 
-def planned(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps `launcher` with plans; not in the interpreter, which launches nothing that could be recorded."""
-    return launcher if INTERPRETED else Planned(launcher)
+def planned(launcher: Callable[..., Any], where: Callable[[Sequence[Any]], bool] | None = None) -> Callable[..., Any]:
+    """Wraps `launcher` with plans, for calls whose arguments `where` accepts; not in the interpreter, which launches nothing that could be recorded."""
+    if INTERPRETED:
+        return launcher
+    made = Planned(launcher)
+    made.where = where or made.where
+    return made
 
 
 class Planned(_plans.Planned):
     """`launcher`, with a plan that also depends on the current device, the kernels' configurations and addresses being aligned."""
 
     launches = launches
+    where: Callable[[Sequence[Any]], bool] = staticmethod(lambda _: True)
 
     def can_be_noted(self, args: Sequence[Any]) -> bool:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         here = all(tensor.get_device() < 0 or tensor.get_device() == torch.cuda.current_device() for tensor in tensors)
         aligned = all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors)
-        return bool(tensors) and here and aligned and configs.generation >= 0 and launches.OURS and not launches.is_watched()
+        return (
+            bool(tensors)
+            and here
+            and aligned
+            and self.where(args)
+            and configs.generation >= 0
+            and launches.OURS
+            and not launches.is_watched()
+        )
 
     def writer(self, notes: _plans.Notes, result: Any) -> _plans.Writer:
         self.generation = configs.generation

@@ -37,6 +37,11 @@ def project(grad: Tensor, x: Tensor) -> Tensor:
     return torch.where(norm >= SMALLEST_NORM, grad - a * (a * grad).sum(-1, keepdim=True), grad).to(x.dtype)
 
 
+def is_alone(arguments: Sequence[Any]) -> bool:
+    """Whether a forward or backward with these arguments has no group, so that nothing travels."""
+    return all(argument in (*KINDS, *EXCHANGES, "") for argument in arguments if isinstance(argument, str))
+
+
 def split_views(image: Tensor, x: Tensor) -> tuple[Tensor, ...]:
     """What belongs to each view, of what has a first axis for the views where the image has one."""
     return x.unbind() if image.ndim == 3 else (x,)

@@ -68,7 +68,7 @@ class Selected:
         """The same where nothing is kept for a backward."""
         self.contract = contract
         """Where PyTorch differentiates `function`: the one that returns all that the operator's contract names."""
-        self.backwards: dict[tuple[Any, ...], Any] = {}
+        self.backwards: dict[tuple[Any, ...], list[Any]] = {}
         """What _operator.py knows of the backward calls that follow, by what it can't know from the forward."""
 
 

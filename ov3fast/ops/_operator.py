@@ -24,6 +24,7 @@ from torch._C import _are_functorch_transforms_active as are_functorch_transform
 from torch._C import _get_tracing_state as get_tracing_state
 from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
 from torch._C import _len_torch_dispatch_stack as len_torch_dispatch_stack
+from torch._C._autograd import _top_saved_tensors_default_hooks as top_saved_tensors_default_hooks
 from torch._C._dynamo.guards import TensorGuards
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
@@ -65,6 +66,19 @@ class _Kind(NamedTuple):
     function: Callable[..., Any]
     trailing: tuple[Any, ...]
     """What `function` takes after the arguments."""
+
+
+class _KnownBackward(NamedTuple):
+    """Backwards of plain calls of one kind that agree in the gradients asked for and in the kinds of those upstream."""
+
+    tensors: Callable[[tuple[Any, ...]], tuple[Tensor, ...]] | None
+    """The gradients upstream -> those that are not None; None if all are."""
+    are_alike: Callable[..., bool]
+    missing: tuple[None, ...]
+    """What stands for the outputs that no gradient comes from."""
+    function: Callable[..., Any]
+    flags: list[bool]
+    of_inputs: Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
 
 class Operator:
@@ -229,37 +243,52 @@ class Operator:
 
     def _forward_in_node(self, ctx: Any, *args: Any) -> Any:
         """The forward of a plain call that leads to gradients: of (*arguments, word, what was selected), the outputs that have some."""
-        *inputs, word, selected = args
-        output = _without_autocast(selected.function, inputs)
-        constants = self._keep(ctx, inputs, output, word).constants
+        inputs, selected = args[:-2], args[-1]
+        output = selected.function(*inputs) if not is_any_autocast_enabled() else _without_autocast(selected.function, inputs)
         # A hook may give back other tensors than were saved, of another kind.
-        ctx.selected = None if torch._C._autograd._top_saved_tensors_default_hooks(False) else selected
+        constants = self._keep(
+            ctx, inputs, output, args[-2], None if top_saved_tensors_default_hooks(False) else selected
+        ).constants
         return output[: -len(constants)] if constants else output
 
     def _backward_in_node(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """`_backward` of a plain call. Its kind follows from the forward's, which gradients are asked for, and how those upstream lie: that of a
+        """`_backward` of a plain call. Its kind follows from the forward's, which gradients are asked for, and the kind of those upstream: that of a
         saved tensor changes only where somebody puts one of another layout in its `.data`, which autograd doesn't allow either."""
-        selected = ctx.selected
-        if selected is None or grads[0] is None or self.shortcut is not None or not _is_plain_backward(grads):
+        options, _, selected = ctx.kept
+        if selected is None or is_grad_enabled() or forward_ad._current_level >= 0:
             return self._backward(ctx, *grads)
-        needs, saved = ctx.needs_input_grad, ctx.saved_tensors
-        upstream = grads if len(grads) == self.upstream else (*grads, *(None,) * self.upstream)[: self.upstream]
-        kind = needs, *[None if grad is None else grad.stride() for grad in grads]
-        known = selected.backwards.get(kind)
-        if known is None:
-            flags, of_inputs = self._wanted(needs)
-            args = *upstream, *saved, *ctx.options, *flags
-            known = selected.backwards[kind] = self.select_backward(ctx.word, args).function, flags, of_inputs
-        function, flags, of_inputs = known
-        made = function(*upstream, *saved, *ctx.options, *flags)
-        found: tuple[Tensor | None, ...] = of_inputs((None, made) if isinstance(made, Tensor) else (None, *made))
-        return found
+        needs = ctx.needs_input_grad
+        for known in selected.backwards.get((needs, *map(type, grads)), ()):
+            if known.are_alike(*(grads if known.tensors is None else known.tensors(grads))):
+                made = known.function(*grads, *known.missing, *ctx.saved_tensors, *options, *known.flags)
+                found: tuple[Tensor | None, ...] = known.of_inputs((None, made) if isinstance(made, Tensor) else (None, *made))
+                return found
+        if grads[0] is not None and self.shortcut is None and _is_plain_backward(grads):
+            self._remember_backward(selected, ctx, grads)
+        return self._backward(ctx, *grads)
 
-    def _keep(self, ctx: Any, inputs: Sequence[Any], output: Any, word: str) -> Saved:
+    def _remember_backward(self, selected: _dispatch.Selected, ctx: Any, grads: tuple[Tensor | None, ...]) -> None:
+        needs = ctx.needs_input_grad
+        kinds = selected.backwards.setdefault((needs, *map(type, grads)), [])
+        places = [i for i, grad in enumerate(grads) if grad is not None]
+        if len(kinds) >= KINDS or len({id(grads[i]) for i in places}) < len(places):
+            return
+        flags, of_inputs = self._wanted(needs)
+        missing = (None,) * (self.upstream - len(grads))
+        options, word, _ = ctx.kept
+        args = *grads, *missing, *ctx.saved_tensors, *options, *flags
+        are_alike = TensorGuards(*(grads[i] for i in places), dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        tensors = None if len(places) == len(grads) else _getter(places)
+        function = self.select_backward(word, args).function
+        kinds.append(_KnownBackward(tensors, are_alike, missing, function, flags, of_inputs))
+
+    def _keep(
+        self, ctx: Any, inputs: Sequence[Any], output: Any, word: str, selected: _dispatch.Selected | None = None
+    ) -> Saved:
         saved = self.save(inputs, output)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved.tensors)
-        ctx.options, ctx.word = saved.options, word
+        ctx.kept = saved.options, word, selected
         return saved
 
     def _backward(self, ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -276,7 +305,8 @@ class Operator:
                 return (None,) * len(ctx.needs_input_grad)
             upstream = torch.zeros_like(some), *upstream[1:]
         flags, of_inputs = self._wanted(ctx.needs_input_grad)
-        grads = self._call_backward((*upstream, *ctx.saved_tensors, *ctx.options, *flags), ctx.word)
+        options, word, _ = ctx.kept
+        grads = self._call_backward((*upstream, *ctx.saved_tensors, *options, *flags), word)
         grads = (grads,) if isinstance(grads, Tensor) else grads
         found: tuple[Tensor | None, ...] = of_inputs((None, *grads))
         return found
@@ -397,7 +427,7 @@ def _is_transformed(args: tuple[Any, ...]) -> bool:
 def _key(impl: str | None, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Where the kinds of calls like this one are kept."""
     shape = args[0].shape if type(args[0]) in _TENSORS else None  # a fake tensor's may have symbols, which have no hash
-    return impl, _dispatch.override(), is_grad_enabled(), shape, *map(type, args)
+    return impl, _dispatch._override, is_grad_enabled(), shape, *map(type, args)
 
 
 def _getter(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:

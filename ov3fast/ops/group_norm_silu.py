@@ -42,6 +42,11 @@ def group_norm_silu(
     x [B, C, ...]; num_groups divides C; weight and bias [C], of x's dtype or float32. x, weight and bias get gradients. Autocast changes
     nothing here. Raises TypeError or ValueError that name the argument.
     """
+    y: Tensor = _group_norm_silu(impl, x, num_groups, weight, bias, eps)[0]
+    return y
+
+
+def _check_arguments(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> None:
     op = "group_norm_silu"
     _check.tensor(op, "x", x)
     if x.ndim < 2:
@@ -55,8 +60,6 @@ def group_norm_silu(
     _check.parameter(op, "bias", bias, (channels,), x, "[C]", mixed=True)
     if bias.dtype != weight.dtype:
         raise TypeError(f"{op}: bias must be of weight's dtype {weight.dtype}, got {bias.dtype}")
-    y: Tensor = _group_norm_silu(impl, x, num_groups, weight, bias, eps)[0]
-    return y
 
 
 def _forward_eager(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
@@ -167,6 +170,7 @@ _group_norm_silu = _operator.define(
     "group_norm_silu",
     "(Tensor x, int num_groups, Tensor weight, Tensor bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
     fake=_fake,
+    check=_check_arguments,
     specification=_specification,
     save=_save,
     gradients={"x": 0, "weight": 1, "bias": 2},

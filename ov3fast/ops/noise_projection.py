@@ -44,19 +44,21 @@ def noise_projection(
     z [B, ..., K]; sigma [B], of z's dtype or float32; weight [D, K] and bias [D], of z's dtype; rng an int64 tensor (seed, offset). z, sigma,
     weight and bias get gradients. Under autocast all but sigma are cast. Raises TypeError or ValueError that name the argument.
     """
+    y: Tensor = _noise_projection(impl, z, sigma, weight, bias, rng)
+    return y
+
+
+def _check_arguments(z: Tensor, sigma: Tensor, weight: Tensor, bias: Tensor | None, rng: Tensor) -> None:
     op = "noise_projection"
     _check.tensor(op, "z", z)
     if z.ndim < 2:
         raise ValueError(f"{op}: z must be [B, ..., K] with at least 2 dimensions, got shape {tuple(z.shape)}")
     _check.tensor(op, "weight", weight, ndim=2)
-    z, weight, bias = _check.autocast(z, weight, bias)
     _check.parameter(op, "sigma", sigma, (z.shape[0],), z, "[B], one value per instance of z", mixed=True)
     _check.parameter(op, "weight", weight, (weight.shape[0], z.shape[-1]), z, "[D, K]")
     _check.parameter(op, "bias", bias, (weight.shape[0],), z, "[D]")
     _check.rng(op, rng)
     _check.same_device(op, "rng", rng, z)
-    y: Tensor = _noise_projection(impl, z, sigma, weight, bias, rng)
-    return y
 
 
 def _per_instance(sigma: Tensor, z: Tensor) -> Tensor:
@@ -130,6 +132,8 @@ _noise_projection = _operator.define(
     "noise_projection",
     "(Tensor z, Tensor sigma, Tensor weight, Tensor? bias, Tensor rng) -> Tensor",
     fake=_fake,
+    check=_check_arguments,
+    autocast=("z", "weight", "bias"),
     specification=_specification,
     save=_save,
     gradients={"z": 0, "sigma": 1, "weight": 2, "bias": 3},

@@ -74,15 +74,26 @@ def patch_embed(
     rng their mean is taken. All tensors but rng get gradients. Under autocast the weights are cast, the latents keep their dtype.
     Raises TypeError or ValueError that name the argument.
     """
+    if isinstance(weight, Tensor) and weight.ndim == 4 and isinstance(latents, Tensor) and latents.ndim == 4:
+        channels, _ = _check_sizes("patch_embed", latents, patch_size, moments)
+        expected = weight.shape[0], channels, patch_size, patch_size
+        _check.shape("patch_embed", "weight", weight, expected, "[D, C, p, p]")
+        weight = weight.flatten(1)
+    y: Tensor = _patch_embed(
+        impl, latents, weight, bias, pos_embed, cls_token, rng, patch_size, float(scale), float(shift), moments
+    )
+    return y
+
+
+def _check_arguments(
+    latents: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, cls_token: Tensor | None, rng: Tensor | None,
+    patch_size: int, scale: float, shift: float, moments: bool,
+) -> None:  # fmt: skip
     op = "patch_embed"
     _check.tensor(op, "latents", latents, ndim=4)
     _check.tensor(op, "weight", weight)
-    weight, bias, pos_embed, cls_token = _check.autocast(weight, bias, pos_embed, cls_token)
     channels, tokens = _check_sizes(op, latents, patch_size, moments)
-    if weight.ndim == 4:
-        _check.shape(op, "weight", weight, (weight.shape[0], channels, patch_size, patch_size), "[D, C, p, p]")
-        weight = weight.flatten(1)
-    elif weight.ndim != 2:
+    if weight.ndim != 2:
         raise ValueError(f"{op}: weight must be [D, C*p*p] or [D, C, p, p], got shape {tuple(weight.shape)}")
     width = weight.shape[0]
     _check.shape(op, "weight", weight, (width, channels * patch_size**2), f"[D, C*p*p] for {channels} latent channels")
@@ -100,10 +111,6 @@ def patch_embed(
         _check.same_device(op, "rng", rng, latents)
         if not moments:
             raise ValueError(f"{op}: rng samples from moments, but moments is False; drop rng, or pass moments=True")
-    y: Tensor = _patch_embed(
-        impl, latents, weight, bias, pos_embed, cls_token, rng, patch_size, float(scale), float(shift), moments
-    )
-    return y
 
 
 def _check_sizes(op: str, latents: Tensor, patch_size: int, moments: bool) -> tuple[int, int]:
@@ -252,6 +259,8 @@ _patch_embed = _operator.define(
     "(Tensor latents, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? cls_token, Tensor? rng,"
     " int patch_size, float scale, float shift, bool moments) -> Tensor",
     fake=_fake,
+    check=_check_arguments,
+    autocast=("weight", "bias", "pos_embed", "cls_token"),
     specification=_specification,
     save=_save,
     gradients={"latents": 0, "weight": 1, "bias": 2, "pos_embed": 3, "cls_token": 4},

@@ -5,13 +5,14 @@ import importlib.util
 import os
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from ov3fast import testing
 from ov3fast.kernels.aot import cuda as cuda_aot
-from ov3fast.ops import _dispatch
+from ov3fast.ops import _check, _dispatch
 from ov3fast.ops.cuda.group_norm_silu import Plan
 from ov3fast.ops.group_norm_silu import reference
 
@@ -36,8 +37,8 @@ def inputs(shape, dtype, weight_dtype=None, mean=0.0):
 
 
 def both_ways(groups, x, weight, bias, grad_y, needs=(True, True, True), **options):
-    """(y, dx, dweight, dbias, mean, rstd) of the kernels, and the launches. Bypasses the public function, which rejects float16 on the CPU."""
-    with emulation.emulated(**options) as ran:
+    """(y, dx, dweight, dbias, mean, rstd) of the kernels, and the launches. Without the check that rejects float16 on the CPU."""
+    with emulation.emulated(**options) as ran, mock.patch.object(_check, "tensor"):
         y, mean, rstd = torch.ops.ov3fast.group_norm_silu(x, groups, weight, bias, 1e-6, "cuda")
         grads = torch.ops.ov3fast.group_norm_silu_backward(grad_y, x, weight, bias, mean, rstd, *needs, "cuda")
     return [y, *grads, mean, rstd], ran

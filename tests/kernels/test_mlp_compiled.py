@@ -8,7 +8,8 @@ from kernel_tools.launches import assert_traffic, in_any_order, on_ptx
 
 from ov3fast import testing
 from ov3fast.kernels import mlp
-from ov3fast.kernels.aot.cases.mlp import gradients_work, work
+from ov3fast.kernels.aot.cases.linear import gradients_work
+from ov3fast.kernels.aot.cases.mlp import work
 from ov3fast.kernels.lib import config as configs
 from ov3fast.kernels.lib import gemm
 from ov3fast.kernels.lib.common import cdiv
@@ -54,7 +55,7 @@ def check_traffic(report, work, target):
 @shapes
 def test_forward(monkeypatch, dtype, size, activation, mixed, shape, target):
     monkeypatch.setattr(gemm, "size_class", lambda *_: size)
-    monkeypatch.setattr(mlp, "is_small", lambda *_: size == "small")
+    monkeypatch.setattr(gemm, "is_small", lambda *_: size == "small")
     x, w1, b1, w2, b2, _ = inputs(dtype, mixed, *shape)
     arguments = x, w1, b1, w2, b2, activation
     ours, reports = in_any_order(mlp.forward, *arguments, target=target)
@@ -69,7 +70,7 @@ def test_forward(monkeypatch, dtype, size, activation, mixed, shape, target):
 @shapes
 def test_backward(monkeypatch, dtype, size, activation, mixed, shape, target):
     monkeypatch.setattr(gemm, "size_class", lambda *_: size)
-    monkeypatch.setattr(mlp, "is_small", lambda *_: size == "small")
+    monkeypatch.setattr(gemm, "is_small", lambda *_: size == "small")
     x, w1, b1, w2, b2, grad_y = inputs(dtype, mixed, *shape)
     h = torch.nn.functional.linear(x, w1.to(dtype), b1.to(dtype))
     arguments = grad_y, x, h, w1, w2, activation, True, True, True, True, True
@@ -86,7 +87,8 @@ def test_backward(monkeypatch, dtype, size, activation, mixed, shape, target):
         if size == "small":
             config = configs.pick("mlp_gradients", "bf16", architecture=target)
             assert len(reports) == 2
-            check_traffic(reports[1], gradients_work(batch * rows, features, hidden, 2, w1.itemsize, config), target)
+            layers = [(x.shape[-1], hidden, True), (hidden, features, False)]
+            check_traffic(reports[1], gradients_work(batch * rows, layers, 2, w1.itemsize, config), target)
 
 
 @pytest.mark.parametrize(

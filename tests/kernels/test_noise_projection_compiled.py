@@ -8,6 +8,7 @@ from ov3fast import testing
 from ov3fast.kernels import noise_projection as kernels
 from ov3fast.kernels.aot.cases.noise_projection import draw_work, grad_sigma_work
 from ov3fast.kernels.lib import config as configs
+from ov3fast.kernels.lib import gemm
 from ov3fast.ops import random, triton
 from ov3fast.ops.noise_projection import reference
 
@@ -52,7 +53,9 @@ def run(values, order="forward", layout=torch.Tensor.contiguous, target="sm_80")
         ((3, 11, 35, 17), "poisoned", "sm_80"),
     ],
 )
-def test_within_budget(dtype, sizes, layout, target):
+@pytest.mark.parametrize("small", [False, True])
+def test_within_budget(monkeypatch, dtype, sizes, layout, target, small):
+    monkeypatch.setattr(gemm, "is_small", lambda *_: small)
     values = inputs(*sizes, dtype)
     results, _ = run(values, layout=testing.LAYOUTS[layout], target=target)
     testing.Budget(lambda values: expected(*values), values).check(results, ("y", "z", "sigma", "weight", "bias"))

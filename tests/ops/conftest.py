@@ -71,3 +71,11 @@ def fewer_examples(item):
     if is_hypothesis_test(getattr(item, "obj", None)):
         asked = getattr(item.obj, "_hypothesis_internal_use_settings", settings())
         item.obj._hypothesis_internal_use_settings = settings(asked, max_examples=min(EXAMPLES, asked.max_examples))
+
+
+@pytest.fixture
+def large_calls(monkeypatch):
+    """To the Triton kernels, every call's products are cuBLAS's."""
+    from ov3fast.kernels.lib import gemm
+
+    monkeypatch.setattr(gemm, "is_small", lambda *_: False)

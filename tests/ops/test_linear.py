@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ov3fast import ops, testing
-from ov3fast.ops import _choice, _dispatch, cpu
+from ov3fast.ops import _choice, _dispatch, cpu, triton
 from ov3fast.ops.linear import linear, reference
 
 
@@ -39,6 +39,14 @@ def test_float32_parameters_beside_bfloat16(rows, k, n):
     for ours, plain, exact in zip(run(linear, leaves), run(reference, leaves), run(reference, wide), strict=True):
         assert ours.dtype == plain.dtype
         testing.assert_within_budget(ours, plain, exact)
+
+
+@pytest.mark.skipif(not triton.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_large_calls(large_calls, dtype, layout):
+    with ops.use("triton"):
+        testing.check(linear, reference, inputs(50, 33, 49), dtype=dtype, layout=testing.LAYOUTS[layout], every_subset=True)
 
 
 @pytest.mark.backend_independent

@@ -105,17 +105,11 @@ def test_every_subset_of_gradients(activation, dtype):
     testing.check(*both(activation), inputs(2, 3), dtype=dtype, every_subset=True)
 
 
-@pytest.mark.skipif(
-    not triton.INTERPRETED, reason="needs TRITON_INTERPRET=1: other calls of these sizes are small to the Triton kernels"
-)
+@pytest.mark.skipif(not triton.INTERPRETED, reason="needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [6, 200])
-def test_large_calls(monkeypatch, dtype, rows):
-    from ov3fast.kernels import mlp as kernels
-
-    monkeypatch.setattr(kernels, "is_small", lambda *_: False)
-    values = inputs(rows, width=97, hidden=70, features=49)
-    testing.check(*both(), values, dtype=dtype, every_subset=True)
+def test_large_calls(large_calls, dtype, rows):
+    testing.check(*both(), inputs(rows, width=97, hidden=70, features=49), dtype=dtype, every_subset=True)
 
 
 def test_calls_are_small_by_size_alone():

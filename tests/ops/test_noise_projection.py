@@ -48,6 +48,14 @@ def test_tile_borders(dtype, lead, width, features):
     testing.check(ours, plain, inputs(*lead, width=width, features=features), dtype=dtype)
 
 
+@pytest.mark.skipif(not triton.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_large_calls(large_calls, dtype, layout):
+    values = inputs(3, 7, width=33, features=17)
+    testing.check(ours, plain, values, dtype=dtype, layout=testing.LAYOUTS[layout], every_subset=True)
+
+
 @settings(max_examples=8 if triton.INTERPRETED else 25, deadline=None, derandomize=True)
 @given(
     sizes=st.tuples(st.integers(0, 9), st.integers(0, 20), st.integers(1, 70), st.integers(0, 60)),

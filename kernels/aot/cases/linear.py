@@ -1,10 +1,10 @@
-"""linear: the tiled product, with the weight transposed and not."""
+"""linear: the tiled product, with the weight transposed and not; the gradients of a small call."""
 
 from __future__ import annotations
 
 from ...lib.common import cdiv
 from ...lib.config import Config
-from ...linear import _linear
+from ...linear import _linear, _linear_gradients
 from ..catalog import SIZES, Entry, Work, product_bytes, row_alignment, row_constants, row_types
 
 
@@ -22,6 +22,56 @@ def work(count: int, columns: int, depth: int, size: int, parameter_size: int, c
     )
 
 
+def gradients_work(count: int, layers: list[tuple[int, int, bool]], size: int, parameter_size: int, config: Config) -> Work:
+    """One launch of the tiles of dx, dW and db of some layers of `count` rows: (width, features, whether x gets a gradient) of each.
+
+    Loads both operands per tile, and once more those that are summed for a bias.
+    """
+    m, n, k = (config.blocks[f"BLOCK_{axis}"] for axis in "MNK")
+    products = [((features, width, count), size) for width, features, _ in layers]
+    products += [((count, width, features), parameter_size) for width, features, of_x in layers if of_x]
+    tiles = sum(cdiv(rows, m) * cdiv(columns, n) for (rows, columns, _), _ in products)
+    written = sum(of_x * count * width * size + features * (width + 1) * parameter_size for width, features, of_x in layers)
+    read = sum(count * (width + features) * size + of_x * width * features * parameter_size for width, features, of_x in layers)
+    operands = sum(product_bytes(*product, size, other, m, n) for product, other in products)
+    return Work(
+        sum(2 * rows * columns * depth for (rows, columns, depth), _ in products),
+        operands + count * sum(features for _, features, _ in layers) * size + written,
+        programs=tiles,
+        distinct=read + written,
+        # Only a bias's programs sum: the average over all.
+        trips=(cdiv(count, k) * sum(cdiv(features, m) for _, features, _ in layers) / tiles,),
+    )
+
+
+def gradients() -> list[Entry]:
+    count, features, width = 1024, 768, 768
+    sizes = ("rows", "features", "width")
+
+    def types(t: str, parameters: str) -> dict[str, str]:
+        operands = row_types("grad_y", t) | row_types("x", t) | {"weight": f"*{parameters}", "weight_stride": "i32"}
+        outputs = {"grad_x": f"*{t}", "grad_weight": f"*{parameters}", "grad_bias": f"*{parameters}"}
+        return operands | outputs | dict.fromkeys(sizes, "i32")
+
+    return [
+        Entry(
+            _linear_gradients,
+            "linear",
+            lambda t, mixed=mixed: types(t, "fp32" if mixed else t),
+            f"{count} x {width} -> {features}",
+            lambda t, config, mixed=mixed: gradients_work(
+                count, [(width, features, True)], SIZES[t], 4 if mixed else SIZES[t], config
+            ),
+            row_constants("grad_y", "x"),
+            variant="float32 parameters" if mixed else "",
+            dtypes=("bf16", "fp16") if mixed else ("fp32", "bf16", "fp16"),
+            aligned=(*row_alignment("grad_y", "x"), "weight_stride", *sizes),
+            matrix=True,
+        )
+        for mixed in (False, True)
+    ]
+
+
 def entries() -> list[Entry]:
     count, columns, depth = 1024, 768, 3072
 
@@ -32,7 +82,7 @@ def entries() -> list[Entry]:
         pointers = {"weight": f"*{parameters}", "weight_stride": "i32", "bias": f"*{parameters}", "y": f"*{t}"}
         return row_types("x", t) | pointers | {"rows": "i32", "columns": "i32", "depth": "i32"}
 
-    return [
+    return gradients() + [
         Entry(
             _linear,
             "linear",

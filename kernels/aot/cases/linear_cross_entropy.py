@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...linear_cross_entropy import cross_entropy_rows
+from ...linear_cross_entropy import cross_entropy_labels, cross_entropy_rows
 from ..catalog import SIZES, Entry, Work
 
 
@@ -21,7 +21,21 @@ def entries() -> list[Entry]:
             0, rows * (classes * passes * SIZES[dtype] + 20), rows, rows * (classes * distinct * SIZES[dtype] + 20)
         )
 
-    return [
+    labels = Entry(
+        kernel=cross_entropy_labels,
+        op="linear_cross_entropy",
+        arguments=lambda _: (
+            {"labels": "*i64", "factor": "*fp32", "fine": "*i8"} | dict.fromkeys(("tokens", "classes", "ignore_index"), "i32")
+        ),
+        problem=f"{rows} labels",
+        work=lambda _, config: Work(0, rows * 8 + 5, 1, trips=(-(-rows // config.blocks["BLOCK"]),)),
+        constexprs={"MEAN": True},
+        dtypes=("fp32",),
+        aligned=("tokens",),
+        streaming=True,
+        exceptions={"wide": "one program, which waits for a few loads"},
+    )
+    return [labels] + [
         Entry(
             kernel=cross_entropy_rows,
             op="linear_cross_entropy",

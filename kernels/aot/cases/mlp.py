@@ -6,6 +6,7 @@ from ...lib.common import cdiv
 from ...lib.config import Config
 from ...mlp import _mlp_backward, _mlp_forward, _mlp_gradients
 from ..catalog import SIZES, Entry, Work, product_bytes, row_alignment, row_constants, row_types
+from .linear import gradients_work
 
 
 def work(
@@ -26,28 +27,9 @@ def work(
     )
 
 
-def gradients_work(count: int, width: int, hidden: int, size: int, parameter_size: int, config: Config) -> Work:
-    """One launch of _mlp_gradients with biases and as many outputs as inputs: both operands per tile, and each bias's operand once more."""
-    m, n, k = (config.blocks[f"BLOCK_{axis}"] for axis in "MNK")
-    products = [(count, width, hidden), (hidden, width, count), (width, hidden, count)]
-    tiles = [cdiv(rows, m) * cdiv(columns, n) for rows, columns, _ in products]
-    weight_sizes = parameter_size, size, size
-    operands = sum(product_bytes(*product, size, other, m, n) for product, other in zip(products, weight_sizes, strict=True))
-    biases = count * (hidden + width) * size
-    written = count * width * size + (2 * hidden * width + hidden + width) * parameter_size
-    of_biases = cdiv(hidden, m) + cdiv(width, m)
-    return Work(
-        sum(2 * rows * columns * depth for rows, columns, depth in products),
-        operands + biases + written,
-        programs=sum(tiles),
-        distinct=2 * count * (hidden + width) * size + hidden * width * parameter_size + written,
-        # Only a bias's programs sum: the average over all.
-        trips=(cdiv(count, k) * of_biases / sum(tiles),),
-    )
-
-
 def gradients() -> list[Entry]:
     count, width, hidden = 512, 384, 1536
+    layers = [(width, hidden, True), (hidden, width, False)]
     sizes = ("rows", "width", "hidden", "features")
 
     def types(t: str, parameters: str) -> dict[str, str]:
@@ -62,7 +44,7 @@ def gradients() -> list[Entry]:
             "mlp",
             lambda t, mixed=mixed: types(t, "fp32" if mixed else t),
             f"{count} x {width} -> {hidden}",
-            lambda t, config, mixed=mixed: gradients_work(count, width, hidden, SIZES[t], 4 if mixed else SIZES[t], config),
+            lambda t, config, mixed=mixed: gradients_work(count, layers, SIZES[t], 4 if mixed else SIZES[t], config),
             row_constants("grad_y", "x"),
             variant="float32 parameters" if mixed else "",
             dtypes=("bf16", "fp16") if mixed else ("fp32", "bf16", "fp16"),

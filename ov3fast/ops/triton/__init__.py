@@ -10,14 +10,14 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _attention_peers, _dispatch
-from .._contrastive_ranks import over_ranks
+from .._contrastive_ranks import is_alone, over_ranks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether the kernels run in Triton's interpreter, on CPU tensors."""
@@ -112,9 +112,9 @@ def launch(module: str, function: str) -> Callable[..., Any]:
     return call
 
 
-def planned(function: Callable[..., Any]) -> Callable[..., Any]:
+def planned(function: Callable[..., Any], where: Callable[[Sequence[Any]], bool] | None = None) -> Callable[..., Any]:
     """`function` for calls of one kind: what it works out from that is worked out once. See ov3fast/kernels/lib/plan.py."""
-    made: Callable[..., Any] = importlib.import_module("ov3fast.kernels.lib.plan").planned(function)
+    made: Callable[..., Any] = importlib.import_module("ov3fast.kernels.lib.plan").planned(function, where)
     return made
 
 
@@ -149,5 +149,5 @@ for _op, _kernels in KERNELS.items():
     _dispatch.register(
         _op, "triton", _forward, _backward, operands=_kernels.operands, unavailable_reason=unavailable_reason,
         unsupported_reason=functools.partial(unsupported_reason, widest=_kernels.widest, axis=_kernels.axis),
-        of_one_kind=None if _op == "contrastive_loss" else planned, **_options,
+        of_one_kind=functools.partial(planned, where=is_alone) if _op == "contrastive_loss" else planned, **_options,
     )  # fmt: skip

@@ -20,8 +20,8 @@ from .lib.common import TYPES, cdiv, dot, rounded
 from .lib.config import ANY, TABLE, Config, pick
 from .lib.launch import kernel
 from .lib.patches import patch_offsets, shares_of
-from .lib.reduce import merge, splits_of, sum_batches, sum_splits
-from .lib.rows import as_dtype
+from .lib.reduce import splits_of, sum_batches, sum_splits
+from .lib.rows import as_dtype, empty
 
 PROGRAMS = 256
 """Target number of programs in the forward; kept low since programs that share the features of a tile of patches each generate its noise."""
@@ -34,6 +34,7 @@ TABLE["patch_embed_forward"] = {
 }
 TABLE["patch_embed_grad_latents"] = {(ANY, ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, warps=4, stages=3)}
 TABLE["patch_embed_grad_weight"] = {(ANY, ANY, ANY): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}, warps=8, stages=3)}
+TABLE["patch_embed_vectors"] = {(ANY, ANY, ANY): Config({"BLOCK_N": 128, "BLOCK_D": 32}, warps=8, stages=1)}
 TABLE["patch_embed_patches"] = {(ANY, ANY, ANY): Config({"BLOCK_M": 32, "BLOCK_K": 64}, warps=4, stages=1)}
 
 
@@ -299,18 +300,36 @@ def _written_patches(s, patch_size, scale, shift, dtype):
     return x
 
 
+@kernel
+def patch_embed_vectors(
+    sums, grad_bias, grad_cls, first, tokens, width, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """grad_bias: the sum of rows first to tokens of sums [tokens, width]; grad_cls: its row 0."""
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = d < width
+    if grad_bias is not None:
+        total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        for start in range(first, tokens, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            at = n.to(tl.int64)[:, None] * width + d[None, :]
+            total += tl.load(sums + at, mask=(n < tokens)[:, None] & inside[None, :], other=0)
+        tl.store(grad_bias + d, rounded(tl.sum(total, 0), grad_bias.dtype.element_ty), mask=inside)
+    if grad_cls is not None:
+        row = tl.load(sums + d, mask=inside)
+        tl.store(grad_cls + d, rounded(row, grad_cls.dtype.element_ty), mask=inside)
+
+
 def _vector_gradients(grad_y, patches, need_bias, need_pos, need_cls):
     """Gradients of bias, pos_embed and cls_token. They share one sum over images, so the bits don't depend on which are needed."""
     width = grad_y.shape[2]
     if not (need_bias or need_pos or need_cls):
         return tuple(grad_y.new_empty(0) for _ in range(3))
     cls = grad_y.shape[1] - patches.shape[1]
-    summed = grad_y if need_bias or need_pos else grad_y[:, :cls]
-    sums = sum_batches(summed)
-    grad_bias = grad_y.new_empty(width if need_bias else 0)
-    if need_bias:
-        merge(sums[None, cls:], grad_bias)
-    grad_pos = as_dtype(sums if need_pos else sums[:1], grad_y.dtype) if need_pos or need_cls else grad_y.new_empty(0)
-    # An operator's outputs may not share memory.
-    grad_cls = grad_pos[0].clone() if need_cls else grad_y.new_empty(0)
-    return grad_bias, grad_pos if need_pos else grad_y.new_empty(0), grad_cls
+    sums = sum_batches(grad_y if need_bias or need_pos else grad_y[:, :cls])
+    grad_bias, grad_cls = empty(grad_y, width, need_bias), empty(grad_y, width, need_cls)
+    if need_bias or need_cls:
+        config = pick("patch_embed_vectors", "fp32")
+        patch_embed_vectors[(cdiv(width, config.blocks["BLOCK_D"]),)](
+            sums, grad_bias if need_bias else None, grad_cls if need_cls else None, cls, len(sums), width, **config.options
+        )
+    return grad_bias, as_dtype(sums, grad_y.dtype) if need_pos else empty(grad_y, 0), grad_cls

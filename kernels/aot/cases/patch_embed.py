@@ -11,6 +11,7 @@ from ...patch_embed import (
     patch_embed_grad_latents,
     patch_embed_grad_weight,
     patch_embed_patches,
+    patch_embed_vectors,
 )
 from ..catalog import SIZES, Entry, Work, argument_types
 
@@ -72,6 +73,11 @@ def grad_weight_work(batch, tokens, values, features, dtype, config):
     return Work(2 * rows * values * features, moved, splits * tiles_d * tiles_k, distinct, trips=trips)
 
 
+def vectors_work(tokens, features, size, config):
+    """With a CLS token, whose row is read beside the others."""
+    return Work(tokens * features, features * (4 * (tokens + 1) + 2 * size), cdiv(features, config.blocks["BLOCK_D"]))
+
+
 def entries() -> list[Entry]:
     batch, tokens, values, features = 64, 256, 64, 768
     problem = f"moments {batch} x 32 x 32 x 32, 2 x 2 -> {features}"
@@ -88,4 +94,13 @@ def entries() -> list[Entry]:
         entry(patch_embed_grad_latents, lambda *how: grad_latents_work(*sizes, *how), MOMENTS=True, **drawn),
         entry(patch_embed_patches, lambda *how: patches_work(batch, tokens, values, *how), matrix=False, **drawn),
         entry(patch_embed_grad_weight, lambda *how: grad_weight_work(*sizes, *how)),
+        Entry(
+            patch_embed_vectors,
+            "patch_embed",
+            argument_types(patch_embed_vectors, sums="*fp32", grad_bias="*{}", grad_cls="*{}"),
+            problem,
+            lambda dtype, config: vectors_work(tokens, features, SIZES[dtype], config),
+            aligned=("width",),
+            streaming=True,
+        ),
     ]

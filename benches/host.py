@@ -98,13 +98,8 @@ def measure(backend: str) -> dict[str, float]:
 def further(ops: Any) -> dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]]:
     """Calls of the other operators, of the tensors that training differentiates."""
     x, weight, bias = torch.randn(2, 4, 8), torch.randn(8, 8), torch.randn(8)
-    qkv, cos, sin, sigma, rng = (
-        torch.randn(1, 4, 3, 2, 8),
-        torch.randn(4, 4),
-        torch.randn(4, 4),
-        torch.rand(2),
-        torch.tensor([1, 2]),
-    )
+    qkv, cos, sin = torch.randn(1, 4, 3, 2, 8), torch.randn(4, 4), torch.randn(4, 4)
+    sigma, rng = torch.rand(2), torch.tensor([1, 2])
     moments, labels = torch.randn(2, 8, 8, 8), torch.tensor([[1, 2, 3, -100], [1, 2, 3, 4]])
     return {
         "layer_norm + residual": (lambda x, h, w, b: ops.layer_norm(x, w, b, residual=h), (x, x + 1, bias + 1, bias)),

@@ -359,7 +359,8 @@ def backward(grad_y, x, weight, bias, mean, rstd, need_x, need_weight, need_bias
     grad_x = torch.empty_like(x, memory_format=memory_format(x)) if need_x else none
     grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
     if view.empty:
-        grad_weight.zero_(), grad_bias.zero_()
+        grad_weight.zero_()
+        grad_bias.zero_()
     else:
         (x, *strides), (grad_y, *grad_strides) = view.layout(x), view.layout(grad_y)
         weight, bias, mean, rstd = weight.contiguous(), bias.contiguous(), mean.contiguous(), rstd.contiguous()

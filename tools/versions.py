@@ -27,7 +27,8 @@ COMPILED = (
     "tests/kernels/test_mlp_compiled.py",
 )
 GATED = (
-    "(short and sm_90 and layer_norm) or (pretended and not encoder) or fences or (test_forward and sm_90 and whole and large)"
+    "(short and sm_90 and layer_norm) or (pretended and not encoder) or fences"
+    " or (sm_90 and whole and (test_forward and large or test_backward and small))"
 )
 
 

@@ -166,22 +166,23 @@ def backward(grad_y, x, h, w1, w2, activation, need_x, need_w1, need_b1, need_w2
     """Gradients of x, w1, b1, w2, b2 (the latter four in w1's dtype); empty tensors for those not needed."""
     upstream, h_rows, hidden, need_h = rows(grad_y), rows(h), w1.shape[0], need_x or need_w1 or need_b1
     grad_h, a = empty(h, (h_rows.count, hidden), need_h), empty(h, (h_rows.count, hidden), need_w2)
-    if is_small(x_rows := rows(x), hidden, upstream.width):
-        return _small_backward(
-            upstream, x_rows, h_rows, w1, w2, activation, grad_h, a, need_x, need_w1, need_b1, need_w2, need_b2
-        )
-    grad_b1 = empty(w1, hidden, need_b1)
+    grad_b1, x_rows = empty(w1, hidden, need_b1), rows(x)
+    small = is_small(x_rows, hidden, upstream.width)
     if h.numel() and (need_h or need_w2):
-        config, _ = gemm.configure("mlp_backward", h.dtype, h_rows.count, hidden)
+        operand = gemm.operand(w2, upstream)
+        config, grid = gemm.configure("mlp_backward", h.dtype, h_rows.count, hidden)
         parts = cdiv(h_rows.count, config.blocks["BLOCK_M"])
-        partials = empty(h, (1, parts, hidden), need_b1, torch.float32)
-        _through_activation(
-            upstream, w2, h_rows, activation, grad_h if need_h else None, a if need_w2 else None, partials if need_b1 else None
-        )
-        if need_b1:
+        partials = empty(h, (1, parts, hidden), dtype=torch.float32) if need_b1 and not small else None
+        _mlp_backward[grid](
+            *upstream.arguments, operand, operand.stride(0), *h_rows.arguments, grad_h if need_h else None,
+            a if need_w2 else None, partials, h_rows.count, hidden, upstream.width, EXACT=activation == "gelu", **config.options,
+        )  # fmt: skip
+        if partials is not None:
             merge(partials, grad_b1)
     elif need_b1:
         grad_b1.zero_()
+    if small:
+        return _small_gradients(upstream, x_rows, w1, w2, grad_h, a, grad_b1, need_x, need_w1, need_b1, need_w2, need_b2)
     dh = rows(grad_h) if need_h else None
     return (
         linear.input_gradient(dh, w1).view(x.shape) if need_x else empty(x, 0),
@@ -192,18 +193,14 @@ def backward(grad_y, x, h, w1, w2, activation, need_x, need_w1, need_b1, need_w2
     )
 
 
-def _small_backward(
-    upstream, x, h, w1, w2, activation, grad_h, a, need_x, need_w1, need_b1, need_w2, need_b2
-):  # fmt: skip
-    """`backward` in two launches. grad_h and a: uninitialised, empty if not needed."""
-    hidden, need_h = w1.shape[0], need_x or need_w1 or need_b1
-    if need_h or need_w2:
-        _through_activation(upstream, w2, h, activation, grad_h if need_h else None, a if need_w2 else None, None)
+def _small_gradients(upstream, x, w1, w2, grad_h, a, grad_b1, need_x, need_w1, need_b1, need_w2, need_b2):
+    """The end of a small call's backward: the gradients that need sums over tiles, in one launch."""
+    hidden, needs = w1.shape[0], (need_x, need_w1, need_b1, need_w2, need_b2)
     grads = (
-        empty(x.tensor, x.tensor.shape, need_x), empty(w1, w1.shape, need_w1), empty(w1, hidden, need_b1),
-        empty(w1, w2.shape, need_w2), empty(w1, upstream.width, need_b2),
+        empty(x.tensor, x.tensor.shape, need_x), empty(w1, w1.shape, need_w1), grad_b1, empty(w1, w2.shape, need_w2),
+        empty(w1, upstream.width, need_b2),
     )  # fmt: skip
-    operand, config = gemm.operand(w1, h), pick("mlp_gradients", TYPES[h.tensor.dtype])
+    operand, config = gemm.operand(w1, x), pick("mlp_gradients", TYPES[x.tensor.dtype])
     block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
     across = cdiv(x.width, block_n)
     tiles = (
@@ -212,17 +209,7 @@ def _small_backward(
     )  # fmt: skip
     _mlp_gradients[(tiles,)](
         grad_h, a, *upstream.arguments, *x.arguments, operand, operand.stride(0),
-        *(grad if need else None for grad, need in zip(grads, (need_x, need_w1, need_b1, need_w2, need_b2), strict=True)),
+        *(grad if need else None for grad, need in zip(grads, needs, strict=True)),
         x.count, x.width, hidden, upstream.width, **config.options,
     )  # fmt: skip
     return grads
-
-
-def _through_activation(upstream, w2, h, activation, grad_h, a, b1_partials):
-    """Writes grad_h = (dy W2) gelu'(h), a = gelu(h), and the sums of grad_h over each row of tiles; None for those not needed."""
-    operand = gemm.operand(w2, upstream)
-    config, grid = gemm.configure("mlp_backward", h.tensor.dtype, h.count, h.width)
-    _mlp_backward[grid](
-        *upstream.arguments, operand, operand.stride(0), *h.arguments, grad_h, a, b1_partials, h.count, h.width, upstream.width,
-        EXACT=activation == "gelu", **config.options,
-    )  # fmt: skip

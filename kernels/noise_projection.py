@@ -18,7 +18,6 @@ from .lib import philox
 from .lib.common import TYPES, cdiv, rounded
 from .lib.config import ANY, TABLE, Config, pick
 from .lib.launch import kernel
-from .lib.reduce import column_sums
 from .lib.rows import rows as as_rows
 
 # Size classes: none.
@@ -106,34 +105,23 @@ def _draw(z_BNK, sigma, rng, need_x, grad_z):
 def forward(z, sigma, weight, bias, rng):
     """y [B, ..., D]."""
     x, _ = _draw(_instances(z), sigma, rng, True, None)
-    product = linear.tiled if linear.is_small(as_rows(x), len(weight)) else torch.nn.functional.linear
-    return product(x, weight, bias).view(*z.shape[:-1], len(weight))
+    return linear.forward(x, weight, bias).view(*z.shape[:-1], len(weight))
 
 
 def backward(grad_y, z, sigma, weight, rng, need_z, need_sigma, need_weight, need_bias):
     """Gradients of z, sigma, weight and bias; empty tensors for those not needed."""
-    z_BNK, grad_BND = _instances(z), _instances(grad_y)
-    grad, none = as_rows(grad_BND), grad_y.new_empty(0)
-    grad_z = grad_sigma = grad_weight = grad_bias = x = none
-    small = linear.is_small(as_rows(z_BNK), len(weight))
-    # sigma's gradient is of the noise times z's, and x is drawn along with it.
-    if need_sigma or (need_z and not small):
-        grad_z = (
-            linear.small_gradients(grad, as_rows(z_BNK), weight, True, False, False)[0]
-            if small
-            else torch.mm(grad.matrix, weight)
-        )
+    z_BNK, grad = _instances(z), as_rows(_instances(grad_y)).matrix
+    grad_z = grad_sigma = none = grad_y.new_empty(0)
+    x = z_BNK
+    if need_sigma:  # which is of the noise times z's gradient, summed while x is drawn
+        grad_z, *_ = linear.backward(grad, z_BNK, weight, True, False, False)
     if need_sigma or need_weight:
-        x, partials = _draw(z_BNK, sigma, rng, need_weight, grad_z if need_sigma else None)
+        drawn, partials = _draw(z_BNK, sigma, rng, need_weight, grad_z if need_sigma else None)
+        x = drawn if need_weight else z_BNK
         if need_sigma:
             grad_sigma = _grad_sigma(partials, sigma, z_BNK.shape[1])
-    if small:
-        rest = need_z and not need_sigma, need_weight, need_bias
-        found, grad_weight, grad_bias = linear.small_gradients(grad, as_rows(x if need_weight else z_BNK), weight, *rest)
-        grad_z = grad_z if need_sigma else found
-    else:
-        grad_weight = torch.mm(grad.matrix.t(), x) if need_weight else none
-        grad_bias = column_sums(grad, z.dtype) if need_bias else none
+    found, grad_weight, grad_bias = linear.backward(grad, x, weight, need_z and not need_sigma, need_weight, need_bias)
+    grad_z = grad_z if need_sigma else found
     return grad_z.view(z.shape) if need_z else none, grad_sigma, grad_weight, grad_bias
 
 

@@ -22,18 +22,17 @@ ALIGNMENT = 16
 
 def planned(launcher: Callable[..., Any], where: Callable[[Sequence[Any]], bool] | None = None) -> Callable[..., Any]:
     """Wraps `launcher` with plans, for calls whose arguments `where` accepts; not in the interpreter, which launches nothing that could be recorded."""
-    if INTERPRETED:
-        return launcher
-    made = Planned(launcher)
-    made.where = where or made.where
-    return made
+    return launcher if INTERPRETED else Planned(launcher, where)
 
 
 class Planned(_plans.Planned):
     """`launcher`, with a plan that also depends on the current device, the kernels' configurations and addresses being aligned."""
 
     launches = launches
-    where: Callable[[Sequence[Any]], bool] = staticmethod(lambda _: True)
+
+    def __init__(self, launcher: Callable[..., Any], where: Callable[[Sequence[Any]], bool] | None = None):
+        super().__init__(launcher)
+        self.where = where
 
     def can_be_noted(self, args: Sequence[Any]) -> bool:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
@@ -43,7 +42,7 @@ class Planned(_plans.Planned):
             bool(tensors)
             and here
             and aligned
-            and self.where(args)
+            and (self.where is None or self.where(args))
             and configs.generation >= 0
             and launches.OURS
             and not launches.is_watched()

@@ -152,9 +152,9 @@ class Operator:
         if len(kinds) >= KINDS:
             return
         tensors = _getter([i for i, arg in enumerate(args) if isinstance(arg, Tensor)])
-        if len(set(map(id, tensors(args)))) < len(tensors(args)):
-            return  # the guards take one tensor that is passed twice for another kind
-        are_alike = TensorGuards(*tensors(args), dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        are_alike = _guard(tensors(args))
+        if are_alike is None:
+            return
         others = [i for i, arg in enumerate(args) if isinstance(arg, (int, str))]
         options = _getter(others) if others else None
         if self.select.alignment_matters:
@@ -271,13 +271,13 @@ class Operator:
         needs = ctx.needs_input_grad
         kinds = selected.backwards.setdefault((needs, *map(type, grads)), [])
         places = [i for i, grad in enumerate(grads) if grad is not None]
-        if len(kinds) >= KINDS or len({id(grads[i]) for i in places}) < len(places):
+        are_alike = _guard([grads[i] for i in places])
+        if len(kinds) >= KINDS or are_alike is None:
             return
         flags, of_inputs = self._wanted(needs)
         missing = (None,) * (self.upstream - len(grads))
         options, word, _ = ctx.kept
         args = *grads, *missing, *ctx.saved_tensors, *options, *flags
-        are_alike = TensorGuards(*(grads[i] for i in places), dynamic_dims_sizes=None, dynamic_dims_strides=None).check
         tensors = None if len(places) == len(grads) else _getter(places)
         function = self.select_backward(word, args).function
         kinds.append(_KnownBackward(tensors, are_alike, missing, function, flags, of_inputs))
@@ -428,6 +428,14 @@ def _key(impl: str | None, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Where the kinds of calls like this one are kept."""
     shape = args[0].shape if type(args[0]) in _TENSORS else None  # a fake tensor's may have symbols, which have no hash
     return impl, _dispatch._override, is_grad_enabled(), shape, *map(type, args)
+
+
+def _guard(tensors: Sequence[Any]) -> Callable[..., bool] | None:
+    """What tells whether others are of these tensors' kind; None where one is there twice, which the guards take for another kind."""
+    if len(set(map(id, tensors))) < len(tensors):
+        return None
+    check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    return check
 
 
 def _getter(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:

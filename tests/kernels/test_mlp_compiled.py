@@ -13,6 +13,7 @@ from ov3fast.kernels.aot.cases.mlp import work
 from ov3fast.kernels.lib import config as configs
 from ov3fast.kernels.lib import gemm
 from ov3fast.kernels.lib.common import cdiv
+from ov3fast.kernels.lib.rows import rows as rows_of
 from ov3fast.ops.mlp import _backward_eager, _forward_eager
 from ov3fast.testing import assert_same_bits
 
@@ -117,3 +118,13 @@ def test_inference_writes_no_pre_activation(monkeypatch):
     assert h.numel() == 0
     (_, with_h), (_, without) = kept[0], launched[0]
     assert with_h.bytes_written() == 2 * without.bytes_written()
+
+
+def test_calls_are_small_by_size_alone():
+    def small(count, width, hidden, features, dtype=torch.bfloat16):
+        return mlp.is_small(rows_of(torch.empty(count, width, dtype=dtype)), hidden, features)
+
+    assert small(512, 384, 1536, 384) and not small(1024, 384, 1536, 384)
+    assert not small(512, 384, 1536, 384, torch.float32) and small(64, 384, 1536, 384, torch.float32)
+    assert not small(2049, 8, 8, 8) and not small(8, 8, 4096, 8)
+    assert not any(small(*sizes) for sizes in ((0, 8, 8, 8), (8, 0, 8, 8), (8, 8, 0, 8), (8, 8, 8, 0)))

@@ -112,19 +112,6 @@ def test_large_calls(large_calls, dtype, rows):
     testing.check(*both(), inputs(rows, width=97, hidden=70, features=49), dtype=dtype, every_subset=True)
 
 
-def test_calls_are_small_by_size_alone():
-    from ov3fast.kernels import mlp as kernels
-    from ov3fast.kernels.lib.rows import rows
-
-    def small(count, width, hidden, features, dtype=torch.bfloat16):
-        return kernels.is_small(rows(torch.empty(count, width, dtype=dtype)), hidden, features)
-
-    assert small(512, 384, 1536, 384) and not small(1024, 384, 1536, 384)
-    assert not small(512, 384, 1536, 384, torch.float32) and small(64, 384, 1536, 384, torch.float32)
-    assert not small(2049, 8, 8, 8) and not small(8, 8, 4096, 8)
-    assert not any(small(*sizes) for sizes in ((0, 8, 8, 8), (8, 0, 8, 8), (8, 8, 0, 8), (8, 8, 8, 0)))
-
-
 @pytest.mark.parametrize(("has_b1", "has_b2"), [(False, False), (True, False), (False, True)])
 def test_without_biases(has_b1, has_b2):
     x, w1, b1, w2, b2 = inputs(2, 3)

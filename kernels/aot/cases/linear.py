@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from ...lib.common import cdiv
 from ...lib.config import Config
 from ...linear import _linear, _linear_gradients
@@ -44,6 +47,28 @@ def gradients_work(count: int, layers: list[tuple[int, int, bool]], size: int, p
     )
 
 
+def gradient_entries(
+    kernel: Any, op: str, problem: str, count: int, layers: list[tuple[int, int, bool]],
+    types: Callable[[str, str], dict[str, str]], aligned: tuple[str, ...],
+) -> list[Entry]:  # fmt: skip
+    """A kernel of such tiles, with parameters of the operands' dtype and in float32. types: both dtypes -> those of its arguments."""
+    return [
+        Entry(
+            kernel,
+            op,
+            lambda t, mixed=mixed: types(t, "fp32" if mixed else t),
+            problem,
+            lambda t, config, mixed=mixed: gradients_work(count, layers, SIZES[t], 4 if mixed else SIZES[t], config),
+            row_constants("grad_y", "x"),
+            variant="float32 parameters" if mixed else "",
+            dtypes=("bf16", "fp16") if mixed else ("fp32", "bf16", "fp16"),
+            aligned=(*row_alignment("grad_y", "x"), *aligned),
+            matrix=True,
+        )
+        for mixed in (False, True)
+    ]
+
+
 def gradients() -> list[Entry]:
     count, features, width = 1024, 768, 768
     sizes = ("rows", "features", "width")
@@ -53,23 +78,8 @@ def gradients() -> list[Entry]:
         outputs = {"grad_x": f"*{t}", "grad_weight": f"*{parameters}", "grad_bias": f"*{parameters}"}
         return operands | outputs | dict.fromkeys(sizes, "i32")
 
-    return [
-        Entry(
-            _linear_gradients,
-            "linear",
-            lambda t, mixed=mixed: types(t, "fp32" if mixed else t),
-            f"{count} x {width} -> {features}",
-            lambda t, config, mixed=mixed: gradients_work(
-                count, [(width, features, True)], SIZES[t], 4 if mixed else SIZES[t], config
-            ),
-            row_constants("grad_y", "x"),
-            variant="float32 parameters" if mixed else "",
-            dtypes=("bf16", "fp16") if mixed else ("fp32", "bf16", "fp16"),
-            aligned=(*row_alignment("grad_y", "x"), "weight_stride", *sizes),
-            matrix=True,
-        )
-        for mixed in (False, True)
-    ]
+    layers, problem = [(width, features, True)], f"{count} x {width} -> {features}"
+    return gradient_entries(_linear_gradients, "linear", problem, count, layers, types, ("weight_stride", *sizes))
 
 
 def entries() -> list[Entry]:

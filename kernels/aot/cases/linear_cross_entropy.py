@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...lib.common import cdiv
 from ...linear_cross_entropy import cross_entropy_labels, cross_entropy_rows
 from ..catalog import SIZES, Entry, Work
 
@@ -28,7 +29,7 @@ def entries() -> list[Entry]:
             {"labels": "*i64", "factor": "*fp32", "fine": "*i8"} | dict.fromkeys(("tokens", "classes", "ignore_index"), "i32")
         ),
         problem=f"{rows} labels",
-        work=lambda _, config: Work(0, rows * 8 + 5, 1, trips=(-(-rows // config.blocks["BLOCK"]),)),
+        work=lambda _, config: Work(0, rows * 8 + 5, 1, trips=(cdiv(rows, config.blocks["BLOCK"]),)),
         constexprs={"MEAN": True},
         dtypes=("fp32",),
         aligned=("tokens",),

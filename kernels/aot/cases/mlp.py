@@ -6,7 +6,7 @@ from ...lib.common import cdiv
 from ...lib.config import Config
 from ...mlp import _mlp_backward, _mlp_forward, _mlp_gradients
 from ..catalog import SIZES, Entry, Work, product_bytes, row_alignment, row_constants, row_types
-from .linear import gradients_work
+from .linear import gradient_entries
 
 
 def work(
@@ -38,21 +38,9 @@ def gradients() -> list[Entry]:
         outputs = {"grad_x": f"*{t}"} | {f"grad_{name}": f"*{parameters}" for name in ("w1", "b1", "w2", "b2")}
         return operands | weight | outputs | dict.fromkeys(sizes, "i32")
 
-    return [
-        Entry(
-            _mlp_gradients,
-            "mlp",
-            lambda t, mixed=mixed: types(t, "fp32" if mixed else t),
-            f"{count} x {width} -> {hidden}",
-            lambda t, config, mixed=mixed: gradients_work(count, layers, SIZES[t], 4 if mixed else SIZES[t], config),
-            row_constants("grad_y", "x"),
-            variant="float32 parameters" if mixed else "",
-            dtypes=("bf16", "fp16") if mixed else ("fp32", "bf16", "fp16"),
-            aligned=(*row_alignment("grad_y", "x"), "w1_stride", *sizes),
-            matrix=True,
-        )
-        for mixed in (False, True)
-    ]
+    return gradient_entries(
+        _mlp_gradients, "mlp", f"{count} x {width} -> {hidden}", count, layers, types, ("w1_stride", *sizes)
+    )
 
 
 def entries() -> list[Entry]:

@@ -7,32 +7,35 @@ A chunk's logits are stored in one buffer of CHUNK_BYTES, in the operands' dtype
     both (gradients in forward):   the same in one launch, one program per row                        reads z twice, the second time from cache
 
 The one-hot is subtracted in float32. Ignored rows stay in the products, since the host can't count them without a synchronisation; their gradients
-are zero, and so are their rows of hidden in the product that sums over rows.
+are zero, and so are their rows of hidden in the product that sums over rows, of which the same launch writes a copy.
 
 Each chunk reads and writes the weight gradient [V,D] in float32, so chunks must not be small: 128 MB are 1360 rows at V = 49408, for which that
-traffic (300 MB at D = 768) takes less time than the chunk's three products.
+traffic (300 MB at D = 768) takes less time than the chunk's three products. A small call's products are linear.py's: one launch each way.
 """
 
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._contracts import LABELS_OUT_OF_RANGE, check_labels
-from .lib.common import TYPES
+from . import linear
+from .lib.common import TYPES, cdiv, rounded
 from .lib.config import ANY, TABLE, Config, pick
 from .lib.launch import kernel
 from .lib.products import add_product, room_for_rows
+from .lib.rows import as_dtype, empty, rows
 
 # Size classes: none.
 TABLE["cross_entropy_rows"] = {
     (ANY, ANY, ANY): Config({"BLOCK_V": 4096}, warps=8, stages=1),
     ("fp32", ANY, ANY): Config({"BLOCK_V": 2048}, warps=8, stages=1),
 }
-
-
 TABLE["cross_entropy_labels"] = {(ANY, ANY, ANY): Config({"BLOCK": 4096}, warps=8, stages=1)}
+TABLE["cross_entropy_loss"] = {(ANY, ANY, ANY): Config({"BLOCK": 4096}, warps=8, stages=1)}
+TABLE["cross_entropy_scale"] = {(ANY, ANY, ANY): Config({"BLOCK": 4096}, warps=4, stages=1)}
 
 CHUNK_BYTES = 2**27
 
@@ -53,22 +56,43 @@ def cross_entropy_labels(labels, factor, fine, tokens, classes, ignore_index, ME
 
 
 @kernel
+def cross_entropy_loss(nll, factor, loss, tokens, BLOCK: tl.constexpr):
+    """One program: the sum of nll [tokens], in an order that depends only on their number, times the factor."""
+    i = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, tokens, BLOCK):
+        total += tl.load(nll + start + i, mask=start + i < tokens, other=0.0)
+    tl.store(loss, tl.sum(total, 0) * tl.load(factor))
+
+
+@triton.jit
+def _scale_block(grad, scaled, block, count, weight, BLOCK: tl.constexpr):
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(grad + i, mask=i < count, other=0).to(tl.float32)
+    tl.store(scaled + i, rounded(value * weight, scaled.dtype.element_ty), mask=i < count)
+
+
+@kernel
+def cross_entropy_scale(upstream, first, scaled_first, first_count, second, scaled_second, second_count, BLOCK: tl.constexpr):
+    """A block of one or two (second: None) gradients per program, times the number upstream."""
+    block, weight = tl.program_id(0).to(tl.int64), tl.load(upstream).to(tl.float32)
+    blocks = tl.cdiv(first_count, BLOCK)
+    if block < blocks:
+        _scale_block(first, scaled_first, block, first_count, weight, BLOCK)
+    elif second is not None:
+        _scale_block(second, scaled_second, block - blocks, second_count, weight, BLOCK)
+
+
+@kernel
 def cross_entropy_rows(
-    logits,
-    labels,
-    upstream,
-    nll,
-    lse,
-    logits_stride,
-    upstream_stride,
-    tokens,
-    classes,
-    ignore_index,
-    STATISTICS: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Program t: row t of logits [.., classes]. STATISTICS writes lse [2, tokens]; without it lse is read."""
+    logits, labels, upstream, nll, lse, hidden, copy, logits_stride, upstream_stride, lse_stride, hidden_stride, classes, width,
+    ignore_index, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Program t: row t of logits [.., classes].
+
+    With nll [tokens] the statistics are computed, and written to lse [2, tokens] unless it is None; without, lse is read. With upstream [tokens]
+    the gradient overwrites the logits. copy [tokens, width]: hidden, with zeros for the rows that are ignored.
+    """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
     counted = label != ignore_index
@@ -79,7 +103,7 @@ def cross_entropy_rows(
     VECTOR: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
     LANES: tl.constexpr = BLOCK_V // VECTOR
     v = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    if STATISTICS:
+    if nll is not None:
         # Not -inf: lanes past the end of the row would compute -inf - -inf.
         lane_m = tl.full((LANES,), -3.4028234663852886e38, tl.float32)
         lane_l = tl.zeros((LANES,), tl.float32)
@@ -91,13 +115,13 @@ def cross_entropy_rows(
         m_i = tl.max(lane_m, 0)
         log_sum = tl.log(tl.sum(lane_l * tl.exp(lane_m - m_i), 0))
         tl.store(nll + row, tl.where(counted, (m_i - own) + log_sum, 0.0))
-        if not GRADIENT:
+        if lse is not None:
             tl.store(lse + row, tl.where(counted, m_i, 0.0))
-            tl.store(lse + tokens + row, tl.where(counted, log_sum, 0.0))
+            tl.store(lse + lse_stride + row, tl.where(counted, log_sum, 0.0))
     else:
         m_i = tl.load(lse + row)
-        log_sum = tl.load(lse + tokens + row)
-    if GRADIENT:
+        log_sum = tl.load(lse + lse_stride + row)
+    if upstream is not None:
         weight = tl.load(upstream + row * upstream_stride)
         tl.debug_barrier()  # the label's logit has been read before it is overwritten
         for start in range(0, classes, BLOCK_V):
@@ -108,15 +132,20 @@ def cross_entropy_rows(
         tl.debug_barrier()
         p = tl.exp((own - m_i) - log_sum)
         tl.store(z + label, ((p - 1.0) * weight).to(z.dtype.element_ty), mask=counted)
+    if copy is not None:
+        for start in range(0, width, BLOCK_V):
+            inside = start + v < width
+            part = tl.load(hidden + row * hidden_stride + start + v, mask=inside, other=0)
+            # 0 times a NaN in an ignored row would be NaN.
+            tl.store(copy + row * width + start + v, tl.where(counted, part, 0), mask=inside)
 
 
 def forward(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """hidden [T,D], weight [V,D], labels [T] -> nll [T], lse [2,T]."""
     _examine(labels, len(weight), ignore_index, False)
-    nll = hidden.new_empty(len(hidden), dtype=torch.float32)
-    lse = hidden.new_empty((2, len(hidden)), dtype=torch.float32)
+    nll, lse = (empty(hidden, shape, dtype=torch.float32) for shape in (len(hidden), (2, len(hidden))))
     for chunk, z in _logits(hidden, weight):
-        _launch(z, labels[chunk], nll[chunk], nll[chunk], lse[:, chunk], ignore_index, statistics=True, gradient=False)
+        _launch(z, labels[chunk], ignore_index, nll=nll[chunk], lse=lse[:, chunk])
     return nll, lse
 
 
@@ -132,11 +161,10 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of hidden [T,D] and weight [V,D], from recomputed logits."""
 
-    def gradients(chunk, z):
-        own = lse[:, chunk]
-        _launch(z, labels[chunk], grad_nll[chunk], own, own, ignore_index, statistics=False, gradient=True)
+    def gradients(chunk, z, h):
+        return _launch(z, labels[chunk], ignore_index, upstream=grad_nll[chunk], lse=lse[:, chunk], hidden=h)
 
-    return _products(hidden, weight, labels, ignore_index, need_hidden, need_weight, gradients)
+    return _gradients(hidden, weight, need_hidden, need_weight, gradients)
 
 
 def total(
@@ -144,20 +172,37 @@ def total(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum or mean over rows, and its gradients with respect to hidden and weight if needed, for an upstream gradient of 1."""
     factor = _examine(labels, len(weight), ignore_index, mean)
-    nll = hidden.new_empty(len(hidden), dtype=torch.float32)
+    nll, loss = (empty(hidden, shape, dtype=torch.float32) for shape in (len(hidden), ()))
 
-    def gradients(chunk, z):
-        upstream = factor.expand(len(z))
-        _launch(z, labels[chunk], upstream, nll[chunk], nll[chunk], ignore_index, statistics=True, gradient=True)
+    def gradients(chunk, z, h):
+        return _launch(z, labels[chunk], ignore_index, upstream=factor.expand(len(z)), nll=nll[chunk], hidden=h)
 
-    grads = _products(hidden, weight, labels, ignore_index, need_hidden, need_weight, gradients)
-    # The order of PyTorch's full sum depends only on the shape.
-    return nll.sum() * factor, *grads
+    if need_hidden or need_weight:
+        grads = _gradients(hidden, weight, need_hidden, need_weight, gradients)
+    else:
+        grads = empty(hidden, 0), empty(weight, 0)
+        for chunk, z in _logits(hidden, weight):
+            _launch(z, labels[chunk], ignore_index, nll=nll[chunk])
+    cross_entropy_loss[(1,)](nll, factor, loss, len(nll), **pick("cross_entropy_loss", "fp32").options)
+    return loss, *grads
+
+
+def scale(grad_loss: Tensor, grad_hidden: Tensor, grad_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `total` times the one upstream."""
+    grads = grad_hidden.contiguous(), grad_weight.contiguous()
+    scaled = tuple(empty(grad, grad.shape) for grad in grads)
+    present = [(grad, out, grad.numel()) for grad, out in zip(grads, scaled, strict=True) if grad.numel()]
+    if present:
+        config = pick("cross_entropy_scale", TYPES[grad_hidden.dtype])
+        first, second = (*present, (None, None, 0))[:2]
+        blocks = sum(cdiv(count, config.blocks["BLOCK"]) for *_, count in present)
+        cross_entropy_scale[(blocks,)](grad_loss, *first, *second, **config.options)
+    return scaled
 
 
 def _examine(labels: Tensor, classes: int, ignore_index: int, mean: bool) -> Tensor:
     """What the sum over rows is multiplied by; raises as check_labels."""
-    factor, fine = labels.new_empty((), dtype=torch.float32), labels.new_empty((), dtype=torch.int8)
+    factor, fine = empty(labels, (), dtype=torch.float32), empty(labels, (), dtype=torch.int8)
     config = pick("cross_entropy_labels", "int64")
     cross_entropy_labels[(1,)](
         labels.contiguous(), factor, fine, len(labels), classes, ignore_index, MEAN=mean, **config.options
@@ -175,6 +220,9 @@ def _assert_fine(fine: Tensor, labels: Tensor, classes: int, ignore_index: int) 
 
 def _logits(hidden: Tensor, weight: Tensor):
     """(rows, their logits) per chunk, all in one buffer."""
+    if linear.is_small(rows(hidden), len(weight)):
+        yield slice(0, len(hidden)), linear.tiled(hidden, weight, None)
+        return
     size = max(1, CHUNK_BYTES // (hidden.element_size() * max(len(weight), 1)))
     room = room_for_rows(hidden, min(size, len(hidden)), len(weight), hidden.dtype)
     for start in range(0, len(hidden), size):
@@ -184,29 +232,36 @@ def _logits(hidden: Tensor, weight: Tensor):
         yield chunk, z
 
 
-def _products(hidden, weight, labels, ignore_index, need_hidden, need_weight, gradients):
-    """Gradients of hidden and weight; gradients(chunk, z) overwrites a chunk's logits with their gradients."""
-    grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
-    grad_weight = None
+def _gradients(hidden, weight, need_hidden, need_weight, gradients):
+    """Gradients of hidden and weight. gradients(chunk, z, h) overwrites a chunk's logits with theirs; the rows h that count, if h isn't None."""
+    small = linear.is_small(rows(hidden), len(weight))
+    grad_hidden, grad_weight = empty(hidden, hidden.shape, need_hidden and not small), None
     for chunk, z in _logits(hidden, weight):
-        gradients(chunk, z)
+        h = gradients(chunk, z, hidden[chunk] if need_weight else None)
+        if small:
+            x = rows(h if need_weight else hidden)
+            return linear.small_gradients(rows(z), x, weight, need_hidden, need_weight, False)[:2]
         if need_hidden:
             torch.mm(z, weight, out=grad_hidden[chunk])
         if need_weight:
-            # 0 times a NaN in an ignored row would be NaN.
-            h = hidden[chunk].masked_fill((labels[chunk] == ignore_index)[:, None], 0)
             once = len(z) == len(hidden)
             if grad_weight is None:
-                grad_weight = weight.new_empty(weight.shape, dtype=weight.dtype if once else torch.float32)
+                grad_weight = empty(weight, weight.shape, dtype=weight.dtype if once else torch.float32)
             add_product(grad_weight, z.T, h, first=chunk.start == 0)
-    if grad_weight is None:
-        grad_weight = weight.new_zeros(weight.shape if need_weight else 0)
-    return grad_hidden, grad_weight.to(weight.dtype)
+    return grad_hidden, empty(weight, 0) if grad_weight is None else as_dtype(grad_weight, weight.dtype)
 
 
-def _launch(z, labels, upstream, nll, lse, ignore_index, *, statistics, gradient):
+def _launch(z, labels, ignore_index, *, upstream=None, nll=None, lse=None, hidden=None):
+    """One program per row of z: see cross_entropy_rows. Returns the copy of hidden."""
+    hidden = None if hidden is None else rows(hidden).matrix
+    copy = None if hidden is None else empty(hidden, hidden.shape)
     config = pick("cross_entropy_rows", TYPES[z.dtype])
     cross_entropy_rows[(len(z),)](
-        z, labels.contiguous(), upstream, nll, lse, z.stride(0), upstream.stride(0), lse.stride(0), z.shape[1], ignore_index,
-        STATISTICS=statistics, GRADIENT=gradient, **config.options,
+        z, labels.contiguous(), upstream, nll, lse, hidden, copy, z.stride(0), *map(_row_stride, (upstream, lse, hidden)),
+        z.shape[1], 0 if copy is None else copy.shape[1], ignore_index, **config.options,
     )  # fmt: skip
+    return copy
+
+
+def _row_stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)

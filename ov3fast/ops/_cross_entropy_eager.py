@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._contracts import check_labels
 from . import _check
-from ._labels import count_labels, counted_rows, mean_factor, spread
+from ._labels import count_labels, counted_rows, mean_factor, mean_factor_of, spread
 
 # Logits are made in tiles of about this many, by shape alone, so that the order of sums never changes. A tile has up to CLASSES classes, or
 # more where there are few rows.
@@ -122,6 +122,9 @@ def differentiable_total(hidden: Tensor, weight: Tensor, *_: Any) -> Callable[..
 def _total_by_autograd(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, mean: bool, *needs: bool
 ) -> tuple[Tensor]:
+    if mean and not hidden.is_cpu:  # to look at the loss would be to wait for it
+        factor = mean_factor_of(labels, ignore_index, _check.accumulate_dtype(hidden.dtype))
+        return (_own_loss(hidden, weight, labels, ignore_index, "sum") * factor,)
     loss = _own_loss(hidden, weight, labels, ignore_index, "mean" if mean else "sum")
     # PyTorch's mean over no rows is nan.
     if mean and math.isnan(loss.item()) and not (labels != ignore_index).any():
@@ -146,10 +149,10 @@ def total(
             return _total_of_tile(hidden, weight, labels, ignore_index, mean, need_hidden, need_weight)
         return *_total_by_autograd(hidden, weight, labels, ignore_index, mean), hidden.new_empty(0), weight.new_empty(0)
     nll, lse = forward(hidden, weight, labels, ignore_index)
-    factor = mean_factor(int((labels != ignore_index).sum())) if mean else 1.0
+    factor = mean_factor_of(labels, ignore_index, nll.dtype) if mean else 1.0
     if not (need_hidden or need_weight):
         return nll.sum() * factor, hidden.new_empty(0), weight.new_empty(0)
-    grads = backward(torch.full_like(nll, factor), hidden, weight, labels, lse, ignore_index, need_hidden, need_weight)
+    grads = backward(torch.ones_like(nll) * factor, hidden, weight, labels, lse, ignore_index, need_hidden, need_weight)
     return nll.sum() * factor, *grads
 
 

@@ -277,7 +277,8 @@ class Selector:
         return backend.unavailable_reason() or backend.unsupported_reason(*self._operands(backend, args))
 
     def _operands(self, backend: Backend, args: Sequence[Any]) -> list[Any]:
-        return [args[self._position[name]] for name in backend.operands]
+        # A backward may take an input's saved gradient in its place.
+        return [args[self._position[name if name in self._position else f"grad_{name}"]] for name in backend.operands]
 
 
 def forget_choices() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .._contracts import check_labels
@@ -10,6 +11,12 @@ from .._contracts import check_labels
 def mean_factor(counted: int) -> float:
     """What the sum over rows is multiplied by for the mean over `counted` of them."""
     return 1.0 / max(counted, 1)
+
+
+def mean_factor_of(labels: Tensor, ignore_index: int, dtype: torch.dtype) -> float | Tensor:
+    """The same for these labels: a number in `dtype` where they are on a GPU, which the host does not wait for."""
+    counted = (labels != ignore_index).sum()
+    return mean_factor(int(counted)) if labels.is_cpu else counted.clamp(min=1).to(dtype).reciprocal()
 
 
 def count_labels(labels: Tensor, classes: int, ignore_index: int) -> Tensor | None:

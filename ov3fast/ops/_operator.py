@@ -260,10 +260,12 @@ class Operator:
         needs = ctx.needs_input_grad
         for known in selected.backwards.get((needs, *map(type, grads)), ()):
             if known.are_alike(*(grads if known.tensors is None else known.tensors(grads))):
-                made = known.function(*grads, *known.missing, *ctx.saved_tensors, *options, *known.flags)
+                args = *grads[: self.upstream], *known.missing, *ctx.saved_tensors, *options, *known.flags
+                made = None if self.shortcut is None else self.shortcut(*args)
+                made = known.function(*args) if made is None else made
                 found: tuple[Tensor | None, ...] = known.of_inputs((None, made) if isinstance(made, Tensor) else (None, *made))
                 return found
-        if grads[0] is not None and self.shortcut is None and _is_plain_backward(grads):
+        if grads[0] is not None and all(grad is None for grad in grads[self.upstream :]) and _is_plain_backward(grads):
             self._remember_backward(selected, ctx, grads)
         return self._backward(ctx, *grads)
 
@@ -277,7 +279,7 @@ class Operator:
         flags, of_inputs = self._wanted(needs)
         missing = (None,) * (self.upstream - len(grads))
         options, word, _ = ctx.kept
-        args = *grads, *missing, *ctx.saved_tensors, *options, *flags
+        args = *grads[: self.upstream], *missing, *ctx.saved_tensors, *options, *flags
         tensors = None if len(places) == len(grads) else _getter(places)
         function = self.select_backward(word, args).function
         kinds.append(_KnownBackward(tensors, are_alike, missing, function, flags, of_inputs))

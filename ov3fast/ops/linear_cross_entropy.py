@@ -66,7 +66,7 @@ def linear_cross_entropy(
     graph = torch.is_grad_enabled()
     need_hidden, need_weight = graph and hidden.requires_grad, graph and weight.requires_grad
     # In float16 gradients for an upstream gradient of 1, which no loss scale has raised yet, would underflow.
-    at_once = hidden.dtype in (torch.float32, torch.bfloat16) and (need_hidden or need_weight or hidden.is_cpu)
+    at_once = hidden.dtype in (torch.float32, torch.bfloat16) or not (need_hidden or need_weight)
     if reduction != "none" and at_once:
         loss: Tensor = _total(impl, hidden_TD, weight, labels_T, ignore_index, reduction == "mean", need_hidden, need_weight)[0]
         return loss

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ov3fast import _plans, ops, testing
+from ov3fast.kernels import linear_cross_entropy
 from ov3fast.kernels.lib import config as configs
 from ov3fast.kernels.lib import launch as launches
 from ov3fast.kernels.lib import plan as plans
@@ -128,9 +129,17 @@ def test_a_plan_does_what_the_launcher_does(call, dtype, driver, monkeypatch):
         outputs = function(*leaves)
         outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
         if outputs and leaves:
-            torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs], allow_unused=True)
+            # Not 1, for which linear_cross_entropy's backward has nothing to do.
+            torch.autograd.grad(outputs, leaves, [torch.full_like(o, 2) for o in outputs], allow_unused=True)
     # The check of labels reads a value back on a CPU.
     assert compared and all(compared[1:] if call.op.startswith("linear_cross_entropy") else compared)
+
+
+def test_both_gradients_of_a_loss_are_scaled_in_one_launch(driver):
+    scaled, args = plans.Planned(linear_cross_entropy.scale), (torch.ones(()), torch.ones(4, 8), torch.ones(16, 8))
+    for _ in range(3):
+        scaled(*args)
+    assert hasattr(scaled.run, "source") and len(noted(driver, scaled, args)[0]) == 1
 
 
 # ---- which calls are a plan's

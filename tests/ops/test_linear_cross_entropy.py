@@ -32,10 +32,11 @@ def pair(labels, **how):
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
+def small_chunks(monkeypatch, request):
     """Two rows at a time for 33 classes."""
     monkeypatch.setattr(importlib.import_module("ov3fast.ops._cross_entropy_eager"), "CHUNK_LOGITS", 66)
     if triton.INTERPRETED:
+        request.getfixturevalue("large_calls")
         monkeypatch.setattr(importlib.import_module("ov3fast.kernels.linear_cross_entropy"), "CHUNK_BYTES", 66 * 4)
 
 
@@ -53,7 +54,38 @@ def test_parity(size, dtype, reduction):
 def test_chunks_and_layouts(small_chunks, dtype, layout):
     hidden, weight, labels = inputs(7, 24, 33)
     arrange = testing.LAYOUTS[layout]
-    testing.check(*pair(arrange(labels), reduction="none"), (hidden, weight), dtype=dtype, layout=arrange)
+    for reduction in ("none", "mean"):
+        testing.check(
+            *pair(arrange(labels), reduction=reduction), (hidden, weight), dtype=dtype, layout=arrange, every_subset=True
+        )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.skipif(not triton.INTERPRETED, reason="what test_parity has of large calls on other backends")
+def test_large_calls(large_calls, dtype, reduction):
+    hidden, weight, labels = inputs(7, 72, 33)
+    testing.check(*pair(labels, reduction=reduction), (hidden, weight), dtype=dtype, every_subset=True)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_is_ignored_is_no_matter(reduction, chunked, implementation, request):
+    if implementation == "reference":
+        pytest.skip("PyTorch's own losses multiply it by 0")
+    if chunked:
+        request.getfixturevalue("small_chunks")
+    hidden, weight, labels = inputs(7, 24, 33)
+    ours, plain = pair(labels, reduction=reduction)
+    results = []
+    for function, ignored in ((plain, 0.0), (ours, torch.nan)):
+        values = torch.where((labels == -100)[:, None], ignored, hidden), weight
+        leaves = [value.float().requires_grad_() for value in values]
+        with torch.no_grad():
+            results.append([function(*leaves)])
+        loss = function(*leaves)
+        results[-1] += [loss.detach(), *torch.autograd.grad(loss, leaves, torch.ones_like(loss))]
+    torch.testing.assert_close(results[1], results[0])
 
 
 def test_batch_axes():
@@ -76,11 +108,17 @@ def test_matches_torch():
             torch.testing.assert_close(got, expected)
 
 
-def test_nothing_counts():
-    hidden, weight, labels = (v.requires_grad_() if v.is_floating_point() else v for v in inputs(4, 6, 5))
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nothing_counts(dtype, chunked, request):
+    if chunked:
+        request.getfixturevalue("small_chunks")
+    hidden, weight, labels = (v.to(dtype).requires_grad_() if v.is_floating_point() else v for v in inputs(4, 6, 33))
     loss = linear_cross_entropy(hidden, weight, torch.full_like(labels, -100))
     loss.backward()
     assert loss == 0 and (hidden.grad == 0).all() and (weight.grad == 0).all()
+    with torch.no_grad():
+        assert linear_cross_entropy(hidden, weight, torch.full_like(labels, -100)) == 0
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
@@ -231,6 +269,18 @@ def test_threads_change_no_bit(implementation):
                 return [loss, *torch.autograd.grad(loss, leaves, torch.ones_like(loss))]
 
             testing.assert_same_bits_on_threads(run)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_without_gradients(dtype):
+    """Means and sums in inference are those of training."""
+    for size in SIZES:
+        hidden, weight, labels = inputs(*size)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        for reduction in ("mean", "sum"):
+            ours, plain = pair(labels, reduction=reduction)
+            budget = testing.Budget(lambda values, plain=plain: [plain(*values)], (hidden, weight))
+            budget.check([ours(hidden, weight)])
 
 
 def test_backward_twice():

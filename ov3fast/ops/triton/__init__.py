@@ -56,7 +56,7 @@ KERNELS = {
     "layer_norm": Kernels("layer_norm", ("x", "weight"), widest=8192),
     "linear": Kernels("linear", ("x", "weight")),
     "linear_cross_entropy": Kernels("linear_cross_entropy", ("hidden", "weight")),
-    "linear_cross_entropy_total": Kernels("linear_cross_entropy", ("hidden", "weight"), forward="total", backward=None),
+    "linear_cross_entropy_total": Kernels("linear_cross_entropy", ("hidden", "weight"), forward="total", backward="scale"),
     "mlp": Kernels("mlp", ("x", "w1")),
     "noise_projection": Kernels("noise_projection", ("z", "sigma", "weight", "rng")),
     "patch_embed": Kernels("patch_embed", ("latents", "weight", "rng")),

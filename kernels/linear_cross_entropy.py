@@ -133,11 +133,11 @@ def cross_entropy_rows(
         p = tl.exp((own - m_i) - log_sum)
         tl.store(z + label, ((p - 1.0) * weight).to(z.dtype.element_ty), mask=counted)
     if copy is not None:
+        # 0 times a NaN in an ignored row would be NaN.
+        kept = tl.where(counted, width, 0)
         for start in range(0, width, BLOCK_V):
-            inside = start + v < width
-            part = tl.load(hidden + row * hidden_stride + start + v, mask=inside, other=0)
-            # 0 times a NaN in an ignored row would be NaN.
-            tl.store(copy + row * width + start + v, tl.where(counted, part, 0), mask=inside)
+            part = tl.load(hidden + row * hidden_stride + start + v, mask=start + v < kept, other=0)
+            tl.store(copy + row * width + start + v, part, mask=start + v < width)
 
 
 def forward(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

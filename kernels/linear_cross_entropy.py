@@ -170,7 +170,8 @@ def backward(
 def total(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, mean: bool, need_hidden: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum or mean over rows, and its gradients with respect to hidden and weight if needed, for an upstream gradient of 1."""
+    """hidden [...,D], weight [V,D], labels [...]: the sum or mean over rows, and its gradients for an upstream gradient of 1 if needed."""
+    shape, hidden, labels = hidden.shape, rows(hidden).matrix, labels.flatten()
     factor = _examine(labels, len(weight), ignore_index, mean)
     nll, loss = (empty(hidden, shape, dtype=torch.float32) for shape in (len(hidden), ()))
 
@@ -178,13 +179,13 @@ def total(
         return _launch(z, labels[chunk], ignore_index, upstream=factor.expand(len(z)), nll=nll[chunk], hidden=h)
 
     if need_hidden or need_weight:
-        grads = _gradients(hidden, weight, need_hidden, need_weight, gradients)
+        grad_hidden, grad_weight = _gradients(hidden, weight, need_hidden, need_weight, gradients)
     else:
-        grads = empty(hidden, 0), empty(weight, 0)
+        grad_hidden, grad_weight = empty(hidden, 0), empty(weight, 0)
         for chunk, z in _logits(hidden, weight):
             _launch(z, labels[chunk], ignore_index, nll=nll[chunk])
     cross_entropy_loss[(1,)](nll, factor, loss, len(nll), **pick("cross_entropy_loss", "fp32").options)
-    return loss, *grads
+    return loss, grad_hidden.view(shape) if need_hidden else grad_hidden, grad_weight
 
 
 def scale(grad_loss: Tensor, grad_hidden: Tensor, grad_weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ def _tiles(rows: int, classes: int) -> tuple[list[slice], list[slice]]:
 
 
 def _is_one_tile(hidden: Tensor, weight: Tensor) -> bool:
-    return [len(slices) for slices in _tiles(len(hidden), len(weight))] == [1, 1]
+    return [len(slices) for slices in _tiles(hidden.shape[:-1].numel(), len(weight))] == [1, 1]
 
 
 def forward(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -133,15 +133,23 @@ def _total_by_autograd(
 
 
 def _own_loss(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    logits = F.linear(hidden, weight).to(_check.accumulate_dtype(hidden.dtype))
+    logits = F.linear(hidden.flatten(0, -2), weight).to(_check.accumulate_dtype(hidden.dtype))
     try:
-        return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
+        return F.cross_entropy(logits, labels.flatten(), ignore_index=ignore_index, reduction=reduction)
     except IndexError:  # a label out of range: say it as the other backends do
         check_labels(labels, len(weight), ignore_index)
         raise
 
 
 def total(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, mean: bool, need_hidden: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    flat = hidden.flatten(0, -2), weight, labels.flatten()
+    loss, grad_hidden, grad_weight = _total_of_rows(*flat, ignore_index, mean, need_hidden, need_weight)
+    return loss, grad_hidden.view(hidden.shape) if need_hidden else grad_hidden, grad_weight
+
+
+def _total_of_rows(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, mean: bool, need_hidden: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     if _is_one_tile(hidden, weight):

@@ -57,21 +57,22 @@ def linear_cross_entropy(
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"linear_cross_entropy: reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
-    tensors = isinstance(hidden, Tensor) and isinstance(weight, Tensor) and isinstance(labels, Tensor)
-    if not tensors or hidden.ndim != 2 or labels.ndim != 1:  # else the operator checks them, once per kind of call
-        _check_arguments(*_check.autocast(hidden, weight), labels)
     hidden, weight = _check.autocast(hidden, weight)
-    flat = hidden.ndim == 2
-    shape, hidden_TD, labels_T = labels.shape, hidden if flat else hidden.flatten(0, -2), labels if flat else labels.flatten()
+    if not (isinstance(hidden, Tensor) and isinstance(weight, Tensor)):  # else the operator checks them, once per kind of call
+        _check_arguments(hidden, weight, labels)
     graph = torch.is_grad_enabled()
     need_hidden, need_weight = graph and hidden.requires_grad, graph and weight.requires_grad
     # In float16 gradients for an upstream gradient of 1, which no loss scale has raised yet, would underflow.
     at_once = hidden.dtype in (torch.float32, torch.bfloat16) or not (need_hidden or need_weight)
     if reduction != "none" and at_once:
-        loss: Tensor = _total(impl, hidden_TD, weight, labels_T, ignore_index, reduction == "mean", need_hidden, need_weight)[0]
+        loss: Tensor = _total(impl, hidden, weight, labels, ignore_index, reduction == "mean", need_hidden, need_weight)[0]
         return loss
+    hidden_TD, labels_T = hidden, labels
+    if hidden.ndim != 2:
+        _check_arguments(hidden, weight, labels)
+        hidden_TD, labels_T = hidden.flatten(0, -2), labels.flatten()
     nll = _linear_cross_entropy(impl, hidden_TD, weight, labels_T, ignore_index)[0]
-    return _reduce(nll.view(shape), labels, ignore_index, reduction)
+    return _reduce(nll.view(labels.shape), labels, ignore_index, reduction)
 
 
 def _check_arguments(hidden: Tensor, weight: Tensor, labels: Tensor, *_: Any) -> None:
@@ -140,7 +141,8 @@ _linear_cross_entropy = _operator.define(
 )
 
 
-# The sum or mean over rows together with its gradients, which are computed for an upstream gradient of 1.
+# The sum or mean over rows together with its gradients, which are computed for an upstream gradient of 1. It takes hidden and labels with any
+# leading axes: views of them would cost autograd more host time than the kernels need.
 
 
 def _unscaled(grad_loss: Tensor, grad_hidden: Tensor, grad_weight: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -272,13 +274,13 @@ def _backward_cpu(
 def _total_cpu(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, mean: bool, need_hidden: bool, need_weight: bool
 ) -> tuple[Tensor, ...]:
-    hidden, weight = cpu.rows(hidden), cpu.rows(weight)
     loss = cpu.empty(hidden, (), dtype=torch.float32)
     grads = cpu.empty(hidden, hidden.shape, need_hidden), cpu.empty(weight, weight.shape, need_weight)
+    hidden, weight = cpu.rows(hidden), cpu.rows(weight)
     try:
         _TOTAL(
             hidden.dtype, hidden, hidden.stride(0), weight, weight.stride(0), labels.contiguous(), ignore_index, mean, loss,
-            *map(cpu.pointer, grads, (need_hidden, need_weight)), len(labels), *weight.shape,
+            *map(cpu.pointer, grads, (need_hidden, need_weight)), labels.numel(), *weight.shape,
         )  # fmt: skip
     except cpu.Refused:
         check_labels(labels, len(weight), ignore_index)

@@ -88,11 +88,17 @@ def test_what_is_ignored_is_no_matter(reduction, chunked, implementation, reques
     torch.testing.assert_close(results[1], results[0])
 
 
-def test_batch_axes():
+@pytest.mark.parametrize("chunked", [False, True])
+def test_batch_axes(chunked, request, monkeypatch):
+    if chunked:
+        request.getfixturevalue("small_chunks")
     labels = torch.tensor([[0, 3, -100], [1, 2, 4]])
     values = testing.make(2, 3, 8), testing.make(5, 8, seed=1)
     for reduction in ("mean", "none"):
-        testing.check(*pair(labels, reduction=reduction), values, dtype=torch.float32)
+        for layout in testing.LAYOUTS.values():
+            testing.check(
+                *pair(layout(labels), reduction=reduction), values, dtype=torch.float32, layout=layout, every_subset=True
+            )
     assert linear_cross_entropy(*values, labels, reduction="none").shape == (2, 3)
 
 
@@ -145,6 +151,8 @@ def test_opcheck(layout):
     hidden, weight = (testing.LAYOUTS[layout](v.float()).requires_grad_() for v in (hidden, weight))
     torch.library.opcheck(torch.ops.ov3fast.linear_cross_entropy, (hidden, weight, labels, -100, ""))
     total = (hidden, weight, labels, -100, True, True, True, "")
+    torch.library.opcheck(torch.ops.ov3fast.linear_cross_entropy_total, total)
+    total = (hidden.unflatten(0, (2, 2)), weight, labels.view(2, 2), -100, True, True, True, "")
     torch.library.opcheck(torch.ops.ov3fast.linear_cross_entropy_total, total)
 
 

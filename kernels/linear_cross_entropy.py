@@ -42,7 +42,7 @@ CHUNK_BYTES = 2**27
 
 @kernel
 def cross_entropy_labels(labels, factor, fine, tokens, classes, ignore_index, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: what the sum over rows is multiplied by, 1 or with MEAN 1 / the number of labels that count; whether all are classes or ignored."""
+    """One program: whether all labels are classes or ignored; what the sum over rows is multiplied by, 1 or with MEAN 1 / the number of those that count."""
     i = tl.arange(0, BLOCK)
     counted, wrong = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
     for start in range(0, tokens, BLOCK):
@@ -50,9 +50,10 @@ def cross_entropy_labels(labels, factor, fine, tokens, classes, ignore_index, ME
         counts = label != ignore_index
         counted += counts.to(tl.int32)
         wrong += (counts & ((label < 0) | (label >= classes))).to(tl.int32)
-    rows = tl.maximum(tl.sum(counted, 0), 1).to(tl.float32)
-    tl.store(factor, tl.div_rn(1.0, rows) if MEAN else 1.0)
-    tl.store(fine, (tl.sum(wrong, 0) == 0).to(tl.int8))
+    if factor is not None:
+        rows = tl.maximum(tl.sum(counted, 0), 1).to(tl.float32)
+        tl.store(factor, tl.div_rn(1.0, rows) if MEAN else 1.0)
+    tl.store(fine, (tl.sum(wrong, 0) == 0).to(fine.dtype.element_ty))
 
 
 @kernel
@@ -142,7 +143,7 @@ def cross_entropy_rows(
 
 def forward(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """hidden [T,D], weight [V,D], labels [T] -> nll [T], lse [2,T]."""
-    _examine(labels, len(weight), ignore_index, False)
+    _examine(labels, len(weight), ignore_index)
     nll, lse = (empty(hidden, shape, dtype=torch.float32) for shape in (len(hidden), (2, len(hidden))))
     for chunk, z in _logits(hidden, weight):
         _launch(z, labels[chunk], ignore_index, nll=nll[chunk], lse=lse[:, chunk])
@@ -172,8 +173,9 @@ def total(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hidden [...,D], weight [V,D], labels [...]: the sum or mean over rows, and its gradients for an upstream gradient of 1 if needed."""
     shape, hidden, labels = hidden.shape, rows(hidden).matrix, labels.flatten()
-    factor = _examine(labels, len(weight), ignore_index, mean)
-    nll, loss = (empty(hidden, shape, dtype=torch.float32) for shape in (len(hidden), ()))
+    numbers, loss = (empty(hidden, shape, dtype=torch.float32) for shape in (len(hidden) + 1, ()))
+    nll, factor = numbers[:-1], numbers[-1]
+    _examine(labels, len(weight), ignore_index, factor, mean)
 
     def gradients(chunk, z, h):
         return _launch(z, labels[chunk], ignore_index, upstream=factor.expand(len(z)), nll=nll[chunk], hidden=h)
@@ -201,15 +203,14 @@ def scale(grad_loss: Tensor, grad_hidden: Tensor, grad_weight: Tensor) -> tuple[
     return scaled
 
 
-def _examine(labels: Tensor, classes: int, ignore_index: int, mean: bool) -> Tensor:
-    """What the sum over rows is multiplied by; raises as check_labels."""
-    factor, fine = empty(labels, (), dtype=torch.float32), empty(labels, (), dtype=torch.int8)
+def _examine(labels: Tensor, classes: int, ignore_index: int, factor: Tensor | None = None, mean: bool = False) -> None:
+    """Raises as check_labels, and writes what the sum over rows is multiplied by to factor."""
+    fine = empty(labels, ())
     config = pick("cross_entropy_labels", "int64")
     cross_entropy_labels[(1,)](
         labels.contiguous(), factor, fine, len(labels), classes, ignore_index, MEAN=mean, **config.options
     )
     _assert_fine(fine, labels, classes, ignore_index)
-    return factor
 
 
 def _assert_fine(fine: Tensor, labels: Tensor, classes: int, ignore_index: int) -> None:

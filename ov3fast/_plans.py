@@ -35,7 +35,7 @@ BINDINGS: dict[str, Callable[..., Any]] = {
     **{
         name: getattr(torch, name, None) or getattr(Tensor, name)
         for name in (
-            "_assert_async", "abs", "add", "add_", "addmm", "all", "amax", "clamp", "clamp_min", "clone", "copy_", "div", "eq", "exp", "exp2", "frexp", "gt", "log_", "lt",
+            "_assert_async", "abs", "add", "add_", "addmm", "all", "amax", "clamp", "clamp_min", "clone", "copy_", "div", "eq", "exp", "exp2", "fill_", "frexp", "gt", "log_", "lt",
             "masked_fill", "matmul", "maximum", "mean", "mm", "mul", "ne", "neg", "new_full", "new_ones", "new_zeros", "ones_like", "reciprocal", "round",
             "stack", "sub", "sum", "to", "where", "zero_", "zeros_like",
         )

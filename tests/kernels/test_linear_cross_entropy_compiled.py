@@ -160,7 +160,7 @@ def test_labels(count, wrong, target):
     labels[::3] = -100
     if wrong is not None and count > 1:
         labels[count - 1] = wrong
-    factor, fine = torch.full((), -1.0), torch.full((), -1, dtype=torch.int8)
+    factor, fine = torch.full((), -1.0), torch.full((), -1)
     for mean, expected in ((True, 1 / max((labels != -100).sum().item(), 1)), (False, 1)):
         with on_ptx(target=target):
             linear_cross_entropy.cross_entropy_labels[(1,)](labels, factor, fine, count, 50, -100, MEAN=mean, BLOCK=4096)

@@ -78,10 +78,19 @@ def scale_entry() -> Entry:
 
 
 def entries() -> list[Entry]:
-    labels = {"labels": "*i64", "factor": "*fp32", "fine": "*i8"}
+    labels = {"labels": "*i64", "factor": "*fp32", "fine": "*i64"}
     sums = dict.fromkeys(("nll", "factor", "loss"), "*fp32")
     return [
         of_one_program(cross_entropy_labels, f"{ROWS} labels", ROWS, 8, labels, constexprs={"MEAN": True}),
+        of_one_program(
+            cross_entropy_labels,
+            f"{ROWS} labels",
+            ROWS,
+            8,
+            labels,
+            constexprs={"MEAN": False, "factor": None},
+            variant="no factor",
+        ),
         of_one_program(cross_entropy_loss, f"{ROWS} rows", ROWS, 4, sums),
         scale_entry(),
         *map(rows_entry, MODES),

@@ -143,6 +143,7 @@ def cross_entropy_rows(
 
 def forward(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """hidden [T,D], weight [V,D], labels [T] -> nll [T], lse [2,T]."""
+    hidden = rows(hidden).matrix
     _examine(labels, len(weight), ignore_index)
     nll, lse = (empty(hidden, shape, dtype=torch.float32) for shape in (len(hidden), (2, len(hidden))))
     for chunk, z in _logits(hidden, weight):
@@ -165,7 +166,7 @@ def backward(
     def gradients(chunk, z, h):
         return _launch(z, labels[chunk], ignore_index, upstream=grad_nll[chunk], lse=lse[:, chunk], hidden=h)
 
-    return _gradients(hidden, weight, need_hidden, need_weight, gradients)
+    return _gradients(rows(hidden).matrix, weight, need_hidden, need_weight, gradients)
 
 
 def total(
@@ -255,7 +256,6 @@ def _gradients(hidden, weight, need_hidden, need_weight, gradients):
 
 def _launch(z, labels, ignore_index, *, upstream=None, nll=None, lse=None, hidden=None):
     """One program per row of z: see cross_entropy_rows. Returns the copy of hidden."""
-    hidden = None if hidden is None else rows(hidden).matrix
     copy = None if hidden is None else empty(hidden, hidden.shape)
     config = pick("cross_entropy_rows", TYPES[z.dtype])
     cross_entropy_rows[(len(z),)](

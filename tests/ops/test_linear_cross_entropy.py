@@ -5,6 +5,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ov3fast import ops, testing
 from ov3fast.ops import _dispatch, triton
@@ -125,6 +126,18 @@ def test_nothing_counts(dtype, chunked, request):
     assert loss == 0 and (hidden.grad == 0).all() and (weight.grad == 0).all()
     with torch.no_grad():
         assert linear_cross_entropy(hidden, weight, torch.full_like(labels, -100)) == 0
+
+
+@pytest.mark.backend_independent
+def test_the_host_waits_for_no_gpu():
+    """A tensor without values raises for one that is looked at."""
+    eager = importlib.import_module("ov3fast.ops._cross_entropy_eager")
+    with FakeTensorMode(), torch.no_grad():
+        hidden, weight = (torch.empty(size, 8, device="cuda") for size in (4, 5))
+        labels = torch.empty(4, device="cuda", dtype=torch.int64)
+        for function in (eager.total, eager.differentiable_total(hidden, weight)):
+            loss, *_ = function(hidden, weight, labels, -100, True, False, False)
+            assert loss.shape == () and loss.dtype == torch.float32
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])

@@ -115,11 +115,12 @@ def backward(grad_y, x, weight, need_x, need_weight, need_bias):
 
 
 def small_gradients(
-    grad: Rows, x: Rows, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
+    grad: Rows, x: Rows, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, ...]:
-    """`backward` in one launch. x is only read for the weight's gradient."""
+    """`backward` in one launch, the gradients in `dtype` if given. x is only read for the weight's gradient."""
     grads = (
-        empty(x.tensor, x.tensor.shape, need_x), empty(weight, weight.shape, need_weight), empty(weight, grad.width, need_bias)
+        empty(x.tensor, x.tensor.shape, need_x, dtype), empty(weight, weight.shape, need_weight, dtype),
+        empty(weight, grad.width, need_bias, dtype),
     )  # fmt: skip
     operand, config = gemm.operand(weight, grad), pick("linear_gradients", TYPES[grad.tensor.dtype])
     block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]

@@ -1,9 +1,14 @@
 """Constants of the contrastive loss, its schedule by width, and its kernels' configurations."""
 
+from torch import Tensor
+
 from ..lib.config import ANY, TABLE, Config
 
 FEW = 512
 """Up to this many columns, rounding errors of 16-bit gradients do not average out, so every backend computes with float32 features."""
+
+WIDEST = 2048
+"""Up to this width few.py takes few pairs: one program adds up a whole product."""
 
 GAIN = 256.0
 """Scaling factor of float16 gradients with respect to logits, whose small values would underflow."""
@@ -25,6 +30,12 @@ TABLE["contrastive_gradients"] = {
     ("fp32", ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, warps=4, stages=2),
     (ANY, "cublas", ANY): Config({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=1),
 }
+# A few pairs: small tiles, so that there are more programs; both kernels over tiles must compute the same bits.
+TABLE["contrastive_few_statistics"] = TABLE["contrastive_few_gradients"] = {
+    (ANY, ANY, ANY): Config({"BLOCK": 32, "BLOCK_K": 32}, warps=4, stages=3)
+}
+TABLE["contrastive_few_loss"] = {(ANY, ANY, ANY): Config({"BLOCK": FEW}, warps=8, stages=1)}
+TABLE["contrastive_few_project"] = {(ANY, ANY, ANY): Config({"BLOCK_R": 4, "BLOCK_D": 256}, warps=4, stages=1)}
 TABLE["contrastive_features"] = {(ANY, ANY, ANY): Config({"BLOCK_R": 16, "BLOCK_D": 256}, warps=4, stages=1)}
 TABLE["contrastive_project"] = {(ANY, ANY, ANY): Config({"BLOCK_R": 8, "BLOCK_D": 256}, warps=4, stages=1)}
 TABLE["contrastive_merge"] = {(ANY, ANY, ANY): Config({"BLOCK": 128}, warps=1, stages=1)}
@@ -35,3 +46,9 @@ SCHEDULES = {
     ("fp32", "huge"): "chunked",
 }
 """(dtype, size class) -> schedule in launch.py. Size classes by width: wide up to 2048, huge beyond."""
+
+
+def is_few(image: Tensor) -> bool:
+    """Whether few.py takes the pairs of image [..., N, D], if no others are elsewhere."""
+    pairs, width = image.shape[-2:]
+    return 0 < pairs <= FEW and 0 < width <= WIDEST

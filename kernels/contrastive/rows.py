@@ -9,19 +9,26 @@ SMALLEST_NORM = tl.constexpr(1e-12)
 
 
 @triton.jit
-def _clamped_norm(x, row_stride, i, rows, width, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+def clamped_norm(x, row_stride, i, rows, width, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     """Clamped norms of rows i of x, and whether each is unclamped."""
     squares = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for start in range(0, width, BLOCK_D):
-        v = _tile(x, row_stride, i, start + tl.arange(0, BLOCK_D), rows, width)
+        v = load_tile(x, row_stride, i, start + tl.arange(0, BLOCK_D), rows, width)
         squares += v * v
+    return norm_of(squares)
+
+
+@triton.jit
+def norm_of(squares):
+    """From the squares of its elements, summed along axis 1: clamped norms, and whether each is unclamped."""
     norm = tl.sqrt_rn(tl.sum(squares, 1))
     # NaN is kept.
     return tl.where(norm < SMALLEST_NORM, SMALLEST_NORM, norm), norm >= SMALLEST_NORM
 
 
 @triton.jit
-def _tile(x, row_stride, i, d, rows, width):
+def load_tile(x, row_stride, i, d, rows, width):
+    """x[i, d] in float32, 0 outside."""
     pointers = x + i[:, None].to(tl.int64) * row_stride + d[None, :]
     return tl.load(pointers, mask=(i < rows)[:, None] & (d < width)[None, :], other=0.0).to(tl.float32)
 
@@ -43,13 +50,13 @@ def contrastive_features(
     """norms, inverses [rows] of x [rows, width]. UNITS: units [rows, width] = x / norm; else mean_parts [programs, width], the
     sum of the unit rows over this program's rows."""
     i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    norm, _ = _clamped_norm(x, row_stride, i, rows, width, BLOCK_R, BLOCK_D)
+    norm, _ = clamped_norm(x, row_stride, i, rows, width, BLOCK_R, BLOCK_D)
     inverse = tl.div_rn(tl.full((BLOCK_R,), 1.0, tl.float32), norm)
     tl.store(norms + i, norm, mask=i < rows)
     tl.store(inverses + i, inverse, mask=i < rows)
     for start in range(0, width, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        v = _tile(x, row_stride, i, d, rows, width)
+        v = load_tile(x, row_stride, i, d, rows, width)
         if UNITS:
             pointers = units + i[:, None].to(tl.int64) * width + d[None, :]
             tl.store(pointers, tl.div_rn(v, norm[:, None] + tl.zeros_like(v)), mask=(i < rows)[:, None] & (d < width)[None, :])
@@ -102,12 +109,22 @@ def contrastive_project(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """grad [rows, width], float32 -> out of the same shape.
+    """grad [rows, width], float32 -> out of the same shape, by blocks of rows.
 
     COMPLETE: multiplied by factor (a scalar) and row_factor [rows]; with ROUNDED, error [rows] times mean [width] is added first.
     PROJECT: the component along x is removed, since the norm of x varies, unless it is clamped.
     """
     i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    project_rows(
+        grad, x, error, mean, factor, row_factor, out, row_stride, i, rows, width, COMPLETE, ROUNDED, PROJECT, BLOCK_R, BLOCK_D
+    )
+
+
+@triton.jit
+def project_rows(
+    grad, x, error, mean, factor, row_factor, out, row_stride, i, rows, width,
+    COMPLETE: tl.constexpr, ROUNDED: tl.constexpr, PROJECT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     inside = i < rows
     times = tl.full((BLOCK_R,), 1.0, tl.float32)
     lost = tl.zeros((BLOCK_R,), tl.float32)
@@ -116,26 +133,26 @@ def contrastive_project(
     if ROUNDED:
         lost = tl.load(error + i, mask=inside, other=0.0)
     if PROJECT:
-        norm, varies = _clamped_norm(x, row_stride, i, rows, width, BLOCK_R, BLOCK_D)
+        norm, varies = clamped_norm(x, row_stride, i, rows, width, BLOCK_R, BLOCK_D)
         products = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
         for start in range(0, width, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             g = _completed(grad, mean, lost, times, i, d, rows, width, ROUNDED)
             # By division, so that the result is exactly 0 for width 1.
-            products += g * tl.div_rn(_tile(x, row_stride, i, d, rows, width), norm[:, None] + tl.zeros_like(g))
+            products += g * tl.div_rn(load_tile(x, row_stride, i, d, rows, width), norm[:, None] + tl.zeros_like(g))
         along = tl.where(varies, tl.sum(products, 1), 0.0)
     for start in range(0, width, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         g = _completed(grad, mean, lost, times, i, d, rows, width, ROUNDED)
         if PROJECT:
-            g -= tl.div_rn(_tile(x, row_stride, i, d, rows, width), norm[:, None] + tl.zeros_like(g)) * along[:, None]
+            g -= tl.div_rn(load_tile(x, row_stride, i, d, rows, width), norm[:, None] + tl.zeros_like(g)) * along[:, None]
         pointers = out + i[:, None].to(tl.int64) * width + d[None, :]
         tl.store(pointers, g.to(out.dtype.element_ty), mask=inside[:, None] & (d < width)[None, :])
 
 
 @triton.jit
 def _completed(grad, mean, lost, times, i, d, rows, width, ROUNDED: tl.constexpr):
-    g = _tile(grad, width, i, d, rows, width)
+    g = load_tile(grad, width, i, d, rows, width)
     if ROUNDED:
         g += lost[:, None] * tl.load(mean + d, mask=d < width, other=0.0)[None, :]
     return g * times[:, None]

@@ -63,7 +63,7 @@ def _outside(i, n):
 
 
 @triton.jit
-def _softplus(z):
+def softplus(z):
     # log(1 + e) = 2 artanh(e / (2 + e)), by its series: accurate for small e, and without a logarithm.
     e = tl.exp(-tl.abs(z))
     t = e / (2.0 + e)
@@ -136,7 +136,7 @@ def contrastive_statistics(
             z = (_logits(tile, s, x_inverse, i, n) + t) + _outside(j, N)[:, None]
             if has_own:
                 z = tl.where(own_column[None, :] == j[:, None], -z, z)
-            sums += _halves(_softplus(z))
+            sums += _halves(softplus(z))
         else:
             z = _logits(tile, s, x_inverse, i, n) + _outside(j, N)[:, None]
             if has_own:

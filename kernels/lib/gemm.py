@@ -92,6 +92,8 @@ def weight_tile(
                 grad + grad_at[None, :] + feature[:, None], mask=(row < rows)[None, :] & (feature < features)[:, None], other=0
             )
             v = tl.load(x + x_at[:, None] + column[None, :], mask=(row < rows)[:, None] & (column < width)[None, :], other=0)
+            if v.dtype != g.dtype:
+                v = rounded(v, g.dtype)
             total = dot(g, v, total)
         at = feature.to(tl.int64)[:, None] * width + column[None, :]
         mask = (feature < features)[:, None] & (column < width)[None, :]

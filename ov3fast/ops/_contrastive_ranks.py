@@ -51,6 +51,35 @@ def join_views(image: Tensor, parts: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(parts)) if image.ndim == 3 else parts[0]
 
 
+def over_views(
+    forward_alone: Callable[..., Any], backward_alone: Callable[..., Any]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A backend's kernels for all pairs of one view, (image [N,D], text, scale, bias, kind) -> (loss, r, c), and (grad_loss, image, text, scale,
+    bias, r, c, kind, need_image, need_text) -> the gradients -> its forward and backward of the operator without a group."""
+
+    def forward(
+        image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: str, group: str, exchange: str
+    ) -> tuple[Tensor, ...]:
+        views = [forward_alone(view, text, scale, bias, kind) for view in split_views(image, image)]
+        return *(join_views(image, parts) for parts in zip(*views, strict=True)), scale.new_empty(0, dtype=torch.int64)
+
+    def backward(
+        grad_loss: Tensor, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, r: Tensor, c: Tensor, sizes: Tensor,
+        kind: str, group: str, exchange: str, need_image: bool, need_text: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        by_view = zip(*(split_views(image, x) for x in (grad_loss, image, r, c)), strict=True)
+        views = [
+            backward_alone(g, view, text, scale, bias, r_v, c_v, kind, need_image, need_text) for g, view, r_v, c_v in by_view
+        ]
+        grad_images, *others = zip(*views, strict=True)
+        return (
+            join_views(image, grad_images) if need_image else grad_images[0],
+            *(functools.reduce(torch.add, grads) for grads in others),
+        )
+
+    return forward, backward
+
+
 def _over_blocks(
     forward_rows: ForwardRows, shards: _row_shards.RowShards, blocks: Iterable[tuple[int, int, Tensor]],
     views: Sequence[Tensor], text: Tensor, scale: Tensor, bias: Tensor | None, kind: str,

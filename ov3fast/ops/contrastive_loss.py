@@ -25,7 +25,6 @@ Source: CLIP, arXiv 2103.00020, figure 3; SigLIP, arXiv 2303.15343, equation 2; 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +35,17 @@ from torch import Tensor
 from ..kernels.contrastive.config import FEW
 from . import _check, _choice, _dispatch, _flops, _operator, _row_shards, cpu
 from ._calls import Call, Draw
-from ._contrastive_ranks import EXCHANGES, KINDS, SMALLEST_NORM, join_views, over_ranks, project, split_views
+from ._contrastive_ranks import (
+    EXCHANGES,
+    KINDS,
+    SMALLEST_NORM,
+    is_alone,
+    join_views,
+    over_ranks,
+    over_views,
+    project,
+    split_views,
+)
 
 # Rows are taken in chunks of about this many logits, by shape alone, so that the order of sums never changes.
 CHUNK_LOGITS = 2**20
@@ -413,36 +422,17 @@ def _backward_alone(
     return *grads, grad_scale.to(scale.dtype), grad_bias.to(scale.dtype if bias is None else bias.dtype)
 
 
-def _forward_cpu(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: str, group: str, exchange: str
-) -> tuple[Tensor, ...]:
-    found: tuple[Tensor, ...]
-    if group:
-        found = _forward_over_ranks(image, text, scale, bias, kind, group, exchange)
-        return found
-    views = [_forward_alone(view, text, scale, bias, kind) for view in split_views(image, image)]
-    found = tuple(join_views(image, parts) for parts in zip(*views, strict=True))
-    return *found, cpu.empty(image, (0,), dtype=torch.int64)
+_forward_here, _backward_here = over_views(_forward_alone, _backward_alone)
 
 
-def _backward_cpu(
-    grad_loss: Tensor, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, r: Tensor, c: Tensor, sizes: Tensor,
-    kind: str, group: str, exchange: str, need_image: bool, need_text: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    if group:
-        found: tuple[Tensor, ...] = _backward_over_ranks(
-            grad_loss, image, text, scale, bias, r, c, sizes, kind, group, exchange, need_image, need_text
-        )
-        return found
-    by_view = zip(*(split_views(image, x) for x in (grad_loss, image, r, c)), strict=True)
-    views = [
-        _backward_alone(g, view, text, scale, bias, r_v, c_v, kind, need_image, need_text) for g, view, r_v, c_v in by_view
-    ]
-    grad_images, *others = zip(*views, strict=True)
-    return (
-        join_views(image, grad_images) if need_image else grad_images[0],
-        *(functools.reduce(torch.add, grads) for grads in others),
-    )
+def _forward_cpu(*args: Any) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = (_forward_here if is_alone(args) else _forward_over_ranks)(*args)
+    return found
+
+
+def _backward_cpu(*args: Any) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = (_backward_here if is_alone(args) else _backward_over_ranks)(*args)
+    return found
 
 
 cpu.register(

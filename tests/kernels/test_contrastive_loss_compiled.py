@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from kernel_tools.launches import in_any_order, on_ptx
+from kernel_tools.launches import assert_traffic, in_any_order, on_ptx
 
 from ov3fast import testing
+from ov3fast.kernels.aot.cases.contrastive import few_project_bytes, few_tile_bytes
+from ov3fast.kernels.contrastive import few
 from ov3fast.kernels.contrastive import launch as contrastive_loss
-from ov3fast.ops.contrastive_loss import over_ranks, reference
+from ov3fast.ops.contrastive_loss import over_ranks, over_views, reference
 
 FORWARD, BACKWARD = over_ranks(contrastive_loss.forward_rows, contrastive_loss.backward_rows, contrastive_loss.project)
+FEW = over_views(few.forward, few.backward)
 PAIRS, WIDTH = 139, 72
 
 
@@ -26,10 +29,11 @@ def inputs(kind, dtype, pairs=PAIRS, width=WIDTH):
     return *features, torch.tensor(10.0), None if kind == "softmax" else torch.tensor(-3.0)
 
 
-def both_ways(image, text, scale, bias, kind):
+def both_ways(image, text, scale, bias, kind, directions=(FORWARD, BACKWARD)):
     """The loss and the gradients of image, text, scale (and bias) for an upstream gradient of 3."""
-    loss, r, c, sizes = FORWARD(image, text, scale, bias, kind, "", "gather")
-    grads = BACKWARD(torch.tensor(3.0), image, text, scale, bias, r, c, sizes, kind, "", "gather", True, True)
+    forward, backward = directions
+    loss, r, c, sizes = forward(image, text, scale, bias, kind, "", "gather")
+    grads = backward(torch.tensor(3.0), image, text, scale, bias, r, c, sizes, kind, "", "gather", True, True)
     return loss, *grads[: 3 if bias is None else 4]
 
 
@@ -63,11 +67,51 @@ def test_float32(schedule, kind):
         check(both_ways(*arguments), arguments)
 
 
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    ("dtype", "target"),
+    [(torch.float32, "sm_80"), (torch.bfloat16, "sm_80"), (torch.float16, "sm_80"), (torch.bfloat16, "sm_90"), (torch.float32, "sm_90")],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize(("pairs", "width"), [(PAIRS, WIDTH), (33, 41)])
+def test_few_pairs(kind, dtype, target, pairs, width):
+    arguments = (*inputs(kind, dtype, pairs, width), kind)
+    ours, reports = in_any_order(lambda *args: both_ways(*args, FEW), *arguments, target=target)
+    check(ours, arguments)
+    assert len(reports) == 5
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_traffic_of_few_pairs(kind):
+    image, text, scale, bias = inputs(kind, torch.bfloat16, 96, 128)
+    with on_ptx() as launched:
+        both_ways(image, text, scale, bias, kind, FEW)
+    (_, statistics), _, (_, gradients), _, (_, project) = launched
+    scalars, sizes = ("scale", "bias", "grad_loss", "row_lse", "column_lse"), (96, 128, 2)
+    assert_traffic(statistics, few_tile_bytes(*sizes, 32, False, kind == "sigmoid"), *scalars)
+    assert_traffic(gradients, few_tile_bytes(*sizes, 32, True, kind == "sigmoid"), *scalars)
+    assert_traffic(project, few_project_bytes(*sizes), "sums", "grad_scale", "grad_bias")
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
+def test_what_few_pairs_do_not_need(needs):
+    image, text, scale, _ = inputs("softmax", torch.bfloat16, 40, 24)
+    with on_ptx():
+        _, r, c = few.forward(image, text, scale, None, "softmax")
+        every, some = (
+            few.backward(torch.tensor(3.0), image, text, scale, None, r, c, "softmax", *these)
+            for these in ((True, True), needs)
+        )
+    for whole, part, need in zip(every, some, (*needs, True), strict=False):
+        assert torch.equal(whole, part) if need else part.numel() == 0
+
+
+@pytest.mark.parametrize("directions", [(FORWARD, BACKWARD), FEW], ids=["many", "few"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_one_pair_has_no_gradient(dtype):
+def test_one_pair_has_no_gradient(dtype, directions):
     """Exactly zero, since the backward recomputes the forward's logits bit for bit; features this narrow are float32, with a maximum per row."""
     with on_ptx():
-        loss, by_image, by_text, by_scale = both_ways(*inputs("softmax", dtype, 1, 37), "softmax")
+        loss, by_image, by_text, by_scale = both_ways(*inputs("softmax", dtype, 1, 37), "softmax", directions)
     assert loss == 0 and by_scale == 0 and not by_image.any() and not by_text.any()
 
 

@@ -75,7 +75,8 @@ def fewer_examples(item):
 
 @pytest.fixture
 def large_calls(monkeypatch):
-    """To the Triton kernels, every call's products are cuBLAS's."""
+    """To the Triton kernels, every call's products are cuBLAS's, and no pairs are few."""
     from ov3fast.kernels.lib import gemm
 
     monkeypatch.setattr(gemm, "is_small", lambda *_: False)
+    monkeypatch.setattr(triton, "is_few", lambda *_: False)

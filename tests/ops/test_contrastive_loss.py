@@ -35,6 +35,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(module, "CHUNK_LOGITS", 14)
     if triton.INTERPRETED:
         monkeypatch.setattr(importlib.import_module("ov3fast.kernels.contrastive.launch"), "CHUNK_PAIRS", 14)
+        monkeypatch.setattr(triton, "is_few", lambda *_: False)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -50,6 +51,15 @@ def test_parity(size, dtype, kind):
 def test_chunks_and_layouts(small_chunks, size, layout, kind):
     for dtype in (torch.float32, torch.bfloat16):
         testing.check(*pair(kind), inputs(*size, kind), dtype=dtype, layout=testing.LAYOUTS[layout], keep=(2, 3))
+
+
+@pytest.mark.skipif(not triton.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(1, 5), (0, 4), (33, 16)])
+def test_large_calls(large_calls, size, dtype, kind):
+    """As if of many pairs."""
+    testing.check(*pair(kind), inputs(*size, kind), dtype=dtype, keep=(2, 3), every_subset=True)
 
 
 @pytest.mark.backend_independent
@@ -222,6 +232,7 @@ def rounded_gradients(monkeypatch):
     """Gradients with respect to logits in the features' dtype, even with few columns."""
     file = "ov3fast.kernels.contrastive.launch" if triton.INTERPRETED else "ov3fast.ops.contrastive_loss"
     monkeypatch.setattr(importlib.import_module(file), "FEW", 0)
+    monkeypatch.setattr(triton, "is_few", lambda *_: False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import functools
 
-from ...contrastive.config import GAIN
+from ...contrastive.config import FEW, GAIN
+from ...contrastive.few import (
+    contrastive_few_gradients,
+    contrastive_few_loss,
+    contrastive_few_project,
+    contrastive_few_statistics,
+)
 from ...contrastive.launch import PROGRAMS
 from ...contrastive.rows import contrastive_features, contrastive_merge, contrastive_project
 from ...contrastive.tiles import contrastive_gradients, contrastive_statistics
@@ -87,7 +93,7 @@ def merge_bytes(count: int, size: int, first: bool) -> int:
 
 
 def entries() -> list[Entry]:
-    return [*_tile_entries(), *_row_entries()]
+    return [*_tile_entries(), *_row_entries(), *_few_entries()]
 
 
 def _pointers(dtype: str, narrow: str, wide: str) -> dict[str, str]:
@@ -210,3 +216,80 @@ def _row_entries():
                 streaming=True,
                 exceptions={"wide": "rows' factors are 4 bytes each"},
             )  # fmt: skip
+
+
+def few_tile_bytes(pairs: int, width: int, size: int, block: int, gradients: bool, sigmoid: bool) -> int:
+    """Each tile's rows of both sides; the statistics, or the gradients and their sums."""
+    tiles = cdiv(pairs, block)
+    if gradients:
+        beside = 4 * pairs * pairs + 8 * (1 + sigmoid) * tiles**2 + (0 if sigmoid else 16 * pairs)
+    else:
+        beside = 4 * tiles * pairs * (1 if sigmoid else 4) + (0 if sigmoid else 4 * pairs)
+    return 2 * tiles * pairs * width * size + beside
+
+
+def few_project_bytes(pairs: int, width: int, size: int) -> int:
+    """Of both sides the gradient twice and the features three times, all but the first time from cache, and the result."""
+    return 2 * pairs * width * (2 * 4 + 4 * size)
+
+
+def _few_tile_work(dtype: str, config: Config, gradients: bool, sigmoid: bool) -> Work:
+    tiles = cdiv(FEW, config.blocks["BLOCK"])
+    moved = few_tile_bytes(FEW, WIDTH, SIZES[dtype], config.blocks["BLOCK"], gradients, sigmoid)
+    again = 2 * (tiles - 1) * FEW * WIDTH * SIZES[dtype]
+    return Work(2.0 * FEW * FEW * WIDTH, moved, tiles**2, moved - again, trips=(cdiv(WIDTH, config.blocks["BLOCK_K"]),))
+
+
+def _few_entries():
+    tile = ("x_stride", "y_stride", "pairs", "width")
+    for kind in ("softmax", "sigmoid"):
+        sigmoid = kind == "sigmoid"
+        bias, scalars = ({}, "scale bias") if sigmoid else ({"bias": None}, "scale")
+        # Of 16-bit features the products are float32's too.
+        for kernel, gradients, pointers, integers in (
+            (contrastive_few_statistics, False, "parts own", "x_stride y_stride pairs width"),
+            (contrastive_few_gradients, True, "grad_loss row_lse column_lse gradients", "x_stride y_stride gradients_stride pairs width"),
+        ):  # fmt: skip
+            for dtype in ("fp32", "bf16", "fp16"):
+                yield Entry(
+                    kernel=kernel,
+                    op="contrastive_loss",
+                    arguments=_arguments("x y", f"{scalars} {pointers}", integers, widest="sums" if gradients else ""),
+                    problem=f"{FEW} x {FEW}, width {WIDTH}",
+                    work=functools.partial(_few_tile_work, gradients=gradients, sigmoid=sigmoid),
+                    constexprs={"SIGMOID": sigmoid, **bias, **({"MOST": FEW} if gradients else {})},
+                    variant=kind,
+                    dtypes=(dtype,),
+                    aligned=(*tile, "gradients_stride") if gradients else tile,
+                    matrix=dtype == "fp32",
+                )
+        yield Entry(
+            kernel=contrastive_few_loss,
+            op="contrastive_loss",
+            arguments=_arguments("", "parts own loss row_lse column_lse", "tiles pairs"),
+            problem=f"{FEW} pairs",
+            work=lambda dtype, config, sigmoid=sigmoid: Work(0, 4 * FEW * (16 if sigmoid else 64 + 5), 1),
+            constexprs={"SIGMOID": sigmoid, "PARTS": 16},
+            variant=kind,
+            dtypes=("fp32",),
+            aligned=("tiles", "pairs"),
+        )
+        yield Entry(
+            kernel=contrastive_few_project,
+            op="contrastive_loss",
+            arguments=lambda dtype: {
+                "by_x": "*fp32", "x": f"*{dtype}", "grad_x": f"*{dtype}", "x_stride": "i32",
+                "by_y": "*fp32", "y": f"*{dtype}", "grad_y": f"*{dtype}", "y_stride": "i32",
+                "sums": "*fp64", "grad_scale": "*fp32", "grad_bias": "*fp32", "tiles": "i32", "pairs": "i32", "width": "i32",
+            },
+            problem=f"2 x {FEW} x {WIDTH}",
+            work=lambda dtype, config: Work(
+                0, few_project_bytes(FEW, WIDTH, SIZES[dtype]), 2 * cdiv(FEW, config.blocks["BLOCK_R"]),
+                2 * FEW * WIDTH * (4 + 2 * SIZES[dtype]),
+            ),
+            constexprs={"SIGMOID": sigmoid, "MOST": 256},
+            variant=kind,
+            aligned=("x_stride", "y_stride", "tiles", "pairs", "width"),
+            streaming=True,
+            exceptions={"wide": "each tile's sum is 8 bytes"},
+        )  # fmt: skip

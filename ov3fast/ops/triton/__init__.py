@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...kernels.contrastive.config import is_few
 from .. import _attention_peers, _dispatch
-from .._contrastive_ranks import is_alone, over_ranks
+from .._contrastive_ranks import is_alone, over_ranks, over_views
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether the kernels run in Triton's interpreter, on CPU tensors."""
@@ -123,6 +124,16 @@ def _without_b1(backward: Callable[..., Any]) -> Callable[..., Any]:
     return lambda grad_y, x, h, w1, b1, *rest: backward(grad_y, x, h, w1, *rest)
 
 
+def _by_pairs(few: Callable[..., Any], many: Callable[..., Any]) -> Callable[..., Any]:
+    """contrastive_loss in one direction: `few` for a few pairs, all here. The image is the last of the first matrices."""
+
+    def call(*args: Any) -> Any:
+        image = next(arg for arg in args if isinstance(arg, Tensor) and arg.ndim > 1)
+        return (few if is_alone(args) and is_few(image) else many)(*args)
+
+    return call
+
+
 def _to_pytorch(x: Tensor, weight: Tensor) -> tuple[str, ...]:
     """linear's products are PyTorch's on either backend, and its own autograd nodes take less host time. Weights of another dtype are ours to round."""
     return ("eager",) if x.dtype == weight.dtype else ()
@@ -136,9 +147,9 @@ for _op, _kernels in KERNELS.items():
         _backward = _without_b1(launch(_kernels.module, "backward"))
         _forward.inference = launch(_kernels.module, "inference")  # type: ignore[attr-defined]  # writes no pre-activation
     elif _op == "contrastive_loss":  # the kernels compute rectangles of logits; the ranks are the operator's own
-        _forward, _backward = over_ranks(
-            *(launch(_kernels.module, name) for name in ("forward_rows", "backward_rows", "project"))
-        )
+        _rectangles = over_ranks(*(launch(_kernels.module, name) for name in ("forward_rows", "backward_rows", "project")))
+        _few = over_views(*(launch("contrastive.few", name) for name in ("forward", "backward")))
+        _forward, _backward = (_by_pairs(few, many) for few, many in zip(_few, _rectangles, strict=True))
     elif _op == "linear":
         _options["slower_than"] = _to_pytorch
     elif _op.startswith("flash_attention"):

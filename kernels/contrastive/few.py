@@ -14,12 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import linear
-from ..lib.common import TYPES, cdiv, dot, rounded
+from ..lib.common import TYPES, cdiv, dot
 from ..lib.config import Config, pick
 from ..lib.launch import kernel
 from ..lib.rows import Rows, empty, rows
 from .config import FEW
-from .rows import load_tile, norm_of, project_rows
+from .launch import SUM
+from .rows import contrastive_project, load_tile, norm_of
 from .tiles import softplus
 
 
@@ -147,28 +148,6 @@ def _statistics(lse, i, pairs):
     return tl.load(lse + i, mask=i < pairs, other=0.0), tl.load(lse + pairs + i, mask=i < pairs, other=0.0)
 
 
-@kernel
-def contrastive_few_project(
-    by_x, x, grad_x, x_stride, by_y, y, grad_y, y_stride, sums, grad_scale, grad_bias, tiles, pairs, width,
-    SIGMOID: tl.constexpr, MOST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Programs (r, 0) and (r, 1): rows of grad_x and grad_y, where not None, from by_x and by_y. The first adds up sums [2, tiles] too, in float64."""
-    i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    if tl.program_id(1) == 0:
-        if grad_x is not None:
-            project_rows(
-                by_x, x, None, None, None, None, grad_x, x_stride, i, pairs, width, False, False, True, BLOCK_R, BLOCK_D
-            )
-        if tl.program_id(0) == 0:
-            place = tl.arange(0, MOST)
-            by_scale = tl.sum(tl.load(sums + place, mask=place < tiles, other=0.0), 0)
-            by_bias = tl.sum(tl.load(sums + tiles + place, mask=place < tiles, other=0.0), 0) if SIGMOID else 0.0 * by_scale
-            tl.store(grad_scale, rounded(by_scale.to(tl.float32), grad_scale.dtype.element_ty))
-            tl.store(grad_bias, rounded(by_bias.to(tl.float32), grad_bias.dtype.element_ty))
-    elif grad_y is not None:
-        project_rows(by_y, y, None, None, None, None, grad_y, y_stride, i, pairs, width, False, False, True, BLOCK_R, BLOCK_D)
-
-
 def _tiled(image: Tensor, text: Tensor) -> tuple[Rows, Rows, Config, int]:
     """Both sides' rows, and the tiles' configuration and number along one side."""
     x, config = rows(image), pick("contrastive_few_statistics", TYPES[image.dtype])
@@ -200,7 +179,6 @@ def backward(
     """Gradients of image, text, scale and bias; empty or meaningless for what is not there or not needed."""
     x, y, config, tiles = _tiled(image, text)
     pairs, sigmoid = x.count, kind == "sigmoid"
-    most = cdiv(FEW, config.blocks["BLOCK"])
     gradients = rows(empty(image, (pairs, cdiv(pairs, 16) * 16), dtype=torch.float32)[:, :pairs])
     sums = empty(image, (2, tiles, tiles), dtype=torch.float64)
     contrastive_few_gradients[(tiles, tiles)](
@@ -212,10 +190,12 @@ def backward(
     grad_image = by_image if in_place else empty(image, image.shape, need_image)
     grad_text = by_text if in_place else empty(text, text.shape, need_text)
     grad_scale, grad_bias = empty(scale, ()), empty(scale if bias is None else bias, ())
-    rest = pick("contrastive_few_project", TYPES[image.dtype])
-    contrastive_few_project[(cdiv(pairs, rest.blocks["BLOCK_R"]), 2)](
-        by_image, x.tensor, grad_image if need_image else None, x.outer_stride,
-        by_text, y.tensor, grad_text if need_text else None, y.outer_stride,
-        sums, grad_scale, grad_bias, tiles * tiles, pairs, x.width, SIGMOID=sigmoid, MOST=most * most, **rest.options,
+    rest = pick("contrastive_project", TYPES[image.dtype])
+    programs = 1 + (need_image + need_text) * cdiv(pairs, rest.blocks["BLOCK_R"])
+    contrastive_project[(programs,)](
+        by_image, x.tensor, None, None, None, grad_image if need_image else None, x.outer_stride, pairs,
+        by_text, y.tensor, None, None, None, grad_text if need_text else None, y.outer_stride, pairs, x.width,
+        None, None, sums, tiles * tiles, grad_scale, grad_bias,
+        GAIN=1.0, TOTAL=sigmoid, PROJECT_Y=True, SUM=SUM, **rest.options,
     )  # fmt: skip
     return grad_image, grad_text, grad_scale, grad_bias

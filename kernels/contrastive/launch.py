@@ -23,7 +23,7 @@ and the gradients by GAIN.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,12 +32,19 @@ from torch import Tensor
 from ..lib.common import TYPES, cdiv
 from ..lib.config import Config, pick
 from ..lib.products import add_product, room_for_rows
+from ..lib.rows import as_dtype, empty
 from .config import FEW, GAIN, SCHEDULES
-from .rows import contrastive_features, contrastive_merge, contrastive_project
-from .tiles import REACH, contrastive_gradients, contrastive_statistics
+from .rows import (
+    contrastive_errors,
+    contrastive_features,
+    contrastive_merge,
+    contrastive_project,
+    contrastive_terms,
+    contrastive_total,
+)
+from .tiles import contrastive_gradients, contrastive_statistics
 
 CHUNK_PAIRS = 2**26
-LN_2 = math.log(2)
 STRIPS = 256
 """Most row tiles in one launch of the forward, which stores this many (max, sum) pairs per column."""
 PROGRAMS = 512
@@ -52,114 +59,127 @@ def schedule(rows: int, width: int, dtype: str) -> str:
 
 @dataclass
 class Features:
-    """Rows as the kernels multiply them, with the factors that turn products into cosines, and gradients into those of the original rows."""
+    """One side's rows as the kernels multiply them, with the factors that turn products into cosines, and gradients into those of the original rows."""
 
+    original: Tensor
     values: Tensor
-    norm: Tensor
-    inverse: Tensor
-    """1 / norm, or ones for unit rows."""
-    post: Tensor
-    """Factor of the rows' gradients, for fixed norms."""
+    norms: Tensor
+    """[2, rows]: the norms and their inverses, or ones for unit rows."""
+    post: Tensor | None
+    """Factors of the rows' gradients, for fixed norms; None: 1."""
+    parts: Tensor | None
+    """[blocks, D]: sums of the unit rows, if gradients are rounded."""
     mean: Tensor | None
-    """Mean of the unit rows, if gradients are rounded."""
+    """[D], of the unit rows: from parts, by contrastive_terms."""
+
+    @property
+    def norm(self) -> Tensor:
+        return self.norms[0]
+
+    @property
+    def inverse(self) -> Tensor:
+        return self.norms[1]
 
 
-def _features(x: Tensor, units: bool, for_gradients: bool = False) -> Features:
-    """x [rows, D] as float32 rows of norm 1 if `units`; else x itself or, for float16 gradients, x times powers of two."""
+def _features(image: Tensor, text: Tensor, for_gradients: bool = False) -> tuple[Features, Features]:
+    """Both sides' rows: of norm 1 in float32 where as_units; else themselves or, for float16 gradients, times powers of two."""
+    units, config = _as_units(image, text), pick("contrastive_features", TYPES[image.dtype])
+    sides = [_side(x, units, for_gradients, config.blocks["BLOCK_R"]) for x in (image, text)]
+    blocks = sum(cdiv(len(x), config.blocks["BLOCK_R"]) for x in (image, text))
+    if blocks:
+        described = []
+        for features, x in sides:
+            described += [x, features.values if units else None, features.norms, features.parts, x.stride(0), len(x)]
+        contrastive_features[(blocks,)](*described, image.shape[1], UNITS=units, **config.options)
+    (x, _), (y, _) = sides
+    return x, y
+
+
+def _side(x: Tensor, units: bool, for_gradients: bool, block: int) -> tuple[Features, Tensor]:
+    """Room for one side's features, and the rows that they are made of."""
     rows, width = x.shape
-    x = x if x.stride(1) == 1 or width <= 1 else x.contiguous()
-    post = None
+    original = x = x if x.stride(1) == 1 or width <= 1 else x.contiguous()
+    post = parts = mean = None
     if for_gradients and x.dtype == torch.float16 and not units:
         wide = x.float()
         post = torch.exp2(-torch.frexp(torch.linalg.vector_norm(wide, dim=1)).exponent.float())
         x = (wide * post[:, None]).half()
-    config = pick("contrastive_features", TYPES[x.dtype])
-    programs = cdiv(rows, config.blocks["BLOCK_R"])
-    norm, inverse = x.new_empty((2, rows), dtype=torch.float32)
-    values = x.new_empty((rows, width), dtype=torch.float32) if units else x
-    parts = norm if units else norm.new_empty((programs, width))
-    if rows:
-        contrastive_features[(programs,)](
-            x, values, norm, inverse, parts, x.stride(0), rows, width, UNITS=units, **config.options
-        )
+    if for_gradients and not units:
+        parts, mean = (empty(x, shape, dtype=torch.float32) for shape in ((cdiv(rows, block), width), width))
+    values, norms = x, empty(x, (3 if units else 2, rows), dtype=torch.float32)
     if units:
-        ones = torch.ones_like(norm)
-        return Features(values, ones, ones, inverse, None)
-    # PyTorch sums along an axis in an order that depends on the shape alone.
-    mean = parts.sum(0) / max(rows, 1) if for_gradients else None
-    return Features(values, norm, inverse, torch.ones_like(norm) if post is None else post, mean)
+        values, post = empty(x, (rows, width), dtype=torch.float32), norms[2]
+    return Features(original, values, norms, post, parts, mean), x
 
 
 def _as_units(image: Tensor, text: Tensor) -> bool:
     return image.dtype == torch.float32 or len(text) <= FEW
 
 
-def _shift(scale: Tensor) -> Tensor:
-    """Bitwise equal to `shift_of` in the kernels."""
-    return (scale.abs() - REACH.value).clamp_min(0)
-
-
-def _split_off_powers(state: Tensor) -> Tensor:
-    """(shift, sum) [2, size] -> (shift + k log 2, sum / 2^k) with sums in [1/2, 1), whose logarithm loses no precision.
-
-    `_powers` recovers k. Sums relative to a maximum are unchanged: they are at least 1, and their shift is exactly a logit.
-    """
-    mantissa, exponent = torch.frexp(state[1])
-    return torch.stack([state[0] + exponent * LN_2, mantissa])
-
-
-def _powers(shift: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
-    """2^-k of the powers split off, and whether all `shifts` derive from this shift."""
-    exponent = torch.round((shifts - shift) / LN_2)
-    return torch.exp2(-exponent), ((shift + exponent * LN_2 == shifts) & (exponent.abs() < 122)).all()
+def forward(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """image, text [N, D], all pairs, with N > 0 -> loss, and with softmax the rows' and columns' (max, log-sum) [2, N]."""
+    softmax, loss = kind == "softmax", empty(image, (), dtype=torch.float32)
+    scale, bias = as_dtype(scale, torch.float32), None if bias is None else as_dtype(bias, torch.float32)
+    rows, columns, own = _statistics(image, text, scale, bias, kind, 0)
+    count = len(text) if softmax else rows.numel()
+    config = pick("contrastive_total", "fp32")
+    contrastive_total[(1,)](rows, columns, own, loss, count, len(text), SIGMOID=not softmax, **config.options)
+    return (loss, rows, columns) if softmax else (loss, empty(loss, (2, 0)), empty(loss, (2, 0)))
 
 
 def forward_rows(
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: str, offset: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """image [n,D], text [N,D] -> rows [2,n] (shift, log-sum), columns [2,N] (shift, sum), own [n]; sigmoid: rows [n], None, None."""
+    rows, columns, own = _statistics(image, text, scale, bias, kind, offset)
+    return (rows, columns, own) if kind == "softmax" else (rows.sum(0), None, None)
+
+
+def _statistics(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: str, offset: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`forward_rows`, with the sigmoid's rows in parts [segments, n]."""
     (n, width), N = image.shape, len(text)
-    sigmoid, units = kind == "sigmoid", _as_units(image, text)
-    x, y = _features(image, units), _features(text, units)
+    sigmoid = kind == "sigmoid"
+    x, y = _features(image, text)
     dtype = TYPES[x.values.dtype]
     cublas = schedule(n, width, dtype) == "cublas"
-    shared = not (sigmoid or units or cublas)
+    shared = not (sigmoid or _as_units(image, text) or cublas)
     config = pick("contrastive_statistics", dtype, "cublas" if cublas else "any" if shared or sigmoid else "maxima")
     careful = _on_the_same_places(pick("contrastive_statistics", dtype, "maxima"), config) if shared else config
     column_tiles = cdiv(N, config.blocks["BLOCK_N"])
     size = min(STRIPS * config.blocks["BLOCK_M"], _chunk_rows(N) if cublas else n) or 1
     segment = cdiv(max(column_tiles, 1), max(1, PROGRAMS // cdiv(size, config.blocks["BLOCK_M"])))
     segments = cdiv(column_tiles, segment)
-    row_parts = scale.new_empty((segments, n) if sigmoid else (segments, 2, n))
-    columns = torch.stack([scale.new_full((N,), -torch.inf), scale.new_zeros(N)])
-    own = scale.new_empty(n)
-    bias = torch.zeros_like(scale) if bias is None else bias
-    products = room_for_rows(scale, min(size, n), N, torch.float32) if cublas else scale
+    row_parts = empty(scale, (segments, n) if sigmoid else (segments, 2, n))
+    columns = own = None
+    if not sigmoid:
+        columns, own = empty(scale, (2, N)), empty(scale, n)
+        if n == 0:  # which no launch would tell
+            columns[0], columns[1] = -torch.inf, 0
+    products = room_for_rows(scale, min(size, n), N, torch.float32) if cublas else None
     for start in range(0, n, size):
         chunk = slice(start, min(start + size, n))
         strips = cdiv(chunk.stop - start, config.blocks["BLOCK_M"])
-        column_parts = scale.new_empty(0 if sigmoid else (strips, 2, N))
-        if cublas:
+        column_parts = None if sigmoid else empty(scale, (strips, 2, N))
+        if products is not None:
             add_product(products[: chunk.stop - start], x.values[chunk], y.values.T, first=True)
-        far = torch.empty(segments, strips, dtype=torch.int32, device=scale.device) if shared else None
+        far = empty(scale, (segments, strips), dtype=torch.int32) if shared else None
         # A program of the second launch exits at once unless the first launch lost precision in its tile.
         for how, c in ((True, config), (False, careful)) if shared else ((False, config),):
             contrastive_statistics[(strips, segments)](
                 x.values[chunk], y.values, products, x.inverse[chunk], y.inverse, scale, bias,
-                row_parts[..., chunk], column_parts, own[chunk], far, x.values.stride(0), y.values.stride(0),
-                products.stride(0) if cublas else 0, n, chunk.stop - start, N, width, offset + start,
+                row_parts[..., chunk], column_parts, None if own is None else own[chunk], far, x.values.stride(0), y.values.stride(0),
+                0 if products is None else products.stride(0), n, chunk.stop - start, N, width, offset + start,
                 segment * config.blocks["BLOCK_N"] // c.blocks["BLOCK_N"],
                 SIGMOID=sigmoid, CUBLAS=cublas, SHARED=how, **c.options,
             )  # fmt: skip
-        if not sigmoid:
-            _merge(column_parts, columns, first=start == 0, log=False)
+        if column_parts is not None:
+            _merge(column_parts, columns, first=start == 0, split=shared and chunk.stop == n, log=False)
     if sigmoid:
-        return row_parts.sum(0), None, None
-    rows = scale.new_empty((2, n))
-    _merge(row_parts, rows, first=True, log=not shared)
-    if shared:
-        rows, columns = _split_off_powers(rows), _split_off_powers(columns)
-        rows[1].log_()
+        return row_parts, None, None
+    rows = empty(scale, (2, n))
+    _merge(row_parts, rows, first=True, split=shared, log=True)
     return rows, columns, own
 
 
@@ -169,12 +189,27 @@ def _on_the_same_places(config: Config, other: Config) -> Config:
     return config if same_rows and other.blocks["BLOCK_N"] % config.blocks["BLOCK_N"] == 0 else other
 
 
-def _merge(parts, state, *, first, log):
+def _merge(parts, state, *, first, split, log):
     size = parts.shape[2]
     if size:
         config = pick("contrastive_merge", "fp32")
         grid = (cdiv(size, config.blocks["BLOCK"]),)
-        contrastive_merge[grid](parts, state, len(parts), size, FIRST=first, LOG=log, **config.options)
+        contrastive_merge[grid](parts, state, len(parts), size, FIRST=first, SPLIT=split, LOG=log, **config.options)
+
+
+def backward(
+    grad_loss: Tensor, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, r: Tensor, c: Tensor, kind: str,
+    need_image: bool, need_text: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of all pairs' image, text, scale and bias; empty or 0 for what is not there or not needed."""
+    weight, sides = as_dtype(grad_loss, torch.float32), c.unbind() if kind == "softmax" else None
+    problem = _Backward(
+        image, text, as_dtype(scale, torch.float32), None if bias is None else as_dtype(bias, torch.float32), kind == "sigmoid", 0,
+        r, sides, weight, weight.expand(len(text)), 1 / len(text), need_image, need_text,
+    )  # fmt: skip
+    grad_scale, grad_bias = empty(scale, ()), empty(scale if bias is None else bias, ())
+    grad_image, grad_text = problem.gradients(grad_scale, grad_bias, text.dtype, True)
+    return grad_image, grad_text, grad_scale, grad_bias
 
 
 def backward_rows(
@@ -192,114 +227,109 @@ def backward_rows(
     need_text: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """Gradients of image [n,D]; of text over these rows, for fixed norms, [N,D] float32; of scale and bias."""
-    n, width = image.shape
-    if n == 0:
-        zero = torch.zeros((), dtype=torch.float64, device=image.device)
+    grad_scale, grad_bias = (empty(scale, (), dtype=torch.float64) for _ in range(2))
+    if len(image) == 0:
         by_text = torch.zeros(text.shape, dtype=torch.float32, device=text.device) if need_text else None
-        return torch.zeros_like(image) if need_image else None, by_text, zero, zero.clone()
-    units = _as_units(image, text)
+        return torch.zeros_like(image) if need_image else None, by_text, grad_scale.zero_(), grad_bias.zero_()
+    weights = row_weight if column_weight is None else column_weight
     problem = _Backward(
-        x=_features(image, units, True), y=_features(text, units, True), scale=scale,
-        bias=torch.zeros_like(scale) if bias is None else bias, sigmoid=kind == "sigmoid", offset=offset,
-        r=r, c=c, weights=_Weights.of(row_weight, column_weight), need_image=need_image, need_text=need_text,
-    )  # fmt: skip
-    name = schedule(n, width, TYPES[problem.dtype])
-    by_x, x_error, by_y, y_error, sums = problem.chunked(name == "cublas")
-    # PyTorch sums along an axis in an order that depends on the shape alone.
-    sums = sums.sum(1) * problem.weights.unit
-    by_scale = sums[0] + problem.center * sums[1] if problem.total else sums[0]
-    factor = (scale * problem.weights.unit / problem.gain).reshape(1)
-    grad_image = _project(by_x, image, problem.x, x_error, problem.y.mean, factor, True, image.dtype) if need_image else None
-    grad_text = _project(by_y, text, problem.y, y_error, problem.x.mean, factor, False, torch.float32) if need_text else None
-    return grad_image, grad_text, by_scale, sums[1] if problem.sigmoid else torch.zeros_like(by_scale)
+        image, text, scale, bias, kind == "sigmoid", offset, r, c, row_weight, weights, 1.0, need_image, need_text
+    )
+    grad_image, grad_text = problem.gradients(grad_scale, grad_bias, torch.float32, False)
+    return grad_image if need_image else None, grad_text if need_text else None, grad_scale, grad_bias
 
 
 def project(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of x for fixed norms, [N,D] float32 -> the gradient of x."""
-    return _project(grad.contiguous(), x, None, None, None, None, True, x.dtype)
-
-
-def _project(grad, original, features, error, mean, factor, through_norm, dtype):
-    rows, width = original.shape
-    original = original if original.stride(1) == 1 or width <= 1 else original.contiguous()
-    # A view of a larger sum would keep all of it alive.
-    in_place = dtype == grad.dtype and grad.untyped_storage().nbytes() == grad.nbytes
-    out = grad if in_place else torch.empty_like(grad, dtype=dtype)
-    config = pick("contrastive_project", TYPES[original.dtype])
+    grad, original = grad.contiguous(), x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+    out = _result(grad, x, x.dtype)
     if out.numel():
-        contrastive_project[(cdiv(rows, config.blocks["BLOCK_R"]),)](
-            grad, original, error, mean, factor, None if features is None else features.post, out, original.stride(0),
-            rows, width, COMPLETE=features is not None, ROUNDED=error is not None, PROJECT=through_norm, **config.options,
+        config = pick("contrastive_project", TYPES[x.dtype])
+        contrastive_project[(cdiv(len(x), config.blocks["BLOCK_R"]),)](
+            grad, original, None, None, None, out, original.stride(0), len(x), None, None, None, None, None, None, 0, 0, x.shape[1],
+            None, None, None, 0, None, None, GAIN=1.0, TOTAL=False, PROJECT_Y=False, SUM=SUM, **config.options,
         )  # fmt: skip
     return out
 
 
-@dataclass
-class _Weights:
-    """The loss's weights of the rows (a scalar) and columns, as multiples of `unit`."""
-
-    unit: Tensor
-    row: Tensor
-    column: Tensor
-
-    @staticmethod
-    def of(row: Tensor, column: Tensor | None) -> _Weights:
-        column = row.reshape(1) if column is None else column
-        unit = torch.maximum(row.abs(), column.abs().amax())
-        unit = torch.where(unit > 0, unit, torch.ones_like(unit))
-        return _Weights(unit, row.reshape(1) / unit, (column / unit).contiguous())
+def _result(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where the gradient of x goes: in grad's place, but a view of a larger sum would keep all of it alive."""
+    in_place = dtype == grad.dtype and grad.untyped_storage().nbytes() == grad.nbytes
+    return grad if in_place else empty(x, grad.shape, dtype=dtype)
 
 
-def _terms(r: Tensor, c: list[Tensor], weights: _Weights, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Row terms [2, 2, n], column terms [2, 2, N] and the number of terms, for `contrastive_gradients`.
-
-    One term if the forward took all exponentials relative to this shift, else one for the rows and one for the columns.
-    """
-    row, column = (torch.exp(-x[1]) * (0.5 * weight) for x, weight in ((r, weights.row), (c, weights.column)))
-    no_row, no_column = torch.zeros_like(row), torch.zeros_like(column)
-    rows, columns = [r[0], row, no_row, no_row], [no_column, no_column, c[0], column]
-    count = row.new_full((), 2, dtype=torch.int32)
-    if shift is not None:
-        (row_powers, rows_near), (column_powers, columns_near) = (_powers(shift, x[0]) for x in (r, c))
-        near = rows_near & columns_near
-        rows[:2] = torch.where(near, shift, r[0]), torch.where(near, row * row_powers, row)
-        columns[1] = torch.where(near, column * column_powers, no_column)
-        count = torch.where(near, 1, 2).int()
-    return torch.stack(rows).view(2, 2, -1), torch.stack(columns).view(2, 2, -1), count
+SUM = 1024
+"""Tiles whose sums are added up at once."""
 
 
 @dataclass
 class _Backward:
-    x: Features
-    y: Features
+    image: Tensor
+    text: Tensor
     scale: Tensor
-    bias: Tensor
+    bias: Tensor | None
     sigmoid: bool
     offset: int
     r: Tensor
-    c: list[Tensor] | None
-    weights: _Weights
+    c: Sequence[Tensor] | None
+    row_weight: Tensor
+    column_weights: Tensor
+    share: float
+    """Factor of all weights."""
     need_image: bool
     need_text: bool
 
     def __post_init__(self):
+        self.x, self.y = _features(self.image, self.text, True)
         self.rounds = self.dtype != torch.float32
         self.gain = GAIN if self.dtype == torch.float16 else 1.0
-        # The softmax's gradients cancel, over all rows to 0. Rounding leaves a residue, which would be weighted by a cosine, mostly that of a
-        # row's best column; so the mean of those cosines is subtracted first.
-        self.total = self.sigmoid or len(self.x.values) < len(self.y.values)
-        self.center = torch.zeros_like(self.scale)
-        if not self.sigmoid:
-            self.center = torch.where(self.scale == 0, self.center, self.r[0].mean() / self.scale)
-        unused = self.scale.reshape(1, 1, 1)
-        shift = _shift(self.scale) if self.rounds else None
-        self.rows, self.columns, self.terms = (
-            (unused, unused, unused) if self.sigmoid else _terms(self.r, self.c, self.weights, shift)
-        )
+        self.total = self.sigmoid or len(self.image) < len(self.text)
+        self._find_terms()
 
     @property
     def dtype(self):
         return self.x.values.dtype
+
+    def _find_terms(self):
+        """row_terms, column_terms and facts, and the means of both sides: see contrastive_terms."""
+        n, N, config = len(self.image), len(self.text), pick("contrastive_terms", "fp32")
+        self.facts, self.row_terms, self.column_terms = empty(self.scale, 4), None, None
+        programs, c = 1, (None, None, 0)
+        r = None if self.sigmoid else self.r if self.r.stride(1) == 1 else self.r.contiguous()
+        if not self.sigmoid:
+            self.row_terms, self.column_terms = empty(self.scale, (2, 2, n)), empty(self.scale, (2, 2, N))
+            programs = cdiv(n, config.blocks["BLOCK"]) + cdiv(N, config.blocks["BLOCK"])
+            c = *self.c, self.c[0].stride(0)
+        if self.rounds:
+            programs += 2 * cdiv(self.image.shape[1], config.blocks["BLOCK_D"])
+        means = [
+            part for side in (self.x, self.y) for part in (side.parts, side.mean, 0 if side.parts is None else len(side.parts))
+        ]
+        contrastive_terms[(programs,)](
+            self.scale, self.row_weight, self.column_weights, self.column_weights.stride(0) if self.column_weights.ndim else 0,
+            self.share, r, 0 if r is None else r.stride(0), *c, self.row_terms, self.column_terms, self.facts, *means,
+            n, N, self.image.shape[1], SIGMOID=self.sigmoid, NEAR=self.rounds, **config.options,
+        )  # fmt: skip
+
+    def gradients(self, grad_scale, grad_bias, dtype, through):
+        """The gradients of image and, in dtype and through its norms or not, of text; those of scale and bias are written."""
+        cublas = schedule(len(self.image), self.image.shape[1], TYPES[self.dtype]) == "cublas"
+        by_x, x_error, by_y, y_error, sums = self.chunked(cublas)
+        grad_image = _result(by_x, self.image, self.image.dtype) if self.need_image else empty(self.image, 0)
+        grad_text = _result(by_y, self.text, dtype) if self.need_text else empty(self.text, 0)
+        config = pick("contrastive_project", TYPES[self.image.dtype])
+        sides, programs = [], 1
+        for side, by, error, out, need in (
+            (self.x, by_x, x_error, grad_image, self.need_image), (self.y, by_y, y_error, grad_text, self.need_text),
+        ):  # fmt: skip
+            rows = len(side.original)
+            programs += need * cdiv(rows, config.blocks["BLOCK_R"])
+            sides += [by, side.original, error, side.post, side.mean, out if need else None, side.original.stride(0), rows]
+        contrastive_project[(programs,)](
+            *sides, self.image.shape[1], self.scale, self.facts, sums, sums.shape[1], grad_scale, grad_bias,
+            GAIN=self.gain, TOTAL=self.total, PROJECT_Y=through, SUM=SUM, **config.options,
+        )  # fmt: skip
+        return grad_image, grad_text
 
     def chunked(self, cublas):
         """(grad of x's rows, its rounding error, grad of y's rows, its rounding error, sums), with two cuBLAS products per chunk of gradients."""
@@ -308,41 +338,46 @@ class _Backward:
         block_m, block_n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
         size = min(cdiv(_chunk_rows(N), block_m) * block_m, n)
         tiles = cdiv(N, block_n)
-        new = self.scale.new_empty
         store = self.need_image or self.need_text
-        products = room_for_rows(self.scale, size, N, torch.float32) if cublas else self.scale.reshape(1, 1)
+        products = room_for_rows(self.scale, size, N, torch.float32) if cublas else None
         room = products if cublas and not self.rounds else room_for_rows(self.scale, size if store else 0, N, self.dtype)
-        by_x = new((n, width)) if self.need_image else None
-        by_y = new((N, width)) if self.need_text else None
-        row_error = new(n) if self.rounds else None
-        column_error = self.scale.new_zeros(N) if self.rounds else None
-        sums = self.scale.new_zeros((2 if self.total else 1, 1), dtype=torch.float64)
+        by_x = empty(self.scale, (n, width)) if self.need_image else None
+        by_y = empty(self.scale, (N, width)) if self.need_text else None
+        x_error, y_error = (empty(self.scale, (n,)), empty(self.scale, (N,))) if self.rounds else (None, None)
+        sums = empty(self.scale, (2 if self.total else 1, cdiv(n, block_m) * tiles), dtype=torch.float64)
         for start in range(0, n, size):
             chunk = slice(start, min(start + size, n))
             rows = chunk.stop - start
             strips = cdiv(rows, block_m)
-            if cublas:
+            if products is not None:
                 add_product(products[:rows], self.x.values[chunk], self.y.values.T, first=True)
-            part_sums = sums.new_empty((len(sums), strips * tiles))
-            row_part, column_part = (new((tiles, rows)), new((strips, N))) if self.rounds else (self.scale, self.scale)
-            row_terms = self.rows if self.sigmoid else self.rows[..., chunk]
+            row_part, column_part = (
+                (empty(self.scale, (tiles, rows)), empty(self.scale, (strips, N))) if self.rounds else (None, None)
+            )
+            row_terms = None if self.sigmoid else self.row_terms[..., chunk]
             contrastive_gradients[(strips, tiles)](
                 self.x.values[chunk], self.y.values, products, self.x.inverse[chunk], self.y.inverse, self.x.norm[chunk], self.y.norm,
-                self.scale, self.bias, row_terms, self.columns, self.terms, self.weights.row, self.center,
-                room, row_part, column_part, part_sums,
-                self.x.values.stride(0), self.y.values.stride(0), products.stride(0), room.stride(0), row_terms.stride(1), rows, N, width,
-                self.offset + start,
+                self.scale, self.bias, row_terms, self.column_terms, self.facts,
+                room, row_part, column_part, sums[:, start // block_m * tiles :], sums.shape[1],
+                self.x.values.stride(0), self.y.values.stride(0), 0 if products is None else products.stride(0), room.stride(0),
+                0 if row_terms is None else row_terms.stride(1), rows, N, width, self.offset + start,
                 GAIN=self.gain, SIGMOID=self.sigmoid, TOTAL=self.total, CUBLAS=cublas, STORE=store, **config.options,
             )  # fmt: skip
-            sums += part_sums.sum(1, keepdim=True)
             if self.rounds and store:
-                row_error[chunk] = row_part.sum(0)
-                column_error += column_part.sum(0)
+                _add_errors(row_part, x_error[chunk], column_part, y_error, start == 0)
             if self.need_image:
                 add_product(by_x[chunk], room[:rows], self.y.values, first=True)
             if self.need_text:
                 add_product(by_y, room[:rows].T, self.x.values[chunk], first=start == 0)
-        return by_x, row_error, by_y, column_error, sums
+        return by_x, x_error, by_y, y_error, sums
+
+
+def _add_errors(row_parts, row_error, column_parts, column_error, first):
+    config = pick("contrastive_errors", "fp32")
+    blocks = sum(cdiv(parts.shape[1], config.blocks["BLOCK"]) for parts in (row_parts, column_parts))
+    contrastive_errors[(blocks,)](
+        row_parts, row_error, *row_parts.shape, column_parts, column_error, *column_parts.shape, FIRST=first, **config.options
+    )
 
 
 def _chunk_rows(columns: int) -> int:

@@ -116,7 +116,7 @@ def contrastive_statistics(
     first = tl.program_id(1) * segment * BLOCK_N
     end = tl.minimum(first + segment * BLOCK_N, N)
     s = tl.load(scale)
-    t = tl.load(bias)
+    t = tl.load(bias) if bias is not None else 0.0
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     sums = tl.zeros((BLOCK_N // 2, BLOCK_M), tl.float32)
@@ -208,7 +208,7 @@ def _by_logit(
         g = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         row, column = row_terms + i, column_terms + j
         # Logits are recomputed for each term: keeping them along with products and gradients takes too many registers.
-        for _ in tl.range(0, tl.load(terms), num_stages=1, disable_licm=True):
+        for _ in tl.range(0, terms, num_stages=1, disable_licm=True):
             z = _logits(tile, s, x_inverse, i, n) + _outside(j, N)[:, None]
             shift = tl.load(row, mask=i < n, other=0.0)[None, :] + tl.load(column, mask=j < N, other=0.0)[:, None]
             by_row = tl.load(row + row_terms_stride, mask=i < n, other=0.0)
@@ -234,13 +234,12 @@ def contrastive_gradients(
     bias,
     row_terms,
     column_terms,
-    terms,
-    own_weight,
-    center,
+    facts,
     gradients,
     row_error,
     column_error,
     sums,
+    sums_stride,
     x_stride,
     y_stride,
     products_stride,
@@ -265,7 +264,8 @@ def contrastive_gradients(
     positives' own weight, it is the sum over terms of exp(z_ij - row shift - column shift) (row factor + column factor).
 
     If the gradients are rounded, their rounding errors are summed: row_error [column tiles, n], weighted by |y_j|, and column_error
-    [row tiles, N], weighted by |x_i|. sums [2, tiles], float64: of gradients times (cosine - center), and of gradients (TOTAL).
+    [row tiles, N], weighted by |x_i|. sums [2, sums_stride], float64, a number for each tile: of gradients times (cosine - center), and of gradients (TOTAL).
+    facts: the second is the positives' own weight, the third that center, the fourth the number of terms.
     """
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -273,14 +273,14 @@ def contrastive_gradients(
         x, y, products, y_inverse, i, j, x_stride, y_stride, products_stride, n, N, width, CUBLAS, BLOCK_M, BLOCK_N, BLOCK_K
     )
     g = _by_logit(
-        tile, tl.load(scale), tl.load(bias), x_inverse, row_terms, row_terms_stride, column_terms, terms, tl.load(own_weight), i, j, n, N, offset, tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N, SIGMOID, BLOCK_M, BLOCK_N,
+        tile, tl.load(scale), tl.load(bias) if bias is not None else 0.0, x_inverse, row_terms, row_terms_stride, column_terms, tl.load(facts + 3).to(tl.int32), tl.load(facts + 1), i, j, n, N, offset, tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N, SIGMOID, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     by_row = tl.load(x_inverse + i, mask=i < n, other=0.0)[None, :]
     place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     # Accumulate in float64: terms cancel.
-    tl.store(sums + place, tl.sum(tl.sum(g * (tile * by_row - tl.load(center)), 1).to(tl.float64), 0))
+    tl.store(sums + place, tl.sum(tl.sum(g * (tile * by_row - tl.load(facts + 2)), 1).to(tl.float64), 0))
     if TOTAL:
-        tl.store(sums + tl.num_programs(0) * tl.num_programs(1) + place, tl.sum(tl.sum(g, 1).to(tl.float64), 0))
+        tl.store(sums + sums_stride + place, tl.sum(tl.sum(g, 1).to(tl.float64), 0))
     if STORE:
         by_column = tl.load(y_inverse + j, mask=j < N, other=0.0)[:, None]
         g = g * by_row * by_column * GAIN

@@ -5,12 +5,13 @@ import torch
 from kernel_tools.launches import assert_traffic, in_any_order, on_ptx
 
 from ov3fast import testing
-from ov3fast.kernels.aot.cases.contrastive import few_project_bytes, few_tile_bytes
+from ov3fast.kernels.aot.cases.contrastive import few_tile_bytes, project_bytes
 from ov3fast.kernels.contrastive import few
 from ov3fast.kernels.contrastive import launch as contrastive_loss
 from ov3fast.ops.contrastive_loss import over_ranks, over_views, reference
 
-FORWARD, BACKWARD = over_ranks(contrastive_loss.forward_rows, contrastive_loss.backward_rows, contrastive_loss.project)
+RECTANGLE = over_ranks(contrastive_loss.forward_rows, contrastive_loss.backward_rows, contrastive_loss.project)
+MANY = over_views(contrastive_loss.forward, contrastive_loss.backward)
 FEW = over_views(few.forward, few.backward)
 PAIRS, WIDTH = 139, 72
 
@@ -29,7 +30,7 @@ def inputs(kind, dtype, pairs=PAIRS, width=WIDTH):
     return *features, torch.tensor(10.0), None if kind == "softmax" else torch.tensor(-3.0)
 
 
-def both_ways(image, text, scale, bias, kind, directions=(FORWARD, BACKWARD)):
+def both_ways(image, text, scale, bias, kind, directions=MANY):
     """The loss and the gradients of image, text, scale (and bias) for an upstream gradient of 3."""
     forward, backward = directions
     loss, r, c, sizes = forward(image, text, scale, bias, kind, "", "gather")
@@ -58,6 +59,14 @@ def test_both_ways(schedule, kind, dtype, target):
     check(ours, arguments)
     products = [report for report in reports if report.mma]
     assert len(products) == {"chunked": 3, "cublas": 0}[schedule]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_a_ranks_rectangle(schedule, kind, dtype):
+    arguments = (*inputs(kind, dtype), kind)
+    ours, _ = in_any_order(lambda *args: both_ways(*args, RECTANGLE), *arguments)
+    check(ours, arguments)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
@@ -90,7 +99,7 @@ def test_traffic_of_few_pairs(kind):
     scalars, sizes = ("scale", "bias", "grad_loss", "row_lse", "column_lse"), (96, 128, 2)
     assert_traffic(statistics, few_tile_bytes(*sizes, 32, False, kind == "sigmoid"), *scalars)
     assert_traffic(gradients, few_tile_bytes(*sizes, 32, True, kind == "sigmoid"), *scalars)
-    assert_traffic(project, few_project_bytes(*sizes), "sums", "grad_scale", "grad_bias")
+    assert_traffic(project, 2 * project_bytes(*sizes, 2, 4, False, False, True), "sums", "grad_scale", "grad_bias")
 
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
@@ -106,7 +115,7 @@ def test_what_few_pairs_do_not_need(needs):
         assert torch.equal(whole, part) if need else part.numel() == 0
 
 
-@pytest.mark.parametrize("directions", [(FORWARD, BACKWARD), FEW], ids=["many", "few"])
+@pytest.mark.parametrize("directions", [RECTANGLE, MANY, FEW], ids=["rectangle", "many", "few"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_one_pair_has_no_gradient(dtype, directions):
     """Exactly zero, since the backward recomputes the forward's logits bit for bit; features this narrow are float32, with a maximum per row."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 
 from ...contrastive.config import FEW, GAIN
-from ...contrastive.few import (
-    contrastive_few_gradients,
-    contrastive_few_loss,
-    contrastive_few_project,
-    contrastive_few_statistics,
+from ...contrastive.few import contrastive_few_gradients, contrastive_few_loss, contrastive_few_statistics
+from ...contrastive.launch import PROGRAMS, SUM
+from ...contrastive.rows import (
+    contrastive_errors,
+    contrastive_features,
+    contrastive_merge,
+    contrastive_project,
+    contrastive_terms,
+    contrastive_total,
 )
-from ...contrastive.launch import PROGRAMS
-from ...contrastive.rows import contrastive_features, contrastive_merge, contrastive_project
 from ...contrastive.tiles import contrastive_gradients, contrastive_statistics
 from ...lib.common import cdiv
 from ...lib.config import Config
@@ -78,14 +80,16 @@ def project_bytes(
 
 
 def _features_work(dtype: str, config: Config, units: bool) -> Work:
-    moved = features_bytes(PAIRS, WIDTH, SIZES[dtype], config.blocks["BLOCK_R"], units)
-    return Work(0, moved, cdiv(PAIRS, config.blocks["BLOCK_R"]), moved - PAIRS * WIDTH * SIZES[dtype])
+    moved = 2 * features_bytes(PAIRS, WIDTH, SIZES[dtype], config.blocks["BLOCK_R"], units)
+    return Work(0, moved, 2 * cdiv(PAIRS, config.blocks["BLOCK_R"]), moved - 2 * PAIRS * WIDTH * SIZES[dtype])
 
 
-def _project_work(dtype: str, config: Config, out_size: int, complete: bool, rounded: bool, through: bool) -> Work:
-    moved = project_bytes(PAIRS, WIDTH, SIZES[dtype], out_size, config.blocks["BLOCK_R"], complete, rounded, through)
-    again = PAIRS * WIDTH * (4 + 2 * SIZES[dtype]) if through else 0
-    return Work(0, moved, cdiv(PAIRS, config.blocks["BLOCK_R"]), moved - again)
+def _project_work(dtype: str, config: Config, sides: list[tuple[int, bool]], complete: bool, rounded: bool) -> Work:
+    """sides: of each the size of its result's elements, and whether the norms are differentiated."""
+    block, size = config.blocks["BLOCK_R"], SIZES[dtype]
+    moved = sum(project_bytes(PAIRS, WIDTH, size, out, block, complete, rounded, through) for out, through in sides)
+    again = PAIRS * WIDTH * (4 + 2 * size) * sum(through for _, through in sides)
+    return Work(0, moved, len(sides) * cdiv(PAIRS, block), moved - again)
 
 
 def merge_bytes(count: int, size: int, first: bool) -> int:
@@ -117,9 +121,9 @@ def _tile_entries():
                     kernel=contrastive_gradients,
                     op="contrastive_loss",
                     arguments=_arguments(
-                        "x y", "products x_inverse y_inverse x_norm y_norm scale bias row_terms column_terms own_weight center",
-                        "x_stride y_stride products_stride gradients_stride row_terms_stride n N width offset",
-                        "gradients", "row_error column_error", "sums", "terms",
+                        "x y", "products x_inverse y_inverse x_norm y_norm scale bias row_terms column_terms facts",
+                        "sums_stride x_stride y_stride products_stride gradients_stride row_terms_stride n N width offset",
+                        "gradients", "row_error column_error", "sums",
                     ),
                     problem=chunk,
                     work=functools.partial(_gradients_work, cublas=cublas, terms=2 if dtype == "fp32" or cublas else 1),
@@ -168,54 +172,117 @@ def _arguments(
 
 
 def _row_entries():
+    sizes = ("x_stride", "y_stride", "n", "N", "width")
     for units in (False, True):
+        sides = ("x", "y")
         yield Entry(
             kernel=contrastive_features,
             op="contrastive_loss",
-            arguments=_arguments("x", "units norms inverses mean_parts" if units else "", "row_stride rows width")
-            if units
-            else _arguments("x units", "norms inverses mean_parts", "row_stride rows width"),
-            problem=f"{PAIRS} x {WIDTH}",
+            arguments=_arguments(
+                "x y", " ".join(f"{side}_{'units' if units else 'parts'} {side}_norms" for side in sides), " ".join(sizes)
+            ),
+            problem=f"2 x {PAIRS} x {WIDTH}",
             work=functools.partial(_features_work, units=units),
-            constexprs={"UNITS": units},
+            constexprs={"UNITS": units} | {f"{side}_{'parts' if units else 'units'}": None for side in sides},
             variant="units" if units else "norms",
             dtypes=("fp32", "bf16", "fp16") if units else ("bf16", "fp16"),
-            aligned=("row_stride", "rows", "width"),
+            aligned=sizes,
             streaming=True,
         )
     yield Entry(
         kernel=contrastive_merge,
         op="contrastive_loss",
-        arguments=lambda dtype: {"parts": "*fp32", "state": "*fp32", "count": "i32", "size": "i32"},
+        arguments=_arguments("", "parts state", "count size"),
         problem=f"256 x {PAIRS}",
         work=lambda dtype, config: Work(0, merge_bytes(256, PAIRS, True), cdiv(PAIRS, config.blocks["BLOCK"])),
-        constexprs={"FIRST": True, "LOG": False},
+        constexprs={"FIRST": True, "SPLIT": True, "LOG": False},
         dtypes=("fp32",),
         aligned=("count", "size"),
         streaming=True,
     )
-    for variant, complete, through in (("image", True, True), ("text", True, False), ("text, norms", False, True)):
+    yield Entry(
+        kernel=contrastive_total,
+        op="contrastive_loss",
+        arguments=_arguments("", "rows columns own loss", "count pairs"),
+        problem=f"{PAIRS} pairs",
+        work=lambda dtype, config: Work(0, 24 * PAIRS, 1, trips=(cdiv(PAIRS, config.blocks["BLOCK"]),)),
+        constexprs={"SIGMOID": False},
+        dtypes=("fp32",),
+        aligned=("count", "pairs"),
+    )
+    yield Entry(
+        kernel=contrastive_terms,
+        op="contrastive_loss",
+        arguments=lambda dtype: {
+            **_pointers("", "", "scale row_weight column_weights r c_max c_log row_terms column_terms facts x_parts x_mean y_parts y_mean"),
+            "share": "fp32", **dict.fromkeys(("column_weights_stride", "r_stride", "c_stride", "x_blocks", "y_blocks", "n", "N", "width"), "i32"),
+        },
+        problem=f"{PAIRS} x {PAIRS}, width {WIDTH}",
+        work=_terms_work,
+        constexprs={"SIGMOID": False, "NEAR": True, "c_stride": 1},
+        dtypes=("fp32",),
+        aligned=("column_weights_stride", "r_stride", "x_blocks", "y_blocks", "n", "N", "width"),
+    )  # fmt: skip
+    tiles, strips = PAIRS // 64, CHUNK // 128
+    yield Entry(
+        kernel=contrastive_errors,
+        op="contrastive_loss",
+        arguments=_arguments("", "row_parts row_error column_parts column_error", "tiles n strips N"),
+        problem=f"{tiles} x {CHUNK}, {strips} x {PAIRS}",
+        work=lambda dtype, config: Work(
+            0, 4 * (tiles * CHUNK + CHUNK + strips * PAIRS + PAIRS), cdiv(CHUNK + PAIRS, config.blocks["BLOCK"])
+        ),
+        constexprs={"FIRST": True},
+        dtypes=("fp32",),
+        aligned=("tiles", "n", "strips", "N"),
+        streaming=True,
+    )
+    for variant, complete, of_text in (("", True, True), ("rank's", True, False), ("text's norms", False, None)):
         for dtype in ("fp32", "bf16", "fp16"):
             rounded = complete and dtype != "fp32"
-            out = "*fp32" if variant == "text" else f"*{dtype}"
+            sides = [(SIZES[dtype], True)] + ([(SIZES[dtype] if of_text else 4, of_text)] if complete else [])
             yield Entry(
                 kernel=contrastive_project,
                 op="contrastive_loss",
-                arguments=lambda dtype, out=out: {
-                    "grad": "*fp32", "x": f"*{dtype}", "error": "*fp32", "mean": "*fp32", "factor": "*fp32", "row_factor": "*fp32",
-                    "out": out, "row_stride": "i32", "rows": "i32", "width": "i32",
-                },
-                problem=f"{PAIRS} x {WIDTH}",
-                work=functools.partial(
-                    _project_work, out_size=SIZES[out[1:]], complete=complete, rounded=rounded, through=through
-                ),
-                constexprs={"COMPLETE": complete, "ROUNDED": rounded, "PROJECT": through},
+                arguments=functools.partial(_project_arguments, complete=complete, rounded=rounded, of_text=of_text),
+                problem=f"{len(sides)} x {PAIRS} x {WIDTH}",
+                work=functools.partial(_project_work, sides=sides, complete=complete, rounded=rounded),
+                constexprs={"GAIN": GAIN if dtype == "fp16" and complete else 1.0, "TOTAL": False, "PROJECT_Y": bool(of_text), "SUM": SUM}
+                | dict.fromkeys(_missing(complete, rounded)),
                 variant=variant,
                 dtypes=(dtype,),
-                aligned=("row_stride", "rows", "width"),
+                aligned=sizes,
                 streaming=True,
-                exceptions={"wide": "rows' factors are 4 bytes each"},
+                exceptions={"wide": "rows' factors are 4 bytes each, and tiles' sums 8"},
             )  # fmt: skip
+
+
+def _missing(complete: bool, rounded: bool) -> list[str]:
+    """The arguments of contrastive_project that are None."""
+    y = [] if complete else ["by_y", "y", "y_post", "grad_y", "scale", "facts", "sums", "grad_scale", "grad_bias", "x_post"]
+    return y + ([] if rounded else ["x_error", "y_error", "x_mean", "y_mean"])
+
+
+def _project_arguments(dtype: str, complete: bool, rounded: bool, of_text: bool | None) -> dict[str, str]:
+    pointers = _pointers(
+        dtype, "x grad_x y grad_y", "by_x x_error x_post x_mean by_y y_error y_post y_mean scale facts grad_scale grad_bias"
+    )
+    if not of_text:
+        pointers["grad_y"] = pointers["grad_scale"] = pointers["grad_bias"] = "*fp32"
+    integers = dict.fromkeys(("x_stride", "n", "y_stride", "N", "width", "sums_stride"), "i32")
+    missing = _missing(complete, rounded)
+    return {name: kind for name, kind in {**pointers, "sums": "*fp64", **integers}.items() if name not in missing}
+
+
+def _terms_work(dtype: str, config: Config) -> Work:
+    """Every program of a block reads all maxima and weights; the means' programs the features' sums over blocks of 16 rows."""
+    blocks = 2 * cdiv(PAIRS, config.blocks["BLOCK"])
+    means, written = 2 * (PAIRS // 16 + 1) * WIDTH * 4, 2 * PAIRS * 16
+    distinct = 2 * PAIRS * 12 + written + means
+    return Work(
+        0, blocks * PAIRS * 12 + distinct, blocks + 2 * cdiv(WIDTH, config.blocks["BLOCK_D"]), distinct,
+        trips=(cdiv(PAIRS, config.blocks["BLOCK"]),),
+    )  # fmt: skip
 
 
 def few_tile_bytes(pairs: int, width: int, size: int, block: int, gradients: bool, sigmoid: bool) -> int:
@@ -226,11 +293,6 @@ def few_tile_bytes(pairs: int, width: int, size: int, block: int, gradients: boo
     else:
         beside = 4 * tiles * pairs * (1 if sigmoid else 4) + (0 if sigmoid else 4 * pairs)
     return 2 * tiles * pairs * width * size + beside
-
-
-def few_project_bytes(pairs: int, width: int, size: int) -> int:
-    """Of both sides the gradient twice and the features three times, all but the first time from cache, and the result."""
-    return 2 * pairs * width * (2 * 4 + 4 * size)
 
 
 def _few_tile_work(dtype: str, config: Config, gradients: bool, sigmoid: bool) -> Work:
@@ -274,22 +336,3 @@ def _few_entries():
             dtypes=("fp32",),
             aligned=("tiles", "pairs"),
         )
-        yield Entry(
-            kernel=contrastive_few_project,
-            op="contrastive_loss",
-            arguments=lambda dtype: {
-                "by_x": "*fp32", "x": f"*{dtype}", "grad_x": f"*{dtype}", "x_stride": "i32",
-                "by_y": "*fp32", "y": f"*{dtype}", "grad_y": f"*{dtype}", "y_stride": "i32",
-                "sums": "*fp64", "grad_scale": "*fp32", "grad_bias": "*fp32", "tiles": "i32", "pairs": "i32", "width": "i32",
-            },
-            problem=f"2 x {FEW} x {WIDTH}",
-            work=lambda dtype, config: Work(
-                0, few_project_bytes(FEW, WIDTH, SIZES[dtype]), 2 * cdiv(FEW, config.blocks["BLOCK_R"]),
-                2 * FEW * WIDTH * (4 + 2 * SIZES[dtype]),
-            ),
-            constexprs={"SIGMOID": sigmoid, "MOST": 256},
-            variant=kind,
-            aligned=("x_stride", "y_stride", "tiles", "pairs", "width"),
-            streaming=True,
-            exceptions={"wide": "each tile's sum is 8 bytes"},
-        )  # fmt: skip

@@ -124,12 +124,14 @@ def _without_b1(backward: Callable[..., Any]) -> Callable[..., Any]:
     return lambda grad_y, x, h, w1, b1, *rest: backward(grad_y, x, h, w1, *rest)
 
 
-def _by_pairs(few: Callable[..., Any], many: Callable[..., Any]) -> Callable[..., Any]:
-    """contrastive_loss in one direction: `few` for a few pairs, all here. The image is the last of the first matrices."""
+def _by_pairs(few: Callable[..., Any], many: Callable[..., Any], of_ranks: Callable[..., Any]) -> Callable[..., Any]:
+    """contrastive_loss in one direction: for a few or for many pairs that are all here, or for a rank's. The image is the first matrix."""
 
     def call(*args: Any) -> Any:
         image = next(arg for arg in args if isinstance(arg, Tensor) and arg.ndim > 1)
-        return (few if is_alone(args) and is_few(image) else many)(*args)
+        if is_alone(args) and image.numel():
+            return (few if is_few(image) else many)(*args)
+        return of_ranks(*args)
 
     return call
 
@@ -147,9 +149,12 @@ for _op, _kernels in KERNELS.items():
         _backward = _without_b1(launch(_kernels.module, "backward"))
         _forward.inference = launch(_kernels.module, "inference")  # type: ignore[attr-defined]  # writes no pre-activation
     elif _op == "contrastive_loss":  # the kernels compute rectangles of logits; the ranks are the operator's own
-        _rectangles = over_ranks(*(launch(_kernels.module, name) for name in ("forward_rows", "backward_rows", "project")))
-        _few = over_views(*(launch("contrastive.few", name) for name in ("forward", "backward")))
-        _forward, _backward = (_by_pairs(few, many) for few, many in zip(_few, _rectangles, strict=True))
+        _forward, _backward = map(
+            _by_pairs,
+            over_views(*(launch("contrastive.few", name) for name in ("forward", "backward"))),
+            over_views(*(launch(_kernels.module, name) for name in ("forward", "backward"))),
+            over_ranks(*(launch(_kernels.module, name) for name in ("forward_rows", "backward_rows", "project"))),
+        )
     elif _op == "linear":
         _options["slower_than"] = _to_pytorch
     elif _op.startswith("flash_attention"):

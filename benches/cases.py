@@ -149,7 +149,8 @@ def full(on_gpu: bool) -> Makers:
         makers += [("contrastive_loss", "bf16", sigmoid_loss, (rows, 768)) for rows in (8192, 32768, 65536)]
         makers += [("VAE", "bf16", vae, (FLUX_VAE, pixels)) for pixels in (256, 1024)]
         makers += [("linear_cross_entropy", "bf16", cross_entropy, (None, (16384, 768, 32000)))]
-        # On either side of what the Triton kernels call small.
+        # On either side of what the Triton kernels call few and small.
+        makers += [("contrastive_loss", "bf16", contrastive, (rows, 768, None)) for rows in (256, 1024, 4096)]
         makers += [("mlp", "bf16", mlp, (None, shape)) for shape in ((512, 384, 1536), (256, 768, 3072))]
     return makers
 

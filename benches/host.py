@@ -75,6 +75,8 @@ def measure(backend: str) -> dict[str, float]:
             found |= whole("linear as chosen", *calls["linear"])  # which is PyTorch's own
             with ops.use(backend), of_large_calls():
                 found |= whole("mlp of large calls", *calls["mlp"])
+                for name in ("contrastive_loss", "linear_cross_entropy"):
+                    found |= once(f"{name} of large calls", *further(ops)[name])
         for name, (function, values) in calls.items():
             with ops.use(backend):
                 found |= whole(name, function, values)
@@ -135,11 +137,11 @@ def pretended() -> Iterator[None]:
 
 @contextmanager
 def of_large_calls() -> Iterator[None]:
-    """The launches of mlp that are too large for two a direction, on tiny tensors."""
+    """The launches of calls that are too large for the fewest, on tiny tensors."""
     from ov3fast.kernels.lib import gemm
-    from ov3fast.ops import _dispatch
+    from ov3fast.ops import _dispatch, triton
 
-    with mock.patch.object(gemm, "is_small", lambda *_: False):
+    with mock.patch.object(gemm, "is_small", lambda *_: False), mock.patch.object(triton, "is_few", lambda *_: False):
         yield
     _dispatch.forget_choices()  # and the plans made within
 

@@ -69,6 +69,38 @@ def test_a_ranks_rectangle(schedule, kind, dtype):
     check(ours, arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_columns_of_other_ranks(monkeypatch, dtype):
+    """Fewer rows than columns, of which an all-gather gives statistics and weights side by side; the weights of ranks differ."""
+    monkeypatch.setattr(contrastive_loss, "FEW", 0)
+    image, text, scale, _ = inputs("softmax", dtype)
+    r, c, offset = torch.stack([torch.full((40,), 9.0), torch.rand(40)]), torch.rand(2, PAIRS) + 8, 60
+    weights = torch.where(torch.arange(PAIRS) < 70, 0.02, 0.01)
+    gathered = torch.stack([*c, weights], 1).unbind(1)
+    with on_ptx():
+        together, apart = (
+            contrastive_loss.backward_rows(
+                image[:40], text, scale, None, "softmax", offset, r, columns[:2], torch.tensor(0.02), columns[2], True, True
+            )
+            for columns in (gathered, (*c, weights))
+        )
+    testing.assert_same_bits(together, apart)
+    if dtype == torch.float32:  # else the gradients by logits are rounded, which those of text alone, in float32, don't show
+        budget = testing.Budget(lambda values: rectangle(*values, offset), (image[:40], text, scale, r, c, weights))
+        budget.check(together[1:3], ("text", "scale"))
+
+
+def rectangle(image, text, scale, r, c, weights, offset):
+    """Gradients of text, its norms held fixed, and of scale."""
+    wide = torch.promote_types(image.dtype, torch.float32)
+    cosine = torch.nn.functional.normalize(image.to(wide)) @ torch.nn.functional.normalize(text.to(wide)).T
+    z, own = scale * cosine, weights[offset]
+    g = ((z - r.sum(0)[:, None]).exp() * own + (z - c.sum(0)).exp() * weights) / 2
+    g.diagonal(offset).sub_(own)
+    by_text = scale * g.T @ torch.nn.functional.normalize(image.to(wide)) / text.to(wide).norm(dim=1, keepdim=True)
+    return by_text, (g * cosine).sum()
+
+
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_float32(schedule, kind):
     arguments = (*inputs(kind, torch.float32, 71, 40), kind)

@@ -74,14 +74,15 @@ def _scale_block(grad, scaled, block, count, weight, BLOCK: tl.constexpr):
 
 
 @kernel
-def cross_entropy_scale(upstream, first, scaled_first, first_count, second, scaled_second, second_count, BLOCK: tl.constexpr):
+def cross_entropy_scale(
+    upstream, first, scaled_first, first_count, second, scaled_second, second_count, first_blocks, BLOCK: tl.constexpr
+):
     """A block of one or two (second: None) gradients per program, times the number upstream."""
     block, weight = tl.program_id(0).to(tl.int64), tl.load(upstream).to(tl.float32)
-    blocks = tl.cdiv(first_count, BLOCK)
-    if block < blocks:
+    if block < first_blocks:
         _scale_block(first, scaled_first, block, first_count, weight, BLOCK)
     elif second is not None:
-        _scale_block(second, scaled_second, block - blocks, second_count, weight, BLOCK)
+        _scale_block(second, scaled_second, block - first_blocks, second_count, weight, BLOCK)
 
 
 @kernel
@@ -199,8 +200,8 @@ def scale(grad_loss: Tensor, grad_hidden: Tensor, grad_weight: Tensor) -> tuple[
     if present:
         config = pick("cross_entropy_scale", TYPES[grad_hidden.dtype])
         first, second = (*present, (None, None, 0))[:2]
-        blocks = sum(cdiv(count, config.blocks["BLOCK"]) for *_, count in present)
-        cross_entropy_scale[(blocks,)](grad_loss, *first, *second, **config.options)
+        blocks = [cdiv(count, config.blocks["BLOCK"]) for *_, count in present]
+        cross_entropy_scale[(sum(blocks),)](grad_loss, *first, *second, blocks[0], **config.options)
     return scaled
 
 

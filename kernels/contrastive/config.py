@@ -30,7 +30,8 @@ TABLE["contrastive_gradients"] = {
     ("fp32", ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, warps=4, stages=2),
     (ANY, "cublas", ANY): Config({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=1),
 }
-# A few pairs: small tiles, so that there are more programs; both kernels over tiles must compute the same bits.
+# A few pairs: small tiles, so that there are more programs. Both kernels take the first's, since they must compute the same bits; FEW / BLOCK, the most
+# tiles along a side, is a power of two.
 TABLE["contrastive_few_statistics"] = TABLE["contrastive_few_gradients"] = {
     (ANY, ANY, ANY): Config({"BLOCK": 32, "BLOCK_K": 32}, warps=4, stages=3)
 }

@@ -114,7 +114,7 @@ def contrastive_few_gradients(
     x, x_stride, y, y_stride, scale, bias, grad_loss, row_lse, column_lse, gradients, sums, gradients_stride, pairs, width,
     SIGMOID: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of gradients [pairs, gradients_stride], d loss / d <x_i, y_j>. sums [2, tiles, tiles], float64: those of d loss / d z times
+    """A tile of gradients [pairs, gradients_stride], d loss / d <x_i, y_j>, where not None. sums [2, tiles, tiles], float64: those of d loss / d z times
     the cosine, and with SIGMOID of d loss / d z."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -140,7 +140,8 @@ def contrastive_few_gradients(
     tl.store(sums + place, tl.sum(tl.sum(g * cosine, 1).to(tl.float64), 0))
     if SIGMOID:
         tl.store(sums + tl.num_programs(0) * tl.num_programs(1) + place, tl.sum(tl.sum(g, 1).to(tl.float64), 0))
-    tl.store(gradients + i[:, None] * gradients_stride + j[None, :], g * s * inverse, mask=inside)
+    if gradients is not None:
+        tl.store(gradients + i[:, None] * gradients_stride + j[None, :], g * s * inverse, mask=inside)
 
 
 @triton.jit
@@ -182,7 +183,7 @@ def backward(
     gradients = rows(empty(image, (pairs, cdiv(pairs, 16) * 16), dtype=torch.float32)[:, :pairs])
     sums = empty(image, (2, tiles, tiles), dtype=torch.float64)
     contrastive_few_gradients[(tiles, tiles)](
-        x.tensor, x.outer_stride, y.tensor, y.outer_stride, scale, bias, grad_loss, row_lse, column_lse, gradients.tensor, sums,
+        x.tensor, x.outer_stride, y.tensor, y.outer_stride, scale, bias, grad_loss, row_lse, column_lse, gradients.tensor if need_image or need_text else None, sums,
         gradients.outer_stride, pairs, x.width, SIGMOID=sigmoid, MOST=FEW, **config.options,
     )  # fmt: skip
     by_image, by_text, _ = linear.small_gradients(gradients, x, y.tensor, need_image, need_text, False, torch.float32)
@@ -196,6 +197,6 @@ def backward(
         by_image, x.tensor, None, None, None, grad_image if need_image else None, x.outer_stride, pairs,
         by_text, y.tensor, None, None, None, grad_text if need_text else None, y.outer_stride, pairs, x.width,
         None, None, sums, tiles * tiles, grad_scale, grad_bias,
-        GAIN=1.0, TOTAL=sigmoid, PROJECT_Y=True, SUM=SUM, **rest.options,
+        GAIN=1.0, TOTAL=sigmoid, BIAS=sigmoid, PROJECT_Y=True, SUM=SUM, **rest.options,
     )  # fmt: skip
     return grad_image, grad_text, grad_scale, grad_bias

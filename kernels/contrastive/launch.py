@@ -1,4 +1,4 @@
-"""contrastive_loss: schedules, and the launches of the kernels in tiles.py and rows.py, with the signatures of the operator's `_forward_rows`.
+"""contrastive_loss: schedules, and the launches of the kernels in tiles.py and rows.py, with the signatures of the operator's `_forward_rows` and, for all pairs, of `over_views`.
 
 Cost by schedule, in units of 2 n N D FLOPs (U) and of n N bytes of traffic (V):
 
@@ -205,7 +205,7 @@ def backward(
     weight, sides = as_dtype(grad_loss, torch.float32), c.unbind() if kind == "softmax" else None
     problem = _Backward(
         image, text, as_dtype(scale, torch.float32), None if bias is None else as_dtype(bias, torch.float32), kind == "sigmoid", 0,
-        r, sides, weight, weight.expand(len(text)), 1 / len(text), need_image, need_text,
+        r, sides, weight, weight.expand(len(text)), 1 / len(text), need_image, need_text, kind == "sigmoid",
     )  # fmt: skip
     grad_scale, grad_bias = empty(scale, ()), empty(scale if bias is None else bias, ())
     grad_image, grad_text = problem.gradients(grad_scale, grad_bias, text.dtype, True)
@@ -233,7 +233,7 @@ def backward_rows(
         return torch.zeros_like(image) if need_image else None, by_text, grad_scale.zero_(), grad_bias.zero_()
     weights = row_weight if column_weight is None else column_weight
     problem = _Backward(
-        image, text, scale, bias, kind == "sigmoid", offset, r, c, row_weight, weights, 1.0, need_image, need_text
+        image, text, scale, bias, kind == "sigmoid", offset, r, c, row_weight, weights, 1.0, need_image, need_text, True
     )
     grad_image, grad_text = problem.gradients(grad_scale, grad_bias, torch.float32, False)
     return grad_image if need_image else None, grad_text if need_text else None, grad_scale, grad_bias
@@ -247,7 +247,7 @@ def project(grad: Tensor, x: Tensor) -> Tensor:
         config = pick("contrastive_project", TYPES[x.dtype])
         contrastive_project[(cdiv(len(x), config.blocks["BLOCK_R"]),)](
             grad, original, None, None, None, out, original.stride(0), len(x), None, None, None, None, None, None, 0, 0, x.shape[1],
-            None, None, None, 0, None, None, GAIN=1.0, TOTAL=False, PROJECT_Y=False, SUM=SUM, **config.options,
+            None, None, None, 0, None, None, GAIN=1.0, TOTAL=False, BIAS=False, PROJECT_Y=False, SUM=SUM, **config.options,
         )  # fmt: skip
     return out
 
@@ -258,7 +258,7 @@ def _result(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return grad if in_place else empty(x, grad.shape, dtype=dtype)
 
 
-SUM = 1024
+SUM = 2048
 """Tiles whose sums are added up at once."""
 
 
@@ -278,12 +278,13 @@ class _Backward:
     """Factor of all weights."""
     need_image: bool
     need_text: bool
+    total: bool
+    """Whether the sum of the gradients by logits is wanted: that of all pairs' softmax is 0."""
 
     def __post_init__(self):
         self.x, self.y = _features(self.image, self.text, True)
         self.rounds = self.dtype != torch.float32
         self.gain = GAIN if self.dtype == torch.float16 else 1.0
-        self.total = self.sigmoid or len(self.image) < len(self.text)
         self._find_terms()
 
     @property
@@ -327,7 +328,7 @@ class _Backward:
             sides += [by, side.original, error, side.post, side.mean, out if need else None, side.original.stride(0), rows]
         contrastive_project[(programs,)](
             *sides, self.image.shape[1], self.scale, self.facts, sums, sums.shape[1], grad_scale, grad_bias,
-            GAIN=self.gain, TOTAL=self.total, PROJECT_Y=through, SUM=SUM, **config.options,
+            GAIN=self.gain, TOTAL=self.total, BIAS=self.sigmoid, PROJECT_Y=through, SUM=SUM, **config.options,
         )  # fmt: skip
         return grad_image, grad_text
 

@@ -152,12 +152,13 @@ def contrastive_total(rows, columns, own, loss, count, pairs, SIGMOID: tl.conste
 
 @triton.jit
 def _largest_and_nearness(shift, log_max, max_stride, weights, weight_stride, rows, NEAR: tl.constexpr, BLOCK: tl.constexpr):
-    """Over all rows: the largest |weight|, whether all shifts derive from `shift` (NEAR; else 0), and their sum."""
+    """Over all rows: the largest |weight|, if not None, whether a shift does not derive from `shift` (NEAR; else 0), and their sum."""
     largest, total = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     far = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, rows, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        largest = tl.maximum(largest, tl.abs(tl.load(weights + i * weight_stride, mask=i < rows, other=0.0)))
+        if weights is not None:
+            largest = tl.maximum(largest, tl.abs(tl.load(weights + i * weight_stride, mask=i < rows, other=0.0)))
         shifts = tl.load(log_max + i * max_stride, mask=i < rows, other=0.0)
         total += shifts
         if NEAR:
@@ -226,14 +227,15 @@ def contrastive_terms(
         unit, center, far = tl.abs(weight), 0.0 * s, tl.full((), 1, tl.int32)
         if not SIGMOID:
             # By every program: cheaper than a launch of its own.
-            _, rows_far, total = _largest_and_nearness(shift, r, 1, row_weight, 0, n, NEAR, BLOCK)
+            _, rows_far, total = _largest_and_nearness(shift, r, 1, None, 0, n, NEAR, BLOCK)
             largest, columns_far, _ = _largest_and_nearness(
                 shift, c_max, c_stride, column_weights, column_weights_stride, N, NEAR, BLOCK
             )
             unit = tl.maximum(unit, largest)
-            # The gradients cancel, over all rows to 0. Rounding leaves a residue, which would be weighted by a cosine, mostly that of a row's best
-            # column; so the mean of those cosines is subtracted first.
+            # All pairs' gradients add up to 0. Rounding leaves a residue, which would be weighted by a cosine, mostly that of a row's best
+            # column; so something like the mean of those cosines is subtracted first. Shifts are maxima, or far from them.
             center = tl.where(s == 0, center, total / n / s)
+            center = tl.where(center > 1, 1.0, tl.where(center < -1, -1.0, center))
             if NEAR:
                 far = rows_far | columns_far
         near = far == 0
@@ -289,27 +291,22 @@ def contrastive_errors(
 def contrastive_project(
     by_x, x, x_error, x_post, x_mean, grad_x, x_stride, n, by_y, y, y_error, y_post, y_mean, grad_y, y_stride, N, width,
     scale, facts, sums, sums_stride, grad_scale, grad_bias,
-    GAIN: tl.constexpr, TOTAL: tl.constexpr, PROJECT_Y: tl.constexpr, SUM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    GAIN: tl.constexpr, TOTAL: tl.constexpr, BIAS: tl.constexpr, PROJECT_Y: tl.constexpr, SUM: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Blocks of grad_x [n, width] from by_x, float32, then of grad_y [N, width] from by_y; None for what is not needed.
 
     facts: the gradients are multiplied by scale times the first of them over GAIN, and by post [rows]; error [rows] times the other side's mean [width]
     is added before. The component along the row is removed, since its norm varies, unless it is clamped; of y if PROJECT_Y.
-    The last program adds up sums [2, sums_stride]: of gradients times cosines, less the third of the facts, and with TOTAL of gradients, else 0.
+    The first program adds up sums [2, sums_stride]: of gradients times cosines, less the third of the facts, and with TOTAL of gradients, which tell
+    what was left out and with BIAS are bias's gradient, else 0.
     """
-    block = tl.program_id(0)
+    block = tl.program_id(0) - 1 if sums is not None else tl.program_id(0)
     x_blocks = tl.cdiv(n, BLOCK_R) if grad_x is not None else 0
-    y_blocks = tl.cdiv(N, BLOCK_R) if grad_y is not None else 0
     factor = 1.0
     if facts is not None:
         factor = tl.load(scale) * tl.load(facts) / GAIN
-    if grad_x is not None and block < x_blocks:
-        _project(by_x, x, x_error, y_mean, factor, x_post, grad_x, x_stride, block, n, width, True, BLOCK_R, BLOCK_D)
-    elif grad_y is not None and block < x_blocks + y_blocks:
-        _project(
-            by_y, y, y_error, x_mean, factor, y_post, grad_y, y_stride, block - x_blocks, N, width, PROJECT_Y, BLOCK_R, BLOCK_D
-        )
-    elif sums is not None:
+    if sums is not None and block < 0:
         by_scale, total = _sum(sums, sums_stride, SUM), 0.0
         if TOTAL:
             total = _sum(sums + sums_stride, sums_stride, SUM)
@@ -320,7 +317,13 @@ def contrastive_project(
                 total *= unit
             by_scale *= unit
         _store_scalar(grad_scale, by_scale)
-        _store_scalar(grad_bias, total)
+        _store_scalar(grad_bias, total if BIAS else 0.0)
+    elif grad_x is not None and block < x_blocks:
+        _project(by_x, x, x_error, y_mean, factor, x_post, grad_x, x_stride, block, n, width, True, BLOCK_R, BLOCK_D)
+    elif grad_y is not None:
+        _project(
+            by_y, y, y_error, x_mean, factor, y_post, grad_y, y_stride, block - x_blocks, N, width, PROJECT_Y, BLOCK_R, BLOCK_D
+        )
 
 
 @triton.jit

@@ -38,7 +38,7 @@ def project(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def is_alone(arguments: Sequence[Any]) -> bool:
-    """Whether a forward or backward with these arguments has no group, so that nothing travels."""
+    """Whether a forward or backward with these arguments has no group (the one string that is no kind or exchange), so that nothing travels."""
     return all(argument in (*KINDS, *EXCHANGES, "") for argument in arguments if isinstance(argument, str))
 
 

@@ -39,7 +39,6 @@ from ._contrastive_ranks import (
     EXCHANGES,
     KINDS,
     SMALLEST_NORM,
-    is_alone,
     join_views,
     over_ranks,
     over_views,
@@ -425,13 +424,22 @@ def _backward_alone(
 _forward_here, _backward_here = over_views(_forward_alone, _backward_alone)
 
 
-def _forward_cpu(*args: Any) -> tuple[Tensor, ...]:
-    found: tuple[Tensor, ...] = (_forward_here if is_alone(args) else _forward_over_ranks)(*args)
+def _forward_cpu(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: str, group: str, exchange: str
+) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = (_forward_over_ranks if group else _forward_here)(
+        image, text, scale, bias, kind, group, exchange
+    )
     return found
 
 
-def _backward_cpu(*args: Any) -> tuple[Tensor, ...]:
-    found: tuple[Tensor, ...] = (_backward_here if is_alone(args) else _backward_over_ranks)(*args)
+def _backward_cpu(
+    grad_loss: Tensor, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, r: Tensor, c: Tensor, sizes: Tensor,
+    kind: str, group: str, *settings: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    found: tuple[Tensor, ...] = (_backward_over_ranks if group else _backward_here)(
+        grad_loss, image, text, scale, bias, r, c, sizes, kind, group, *settings
+    )
     return found
 
 

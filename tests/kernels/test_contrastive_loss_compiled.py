@@ -70,23 +70,25 @@ def test_a_ranks_rectangle(schedule, kind, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_columns_of_other_ranks(monkeypatch, dtype):
-    """Fewer rows than columns, of which an all-gather gives statistics and weights side by side; the weights of ranks differ."""
+@pytest.mark.parametrize("rows", [40, PAIRS])
+def test_columns_of_other_ranks(monkeypatch, dtype, rows):
+    """Pairs that are not all, so that their gradients don't cancel. An all-gather gives the columns' statistics and weights side by side; the
+    weights of ranks differ."""
     monkeypatch.setattr(contrastive_loss, "FEW", 0)
     image, text, scale, _ = inputs("softmax", dtype)
-    r, c, offset = torch.stack([torch.full((40,), 9.0), torch.rand(40)]), torch.rand(2, PAIRS) + 8, 60
+    r, c, offset = torch.stack([torch.full((rows,), 9.0), torch.rand(rows)]), torch.rand(2, PAIRS) + 8, 60
     weights = torch.where(torch.arange(PAIRS) < 70, 0.02, 0.01)
     gathered = torch.stack([*c, weights], 1).unbind(1)
     with on_ptx():
         together, apart = (
             contrastive_loss.backward_rows(
-                image[:40], text, scale, None, "softmax", offset, r, columns[:2], torch.tensor(0.02), columns[2], True, True
+                image[:rows], text, scale, None, "softmax", offset, r, columns[:2], torch.tensor(0.02), columns[2], True, True
             )
             for columns in (gathered, (*c, weights))
         )
     testing.assert_same_bits(together, apart)
     if dtype == torch.float32:  # else the gradients by logits are rounded, which those of text alone, in float32, don't show
-        budget = testing.Budget(lambda values: rectangle(*values, offset), (image[:40], text, scale, r, c, weights))
+        budget = testing.Budget(lambda values: rectangle(*values, offset), (image[:rows], text, scale, r, c, weights))
         budget.check(together[1:3], ("text", "scale"))
 
 

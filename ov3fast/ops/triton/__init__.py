@@ -1,7 +1,8 @@
 """The Triton backend: kernels of `ov3fast.kernels`, imported at an operator's first call, so that `import ov3fast` stays light.
 
 They run on CUDA and ROCm tensors; with TRITON_INTERPRET=1 (set before Triton is imported) Triton's interpreter runs them on CPU tensors, for
-tests. KERNELS names each operator's file; its functions `forward` and `backward` keep the contract of the operator's eager backend.
+tests. KERNELS names each operator's file; its functions `forward` and `backward` keep the contract of the operator's eager backend
+(contrastive_loss: of `over_views` and `over_ranks`).
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ for _op, _kernels in KERNELS.items():
     if _op == "mlp":
         _backward = _without_b1(launch(_kernels.module, "backward"))
         _forward.inference = launch(_kernels.module, "inference")  # type: ignore[attr-defined]  # writes no pre-activation
-    elif _op == "contrastive_loss":  # the kernels compute rectangles of logits; the ranks are the operator's own
+    elif _op == "contrastive_loss":  # the views and the ranks are the operator's own
         _forward, _backward = map(
             _by_pairs,
             over_views(*(launch("contrastive.few", name) for name in ("forward", "backward"))),

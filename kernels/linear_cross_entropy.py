@@ -252,7 +252,9 @@ def _gradients(hidden, weight, need_hidden, need_weight, gradients):
             if grad_weight is None:
                 grad_weight = empty(weight, weight.shape, dtype=weight.dtype if once else torch.float32)
             add_product(grad_weight, z.T, h, first=chunk.start == 0)
-    return grad_hidden, empty(weight, 0) if grad_weight is None else as_dtype(grad_weight, weight.dtype)
+    if grad_weight is None:  # not needed, or of no rows
+        grad_weight = empty(weight, weight.shape, need_weight).zero_()
+    return grad_hidden, as_dtype(grad_weight, weight.dtype)
 
 
 def _launch(z, labels, ignore_index, *, upstream=None, nll=None, lse=None, hidden=None):

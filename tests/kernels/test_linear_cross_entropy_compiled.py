@@ -165,3 +165,10 @@ def test_labels(count, wrong, target):
         with on_ptx(target=target):
             linear_cross_entropy.cross_entropy_labels[(1,)](labels, factor, fine, count, 50, -100, MEAN=mean, BLOCK=4096)
         assert factor == torch.tensor(expected) and fine == (wrong is None or count <= 1)
+
+
+def test_no_rows():
+    hidden, weight, labels = torch.empty(0, 24), testing.make(16, 24).float(), torch.empty(0, dtype=torch.int64)
+    with on_ptx():
+        loss, grad_hidden, grad_weight = linear_cross_entropy.total(hidden, weight, labels, -100, True, True, True)
+    assert loss == 0 and grad_hidden.shape == hidden.shape and torch.equal(grad_weight, torch.zeros_like(weight))

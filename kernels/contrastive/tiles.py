@@ -221,6 +221,13 @@ def _by_logit(
     return g
 
 
+@triton.jit
+def _store_total(pointer, tile):
+    """The sum, in float64 since terms cancel. As a row of a matrix: Triton 3.6 does not compile sums of a tile's sums for Blackwell."""
+    total = tl.sum(tl.sum(tile, 1).to(tl.float64).reshape((1, tile.shape[0])), 1)
+    tl.store(pointer + tl.arange(0, 1), total)
+
+
 @kernel
 def contrastive_gradients(
     x,
@@ -277,10 +284,9 @@ def contrastive_gradients(
     )  # fmt: skip
     by_row = tl.load(x_inverse + i, mask=i < n, other=0.0)[None, :]
     place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    # Accumulate in float64: terms cancel.
-    tl.store(sums + place, tl.sum(tl.sum(g * (tile * by_row - tl.load(facts + 2)), 1).to(tl.float64), 0))
+    _store_total(sums + place, g * (tile * by_row - tl.load(facts + 2)))
     if TOTAL:
-        tl.store(sums + sums_stride + place, tl.sum(tl.sum(g, 1).to(tl.float64), 0))
+        _store_total(sums + sums_stride + place, g)
     if STORE:
         by_column = tl.load(y_inverse + j, mask=j < N, other=0.0)[:, None]
         g = g * by_row * by_column * GAIN

@@ -40,7 +40,7 @@ TABLE["contrastive_features"] = {
     (ANY, ANY, ANY): Config({"BLOCK_R": 16, "BLOCK_D": 256}, warps=4, stages=1),
     (ANY, ANY, "sm_100"): Config({"BLOCK_R": 16, "BLOCK_D": 256}, warps=8, stages=1),
 }
-TABLE["contrastive_project"] = {(ANY, ANY, ANY): Config({"BLOCK_R": 4, "BLOCK_D": 256}, warps=4, stages=1)}
+TABLE["contrastive_project"] = {(ANY, ANY, ANY): Config({"BLOCK_R": 4, "BLOCK_D": 256, "BLOCK_SUMS": 2048}, warps=4, stages=1)}
 TABLE["contrastive_terms"] = {(ANY, ANY, ANY): Config({"BLOCK": 2048, "BLOCK_P": 32, "BLOCK_D": 64}, warps=8, stages=1)}
 TABLE["contrastive_errors"] = {(ANY, ANY, ANY): Config({"BLOCK_P": 32, "BLOCK": 64}, warps=4, stages=1)}
 TABLE["contrastive_total"] = {(ANY, ANY, ANY): Config({"BLOCK": 2048}, warps=8, stages=1)}

@@ -19,9 +19,9 @@ from ..lib.config import Config, pick
 from ..lib.launch import kernel
 from ..lib.rows import Rows, empty, rows
 from .config import FEW
-from .launch import SUM
-from .rows import contrastive_project, load_tile, norm_of
-from .tiles import softplus
+from .launch import Side, finish
+from .rows import load_tile, norm_of
+from .tiles import sigmoid, softplus, store_total
 
 
 @triton.jit
@@ -123,8 +123,7 @@ def contrastive_few_gradients(
     inside = (i < pairs)[:, None] & (j < pairs)[None, :]
     if SIGMOID:
         # 1 - sigmoid(z) as sigmoid(-z), without cancellation.
-        e = tl.exp(-tl.abs(z))
-        g = tl.where(z < 0, e, 1.0) / (1.0 + e)
+        g = sigmoid(z)
         g = tl.where(pair, -g, g)
     else:
         row_m, row_log = _statistics(row_lse, i, pairs)
@@ -137,9 +136,9 @@ def contrastive_few_gradients(
         cosine -= tl.where(s == 0, 0.0, center / s)
     g = tl.where(inside, g * (tl.load(grad_loss).to(tl.float32) / pairs), 0.0)
     place = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(sums + place, tl.sum(tl.sum(g * cosine, 1).to(tl.float64), 0))
+    store_total(sums + place, g * cosine)
     if SIGMOID:
-        tl.store(sums + tl.num_programs(0) * tl.num_programs(1) + place, tl.sum(tl.sum(g, 1).to(tl.float64), 0))
+        store_total(sums + tl.num_programs(0) * tl.num_programs(1) + place, g)
     if gradients is not None:
         tl.store(gradients + i[:, None] * gradients_stride + j[None, :], g * s * inverse, mask=inside)
 
@@ -158,17 +157,17 @@ def _tiled(image: Tensor, text: Tensor) -> tuple[Rows, Rows, Config, int]:
 def forward(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """image, text [N, D] with 0 < N <= FEW -> loss, and with softmax the rows' and columns' (max, log-sum) [2, N]."""
     x, y, config, tiles = _tiled(image, text)
-    pairs, sigmoid = x.count, kind == "sigmoid"
+    pairs, of_sigmoid = x.count, kind == "sigmoid"
     loss = empty(image, (), dtype=torch.float32)
-    row_lse, column_lse = (empty(image, (2, 0 if sigmoid else pairs), dtype=torch.float32) for _ in range(2))
+    row_lse, column_lse = (empty(image, (2, 0 if of_sigmoid else pairs), dtype=torch.float32) for _ in range(2))
     parts = empty(image, (4 * tiles + 1, pairs), dtype=torch.float32)
     contrastive_few_statistics[(tiles, tiles)](
         x.tensor, x.outer_stride, y.tensor, y.outer_stride, scale, bias, parts, parts[-1], pairs, x.width,
-        SIGMOID=sigmoid, **config.options,
+        SIGMOID=of_sigmoid, **config.options,
     )  # fmt: skip
     contrastive_few_loss[(1,)](
         parts, parts[-1], loss, row_lse, column_lse, tiles, pairs,
-        SIGMOID=sigmoid, PARTS=cdiv(FEW, config.blocks["BLOCK"]), **pick("contrastive_few_loss", "fp32").options,
+        SIGMOID=of_sigmoid, PARTS=cdiv(FEW, config.blocks["BLOCK"]), **pick("contrastive_few_loss", "fp32").options,
     )  # fmt: skip
     return loss, row_lse, column_lse
 
@@ -179,24 +178,21 @@ def backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of image, text, scale and bias; empty or meaningless for what is not there or not needed."""
     x, y, config, tiles = _tiled(image, text)
-    pairs, sigmoid = x.count, kind == "sigmoid"
+    pairs, of_sigmoid = x.count, kind == "sigmoid"
     gradients = rows(empty(image, (pairs, cdiv(pairs, 16) * 16), dtype=torch.float32)[:, :pairs])
-    sums = empty(image, (2, tiles, tiles), dtype=torch.float64)
+    sums = empty(image, (2, tiles * tiles), dtype=torch.float64)
     contrastive_few_gradients[(tiles, tiles)](
-        x.tensor, x.outer_stride, y.tensor, y.outer_stride, scale, bias, grad_loss, row_lse, column_lse, gradients.tensor if need_image or need_text else None, sums,
-        gradients.outer_stride, pairs, x.width, SIGMOID=sigmoid, MOST=FEW, **config.options,
+        x.tensor, x.outer_stride, y.tensor, y.outer_stride, scale, bias, grad_loss, row_lse, column_lse,
+        gradients.tensor if need_image or need_text else None, sums, gradients.outer_stride, pairs, x.width,
+        SIGMOID=of_sigmoid, MOST=FEW, **config.options,
     )  # fmt: skip
     by_image, by_text, _ = linear.small_gradients(gradients, x, y.tensor, need_image, need_text, False, torch.float32)
     in_place = image.dtype == torch.float32
     grad_image = by_image if in_place else empty(image, image.shape, need_image)
     grad_text = by_text if in_place else empty(text, text.shape, need_text)
     grad_scale, grad_bias = empty(scale, ()), empty(scale if bias is None else bias, ())
-    rest = pick("contrastive_project", TYPES[image.dtype])
-    programs = 1 + (need_image + need_text) * cdiv(pairs, rest.blocks["BLOCK_R"])
-    contrastive_project[(programs,)](
-        by_image, x.tensor, None, None, None, grad_image if need_image else None, x.outer_stride, pairs,
-        by_text, y.tensor, None, None, None, grad_text if need_text else None, y.outer_stride, pairs, x.width,
-        None, None, sums, tiles * tiles, grad_scale, grad_bias,
-        GAIN=1.0, TOTAL=sigmoid, BIAS=sigmoid, PROJECT_Y=True, SUM=SUM, **rest.options,
+    sides = (
+        Side(x.tensor, by_image, grad_image if need_image else None), Side(y.tensor, by_text, grad_text if need_text else None)
     )  # fmt: skip
+    finish(*sides, True, sums=sums, scalars=(grad_scale, grad_bias), TOTAL=of_sigmoid, BIAS=of_sigmoid)
     return grad_image, grad_text, grad_scale, grad_bias

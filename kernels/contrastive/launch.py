@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from torch import Tensor
 from ..lib.common import TYPES, cdiv
 from ..lib.config import Config, pick
 from ..lib.products import add_product, room_for_rows
-from ..lib.rows import as_dtype, empty
+from ..lib.rows import as_dtype, empty, rows
 from .config import FEW, GAIN, SCHEDULES
 from .rows import (
     contrastive_errors,
@@ -97,18 +98,18 @@ def _features(image: Tensor, text: Tensor, for_gradients: bool = False) -> tuple
 
 def _side(x: Tensor, units: bool, for_gradients: bool, block: int) -> tuple[Features, Tensor]:
     """Room for one side's features, and the rows that they are made of."""
-    rows, width = x.shape
-    original = x = x if x.stride(1) == 1 or width <= 1 else x.contiguous()
+    count, width = x.shape
+    original = x = rows(x).tensor
     post = parts = mean = None
     if for_gradients and x.dtype == torch.float16 and not units:
         wide = x.float()
         post = torch.exp2(-torch.frexp(torch.linalg.vector_norm(wide, dim=1)).exponent.float())
         x = (wide * post[:, None]).half()
     if for_gradients and not units:
-        parts, mean = (empty(x, shape, dtype=torch.float32) for shape in ((cdiv(rows, block), width), width))
-    values, norms = x, empty(x, (3 if units else 2, rows), dtype=torch.float32)
+        parts, mean = (empty(x, shape, dtype=torch.float32) for shape in ((cdiv(count, block), width), width))
+    values, norms = x, empty(x, (3 if units else 2, count), dtype=torch.float32)
     if units:
-        values, post = empty(x, (rows, width), dtype=torch.float32), norms[2]
+        values, post = empty(x, (count, width), dtype=torch.float32), norms[2]
     return Features(original, values, norms, post, parts, mean), x
 
 
@@ -120,19 +121,19 @@ def forward(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kin
     """image, text [N, D], all pairs, with N > 0 -> loss, and with softmax the rows' and columns' (max, log-sum) [2, N]."""
     softmax, loss = kind == "softmax", empty(image, (), dtype=torch.float32)
     scale, bias = as_dtype(scale, torch.float32), None if bias is None else as_dtype(bias, torch.float32)
-    rows, columns, own = _statistics(image, text, scale, bias, kind, 0)
-    count = len(text) if softmax else rows.numel()
+    by_row, columns, own = _statistics(image, text, scale, bias, kind, 0)
+    count = len(text) if softmax else by_row.numel()
     config = pick("contrastive_total", "fp32")
-    contrastive_total[(1,)](rows, columns, own, loss, count, len(text), SIGMOID=not softmax, **config.options)
-    return (loss, rows, columns) if softmax else (loss, empty(loss, (2, 0)), empty(loss, (2, 0)))
+    contrastive_total[(1,)](by_row, columns, own, loss, count, len(text), SIGMOID=not softmax, **config.options)
+    return (loss, by_row, columns) if softmax else (loss, empty(loss, (2, 0)), empty(loss, (2, 0)))
 
 
 def forward_rows(
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: str, offset: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """image [n,D], text [N,D] -> rows [2,n] (shift, log-sum), columns [2,N] (shift, sum), own [n]; sigmoid: rows [n], None, None."""
-    rows, columns, own = _statistics(image, text, scale, bias, kind, offset)
-    return (rows, columns, own) if kind == "softmax" else (rows.sum(0), None, None)
+    by_row, columns, own = _statistics(image, text, scale, bias, kind, offset)
+    return (by_row, columns, own) if kind == "softmax" else (by_row.sum(0), None, None)
 
 
 def _statistics(
@@ -178,9 +179,9 @@ def _statistics(
             _merge(column_parts, columns, first=start == 0, split=shared and chunk.stop == n, log=False)
     if sigmoid:
         return row_parts, None, None
-    rows = empty(scale, (2, n))
-    _merge(row_parts, rows, first=True, split=shared, log=True)
-    return rows, columns, own
+    by_row = empty(scale, (2, n))
+    _merge(row_parts, by_row, first=True, split=shared, log=True)
+    return by_row, columns, own
 
 
 def _on_the_same_places(config: Config, other: Config) -> Config:
@@ -205,7 +206,7 @@ def backward(
     weight, sides = as_dtype(grad_loss, torch.float32), c.unbind() if kind == "softmax" else None
     problem = _Backward(
         image, text, as_dtype(scale, torch.float32), None if bias is None else as_dtype(bias, torch.float32), kind == "sigmoid", 0,
-        r, sides, weight, weight.expand(len(text)), 1 / len(text), need_image, need_text, kind == "sigmoid",
+        r, sides, weight, weight, need_image, need_text, share=1 / len(text), total=kind == "sigmoid",
     )  # fmt: skip
     grad_scale, grad_bias = empty(scale, ()), empty(scale if bias is None else bias, ())
     grad_image, grad_text = problem.gradients(grad_scale, grad_bias, text.dtype, True)
@@ -233,7 +234,20 @@ def backward_rows(
         return torch.zeros_like(image) if need_image else None, by_text, grad_scale.zero_(), grad_bias.zero_()
     weights = row_weight if column_weight is None else column_weight
     problem = _Backward(
-        image, text, scale, bias, kind == "sigmoid", offset, r, c, row_weight, weights, 1.0, need_image, need_text, True
+        image,
+        text,
+        scale,
+        bias,
+        kind == "sigmoid",
+        offset,
+        r,
+        c,
+        row_weight,
+        weights,
+        need_image,
+        need_text,
+        share=1.0,
+        total=True,
     )
     grad_image, grad_text = problem.gradients(grad_scale, grad_bias, torch.float32, False)
     return grad_image if need_image else None, grad_text if need_text else None, grad_scale, grad_bias
@@ -241,25 +255,51 @@ def backward_rows(
 
 def project(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of x for fixed norms, [N,D] float32 -> the gradient of x."""
-    grad, original = grad.contiguous(), x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+    grad = grad.contiguous()
     out = _result(grad, x, x.dtype)
     if out.numel():
-        config = pick("contrastive_project", TYPES[x.dtype])
-        contrastive_project[(cdiv(len(x), config.blocks["BLOCK_R"]),)](
-            grad, original, None, None, None, out, original.stride(0), len(x), None, None, None, None, None, None, 0, 0, x.shape[1],
-            None, None, None, 0, None, None, GAIN=1.0, TOTAL=False, BIAS=False, PROJECT_Y=False, SUM=SUM, **config.options,
-        )  # fmt: skip
+        finish(Side(rows(x).tensor, grad, out), None, False)
     return out
+
+
+class Side(NamedTuple):
+    """What the last step needs of one side; see contrastive_project."""
+
+    original: Tensor
+    by: Tensor | None
+    """The gradient of the original for fixed norms, before `error` and the factors."""
+    out: Tensor | None
+    """Where the gradient goes; None: not needed."""
+    error: Tensor | None = None
+    post: Tensor | None = None
+    mean: Tensor | None = None
+
+
+def finish(
+    x: Side, y: Side | None, through: bool, *, scale: Tensor | None = None, facts: Tensor | None = None,
+    sums: Tensor | None = None, scalars: tuple[Tensor | None, Tensor | None] = (None, None), GAIN: float = 1.0,
+    TOTAL: bool = False, BIAS: bool = False,
+) -> None:  # fmt: skip
+    """Launches contrastive_project: both sides' gradients, of y through its norms or not, and from sums those of the scalars, scale and bias."""
+    config = pick("contrastive_project", TYPES[x.original.dtype])
+    described, programs = [], int(sums is not None)
+    for side in (x, y):
+        if side is None:
+            described += [None, None, None, None, None, None, 0, 0]
+            continue
+        count = len(side.original)
+        programs += 0 if side.out is None else cdiv(count, config.blocks["BLOCK_R"])
+        described += [side.by, side.original, side.error, side.post, side.mean, side.out, side.original.stride(0), count]
+    contrastive_project[(programs,)](
+        *described, x.original.shape[1], scale, facts, sums, 0 if sums is None else sums.shape[1], *scalars,
+        GAIN=GAIN, TOTAL=TOTAL, BIAS=BIAS, PROJECT_Y=through, **config.options,
+    )  # fmt: skip
 
 
 def _result(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Where the gradient of x goes: in grad's place, but a view of a larger sum would keep all of it alive."""
     in_place = dtype == grad.dtype and grad.untyped_storage().nbytes() == grad.nbytes
     return grad if in_place else empty(x, grad.shape, dtype=dtype)
-
-
-SUM = 2048
-"""Tiles whose sums are added up at once."""
 
 
 @dataclass
@@ -274,10 +314,10 @@ class _Backward:
     c: Sequence[Tensor] | None
     row_weight: Tensor
     column_weights: Tensor
-    share: float
-    """Factor of all weights."""
     need_image: bool
     need_text: bool
+    share: float
+    """Factor of all weights."""
     total: bool
     """Whether the sum of the gradients by logits is wanted: that of all pairs' softmax is 0."""
 
@@ -318,17 +358,15 @@ class _Backward:
         by_x, x_error, by_y, y_error, sums = self.chunked(cublas)
         grad_image = _result(by_x, self.image, self.image.dtype) if self.need_image else empty(self.image, 0)
         grad_text = _result(by_y, self.text, dtype) if self.need_text else empty(self.text, 0)
-        config = pick("contrastive_project", TYPES[self.image.dtype])
-        sides, programs = [], 1
-        for side, by, error, out, need in (
-            (self.x, by_x, x_error, grad_image, self.need_image), (self.y, by_y, y_error, grad_text, self.need_text),
-        ):  # fmt: skip
-            rows = len(side.original)
-            programs += need * cdiv(rows, config.blocks["BLOCK_R"])
-            sides += [by, side.original, error, side.post, side.mean, out if need else None, side.original.stride(0), rows]
-        contrastive_project[(programs,)](
-            *sides, self.image.shape[1], self.scale, self.facts, sums, sums.shape[1], grad_scale, grad_bias,
-            GAIN=self.gain, TOTAL=self.total, BIAS=self.sigmoid, PROJECT_Y=through, SUM=SUM, **config.options,
+        sides = (
+            Side(side.original, by, out if need else None, error, side.post, side.mean)
+            for side, by, out, need, error in (
+                (self.x, by_x, grad_image, self.need_image, x_error), (self.y, by_y, grad_text, self.need_text, y_error),
+            )
+        )  # fmt: skip
+        finish(
+            *sides, through, scale=self.scale, facts=self.facts, sums=sums, scalars=(grad_scale, grad_bias),
+            GAIN=self.gain, TOTAL=self.total, BIAS=self.sigmoid,
         )  # fmt: skip
         return grad_image, grad_text
 
@@ -348,12 +386,12 @@ class _Backward:
         sums = empty(self.scale, (2 if self.total else 1, cdiv(n, block_m) * tiles), dtype=torch.float64)
         for start in range(0, n, size):
             chunk = slice(start, min(start + size, n))
-            rows = chunk.stop - start
-            strips = cdiv(rows, block_m)
+            count = chunk.stop - start
+            strips = cdiv(count, block_m)
             if products is not None:
-                add_product(products[:rows], self.x.values[chunk], self.y.values.T, first=True)
+                add_product(products[:count], self.x.values[chunk], self.y.values.T, first=True)
             row_part, column_part = (
-                (empty(self.scale, (tiles, rows)), empty(self.scale, (strips, N))) if self.rounds else (None, None)
+                (empty(self.scale, (tiles, count)), empty(self.scale, (strips, N))) if self.rounds else (None, None)
             )
             row_terms = None if self.sigmoid else self.row_terms[..., chunk]
             contrastive_gradients[(strips, tiles)](
@@ -361,15 +399,15 @@ class _Backward:
                 self.scale, self.bias, row_terms, self.column_terms, self.facts,
                 room, row_part, column_part, sums[:, start // block_m * tiles :], sums.shape[1],
                 self.x.values.stride(0), self.y.values.stride(0), 0 if products is None else products.stride(0), room.stride(0),
-                0 if row_terms is None else row_terms.stride(1), rows, N, width, self.offset + start,
+                0 if row_terms is None else row_terms.stride(1), count, N, width, self.offset + start,
                 GAIN=self.gain, SIGMOID=self.sigmoid, TOTAL=self.total, CUBLAS=cublas, STORE=store, **config.options,
             )  # fmt: skip
             if self.rounds and store:
                 _add_errors(row_part, x_error[chunk], column_part, y_error, start == 0)
             if self.need_image:
-                add_product(by_x[chunk], room[:rows], self.y.values, first=True)
+                add_product(by_x[chunk], room[:count], self.y.values, first=True)
             if self.need_text:
-                add_product(by_y, room[:rows].T, self.x.values[chunk], first=start == 0)
+                add_product(by_y, room[:count].T, self.x.values[chunk], first=start == 0)
         return by_x, x_error, by_y, y_error, sums
 
 

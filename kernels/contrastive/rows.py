@@ -291,8 +291,8 @@ def contrastive_errors(
 def contrastive_project(
     by_x, x, x_error, x_post, x_mean, grad_x, x_stride, n, by_y, y, y_error, y_post, y_mean, grad_y, y_stride, N, width,
     scale, facts, sums, sums_stride, grad_scale, grad_bias,
-    GAIN: tl.constexpr, TOTAL: tl.constexpr, BIAS: tl.constexpr, PROJECT_Y: tl.constexpr, SUM: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    GAIN: tl.constexpr, TOTAL: tl.constexpr, BIAS: tl.constexpr, PROJECT_Y: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SUMS: tl.constexpr,
 ):  # fmt: skip
     """Blocks of grad_x [n, width] from by_x, float32, then of grad_y [N, width] from by_y; None for what is not needed.
 
@@ -307,9 +307,9 @@ def contrastive_project(
     if facts is not None:
         factor = tl.load(scale) * tl.load(facts) / GAIN
     if sums is not None and block < 0:
-        by_scale, total = _sum(sums, sums_stride, SUM), 0.0
+        by_scale, total = _sum(sums, sums_stride, BLOCK_SUMS), 0.0
         if TOTAL:
-            total = _sum(sums + sums_stride, sums_stride, SUM)
+            total = _sum(sums + sums_stride, sums_stride, BLOCK_SUMS)
         if facts is not None:
             unit = tl.load(facts).to(tl.float64)
             if TOTAL:

@@ -72,6 +72,12 @@ def softplus(z):
     return tl.where(z > 0, z, 0.0) + 2.0 * t * series
 
 
+@triton.jit
+def sigmoid(z):
+    e = tl.exp(-tl.abs(z))
+    return tl.where(z < 0, e, 1.0) / (1.0 + e)
+
+
 @kernel
 def contrastive_statistics(
     x,
@@ -200,8 +206,7 @@ def _by_logit(
         z = (_logits(tile, s, x_inverse, i, n) + t) + _outside(j, N)[:, None]
         if has_own:
             z = tl.where(own_column == j[:, None], -z, z)
-        e = tl.exp(-tl.abs(z))
-        g = tl.where(z < 0, e, 1.0) / (1.0 + e) * own_weight
+        g = sigmoid(z) * own_weight
         if has_own:
             g = tl.where(own_column == j[:, None], -g, g)
     else:
@@ -222,7 +227,7 @@ def _by_logit(
 
 
 @triton.jit
-def _store_total(pointer, tile):
+def store_total(pointer, tile):
     """The sum, in float64 since terms cancel. As a row of a matrix: Triton 3.6 does not compile sums of a tile's sums for Blackwell."""
     total = tl.sum(tl.sum(tile, 1).to(tl.float64).reshape((1, tile.shape[0])), 1)
     tl.store(pointer + tl.arange(0, 1), total)
@@ -284,9 +289,9 @@ def contrastive_gradients(
     )  # fmt: skip
     by_row = tl.load(x_inverse + i, mask=i < n, other=0.0)[None, :]
     place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    _store_total(sums + place, g * (tile * by_row - tl.load(facts + 2)))
+    store_total(sums + place, g * (tile * by_row - tl.load(facts + 2)))
     if TOTAL:
-        _store_total(sums + sums_stride + place, g)
+        store_total(sums + sums_stride + place, g)
     if STORE:
         by_column = tl.load(y_inverse + j, mask=j < N, other=0.0)[:, None]
         g = g * by_row * by_column * GAIN

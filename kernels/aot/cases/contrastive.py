@@ -6,7 +6,7 @@ import functools
 
 from ...contrastive.config import FEW, GAIN
 from ...contrastive.few import contrastive_few_gradients, contrastive_few_loss, contrastive_few_statistics
-from ...contrastive.launch import PROGRAMS, SUM
+from ...contrastive.launch import PROGRAMS
 from ...contrastive.rows import (
     contrastive_errors,
     contrastive_features,
@@ -247,7 +247,7 @@ def _row_entries():
                 arguments=functools.partial(_project_arguments, complete=complete, rounded=rounded, of_text=of_text),
                 problem=f"{len(sides)} x {PAIRS} x {WIDTH}",
                 work=functools.partial(_project_work, sides=sides, complete=complete, rounded=rounded),
-                constexprs={"GAIN": GAIN if dtype == "fp16" and complete else 1.0, "TOTAL": variant == "rank's", "BIAS": False, "PROJECT_Y": bool(of_text), "SUM": SUM}
+                constexprs={"GAIN": GAIN if dtype == "fp16" and complete else 1.0, "TOTAL": variant == "rank's", "BIAS": False, "PROJECT_Y": bool(of_text)}
                 | dict.fromkeys(_missing(complete, rounded)),
                 variant=variant,
                 dtypes=(dtype,),

@@ -3,7 +3,8 @@
     python -m benches.host [--backend cpu | triton] [--before OLD_TREE] [--out benches/results/host-BACKEND.csv]
 
 The Triton backend needs no GPU for this: it runs on CPU tensors, its kernels are compiled for sm_90, and the driver's launch function is replaced by
-one that returns at once (tools/gpu/pretend.py). PyTorch's own kernels between ours (products, sums) then take CPU host time, not that of a GPU.
+one that returns at once (tools/gpu/pretend.py). PyTorch's own kernels between ours (products, sums) then take CPU host time, not that of a GPU; "products
+aside" is what a call takes without them.
 
 "forward + backward" is one call and one torch.autograd.grad, which alone takes some 40 us; "in a chain" is the cost of one more call in a model with a
 single backward pass: the difference between a chain of 12 calls and of one, per call.
@@ -73,10 +74,17 @@ def measure(backend: str) -> dict[str, float]:
     with pretended() if backend == "triton" else nullcontext():
         if backend == "triton":
             found |= whole("linear as chosen", *calls["linear"])  # which is PyTorch's own
+            large = {
+                "mlp": calls["mlp"],
+                "contrastive_loss": (ops.contrastive_loss, pairs(16)),
+                "linear_cross_entropy": further(ops)["linear_cross_entropy"],
+            }
             with ops.use(backend), of_large_calls():
-                found |= whole("mlp of large calls", *calls["mlp"])
-                for name in ("contrastive_loss", "linear_cross_entropy"):
-                    found |= once(f"{name} of large calls", *further(ops)[name])
+                for name, call in large.items():
+                    found |= (whole if name == "mlp" else once)(f"{name} of large calls", *call)
+            with ops.use(backend), of_large_calls(), products_aside():
+                for name, call in large.items():
+                    found |= once(f"{name} of large calls, products aside", *call)
         for name, (function, values) in calls.items():
             with ops.use(backend):
                 found |= whole(name, function, values)
@@ -117,21 +125,48 @@ def further(ops: Any) -> dict[str, tuple[Callable[..., Any], tuple[torch.Tensor,
         "noise_projection": (lambda z, w, b: ops.noise_projection(z, sigma, w, b, rng=rng), (x, weight, bias)),
         "latent_projection": (lambda tokens, w, b: ops.latent_projection(tokens, w, b, grid=(2, 2)), (x, weight, bias)),
         "group_norm_silu": (lambda x, w, b: ops.group_norm_silu(x, 2, w, b), (torch.randn(2, 8, 4, 4), bias, bias + 1)),
-        "contrastive_loss": (ops.contrastive_loss, (torch.randn(4, 8), torch.randn(4, 8), torch.tensor(2.0))),
+        "contrastive_loss": (ops.contrastive_loss, pairs(4)),
         "linear_cross_entropy": (lambda hidden, w: ops.linear_cross_entropy(hidden, w, labels), (x, torch.randn(16, 8))),
     }
 
 
+def pairs(count: int) -> tuple[torch.Tensor, ...]:
+    return torch.randn(count, 8), torch.randn(count, 8), torch.tensor(2.0)
+
+
 @contextmanager
 def pretended() -> Iterator[None]:
-    """A pretended GPU's host, which looks neither at labels, whose assertion is queued, nor at the gradient of a loss."""
+    """A pretended GPU's host, which looks neither at labels, whose assertion is queued, nor at the gradient of a loss, and zeroes no padding."""
     from ov3fast.kernels import linear_cross_entropy
+    from ov3fast.kernels.contrastive import launch as contrastive_loss
     from ov3fast.ops.linear_cross_entropy import _total
     from tools.gpu import pretend
 
     unseen = mock.patch.object(_total, "shortcut", lambda *_: None)
     queued = mock.patch.object(linear_cross_entropy, "_assert_fine", lambda fine, *_: torch._assert_async(fine.fill_(1)))
-    with pretend.host(), unseen, queued:
+    rooms = [mock.patch.object(module, "room_for_rows", room_for_rows) for module in (contrastive_loss, linear_cross_entropy)]
+    with pretend.host(), unseen, queued, rooms[0], rooms[1]:
+        yield
+
+
+def room_for_rows(like: torch.Tensor, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """kernels/lib/products.py's, as on a GPU."""
+    return like.new_empty((rows, -(-columns // 16) * 16), dtype=dtype)[:, :columns]
+
+
+@contextmanager
+def products_aside() -> Iterator[None]:
+    """PyTorch's products allocate what they return, and do nothing."""
+    from ov3fast import _plans
+
+    def mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        return a.new_empty_strided((a.shape[0], b.shape[1]), (b.shape[1], 1)) if out is None else out
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        rows, tokens, width = *x.shape[:-1], len(weight)
+        return x.new_empty_strided((rows, tokens, width), (tokens * width, width, 1))
+
+    with mock.patch.dict(_plans.BINDINGS, {"mm": mm, "linear": linear}):
         yield
 
 

@@ -58,13 +58,12 @@ def _rms_norm_backward(
         upstream = load_rows(grad_y, grad_y_inner, grad_y_outer_stride, grad_y_inner_stride, row, column, mask)
         value = load_rows(h, h_inner, h_outer_stride, h_inner_stride, row, column, mask)
         scale = tl.rsqrt(tl.sum(value * value, 1) / width + eps)[:, None]
-        normal = value * scale
         if weight_partials is not None:
-            weight_sum += upstream * normal
+            weight_sum += upstream * (value * scale)
         if grad_x is not None:
-            scaled = upstream * factor
-            along = tl.sum(scaled * normal, 1) / width
-            result = (scaled - normal * along[:, None]) * scale
+            scaled = upstream * factor * scale
+            along = tl.sum(scaled * value, 1)[:, None] / width * scale * scale
+            result = scaled - value * along
             if grad_h is not None:
                 result += load_rows(grad_h, grad_h_inner, grad_h_outer_stride, grad_h_inner_stride, row, column, mask)
             out = row.to(tl.int64)[:, None] * width + column[None, :]

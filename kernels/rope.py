@@ -96,14 +96,14 @@ def _rope_backward(
         value = _load(qkv, row, normed, qkv_inner, qkv_outer_stride, qkv_inner_stride, heads, width, column)
         back = _turned(upstream, cos, sin, -1, row, turns, tokens, heads, width, BLOCK_ROWS, BLOCK_P)
         scale = tl.rsqrt(tl.sum(value * value, 1) / width + eps)[:, None]
-        normal = value * scale
+        back *= scale
         if weight_partials is not None:
-            q_sum += tl.where((turns & (part == 0))[:, None], back * normal, 0)
-            k_sum += tl.where((turns & (part == 1))[:, None], back * normal, 0)
+            q_sum += tl.where((turns & (part == 0))[:, None], back * value, 0)
+            k_sum += tl.where((turns & (part == 1))[:, None], back * value, 0)
         if grad_qkv is not None:
             scaled = back * tl.where((part == 0)[:, None], of_q, of_k)
-            along = tl.sum(scaled * normal, 1) / width
-            result = tl.where(turns[:, None], (scaled - normal * along[:, None]) * scale, upstream)
+            along = tl.sum(scaled * value, 1)[:, None] / width * (scale * scale)
+            result = tl.where(turns[:, None], scaled - value * along, upstream)
             at = row.to(tl.int64)[:, None] * width + column[None, :]
             tl.store(grad_qkv + at, rounded(result, grad_qkv.dtype.element_ty), mask=mask)
     if weight_partials is not None:

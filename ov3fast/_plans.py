@@ -30,6 +30,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ALLOCATIONS = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 MOST_STEPS = 160
 """Most steps of a plan; longer calls are bound by the device, not the host."""
+LARGEST_PIECE, LARGEST_POOL = 2**20, 2**24
+"""Bytes. Work space that only launches use is allocated together, since an allocation costs as much as a launch; larger pieces are freed one by one."""
+PIECES_START_AT = 256
+"""Bytes, a multiple of every alignment that kernels or copies ask for."""
 BINDINGS: dict[str, Callable[..., Any]] = {
     "linear": torch.nn.functional.linear,
     **{
@@ -118,8 +122,11 @@ class Known:
         self.offset = 0
         if root is not None and tensor.numel() and root.tensor.numel():
             self.offset = tensor.data_ptr() - root.tensor.data_ptr()
+        self.pool, self.place = self, 0
+        """The piece whose allocation this one lies in, and the byte where it does."""
         self.is_argument = self.is_allocated = False
         self.shape, self.strides = tuple(tensor.shape), tensor.stride()
+        self.bytes = tensor.untyped_storage().nbytes()
 
 
 class Notes(TorchDispatchMode):
@@ -241,13 +248,15 @@ class Writer:
         root = known.root
         if root.is_argument:
             self.pointed[root.name] = None
-        return f"p_{root.name}" + (f" + {known.offset}" if known.offset else "")
+        first = root.place + known.offset
+        return f"p_{root.pool.name}" + (f" + {first}" if first else "")
 
     def function(self) -> Callable[..., Any]:
         if len(self.notes.steps) > MOST_STEPS:
             raise NotPlannable(f"{len(self.notes.steps)} steps")
         self._shape_results()
         used = self._used()
+        self._pool(used)
         for kind, what in self.notes.steps:
             if kind != "allocate" or what in used:
                 getattr(self, f"_{kind}")(what)
@@ -262,11 +271,31 @@ class Writer:
 
     def _used(self) -> set[Known]:
         """The memory that some step or the result names."""
-        named = [
-            self.result,
-            *(what[1:3] if kind == "operate" else what[-1] for kind, what in self.notes.steps if kind != "allocate"),
+        return self._roots(
+            [
+                self.result,
+                *(what[1:3] if kind == "operate" else what[-1] for kind, what in self.notes.steps if kind != "allocate"),
+            ]
+        )
+
+    def _roots(self, values: Any) -> set[Known]:
+        return {self.known[id(tensor)].root for tensor in tensors_in(values) if id(tensor) in self.known}
+
+    def _pool(self, used: set[Known]) -> None:
+        """Places small memory that only launches read and write in one allocation, that of the first piece."""
+        alone = self._roots([self.result, *(what[1:3] for kind, what in self.notes.steps if kind == "operate")])
+        pieces = [
+            what
+            for kind, what in self.notes.steps
+            if kind == "allocate" and what in used - alone and 0 < what.bytes <= LARGEST_PIECE
         ]
-        return {self.known[id(tensor)].root for tensor in tensors_in(named) if id(tensor) in self.known}
+        end = 0
+        for piece in pieces:
+            if end + piece.bytes <= LARGEST_POOL:
+                piece.pool, piece.place = pieces[0], end
+                end += -(-piece.bytes // PIECES_START_AT) * PIECES_START_AT
+        if pieces:
+            pieces[0].shape, pieces[0].strides = (-(-end // pieces[0].tensor.element_size()),), (1,)
 
     def _shape_results(self) -> None:
         """Memory that only launches use and that is returned as a single full view is allocated in the view's shape."""
@@ -303,6 +332,8 @@ class Writer:
         raise NotImplementedError
 
     def _allocate(self, known: Known) -> None:
+        if known.pool is not known:
+            return
         kind = known.tensor.dtype, known.tensor.device
         like = next(
             (i for i, arg in enumerate(self.notes.args) if isinstance(arg, Tensor) and (arg.dtype, arg.device) == kind), None
@@ -318,7 +349,7 @@ class Writer:
     def _points(self, known: Known) -> None:
         """Emits code that reads the address of memory used by a launch."""
         if any(
-            self.known[id(arg)].root is known
+            self.known[id(arg)].root.pool is known
             for kind, what in self.notes.steps
             if kind == "launch"
             for arg in what[-1]

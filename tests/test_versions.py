@@ -14,7 +14,7 @@ def test_all_is_run_whatever_fails(status, tmp_path):
     python.chmod(0o755)
     assert versions.try_out(python) is (status == 0)
     lines = calls.read_text().splitlines()
-    assert len(lines) == 4 and lines[2].startswith("1 -m pytest")
+    assert len(lines) == 5 and lines[2].startswith("1 -m pytest") and lines[4].startswith(" -m ov3fast.kernels.aot")
 
 
 def test_what_is_run_exists():

@@ -30,6 +30,8 @@ class Options:
     """Write a shorter table: one line per launch, one column per target."""
     jobs: int = os.cpu_count() or 1
     """Processes."""
+    brief: bool = False
+    """Print only the rows that fail a check."""
 
 
 def main(options: Options) -> int:
@@ -66,7 +68,8 @@ def main(options: Options) -> int:
         "alone",
         "",
     )
-    for row in table:
+    short = [row for row in table if row["shortcomings"]]
+    for row in short if options.brief else table:
         text = flat(row)
         printed.add_row(
             text["kernel"], text["variant"], text["config"], text["dtype"], text["target"], text["registers"], text["stack_bytes"],
@@ -74,7 +77,8 @@ def main(options: Options) -> int:
             *(f"[bold]{text[term]}[/bold]" if term == f"{text['bound']}_us" else text[term] for term in TERMS), text["serial_us"],
             f"[red]{text['shortcomings']}[/red]" if text["shortcomings"] else text["exceptions"],
         )  # fmt: skip
-    console.print(printed)
+    if printed.rows or not options.brief:
+        console.print(printed)
     if options.csv is not None:
         write_csv(table, options.csv)
     if options.json is not None:
@@ -83,7 +87,6 @@ def main(options: Options) -> int:
     if options.markdown is not None:
         options.markdown.parent.mkdir(parents=True, exist_ok=True)
         options.markdown.write_text(markdown([flat(row) for row in table]) + "\n", encoding="utf-8")
-    short = [row for row in table if row["shortcomings"]]
     console.print(f"{len(table)} rows, {len(short)} failed")
     return 1 if short else 0
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ..lib.config import ANY, TABLE, WITH_TMA, Config, Key
 
 # Size classes: columns of a tile, the head dimension rounded up ("80": 64 + 16, for 72 and 80).
-# Per row: queries and keys per block, warps, stages. The largest blocks that don't spill; float32 keeps both TF32 halves of its operands.
+# Per row: queries and keys per block, warps, stages. The largest blocks that don't spill, with Triton 3.6 to 3.9; float32 keeps both TF32 halves of its operands.
 # MI300 has 512 registers per thread at 4 warps, so one row per dtype serves all widths.
 WIDTHS = ("64", "80", "96", "128", "192", "256")
 
@@ -38,6 +38,7 @@ TABLE["flash_attention_forward"] = _attention(
         (ANY, "192", ANY): (128, 64, 8, 2),
         (ANY, "256", ANY): (128, 64, 8, 2),
         ("fp32", ANY, ANY): (128, 32, 8, 2),
+        ("fp32", "128", "sm_80"): (64, 32, 8, 2),
         ("fp32", "192", ANY): (32, 32, 8, 2),
         ("fp32", "256", ANY): (32, 32, 8, 2),
         **{(ANY, size, "gfx942"): (64, 64, 4, 1) for size in WIDTHS},
@@ -68,30 +69,35 @@ TABLE["flash_attention_forward"] |= _tma(
 )
 TABLE["flash_attention_grad_q"] = _attention(
     {
+        (ANY, "64", "sm_80"): (64, 32, 4, 2),
         (ANY, "64", ANY): (128, 64, 8, 2),
         (ANY, "80", "sm_80"): (128, 32, 8, 2),
         (ANY, "96", "sm_80"): (128, 32, 8, 2),
         (ANY, "128", "sm_80"): (128, 32, 8, 2),
-        (ANY, "192", "sm_80"): (64, 32, 8, 2),
+        (ANY, "192", "sm_80"): (64, 16, 4, 2),
+        (ANY, "256", "sm_80"): (64, 32, 8, 2),
         (ANY, ANY, ANY): (128, 64, 8, 2),
         (ANY, "192", ANY): (64, 64, 8, 2),
         (ANY, "256", ANY): (64, 64, 8, 2),
         ("fp32", ANY, ANY): (64, 32, 8, 2),
+        ("fp32", "64", "sm_80"): (64, 32, 8, 2),
         ("fp32", "64", ANY): (128, 32, 8, 2),
         ("fp32", "80", ANY): (128, 32, 8, 2),
-        ("fp32", "192", ANY): (32, 32, 8, 2),
+        ("fp32", "96", "sm_80"): (32, 64, 8, 2),
+        ("fp32", "128", "sm_80"): (32, 32, 8, 2),
+        ("fp32", "192", ANY): (32, 32, 8, 1),
         ("fp32", "256", ANY): (32, 32, 8, 2),
-        **{(ANY, size, "gfx942"): (64, 64, 4, 1) for size in WIDTHS},
-        **{("fp32", size, "gfx942"): (64, 32, 4, 1) for size in WIDTHS},
+        **{(dtype, size, "gfx942"): (64, 32, 4, 1) for dtype in (ANY, "fp32") for size in WIDTHS},
     }
 )
 TABLE["flash_attention_grad_kv"] = _attention(
     {
         (ANY, "64", "sm_80"): (32, 128, 8, 2),
-        (ANY, "80", "sm_80"): (32, 128, 8, 2),
-        (ANY, "96", "sm_80"): (32, 128, 8, 2),
+        (ANY, "80", "sm_80"): (32, 64, 4, 2),
+        (ANY, "96", "sm_80"): (16, 64, 4, 2),
         (ANY, "128", "sm_80"): (64, 64, 8, 2),
         (ANY, "192", "sm_80"): (32, 32, 8, 2),
+        (ANY, "256", "sm_80"): (32, 64, 8, 2),
         (ANY, "128", "sm_100"): (64, 128, 8, 2),
         (ANY, "64", ANY): (64, 128, 8, 2),
         (ANY, ANY, ANY): (32, 128, 8, 2),

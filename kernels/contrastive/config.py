@@ -25,7 +25,7 @@ TABLE["contrastive_statistics"] = {
 }
 TABLE["contrastive_gradients"] = {
     (ANY, ANY, ANY): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=3),
-    (ANY, ANY, "sm_80"): Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=3),
+    (ANY, ANY, "sm_80"): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=4, stages=3),
     (ANY, ANY, "sm_90"): Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=4, stages=3),
     ("fp32", ANY, ANY): Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, warps=4, stages=2),
     (ANY, "cublas", ANY): Config({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=1),
@@ -36,11 +36,8 @@ TABLE["contrastive_few_statistics"] = TABLE["contrastive_few_gradients"] = {
     (ANY, ANY, ANY): Config({"BLOCK": 32, "BLOCK_K": 32}, warps=4, stages=3)
 }
 TABLE["contrastive_few_loss"] = {(ANY, ANY, ANY): Config({"BLOCK": FEW}, warps=8, stages=1)}
-TABLE["contrastive_features"] = {
-    (ANY, ANY, ANY): Config({"BLOCK_R": 16, "BLOCK_D": 256}, warps=4, stages=1),
-    (ANY, ANY, "sm_100"): Config({"BLOCK_R": 16, "BLOCK_D": 256}, warps=8, stages=1),
-}
-TABLE["contrastive_project"] = {(ANY, ANY, ANY): Config({"BLOCK_R": 4, "BLOCK_D": 256, "BLOCK_SUMS": 2048}, warps=4, stages=1)}
+TABLE["contrastive_features"] = {(ANY, ANY, ANY): Config({"BLOCK_R": 16, "BLOCK_D": 256}, warps=8, stages=1)}
+TABLE["contrastive_project"] = {(ANY, ANY, ANY): Config({"BLOCK_R": 8, "BLOCK_D": 128, "BLOCK_SUMS": 2048}, warps=4, stages=1)}
 TABLE["contrastive_terms"] = {(ANY, ANY, ANY): Config({"BLOCK": 2048, "BLOCK_P": 32, "BLOCK_D": 64}, warps=8, stages=1)}
 TABLE["contrastive_errors"] = {(ANY, ANY, ANY): Config({"BLOCK_P": 32, "BLOCK": 64}, warps=4, stages=1)}
 TABLE["contrastive_total"] = {(ANY, ANY, ANY): Config({"BLOCK": 2048}, warps=8, stages=1)}

@@ -334,7 +334,7 @@ class _Backward:
     def _find_terms(self):
         """row_terms, column_terms and facts, and the means of both sides: see contrastive_terms."""
         n, N, config = len(self.image), len(self.text), pick("contrastive_terms", "fp32")
-        self.facts, self.row_terms, self.column_terms = empty(self.scale, 4), None, None
+        self.facts, self.row_terms, self.column_terms = empty(self.scale, 6), None, None
         programs, c = 1, (None, None, 0)
         r = None if self.sigmoid else self.r if self.r.stride(1) == 1 else self.r.contiguous()
         if not self.sigmoid:
@@ -396,7 +396,7 @@ class _Backward:
             row_terms = None if self.sigmoid else self.row_terms[..., chunk]
             contrastive_gradients[(strips, tiles)](
                 self.x.values[chunk], self.y.values, products, self.x.inverse[chunk], self.y.inverse, self.x.norm[chunk], self.y.norm,
-                self.scale, self.bias, row_terms, self.column_terms, self.facts,
+                self.bias, row_terms, self.column_terms, self.facts,
                 room, row_part, column_part, sums[:, start // block_m * tiles :], sums.shape[1],
                 self.x.values.stride(0), self.y.values.stride(0), 0 if products is None else products.stride(0), room.stride(0),
                 0 if row_terms is None else row_terms.stride(1), count, N, width, self.offset + start,

@@ -214,8 +214,8 @@ def contrastive_terms(
     SIGMOID: tl.constexpr, NEAR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """What contrastive_gradients needs of r [2, n] and c [N], the rows' and columns' (max, log-sum), and of the loss's weights times share: blocks of
-    row_terms [2, 2, n] and column_terms [2, 2, N], and facts: the largest |weight|, the rows' weight as a multiple of it, a center of the cosines, and
-    the number of terms. One term if the forward took all exponentials relative to one shift (NEAR: it may have), else one for rows and one for columns.
+    row_terms [2, 2, n] and column_terms [2, 2, N], and facts: the largest |weight|, the rows' weight as a multiple of it, a center of the cosines,
+    the number of terms, and the scale twice, once per term. One term if the forward took all exponentials relative to one shift (NEAR: it may have), else one for rows and one for columns.
     mean [width], where not None: of the unit rows whose sums over blocks are parts [blocks, width]; by programs of their own, the last ones."""
     block = tl.program_id(0)
     row_blocks = 1 if SIGMOID else tl.cdiv(n, BLOCK)
@@ -245,6 +245,7 @@ def contrastive_terms(
             tl.store(facts + 1, weight / unit)
             tl.store(facts + 2, center)
             tl.store(facts + 3, tl.where(near, 1.0, 2.0))
+            tl.store(facts + 4 + tl.arange(0, 2), tl.full((2,), s, tl.float32))
         if not SIGMOID:
             if block < row_blocks:
                 _store_terms(shift, near, unit, r, r + r_stride, 1, row_weight, 0, row_terms, n, block, True, BLOCK)

@@ -195,15 +195,15 @@ def _loses_digits(total):
 
 @triton.jit
 def _by_logit(
-    tile, s, t, x_inverse, row_terms, row_terms_stride, column_terms, terms, own_weight, i, j, n, N, offset, first_row, first_column,
+    tile, scales, t, x_inverse, row_terms, row_terms_stride, column_terms, terms, own_weight, i, j, n, N, offset, first_row, first_column,
     SIGMOID: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """d loss / d z, 0 outside."""
+    """d loss / d z, 0 outside. scales [terms]: the scale, once per term."""
     has_own = (first_column < first_row + offset + BLOCK_M) & (first_column + BLOCK_N > first_row + offset)
     own_column = tl.where(i < n, i + offset, -1)[None, :]
     if SIGMOID:
         # 1 - sigmoid(z) as sigmoid(-z), without cancellation.
-        z = (_logits(tile, s, x_inverse, i, n) + t) + _outside(j, N)[:, None]
+        z = (_logits(tile, tl.load(scales), x_inverse, i, n) + t) + _outside(j, N)[:, None]
         if has_own:
             z = tl.where(own_column == j[:, None], -z, z)
         g = sigmoid(z) * own_weight
@@ -211,16 +211,18 @@ def _by_logit(
             g = tl.where(own_column == j[:, None], -g, g)
     else:
         g = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        row, column = row_terms + i, column_terms + j
-        # Logits are recomputed for each term: keeping them along with products and gradients takes too many registers.
-        for _ in tl.range(0, terms, num_stages=1, disable_licm=True):
-            z = _logits(tile, s, x_inverse, i, n) + _outside(j, N)[:, None]
-            shift = tl.load(row, mask=i < n, other=0.0)[None, :] + tl.load(column, mask=j < N, other=0.0)[:, None]
+        # Logits are recomputed for each term, and so from what the loop reads: kept along with products and gradients they would take too many registers.
+        for term in tl.range(0, terms, num_stages=1, disable_licm=True):
+            row = row_terms + 2 * term * row_terms_stride + i
+            column = column_terms + 2 * term * N + j
+            s = tl.load(scales + term)
+            # 0 s: rounds the product, as the forward does.
+            z = tile * (s * tl.load(x_inverse + i, mask=i < n, other=0.0))[None, :] + 0.0 * s
+            row_shift = tl.load(row, mask=i < n, other=float("inf"))
+            column_shift = tl.load(column, mask=j < N, other=float("inf"))
             by_row = tl.load(row + row_terms_stride, mask=i < n, other=0.0)
             by_column = tl.load(column + N, mask=j < N, other=0.0)
-            g += _exp(z - shift) * (by_row[None, :] + by_column[:, None])
-            row += 2 * row_terms_stride
-            column += 2 * N
+            g += _exp(z - (row_shift[None, :] + column_shift[:, None])) * (by_row[None, :] + by_column[:, None])
         if has_own:
             g -= tl.where(own_column == j[:, None], own_weight, 0.0)
     return g
@@ -242,7 +244,6 @@ def contrastive_gradients(
     y_inverse,
     x_norm,
     y_norm,
-    scale,
     bias,
     row_terms,
     column_terms,
@@ -277,7 +278,7 @@ def contrastive_gradients(
 
     If the gradients are rounded, their rounding errors are summed: row_error [column tiles, n], weighted by |y_j|, and column_error
     [row tiles, N], weighted by |x_i|. sums [2, sums_stride], float64, a number for each tile: of gradients times (cosine - center), and of gradients (TOTAL).
-    facts: the second is the positives' own weight, the third that center, the fourth the number of terms.
+    facts: see contrastive_terms.
     """
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -285,7 +286,7 @@ def contrastive_gradients(
         x, y, products, y_inverse, i, j, x_stride, y_stride, products_stride, n, N, width, CUBLAS, BLOCK_M, BLOCK_N, BLOCK_K
     )
     g = _by_logit(
-        tile, tl.load(scale), tl.load(bias) if bias is not None else 0.0, x_inverse, row_terms, row_terms_stride, column_terms, tl.load(facts + 3).to(tl.int32), tl.load(facts + 1), i, j, n, N, offset, tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N, SIGMOID, BLOCK_M, BLOCK_N,
+        tile, facts + 4, tl.load(bias) if bias is not None else 0.0, x_inverse, row_terms, row_terms_stride, column_terms, tl.load(facts + 3).to(tl.int32), tl.load(facts + 1), i, j, n, N, offset, tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N, SIGMOID, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     by_row = tl.load(x_inverse + i, mask=i < n, other=0.0)[None, :]
     place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)

@@ -1,6 +1,7 @@
 """Plans (kernels/lib/plan.py) do the same as the launcher for the calls that they apply to, and pass other calls to it."""
 
 import ctypes
+import re
 import struct
 import threading
 
@@ -72,7 +73,7 @@ def described(record, places):
 
 
 def noted(driver, function, args):
-    """The driver calls and the result of a call, without addresses and values."""
+    """The driver calls and the result of a call, without addresses and values, and the sizes of the memory that there is."""
     driver.launches.clear()
     with Kept() as kept:
         result = function(*args)
@@ -82,7 +83,27 @@ def noted(driver, function, args):
         if storage.nbytes():
             memory.setdefault(storage.data_ptr(), storage.nbytes())
     launched = [(function, sizes, described(record, memory.items())) for function, sizes, record in driver.launches]
-    return launched, [(t.shape, t.stride(), t.dtype) for t in _plans.tensors_in(result)]
+    return launched, [(t.shape, t.stride(), t.dtype) for t in _plans.tensors_in(result)], list(memory.values())
+
+
+def assert_same(found, expected):
+    """The same launches and results, wherever the memory lies: a plan allocates small work space together."""
+    assert found[1] == expected[1] and len(found[0]) == len(expected[0])
+    lies = {}
+    for (function, sizes, words), (wanted_function, wanted_sizes, wanted) in zip(found[0], expected[0], strict=True):
+        assert (function, sizes, len(words)) == (wanted_function, wanted_sizes, len(wanted))
+        for word, other in zip(words, wanted, strict=True):
+            if not isinstance(other, tuple):
+                assert word == other
+                continue
+            place = word[0], word[1] - other[1]
+            assert lies.setdefault(other[0], place) == place
+    for memory, size in enumerate(found[2]):
+        pieces = sorted((first, expected[2][piece]) for piece, (where, first) in lies.items() if where == memory)
+        ends = [first + length for first, length in pieces]
+        assert all(first >= end for (first, _), end in zip(pieces, [0, *ends], strict=False)) and all(
+            end <= size for end in ends
+        )
 
 
 def draw(*shape, scale=1.0):
@@ -119,7 +140,7 @@ def test_a_plan_does_what_the_launcher_does(call, dtype, driver, monkeypatch):
                 super().__call__(*args)
             result = super().__call__(*args)
             found = noted(driver, super().__call__, args)
-            assert found == expected
+            assert_same(found, expected)
             compared.append(hasattr(self.run, "source"))
             return result
 
@@ -279,6 +300,47 @@ def test_memory_is_given_back_as_soon_as_it_is_not_needed(driver):
     for name, following in zip(buffers, buffers[1:], strict=False):
         ended = next(i for i, line in enumerate(lines) if line.strip().startswith("del ") and name in line)
         assert ended < next(i for i, line in enumerate(lines) if line.strip().startswith(f"{following} ="))
+
+
+def test_small_work_space_is_allocated_together(driver):
+    def launcher(x, sizes, kept):
+        pieces = [x.new_empty(size) for size in sizes]
+        for piece in pieces:
+            added[(1,)](x, x, piece, x.numel(), 0.5, BLOCK=64)
+        return pieces[kept].view(-1)
+
+    largest = _plans.LARGEST_PIECE // 4
+    sizes = [33, 7, largest + 1, 64, largest, 16, 9]
+    planned, x = plans.planned(launcher), torch.randn(8)
+    for _ in range(2):
+        planned(x, sizes, 3)
+    assert_same(noted(driver, planned, (x, sizes, 3)), noted(driver, launcher, (x, sizes, 3)))
+    allocated = re.findall(r"new_empty_strided\(\((\d+),\)", planned.run.source)
+    together = sum(-(-size * 4 // 256) * 64 for size in (33, 7, largest, 16, 9))
+    assert sorted(map(int, allocated)) == sorted([together, largest + 1, 64])
+    driver.launches.clear()
+    planned(x, sizes, 3)
+    addresses = [struct.unpack_from("3Q", record)[2] for _, _, record in driver.launches]
+    assert all(
+        address % _plans.PIECES_START_AT == addresses[0] % _plans.PIECES_START_AT
+        for address in (addresses[i] for i in (1, 4, 5, 6))
+    )
+
+
+def test_no_more_than_so_much_work_space_is_allocated_together(driver, monkeypatch):
+    monkeypatch.setattr(_plans, "LARGEST_POOL", 1024)
+
+    def launcher(x):
+        for _ in range(3):
+            piece = x.new_empty(128)
+            added[(1,)](x, x, piece, x.numel(), 0.5, BLOCK=64)
+        return None
+
+    planned, x = plans.planned(launcher), torch.randn(8)
+    for _ in range(2):
+        planned(x)
+    assert_same(noted(driver, planned, (x,)), noted(driver, launcher, (x,)))
+    assert re.findall(r"new_empty_strided\(\((\d+),\)", planned.run.source) == ["256", "128"]
 
 
 def test_threads_share_a_plan(planned, launcher, driver):

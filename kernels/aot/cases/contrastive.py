@@ -121,7 +121,7 @@ def _tile_entries():
                     kernel=contrastive_gradients,
                     op="contrastive_loss",
                     arguments=_arguments(
-                        "x y", "products x_inverse y_inverse x_norm y_norm scale bias row_terms column_terms facts",
+                        "x y", "products x_inverse y_inverse x_norm y_norm bias row_terms column_terms facts",
                         "sums_stride x_stride y_stride products_stride gradients_stride row_terms_stride n N width offset",
                         "gradients", "row_error column_error", "sums",
                     ),

@@ -7,7 +7,8 @@ one that returns at once (tools/gpu/pretend.py). PyTorch's own kernels between o
 aside" is what a call takes without them.
 
 "forward + backward" is one call and one torch.autograd.grad, which alone takes some 40 us; "in a chain" is the cost of one more call in a model with a
-single backward pass: the difference between a chain of 12 calls and of one, per call.
+single backward pass: the difference between a chain of 12 calls and of one, per call. "beside others" is the same for calls of which none takes another's
+result.
 
 "floor" is what PyTorch alone takes for such a call: a trivial torch.autograd.Function that allocates as often as the operator's kernels require,
 makes the products that the operator leaves to PyTorch, and launches nothing. "PyTorch's own" is the same formula with its own operators, whose autograd
@@ -192,7 +193,20 @@ def once(name: str, function: Callable[..., Any], values: tuple[torch.Tensor, ..
     return {
         f"{name}: forward": least(lambda: function(*values)),
         f"{name}: forward + backward": least(lambda: torch.autograd.grad(as_tuple(function(*leaves)), leaves, upstream)),
+        f"{name}: forward + backward, beside others": beside_others(function, values),
     }
+
+
+def beside_others(function: Callable[..., Any], values: tuple[torch.Tensor, ...]) -> float:
+    """Microseconds that one more call on tensors of its own adds to a step with a single backward pass."""
+    leaves = [[value.clone().requires_grad_() for value in values] for _ in range(CHAIN)]
+    upstream = [torch.ones_like(made) for made in as_tuple(function(*leaves[0]))]
+
+    def run(calls: int) -> None:
+        made = [made for own in leaves[:calls] for made in as_tuple(function(*own))]
+        torch.autograd.grad(made, [leaf for own in leaves[:calls] for leaf in own], upstream * calls)
+
+    return (least(lambda: run(CHAIN), inner=5) - least(lambda: run(1))) / (CHAIN - 1)
 
 
 def as_tuple(made: Any) -> tuple[torch.Tensor, ...]:

@@ -106,6 +106,18 @@ def test_tuning_keeps_what_is_faster_and_right(tmp_path, monkeypatch):
     }
 
 
+def test_tuning_leaves_out_a_kernel_that_writes_nothing(monkeypatch):
+    """Its result is whatever lies in the memory that the allocator gives out again, such as what a candidate before it wrote there."""
+    import torch
+
+    from benches import tune
+
+    memory = torch.ones(64)
+    monkeypatch.setattr(torch, "full_like", lambda _, value: memory.fill_(value))
+    with pytest.raises(AssertionError, match="not close"):
+        tune.assert_agrees(lambda: memory, torch.ones(64))
+
+
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_tuning_tries_descriptors_where_they_exist(architecture, monkeypatch):
     from benches import tune

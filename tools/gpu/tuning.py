@@ -65,7 +65,7 @@ def measure(case: cases.Case, rows: Rows) -> None:
         status, more = "ok", {}
         try:
             with configs.trying({key: other}):
-                tune.assert_agrees(call(), expected)
+                tune.assert_agrees(call, expected)
                 more = {"ms": milliseconds(call)}
         except Exception as reason:  # too large for the chip, or not a valid tile for this kernel
             status, more = "left out", {"detail": traceback.format_exc(limit=-2)}

@@ -30,16 +30,16 @@ GATED = "(pretended and not encoder) or fences or (sm_90 and whole and (test_for
 
 
 def prepare(folder: Path, torch: str, triton: str, numpy: str) -> Path:
-    """The environment's Python. Reuses a complete environment with the same versions."""
+    """The environment's Python. Reuses a complete environment with the same packages."""
     home = folder / f"torch-{torch}-triton-{triton}-numpy-{numpy}"
     python, finished = home / "bin" / "python", home / "finished"
-    if not finished.exists():
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    tools = [f"{name}=={pins[name]}" for name in TOOLS]
+    packages = [f"torch=={torch}", f"triton=={triton}", f"numpy=={numpy}", *tools]
+    if not finished.exists() or finished.read_text().split() != packages:
         venv.create(home, clear=True, with_pip=True)
-        pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-        tools = [f"{name}=={pins[name]}" for name in TOOLS]
-        packages = [f"torch=={torch}", f"triton=={triton}", f"numpy=={numpy}", *tools]
         subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
-        finished.touch()
+        finished.write_text("\n".join(packages))
     return python
 
 

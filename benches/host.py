@@ -139,20 +139,15 @@ def pairs(count: int) -> tuple[torch.Tensor, ...]:
 def pretended() -> Iterator[None]:
     """A pretended GPU's host, which looks neither at labels, whose assertion is queued, nor at the gradient of a loss, and zeroes no padding."""
     from ov3fast.kernels import linear_cross_entropy
-    from ov3fast.kernels.contrastive import launch as contrastive_loss
+    from ov3fast.kernels.lib import products
     from ov3fast.ops.linear_cross_entropy import _total
     from tools.gpu import pretend
 
     unseen = mock.patch.object(_total, "shortcut", lambda *_: None)
     queued = mock.patch.object(linear_cross_entropy, "_assert_fine", lambda fine, *_: torch._assert_async(fine.fill_(1)))
-    rooms = [mock.patch.object(module, "room_for_rows", room_for_rows) for module in (contrastive_loss, linear_cross_entropy)]
-    with pretend.host(), unseen, queued, rooms[0], rooms[1]:
+    unpadded = mock.patch.object(products, "_padding_is_read", lambda _: False)
+    with pretend.host(), unseen, queued, unpadded:
         yield
-
-
-def room_for_rows(like: torch.Tensor, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """kernels/lib/products.py's, as on a GPU."""
-    return like.new_empty((rows, -(-columns // 16) * 16), dtype=dtype)[:, :columns]
 
 
 @contextmanager
@@ -197,6 +192,11 @@ def once(name: str, function: Callable[..., Any], values: tuple[torch.Tensor, ..
     }
 
 
+def of_one_more(run: Callable[[int], None]) -> float:
+    """Microseconds that run(calls) takes longer per further call."""
+    return (least(lambda: run(CHAIN), inner=5) - least(lambda: run(1))) / (CHAIN - 1)
+
+
 def beside_others(function: Callable[..., Any], values: tuple[torch.Tensor, ...]) -> float:
     """Microseconds that one more call on tensors of its own adds to a step with a single backward pass."""
     leaves = [[value.clone().requires_grad_() for value in values] for _ in range(CHAIN)]
@@ -206,7 +206,7 @@ def beside_others(function: Callable[..., Any], values: tuple[torch.Tensor, ...]
         made = [made for own in leaves[:calls] for made in as_tuple(function(*own))]
         torch.autograd.grad(made, [leaf for own in leaves[:calls] for leaf in own], upstream * calls)
 
-    return (least(lambda: run(CHAIN), inner=5) - least(lambda: run(1))) / (CHAIN - 1)
+    return of_one_more(run)
 
 
 def as_tuple(made: Any) -> tuple[torch.Tensor, ...]:
@@ -267,7 +267,7 @@ def in_a_chain(function: Callable[..., torch.Tensor], values: tuple[torch.Tensor
             leaves += own
         torch.autograd.grad(h, leaves, upstream)
 
-    return (least(lambda: run(CHAIN), inner=5) - least(lambda: run(1))) / (CHAIN - 1)
+    return of_one_more(run)
 
 
 def _in_tree(tree: Path, backend: str) -> dict[str, float]:

@@ -271,24 +271,17 @@ class Writer:
 
     def _used(self) -> set[Known]:
         """The memory that some step or the result names."""
-        return self._roots(
-            [
-                self.result,
-                *(what[1:3] if kind == "operate" else what[-1] for kind, what in self.notes.steps if kind != "allocate"),
-            ]
-        )
+        steps = (what[1:3] if kind == "operate" else what[-1] for kind, what in self.notes.steps if kind != "allocate")
+        return self._roots([self.result, *steps])
 
     def _roots(self, values: Any) -> set[Known]:
         return {self.known[id(tensor)].root for tensor in tensors_in(values) if id(tensor) in self.known}
 
     def _pool(self, used: set[Known]) -> None:
         """Places small memory that only launches read and write in one allocation, that of the first piece."""
-        alone = self._roots([self.result, *(what[1:3] for kind, what in self.notes.steps if kind == "operate")])
-        pieces = [
-            what
-            for kind, what in self.notes.steps
-            if kind == "allocate" and what in used - alone and 0 < what.bytes <= LARGEST_PIECE
-        ]
+        work_space = used - self._roots([self.result, *(what[1:3] for kind, what in self.notes.steps if kind == "operate")])
+        allocated = [what for kind, what in self.notes.steps if kind == "allocate" and what in work_space]
+        pieces = [piece for piece in allocated if 0 < piece.bytes <= LARGEST_PIECE]
         end = 0
         for piece in pieces:
             if end + piece.bytes <= LARGEST_POOL:

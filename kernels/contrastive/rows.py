@@ -215,7 +215,8 @@ def contrastive_terms(
 ):  # fmt: skip
     """What contrastive_gradients needs of r [2, n] and c [N], the rows' and columns' (max, log-sum), and of the loss's weights times share: blocks of
     row_terms [2, 2, n] and column_terms [2, 2, N], and facts: the largest |weight|, the rows' weight as a multiple of it, a center of the cosines,
-    the number of terms, and the scale twice, once per term. One term if the forward took all exponentials relative to one shift (NEAR: it may have), else one for rows and one for columns.
+    the number of terms, and the scale twice, once per term. One term if the forward took all exponentials relative to one shift (NEAR: it may
+    have), else one for rows and one for columns.
     mean [width], where not None: of the unit rows whose sums over blocks are parts [blocks, width]; by programs of their own, the last ones."""
     block = tl.program_id(0)
     row_blocks = 1 if SIGMOID else tl.cdiv(n, BLOCK)

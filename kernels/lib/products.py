@@ -24,10 +24,12 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def room_for_rows(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised [rows, columns] matrix whose rows start at multiples of 16 elements.
-
-    On a CPU the padding is zeroed: with AMX, PyTorch's 16-bit products multiply it by 0, and a NaN there would propagate.
-    """
+    """An uninitialised [rows, columns] matrix whose rows start at multiples of 16 elements; the padding is zeroed where products read it."""
     padded = (rows, -(-columns // 16) * 16)
-    room = like.new_zeros(padded, dtype=dtype) if like.device.type == "cpu" else like.new_empty(padded, dtype=dtype)
+    room = like.new_zeros(padded, dtype=dtype) if _padding_is_read(like) else like.new_empty(padded, dtype=dtype)
     return room[:, :columns]
+
+
+def _padding_is_read(x: Tensor) -> bool:
+    """On a CPU with AMX, PyTorch's 16-bit products multiply the padding by 0, and a NaN there would propagate."""
+    return x.device.type == "cpu"
